@@ -1,0 +1,89 @@
+"""Which backend runs an operation: one file a backend, one rule for choosing.
+
+Every folder of an operation holds `reference.py` ("xla", the definition) and may hold `tpu.py` ("pallas")
+and `gpu.py` ("triton"). A backend file has functions with the names and signatures of the reference's
+(`forward`, `backward`), and `check(*args, **static)` that raises NotImplementedError with the offending
+number for what the kernel does not take.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+
+import jax
+
+IMPLEMENTATIONS = ("xla", "pallas", "triton")
+_FILES = {"xla": "reference", "pallas": "tpu", "triton": "gpu"}
+_PLATFORMS = {"pallas": "tpu", "triton": "cuda"}
+
+_log = logging.getLogger(__name__)
+
+
+def validate(implementation: str | None) -> None:
+    """Raises ValueError unless `implementation` is None or a known name."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        names = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(
+            f"implementation={implementation!r} is unknown: use None or one of {names}"
+        )
+
+
+@functools.cache
+def _unavailable(op: str, implementation: str) -> str | None:
+    """Why this backend of this operation cannot run on this installation, or None if it can."""
+    if importlib.util.find_spec(f"kernels_pallas.{op}.{_FILES[implementation]}") is None:
+        return f"{op} has no {implementation!r} kernel yet"
+    if implementation == "triton":
+        # find_spec, not import: importing jax_triton fails on an installation of jax without CUDA.
+        for package in ("triton", "jax_triton"):
+            if importlib.util.find_spec(package) is None:
+                return f"the package {package} is not installed (pip install 'mhc_jax[gpu]')"
+    return None
+
+
+def _backend(op: str, implementation: str):
+    return importlib.import_module(f"kernels_pallas.{op}.{_FILES[implementation]}")
+
+
+@functools.cache
+def _say_once(op: str, names: tuple[str, ...]) -> None:
+    _log.info("%s: implementation %s", op, " or ".join(names) + " (by platform)" * (len(names) > 1))
+
+
+def run(op: str, direction: str, implementation: str | None, *args, **static):
+    """Calls `direction` ("forward" or "backward") of operation `op` on the chosen backend.
+
+    With `implementation=None` the choice falls when the program is lowered, on the platform that it is
+    lowered for: `jax.default_backend()` is "cpu" while a program is compiled for a TPU.
+
+    Raises:
+      NotImplementedError: a named implementation cannot run here or does not take these arguments.
+    """
+    validate(implementation)
+    if implementation is not None:
+        why_not = _unavailable(op, implementation)
+        if why_not:
+            raise NotImplementedError(f"implementation={implementation!r} cannot run: {why_not}")
+        backend = _backend(op, implementation)
+        if implementation != "xla":
+            backend.check(*args, **static)
+        return getattr(backend, direction)(*args, **static)
+
+    branches: dict[str, Callable] = {}
+    for name, platform in _PLATFORMS.items():
+        if _unavailable(op, name) is not None:
+            continue
+        backend = _backend(op, name)
+        try:
+            backend.check(*args, **static)
+        except NotImplementedError as error:
+            _log.info("%s: %s does not take these arguments (%s); xla runs", op, name, error)
+            continue
+        branches[platform] = functools.partial(getattr(backend, direction), **static)
+    default = functools.partial(getattr(_backend(op, "xla"), direction), **static)
+    _say_once(op, tuple(name for name in _PLATFORMS if _PLATFORMS[name] in branches) + ("xla",))
+    if not branches:
+        return default(*args)
+    return jax.lax.platform_dependent(*args, default=default, **branches)

@@ -1,0 +1,118 @@
+"""The three mappings of a sublayer from its streams (Eqs. 14-19 of the paper)."""
+
+import functools
+
+import jax
+
+from kernels_pallas import dispatch
+from kernels_pallas.projection import projection
+from kernels_pallas.shapes import check_shape, check_streams, num_columns
+from kernels_pallas.sinkhorn import check_num_iterations
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _coefficients(s, r, bias, alpha, n, num_iterations, implementation):
+    return dispatch.run(
+        "mappings", "forward", implementation, s, r, bias, alpha, n=n, num_iterations=num_iterations
+    )
+
+
+def _forward(s, r, bias, alpha, n, num_iterations, implementation):
+    outputs = _coefficients(s, r, bias, alpha, n, num_iterations, implementation)
+    return outputs, (s, r, bias, alpha)
+
+
+def _backward(n, num_iterations, implementation, residuals, cotangents):
+    return dispatch.run(
+        "mappings",
+        "backward",
+        implementation,
+        *residuals,
+        *cotangents,
+        n=n,
+        num_iterations=num_iterations,
+    )
+
+
+_coefficients.defvjp(_forward, _backward)
+
+
+def coefficients(
+    s: jax.Array,
+    r: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    *,
+    n: int,
+    num_iterations: int = 20,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scale, bias, sigmoids and Sinkhorn-Knopp on the result of the projection (Eqs. 16-19).
+
+    Equivalent to the following, with `alpha` spread over its columns:
+
+        h = alpha * s / r[..., None] + bias
+        h_pre, h_post = sigmoid(h[..., :n]), 2 * sigmoid(h[..., n : 2 * n])
+        h_res = sinkhorn(h[..., 2 * n :].reshape(..., n, n))
+
+    Only `s` and `r` are stored; the backward recomputes the rest, the iterates included.
+
+    Args:
+      s, r: `[..., n*n+2n]` and `[...]` float32, from `projection`.
+      bias: `[n*n+2n]` float32: pre (n), post (n), res (n*n, row-major i, j).
+      alpha: `[3]` float32, gating factors of pre, post, res.
+      n: number of streams.
+      num_iterations: t_max of Eq. 9.
+      implementation: None (best of the platform), "xla", "pallas" or "triton".
+
+    Returns:
+      h_pre `[..., n]`, h_post `[..., n]`, h_res `[..., n, n]`, float32.
+    """
+    check_num_iterations(num_iterations)
+    m = num_columns(n)
+    check_shape("s", s, (*r.shape, m))
+    check_shape("bias", bias, (m,))
+    check_shape("alpha", alpha, (3,))
+    bias, alpha = bias.astype(s.dtype), alpha.astype(s.dtype)
+    return _coefficients(s, r, bias, alpha, n, num_iterations, implementation)
+
+
+def mappings(
+    streams: jax.Array,
+    phi: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    *,
+    n: int,
+    num_iterations: int = 20,
+    norm_eps: float = 1e-20,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Dynamic mappings of mHC for each token (Eqs. 7-9, evaluated in the order of Eqs. 14-19).
+
+    Equivalent to `coefficients(*projection(streams, phi), bias, alpha)`; see both for rounding.
+
+    Args:
+      streams: `[..., n*C]` bfloat16 or float32.
+      phi: `[n*C, n*n+2n]` float32, columns pre (n), post (n), res (n*n, row-major i, j).
+      bias: `[n*n+2n]` float32, same order.
+      alpha: `[3]` float32, gating factors of pre, post, res.
+      n: number of streams.
+      num_iterations: t_max of Eq. 9.
+      norm_eps: added to the mean square of the streams.
+      implementation: None (best of the platform), "xla", "pallas" or "triton".
+
+    Returns:
+      h_pre `[..., n]` in (0, 1), h_post `[..., n]` in (0, 2), h_res `[..., n, n]` with rows summing to 1;
+      float32.
+
+    Raises:
+      ValueError: shapes that do not fit n.
+      NotImplementedError: the named implementation cannot run here.
+    """
+    check_streams(streams, n)
+    check_shape("phi", phi, (streams.shape[-1], num_columns(n)))
+    s, r = projection(streams, phi, norm_eps=norm_eps, implementation=implementation)
+    return coefficients(
+        s, r, bias, alpha, n=n, num_iterations=num_iterations, implementation=implementation
+    )

@@ -1,0 +1,65 @@
+"""Coefficients from the projection in plain jnp: implementation "xla" and the definition of the op."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.sinkhorn import reference as sinkhorn
+
+
+def spread(alpha: jax.Array, n: int) -> jax.Array:
+    """[3] gating factors -> [n*n+2n], one for each column."""
+    return jnp.repeat(alpha, jnp.array([n, n, n * n]), total_repeat_length=n * n + 2 * n)
+
+
+def _split(h: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    pre, post, res = jnp.split(h, (n, 2 * n), axis=-1)
+    return pre, post, res.reshape(*res.shape[:-1], n, n)
+
+
+def _logits(s, r, bias, alpha, n):
+    lead = (1,) * r.ndim
+    h = s / r[..., None] * spread(alpha, n).reshape(*lead, -1) + bias.reshape(*lead, -1)
+    return _split(h, n)
+
+
+def forward(
+    s: jax.Array, r: jax.Array, bias: jax.Array, alpha: jax.Array, *, n: int, num_iterations: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
+    pre, post, res = _logits(s, r, bias, alpha, n)
+    h_res = sinkhorn.forward(res, num_iterations=num_iterations)
+    return jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), h_res
+
+
+def backward(
+    s: jax.Array,
+    r: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    dh_pre: jax.Array,
+    dh_post: jax.Array,
+    dh_res: jax.Array,
+    *,
+    n: int,
+    num_iterations: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
+    pre, post, res = _logits(s, r, bias, alpha, n)
+    h_pre, h_post = jax.nn.sigmoid(pre), jax.nn.sigmoid(post)
+    d_res = sinkhorn.backward(res, dh_res, num_iterations=num_iterations)
+    dh = jnp.concatenate(
+        [
+            dh_pre * h_pre * (1 - h_pre),
+            2 * dh_post * h_post * (1 - h_post),
+            d_res.reshape(*r.shape, n * n),
+        ],
+        axis=-1,
+    )
+    normed = s / r[..., None]
+    tokens = tuple(range(r.ndim))
+    d_alpha_columns = jnp.sum(dh * normed, axis=tokens)
+    dalpha = jnp.stack([part.sum() for part in jnp.split(d_alpha_columns, (n, 2 * n))])
+    d_normed = dh * spread(alpha, n).reshape(*(1,) * r.ndim, -1)
+    ds = d_normed / r[..., None]
+    dr = -jnp.sum(d_normed * normed, axis=-1) / r
+    return ds, dr, jnp.sum(dh, axis=tokens), dalpha

@@ -1,0 +1,70 @@
+"""F_post,res: mixing of the streams and write of the layer output, one pass (Eq. 3)."""
+
+import functools
+
+import jax
+
+from kernels_pallas import dispatch
+from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _post_res(streams, layer_output, h_post, h_res, implementation):
+    return dispatch.run("post_res", "forward", implementation, streams, layer_output, h_post, h_res)
+
+
+def _forward(streams, layer_output, h_post, h_res, implementation):
+    new_streams = _post_res(streams, layer_output, h_post, h_res, implementation)
+    return new_streams, (streams, layer_output, h_post, h_res)
+
+
+def _backward(implementation, residuals, d_streams):
+    return dispatch.run("post_res", "backward", implementation, *residuals, d_streams)
+
+
+_post_res.defvjp(_forward, _backward)
+
+
+def post_res(
+    streams: jax.Array,
+    layer_output: jax.Array,
+    h_post: jax.Array,
+    h_res: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Mixes the streams and writes the layer output into them: h_res x + h_post^T F (Eq. 3).
+
+    Equivalent to the following, summed in float32:
+
+        x = streams.reshape(..., n, C)
+        new[..., i, :] = sum(h_res[..., i, j] * x[..., j, :]) + h_post[..., i] * layer_output
+
+    Args:
+      streams: `[..., n*C]` bfloat16 or float32.
+      layer_output: `[..., C]`, the dtype of the streams.
+      h_post: `[..., n]` float32.
+      h_res: `[..., n, n]` float32, entry (i, j) from stream j into stream i.
+      implementation: None (best of the platform), "xla", "pallas" or "triton".
+
+    Returns:
+      new streams `[..., n*C]` in the dtype of the old.
+
+    Raises:
+      ValueError: shapes that do not fit.
+      NotImplementedError: the named implementation cannot run here.
+    """
+    n = h_post.shape[-1]
+    width = check_streams(streams, n)
+    lead = streams.shape[:-1]
+    check_shape("layer_output", layer_output, (*lead, width))
+    check_shape("h_post", h_post, (*lead, n))
+    check_shape("h_res", h_res, (*lead, n, n))
+    dtype = coefficient_dtype(streams.dtype)
+    return _post_res(
+        streams,
+        layer_output.astype(streams.dtype),
+        h_post.astype(dtype),
+        h_res.astype(dtype),
+        implementation,
+    )

@@ -1,0 +1,44 @@
+"""F_post,res in plain jnp: implementation "xla" and the definition of the op."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.pre.reference import split_streams
+
+
+def forward(
+    streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, h_res: jax.Array
+) -> jax.Array:
+    """[..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C]."""
+    n = h_post.shape[-1]
+    x = split_streams(streams, n, h_post.dtype)
+    y = layer_output.astype(h_post.dtype)
+    rows = [
+        sum(h_res[..., i, j, None] * x[j] for j in range(n)) + h_post[..., i, None] * y
+        for i in range(n)
+    ]
+    return jnp.concatenate(rows, axis=-1).astype(streams.dtype)
+
+
+def backward(
+    streams: jax.Array,
+    layer_output: jax.Array,
+    h_post: jax.Array,
+    h_res: jax.Array,
+    d_streams: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Cotangents (dx [..., n*C], dy [..., C], dh_post [..., n], dh_res [..., n, n])."""
+    n = h_post.shape[-1]
+    x = split_streams(streams, n, h_post.dtype)
+    g = split_streams(d_streams, n, h_post.dtype)
+    y = layer_output.astype(h_post.dtype)
+    dx = jnp.concatenate(
+        [sum(h_res[..., i, j, None] * g[i] for i in range(n)) for j in range(n)], axis=-1
+    )
+    dy = sum(h_post[..., i, None] * g[i] for i in range(n))
+    dh_post = jnp.stack([jnp.sum(g[i] * y, axis=-1) for i in range(n)], axis=-1)
+    dh_res = jnp.stack(
+        [jnp.stack([jnp.sum(g[i] * x[j], axis=-1) for j in range(n)], axis=-1) for i in range(n)],
+        axis=-2,
+    )
+    return dx.astype(streams.dtype), dy.astype(layer_output.dtype), dh_post, dh_res

@@ -1,0 +1,23 @@
+"""Rounding rules shared by all implementations (Eqs. 10-13 of the paper)."""
+
+import jax
+import jax.numpy as jnp
+
+
+def round_to_tf32(x: jax.Array) -> jax.Array:
+    """Rounds float32 to the 8 exponent and 10 mantissa bits of TF32, still stored as float32.
+
+    A TF32 number is the exact sum of two bfloat16 numbers (`split_bf16`), and its product with a
+    bfloat16 number is exact in float32: that is what lets GPU and TPU agree but for summation order.
+    """
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+
+
+def split_bf16(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Splits TF32-rounded float32 `x` into bfloat16 (high, low) with high + low == x exactly.
+
+    High carries 8 of the 11 significant bits, the rest fits into low (unless low underflows, below 1e-36).
+    """
+    # reduce_precision, not a round trip through bfloat16: XLA may cancel a pair of conversions.
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)

@@ -1,0 +1,64 @@
+"""Projection in plain jnp: implementation "xla" and the definition of the op.
+
+bfloat16 streams: TF32 operands are split into exact bfloat16 pairs laid side by side, so that one
+bfloat16 matmul with float32 accumulation gives exact products on every platform. (A float32 matmul would
+be truncated to bfloat16 by default on a TPU, and miss the tensor cores at full precision on a GPU.)
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.precision import split_bf16
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def _halves_sum(x: jax.Array) -> jax.Array:
+    high, low = jnp.split(x, 2, axis=-1)
+    return high + low
+
+
+def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax.Array, jax.Array]:
+    """[..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
+    x = streams.astype(phi.dtype)
+    if streams.dtype == jnp.bfloat16:
+        phi_pair = jnp.concatenate(split_bf16(phi), axis=-1)
+        s = _halves_sum(jnp.dot(streams, phi_pair, preferred_element_type=jnp.float32))
+    else:
+        s = jnp.dot(x, phi, precision=_HIGHEST)
+    return s, jnp.sqrt(jnp.mean(x * x, axis=-1) + jnp.asarray(norm_eps, x.dtype))
+
+
+def backward(
+    streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
+    x = streams.astype(phi.dtype)
+    if streams.dtype == jnp.bfloat16:
+        ds_high, ds_low = split_bf16(ds)
+        ds_pair = jnp.concatenate([ds_high, ds_low], axis=-1)
+        phi_high, phi_low = split_bf16(phi)
+        # (high + low)(high + low) as one contraction over 4m columns.
+        dx = jnp.dot(
+            jnp.concatenate([ds_pair, ds_pair], axis=-1),
+            jnp.concatenate([phi_high, phi_high, phi_low, phi_low], axis=-1).T,
+            preferred_element_type=jnp.float32,
+        )
+        dphi = _halves_sum(_contract_tokens(streams, ds_pair))
+    else:
+        dx = jnp.dot(ds, phi.T, precision=_HIGHEST)
+        dphi = _contract_tokens(x, ds)
+    dx = dx + x * (dr / (x.shape[-1] * r))[..., None]
+    return dx.astype(streams.dtype), dphi
+
+
+def _contract_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[..., K], [..., m] -> [K, m], summed over all leading axes."""
+    leading = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(
+        x,
+        y,
+        ((leading, leading), ((), ())),
+        precision=_HIGHEST,
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
