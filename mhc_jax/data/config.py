@@ -1,0 +1,81 @@
+"""Settings of the data pipeline."""
+
+import dataclasses
+
+SOURCES = ("stdlib", "text", "array_record", "synthetic")
+SPLITS = ("train", "validation")
+
+# Below this the four successors of a token in the synthetic language would not be distinct.
+SYNTHETIC_MIN_VOCAB_SIZE = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to read and how to cut it. Every field is required; defaults live in `configs/`.
+
+    Attributes:
+      source: one of `SOURCES`.
+        "stdlib": the Python files of the running interpreter's standard library, tests left out.
+        "text": UTF-8 text files, one document a file.
+        "array_record": token ids written by `experiments/write_array_record.py`.
+        "synthetic": a seeded Markov chain, for tests and speed measurements.
+      path: glob of the files to read ("text", "array_record"). Several globs are separated by
+        commas; `**` descends into folders. Empty for the other sources.
+      tokenizer: "byte", or the path of a Hugging Face `tokenizers` JSON file. "synthetic" makes
+        token ids directly and does not read it.
+      sequence_length: tokens in a row of `inputs`.
+      validation_fraction: share of the files kept for validation, between 0 and 1 exclusive.
+      shuffle_seed: seed of the order of the training windows, 0 <= shuffle_seed < 2**32. Neither
+        the split nor the order of the validation windows depends on it.
+      synthetic_vocab_size: number of distinct tokens of the "synthetic" source.
+    """
+
+    source: str
+    path: str
+    tokenizer: str
+    sequence_length: int
+    validation_fraction: float
+    shuffle_seed: int
+    synthetic_vocab_size: int
+
+    def __post_init__(self):
+        if self.source not in SOURCES:
+            raise ValueError(f"source={self.source!r} is unknown: use one of {', '.join(SOURCES)}.")
+        reads_path = self.source in ("text", "array_record")
+        if reads_path and not self.path.strip():
+            raise ValueError(
+                f"source={self.source!r} needs files: set path to a glob, got path={self.path!r}."
+            )
+        if not reads_path and self.path:
+            raise ValueError(
+                f"source={self.source!r} reads no path, got path={self.path!r}: "
+                "set path='' or source='text'."
+            )
+        if not self.tokenizer:
+            raise ValueError(
+                f"tokenizer={self.tokenizer!r}: use 'byte' or the path of a tokenizers JSON file."
+            )
+        _check_integer("sequence_length", self.sequence_length, 1)
+        _check_integer("shuffle_seed", self.shuffle_seed, 0, 2**32)
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} must lie between 0 and 1 "
+                "(exclusive): both splits need files."
+            )
+        if self.source == "synthetic":
+            _check_integer(
+                "synthetic_vocab_size", self.synthetic_vocab_size, SYNTHETIC_MIN_VOCAB_SIZE
+            )
+
+
+def check_split(split: str) -> None:
+    """Raises ValueError unless `split` is one of `SPLITS`."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown: use one of {', '.join(SPLITS)}.")
+
+
+def _check_integer(name: str, value: int, least: int, bound: int | None = None) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < least or (bound is not None and value >= bound):
+        below = "" if bound is None else f" and below {bound}"
+        raise ValueError(f"{name}={value!r} must be an integer, at least {least}{below}.")

@@ -1,0 +1,166 @@
+"""From windows to batches: order, epochs, the share of each process, position."""
+
+import copy
+import functools
+from typing import Any
+
+import grain
+import numpy as np
+
+from mhc_jax.data import sources
+from mhc_jax.data.config import DataConfig
+from mhc_jax.data.tokenizer import load_tokenizer
+
+# Validation has one order for every run, so that losses of different seeds compare. Shuffled, so
+# that the first few batches are a sample of all files and not the alphabetically first ones.
+_VALIDATION_ORDER_SEED = 0
+
+# Threads and prefetched batches. Grain's own default buffer of 500 would hold gigabytes at long
+# sequences. Arrays in memory need one thread, more would contend for the interpreter lock; reads
+# from disk wait, so several batches are read at once. Batches come out in order either way.
+_MEMORY_READS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+_DISK_READS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
+
+
+def vocab_size(config: DataConfig) -> int:
+    """Returns the number of token ids: every id of every batch lies below it."""
+    if config.source == "synthetic":
+        return config.synthetic_vocab_size
+    return load_tokenizer(config.tokenizer).vocab_size
+
+
+def num_windows(config: DataConfig, split: str) -> int:
+    """Returns the number of windows of one epoch of `split`.
+
+    One pass over the validation split is `num_windows(config, "validation") // batch_size` batches
+    of a validation iterator.
+    """
+    return len(sources.open_windows(config, split))
+
+
+def make_iterator(
+    config: DataConfig,
+    *,
+    split: str,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Returns an endless iterator over batches of one split.
+
+    Rows are windows of `sequence_length + 1` tokens that overlap in one token (see
+    `sources.TokenWindows`); `targets[:, t]` is the token after `inputs[:, t]`.
+
+    "train": the windows in random order, a new order each epoch from (shuffle_seed, epoch). Epochs
+    follow without a gap: a batch may hold the end of one and the start of the next.
+
+    "validation": every pass is the same `num_windows // batch_size` batches, whatever shuffle_seed;
+    windows that do not fill a batch are left out.
+
+    The global batch at a step does not depend on `process_count`: process p reads the rows
+    `[p * batch_size / process_count, (p + 1) * batch_size / process_count)` of it, which is what
+    `jax.make_array_from_process_local_data` expects of a batch axis sharded over processes in order.
+
+    Args:
+      config: what to read.
+      split: "train" or "validation".
+      batch_size: rows of the global batch.
+      process_index: this process, usually `jax.process_index()`.
+      process_count: all of them, usually `jax.process_count()`.
+
+    Returns:
+      An iterator over `{"inputs": int32 [batch_size / process_count, sequence_length], "targets":
+      the same}` with `get_state()` and `set_state()`, see `BatchIterator`.
+
+    Raises:
+      ValueError: batch_size is not divisible by process_count, no such process, fewer validation
+        windows than a batch, or a fault of the source that is named in the message.
+    """
+    if process_count < 1 or not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index={process_index} must lie in [0, process_count={process_count})."
+        )
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size} must be a positive multiple of "
+            f"process_count={process_count}: it counts the rows of all processes together."
+        )
+    windows = sources.open_windows(config, split)
+    # Numbers of windows are shuffled and batched, and a batch reads its windows at once: grain spends
+    # 80 us on each element of a source, which for rows would be 20 ms a batch of 256.
+    source = grain.MapDataset.range(len(windows))
+    if split == "train":
+        # Spread by SeedSequence because grain adds the epoch to the seed: with the plain number,
+        # epoch 1 of seed 0 would be epoch 0 of seed 1.
+        seed = int(np.random.SeedSequence(config.shuffle_seed).generate_state(1)[0])
+        rows = source.shuffle(seed=seed).repeat()
+    else:
+        whole = len(windows) - len(windows) % batch_size
+        if not whole:
+            raise ValueError(
+                f"The validation split has {len(windows)} windows, batch_size={batch_size} needs "
+                "as many at least: lower batch_size or sequence_length, or raise "
+                "validation_fraction."
+            )
+        rows = source.shuffle(seed=_VALIDATION_ORDER_SEED)[:whole].repeat(reseed_each_epoch=False)
+    batches = rows.batch(batch_size // process_count, drop_remainder=True)
+    share = batches[process_index::process_count].map(functools.partial(_read_batch, windows))
+    identity = {
+        "split": split,
+        "corpus": windows.fingerprint,
+        "num_windows": len(windows),
+        "sequence_length": config.sequence_length,
+        "batch_size": batch_size,
+    }
+    if split == "train":
+        identity["shuffle_seed"] = config.shuffle_seed
+    reads = _DISK_READS if config.source == "array_record" else _MEMORY_READS
+    return BatchIterator(iter(share.to_iter_dataset(reads)), identity)
+
+
+class BatchIterator(grain.DatasetIterator):
+    """A grain iterator whose state says what it belongs to.
+
+    A position alone would be accepted by any other corpus, batch size or seed and would then skip
+    or repeat text without a word; here such a restore fails. The state is the same on all
+    processes and does not depend on how many there are.
+    """
+
+    _MUTATES_ELEMENT_SPEC = False
+
+    def __init__(self, parent: grain.DatasetIterator, identity: dict[str, int | str]):
+        super().__init__(parent)
+        self._identity = identity
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns `{"next_index": batches handed out, "identity": {...}}`, JSON-able."""
+        return {**self._parent.get_state(), "identity": dict(self._identity)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken: the same batches follow, bit for bit.
+
+        Raises:
+          ValueError: the state belongs to other data, another batch size, seed or split.
+        """
+        state = copy.copy(state)
+        saved = state.pop("identity", {})
+        differing = [
+            f"{name}: saved {saved.get(name)!r}, now {self._identity.get(name)!r}"
+            for name in sorted({*saved, *self._identity})
+            if saved.get(name) != self._identity.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                "The saved position belongs to another data stream ("
+                + "; ".join(differing)
+                + "): restore the old settings, or start the data anew without restoring it."
+            )
+        self._parent.set_state(state)
+
+
+def _read_batch(windows: sources.Windows, indices: np.ndarray) -> dict[str, np.ndarray]:
+    rows = np.stack([windows[index] for index in indices.tolist()])
+    return {"inputs": rows[:, :-1].copy(), "targets": rows[:, 1:].copy()}

@@ -1,0 +1,156 @@
+"""Windows of tokens with random access: what the pipeline shuffles and batches."""
+
+import functools
+import hashlib
+from typing import Protocol
+
+import numpy as np
+
+from mhc_jax.data import files, records
+from mhc_jax.data.config import DataConfig, check_split
+from mhc_jax.data.files import TextFile
+from mhc_jax.data.tokenizer import load_tokenizer
+
+# Windows of both splits of the synthetic source together.
+SYNTHETIC_WINDOWS = 2**16
+
+# Drawn evenly: steps of 1, 2, 3, 5 with probability 1/2, 1/4, 1/8, 1/8.
+_SYNTHETIC_STEPS = np.asarray([1, 1, 1, 1, 2, 2, 3, 5])
+_SYNTHETIC_SEED = 20
+
+
+class Tokens(Protocol):
+    """A stream of token ids: the documents of one split, each followed by the separator."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns the ids `[stop - start]` at these positions."""
+
+
+class Windows(Protocol):
+    """Windows by index. `fingerprint` changes with their content."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Returns int32 `[sequence_length + 1]`."""
+
+
+class MemoryTokens:
+    """A stream held as one array `[num_tokens]` of the tokenizer's dtype."""
+
+    def __init__(self, array: np.ndarray):
+        self._array = array
+        little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        self.fingerprint = hashlib.sha256(little_endian).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """See `Tokens.read`."""
+        return self._array[start:stop]
+
+
+class TokenWindows:
+    """Consecutive windows of a stream, overlapping in one token.
+
+    Window `i` holds the tokens `i*S ... i*S + S`, both included: the last token of a window, which
+    is only a target there, is the first input of the next one. So every token but the first of
+    the stream is predicted exactly once an epoch, up to fewer than S left over at the end. A
+    window may span several documents; the separator between them is predicted like any token.
+    """
+
+    def __init__(self, tokens: Tokens, sequence_length: int, split: str):
+        self._tokens = tokens
+        self._sequence_length = sequence_length
+        self.fingerprint = tokens.fingerprint
+        if len(tokens) < sequence_length + 1:
+            raise ValueError(
+                f"The {split} split holds {len(tokens)} tokens, one window of "
+                f"sequence_length={sequence_length} needs {sequence_length + 1}: lower "
+                "sequence_length, add text or change validation_fraction."
+            )
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self._sequence_length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = index * self._sequence_length
+        return self._tokens.read(start, start + self._sequence_length + 1).astype(np.int32)
+
+
+class SyntheticWindows:
+    """Independent samples of a Markov chain of order one.
+
+    The tokens stand on a ring in a fixed random order; from each token the chain goes 1, 2, 3 or 5
+    places on with probability 1/2, 1/4, 1/8, 1/8. A model that knows the chain reaches a
+    cross-entropy of 1.75 bits = 1.213 nats a token. Both splits speak the same language;
+    `validation_fraction` of the `SYNTHETIC_WINDOWS` windows are the validation split.
+    """
+
+    def __init__(self, config: DataConfig, split: str):
+        vocab_size = config.synthetic_vocab_size
+        self._sequence_length = config.sequence_length
+        self._ring = np.random.default_rng(_SYNTHETIC_SEED).permutation(vocab_size).astype(np.int32)
+        held_out = round(config.validation_fraction * SYNTHETIC_WINDOWS)
+        held_out = min(max(1, held_out), SYNTHETIC_WINDOWS - 1)
+        self._range = (
+            range(held_out) if split == "validation" else range(held_out, SYNTHETIC_WINDOWS)
+        )
+        self.fingerprint = f"synthetic-{vocab_size}-{held_out}"
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        generator = np.random.default_rng([_SYNTHETIC_SEED, self._range[index]])
+        start = generator.integers(len(self._ring))
+        draws = generator.integers(len(_SYNTHETIC_STEPS), size=self._sequence_length)
+        positions = np.concatenate([[start], start + np.cumsum(_SYNTHETIC_STEPS[draws])])
+        return self._ring[positions % len(self._ring)]
+
+
+def open_windows(config: DataConfig, split: str) -> Windows:
+    """Opens the source that `config` names.
+
+    Raises:
+      ValueError: anything wrong with the split, files, tokenizer or sequence length, before the
+        first batch is made.
+    """
+    check_split(split)
+    if config.source == "synthetic":
+        return SyntheticWindows(config, split)
+    if config.source == "array_record":
+        tokens = records.open_records(
+            config.path,
+            load_tokenizer(config.tokenizer),
+            validation_fraction=config.validation_fraction,
+            split=split,
+        )
+    else:
+        load_tokenizer(config.tokenizer)  # a wrong name fails before the files are listed
+        stdlib = config.source == "stdlib"
+        found = files.stdlib_files() if stdlib else files.glob_files(config.path)
+        chosen = files.split_files(
+            found, validation_fraction=config.validation_fraction, split=split
+        )
+        tokens = _encode_in_memory(chosen, config.tokenizer)
+    return TokenWindows(tokens, config.sequence_length, split)
+
+
+# Kept for one train and one validation split: a loop that makes a new validation iterator for each
+# evaluation must not tokenize again. `TextFile` carries size and time, so edited files are re-read.
+@functools.lru_cache(maxsize=2)
+def _encode_in_memory(chosen: tuple[TextFile, ...], tokenizer_name: str) -> MemoryTokens:
+    tokenizer = load_tokenizer(tokenizer_name)
+    # Bytes take a fraction of a second, a trained tokenizer minutes.
+    progress = tokenizer.identity != "byte"
+    return MemoryTokens(
+        np.concatenate(list(files.encode_files(chosen, tokenizer, progress=progress)))
+    )

@@ -1,0 +1,123 @@
+"""Tokenizers: bytes, or a Hugging Face `tokenizers` JSON file."""
+
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+# Tried in this order; what the common tokenizers call the end of a document.
+SEPARATORS = (
+    "<|endoftext|>",
+    "</s>",
+    "<eos>",
+    "<|end_of_text|>",
+    "<|eos|>",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001  (DeepSeek writes it with these characters)
+    "[EOS]",
+    "[SEP]",
+)
+
+
+class Tokenizer(Protocol):
+    """Turns documents into token ids.
+
+    Attributes:
+      identity: "byte", or a hash of the tokenizer file: equal identities give equal ids.
+      vocab_size: one more than the largest id.
+      separator: id that ends each document and that no document's own text encodes to.
+      dtype: the narrowest of uint8, uint16 and int32 that holds every id.
+    """
+
+    identity: str
+    vocab_size: int
+    separator: int
+    dtype: np.dtype
+
+    def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """Encodes UTF-8 documents into one array `[num_tokens]` of `dtype` each."""
+
+
+class ByteTokenizer:
+    """The UTF-8 bytes themselves; byte 0 (NUL) separates documents."""
+
+    identity = "byte"
+    vocab_size = 256
+    separator = 0
+    dtype = np.dtype(np.uint8)
+
+    def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """See `Tokenizer.encode`."""
+        return [np.frombuffer(document, np.uint8) for document in documents]
+
+
+class FileTokenizer:
+    """A tokenizer stored by the Hugging Face `tokenizers` library."""
+
+    def __init__(self, path: str):
+        # Imported here: bytes, the default, need no such library.
+        import tokenizers
+
+        content = pathlib.Path(path).read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        # The library raises bare Exception for a file that it cannot parse.
+        except Exception as error:
+            raise ValueError(f"{path} is not a tokenizers JSON file: {error}") from error
+        # A file may carry the length limits of the model that it was made for.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # A document that spells "<|endoftext|>" out must not end itself.
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        separator = next((token for token in SEPARATORS if token in vocabulary), None)
+        if separator is None:
+            raise ValueError(
+                f"{path} has no token that ends a document: add one of {', '.join(SEPARATORS)}."
+            )
+        self.identity = "sha256:" + hashlib.sha256(content).hexdigest()[:16]
+        # Ids may have holes, so counting the tokens is not enough.
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.separator = vocabulary[separator]
+        self.dtype = _narrowest_dtype(self.vocab_size)
+
+    def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """See `Tokenizer.encode`."""
+        texts = [document.decode() for document in documents]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Returns the tokenizer that `DataConfig.tokenizer` names.
+
+    Args:
+      name: "byte" or the path of a `tokenizers` JSON file.
+
+    Raises:
+      ValueError: no such file, not a tokenizer, or no separator token in it.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    if not os.path.isfile(name):
+        raise ValueError(
+            f"tokenizer={name!r} is no file: use 'byte' or the path of a tokenizers JSON file."
+        )
+    # The time of the last change is part of the key, so that an edited file is read again.
+    return _load_file(name, os.stat(name).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_file(path: str, modified_ns: int) -> FileTokenizer:
+    del modified_ns
+    return FileTokenizer(path)
+
+
+def _narrowest_dtype(vocab_size: int) -> np.dtype:
+    for dtype in (np.uint8, np.uint16):
+        if vocab_size - 1 <= np.iinfo(dtype).max:
+            return np.dtype(dtype)
+    return np.dtype(np.int32)
