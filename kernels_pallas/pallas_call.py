@@ -30,11 +30,15 @@ class TokenTiles:
     """Tokens of one grid step, and the wider window of coefficients around them.
 
     Coefficients have tokens on lanes, so their window is at least 128 tokens wide; a narrower block of
-    streams walks through it in `sub_steps` steps. The grid is (windows, sub_steps).
+    streams walks through it in `sub_steps` steps. The grid is (parts, windows of a part, sub_steps).
+
+    Kernels that sum over tokens ask for 2 parts and return a sum for each: v4 and v5p run a parallel grid
+    axis on two cores, which cannot share an accumulator, and the result stays the same on every chip.
     """
 
     num_tokens: int
     block: int
+    max_parts: int = 1
 
     def __post_init__(self):
         if self.block % MIN_TOKENS or (self.block % LANES and LANES % self.block):
@@ -53,25 +57,75 @@ class TokenTiles:
         return pl.cdiv(self.num_tokens, self.block)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        return pl.cdiv(self.num_tokens, self.window), self.sub_steps
+    def num_windows(self) -> int:
+        return pl.cdiv(self.num_tokens, self.window)
+
+    @property
+    def parts(self) -> int:
+        # Every part has at least one window of its own, else it would write a buffer it never filled.
+        return min(self.max_parts, self.num_windows)
+
+    @property
+    def windows_per_part(self) -> int:
+        return pl.cdiv(self.num_windows, self.parts)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.parts, self.windows_per_part, self.sub_steps
+
+    @property
+    def semantics(self) -> tuple[str, str, str]:
+        return "parallel", "arbitrary" if self.max_parts > 1 else "parallel", "arbitrary"
 
     def rows(self, width: int) -> pl.BlockSpec:
         """Block [block, width] of an array [T, width]."""
 
-        def index(window, step):
+        def index(part, window, step):
             # The last window may reach past the last block: stay on it, `in_range` skips the step.
-            return jnp.minimum(window * self.sub_steps + step, self.num_blocks - 1), 0
+            block = self._block_index(part, window, step)
+            return jnp.minimum(block, self.num_blocks - 1), 0
 
         return pl.BlockSpec((self.block, width), index)
 
     def columns(self, m: int) -> pl.BlockSpec:
         """Window [m, window] of an array [m, T]."""
-        return pl.BlockSpec((m, self.window), lambda window, step: (0, window))
+
+        def index(part, window, step):
+            del step
+            return 0, jnp.minimum(part * self.windows_per_part + window, self.num_windows - 1)
+
+        return pl.BlockSpec((m, self.window), index)
+
+    def whole(self, *shape: int) -> pl.BlockSpec:
+        """An array that every step reads whole: fetched once, one buffer."""
+        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape), pipeline_mode=pl.Buffered(1))
+
+    def sums(self, *shape: int) -> pl.BlockSpec:
+        """The accumulator of a part, of an array [parts, *shape]."""
+        return pl.BlockSpec((None, *shape), lambda part, *_: (part, *(0,) * len(shape)))
+
+    def _block_index(self, part, window, step):
+        return (part * self.windows_per_part + window) * self.sub_steps + step
+
+    def _this_block(self) -> jax.Array:
+        return self._block_index(pl.program_id(0), pl.program_id(1), pl.program_id(2))
+
+    def first_of_window(self) -> jax.Array:
+        return pl.program_id(2) == 0
+
+    def last_of_window(self) -> jax.Array:
+        return pl.program_id(2) == self.sub_steps - 1
+
+    def first_of_part(self) -> jax.Array:
+        return jnp.logical_and(pl.program_id(1) == 0, pl.program_id(2) == 0)
 
     def in_range(self) -> jax.Array:
         """Whether this grid step has tokens (inside a kernel)."""
-        return pl.program_id(0) * self.sub_steps + pl.program_id(1) < self.num_blocks
+        return self._this_block() < self.num_blocks
+
+    def window_rows(self) -> pl.Slice:
+        """The rows of this block within its window (inside a kernel)."""
+        return pl.ds(pl.multiple_of(pl.program_id(2) * self.block, self.block), self.block)
 
     def row_groups(self, body: Callable) -> None:
         """Decorator: runs `body` for each 16 rows of a block in range (inside a kernel).
@@ -85,11 +139,30 @@ class TokenTiles:
             @pl.loop(0, self.block // MIN_TOKENS)
             def _(group):
                 start = pl.multiple_of(group * MIN_TOKENS, MIN_TOKENS)
-                body(pl.ds(start, MIN_TOKENS), pl.ds(self.row_offset() + start, MIN_TOKENS))
+                offset = pl.multiple_of(pl.program_id(2) * self.block, self.block)
+                body(pl.ds(start, MIN_TOKENS), pl.ds(offset + start, MIN_TOKENS))
 
-    def row_offset(self) -> jax.Array:
-        """First row of this block within its window (inside a kernel)."""
-        return pl.multiple_of(pl.program_id(1) * self.block, self.block)
+    def zero_past_end(self, *refs) -> None:
+        """Zeroes the rows past the last token in blocks [block, width] of VMEM (inside a kernel).
+
+        What lies there is undefined, NaN included, and NaN * 0 would spoil a sum over tokens.
+        """
+        tail = self.num_tokens % self.block
+        if not tail:
+            return
+
+        @pl.when(self._this_block() == self.num_blocks - 1)
+        def _():
+            for ref in refs:
+                row = jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0)
+                value = ref[...].astype(jnp.float32)
+                ref[...] = jnp.where(row < tail, value, 0).astype(ref.dtype)
+
+    def window_mask(self) -> jax.Array:
+        """[1, window] bool: which tokens of this window exist (inside a kernel)."""
+        first = (pl.program_id(0) * self.windows_per_part + pl.program_id(1)) * self.window
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.window), 1)
+        return first + lane < self.num_tokens
 
 
 def tokens_per_block(bytes_per_token: int, *, most: int, fixed_bytes: int = 0, what: str) -> int:
@@ -122,7 +195,10 @@ def call(
     flops: int = 0,
     transcendentals: int = 0,
 ) -> list[jax.Array]:
-    """`pl.pallas_call` with our VMEM limit, a cost estimate, and outputs that vary over the mesh axes of the inputs."""
+    """`pl.pallas_call` with our VMEM limit and a cost estimate.
+
+    Under `shard_map` the outputs vary over every mesh axis that an input varies over.
+    """
     varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in args))
     axes = jax.sharding.ManualAxisType(varying=varying)
     # Under shard_map replicated operands (phi, bias) must be marked varying like the rest.

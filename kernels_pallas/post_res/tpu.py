@@ -37,10 +37,10 @@ def block_tokens(width: int, n: int, dtype) -> int:
     )
 
 
-def _load_coefficients(h_post_ref, h_res_ref, post_rows_ref, res_rows_ref):
+def _load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref):
     """Transposes the window of coefficients once for all its blocks."""
 
-    @pl.when(pl.program_id(1) == 0)
+    @pl.when(tiles.first_of_window())
     def _():
         pallas_call.store_rows(post_rows_ref, h_post_ref[...])
         pallas_call.store_rows(res_rows_ref, h_res_ref[...])
@@ -58,7 +58,7 @@ def _forward_kernel(
     x_ref, y_ref, h_post_ref, h_res_ref, out_ref, post_rows_ref, res_rows_ref, *, tiles, n
 ):
     width = y_ref.shape[-1]
-    _load_coefficients(h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
+    _load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
 
     @tiles.row_groups
     def _(rows, window_rows):
@@ -89,7 +89,7 @@ def _backward_kernel(
     n,
 ):
     width = y_ref.shape[-1]
-    _load_coefficients(h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
+    _load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
 
     @tiles.row_groups
     def _(rows, window_rows):
@@ -110,7 +110,7 @@ def _backward_kernel(
                     dh[n + i * n + j].add(g[i] * x[j])
         dh_rows_ref[window_rows, :] = pallas_call.lane_columns([d.total() for d in dh], LANES)
 
-    @pl.when(pl.program_id(1) == tiles.sub_steps - 1)
+    @pl.when(tiles.last_of_window())
     def _():
         dh = dh_rows_ref[...].T
         dh_post_ref[...] = dh[:n]
@@ -153,7 +153,7 @@ def forward(
         ],
         out_specs=[tiles.rows(x.shape[1])],
         out_shapes=[(x.shape, x.dtype)],
-        semantics=("parallel", "arbitrary"),
+        semantics=tiles.semantics,
         scratch_shapes=_rows_scratch(tiles, 2),
         flops=2 * (n + 1) * x.size,
     )
@@ -189,7 +189,7 @@ def backward(
             (h_post.shape, h_post.dtype),
             (h_res.shape, h_res.dtype),
         ],
-        semantics=("parallel", "arbitrary"),
+        semantics=tiles.semantics,
         scratch_shapes=_rows_scratch(tiles, 3),
         flops=4 * (n + 1) * x.size,
     )

@@ -36,17 +36,17 @@ def block_tokens(width: int, n: int, dtype) -> int:
     )
 
 
-def _load_coefficients(h_ref, h_rows_ref):
+def _load_coefficients(tiles, h_ref, h_rows_ref):
     """Transposes the window of coefficients once for all its blocks."""
 
-    @pl.when(pl.program_id(1) == 0)
+    @pl.when(tiles.first_of_window())
     def _():
         pallas_call.store_rows(h_rows_ref, h_ref[...])
 
 
 def _forward_kernel(x_ref, h_ref, out_ref, h_rows_ref, *, tiles, n):
     width = out_ref.shape[-1]
-    _load_coefficients(h_ref, h_rows_ref)
+    _load_coefficients(tiles, h_ref, h_rows_ref)
 
     @tiles.row_groups
     def _(rows, window_rows):
@@ -59,7 +59,7 @@ def _forward_kernel(x_ref, h_ref, out_ref, h_rows_ref, *, tiles, n):
 
 def _backward_kernel(x_ref, h_ref, dy_ref, dx_ref, dh_ref, h_rows_ref, dh_rows_ref, *, tiles, n):
     width = dy_ref.shape[-1]
-    _load_coefficients(h_ref, h_rows_ref)
+    _load_coefficients(tiles, h_ref, h_rows_ref)
 
     @tiles.row_groups
     def _(rows, window_rows):
@@ -73,7 +73,7 @@ def _backward_kernel(x_ref, h_ref, dy_ref, dx_ref, dh_ref, h_rows_ref, dh_rows_r
                 dh[i].add(x_ref[rows, columns].astype(jnp.float32) * dy)
         dh_rows_ref[window_rows, :] = pallas_call.lane_columns([d.total() for d in dh], LANES)
 
-    @pl.when(pl.program_id(1) == tiles.sub_steps - 1)
+    @pl.when(tiles.last_of_window())
     def _():
         dh_ref[...] = dh_rows_ref[...].T[:n]
 
@@ -95,7 +95,7 @@ def forward(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
         in_specs=[tiles.rows(x.shape[1]), tiles.columns(n)],
         out_specs=[tiles.rows(width)],
         out_shapes=[((num_tokens, width), x.dtype)],
-        semantics=("parallel", "arbitrary"),
+        semantics=tiles.semantics,
         scratch_shapes=[pltpu.VMEM((tiles.window, LANES), jnp.float32)],
         flops=2 * x.size,
     )
@@ -121,7 +121,7 @@ def backward(
         in_specs=[row, tiles.columns(n), tiles.rows(dy.shape[1])],
         out_specs=[row, tiles.columns(n)],
         out_shapes=[(x.shape, x.dtype), (h.shape, h.dtype)],
-        semantics=("parallel", "arbitrary"),
+        semantics=tiles.semantics,
         scratch_shapes=[pltpu.VMEM((tiles.window, LANES), jnp.float32)] * 2,
         flops=4 * x.size,
     )

@@ -1,0 +1,211 @@
+"""Projection and norm on TPU: one pass over whole rows, forward (4C at n = 4) and backward (8C, dx and dphi).
+
+Which operand stays in the MXU decides the time. phi has 24 columns, so a product with phi latched would stream
+every row of x through a unit that is 24/128 full: 4114 bundles for 256 tokens of C = 2560 on a v5p. With x
+latched only the 64 rows of phi's bfloat16 pair stream past it: 2311, against 7457 clocks for reading x. The
+result, s^T with tokens on lanes, is also the layout that we want. dphi^T = ds^T x works the same way.
+
+bfloat16 streams meet phi and ds as exact pairs high, low (see `split_bf16`), each padded to whole tiles of 16
+rows; dx contracts the four combinations at once, 128 terms deep at n = 4: one pass of the MXU.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import pallas_call
+from kernels_pallas.pallas_call import LANES, TokenTiles
+from kernels_pallas.precision import split_bf16
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+# Columns of x between two additions to the accumulators; bounds the registers that a product occupies.
+CHUNK = 1024
+
+
+def check(streams, phi, r=None, ds=None, dr=None, *, norm_eps=None):
+    """Raises NotImplementedError for a dtype, a number of columns or a width that the kernels do not take."""
+    if streams.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"streams are {streams.dtype}: kernels take bfloat16 and float32")
+    if phi.shape[1] >= LANES:
+        raise NotImplementedError(
+            f"phi has {phi.shape[1]} columns: kernels take at most {LANES - 1}"
+        )
+    block_tokens(*phi.shape, streams.dtype, backward=ds is not None)
+
+
+def block_tokens(width: int, m: int, dtype, *, backward: bool) -> int:
+    """Tokens a grid step. phi stays in VMEM, and so does dphi in the backward.
+
+    128 tokens are a full side of the MXU for the latched x (v6e and TPU7x have 256, but the forward needs
+    only a third of the memory time there). Few tokens a step also shorten the first, exposed fetch.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    rows = _pair_rows(m) if dtype == jnp.bfloat16 else m
+    fixed = rows * width * itemsize + (2 * m * width * 4 if backward else 0)
+    return pallas_call.tokens_per_block(
+        width * itemsize * (2 if backward else 1),
+        most=LANES,
+        fixed_bytes=fixed,
+        what=f"projection of rows of {width} to {m} columns",
+    )
+
+
+def _pair_rows(m: int) -> int:
+    return 2 * _padded(m)
+
+
+def _padded(m: int) -> int:
+    return pl.cdiv(m, 16) * 16
+
+
+def _phi_operand(phi: jax.Array, dtype) -> jax.Array:
+    """phi^T, for bfloat16 streams as rows high (padded to tiles of 16), low (padded)."""
+    if dtype == jnp.float32:
+        return phi.T
+    padding = ((0, _padded(phi.shape[1]) - phi.shape[1]), (0, 0))
+    return jnp.concatenate([jnp.pad(half.T, padding) for half in split_bf16(phi)], axis=0)
+
+
+def _split_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """TF32-rounded [m, tokens] -> bfloat16-valued float32 (high, low), rows padded to tiles of 16.
+
+    High keeps the upper half of the bits: x has 11 significant ones, the 3 below fit into low.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    high = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    padding = _padded(x.shape[0]) - x.shape[0]
+    zeros = [jnp.zeros((padding, x.shape[1]), x.dtype)] if padding else []
+    return tuple(jnp.concatenate([half, *zeros], axis=0) for half in (high, x - high))
+
+
+def _dot(a, b, contract):
+    precision = _HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _halves(x: jax.Array, m: int, dtype) -> jax.Array:
+    """Adds the products with high and low: [2 * padded m, ...] -> [m, ...]."""
+    return x if dtype == jnp.float32 else x[:m] + x[_padded(m) : _padded(m) + m]
+
+
+def _forward_kernel(x_ref, phi_ref, s_ref, r_ref, rows_ref, *, tiles, norm_eps):
+    """`rows_ref` [window, 128] collects a token's s on lanes 0 ... m-1 and its sum of squares on lane m."""
+    width, m = x_ref.shape[1], s_ref.shape[0]
+
+    @pl.when(tiles.in_range())
+    def _():
+        products = squares = None
+        sums = pallas_call.LaneSums()
+        for c, size in pallas_call.column_chunks(width, CHUNK):
+            x = x_ref[:, pl.ds(c, size)]
+            product = _dot(phi_ref[:, pl.ds(c, size)], x, ((1,), (1,)))
+            products = product if products is None else products + product
+            squares = x.astype(jnp.float32)
+            sums.add(squares * squares)
+        rows = tiles.window_rows()
+        rows_ref[rows, :m] = _halves(products, m, x_ref.dtype).T
+        rows_ref[rows, m : m + 1] = sums.total()
+
+    @pl.when(tiles.last_of_window())
+    def _():
+        columns = rows_ref[...].T
+        s_ref[...] = columns[:m]
+        r_ref[...] = jnp.sqrt(columns[m : m + 1] / width + norm_eps)
+
+
+def _backward_kernel(
+    x_ref, phi_ref, ds_ref, scale_ref, dx_ref, dphi_ref, ds_rows_ref, scale_rows_ref, *, tiles
+):
+    """`ds_rows_ref` [window, 128 or more] holds ds, `scale_rows_ref` dr / (K r), a token a row."""
+    m = ds_ref.shape[0]
+
+    @pl.when(tiles.first_of_part())
+    def _():
+        dphi_ref[...] = jnp.zeros_like(dphi_ref)
+
+    @pl.when(tiles.first_of_window())
+    def _():
+        ds = jnp.where(tiles.window_mask(), ds_ref[...], 0)
+        pallas_call.store_rows(ds_rows_ref, ds)
+        pallas_call.store_rows(scale_rows_ref, scale_ref[...])
+
+    @pl.when(tiles.in_range())
+    def _():
+        tiles.zero_past_end(x_ref)
+        rows = tiles.window_rows()
+        scale = scale_rows_ref[rows, :1]
+        ds = ds_rows_ref[rows, :].T[:m]
+        if x_ref.dtype == jnp.bfloat16:
+            high, low = _split_rows(ds)
+            left = jnp.concatenate([high, low], axis=0).astype(jnp.bfloat16)
+            # The four combinations of high and low, contracted at once with phi's high, high, low, low.
+            right = jnp.concatenate([high, low, high, low], axis=0).T.astype(jnp.bfloat16)
+        else:
+            left, right = ds, ds.T
+        for c, size in pallas_call.column_chunks(x_ref.shape[1], CHUNK):
+            columns = pl.ds(c, size)
+            x, phi = x_ref[:, columns], phi_ref[:, columns]
+            dphi_ref[:, columns] += _halves(_dot(left, x, ((1,), (0,))), m, x_ref.dtype)
+            if x_ref.dtype == jnp.bfloat16:
+                high, low = phi[: _padded(m)], phi[_padded(m) :]
+                phi = jnp.concatenate([high, high, low, low], axis=0)
+            dx = _dot(right, phi, ((1,), (0,))) + scale * x.astype(jnp.float32)
+            dx_ref[:, columns] = dx.astype(dx_ref.dtype)
+
+
+def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax.Array, jax.Array]:
+    """[..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
+    width, m = phi.shape
+    lead = streams.shape[:-1]
+    x = pallas_call.flat_tokens(streams)
+    num_tokens = x.shape[0]
+    if not num_tokens:
+        return jnp.zeros((*lead, m), phi.dtype), jnp.zeros(lead, phi.dtype)
+    operand = _phi_operand(phi, x.dtype)
+    tiles = TokenTiles(num_tokens, block_tokens(width, m, x.dtype, backward=False))
+    s, r = pallas_call.call(
+        functools.partial(_forward_kernel, tiles=tiles, norm_eps=norm_eps),
+        *(x, operand),
+        name="mhc_projection_forward",
+        grid=tiles.grid,
+        in_specs=[tiles.rows(width), tiles.whole(*operand.shape)],
+        out_specs=[tiles.columns(m), tiles.columns(1)],
+        out_shapes=[((m, num_tokens), phi.dtype), ((1, num_tokens), phi.dtype)],
+        semantics=tiles.semantics,
+        scratch_shapes=[pltpu.VMEM((tiles.window, LANES), jnp.float32)],
+        flops=2 * m * x.size,
+    )
+    return pallas_call.tokens_first(s, lead, (m,)), r.reshape(lead)
+
+
+def backward(
+    streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
+    width, m = phi.shape
+    x = pallas_call.flat_tokens(streams)
+    num_tokens = x.shape[0]
+    if not num_tokens:
+        return streams, jnp.zeros_like(phi)
+    operand = _phi_operand(phi, x.dtype)
+    scale = (dr / (width * r)).reshape(1, num_tokens)
+    tiles = TokenTiles(num_tokens, block_tokens(width, m, x.dtype, backward=True), max_parts=2)
+    row = tiles.rows(width)
+    dx, dphi = pallas_call.call(
+        functools.partial(_backward_kernel, tiles=tiles),
+        *(x, operand, pallas_call.tokens_last(ds), scale),
+        name="mhc_projection_backward",
+        grid=tiles.grid,
+        in_specs=[row, tiles.whole(*operand.shape), tiles.columns(m), tiles.columns(1)],
+        out_specs=[row, tiles.sums(m, width)],
+        out_shapes=[(x.shape, x.dtype), ((tiles.parts, m, width), phi.dtype)],
+        semantics=tiles.semantics,
+        scratch_shapes=[pltpu.VMEM((tiles.window, LANES), jnp.float32)] * 2,
+        flops=4 * m * x.size,
+    )
+    return dx.reshape(streams.shape), dphi.sum(axis=0).T
