@@ -1,0 +1,282 @@
+"""Coefficients from the projection in Triton: a few floats a token, one thread a row of h_res.
+
+Both kernels also serve the fused operations: the forward can begin with the partial sums of a projection
+that was split over K, and the backward can end with the operands of the projection's backward.
+"""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from kernels_pallas import triton_call
+from kernels_pallas.sinkhorn import gpu as sinkhorn
+from kernels_pallas.triton_call import Launch, struct
+from kernels_pallas.triton_math import round_tf32
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _load(ptr, offsets, mask, stride, SPLITS: tl.constexpr):
+    """Sum of SPLITS arrays that lie `stride` elements apart."""
+    total = tl.load(ptr + offsets, mask=mask, other=0.0)
+    for k in tl.static_range(1, SPLITS):
+        total += tl.load(ptr + k * stride + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def _gates(t, T, N: tl.constexpr, TOKENS: tl.constexpr):
+    """Token index, entry and mask of a tile [TOKENS, N]."""
+    rows = t[:, None]
+    return rows.to(tl.int64), tl.arange(0, N)[None, :], tl.broadcast_to(rows < T, (TOKENS, N))
+
+
+@triton.jit
+def _matrices(t, T, N: tl.constexpr, TOKENS: tl.constexpr):
+    """Token index, entry and mask of a tile [TOKENS, N, N]."""
+    rows = t[:, None, None]
+    entries = tl.arange(0, N)[None, :, None] * N + tl.arange(0, N)[None, None, :]
+    return rows.to(tl.int64), entries, tl.broadcast_to(rows < T, (TOKENS, N, N))
+
+
+@triton.jit
+def _root_mean_square(
+    r_ptr, rows, mask, stride, K: tl.constexpr, eps: tl.constexpr, LD: tl.constexpr, SPLITS: tl.constexpr
+):
+    """r of the rows: given if K == 0, else from the sums of squares behind the columns of s."""
+    if K == 0:
+        return tl.load(r_ptr + rows, mask=mask, other=1.0)
+    squares = _load(r_ptr, rows * LD, mask, stride, SPLITS)
+    return tl.sqrt(tl.where(mask, squares, 1.0) / K + eps)
+
+
+@triton.jit
+def mappings_kernel(
+    s_ptr,
+    r_ptr,
+    bias_ptr,
+    alpha_ptr,
+    T,
+    pre_ptr,
+    post_ptr,
+    res_ptr,
+    s_out_ptr,
+    r_out_ptr,
+    N: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NUM_ITERATIONS: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    LD: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """h_pre, h_post, h_res of TOKENS tokens.
+
+    K == 0: from s [T, LD] and r [T]. Else from SPLITS partial sums [SPLITS, T, LD] of a projection over K
+    columns, whose column N*N+2N (where r_ptr points) sums the squares; s and r are then written too.
+    """
+    M: tl.constexpr = N * N + 2 * N
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    stride = T.to(tl.int64) * LD
+    rows, i, mask = _gates(t, T, N, TOKENS)
+    r = _root_mean_square(r_ptr, rows, rows < T, stride, K, EPS, LD, SPLITS)
+    pre = _load(s_ptr, rows * LD + i, mask, stride, SPLITS)
+    post = _load(s_ptr + N, rows * LD + i, mask, stride, SPLITS)
+    h = pre / r * tl.load(alpha_ptr) + tl.load(bias_ptr + i)
+    tl.store(pre_ptr + rows * N + i, _sigmoid(h), mask=mask)
+    h = post / r * tl.load(alpha_ptr + 1) + tl.load(bias_ptr + N + i)
+    tl.store(post_ptr + rows * N + i, 2.0 * _sigmoid(h), mask=mask)
+    if K:
+        tl.store(r_out_ptr + rows, r, mask=rows < T)
+        tl.store(s_out_ptr + rows * M + i, pre, mask=mask)
+        tl.store(s_out_ptr + rows * M + N + i, post, mask=mask)
+
+    rows, ij, mask = _matrices(t, T, N, TOKENS)
+    r = _root_mean_square(r_ptr, rows, rows < T, stride, K, EPS, LD, SPLITS)
+    res = _load(s_ptr + 2 * N, rows * LD + ij, mask, stride, SPLITS)
+    if K:
+        tl.store(s_out_ptr + rows * M + 2 * N + ij, res, mask=mask)
+    logits = res / r * tl.load(alpha_ptr + 2) + tl.load(bias_ptr + 2 * N + ij)
+    res = sinkhorn.project(logits, None, NUM_ITERATIONS)
+    tl.store(res_ptr + rows * (N * N) + ij, res, mask=mask)
+
+
+@triton.jit
+def _gate_backward(
+    s_ptr, r, bias_ptr, alpha_ptr, d_ptr, ds_ptr, sums_ptr, rows, i, mask, scale, N: tl.constexpr, ROUND: tl.constexpr
+):
+    """Backward of N gates scale * sigmoid: writes ds and their sums; returns sum(d_normed * normed)."""
+    M: tl.constexpr = N * N + 2 * N
+    normed = tl.load(s_ptr + rows * M + i, mask=mask, other=0.0) / r
+    alpha = tl.load(alpha_ptr)
+    gate = _sigmoid(normed * alpha + tl.load(bias_ptr + i))
+    d = tl.load(d_ptr + rows * N + i, mask=mask, other=0.0) * scale * gate * (1.0 - gate)
+    ds = d * alpha / r
+    if ROUND:
+        ds = round_tf32(ds)
+    tl.store(ds_ptr + rows * M + i, ds, mask=mask)
+    at = tl.arange(0, N)
+    tl.store(sums_ptr + at, tl.sum(d, axis=0))
+    tl.store(sums_ptr + M + at, tl.sum(d * normed, axis=0))
+    return tl.sum(d * alpha * normed, axis=1)
+
+
+@triton.jit
+def mappings_backward_kernel(
+    s_ptr,
+    r_ptr,
+    bias_ptr,
+    alpha_ptr,
+    dpre_ptr,
+    dpost_ptr,
+    dres_ptr,
+    T,
+    ds_ptr,
+    dr_ptr,
+    sums_ptr,
+    N: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NUM_ITERATIONS: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """ds, dr, and the program's sums [2, M] over its tokens of dh and of dh * s / r."""
+    M: tl.constexpr = N * N + 2 * N
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    sums_ptr += tl.program_id(0) * 2 * M
+    rows, i, mask = _gates(t, T, N, TOKENS)
+    r = tl.load(r_ptr + rows, mask=rows < T, other=1.0)
+    total = _gate_backward(
+        s_ptr, r, bias_ptr, alpha_ptr, dpre_ptr, ds_ptr, sums_ptr, rows, i, mask, 1.0, N, ROUND
+    )
+    total += _gate_backward(
+        s_ptr + N,
+        r,
+        bias_ptr + N,
+        alpha_ptr + 1,
+        dpost_ptr,
+        ds_ptr + N,
+        sums_ptr + N,
+        rows,
+        i,
+        mask,
+        2.0,
+        N,
+        ROUND,
+    )
+
+    rows, ij, mask = _matrices(t, T, N, TOKENS)
+    r = tl.load(r_ptr + rows, mask=rows < T, other=1.0)
+    normed = tl.load(s_ptr + 2 * N + rows * M + ij, mask=mask, other=0.0) / r
+    alpha = tl.load(alpha_ptr + 2)
+    d = tl.load(dres_ptr + rows * (N * N) + ij, mask=mask, other=0.0)
+    logits = normed * alpha + tl.load(bias_ptr + 2 * N + ij)
+    d = sinkhorn.project_backward(logits, d, None, NUM_ITERATIONS)
+    ds = d * alpha / r
+    if ROUND:
+        ds = round_tf32(ds)
+    tl.store(ds_ptr + 2 * N + rows * M + ij, ds, mask=mask)
+    ij1 = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(sums_ptr + 2 * N + ij1, tl.sum(d, axis=0))
+    tl.store(sums_ptr + M + 2 * N + ij1, tl.sum(d * normed, axis=0))
+    total += tl.sum(tl.sum(d * alpha * normed, axis=2), axis=1)
+    r = tl.load(r_ptr + t, mask=t < T, other=1.0)
+    tl.store(dr_ptr + t, -total / r, mask=t < T)
+
+
+def forward_launch(T: int, n: int, num_iterations: int, *, K=0, eps=0.0, splits=1, stride=0) -> Launch:
+    """The launch from s and r, or (K > 0) from partial sums [splits, T, stride]."""
+    m = n * n + 2 * n
+    tokens = sinkhorn.tokens_per_program(n)
+    return Launch(
+        kernel=mappings_kernel,
+        grid=(triton_call.cdiv(T, tokens),),
+        outputs=(
+            struct((T, n)),
+            struct((T, n)),
+            struct((T, n, n)),
+            struct((T, m) if K else (1,)),
+            struct((T,) if K else (1,)),
+        ),
+        constants={
+            "N": n,
+            "TOKENS": tokens,
+            "NUM_ITERATIONS": num_iterations,
+            "K": K,
+            "EPS": eps,
+            "LD": stride or m,
+            "SPLITS": splits,
+        },
+        num_warps=1,
+    )
+
+
+def backward_launch(T: int, n: int, num_iterations: int, *, round_ds: bool = False) -> Launch:
+    """The launch of the backward; `round_ds` rounds ds to TF32 as the projection's backward wants it."""
+    m = n * n + 2 * n
+    tokens = sinkhorn.tokens_per_program(n)
+    programs = triton_call.cdiv(T, tokens)
+    return Launch(
+        kernel=mappings_backward_kernel,
+        grid=(programs,),
+        outputs=(struct((T, m)), struct((T,)), struct((programs, 2, m))),
+        constants={
+            "N": n,
+            "TOKENS": tokens,
+            "NUM_ITERATIONS": num_iterations,
+            "ROUND": round_ds,
+        },
+        num_warps=1,
+    )
+
+
+def parameter_gradients(sums: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """Second stage of the reduction: sums of the programs [P, 2, m] -> dbias [m], dalpha [3]."""
+    dbias, dalpha = sums.sum(0)
+    return dbias, jnp.stack([part.sum() for part in jnp.split(dalpha, (n, 2 * n))])
+
+
+def check(s: jax.Array, *_, n: int, num_iterations: int) -> None:
+    """Raises NotImplementedError for n other than 2, 4, 8, for float64 or too many iterations."""
+    triton_call.check_n(n)
+    if s.dtype != jnp.float32:
+        raise NotImplementedError(f"{s.dtype} coefficients: the Triton kernels take float32")
+    sinkhorn.check_iterations(num_iterations)
+
+
+def forward(
+    s: jax.Array, r: jax.Array, bias: jax.Array, alpha: jax.Array, *, n: int, num_iterations: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
+    shapes = ((*r.shape, n), (*r.shape, n), (*r.shape, n, n))
+    T = triton_call.num_tokens(r.shape)
+    if not T:
+        return triton_call.empty_like(*((shape, s.dtype) for shape in shapes))
+    outputs = forward_launch(T, n, num_iterations)(s, r, bias, alpha, T)
+    return tuple(out.reshape(shape) for out, shape in zip(outputs, shapes))
+
+
+def backward(
+    s: jax.Array,
+    r: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    dh_pre: jax.Array,
+    dh_post: jax.Array,
+    dh_res: jax.Array,
+    *,
+    n: int,
+    num_iterations: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
+    T = triton_call.num_tokens(r.shape)
+    if not T:
+        return s, r, jnp.zeros_like(bias), jnp.zeros_like(alpha)
+    ds, dr, sums = backward_launch(T, n, num_iterations)(
+        s, r, bias, alpha, dh_pre, dh_post, dh_res, T
+    )
+    return ds.reshape(s.shape), dr.reshape(r.shape), *parameter_gradients(sums, n)

@@ -1,0 +1,171 @@
+"""F_post,res in Triton: one program a token, its coefficients in scalars, streams read and written once."""
+
+import jax
+import triton
+import triton.language as tl
+
+from kernels_pallas import triton_call
+from kernels_pallas.triton_call import Launch, struct
+from kernels_pallas.triton_math import columns, load, store
+
+
+@triton.jit
+def post_res_kernel(
+    x_ptr,
+    y_ptr,
+    post_ptr,
+    res_ptr,
+    out_ptr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    VEC: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """out_i = sum_j h_res[i, j] x_j + h_post[i] y for ROWS*VEC columns of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = columns(tl.program_id(1) * ROWS * VEC, ROWS, VEC)
+    x_ptr += token * N * C
+    out_ptr += token * N * C
+    y = load(y_ptr + token * C, cols, C, EVEN)
+    x = ()
+    for j in tl.static_range(N):
+        x = x + (load(x_ptr + j * C, cols, C, EVEN),)
+    for i in tl.static_range(N):
+        acc = tl.load(res_ptr + token * N * N + i * N) * x[0]
+        for j in tl.static_range(1, N):
+            acc += tl.load(res_ptr + token * N * N + i * N + j) * x[j]
+        acc += tl.load(post_ptr + token * N + i) * y
+        store(out_ptr + i * C, cols, acc, C, EVEN)
+
+
+@triton.jit
+def post_res_backward_kernel(
+    x_ptr,
+    y_ptr,
+    post_ptr,
+    res_ptr,
+    g_ptr,
+    dx_ptr,
+    dy_ptr,
+    dpost_ptr,
+    dres_ptr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    VEC: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """All four cotangents of one token in one pass over its row (14C at n = 4)."""
+    token = tl.program_id(0).to(tl.int64)
+    x_ptr += token * N * C
+    g_ptr += token * N * C
+    dx_ptr += token * N * C
+    # The N*N + N sums over columns: [ROWS] partial sums each, inside the thread until the end.
+    sums = ()
+    for _ in tl.static_range(N * N + N):
+        sums = sums + (tl.zeros((ROWS,), tl.float32),)
+    for start in range(0, C, ROWS * VEC):
+        cols = columns(start, ROWS, VEC)
+        y = load(y_ptr + token * C, cols, C, EVEN)
+        x = ()
+        g = ()
+        for j in tl.static_range(N):
+            x = x + (load(x_ptr + j * C, cols, C, EVEN),)
+            g = g + (load(g_ptr + j * C, cols, C, EVEN),)
+        new = ()
+        dy = tl.zeros((ROWS, VEC), tl.float32)
+        for i in tl.static_range(N):
+            for j in tl.static_range(N):
+                new = new + (sums[i * N + j] + tl.sum(g[i] * x[j], axis=1),)
+            dy += tl.load(post_ptr + token * N + i) * g[i]
+        for i in tl.static_range(N):
+            new = new + (sums[N * N + i] + tl.sum(g[i] * y, axis=1),)
+        sums = new
+        store(dy_ptr + token * C, cols, dy, C, EVEN)
+        for j in tl.static_range(N):
+            acc = tl.load(res_ptr + token * N * N + j) * g[0]
+            for i in tl.static_range(1, N):
+                acc += tl.load(res_ptr + token * N * N + i * N + j) * g[i]
+            store(dx_ptr + j * C, cols, acc, C, EVEN)
+    for k in tl.static_range(N * N):
+        tl.store(dres_ptr + token * N * N + k, tl.sum(sums[k], axis=0))
+    for i in tl.static_range(N):
+        tl.store(dpost_ptr + token * N + i, tl.sum(sums[N * N + i], axis=0))
+
+
+def _forward_blocks(C: int, n: int, itemsize: int) -> dict:
+    vec = 16 // itemsize
+    rows = min(64, triton_call.next_power_of_2(triton_call.cdiv(C, vec)))
+    return {"ROWS": rows, "VEC": vec, "EVEN": C % (rows * vec) == 0}
+
+
+def _backward_blocks(C: int, n: int, itemsize: int) -> dict:
+    # One warp a token: the sums end in shuffles, no shared memory, no barrier.
+    vec = 16 // itemsize
+    return {"ROWS": 32, "VEC": vec, "EVEN": C % (32 * vec) == 0}
+
+
+def forward_launch(T: int, C: int, n: int, dtype) -> Launch:
+    """The launch for x [T, n*C], y [T, C], h_post [T, n], h_res [T, n, n]."""
+    blocks = _forward_blocks(C, n, dtype.itemsize)
+    return Launch(
+        kernel=post_res_kernel,
+        grid=(T, triton_call.cdiv(C, blocks["ROWS"] * blocks["VEC"])),
+        outputs=(struct((T, n * C), dtype),),
+        constants={"C": C, "N": n, **blocks},
+        num_warps=max(1, blocks["ROWS"] // 32),
+    )
+
+
+def backward_launch(T: int, C: int, n: int, dtype) -> Launch:
+    """The launch for x, y, h_post, h_res as above and g [T, n*C]."""
+    return Launch(
+        kernel=post_res_backward_kernel,
+        grid=(T,),
+        outputs=(
+            struct((T, n * C), dtype),
+            struct((T, C), dtype),
+            struct((T, n)),
+            struct((T, n, n)),
+        ),
+        constants={"C": C, "N": n, **_backward_blocks(C, n, dtype.itemsize)},
+        num_warps=1,
+    )
+
+
+def check(streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, *_) -> None:
+    """Raises NotImplementedError for n other than 2, 4, 8 and for float64."""
+    triton_call.check_n(h_post.shape[-1])
+    triton_call.check_streams_dtype(streams.dtype)
+
+
+def forward(
+    streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, h_res: jax.Array
+) -> jax.Array:
+    """[..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C]."""
+    *lead, C = layer_output.shape
+    n, T = h_post.shape[-1], triton_call.num_tokens(lead)
+    if not T:
+        return streams
+    (out,) = forward_launch(T, C, n, streams.dtype)(streams, layer_output, h_post, h_res)
+    return out.reshape(streams.shape)
+
+
+def backward(
+    streams: jax.Array,
+    layer_output: jax.Array,
+    h_post: jax.Array,
+    h_res: jax.Array,
+    d_streams: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Cotangents (dx [..., n*C], dy [..., C], dh_post [..., n], dh_res [..., n, n])."""
+    *lead, C = layer_output.shape
+    n, T = h_post.shape[-1], triton_call.num_tokens(lead)
+    if not T:
+        return streams, layer_output, h_post, h_res
+    outputs = backward_launch(T, C, n, streams.dtype)(
+        streams, layer_output, h_post, h_res, d_streams
+    )
+    shapes = (streams.shape, layer_output.shape, h_post.shape, h_res.shape)
+    return tuple(out.reshape(shape) for out, shape in zip(outputs, shapes))

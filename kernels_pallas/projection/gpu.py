@@ -1,0 +1,320 @@
+"""Projection in Triton: streams read once in tiles of tokens x K columns, both directions.
+
+Forward: programs own tokens (and a share of K where that fills the card); phi is laid out as exact
+bfloat16 terms side by side, so that one tensor-core product gives both halves. Backward: programs own K
+columns and walk over tokens; the sum for dphi stays in registers, dx leaves tile by tile. The same
+backward kernel adds what the fused operations know: a cotangent that has already arrived for the
+streams, and the layer input's share.
+"""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from kernels_pallas import triton_call
+from kernels_pallas.precision import split_bf16
+from kernels_pallas.triton_call import Launch, cdiv, struct
+from kernels_pallas.triton_math import cast, dot, dot_tf32
+
+# The card that block counts are fitted to; an H200 has 132 multiprocessors.
+_MULTIPROCESSORS = 132
+
+
+@triton.jit
+def projection_kernel(
+    x_ptr,
+    phi_ptr,
+    T,
+    out_ptr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    K_SPLIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    VEC: tl.constexpr,
+    PAIR: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Partial sums [T, MP] of x phi over K_SPLIT columns, and of x*x in column M."""
+    WIDTH: tl.constexpr = 2 * MP if PAIR else MP
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    begin = tl.program_id(1) * K_SPLIT
+    x_rows = x_ptr + t.to(tl.int64)[:, None] * K
+    acc = tl.zeros((BLOCK_T, WIDTH), tl.float32)
+    squares = tl.zeros((BLOCK_T, BLOCK_K // VEC), tl.float32)
+    for step in tl.range(0, K_SPLIT // BLOCK_K, num_stages=STAGES):
+        cols = begin + step * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = t[:, None] < T
+        if not EVEN:
+            mask = mask & (cols[None, :] < K)
+        x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0)
+        at = cols[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        # phi's padded rows and columns are zeros in memory.
+        phi = tl.load(phi_ptr + at)
+        acc = dot(x, phi, acc)
+        x = x.to(tl.float32)
+        squares += tl.sum(tl.reshape(x * x, (BLOCK_T, BLOCK_K // VEC, VEC)), axis=2)
+    if PAIR:
+        acc = tl.sum(tl.reshape(acc, (BLOCK_T, 2, MP)), axis=1)
+    m = tl.arange(0, MP)[None, :]
+    acc = tl.where(m == M, tl.sum(squares, axis=1)[:, None], acc)
+    row = tl.program_id(1).to(tl.int64) * T + t
+    tl.store(out_ptr + row[:, None] * MP + m, acc, mask=t[:, None] < T)
+
+
+@triton.jit
+def finish_kernel(
+    parts_ptr,
+    T,
+    s_ptr,
+    r_ptr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Second stage: s and r from the partial sums [SPLITS, T, MP]."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m = tl.arange(0, MP)[None, :]
+    mask = tl.broadcast_to(t[:, None] < T, (BLOCK_T, MP))
+    total = tl.zeros((BLOCK_T, MP), tl.float32)
+    for k in tl.static_range(SPLITS):
+        row = (t + k * T).to(tl.int64)[:, None]
+        total += tl.load(parts_ptr + row * MP + m, mask=mask, other=0.0)
+    tl.store(s_ptr + t.to(tl.int64)[:, None] * M + m, total, mask=mask & (m < M))
+    squares = tl.sum(tl.where(m == M, total, 0.0), axis=1)
+    tl.store(r_ptr + t, tl.sqrt(squares / K + EPS), mask=t < T)
+
+
+@triton.jit
+def projection_backward_kernel(
+    x_ptr,
+    phi_ptr,
+    r_ptr,
+    ds_ptr,
+    dr_ptr,
+    dx_in_ptr,
+    d_ptr,
+    pre_ptr,
+    T,
+    dx_ptr,
+    dphi_ptr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PAIR: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dx and dphi for BLOCK_K columns of one stream, over TILES tiles of BLOCK_T tokens.
+
+    dx = ds phi^T + x dr / (K r), with ACCUMULATE also + dx_in + h_pre d; dphi as a partial sum [M, K].
+    """
+    C: tl.constexpr = K // N
+    BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    # The N streams' programs of the same columns are neighbours: they share d's tiles in L2.
+    stream = tl.program_id(0) % N
+    block = tl.program_id(0) // N
+    c = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = stream * C + c
+    m = tl.arange(0, MP)
+    in_row = c < C
+    phi = tl.load(
+        phi_ptr + k[:, None] * M + m[None, :], mask=in_row[:, None] & (m[None, :] < M), other=0.0
+    )
+    WIDTH: tl.constexpr = 2 * MP if PAIR else MP
+    dphi = tl.zeros((WIDTH, BLOCK_K), tl.float32)
+    begin = tl.program_id(1) * TILES * BLOCK_T
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        t = begin + tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        row = t.to(tl.int64)[:, None]
+        mask = tl.broadcast_to(row < T, (BLOCK_T, BLOCK_K))
+        if C % BLOCK_K != 0:
+            mask = mask & in_row[None, :]
+        x = tl.load(x_ptr + row * K + k[None, :], mask=mask, other=0.0)
+        ds = tl.load(ds_ptr + row * M + m[None, :], mask=(row < T) & (m[None, :] < M), other=0.0)
+        r = tl.load(r_ptr + t, mask=t < T, other=1.0)
+        dr = tl.load(dr_ptr + t, mask=t < T, other=0.0)
+        if PAIR:
+            # TF32 operands as they are; then their exact bfloat16 terms, neighbours in memory.
+            dx = dot_tf32(ds, tl.trans(phi))
+            high = ds.to(tl.bfloat16)
+            low = (ds - high.to(tl.float32)).to(tl.bfloat16)
+            pair = tl.reshape(tl.join(high, low), (BLOCK_T, WIDTH))
+            dphi = dot(tl.trans(pair), x, dphi)
+        else:
+            dx = dot(ds, tl.trans(phi), tl.zeros((BLOCK_T, BLOCK_K), tl.float32))
+            dphi = dot(tl.trans(ds), x, dphi)
+        dx += x.to(tl.float32) * (dr / (r * K))[:, None]
+        if ACCUMULATE:
+            h = tl.load(pre_ptr + t * N + stream, mask=t < T, other=0.0)
+            d = tl.load(d_ptr + row * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            dx_in = tl.load(dx_in_ptr + row * K + k[None, :], mask=mask, other=0.0)
+            dx += dx_in.to(tl.float32) + h[:, None] * d
+        tl.store(dx_ptr + row * K + k[None, :], cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+    if PAIR:
+        dphi = tl.sum(tl.reshape(dphi, (MP, 2, BLOCK_K)), axis=1)
+    at = tl.program_id(1) * M * K + m[:, None] * K + k[None, :]
+    tl.store(dphi_ptr + at, dphi, mask=(m[:, None] < M) & in_row[None, :])
+
+
+def padded_columns(m: int) -> int:
+    """Columns of a tile of s: a power of two with room for the sum of squares, 16 at least."""
+    return max(16, triton_call.next_power_of_2(m + 1))
+
+
+def forward_launch(T: int, K: int, m: int, dtype) -> Launch:
+    """The launch for x [T, K] and `phi_terms`; its output is [splits, T, padded_columns(m)]."""
+    pair = dtype == jnp.bfloat16
+    columns = padded_columns(m)
+    if pair and columns <= 32:
+        # 128-token tiles halve the traffic of phi through L2; 32-token tiles took three times as long.
+        block_t, block_k, warps = (128 if T >= 4096 else 64), 128, 8 if T >= 4096 else 4
+    elif pair:
+        block_t, block_k, warps = 64, 64, 4
+    else:
+        block_t, block_k, warps = 32, 32, 4
+    splits = _forward_splits(cdiv(T, block_t), cdiv(K, block_k))
+    k_split = cdiv(cdiv(K, block_k), splits) * block_k
+    return Launch(
+        kernel=projection_kernel,
+        grid=(cdiv(T, block_t), splits),
+        outputs=(struct((splits, T, columns)),),
+        constants={
+            "K": K,
+            "M": m,
+            "MP": columns,
+            "K_SPLIT": k_split,
+            "BLOCK_T": block_t,
+            "BLOCK_K": block_k,
+            "VEC": 16 // dtype.itemsize,
+            "PAIR": pair,
+            "EVEN": k_split * splits == K,
+            "STAGES": 4 if pair else 2,
+        },
+        num_warps=warps,
+    )
+
+
+def _forward_splits(tiles: int, steps: int) -> int:
+    """Programs per token tile: two on every multiprocessor, at least 4 steps of K each."""
+    return max(1, min(cdiv(steps, 4), 2 * _MULTIPROCESSORS // tiles, 32))
+
+
+def phi_terms(phi: jax.Array, launch: Launch) -> jax.Array:
+    """phi [K, m] as the forward reads it: [high | low] bfloat16 terms (PAIR) or float32, zero-padded."""
+    constants = launch.constants
+    rows = constants["K_SPLIT"] * launch.grid[1] - phi.shape[0]
+    phi = jnp.pad(phi, ((0, rows), (0, constants["MP"] - phi.shape[1])))
+    return jnp.concatenate(split_bf16(phi), axis=-1) if constants["PAIR"] else phi
+
+
+def finish_launch(T: int, K: int, m: int, splits: int, norm_eps: float) -> Launch:
+    """The launch of the second stage."""
+    return Launch(
+        kernel=finish_kernel,
+        grid=(cdiv(T, 64),),
+        outputs=(struct((T, m)), struct((T,))),
+        constants={
+            "K": K,
+            "M": m,
+            "MP": padded_columns(m),
+            "SPLITS": splits,
+            "EPS": norm_eps,
+            "BLOCK_T": 64,
+        },
+        num_warps=4,
+    )
+
+
+def backward_launch(T: int, K: int, n: int, m: int, dtype, *, accumulate: bool) -> Launch:
+    """The launch for x, phi [K, m], r, ds, dr, dx_in, d, h_pre (the last three used to accumulate)."""
+    pair = dtype == jnp.bfloat16
+    if pair and m <= 32:
+        block_t, block_k, warps = 64, 128, 4
+    elif pair:
+        block_t, block_k, warps = 64, 64, 8
+    else:
+        block_t, block_k, warps = 32, 32, 4
+    blocks = n * cdiv(K // n, block_k)
+    tiles = cdiv(T, block_t)
+    splits = _backward_splits(blocks, tiles)
+    return Launch(
+        kernel=projection_backward_kernel,
+        grid=(blocks, splits),
+        outputs=(struct((T, K), dtype), struct((splits, m, K))),
+        constants={
+            "K": K,
+            "N": n,
+            "M": m,
+            "MP": max(16, triton_call.next_power_of_2(m)),
+            "TILES": cdiv(tiles, splits),
+            "BLOCK_T": block_t,
+            "BLOCK_K": block_k,
+            "PAIR": pair,
+            "ACCUMULATE": accumulate,
+            "STAGES": 2,
+        },
+        num_warps=warps,
+    )
+
+
+def _backward_splits(blocks: int, tiles: int, per_multiprocessor: int = 2) -> int:
+    """Splits of the tokens: full waves of the card with the fewest partial sums of dphi."""
+    slots = per_multiprocessor * _MULTIPROCESSORS
+
+    def cost(splits: int) -> float:
+        waves = cdiv(blocks * splits, slots)
+        # Time in full waves over ideal time, and 0.5 % for each further partial sum of dphi.
+        return waves * slots / (blocks * splits) + 0.005 * splits
+
+    return min(range(1, min(tiles, 64) + 1), key=cost)
+
+
+def check(streams: jax.Array, phi: jax.Array, *_, **__) -> None:
+    """Raises NotImplementedError for float64 and for more than 127 columns of phi."""
+    triton_call.check_streams_dtype(streams.dtype)
+    if phi.shape[1] > 127:
+        raise NotImplementedError(f"phi has {phi.shape[1]} columns: the Triton kernel takes 127")
+
+
+def partial_sums(streams: jax.Array, phi: jax.Array) -> jax.Array:
+    """First stage: partial sums [splits, T, padded columns] of s and of the squares."""
+    K, m = phi.shape
+    T = triton_call.num_tokens(streams.shape[:-1])
+    launch = forward_launch(T, K, m, streams.dtype)
+    (parts,) = launch(streams, phi_terms(phi, launch), T)
+    return parts
+
+
+def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax.Array, jax.Array]:
+    """[..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
+    lead, (K, m) = streams.shape[:-1], phi.shape
+    T = triton_call.num_tokens(lead)
+    if not T:
+        return triton_call.empty_like(((*lead, m), phi.dtype), (lead, phi.dtype))
+    parts = partial_sums(streams, phi)
+    s, r = finish_launch(T, K, m, parts.shape[0], norm_eps)(parts, T)
+    return s.reshape(*lead, m), r.reshape(lead)
+
+
+def backward(
+    streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
+    K, m = phi.shape
+    T = triton_call.num_tokens(r.shape)
+    if not T:
+        return streams, jnp.zeros_like(phi)
+    launch = backward_launch(T, K, 1, m, streams.dtype, accumulate=False)
+    dx, dphi = launch(streams, phi, r, ds, dr, streams, streams, r, T)
+    return dx.reshape(streams.shape), dphi.sum(0).T

@@ -1,0 +1,198 @@
+"""Sinkhorn-Knopp in Triton: tiles [tokens, n, n], one thread a row of a matrix.
+
+A thread holds a row (or 4 entries of it), so that row sums stay in the thread, column sums are two or
+three shuffles, and one iterate costs a thread 4 registers. The backward therefore keeps all iterates
+in registers (76 for the paper's 20 iterations); nothing is written to memory.
+"""
+
+import jax
+import triton
+import triton.language as tl
+
+from kernels_pallas import triton_call
+from kernels_pallas.triton_call import Launch, struct
+from kernels_pallas.triton_math import opaque
+
+# 40 iterates keep 160 of a thread's 255 registers.
+MAX_BACKWARD_ITERATIONS = 40
+
+_PAD = tl.constexpr(-3.0e38)  # a logit that no |logit| <= 1e30 comes near
+
+
+@triton.jit
+def first_iteration(logits, valid):
+    """Softmax over rows of the log-softmax over columns; returns it and the column softmax.
+
+    `valid` marks the entries of matrices whose n is no power of two (None: all); the rest stay zero.
+    """
+    if valid is not None:
+        logits = tl.where(valid, logits, _PAD)
+    centred = logits - tl.max(logits, axis=1, keep_dims=True)
+    exps = tl.exp(centred)
+    total = tl.sum(exps, axis=1, keep_dims=True)
+    softmax = exps / total
+    logs = centred - tl.log(total)
+    if valid is not None:
+        logs = tl.where(valid, logs, _PAD)
+    m = tl.exp(logs - tl.max(logs, axis=2, keep_dims=True))
+    if valid is not None:
+        m = tl.where(valid, m, 0.0)
+    return normalise(m, valid, 2), softmax
+
+
+@triton.jit
+def normalise(m, valid, AXIS: tl.constexpr):
+    """m over its sums along AXIS (1: columns, 2: rows); sums of padding alone count as one."""
+    return m * inverse_sums(m, valid, AXIS)
+
+
+@triton.jit
+def inverse_sums(m, valid, AXIS: tl.constexpr):
+    """1 / sums of m along AXIS, kept as an axis of length 1."""
+    total = tl.sum(m, axis=AXIS, keep_dims=True)
+    if valid is not None:
+        total = tl.where(total == 0.0, 1.0, total)
+    return 1.0 / total
+
+
+@triton.jit
+def project(logits, valid, NUM_ITERATIONS: tl.constexpr):
+    """h_res of the logits [tokens, n, n]."""
+    m, _ = first_iteration(logits, valid)
+    for _ in range(1, NUM_ITERATIONS):
+        m = normalise(normalise(m, valid, 1), valid, 2)
+    return m
+
+
+@triton.jit
+def project_backward(logits, d, valid, NUM_ITERATIONS: tl.constexpr):
+    """Cotangent of the logits, given that of h_res; the iterates live in registers."""
+    first, softmax = first_iteration(logits, valid)
+    iterates = (first,)
+    for t in tl.static_range(1, NUM_ITERATIONS):
+        m = normalise(normalise(iterates[t - 1], valid, 1), valid, 2)
+        iterates = iterates + (m,)
+    for t in tl.static_range(1, NUM_ITERATIONS):
+        # Opaque, or the compiler keeps all the sums of the way forth too: 255 registers and spills.
+        before = opaque(iterates[NUM_ITERATIONS - 1 - t])
+        after_rows = iterates[NUM_ITERATIONS - t]
+        inverse_columns = inverse_sums(before, valid, 1)
+        after_columns = before * inverse_columns
+        inverse_rows = inverse_sums(after_columns, valid, 2)
+        d = (d - tl.sum(d * after_rows, axis=2, keep_dims=True)) * inverse_rows
+        d = (d - tl.sum(d * after_columns, axis=1, keep_dims=True)) * inverse_columns
+    d_log = first * (d - tl.sum(d * first, axis=2, keep_dims=True))
+    return d_log - softmax * tl.sum(d_log, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _tile(T, N: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr):
+    """Offsets and mask of a tile [TOKENS, P, P] of matrices [T, N, N], and the valid entries."""
+    t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
+    i = tl.arange(0, P)[None, :, None]
+    j = tl.arange(0, P)[None, None, :]
+    offsets = t.to(tl.int64) * (N * N) + i * N + j
+    if N == P:
+        mask = tl.broadcast_to(t < T, (TOKENS, P, P))
+        return offsets, mask, None
+    inside = tl.broadcast_to((i < N) & (j < N), (TOKENS, P, P))
+    return offsets, inside & (t < T), inside
+
+
+@triton.jit
+def sinkhorn_kernel(
+    logits_ptr,
+    T,
+    out_ptr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NUM_ITERATIONS: tl.constexpr,
+):
+    """h_res of TOKENS matrices."""
+    offsets, mask, valid = _tile(T, N, P, TOKENS)
+    logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0)
+    tl.store(out_ptr + offsets, project(logits, valid, NUM_ITERATIONS), mask=mask)
+
+
+@triton.jit
+def sinkhorn_backward_kernel(
+    logits_ptr,
+    d_ptr,
+    T,
+    out_ptr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NUM_ITERATIONS: tl.constexpr,
+):
+    """Cotangent of the logits of TOKENS matrices."""
+    offsets, mask, valid = _tile(T, N, P, TOKENS)
+    logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0)
+    d = tl.load(d_ptr + offsets, mask=mask, other=0.0)
+    tl.store(out_ptr + offsets, project_backward(logits, d, valid, NUM_ITERATIONS), mask=mask)
+
+
+def tokens_per_program(n: int) -> int:
+    """Tokens of a program of one warp, so that a thread holds 4 entries (2 at n = 2).
+
+    One warp: with four, Triton lays the rows of a matrix across warps and each column sum then goes
+    through shared memory with a barrier.
+    """
+    padded = triton_call.next_power_of_2(n)
+    return max(1, 32 * min(4, padded) // (padded * padded))
+
+
+def launch(kernel, T: int, n: int, num_iterations: int) -> Launch:
+    """The launch of either kernel for logits [T, n, n]."""
+    tokens = tokens_per_program(n)
+    return Launch(
+        kernel=kernel,
+        grid=(triton_call.cdiv(T, tokens),),
+        outputs=(struct((T, n, n)),),
+        constants={
+            "N": n,
+            "P": triton_call.next_power_of_2(n),
+            "TOKENS": tokens,
+            "NUM_ITERATIONS": num_iterations,
+        },
+        num_warps=1,
+    )
+
+
+def check_iterations(num_iterations: int) -> None:
+    """Raises NotImplementedError for more iterates than a thread's registers hold."""
+    if num_iterations > MAX_BACKWARD_ITERATIONS:
+        raise NotImplementedError(
+            f"num_iterations={num_iterations}: the Triton backward keeps the iterates in registers"
+            f" and takes at most {MAX_BACKWARD_ITERATIONS}"
+        )
+
+
+def check(logits: jax.Array, *_, num_iterations: int) -> None:
+    """Raises NotImplementedError for n outside 2 ... 8, float64 or too many iterations."""
+    n = logits.shape[-1]
+    if not 2 <= n <= 8:
+        raise NotImplementedError(f"n={n}: the Triton Sinkhorn takes n = 2 ... 8")
+    if logits.dtype != jax.numpy.float32:
+        raise NotImplementedError(f"{logits.dtype} logits: the Triton Sinkhorn takes float32")
+    check_iterations(num_iterations)
+
+
+def _run(kernel, logits, *rest, num_iterations):
+    *lead, n, _ = logits.shape
+    T = triton_call.num_tokens(lead)
+    if not T:
+        return logits
+    (out,) = launch(kernel, T, n, num_iterations)(logits, *rest, T)
+    return out.reshape(logits.shape)
+
+
+def forward(logits: jax.Array, *, num_iterations: int) -> jax.Array:
+    """[..., n, n] logits -> [..., n, n]."""
+    return _run(sinkhorn_kernel, logits, num_iterations=num_iterations)
+
+
+def backward(logits: jax.Array, d_h_res: jax.Array, *, num_iterations: int) -> jax.Array:
+    """Cotangent of the logits; iterates in registers, no scratch memory."""
+    return _run(sinkhorn_backward_kernel, logits, d_h_res, num_iterations=num_iterations)

@@ -1,0 +1,77 @@
+"""Device functions shared by the Triton kernels."""
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b, float32 sums. bfloat16 products are exact; float32 operands use no tensor core."""
+    if INTERPRET:  # the interpreter keeps bfloat16 as integers and cannot multiply them
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def dot_tf32(a, b):
+    """a @ b for float32 operands that are TF32 numbers already: exact products, float32 sums."""
+    return tl.dot(a, b, input_precision="tf32")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """float32 to `dtype`, rounding to nearest even."""
+    if INTERPRET and dtype == tl.bfloat16:  # the interpreter truncates
+        bits = x.to(tl.int32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def round_tf32(x):
+    """Nearest TF32 number (8 exponent, 10 mantissa bits), ties to even; NaN and inf stay."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = bits + 0xFFF + ((bits >> 13) & 1)
+    rounded = (bits & -8192).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < float("inf"), rounded, x)
+
+
+@triton.jit
+def opaque(x):
+    """x, of which the compiler does not know that it was computed from the same values before."""
+    if INTERPRET:
+        return x
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def columns(start, ROWS: tl.constexpr, VEC: tl.constexpr):
+    """Offsets start + [ROWS, VEC]: a thread holds the VEC neighbours of one row, 16 bytes.
+
+    A sum over the last axis then stays inside the thread, so that long sums keep one register a thread
+    instead of VEC, and no shuffle inside the loop.
+    """
+    return start + tl.arange(0, ROWS)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def load(ptr, offsets, LIMIT: tl.constexpr, EVEN: tl.constexpr):
+    """Loads as float32, zeros from column LIMIT on; EVEN says that there are no such columns."""
+    if EVEN:
+        return tl.load(ptr + offsets).to(tl.float32)
+    return tl.load(ptr + offsets, mask=offsets < LIMIT, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, offsets, value, LIMIT: tl.constexpr, EVEN: tl.constexpr):
+    """Stores in the pointer's dtype, skipping columns from LIMIT on."""
+    value = cast(value, ptr.dtype.element_ty)
+    if EVEN:
+        tl.store(ptr + offsets, value)
+    else:
+        tl.store(ptr + offsets, value, mask=offsets < LIMIT)
