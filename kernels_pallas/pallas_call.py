@@ -158,11 +158,14 @@ class TokenTiles:
                 value = ref[...].astype(jnp.float32)
                 ref[...] = jnp.where(row < tail, value, 0).astype(ref.dtype)
 
+    def first_token(self) -> jax.Array:
+        """First token of this window (inside a kernel)."""
+        return (pl.program_id(0) * self.windows_per_part + pl.program_id(1)) * self.window
+
     def window_mask(self) -> jax.Array:
         """[1, window] bool: which tokens of this window exist (inside a kernel)."""
-        first = (pl.program_id(0) * self.windows_per_part + pl.program_id(1)) * self.window
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.window), 1)
-        return first + lane < self.num_tokens
+        return self.first_token() + lane < self.num_tokens
 
 
 def tokens_per_block(bytes_per_token: int, *, most: int, fixed_bytes: int = 0, what: str) -> int:

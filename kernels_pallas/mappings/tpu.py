@@ -1,0 +1,214 @@
+"""Scale, bias, sigmoids and Sinkhorn-Knopp on TPU, one kernel a direction.
+
+Layout as in `kernels_pallas.sinkhorn.tpu`: each of the n*n+2n coefficients of 2048 tokens is one full tile, bias
+and alpha are scalars. The backward recomputes everything from s and r, keeps the iterates in VMEM (2.4 MB at
+n = 4 and 20 iterations), and adds the sums over tokens for bias and alpha tile by tile: [m, 16, 128] partial
+sums leave the kernel (200 KB at n = 4) and are added up outside.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import pallas_call
+from kernels_pallas.pallas_call import LANES, TokenTiles
+from kernels_pallas.shapes import num_columns
+from kernels_pallas.sinkhorn import tpu as sinkhorn
+from kernels_pallas.sinkhorn.tpu import SUBLANES, TOKENS, gather, spread, spread_shape
+
+
+def check(s, r, bias, alpha, dh_pre=None, dh_post=None, dh_res=None, *, n, num_iterations):
+    """Raises NotImplementedError for a dtype, n or number of iterations that the kernels do not take."""
+    if s.dtype != jnp.float32:
+        raise NotImplementedError(f"s is {s.dtype}: kernels take float32")
+    sinkhorn.check_iterates(n, num_iterations)
+
+
+def _groups(n: int) -> list[int]:
+    """Which of the three gating factors each column has."""
+    return [0] * n + [1] * n + [2] * (n * n)
+
+
+def _logits(s_ref, r_ref, bias_ref, alpha_ref, scratch_ref, n):
+    """(s / r, alpha * s / r + bias, r) as tiles."""
+    s = spread(s_ref[...], scratch_ref)
+    (r,) = spread(r_ref[...], scratch_ref)
+    normed = [tile / r for tile in s]
+    logits = [
+        tile * alpha_ref[group] + bias_ref[k]
+        for k, (tile, group) in enumerate(zip(normed, _groups(n)))
+    ]
+    return normed, logits, r
+
+
+def _forward_kernel(
+    s_ref,
+    r_ref,
+    bias_ref,
+    alpha_ref,
+    h_pre_ref,
+    h_post_ref,
+    h_res_ref,
+    scratch_ref,
+    *,
+    n,
+    num_iterations,
+):
+    _, logits, _ = _logits(s_ref, r_ref, bias_ref, alpha_ref, scratch_ref, n)
+    gather([jax.nn.sigmoid(tile) for tile in logits[:n]], scratch_ref, h_pre_ref)
+    gather([2 * jax.nn.sigmoid(tile) for tile in logits[n : 2 * n]], scratch_ref, h_post_ref)
+    h_res = sinkhorn.project(sinkhorn.as_matrix(logits[2 * n :]), num_iterations)
+    gather(sinkhorn.as_tiles(h_res), scratch_ref, h_res_ref)
+
+
+def _gate_backward(logit, d, scale):
+    gate = jax.nn.sigmoid(logit)
+    return scale * d * gate * (1 - gate)
+
+
+def _backward_kernel(
+    s_ref,
+    r_ref,
+    bias_ref,
+    alpha_ref,
+    dh_pre_ref,
+    dh_post_ref,
+    dh_res_ref,
+    ds_ref,
+    dr_ref,
+    dbias_ref,
+    dalpha_ref,
+    scratch_ref,
+    d_scratch_ref,
+    iterates_ref,
+    *,
+    tiles,
+    n,
+    num_iterations,
+):
+    @pl.when(tiles.first_of_part())
+    def _():
+        dbias_ref[...] = jnp.zeros_like(dbias_ref)
+        dalpha_ref[...] = jnp.zeros_like(dalpha_ref)
+
+    # Windows past the end (an odd number of them in two parts) may add nothing; ds stays as it is.
+    @pl.when(tiles.in_range())
+    def _():
+        normed, logits, r = _logits(s_ref, r_ref, bias_ref, alpha_ref, scratch_ref, n)
+        d_pre = spread(dh_pre_ref[...], d_scratch_ref)
+        d_post = spread(dh_post_ref[...], d_scratch_ref)
+        d_res = sinkhorn.as_matrix(spread(dh_res_ref[...], d_scratch_ref))
+        _, d_res = sinkhorn.project_backward(
+            sinkhorn.as_matrix(logits[2 * n :]), d_res, iterates_ref, num_iterations
+        )
+        dh = [_gate_backward(x, d, 1) for x, d in zip(logits[:n], d_pre)]
+        dh += [_gate_backward(x, d, 2) for x, d in zip(logits[n : 2 * n], d_post)]
+        dh += sinkhorn.as_tiles(d_res)
+        d_normed = [tile * alpha_ref[group] for tile, group in zip(dh, _groups(n))]
+        gather([tile / r for tile in d_normed], scratch_ref, ds_ref)
+        gather([-pallas_call.weighted_sum(d_normed, normed) / r], scratch_ref, dr_ref)
+        _add_sums(tiles, dh, normed, dbias_ref, dalpha_ref, n)
+
+
+def _add_sums(tiles, dh, normed, dbias_ref, dalpha_ref, n):
+    exists = _exists(tiles)
+    dh = [jnp.where(exists, tile, 0) for tile in dh]
+    normed = [jnp.where(exists, tile, 0) for tile in normed]
+    for k, tile in enumerate(dh):
+        dbias_ref[k] += tile
+    for group, (start, end) in enumerate(((0, n), (n, 2 * n), (2 * n, num_columns(n)))):
+        dalpha_ref[group] += pallas_call.weighted_sum(dh[start:end], normed[start:end])
+
+
+def _exists(tiles) -> jax.Array:
+    """[SUBLANES, 128] bool: which tokens of a tile exist."""
+    shape = SUBLANES, LANES
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return tiles.first_token() + row * LANES + lane < tiles.num_tokens
+
+
+_SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
+
+
+def forward(
+    s: jax.Array, r: jax.Array, bias: jax.Array, alpha: jax.Array, *, n: int, num_iterations: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
+    lead, m = r.shape, num_columns(n)
+    if not r.size:
+        return tuple(jnp.zeros((*lead, *last), s.dtype) for last in ((n,), (n,), (n, n)))
+    num_tokens = r.size
+    tiles = TokenTiles(num_tokens, TOKENS)
+    h_pre, h_post, h_res = pallas_call.call(
+        functools.partial(_forward_kernel, n=n, num_iterations=num_iterations),
+        *(pallas_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
+        name="mhc_mappings_forward",
+        grid=tiles.grid,
+        in_specs=[tiles.columns(m), tiles.columns(1), _SCALARS, _SCALARS],
+        out_specs=[tiles.columns(n), tiles.columns(n), tiles.columns(n * n)],
+        out_shapes=[((rows, num_tokens), s.dtype) for rows in (n, n, n * n)],
+        semantics=tiles.semantics,
+        scratch_shapes=[pltpu.VMEM(spread_shape(m), jnp.float32)],
+        transcendentals=3 * s.size,
+    )
+    return (
+        pallas_call.tokens_first(h_pre, lead, (n,)),
+        pallas_call.tokens_first(h_post, lead, (n,)),
+        pallas_call.tokens_first(h_res, lead, (n, n)),
+    )
+
+
+def backward(
+    s: jax.Array,
+    r: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    dh_pre: jax.Array,
+    dh_post: jax.Array,
+    dh_res: jax.Array,
+    *,
+    n: int,
+    num_iterations: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
+    lead, m = r.shape, num_columns(n)
+    if not r.size:
+        return s, r, jnp.zeros_like(bias), jnp.zeros_like(alpha)
+    num_tokens = r.size
+    tiles = TokenTiles(num_tokens, TOKENS, max_parts=2)
+    sums = ((m, SUBLANES, LANES), (3, SUBLANES, LANES))
+    ds, dr, dbias, dalpha = pallas_call.call(
+        functools.partial(_backward_kernel, tiles=tiles, n=n, num_iterations=num_iterations),
+        *(pallas_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
+        *(pallas_call.tokens_last(dh_pre), pallas_call.tokens_last(dh_post)),
+        pallas_call.tokens_last(dh_res, 2),
+        name="mhc_mappings_backward",
+        grid=tiles.grid,
+        in_specs=[
+            *(tiles.columns(m), tiles.columns(1), _SCALARS, _SCALARS),
+            *(tiles.columns(n), tiles.columns(n), tiles.columns(n * n)),
+        ],
+        out_specs=[tiles.columns(m), tiles.columns(1), *(tiles.sums(*shape) for shape in sums)],
+        out_shapes=[
+            ((m, num_tokens), s.dtype),
+            ((1, num_tokens), s.dtype),
+            *(((tiles.parts, *shape), s.dtype) for shape in sums),
+        ],
+        semantics=tiles.semantics,
+        scratch_shapes=[
+            pltpu.VMEM(spread_shape(m), jnp.float32),
+            pltpu.VMEM(spread_shape(n * n), jnp.float32),
+            pltpu.VMEM(sinkhorn.iterates_shape(n, num_iterations), jnp.float32),
+        ],
+        transcendentals=4 * s.size,
+    )
+    return (
+        pallas_call.tokens_first(ds, lead, (m,)),
+        dr.reshape(lead),
+        dbias.sum(axis=(0, 2, 3)),
+        dalpha.sum(axis=(0, 2, 3)),
+    )

@@ -1,0 +1,247 @@
+"""Sinkhorn-Knopp on TPU: a matrix entry of many tokens fills whole registers.
+
+Entry (i, j) of 2048 tokens is one [16, 128] tile, so that sums over i or j are additions of registers and no
+lane or sublane is padding ([n, n, T] has n = 4 of 8 sublanes in use, [T, n, n] 4 of 128 lanes). The rows of
+`[n*n, tokens]` become such tiles by strided stores to VMEM, and go back by strided loads.
+
+The backward recomputes the iterates and keeps them in VMEM: (num_iterations - 1) * n * n tiles of 8 KB, 2.4 MB
+at n = 4 and 20 iterations. `kernels_pallas.mappings` runs the same functions inside its own kernels.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import pallas_call
+from kernels_pallas.pallas_call import LANES, TokenTiles
+
+# Two registers an entry: one alone would leave the units idle for the latency of each reciprocal.
+SUBLANES = 16
+TOKENS = SUBLANES * LANES
+
+Matrix = list[list[jax.Array]]
+
+
+def check(logits, d_h_res=None, *, num_iterations):
+    """Raises NotImplementedError for a dtype, n or number of iterations that the kernels do not take."""
+    if logits.dtype != jnp.float32:
+        raise NotImplementedError(f"logits are {logits.dtype}: kernels take float32")
+    check_iterates(logits.shape[-1], num_iterations)
+
+
+def check_iterates(n: int, num_iterations: int) -> None:
+    """Raises NotImplementedError unless n is 2, 4, 8 and the iterates of a block fit into VMEM."""
+    pallas_call.check_n(n)
+    size = math.prod(iterates_shape(n, num_iterations)) * 4
+    if size > pallas_call.VMEM_BLOCKS:
+        raise NotImplementedError(
+            f"num_iterations={num_iterations} at n={n}: the iterates of {TOKENS} tokens take {size} bytes "
+            f"of VMEM, the limit is {pallas_call.VMEM_BLOCKS}"
+        )
+
+
+def iterates_shape(n: int, num_iterations: int) -> tuple[int, int, int]:
+    """Shape of the scratch that the backward needs."""
+    return max(num_iterations - 1, 1), n * n * SUBLANES, LANES
+
+
+def spread_shape(m: int) -> tuple[int, int]:
+    """Shape of the scratch for `spread` and `gather` of m rows."""
+    return m * SUBLANES, LANES
+
+
+def spread(block, scratch_ref) -> list[jax.Array]:
+    """[m, TOKENS] -> m tiles [SUBLANES, 128] (inside a kernel)."""
+    m = block.shape[0]
+    for l in range(SUBLANES):
+        scratch_ref[pl.ds(l, m, stride=SUBLANES), :] = block[:, l * LANES : (l + 1) * LANES]
+    return [scratch_ref[pl.ds(k * SUBLANES, SUBLANES), :] for k in range(m)]
+
+
+def gather(tiles: list[jax.Array], scratch_ref, out_ref) -> None:
+    """m tiles [SUBLANES, 128] -> out_ref [m, TOKENS] (inside a kernel)."""
+    m = len(tiles)
+    for k, tile in enumerate(tiles):
+        scratch_ref[pl.ds(k * SUBLANES, SUBLANES), :] = tile
+    for l in range(SUBLANES):
+        out_ref[:, pl.ds(l * LANES, LANES)] = scratch_ref[pl.ds(l, m, stride=SUBLANES), :]
+
+
+def as_matrix(tiles: list[jax.Array]) -> Matrix:
+    n = math.isqrt(len(tiles))
+    return [tiles[i * n : i * n + n] for i in range(n)]
+
+
+def as_tiles(matrix: Matrix) -> list[jax.Array]:
+    return [tile for row in matrix for tile in row]
+
+
+def _transposed(matrix: Matrix) -> Matrix:
+    return [list(column) for column in zip(*matrix)]
+
+
+def _total(tiles: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, tiles)
+
+
+def _normalise_rows(matrix: Matrix) -> tuple[Matrix, list[jax.Array]]:
+    """Rows over their sums, and the reciprocals of the sums: n reciprocals for n*n divisions."""
+    inverse = [pl.reciprocal(_total(row)) for row in matrix]
+    return [[tile * inv for tile in row] for row, inv in zip(matrix, inverse)], inverse
+
+
+def _normalise_columns(matrix: Matrix) -> tuple[Matrix, list[jax.Array]]:
+    rows, inverse = _normalise_rows(_transposed(matrix))
+    return _transposed(rows), inverse
+
+
+def _iterate(matrix: Matrix) -> Matrix:
+    return _normalise_rows(_normalise_columns(matrix)[0])[0]
+
+
+def _exp_rows(matrix: Matrix) -> tuple[Matrix, Matrix, list[jax.Array]]:
+    """(logits - row maximum, its exp, sums of exp): no overflow, and every sum is at least 1."""
+    shifted = [[tile - functools.reduce(jnp.maximum, row) for tile in row] for row in matrix]
+    exps = [[jnp.exp(tile) for tile in row] for row in shifted]
+    return shifted, exps, [_total(row) for row in exps]
+
+
+def _softmax_columns(logits: Matrix) -> Matrix:
+    _, exps, sums = _exp_rows(_transposed(logits))
+    return _transposed([[tile / total for tile in row] for row, total in zip(exps, sums)])
+
+
+def first_iteration(logits: Matrix) -> Matrix:
+    """Columns in the log domain, then rows: safe for every |logit| <= 1e30 (see reference.py)."""
+    shifted, _, sums = _exp_rows(_transposed(logits))
+    logs = [jnp.log(total) for total in sums]
+    columns = _transposed([[tile - log for tile in row] for row, log in zip(shifted, logs)])
+    _, exps, sums = _exp_rows(columns)
+    return [[tile / total for tile in row] for row, total in zip(exps, sums)]
+
+
+def project(logits: Matrix, num_iterations: int) -> Matrix:
+    """Doubly stochastic matrices of the logits (inside a kernel)."""
+    first = tuple(as_tiles(first_iteration(logits)))
+
+    def body(_, tiles):
+        return tuple(as_tiles(_iterate(as_matrix(list(tiles)))))
+
+    return as_matrix(list(jax.lax.fori_loop(1, num_iterations, body, first)))
+
+
+def _transpose_rows(d_rows: Matrix, rows: Matrix, inverse: list[jax.Array]) -> Matrix:
+    """Cotangent of x for rows = x / sum(x)."""
+    out = []
+    for d_row, row, inv in zip(d_rows, rows, inverse):
+        mean = pallas_call.weighted_sum(d_row, row)
+        out.append([(d - mean) * inv for d in d_row])
+    return out
+
+
+def project_backward(
+    logits: Matrix, d_h_res: Matrix, iterates_ref, num_iterations: int
+) -> tuple[Matrix, Matrix]:
+    """(h_res, cotangent of the logits); `iterates_ref` is scratch of `iterates_shape` (inside a kernel)."""
+    n = len(logits)
+
+    def load(t):
+        return as_matrix([iterates_ref[t, pl.ds(k * SUBLANES, SUBLANES), :] for k in range(n * n)])
+
+    def recompute(t, tiles):
+        for k, tile in enumerate(tiles):
+            iterates_ref[t, pl.ds(k * SUBLANES, SUBLANES), :] = tile
+        return tuple(as_tiles(_iterate(as_matrix(list(tiles)))))
+
+    def transpose(step, d_tiles):
+        after_columns, inverse_columns = _normalise_columns(load(num_iterations - 2 - step))
+        after_rows, inverse_rows = _normalise_rows(after_columns)
+        d_columns = _transpose_rows(as_matrix(list(d_tiles)), after_rows, inverse_rows)
+        d_matrix = _transpose_rows(
+            _transposed(d_columns), _transposed(after_columns), inverse_columns
+        )
+        return tuple(as_tiles(_transposed(d_matrix)))
+
+    first = first_iteration(logits)
+    last = jax.lax.fori_loop(0, num_iterations - 1, recompute, tuple(as_tiles(first)))
+    d_tiles = jax.lax.fori_loop(0, num_iterations - 1, transpose, tuple(as_tiles(d_h_res)))
+    return as_matrix(list(last)), _first_iteration_backward(logits, first, as_matrix(list(d_tiles)))
+
+
+def _first_iteration_backward(logits: Matrix, first: Matrix, d_first: Matrix) -> Matrix:
+    d_log = []
+    for d_row, row in zip(d_first, first):
+        mean = pallas_call.weighted_sum(d_row, row)
+        d_log.append([tile * (d - mean) for d, tile in zip(d_row, row)])
+    softmax = _softmax_columns(logits)
+    totals = [_total(column) for column in _transposed(d_log)]
+    return [
+        [d - weight * total for d, weight, total in zip(d_row, weights, totals)]
+        for d_row, weights in zip(d_log, softmax)
+    ]
+
+
+def _forward_kernel(logits_ref, out_ref, scratch_ref, *, num_iterations):
+    logits = as_matrix(spread(logits_ref[...], scratch_ref))
+    gather(as_tiles(project(logits, num_iterations)), scratch_ref, out_ref)
+
+
+def _backward_kernel(
+    logits_ref, d_ref, out_ref, scratch_ref, d_scratch_ref, iterates_ref, *, num_iterations
+):
+    logits = as_matrix(spread(logits_ref[...], scratch_ref))
+    d_h_res = as_matrix(spread(d_ref[...], d_scratch_ref))
+    _, d_logits = project_backward(logits, d_h_res, iterates_ref, num_iterations)
+    gather(as_tiles(d_logits), scratch_ref, out_ref)
+
+
+def _call(kernel, name, arrays, scratch, transcendentals):
+    m, num_tokens = arrays[0].shape
+    tiles = TokenTiles(num_tokens, TOKENS)
+    (out,) = pallas_call.call(
+        kernel,
+        *arrays,
+        name=name,
+        grid=tiles.grid,
+        in_specs=[tiles.columns(m)] * len(arrays),
+        out_specs=[tiles.columns(m)],
+        out_shapes=[(arrays[0].shape, arrays[0].dtype)],
+        semantics=tiles.semantics,
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        transcendentals=transcendentals,
+    )
+    return out
+
+
+def forward(logits: jax.Array, *, num_iterations: int) -> jax.Array:
+    """[..., n, n] logits -> [..., n, n]."""
+    if not logits.size:
+        return logits
+    m = logits.shape[-1] ** 2
+    out = _call(
+        functools.partial(_forward_kernel, num_iterations=num_iterations),
+        "mhc_sinkhorn_forward",
+        [pallas_call.tokens_last(logits, 2)],
+        [spread_shape(m)],
+        transcendentals=2 * logits.size,
+    )
+    return pallas_call.tokens_first(out, logits.shape[:-2], logits.shape[-2:])
+
+
+def backward(logits: jax.Array, d_h_res: jax.Array, *, num_iterations: int) -> jax.Array:
+    """Cotangent of the logits; the iterates are recomputed in VMEM."""
+    if not logits.size:
+        return logits
+    n = logits.shape[-1]
+    out = _call(
+        functools.partial(_backward_kernel, num_iterations=num_iterations),
+        "mhc_sinkhorn_backward",
+        [pallas_call.tokens_last(logits, 2), pallas_call.tokens_last(d_h_res, 2)],
+        [spread_shape(n * n), spread_shape(n * n), iterates_shape(n, num_iterations)],
+        transcendentals=3 * logits.size,
+    )
+    return pallas_call.tokens_first(out, logits.shape[:-2], logits.shape[-2:])
