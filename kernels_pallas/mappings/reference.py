@@ -45,12 +45,11 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
     pre, post, res = _logits(s, r, bias, alpha, n)
-    h_pre, h_post = jax.nn.sigmoid(pre), jax.nn.sigmoid(post)
     d_res = sinkhorn.backward(res, dh_res, num_iterations=num_iterations)
     dh = jnp.concatenate(
         [
-            dh_pre * h_pre * (1 - h_pre),
-            2 * dh_post * h_post * (1 - h_post),
+            dh_pre * jax.nn.sigmoid(pre) * jax.nn.sigmoid(-pre),
+            2 * dh_post * jax.nn.sigmoid(post) * jax.nn.sigmoid(-post),
             d_res.reshape(*r.shape, n * n),
         ],
         axis=-1,

@@ -1,0 +1,71 @@
+"""Every field with its default, and nothing else. The other configs say what differs and why.
+
+Any field can be set on the command line: --config.model.n=8 --config.optimizer.learning_rate=1e-3
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of parameters and of the order of the data
+    config.steps = 1000  # optimizer updates
+    config.batch_size = 32  # sequences an update, over all devices
+    config.log_every = 1  # steps between training metrics, >= 1
+    config.eval_every = 200  # steps between evaluations, 0: only at the end
+    config.eval_batches = 8  # batches of the validation split an evaluation reads
+    config.gains_every = 50  # steps between gain magnitudes (hc and mhc), 0: only at the end
+    config.checkpoint_every = 500  # steps between checkpoints, 0: only at the end
+    config.checkpoints_kept = 2  # newest checkpoints kept, >= 1
+    config.tensorboard = True  # write TensorBoard events beside metrics.jsonl
+
+    model = config.model = ml_collections.ConfigDict()
+    model.vocab_size = 256  # at least that of data.tokenizer
+    model.num_blocks = 12  # attention + FFN each: two sublayers
+    model.width = 512  # C, entries of one stream, a multiple of num_heads
+    model.num_heads = 8  # width / num_heads must be even
+    model.ffn_width = 1408  # hidden entries of SwiGLU
+    model.rope_theta = 10000.0  # base of the rotary wavelengths, tokens
+    model.tie_embeddings = False  # unembed with the embedding matrix
+    model.dtype = (
+        "bfloat16"  # of activations and streams: bfloat16 | float32; parameters are float32
+    )
+    model.init_std = 0.02  # of embedding and matrices at the start
+    model.norm_eps = 1e-20  # of every RMSNorm (Table 5)
+    model.connection = "mhc"  # residual | hc | mhc
+    model.n = 4  # streams, >= 1; ignored by residual
+    model.readout = "sum"  # of the streams at the end: sum | mean | head
+    model.alpha_init = 0.01  # gating factors at the start (Table 5)
+    model.manifold = "birkhoff"  # of mhc: birkhoff | identity
+    model.sinkhorn_iterations = 20  # t_max of Eq. 9, >= 1
+    model.pre_init_gap = 4.0  # logit gap of h_pre at the start, > 0
+    model.res_init_gap = 8.0  # logit gap of h_res at the start, > 0; 10 and more freezes it
+    model.hc_use_pre = True  # hc: learn h_pre, else 1/n (Table 1)
+    model.hc_use_post = True  # hc: learn h_post, else ones
+    model.hc_use_res = True  # hc: learn h_res, else the identity
+    # Of the mHC kernels: xla | pallas | triton, None: the best of the platform.
+    model.implementation = config_dict.placeholder(str)
+
+    optimizer = config.optimizer = ml_collections.ConfigDict()
+    optimizer.learning_rate = 1e-3  # peak
+    optimizer.schedule = "cosine"  # constant | step (paper) | cosine | wsd, after the warm-up
+    optimizer.warmup_steps = 100  # linear from 0; the first update of a warm-up is empty
+    optimizer.final_fraction = 0.1  # of the peak, where cosine and wsd end
+    optimizer.decay_fraction = 0.2  # last part of the run in which wsd decays, 0 to 1
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.eps = 1e-8  # Table 5 has 1e-20, which turns rounding noise into full-size updates
+    optimizer.weight_decay = 0.1  # on matrices; never on norms, bias or alpha
+    optimizer.clip_norm = 1.0  # of the gradient, 0: no clipping
+    optimizer.accumulate_steps = 1  # parts of a batch that are run one after the other
+
+    data = config.data = ml_collections.ConfigDict()
+    data.source = "stdlib"  # stdlib | text | array_record | synthetic
+    data.path = ""  # glob of the files (text, array_record)
+    data.tokenizer = "byte"  # byte, or the path of a Hugging Face tokenizers JSON file
+    data.sequence_length = 256  # tokens
+    data.validation_fraction = 0.05  # of the files, 0 to 1 exclusive
+    data.shuffle_seed = 0  # of the order of training windows
+    data.synthetic_vocab_size = 64  # of the synthetic source
+    return config

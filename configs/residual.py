@@ -1,0 +1,12 @@
+"""The baseline of every comparison: the same decoder with x + F(x).
+
+Command:  python -m mhc_jax.main --config=configs/residual.py --workdir=runs/residual
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.model.connection = "residual"
+    return config

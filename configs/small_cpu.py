@@ -1,0 +1,37 @@
+"""Does unconstrained mixing explode with depth? The setting of `python -m experiments.stability`.
+
+48 sublayers of width 64: deep and narrow, since gains multiply over sublayers. High constant learning
+rate, no clipping, so that nothing hides the effect.
+
+Command:  python -m mhc_jax.main --config=configs/small_cpu.py --workdir=runs/small --config.model.connection=hc
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.steps = 200
+    config.batch_size = 8
+    config.eval_every = 0
+    config.eval_batches = 16
+    config.gains_every = 20
+    config.checkpoint_every = 100
+    config.checkpoints_kept = 1
+
+    model = config.model
+    model.num_blocks = 24
+    model.width = 64
+    model.num_heads = 4
+    model.ffn_width = 192
+    model.dtype = "float32"
+    model.init_std = 0.125  # 1 / sqrt(width)
+
+    optimizer = config.optimizer
+    optimizer.learning_rate = 3e-3
+    optimizer.schedule = "constant"
+    optimizer.warmup_steps = 20
+    optimizer.clip_norm = 0.0
+
+    config.data.sequence_length = 64
+    return config

@@ -1,0 +1,92 @@
+"""Why does mHC exist? Trains residual, HC and mHC alike on real text and compares their gain magnitudes.
+
+Command:  python -m experiments.stability
+Result:   a table on the terminal and a self-contained report.html in the output folder.
+
+The three arms share seed, initial weights and batches; only the connection differs. The text is the
+Python standard library of the running interpreter, so nothing is fetched. A run that was stopped goes on
+where it was when the command is given again.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import logging
+import pathlib
+import shlex
+import sys
+
+from experiments import report
+from mhc_jax.config import CONNECTIONS, from_dict
+from mhc_jax.train import Interrupted, NonFiniteError, train
+
+PACKAGES = ("jax", "flax", "optax", "grain", "orbax-checkpoint")
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.stability",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/stability"),
+                        help="folder of the three workdirs and of report.html")  # fmt: skip
+    parser.add_argument("--config", default="small_cpu", help="name of a file of configs/")
+    parser.add_argument("--steps", type=int, help="updates of each arm (default: the config's)")
+    parser.add_argument("--num_blocks", type=int, help="depth (default: the config's)")
+    parser.add_argument("--learning_rate", type=float, help="peak (default: the config's)")
+    parser.add_argument("--seed", type=int, help="of weights and data (default: the config's)")
+    parser.add_argument("--text", default="", help="glob of text files to train on instead of the stdlib")
+    parser.add_argument("--arms", nargs="+", choices=CONNECTIONS, default=list(CONNECTIONS),
+                        help="connections to compare")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def arm_config(options: argparse.Namespace, connection: str):
+    """The frozen configuration of one arm."""
+    config = importlib.import_module(f"configs.{options.config}").get_config()
+    config.model.connection = connection
+    if options.steps is not None:
+        config.steps = options.steps
+    if options.num_blocks is not None:
+        config.model.num_blocks = options.num_blocks
+    if options.learning_rate is not None:
+        config.optimizer.learning_rate = options.learning_rate
+    if options.seed is not None:
+        config.seed = config.data.shuffle_seed = options.seed
+    if options.text:
+        config.data.source, config.data.path = "text", options.text
+    return from_dict(config)
+
+
+def run(options: argparse.Namespace) -> pathlib.Path:
+    """Trains the arms, prints the table and writes the report, also when an arm has diverged."""
+    configs = {arm: arm_config(options, arm) for arm in options.arms}  # errors before any work
+    workdirs, notes = [], []
+    for number, (arm, config) in enumerate(configs.items(), 1):
+        workdir = options.output / arm
+        workdirs.append(workdir)
+        try:
+            train(config, workdir, name=f"{arm:8s} ({number}/{len(configs)})")
+        except NonFiniteError as error:  # what came of the arm so far is a result
+            print(f"{arm} stopped: {error}", file=sys.stderr)
+            notes.append(f"{arm} stopped early: {error}")
+    rows = [report.summarize(workdir) for workdir in workdirs]
+    print(report.format_table(rows))
+    path = options.output / "report.html"
+    report.write_report(path, workdirs, "Residual, HC and mHC on real text", rows, notes)
+    print(f"Figures and explanation: {path}")
+    return path
+
+
+def main(arguments=None) -> None:
+    options = parse_arguments(arguments)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file it writes
+    try:
+        run(options)
+    except (ValueError, TypeError, Interrupted) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

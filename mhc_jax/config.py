@@ -1,0 +1,183 @@
+"""Frozen settings. Every field is required here: defaults live in `configs/default.py` alone.
+
+Below `config.py` nothing sees a ConfigDict, so that a misspelt or missing field fails at once.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from kernels_pallas.dispatch import IMPLEMENTATIONS
+from mhc_jax.data.config import DataConfig
+from mhc_jax.manifolds import MANIFOLDS
+from mhc_jax.readout import READOUTS
+
+CONNECTIONS = ("residual", "hc", "mhc")
+DTYPES = ("bfloat16", "float32")
+SCHEDULES = ("constant", "step", "cosine", "wsd")
+
+
+def _one_of(name: str, value: Any, choices: typing.Iterable[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(str, choices))}")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:  # NaN fails too
+        raise ValueError(f"{name}={value} must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Decoder and its connection; what each field means stands in `configs/default.py`."""
+
+    vocab_size: int
+    num_blocks: int
+    width: int
+    num_heads: int
+    ffn_width: int
+    rope_theta: float
+    tie_embeddings: bool
+    dtype: str
+    init_std: float
+    norm_eps: float
+    connection: str
+    n: int
+    readout: str
+    alpha_init: float
+    manifold: str
+    sinkhorn_iterations: int
+    pre_init_gap: float
+    res_init_gap: float
+    hc_use_pre: bool
+    hc_use_post: bool
+    hc_use_res: bool
+    implementation: str | None
+
+    def __post_init__(self):
+        _one_of("model.connection", self.connection, CONNECTIONS)
+        _one_of("model.manifold", self.manifold, MANIFOLDS)
+        _one_of("model.readout", self.readout, READOUTS)
+        _one_of("model.dtype", self.dtype, DTYPES)
+        _one_of("model.implementation", self.implementation, (None, *IMPLEMENTATIONS))
+        for name in ("vocab_size", "num_blocks", "width", "num_heads", "ffn_width", "n"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        _at_least("model.sinkhorn_iterations", self.sinkhorn_iterations, 1)
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            raise ValueError(
+                f"model.width={self.width} over model.num_heads={self.num_heads}: the width of a head "
+                f"({self.width / self.num_heads:g}) must be an even integer"
+            )
+
+    @property
+    def streams(self) -> int:
+        """Streams of the residual state: n, or 1 for the residual connection."""
+        return 1 if self.connection == "residual" else self.n
+
+    @property
+    def activation_dtype(self):
+        return jnp.dtype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedule and accumulation; see `configs/default.py`."""
+
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    final_fraction: float
+    decay_fraction: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    accumulate_steps: int
+
+    def __post_init__(self):
+        _one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
+            _at_least(f"optimizer.{name}", getattr(self, name), 0)
+        _at_least("optimizer.accumulate_steps", self.accumulate_steps, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    seed: int
+    steps: int
+    batch_size: int
+    log_every: int
+    eval_every: int
+    eval_batches: int
+    gains_every: int
+    checkpoint_every: int
+    checkpoints_kept: int
+    tensorboard: bool
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "eval_batches", "checkpoints_kept"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("eval_every", "gains_every", "checkpoint_every"):
+            _at_least(name, getattr(self, name), 0)
+        accumulate = self.optimizer.accumulate_steps
+        if self.batch_size % accumulate:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not divisible by optimizer.accumulate_steps={accumulate}"
+            )
+
+
+def from_dict(values: Mapping[str, Any], kind: type = Config, prefix: str = ""):
+    """Builds a frozen configuration from a nested mapping such as a ConfigDict or config.json.
+
+    Raises:
+      ValueError: a field that does not exist (with the nearest that does), a missing one, or a value out
+        of range.
+      TypeError: a value of another type than the field's.
+    """
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f": did you mean {prefix}{near[0]}?" if near else ""
+            raise ValueError(f"unknown config field {prefix}{name}{hint}")
+    missing = [prefix + name for name in fields if name not in values]
+    if missing:
+        raise ValueError(f"missing config fields: {', '.join(missing)}")
+    return kind(
+        **{name: _convert(prefix + name, values[name], type_) for name, type_ in fields.items()}
+    )
+
+
+def _convert(path: str, value: Any, type_: Any):
+    if dataclasses.is_dataclass(type_):
+        return from_dict(value, type_, path + ".")
+    allowed = typing.get_args(type_) if isinstance(type_, types.UnionType) else (type_,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) not in allowed:
+        names = " or ".join(t.__name__ for t in allowed)
+        raise TypeError(f"{path}={value!r} is {type(value).__name__}, expected {names}")
+    return value
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple]:
+    """Dotted names of the fields in which two nested mappings differ, with both values."""
+    found = {}
+    for name in sorted({*a, *b}):
+        left, right = a.get(name), b.get(name)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found |= differences(left, right, f"{prefix}{name}.")
+        elif left != right:
+            found[prefix + name] = (left, right)
+    return found

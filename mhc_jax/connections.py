@@ -1,0 +1,314 @@
+"""Residual connections, Hyper-Connections and their manifold-constrained form, one interface.
+
+    layer_input, mappings = connection.pre(streams)                 # [..., C]
+    streams = connection.post(streams, layer_output, mappings)      # [..., n*C]
+    streams = connection(streams, layer)                            # both, around any callable
+
+`streams` are flat, `[..., n*C]`, stream i in columns `i*C:(i+1)*C`; a model does not know which
+connection it has. A model that scans over its sublayers carries the write of a sublayer as a `Pending`
+update and lets the next connection do it (`boundary`), so that write and next read can be one kernel.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import kernels_pallas as kernels
+from kernels_pallas.shapes import check_streams, coefficient_dtype
+from mhc_jax.manifolds import Birkhoff, Manifold
+
+
+class Mappings(NamedTuple):
+    """Mappings of one sublayer that `post` needs; both None for `Residual`.
+
+    Attributes:
+      h_post: `[..., n]` float32, the write mapping.
+      h_res: `[..., n, n]` float32, the residual mapping, entry (i, j) from stream j into stream i.
+    """
+
+    h_post: jax.Array | None
+    h_res: jax.Array | None
+
+
+class Pending(NamedTuple):
+    """The write of a sublayer that the next one has still to do: `post(*pending)`.
+
+    Attributes:
+      streams: `[..., n*C]`, as the sublayer read them.
+      layer_output: `[..., C]`, output of its F.
+      mappings: its `Mappings`.
+    """
+
+    streams: jax.Array
+    layer_output: jax.Array
+    mappings: Mappings
+
+
+def expand(x: jax.Array, n: int) -> jax.Array:
+    """Replicates the embedding into n streams: `[..., C]` -> `[..., n*C]`."""
+    return jnp.concatenate([x] * n, axis=-1)
+
+
+class Connection(nnx.Module):
+    """What the three connections share. `n` is the number of streams."""
+
+    n: int
+
+    def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
+        """Reads the layer input `[..., C]` and the mappings that `post` needs."""
+        raise NotImplementedError
+
+    def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
+        """Writes the layer output `[..., C]` into the streams (Eq. 3)."""
+        raise NotImplementedError
+
+    def boundary(self, pending: Pending) -> tuple[jax.Array, jax.Array, Mappings]:
+        """Does the pending write, then reads for this sublayer.
+
+        Returns:
+          streams `[..., n*C]`, layer input `[..., C]` and mappings.
+        """
+        streams = self.post(*pending)
+        return streams, *self.pre(streams)
+
+    def start(self, streams: jax.Array) -> Pending:
+        """A pending update that leaves `streams` as they are: how a scan over sublayers begins."""
+        lead, width = streams.shape[:-1], streams.shape[-1] // self.n
+        dtype = coefficient_dtype(streams.dtype)
+        return Pending(
+            streams,
+            jnp.zeros((*lead, width), streams.dtype),
+            Mappings(
+                jnp.zeros((*lead, self.n), dtype),
+                jnp.broadcast_to(jnp.eye(self.n, dtype=dtype), (*lead, self.n, self.n)),
+            ),
+        )
+
+    def __call__(self, streams: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """One sublayer around any callable `[..., C]` -> `[..., C]`, its pre-norm inside (Eq. 3)."""
+        layer_input, mappings = self.pre(streams)
+        return self.post(streams, layer(layer_input), mappings)
+
+
+class Residual(Connection):
+    """x + F(x) (Eq. 1): one stream, no parameters."""
+
+    def __init__(self):
+        self.n = 1
+
+    def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
+        return streams, Mappings(None, None)
+
+    def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
+        return streams + layer_output.astype(streams.dtype)
+
+    def start(self, streams: jax.Array) -> Pending:
+        return Pending(streams, jnp.zeros_like(streams), Mappings(None, None))
+
+
+class _WideConnection(Connection):
+    """Hyper-connections of either kind: `post` is the same weighted write."""
+
+    implementation: str | None
+
+    def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
+        return kernels.post_res(
+            streams, layer_output, *mappings, implementation=self.implementation
+        )
+
+
+class HyperConnections(_WideConnection):
+    """Hyper-Connections (Eq. 5; Zhu et al., 2024): dynamic mappings without a constraint.
+
+    With x~_j = RMSNorm(x_j) over the C entries of stream j:
+
+        h_pre[j]    = alpha[0] tanh(theta[0] . x~_j) + b_pre[j]
+        h_post[j]   = alpha[1] tanh(theta[1] . x~_j) + b_post[j]
+        h_res[i, j] = alpha[2] tanh(theta[2 + i] . x~_j) + b_res[i, j]
+
+    Starts as the residual connection: theta 0, alpha 0.01, b_res = I, b_post = 1, b_pre one-hot at
+    (sublayer index mod n). A mapping that is switched off is the fixed one of Table 1: 1/n, ones, identity.
+
+    Args:
+      width: C.
+      n: number of streams, at least 1.
+      sublayer_index: position among the attention and FFN sublayers, from 0; may be traced.
+      use_pre, use_post, use_res: whether each mapping is learned (Table 1).
+      alpha_init: gating factors at the start.
+      norm_eps: of the RMSNorm.
+      implementation: of the kernels, see `kernels_pallas`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        n: int = 4,
+        *,
+        sublayer_index: int | jax.Array = 0,
+        use_pre: bool = True,
+        use_post: bool = True,
+        use_res: bool = True,
+        alpha_init: float = 0.01,
+        norm_eps: float = 1e-20,
+        implementation: str | None = None,
+    ):
+        _check_size(width, n)
+        self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
+        self.use_pre, self.use_post, self.use_res = use_pre, use_post, use_res
+        one_hot = jax.nn.one_hot(sublayer_index % n, n, dtype=jnp.float32)
+        self.theta = nnx.Param(jnp.zeros((2 + n, width), jnp.float32))
+        self.alpha = nnx.Param(jnp.full(3, alpha_init, jnp.float32))
+        self.bias = nnx.Param(
+            jnp.concatenate([one_hot, jnp.ones(n), jnp.eye(n).reshape(-1)]).astype(jnp.float32)
+        )
+
+    def _dynamic(self, streams: jax.Array) -> jax.Array:
+        """tanh(theta x~^T) `[..., 2 + n, n]` float32: rows as in theta, a column for each stream."""
+        theta = self.theta[...].T
+        columns = []
+        for stream in jnp.split(streams, self.n, axis=-1):
+            s, r = kernels.projection(
+                stream, theta, norm_eps=self.norm_eps, implementation=self.implementation
+            )
+            columns.append(jnp.tanh(s / r[..., None]))
+        return jnp.stack(columns, axis=-1)
+
+    def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
+        n, lead = self.n, streams.shape[:-1]
+        check_streams(streams, n)
+        dynamic, alpha, bias = self._dynamic(streams), self.alpha[...], self.bias[...]
+        alpha, bias = alpha.astype(dynamic.dtype), bias.astype(dynamic.dtype)
+        b_pre, b_post, b_res = bias[:n], bias[n : 2 * n], bias[2 * n :].reshape(n, n)
+
+        def mapping(used, values, gate, static, fixed):
+            static, fixed = (jnp.broadcast_to(x, values.shape) for x in (static, fixed))
+            return gate * values + static if used else fixed.astype(values.dtype)
+
+        h_pre = mapping(self.use_pre, dynamic[..., 0, :], alpha[0], b_pre, jnp.full(n, 1 / n))
+        h_post = mapping(self.use_post, dynamic[..., 1, :], alpha[1], b_post, jnp.ones(n))
+        h_res = mapping(self.use_res, dynamic[..., 2:, :], alpha[2], b_res, jnp.eye(n))
+        assert h_res.shape == (*lead, n, n)
+        layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
+        return layer_input, Mappings(h_post, h_res)
+
+
+class ManifoldHyperConnections(_WideConnection):
+    """Manifold-Constrained Hyper-Connections (Eqs. 7-9, evaluated as Eqs. 14-19).
+
+    With x^ = RMSNorm(vec(x)) over all n*C entries and h = alpha * (x^ phi) + bias in the column order
+    pre (n), post (n), res: h_pre = sigmoid(h), h_post = 2 sigmoid(h), h_res = manifold.project(h).
+
+    The paper gives alpha = 0.01 at the start; the rest is our choice. phi = 0, h_post = 1, h_res near the
+    identity (off-diagonal logits at -res_init_gap), h_pre near one-hot at (sublayer index mod n) and
+    summing to 1: the network then equals the residual one, and the streams still differ in what they
+    read. (With symmetric mappings and phi = 0 they would stay identical for ever.)
+
+    Args:
+      width: C.
+      n: number of streams, at least 1. With n = 1 the identity path of the residual connection is back.
+      sublayer_index: position among the attention and FFN sublayers, from 0; may be traced.
+      manifold: the constraint on h_res.
+      alpha_init: gating factors at the start (Table 5: 0.01).
+      pre_init_gap: the read mapping starts at sigmoid(-gap) for the streams that are not read.
+      res_init_gap: the off-diagonal logits of h_res start at -gap.
+      norm_eps: added to the mean square of the streams (Table 5: 1e-20).
+      implementation: of the kernels, see `kernels_pallas`.
+
+    Raises:
+      ValueError: width < 1, n < 1, or so many streams that h_pre cannot sum to 1 at this gap.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        n: int = 4,
+        *,
+        sublayer_index: int | jax.Array = 0,
+        manifold: Manifold | None = None,
+        alpha_init: float = 0.01,
+        pre_init_gap: float = 4.0,
+        res_init_gap: float = 8.0,
+        norm_eps: float = 1e-20,
+        implementation: str | None = None,
+    ):
+        _check_size(width, n)
+        self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
+        self.manifold = Birkhoff(implementation=implementation) if manifold is None else manifold
+        num_logits = self.manifold.num_logits(n)
+        self.phi = nnx.Param(jnp.zeros((n * width, 2 * n + num_logits), jnp.float32))
+        self.alpha = nnx.Param(jnp.full(3, alpha_init, jnp.float32))
+        self.bias = nnx.Param(
+            jnp.concatenate(
+                [
+                    _initial_read_logits(n, pre_init_gap, sublayer_index),
+                    jnp.zeros(n),
+                    self.manifold.initial_logits(n, res_init_gap),
+                ]
+            ).astype(jnp.float32)
+        )
+
+    def mappings(self, streams: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """h_pre `[..., n]`, h_post `[..., n]`, h_res `[..., n, n]`, float32."""
+        parameters = self.phi[...], self.bias[...], self.alpha[...]
+        if isinstance(self.manifold, Birkhoff):
+            return kernels.mappings(
+                streams,
+                *parameters,
+                n=self.n,
+                num_iterations=self.manifold.num_iterations,
+                norm_eps=self.norm_eps,
+                implementation=self.implementation,
+            )
+        return self._mappings_on_any_manifold(streams, *parameters)
+
+    def _mappings_on_any_manifold(self, streams, phi, bias, alpha):
+        n = self.n
+        s, r = kernels.projection(
+            streams, phi, norm_eps=self.norm_eps, implementation=self.implementation
+        )
+        parts = jnp.split(s / r[..., None], (n, 2 * n), axis=-1)
+        statics = jnp.split(bias.astype(s.dtype), (n, 2 * n))
+        pre, post, res = (
+            gate * part + jnp.broadcast_to(static, part.shape)
+            for gate, part, static in zip(alpha.astype(s.dtype), parts, statics)
+        )
+        return jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), self.manifold.project(res, n)
+
+    def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
+        h_pre, h_post, h_res = self.mappings(streams)
+        layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
+        return layer_input, Mappings(h_post, h_res)
+
+
+def _check_size(width: int, n: int) -> None:
+    if n < 1:
+        raise ValueError(f"n={n}: the number of streams must be at least 1")
+    if width < 1:
+        raise ValueError(f"width={width}: the width C of a stream must be at least 1")
+
+
+def _initial_read_logits(n: int, gap: float, sublayer_index: int | jax.Array) -> jax.Array:
+    """`[n]` logits of h_pre: -gap but for one stream, whose logit makes the sigmoids sum to 1."""
+    rest = (n - 1) / (1 + math.exp(gap))
+    if rest >= 1:
+        raise ValueError(
+            f"n={n} with pre_init_gap={gap}: {n - 1} streams read with weight {rest / (n - 1):.3g} leave "
+            f"nothing for the last; raise pre_init_gap above {math.log(n - 2):.2f}"
+        )
+    read = gap if n == 1 else math.log((1 - rest) / rest)
+    return jnp.where(jnp.arange(n) == sublayer_index % n, read, -gap)
+
+
+__all__ = [
+    "Connection",
+    "HyperConnections",
+    "ManifoldHyperConnections",
+    "Mappings",
+    "Pending",
+    "Residual",
+    "expand",
+]

@@ -1,0 +1,63 @@
+"""RMSNorm, rotary position embedding and SwiGLU: the parts of a sublayer's F."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32, in the dtype of x."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        scale = jnp.broadcast_to(self.scale[...], x.shape)
+        return (wide * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+
+
+def linear(fan_in: int, fan_out: int, *, dtype, init_std: float, rngs: nnx.Rngs) -> nnx.Linear:
+    """A matrix without bias: float32 parameters, `dtype` products."""
+    return nnx.Linear(
+        fan_in,
+        fan_out,
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        kernel_init=nnx.initializers.truncated_normal(init_std),
+        rngs=rngs,
+    )
+
+
+def rope(x: jax.Array, *, theta: float, offset: int = 0) -> jax.Array:
+    """Rotary position embedding (Su et al., 2021): pairs are (first half, second half) of the last axis.
+
+    Args:
+      x: `[B, S, H, D]`, D even.
+      theta: base of the wavelengths, in tokens.
+      offset: position of the first token.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    position = offset + jnp.arange(x.shape[1], dtype=jnp.float32)
+    angle = position[:, None] * frequency[None, :]
+    cos, sin = (f(angle)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """Gated FFN: down(silu(gate(x)) * up(x)), `[..., C]` -> `[..., C]`."""
+
+    def __init__(self, width: int, ffn_width: int, *, dtype, init_std: float, rngs: nnx.Rngs):
+        make = {"dtype": dtype, "init_std": init_std, "rngs": rngs}
+        self.gate = linear(width, ffn_width, **make)
+        self.up = linear(width, ffn_width, **make)
+        self.down = linear(ffn_width, width, **make)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

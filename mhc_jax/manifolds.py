@@ -1,0 +1,65 @@
+"""Sets to which the residual mapping h_res of mHC is constrained (Section 4.1 of the paper)."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import sinkhorn
+
+
+class Manifold(Protocol):
+    """A constraint on h_res: how many logits it takes, and the map from logits to matrices."""
+
+    def num_logits(self, n: int) -> int:
+        """Logits for one token, i.e. columns of phi and entries of bias beyond the first 2n."""
+
+    def initial_logits(self, n: int, gap: float) -> jax.Array:
+        """`[num_logits(n)]` float32 whose projection is near the identity, nearer with a larger gap."""
+
+    def project(self, logits: jax.Array, n: int) -> jax.Array:
+        """`[..., num_logits(n)]` float32 -> h_res `[..., n, n]` float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Birkhoff:
+    """Doubly stochastic matrices by Sinkhorn-Knopp (Eqs. 6 and 9), the constraint of the paper.
+
+    Attributes:
+      num_iterations: t_max of Eq. 9.
+      implementation: of the `sinkhorn` op.
+    """
+
+    num_iterations: int = 20
+    implementation: str | None = None
+
+    def num_logits(self, n: int) -> int:
+        return n * n
+
+    def initial_logits(self, n: int, gap: float) -> jax.Array:
+        return gap * (jnp.eye(n) - 1).reshape(-1)
+
+    def project(self, logits: jax.Array, n: int) -> jax.Array:
+        return sinkhorn(
+            logits.reshape(*logits.shape[:-1], n, n),
+            num_iterations=self.num_iterations,
+            implementation=self.implementation,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """h_res = I, without parameters: streams never mix. The strongest control arm of the field."""
+
+    def num_logits(self, n: int) -> int:
+        return 0
+
+    def initial_logits(self, n: int, gap: float) -> jax.Array:
+        return jnp.zeros(0)
+
+    def project(self, logits: jax.Array, n: int) -> jax.Array:
+        return jnp.broadcast_to(jnp.eye(n, dtype=logits.dtype), (*logits.shape[:-1], n, n))
+
+
+MANIFOLDS = {"birkhoff": Birkhoff, "identity": Identity}

@@ -1,0 +1,75 @@
+"""AdamW with the schedules and decay masks of the experiments."""
+
+import jax
+import optax
+
+from mhc_jax.config import OptimizerConfig
+
+# Last names of parameter paths. Weight decay on the logits of h_res would drive it to J/n, on alpha it
+# would switch the dynamic mappings off.
+DECAYED = frozenset({"kernel", "embedding", "phi", "theta"})
+NOT_DECAYED = frozenset({"scale", "bias", "alpha"})
+
+# Table 5: x0.316 at 80 % and x0.1 at 90 % of the steps, both of the base rate.
+STEP_DECAY = ((0.8, 0.316), (0.9, 0.1))
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate against the number of updates done: linear warm-up from 0, then `config.schedule`.
+
+    Args:
+      config: names the schedule; `wsd` holds the peak and falls linearly over the last
+        `decay_fraction` of the run, `step` is that of the paper.
+      steps: updates of the whole run, the warm-up included.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    final = peak * config.final_fraction
+    if config.schedule == "constant":
+        main = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_fraction)
+    elif config.schedule == "wsd":
+        decay = max(round(steps * config.decay_fraction), 1)
+        main = optax.linear_schedule(peak, final, decay, max(steps - decay - warmup, 0))
+    else:
+        boundaries, factor_before = {}, 1.0
+        for fraction, factor in STEP_DECAY:
+            boundaries[max(round(fraction * steps) - warmup, 0)] = factor / factor_before
+            factor_before = factor
+        main = optax.piecewise_constant_schedule(peak, boundaries)
+    ramp = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    return optax.join_schedules([ramp, main], [warmup]) if warmup else main
+
+
+def decay_mask(params):
+    """True for the parameters that weight decay acts on, decided by the last name of their path.
+
+    Raises:
+      ValueError: a parameter name that neither `DECAYED` nor `NOT_DECAYED` knows.
+    """
+
+    def decays(path, _):
+        name = path[-1].key
+        if name not in DECAYED | NOT_DECAYED:
+            raise ValueError(
+                f"no weight-decay rule for parameter {jax.tree_util.keystr(path)}: add {name!r} to "
+                "DECAYED or NOT_DECAYED in mhc_jax/optimizer.py"
+            )
+        return name in DECAYED
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm (0: none), then AdamW under `make_schedule`."""
+    adamw = optax.adamw(
+        make_schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    if not config.clip_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

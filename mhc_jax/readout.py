@@ -1,0 +1,60 @@
+"""From the n streams back to one, after the last sublayer."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import kernels_pallas as kernels
+
+READOUTS = ("sum", "mean", "head")
+
+
+class Readout(nnx.Module):
+    """Reads the streams out: `[..., n*C]` -> `[..., C]`, in the dtype of the streams.
+
+    `sum` and `mean` have no parameters. `head` weighs the streams for each token with
+    sigmoid(alpha * (RMSNorm(vec(x)) phi) + bias), own phi, bias and alpha, starting at 1/2 each.
+
+    Args:
+      kind: "sum", "mean" or "head".
+      width: C.
+      n: number of streams.
+      alpha_init: gating factor of the head at the start.
+      norm_eps: of the head's RMSNorm.
+      implementation: of the kernels, see `kernels_pallas`.
+
+    Raises:
+      ValueError: unknown kind.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        width: int,
+        n: int,
+        *,
+        alpha_init: float = 0.01,
+        norm_eps: float = 1e-20,
+        implementation: str | None = None,
+    ):
+        if kind not in READOUTS:
+            raise ValueError(f"readout={kind!r} is unknown: use one of {', '.join(READOUTS)}")
+        self.kind, self.n, self.norm_eps, self.implementation = kind, n, norm_eps, implementation
+        if kind == "head":
+            self.phi = nnx.Param(jnp.zeros((n * width, n), jnp.float32))
+            self.bias = nnx.Param(jnp.zeros(n, jnp.float32))
+            self.alpha = nnx.Param(jnp.full(1, alpha_init, jnp.float32))
+
+    def _weights(self, streams: jax.Array) -> jax.Array:
+        """`[..., n]` float32."""
+        if self.kind != "head":
+            weight = 1.0 if self.kind == "sum" else 1 / self.n
+            return jnp.full((*streams.shape[:-1], self.n), weight, jnp.float32)
+        s, r = kernels.projection(
+            streams, self.phi[...], norm_eps=self.norm_eps, implementation=self.implementation
+        )
+        bias = jnp.broadcast_to(self.bias[...].astype(s.dtype), s.shape)
+        return jax.nn.sigmoid(self.alpha[0].astype(s.dtype) * s / r[..., None] + bias)
+
+    def __call__(self, streams: jax.Array) -> jax.Array:
+        return kernels.pre(streams, self._weights(streams), implementation=self.implementation)

@@ -1,0 +1,268 @@
+"""The training loop: data and state in, metrics, gains and checkpoints in the workdir out."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import math
+import pathlib
+import signal
+import threading
+import time
+from typing import Any
+
+import jax
+import tqdm
+
+from mhc_jax import gains, sharding
+from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.config import Config, differences
+from mhc_jax.data import make_iterator, vocab_size
+from mhc_jax.metrics import MetricWriter
+from mhc_jax.train_step import (
+    find_non_finite,
+    init_state,
+    jit_train_step,
+    loss_fn,
+    measure_gains,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient norm was not finite; the message says at which step and where first."""
+
+
+class Interrupted(RuntimeError):
+    """SIGINT or SIGTERM stopped the run after a checkpoint."""
+
+
+@contextlib.contextmanager
+def _stop_signals():
+    """Yields a flag that SIGINT and SIGTERM set, so that the loop can save before it ends."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested
+        return
+    old = {
+        number: signal.signal(number, lambda *_: requested.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield requested
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def check_config(config: Config) -> None:
+    """What the fields cannot tell alone. Raises ValueError before anything is allocated."""
+    sharding.check_batch_size(
+        config.batch_size, config.optimizer.accumulate_steps, jax.device_count()
+    )
+    needed = vocab_size(config.data)
+    if config.model.vocab_size < needed:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} is less than the {needed} ids of the data: "
+            f"set model.vocab_size={needed}"
+        )
+
+
+def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
+    """Writes config.json, or checks that the one there is the same.
+
+    Raises:
+      ValueError: the fields in which a workdir of an earlier run differs.
+    """
+    path, values = workdir / "config.json", dataclasses.asdict(config)
+    if path.exists():
+        differing = differences(json.loads(path.read_text()), values)
+        if differing:
+            fields = "; ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in differing.items())
+            raise ValueError(
+                f"{path} belongs to another run ({fields}): use the same config or a new --workdir"
+            )
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def train(
+    config: Config, workdir: str | pathlib.Path, *, name: str | None = None
+) -> dict[str, Any]:
+    """Trains one model, resuming from the newest checkpoint of `workdir` if there is one.
+
+    Args:
+      config: the run.
+      workdir: receives config.json, metrics.jsonl, gains/, checkpoints/ and tensorboard/.
+      name: shown beside the progress bar; by default the connection.
+
+    Returns:
+      the last value of every metric.
+
+    Raises:
+      ValueError: configuration, data and devices do not fit together.
+      NonFiniteError: see there; the state before that step is saved.
+      Interrupted: SIGINT or SIGTERM; the state is saved, the same command resumes.
+    """
+    check_config(config)
+    workdir = pathlib.Path(workdir)
+    run = Run(config, workdir)
+    try:
+        with _stop_signals() as stop:
+            run.loop(stop, name or config.model.connection)
+    finally:
+        run.close()
+    return run.last_metrics
+
+
+class Run:
+    """State of one training run on its way through the steps."""
+
+    def __init__(self, config: Config, workdir: pathlib.Path):
+        # Reads the corpora first: bad input is reported before the workdir or the device is touched.
+        processes = {
+            "batch_size": config.batch_size,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        self.data = make_iterator(config.data, split="train", **processes)
+        self.validation = make_iterator(config.data, split="validation", **processes)
+        self._validation_start = self.validation.get_state()
+        claim_workdir(config, workdir)
+
+        self.config, self.workdir, self.mesh = config, workdir, sharding.make_mesh()
+        make_state = jax.jit(
+            functools.partial(init_state, config), out_shardings=sharding.replicated(self.mesh)
+        )
+        self.checkpoints = Checkpoints(workdir, kept=config.checkpoints_kept)
+        # Order of restart: a checkpoint of this workdir, else from scratch.
+        self.state = make_state()
+        if self.checkpoints.latest_step is not None:
+            self.state = self.checkpoints.restore(self.state, self.data)
+            _log.info("resumed %s at step %d", workdir, self.checkpoints.latest_step)
+        self.step = int(self.state.step)
+
+        self.is_main = jax.process_index() == 0
+        self.writer = (
+            MetricWriter(workdir, tensorboard=config.tensorboard) if self.is_main else None
+        )
+        self.last_metrics: dict[str, float] = {}
+        self._train_step = jit_train_step(config)
+        self._eval_step = jax.jit(functools.partial(loss_fn, config=config.model))
+        self._gains = jax.jit(functools.partial(measure_gains, config=config.model))
+        self._in_flight = None  # (step, batch, position before it, metrics) of the newest step
+        self._clock = None  # when the metrics of the step before were fetched
+
+    def loop(self, stop: threading.Event, name: str) -> None:
+        """Steps up to `config.steps`, with whatever is due after each."""
+        config = self.config
+        with tqdm.tqdm(
+            total=config.steps, initial=self.step, desc=name, disable=not self.is_main, unit="step"
+        ) as bar:
+            while self.step < config.steps:
+                self._dispatch(bar)
+                if stop.is_set():
+                    self._fetch(bar)
+                    self.checkpoints.save(self.state, self.data)
+                    raise Interrupted(
+                        f"stopped at step {self.step}, saved in {self.workdir}: run again to go on"
+                    )
+                self._do_what_is_due(bar)
+            self._fetch(bar)
+
+    def close(self) -> None:
+        """Waits for checkpoints and closes files."""
+        self.checkpoints.close()
+        if self.writer:
+            self.writer.close()
+
+    def _dispatch(self, bar) -> None:
+        """Starts step k, then fetches the metrics of step k - 1 while it runs."""
+        position = self.data.get_state()
+        batch = sharding.put_batch(next(self.data), self.mesh)
+        self.state, metrics = self._train_step(self.state, batch)
+        previous, self._in_flight = self._in_flight, (self.step, batch, position, metrics)
+        self.step += 1
+        if previous:
+            self._report(previous, bar)
+
+    def _fetch(self, bar) -> None:
+        """Waits for the newest step; the clock stops, since what follows is not training time."""
+        if self._in_flight:
+            previous, self._in_flight = self._in_flight, None
+            self._report(previous, bar)
+        self._clock = None
+
+    def _report(self, dispatched, bar) -> None:
+        step, batch, position, metrics = dispatched
+        metrics = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        if self._clock is not None:  # the first interval holds compilation
+            metrics["train/seconds_per_step"] = now - self._clock
+        self._clock = now
+        finite = all(math.isfinite(metrics[key]) for key in ("train/loss", "train/grad_norm"))
+        if step % self.config.log_every == 0 or not finite or step + 1 == self.config.steps:
+            self._write(step + 1, metrics)
+        bar.update(1)
+        bar.set_postfix(loss=f"{metrics['train/loss']:.3f}", refresh=False)
+        if not finite:
+            self._fail(step, batch, position, metrics)
+
+    def _fail(self, step, batch, position, metrics) -> None:
+        # The state is still that before the bad step, whatever was dispatched since.
+        self.data.set_state(position)
+        self.checkpoints.save(self.state, self.data)
+        where = find_non_finite(self.state.params, batch, self.config.model)
+        raise NonFiniteError(
+            f"step {step + 1}: loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}. "
+            f"First non-finite: {where}. The state before that step is saved in {self.workdir}."
+        )
+
+    def _do_what_is_due(self, bar) -> None:
+        config, last = self.config, self.step == self.config.steps
+        due = {
+            task: last or (every and self.step % every == 0)
+            for task, every in (
+                (self._evaluate, config.eval_every),
+                (self._log_gains, config.gains_every),
+                (self._save, config.checkpoint_every),
+            )
+        }
+        if any(due.values()):
+            self._fetch(bar)  # nothing of a step that was not finite is evaluated or saved
+            for task, is_due in due.items():
+                if is_due:
+                    task()
+
+    def _evaluate(self) -> None:
+        self.validation.set_state(self._validation_start)
+        losses = [
+            self._eval_step(self.state.params, sharding.put_batch(next(self.validation), self.mesh))
+            for _ in range(self.config.eval_batches)
+        ]
+        mean = sum(map(float, losses)) / len(losses)
+        self._write(self.step, {"validation/loss": mean})
+
+    def _log_gains(self) -> None:
+        if self.config.model.connection == "residual":
+            return  # 1 by definition
+        self.validation.set_state(self._validation_start)
+        tokens = next(self.validation)["inputs"][:1]  # always the same sequence
+        measured = jax.device_get(self._gains(self.state.params, tokens))
+        self._write(self.step, gains.summary(measured))
+        if self.is_main:
+            folder = self.workdir / "gains"
+            folder.mkdir(exist_ok=True)
+            gains.save(folder / f"step_{self.step:08d}.npz", measured, self.step)
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.state, self.data)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self.last_metrics |= values
+        if self.writer:
+            self.writer.write(step, values)

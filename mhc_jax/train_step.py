@@ -1,0 +1,168 @@
+"""The pure functions of training: state and batch in, state and metrics out."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mhc_jax import gains
+from mhc_jax.config import Config, ModelConfig
+from mhc_jax.losses import cross_entropy
+from mhc_jax.optimizer import make_optimizer, make_schedule
+from mhc_jax.transformer import Analysis, Transformer
+
+Params = dict[str, Any]
+Batch = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a checkpoint holds beside the position in the data.
+
+    Attributes:
+      step: updates done, int32.
+      params: nested dict of float32 arrays, blocks stacked along the first axis.
+      opt_state: of the optimizer.
+      rng: key from which random layers draw, folded with `step`; the dense decoder has none.
+      healthy: False from the first step whose loss or gradient norm was not finite; such a step and all
+        later ones leave `params` and `opt_state` as they were before it.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    rng: jax.Array
+    healthy: jax.Array
+
+
+@functools.cache
+def model_graph(config: ModelConfig) -> nnx.GraphDef:
+    """The structure of the model, without its parameters."""
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Fresh float32 parameters as a nested dict."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def init_state(config: Config) -> TrainState:
+    """State before the first step; the seed decides parameters and rng."""
+    params_key, rng = jax.random.split(jax.random.key(config.seed))
+    params = init_params(config.model, params_key)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        rng=jax.random.key_data(rng),
+        healthy=jnp.ones((), bool),
+    )
+
+
+def loss_fn(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
+    """Mean cross-entropy in nats a token of batch `inputs`, `targets` `[B, S]` int32."""
+    logits = nnx.merge(model_graph(config), params)(batch["inputs"])
+    return cross_entropy(logits, batch["targets"])
+
+
+def _loss_and_gradients(params: Params, batch: Batch, config: Config):
+    value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config=config.model))
+    parts = config.optimizer.accumulate_steps
+    if parts == 1:
+        return value_and_grad(params, batch)
+    # Part p takes every parts-th row, so that each device's rows spread over all parts.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
+
+    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    total, _ = jax.lax.scan(add, zero, split)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def train_step(
+    state: TrainState, batch: Batch, config: Config
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer update.
+
+    Args:
+      state: donated by `jit_train_step`.
+      batch: `inputs`, `targets` `[batch_size, S]` int32.
+      config: static.
+
+    Returns:
+      the new state, and float32 scalars: `train/loss` (before the update), `train/grad_norm` (before
+      clipping), `train/learning_rate`.
+    """
+    loss, gradients = _loss_and_gradients(state.params, batch, config)
+    grad_norm = optax.global_norm(gradients)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    # The host sees metrics one step late; until then a bad update must not spoil the parameters.
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(healthy, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    metrics = {
+        "train/loss": loss,
+        "train/grad_norm": grad_norm,
+        "train/learning_rate": make_schedule(config.optimizer, config.steps)(state.step),
+    }
+    state = state.replace(
+        step=state.step + healthy, params=params, opt_state=opt_state, healthy=healthy
+    )
+    return state, metrics
+
+
+def jit_train_step(config: Config) -> Callable:
+    """`train_step` compiled for this configuration, with the state's buffers reused."""
+    return jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
+
+
+def analyse(params: Params, tokens: jax.Array, config: ModelConfig) -> Analysis:
+    """Forward pass over `[B, S]` tokens for gain magnitudes or for finding what is not finite."""
+    return nnx.merge(model_graph(config), params).analyse(tokens)
+
+
+def measure_gains(params: Params, tokens: jax.Array, config: ModelConfig) -> gains.GainMagnitudes:
+    """Gain magnitudes (Figs. 3, 7, 8) over the tokens `[1, S]` of one sequence; hc and mhc only."""
+    h_res = analyse(params, tokens, config).h_res
+    return gains.gain_magnitudes(h_res[:, 0])
+
+
+def find_non_finite(params: Params, batch: Batch, config: ModelConfig) -> str:
+    """Where a non-finite loss or gradient arises first: a parameter, a sublayer, the loss, a gradient."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if not jnp.isfinite(leaf).all():
+            return f"parameter {_name(path)} before the step"
+    found = jax.jit(functools.partial(analyse, config=config))(params, batch["inputs"])
+    for index, (streams, output) in enumerate(zip(found.streams_finite, found.output_finite)):
+        where = f"sublayer {index} ({('attention', 'FFN')[index % 2]} of block {index // 2})"
+        if not streams:
+            return f"the streams read by {where}"
+        if not output:
+            return f"the output of {where}"
+    loss, gradients = jax.jit(jax.value_and_grad(functools.partial(loss_fn, config=config)))(
+        params, batch
+    )
+    if not jnp.isfinite(loss):
+        return "the read-out, the logits or the loss: all sublayers were finite"
+    # The backward pass meets the last block first.
+    for path, leaf in reversed(jax.tree_util.tree_flatten_with_path(gradients)[0]):
+        if not jnp.isfinite(leaf).all():
+            return f"the gradient of {_name(path)}"
+    return "the norm of the gradient: its entries are finite, their squares overflow"
+
+
+def _name(path) -> str:
+    return "/".join(str(key.key) for key in path)

@@ -1,0 +1,182 @@
+"""Pre-norm decoder whose blocks know nothing of the connection around their sublayers."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mhc_jax.attention import Attention
+from mhc_jax.config import ModelConfig
+from mhc_jax.connections import (
+    Connection,
+    HyperConnections,
+    ManifoldHyperConnections,
+    Pending,
+    Residual,
+    expand,
+)
+from mhc_jax.layers import RMSNorm, SwiGLU, linear
+from mhc_jax.manifolds import MANIFOLDS, Birkhoff
+from mhc_jax.readout import Readout
+
+
+def make_connection(config: ModelConfig, sublayer_index: int | jax.Array) -> Connection:
+    """The connection that the configuration names, for one sublayer."""
+    if config.connection == "residual":
+        return Residual()
+    common = {
+        "sublayer_index": sublayer_index,
+        "alpha_init": config.alpha_init,
+        "norm_eps": config.norm_eps,
+        "implementation": config.implementation,
+    }
+    if config.connection == "hc":
+        return HyperConnections(
+            config.width,
+            config.n,
+            use_pre=config.hc_use_pre,
+            use_post=config.hc_use_post,
+            use_res=config.hc_use_res,
+            **common,
+        )
+    manifold = (
+        Birkhoff(config.sinkhorn_iterations, config.implementation)
+        if config.manifold == "birkhoff"
+        else MANIFOLDS[config.manifold]()
+    )
+    return ManifoldHyperConnections(
+        config.width,
+        config.n,
+        manifold=manifold,
+        pre_init_gap=config.pre_init_gap,
+        res_init_gap=config.res_init_gap,
+        **common,
+    )
+
+
+class Block(nnx.Module):
+    """Attention and FFN, each a sublayer with its own pre-norm and its own connection."""
+
+    def __init__(self, config: ModelConfig, index: int | jax.Array, *, rngs: nnx.Rngs):
+        make = {"dtype": config.activation_dtype, "init_std": config.init_std, "rngs": rngs}
+        self.attention_connection = make_connection(config, 2 * index)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(
+            config.width, config.num_heads, rope_theta=config.rope_theta, **make
+        )
+        self.ffn_connection = make_connection(config, 2 * index + 1)
+        self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn = SwiGLU(config.width, config.ffn_width, **make)
+
+    def __call__(self, pending: Pending) -> tuple[Pending, list[Pending]]:
+        """Does the write of the block before, then its own two sublayers but for the last write.
+
+        Returns:
+          its own pending write, and that of both sublayers in order (for analysis).
+        """
+        writes = []
+        for connection, norm, layer in (
+            (self.attention_connection, self.attention_norm, self.attention),
+            (self.ffn_connection, self.ffn_norm, self.ffn),
+        ):
+            streams, layer_input, mappings = connection.boundary(pending)
+            pending = Pending(streams, layer(norm(layer_input)), mappings)
+            writes.append(pending)
+        return pending, writes
+
+
+class Analysis(NamedTuple):
+    """What a forward pass can show of its L sublayers, in order of execution.
+
+    Attributes:
+      h_res: `[L, B, S, n, n]` float32, or None for the residual connection.
+      output_finite: `[L]` bool, whether every output of F was finite.
+      streams_finite: `[L]` bool, whether the streams that F's sublayer read were.
+    """
+
+    h_res: jax.Array | None
+    output_finite: jax.Array
+    streams_finite: jax.Array
+
+
+def _analyse(writes: list[Pending]) -> Analysis:
+    """Stacks the sublayers of one block along a new first axis."""
+    per_sublayer = [
+        Analysis(
+            w.mappings.h_res, jnp.isfinite(w.layer_output).all(), jnp.isfinite(w.streams).all()
+        )
+        for w in writes
+    ]
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *per_sublayer)
+
+
+class Transformer(nnx.Module):
+    """Decoder language model: embedding, scanned blocks, read-out of the streams, norm, logits."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = nnx.Embed(
+            config.vocab_size,
+            config.width,
+            dtype=config.activation_dtype,
+            param_dtype=jnp.float32,
+            embedding_init=nnx.initializers.truncated_normal(config.init_std),
+            rngs=rngs,
+        )
+
+        # Parameters of all blocks are stacked, and one block is compiled whatever the depth.
+        @nnx.split_rngs(splits=config.num_blocks)
+        @nnx.vmap(in_axes=(0, 0))
+        def make_blocks(rngs, index):
+            return Block(config, index, rngs=rngs)
+
+        self.blocks = make_blocks(rngs, jnp.arange(config.num_blocks))
+        self.readout = Readout(
+            config.readout,
+            config.width,
+            config.streams,
+            alpha_init=config.alpha_init,
+            norm_eps=config.norm_eps,
+            implementation=config.implementation,
+        )
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        if not config.tie_embeddings:
+            self.unembed = linear(
+                config.width,
+                config.vocab_size,
+                dtype=config.activation_dtype,
+                init_std=config.init_std,
+                rngs=rngs,
+            )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Token ids `[B, S]` int32 -> logits `[B, S, vocab_size]` float32."""
+        streams, _ = self._run_blocks(tokens, analyse=False)
+        return self._logits(streams)
+
+    def analyse(self, tokens: jax.Array) -> Analysis:
+        """Token ids `[B, S]` -> what the sublayers did, L = 2 x num_blocks of them."""
+        _, analysis = self._run_blocks(tokens, analyse=True)
+        # [num_blocks, 2, ...] -> [L, ...]
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), analysis)
+
+    def _run_blocks(self, tokens, *, analyse):
+        connection = self.blocks.attention_connection  # start and post need no parameters
+        streams = expand(self.embedding(tokens), self.config.streams)
+        graph, parameters = nnx.split(self.blocks)
+
+        def body(pending, block_parameters):
+            pending, writes = nnx.merge(graph, block_parameters)(pending)
+            return pending, _analyse(writes) if analyse else None
+
+        pending, analysis = jax.lax.scan(body, connection.start(streams), parameters)
+        return connection.post(*pending), analysis
+
+    def _logits(self, streams):
+        x = self.norm(self.readout(streams))
+        if self.config.tie_embeddings:
+            matrix = self.embedding.embedding[...].T
+        else:
+            matrix = self.unembed.kernel[...]
+        return jnp.dot(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)

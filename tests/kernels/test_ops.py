@@ -1,0 +1,295 @@
+"""The operations and their gradients (implementation "xla") against the float64 oracle."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels_pallas as kp
+from kernels_pallas.precision import round_to_tf32, split_bf16
+
+_spec = importlib.util.spec_from_file_location(
+    "kernel_oracle", pathlib.Path(__file__).with_name("oracle.py")
+)
+oracle = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(oracle)
+
+T, C = 37, 200
+DTYPES = [jnp.float32, jnp.bfloat16]
+STREAMS = [1, 2, 3, 4, 8]
+STDS = [0.1, 1.0, 3.0, 10.0]  # of logits
+
+
+def value_and_vjp(f, args, cotangent):
+    """f(*args) and the cotangents of args, in one compiled program (eager tests took 5 minutes)."""
+
+    def both(args, cotangent):
+        value, vjp = jax.vjp(f, *args)
+        return value, vjp(cotangent)
+
+    return jax.jit(both)(args, cotangent)
+
+
+def normal(seed, *shape, scale=1.0, dtype=jnp.float32):
+    # NumPy, since jax.random compiles a program for each shape.
+    values = scale * np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(values.astype(np.float32)).astype(dtype)
+
+
+def assert_close(actual, expected, dtype, terms=1):
+    """Norm-wise relative error; rounding to the dtype plus float32 sums of `terms` terms."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+    limit = {jnp.float32: 3e-7, jnp.bfloat16: 3e-3}[dtype] * np.sqrt(terms)
+    assert error < limit, (error, limit)
+
+
+def float32_close(actual, expected, terms=1):
+    assert_close(actual, expected, jnp.float32, terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", STREAMS)
+def test_projection(n, dtype):
+    x, m = normal(0, T, n * C, dtype=dtype), n * n + 2 * n
+    phi, ds, dr = normal(1, n * C, m), normal(2, T, m), normal(3, T)
+    (s, r), (dx, dphi) = value_and_vjp(
+        lambda *a: kp.projection(*a, implementation="xla"), (x, phi), (ds, dr)
+    )
+    rounded = oracle.round_tf32(phi)
+    want_s, want_r = oracle.projection(x, rounded)
+    if dtype == jnp.bfloat16:
+        ds = oracle.round_tf32(ds)
+    want_dx, want_dphi = oracle.projection_vjp(x, rounded, ds, dr)
+    float32_close(s, want_s, 4)
+    float32_close(r, want_r)
+    assert_close(dx, want_dx, dtype)
+    float32_close(dphi, want_dphi, 4)
+
+
+def test_projection_rounds_phi_to_tf32_and_not_to_bfloat16():
+    x, phi = normal(0, 5, 64), normal(1, 64, 3)
+    s, _ = kp.projection(x, phi, implementation="xla")
+    exact = np.asarray(x, np.float64)
+    error = {
+        name: np.abs(np.asarray(s) - exact @ np.asarray(p, np.float64)).max()
+        for name, p in {"tf32": oracle.round_tf32(phi), "float32": phi}.items()
+    }
+    assert error["tf32"] < 1e-5 < error["float32"]
+
+
+@pytest.mark.parametrize("n", STREAMS)
+def test_sinkhorn(n):
+    shape = (T, n, n)
+    logits = jnp.concatenate([normal(k, *shape, scale=s) for k, s in enumerate(STDS)])
+    d = normal(9, len(STDS) * T, n, n)
+    h_res, (d_logits,) = value_and_vjp(lambda x: kp.sinkhorn(x, implementation="xla"), (logits,), d)
+    np.testing.assert_allclose(h_res, oracle.sinkhorn(logits), atol=2e-6)
+    np.testing.assert_allclose(d_logits, oracle.sinkhorn_vjp(logits, d), atol=2e-5)
+    np.testing.assert_allclose(h_res.sum(-1), 1, atol=1e-6)
+    assert h_res.sum(-2).max() <= n * (1 + 1e-6)
+
+
+def test_sinkhorn_is_finite_for_huge_logits():
+    one_row = jnp.zeros((4, 4)).at[1].set(-1.0)
+    patterns = jnp.stack([one_row, one_row.T, -one_row, -jnp.ones((4, 4)), jnp.eye(4)])
+    sizes = [1e2, 1e10, 1e30]
+    logits = jnp.concatenate(
+        [size * patterns for size in sizes] + [normal(0, T, 4, 4, scale=s / 4) for s in sizes]
+    )
+    h_res, (d_logits,) = value_and_vjp(
+        lambda x: kp.sinkhorn(x, implementation="xla"), (logits,), normal(1, *logits.shape)
+    )
+    assert jnp.isfinite(h_res).all()
+    assert jnp.isfinite(d_logits).all()
+    np.testing.assert_allclose(h_res.sum(-1), 1, atol=1e-6)
+
+
+def test_sinkhorn_normalises_columns_first_and_rows_last():
+    h_res = kp.sinkhorn(normal(0, 4, 4, scale=3.0), num_iterations=1, implementation="xla")
+    np.testing.assert_allclose(h_res.sum(-1), 1, atol=1e-6)
+    assert np.abs(h_res.sum(-2) - 1).max() > 1e-2
+
+
+def test_sinkhorn_keeps_no_iterates():
+    logits = normal(0, 1024, 4, 4)
+    _, vjp = jax.vjp(lambda x: kp.sinkhorn(x, implementation="xla"), logits)
+    assert sum(x.size for x in jax.tree.leaves(vjp)) == logits.size
+
+
+def test_sinkhorn_takes_float16_and_returns_float32():
+    logits = normal(0, 4, 4, dtype=jnp.float16)
+    assert kp.sinkhorn(logits, implementation="xla").dtype == jnp.float32
+
+
+@pytest.mark.parametrize("n", STREAMS)
+def test_coefficients(n):
+    m = n * n + 2 * n
+    s, r = (
+        normal(0, T, m) * jnp.where(jnp.arange(T)[:, None] % 2, 1, 10),
+        jnp.exp(normal(1, T, scale=0.3)),
+    )
+    bias, alpha = normal(2, m), jnp.array([0.7, -1.1, 0.9])
+    cotangents = normal(3, T, n), normal(4, T, n), normal(5, T, n, n)
+
+    def op(*args):
+        return kp.coefficients(*args, n=n, implementation="xla")
+
+    outputs, gradients = value_and_vjp(op, (s, r, bias, alpha), cotangents)
+    for got, want in zip(outputs, oracle.coefficients(s, r, bias, alpha, n)):
+        np.testing.assert_allclose(got, want, atol=3e-6)
+    wanted = oracle.coefficients_vjp(s, r, bias, alpha, *cotangents, n)
+    for got, want in zip(gradients, wanted):
+        float32_close(got, want, 1000)  # float32 knows a logit of 30 to 2e-6, so its sigmoid too
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", STREAMS)
+def test_pre(n, dtype):
+    x, h_pre, dy = normal(0, T, n * C, dtype=dtype), normal(1, T, n), normal(2, T, C, dtype=dtype)
+    y, (dx, dh_pre) = value_and_vjp(lambda *a: kp.pre(*a, implementation="xla"), (x, h_pre), dy)
+    want_dx, want_dh = oracle.pre_vjp(x, h_pre, dy)
+    assert_close(y, oracle.pre(x, h_pre), dtype)
+    assert_close(dx, want_dx, dtype)
+    float32_close(dh_pre, want_dh, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", STREAMS)
+def test_post_res(n, dtype):
+    """h_res is not symmetric here, so that a transposed one fails."""
+    x, y = normal(0, T, n * C, dtype=dtype), normal(1, T, C, dtype=dtype)
+    h_post, h_res, g = normal(2, T, n), normal(3, T, n, n), normal(4, T, n * C, dtype=dtype)
+    new, (dx, dy, dh_post, dh_res) = value_and_vjp(
+        lambda *a: kp.post_res(*a, implementation="xla"), (x, y, h_post, h_res), g
+    )
+    assert new.dtype == dtype
+    assert_close(new, oracle.post_res(x, y, h_post, h_res), dtype)
+    wants = oracle.post_res_vjp(x, y, h_post, h_res, g)
+    assert_close(dx, wants[0], dtype)
+    assert_close(dy, wants[1], dtype)
+    float32_close(dh_post, wants[2], 4)
+    float32_close(dh_res, wants[3], 4)
+
+
+def sublayer(x, phi, bias, alpha, n):
+    """A whole sublayer around F = tanh, with every operation in it."""
+    h_pre, h_post, h_res = kp.mappings(x, phi, bias, alpha, n=n, implementation="xla")
+    layer_input = kp.pre(x, h_pre, implementation="xla")
+    return kp.post_res(x, jnp.tanh(layer_input), h_post, h_res, implementation="xla")
+
+
+def sublayer_arguments(n, *lead):
+    m = n * n + 2 * n
+    return normal(0, *lead, n * C), normal(1, n * C, m, scale=0.1), normal(2, m), normal(3, 3)
+
+
+def test_sublayer_against_the_oracle_end_to_end():
+    n = 4
+    x, phi, bias, alpha = sublayer_arguments(n, T)
+    g = normal(9, T, n * C)
+    new, gradients = value_and_vjp(lambda *a: sublayer(*a, n), (x, phi, bias, alpha), g)
+    rounded = oracle.round_tf32(phi)
+    s, r = oracle.projection(x, rounded)
+    h_pre, h_post, h_res = oracle.coefficients(s, r, bias, alpha, n)
+    layer_input = oracle.pre(x, h_pre)
+    y = np.tanh(layer_input)
+    float32_close(new, oracle.post_res(x, y, h_post, h_res), 10)
+    dx_post, dy, dh_post, dh_res = oracle.post_res_vjp(x, y, h_post, h_res, g)
+    dx_pre, dh_pre = oracle.pre_vjp(x, h_pre, dy * (1 - y**2))
+    ds, dr, dbias, dalpha = oracle.coefficients_vjp(s, r, bias, alpha, dh_pre, dh_post, dh_res, n)
+    dx_projection, dphi = oracle.projection_vjp(x, rounded, ds, dr)
+    wants = dx_post + dx_pre + dx_projection, dphi, dbias, dalpha
+    for got, want in zip(gradients, wants):
+        float32_close(got, want, 100)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "remat", "scan", "empty", "lead"])
+def test_transformations(transform):
+    n = 4
+    args = sublayer_arguments(n, 3, 5)
+
+    def loss(x, *params):
+        return jnp.sum(jnp.sin(sublayer(x, *params, n)))
+
+    def gradients(f, args):
+        return jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(*args)
+
+    want = gradients(loss, args)
+    if transform == "empty":
+        got = gradients(loss, (args[0][:0], *args[1:]))
+        assert got[0].shape == (0, 5, n * C)
+        assert not got[1].any()
+        return
+    if transform == "vmap":
+        per_row = jax.vmap(loss, in_axes=(0, None, None, None))
+        got = gradients(lambda *a: per_row(*a).sum(), args)
+    elif transform == "scan":
+
+        def scanned(x, *params):
+            body = lambda total, row: (total + loss(row, *params), None)  # noqa: E731
+            return jax.lax.scan(body, jnp.zeros(()), x)[0]
+
+        got = gradients(scanned, args)
+    elif transform == "lead":
+        flat = args[0].reshape(15, n * C)
+        got = gradients(loss, (flat, *args[1:]))
+        got = (got[0].reshape(args[0].shape), *got[1:])
+    else:
+        got = gradients(jax.checkpoint(loss), args)
+    for a, b in zip(got, want):
+        float32_close(a, b, 100)
+
+
+def test_oracle_gradients_by_central_differences():
+    n, rng = 3, np.random.default_rng(0)
+    m = n * n + 2 * n
+    s, r, bias, alpha = (
+        rng.normal(size=(5, m)),
+        0.5 + rng.random(5),
+        rng.normal(size=m),
+        rng.normal(size=3),
+    )
+    weights = rng.normal(size=(5, n)), rng.normal(size=(5, n)), rng.normal(size=(5, n, n))
+    inputs = (s, r, bias, alpha)
+
+    def value(*args):
+        return sum((w * h).sum() for w, h in zip(weights, oracle.coefficients(*args, n)))
+
+    gradients = oracle.coefficients_vjp(*inputs, *weights, n)
+    for k, gradient in enumerate(gradients):
+        direction, step = rng.normal(size=inputs[k].shape), 1e-6
+        up, down = list(inputs), list(inputs)
+        up[k], down[k] = up[k] + step * direction, down[k] - step * direction
+        slope = (value(*up) - value(*down)) / (2 * step)
+        np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-6)
+
+
+def test_tf32_rounding_and_bf16_split():
+    x = normal(0, 10_000, scale=100.0)
+    rounded = round_to_tf32(x)
+    np.testing.assert_array_equal(rounded, oracle.round_tf32(x))
+    high, low = split_bf16(rounded)
+    np.testing.assert_array_equal(high.astype(jnp.float32) + low.astype(jnp.float32), rounded)
+
+
+def test_bad_arguments_name_the_number():
+    x, h = normal(0, 5, 4 * C), normal(1, 5, 4)
+    with pytest.raises(ValueError, match="multiple of n=3"):
+        kp.pre(x, h[:, :3])
+    with pytest.raises(ValueError, match=r"h_pre has shape \(4, 4\), expected \(5, 4\)"):
+        kp.pre(x, h[:4])
+    with pytest.raises(ValueError, match="n=0"):
+        kp.mappings(x, h, h, h, n=0)
+    with pytest.raises(ValueError, match="num_iterations=0"):
+        kp.sinkhorn(normal(0, 4, 4), num_iterations=0)
+    with pytest.raises(ValueError, match="square"):
+        kp.sinkhorn(normal(0, 4, 3))
+    with pytest.raises(TypeError, match="int32"):
+        kp.pre(x.astype(jnp.int32), h)
+    with pytest.raises(ValueError, match="'mosaic' is unknown"):
+        kp.sinkhorn(normal(0, 4, 4), implementation="mosaic")
