@@ -31,7 +31,7 @@ def validate(implementation: str | None) -> None:
 
 
 @functools.cache
-def _unavailable(op: str, implementation: str) -> str | None:
+def _unavailable(op: str, direction: str, implementation: str) -> str | None:
     """Why this backend of this operation cannot run on this installation, or None if it can."""
     if importlib.util.find_spec(f"kernels_pallas.{op}.{_FILES[implementation]}") is None:
         return f"{op} has no {implementation!r} kernel yet"
@@ -40,6 +40,8 @@ def _unavailable(op: str, implementation: str) -> str | None:
         for package in ("triton", "jax_triton"):
             if importlib.util.find_spec(package) is None:
                 return f"the package {package} is not installed (pip install 'mhc_jax[gpu]')"
+    if not hasattr(_backend(op, implementation), direction):
+        return f"{op} has no {implementation!r} kernel for {direction!r} yet"
     return None
 
 
@@ -53,7 +55,7 @@ def _say_once(op: str, names: tuple[str, ...]) -> None:
 
 
 def run(op: str, direction: str, implementation: str | None, *args, **static):
-    """Calls `direction` ("forward" or "backward") of operation `op` on the chosen backend.
+    """Calls `direction` ("forward", "backward" or another pair of functions) of operation `op` on the chosen backend.
 
     With `implementation=None` the choice falls when the program is lowered, on the platform that it is
     lowered for: `jax.default_backend()` is "cpu" while a program is compiled for a TPU.
@@ -63,7 +65,7 @@ def run(op: str, direction: str, implementation: str | None, *args, **static):
     """
     validate(implementation)
     if implementation is not None:
-        why_not = _unavailable(op, implementation)
+        why_not = _unavailable(op, direction, implementation)
         if why_not:
             raise NotImplementedError(f"implementation={implementation!r} cannot run: {why_not}")
         backend = _backend(op, implementation)
@@ -73,7 +75,7 @@ def run(op: str, direction: str, implementation: str | None, *args, **static):
 
     branches: dict[str, Callable] = {}
     for name, platform in _PLATFORMS.items():
-        if _unavailable(op, name) is not None:
+        if _unavailable(op, direction, name) is not None:
             continue
         backend = _backend(op, name)
         try:

@@ -21,11 +21,11 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _load(ptr, offsets, mask, stride, SPLITS: tl.constexpr):
-    """Sum of SPLITS arrays that lie `stride` elements apart."""
-    total = tl.load(ptr + offsets, mask=mask, other=0.0)
+def _load(ptr, rows, entries, mask, T, LD: tl.constexpr, SPLITS: tl.constexpr):
+    """Entries of the rows of an array [SPLITS, T, LD], summed over its first axis."""
+    total = tl.load(ptr + rows * LD + entries, mask=mask, other=0.0)
     for k in tl.static_range(1, SPLITS):
-        total += tl.load(ptr + k * stride + offsets, mask=mask, other=0.0)
+        total += tl.load(ptr + (rows + k * T) * LD + entries, mask=mask, other=0.0)
     return total
 
 
@@ -46,13 +46,21 @@ def _matrices(t, T, N: tl.constexpr, TOKENS: tl.constexpr):
 
 @triton.jit
 def _root_mean_square(
-    r_ptr, rows, mask, stride, K: tl.constexpr, eps: tl.constexpr, LD: tl.constexpr, SPLITS: tl.constexpr
+    r_ptr,
+    rows,
+    mask,
+    T,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    LD: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """r of the rows: given if K == 0, else from the sums of squares behind the columns of s."""
+    """r of the rows: given if K == 0, else from the sums of squares in column M."""
     if K == 0:
         return tl.load(r_ptr + rows, mask=mask, other=1.0)
-    squares = _load(r_ptr, rows * LD, mask, stride, SPLITS)
-    return tl.sqrt(tl.where(mask, squares, 1.0) / K + eps)
+    squares = _load(r_ptr + M, rows, 0, mask, T, LD, SPLITS)
+    return tl.sqrt(tl.where(mask, squares, 1.0) / K + EPS)
 
 
 @triton.jit
@@ -78,15 +86,14 @@ def mappings_kernel(
     """h_pre, h_post, h_res of TOKENS tokens.
 
     K == 0: from s [T, LD] and r [T]. Else from SPLITS partial sums [SPLITS, T, LD] of a projection over K
-    columns, whose column N*N+2N (where r_ptr points) sums the squares; s and r are then written too.
+    columns (given as s and as r), whose column N*N+2N sums the squares; s and r are then written too.
     """
     M: tl.constexpr = N * N + 2 * N
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    stride = T.to(tl.int64) * LD
     rows, i, mask = _gates(t, T, N, TOKENS)
-    r = _root_mean_square(r_ptr, rows, rows < T, stride, K, EPS, LD, SPLITS)
-    pre = _load(s_ptr, rows * LD + i, mask, stride, SPLITS)
-    post = _load(s_ptr + N, rows * LD + i, mask, stride, SPLITS)
+    r = _root_mean_square(r_ptr, rows, rows < T, T, M, K, EPS, LD, SPLITS)
+    pre = _load(s_ptr, rows, i, mask, T, LD, SPLITS)
+    post = _load(s_ptr + N, rows, i, mask, T, LD, SPLITS)
     h = pre / r * tl.load(alpha_ptr) + tl.load(bias_ptr + i)
     tl.store(pre_ptr + rows * N + i, _sigmoid(h), mask=mask)
     h = post / r * tl.load(alpha_ptr + 1) + tl.load(bias_ptr + N + i)
@@ -97,8 +104,8 @@ def mappings_kernel(
         tl.store(s_out_ptr + rows * M + N + i, post, mask=mask)
 
     rows, ij, mask = _matrices(t, T, N, TOKENS)
-    r = _root_mean_square(r_ptr, rows, rows < T, stride, K, EPS, LD, SPLITS)
-    res = _load(s_ptr + 2 * N, rows * LD + ij, mask, stride, SPLITS)
+    r = _root_mean_square(r_ptr, rows, rows < T, T, M, K, EPS, LD, SPLITS)
+    res = _load(s_ptr + 2 * N, rows, ij, mask, T, LD, SPLITS)
     if K:
         tl.store(s_out_ptr + rows * M + 2 * N + ij, res, mask=mask)
     logits = res / r * tl.load(alpha_ptr + 2) + tl.load(bias_ptr + 2 * N + ij)
@@ -108,7 +115,19 @@ def mappings_kernel(
 
 @triton.jit
 def _gate_backward(
-    s_ptr, r, bias_ptr, alpha_ptr, d_ptr, ds_ptr, sums_ptr, rows, i, mask, scale, N: tl.constexpr, ROUND: tl.constexpr
+    s_ptr,
+    r,
+    bias_ptr,
+    alpha_ptr,
+    d_ptr,
+    ds_ptr,
+    sums_ptr,
+    rows,
+    i,
+    mask,
+    scale,
+    N: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
     """Backward of N gates scale * sigmoid: writes ds and their sums; returns sum(d_normed * normed)."""
     M: tl.constexpr = N * N + 2 * N

@@ -96,7 +96,7 @@ def post_res_backward_kernel(
 
 def _forward_blocks(C: int, n: int, itemsize: int) -> dict:
     vec = 16 // itemsize
-    rows = min(64, triton_call.next_power_of_2(triton_call.cdiv(C, vec)))
+    rows = min(128, triton_call.next_power_of_2(triton_call.cdiv(C, vec)))
     return {"ROWS": rows, "VEC": vec, "EVEN": C % (rows * vec) == 0}
 
 

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype
@@ -24,17 +25,45 @@ def _backward(implementation, residuals, d_layer_input):
 _pre.defvjp(_forward, _backward)
 
 
-def pre(streams: jax.Array, h_pre: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """Reads the layer input from the streams.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _pre_normed(streams, h_pre, weight, eps, implementation):
+    return dispatch.run("pre", "forward_normed", implementation, streams, h_pre, weight, eps=eps)
 
-    Equivalent to the following, summed in float32:
+
+def _forward_normed(streams, h_pre, weight, eps, implementation):
+    return _pre_normed(streams, h_pre, weight, eps, implementation), (streams, h_pre, weight)
+
+
+def _backward_normed(eps, implementation, residuals, d_layer_input):
+    return dispatch.run(
+        "pre", "backward_normed", implementation, *residuals, d_layer_input, eps=eps
+    )
+
+
+_pre_normed.defvjp(_forward_normed, _backward_normed)
+
+
+def pre(
+    streams: jax.Array,
+    h_pre: jax.Array,
+    *,
+    norm_weight: jax.Array | None = None,
+    norm_eps: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Reads the layer input from the streams, and applies the sublayer's RMSNorm if `norm_eps` is given.
+
+    Equivalent to the following, in float32 until the end:
 
         x = streams.reshape(..., n, C)
-        layer_input = sum(h_pre[..., i, None] * x[..., i, :] for i in range(n))
+        h = sum(h_pre[..., i, None] * x[..., i, :] for i in range(n))
+        layer_input = h if norm_eps is None else h * rsqrt(mean(h**2) + norm_eps) * norm_weight
 
     Args:
       streams: `[..., n*C]` bfloat16 or float32.
       h_pre: `[..., n]` float32.
+      norm_weight: `[C]`, weight of the RMSNorm; None: ones.
+      norm_eps: eps of the RMSNorm; None: no norm, and then no `norm_weight`.
       implementation: None (best of the platform), "xla", "pallas" or "triton".
 
     Returns:
@@ -45,6 +74,29 @@ def pre(streams: jax.Array, h_pre: jax.Array, *, implementation: str | None = No
       NotImplementedError: the named implementation cannot run here.
     """
     n = h_pre.shape[-1]
-    check_streams(streams, n)
+    width = check_streams(streams, n)
     check_shape("h_pre", h_pre, (*streams.shape[:-1], n))
-    return _pre(streams, h_pre.astype(coefficient_dtype(streams.dtype)), implementation)
+    dtype = coefficient_dtype(streams.dtype)
+    h_pre = h_pre.astype(dtype)
+    weight = check_norm(norm_weight, norm_eps, width, dtype)
+    if weight is None:
+        return _pre(streams, h_pre, implementation)
+    return _pre_normed(streams, h_pre, weight, norm_eps, implementation)
+
+
+def check_norm(
+    weight: jax.Array | None, eps: float | None, width: int, dtype
+) -> jax.Array | None:
+    """The weight of the RMSNorm in `dtype`, ones if there is none; None without a norm (eps None).
+
+    Raises:
+      ValueError: a weight of another width, or a weight without eps.
+    """
+    if eps is None:
+        if weight is not None:
+            raise ValueError("norm_weight was given without norm_eps")
+        return None
+    if weight is None:
+        return jnp.ones((width,), dtype)
+    check_shape("norm_weight", weight, (width,))
+    return weight.astype(dtype)

@@ -1,12 +1,13 @@
 """F_pre in Triton: one program a token, its coefficients in scalars, streams read once."""
 
 import jax
+import jax.numpy as jnp
 import triton
 import triton.language as tl
 
 from kernels_pallas import triton_call
 from kernels_pallas.triton_call import Launch, struct
-from kernels_pallas.triton_math import columns, load, store
+from kernels_pallas.triton_math import cast, columns, load, store
 
 
 @triton.jit
@@ -65,6 +66,141 @@ def pre_backward_kernel(
         tl.store(dpre_ptr + token * N + i, tl.sum(sums[i], axis=0))
 
 
+@triton.jit
+def _weighted_sum(x_ptr, pre_ptr, cols, C: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr):
+    acc = tl.load(pre_ptr) * load(x_ptr, cols, C, EVEN)
+    for i in tl.static_range(1, N):
+        acc += tl.load(pre_ptr + i) * load(x_ptr + i * C, cols, C, EVEN)
+    return acc
+
+
+@triton.jit
+def pre_normed_kernel(
+    x_ptr,
+    pre_ptr,
+    weight_ptr,
+    out_ptr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VEC: tl.constexpr,
+    STEPS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """RMSNorm of sum_i h_pre[i] x_i for one token, whose sum stays in registers."""
+    token = tl.program_id(0).to(tl.int64)
+    row = ()
+    squares = tl.zeros((ROWS,), tl.float32)
+    for step in tl.static_range(STEPS):
+        cols = columns(step * ROWS * VEC, ROWS, VEC)
+        h = _weighted_sum(x_ptr + token * N * C, pre_ptr + token * N, cols, C, N, EVEN)
+        row = row + (h,)
+        squares += tl.sum(h * h, axis=1)
+    inverse = tl.rsqrt(tl.sum(squares, axis=0) / C + EPS)
+    for step in tl.static_range(STEPS):
+        cols = columns(step * ROWS * VEC, ROWS, VEC)
+        out = row[step] * inverse * load(weight_ptr, cols, C, EVEN)
+        store(out_ptr + token * C, cols, out, C, EVEN)
+
+
+@triton.jit
+def pre_normed_backward_kernel(
+    x_ptr,
+    pre_ptr,
+    weight_ptr,
+    d_ptr,
+    T,
+    dpre_ptr,
+    dweight_ptr,
+    out_ptr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VEC: tl.constexpr,
+    STEPS: tl.constexpr,
+    EVEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WRITE_DX: tl.constexpr,
+):
+    """dh_pre, a partial dweight over TOKENS tokens, and dx (WRITE_DX) or the cotangent of the sum.
+
+    With a_i = <x_i, w d> and b_i = <x_i, h>, both norms' sums and dh_pre follow from one pass over x:
+    sum h^2 = sum_i h_pre[i] b_i, sum h w d = sum_i h_pre[i] a_i.
+    """
+    dweight = ()
+    for _ in tl.static_range(STEPS):
+        dweight = dweight + (tl.zeros((ROWS, VEC), tl.float32),)
+    for k in range(TOKENS):
+        token = (tl.program_id(0) + k * tl.num_programs(0)).to(tl.int64)
+        inside = token < T  # a program's last tokens may not exist: they repeat token 0 and write nothing
+        token = tl.where(inside, token, 0)
+        a = ()
+        b = ()
+        for _ in tl.static_range(N):
+            a = a + (tl.zeros((ROWS,), tl.float32),)
+            b = b + (tl.zeros((ROWS,), tl.float32),)
+        row = ()
+        for step in tl.static_range(STEPS):
+            cols = columns(step * ROWS * VEC, ROWS, VEC)
+            wd = load(d_ptr + token * C, cols, C, EVEN) * load(weight_ptr, cols, C, EVEN)
+            x = ()
+            for i in tl.static_range(N):
+                x = x + (load(x_ptr + (token * N + i) * C, cols, C, EVEN),)
+            h = tl.load(pre_ptr + token * N) * x[0]
+            for i in tl.static_range(1, N):
+                h += tl.load(pre_ptr + token * N + i) * x[i]
+            row = row + (h,)
+            new_a = ()
+            new_b = ()
+            for i in tl.static_range(N):
+                new_a = new_a + (a[i] + tl.sum(x[i] * wd, axis=1),)
+                new_b = new_b + (b[i] + tl.sum(x[i] * h, axis=1),)
+            a = new_a
+            b = new_b
+        a_sums = ()
+        b_sums = ()
+        squares = 0.0
+        product = 0.0
+        for i in tl.static_range(N):
+            a_sums = a_sums + (tl.sum(a[i], axis=0),)
+            b_sums = b_sums + (tl.sum(b[i], axis=0),)
+            h_pre = tl.load(pre_ptr + token * N + i)
+            squares += h_pre * b_sums[i]
+            product += h_pre * a_sums[i]
+        inverse = tl.rsqrt(squares / C + EPS)
+        kappa = product * inverse * inverse * inverse / C
+        for i in tl.static_range(N):
+            dpre = inverse * a_sums[i] - kappa * b_sums[i]
+            tl.store(dpre_ptr + token * N + i, dpre, mask=inside)
+        new = ()
+        for step in tl.static_range(STEPS):
+            cols = columns(step * ROWS * VEC, ROWS, VEC)
+            d = load(d_ptr + token * C, cols, C, EVEN)
+            dweight_row = tl.where(inside, d * row[step] * inverse, 0.0)
+            new = new + (dweight[step] + dweight_row,)
+            dh = inverse * d * load(weight_ptr, cols, C, EVEN) - kappa * row[step]
+            if WRITE_DX:
+                # Rounded first, as where the cotangent of the sum is an array of its own.
+                dh = cast(dh, out_ptr.dtype.element_ty).to(tl.float32)
+                for i in tl.static_range(N):
+                    h_pre = tl.load(pre_ptr + token * N + i)
+                    _store_if(out_ptr + (token * N + i) * C, cols, h_pre * dh, C, inside)
+            else:
+                _store_if(out_ptr + token * C, cols, dh, C, inside)
+        dweight = new
+    for step in tl.static_range(STEPS):
+        cols = columns(step * ROWS * VEC, ROWS, VEC)
+        store(dweight_ptr + tl.program_id(0) * C, cols, dweight[step], C, EVEN)
+
+
+@triton.jit
+def _store_if(ptr, cols, value, C: tl.constexpr, condition):
+    value = cast(value, ptr.dtype.element_ty)
+    tl.store(ptr + cols, value, mask=(cols < C) & condition)
+
+
 def _blocks(C: int, itemsize: int, rows: int) -> dict:
     vec = 16 // itemsize
     rows = min(rows, triton_call.next_power_of_2(triton_call.cdiv(C, vec)))
@@ -73,7 +209,7 @@ def _blocks(C: int, itemsize: int, rows: int) -> dict:
 
 def forward_launch(T: int, C: int, n: int, dtype) -> Launch:
     """The launch for x [T, n*C], h_pre [T, n]."""
-    blocks = _blocks(C, dtype.itemsize, rows=64)
+    blocks = _blocks(C, dtype.itemsize, rows=128)
     return Launch(
         kernel=pre_kernel,
         grid=(T, triton_call.cdiv(C, blocks["ROWS"] * blocks["VEC"])),
@@ -84,7 +220,7 @@ def forward_launch(T: int, C: int, n: int, dtype) -> Launch:
 
 
 def backward_launch(T: int, C: int, n: int, dtype, *, write_dx: bool = True) -> Launch:
-    """The launch for x, h_pre as above and d [T, C]: dh_pre [T, n], dx [T, n*C] (untouched without write_dx)."""
+    """The launch for x, h_pre as above and d [T, C]: dh_pre [T, n], dx [T, n*C] (or nothing, [1])."""
     # One warp a token: the sums end in shuffles, no shared memory, no barrier.
     return Launch(
         kernel=pre_backward_kernel,
@@ -95,7 +231,55 @@ def backward_launch(T: int, C: int, n: int, dtype, *, write_dx: bool = True) -> 
     )
 
 
-def check(streams: jax.Array, h_pre: jax.Array, *_) -> None:
+def _row_blocks(C: int, itemsize: int, most_steps: int) -> tuple[dict, int]:
+    """Blocks for a whole row in registers, in at most `most_steps` steps, and the warps."""
+    vec = 16 // itemsize
+    rows = triton_call.next_power_of_2(triton_call.cdiv(C, vec * most_steps))
+    rows = max(64, min(rows, 1024))
+    steps = triton_call.cdiv(C, rows * vec)
+    return {"ROWS": rows, "VEC": vec, "STEPS": steps, "EVEN": C % (rows * vec) == 0}, rows // 32
+
+
+def forward_normed_launch(T: int, C: int, n: int, dtype, eps: float) -> Launch:
+    """The launch for x [T, n*C], h_pre [T, n], weight [C]."""
+    blocks, warps = _row_blocks(C, dtype.itemsize, most_steps=8)
+    return Launch(
+        kernel=pre_normed_kernel,
+        grid=(T,),
+        outputs=(struct((T, C), dtype),),
+        constants={"C": C, "N": n, "EPS": eps, **blocks},
+        num_warps=warps,
+    )
+
+
+def backward_normed_launch(T: int, C: int, n: int, dtype, eps: float, *, write_dx: bool) -> Launch:
+    """The launch for x, h_pre, weight as above and d [T, C]: dh_pre, dweight parts, dx or dh."""
+    # A row and its part of dweight: 16 registers a step. Four tokens a program and more: the parts of
+    # dweight then cost at most an eighth of the streams' traffic.
+    blocks, warps = _row_blocks(C, dtype.itemsize, most_steps=5)
+    tokens = max(4, triton_call.cdiv(T, 132 * 16))
+    programs = triton_call.cdiv(T, tokens)
+    return Launch(
+        kernel=pre_normed_backward_kernel,
+        grid=(programs,),
+        outputs=(
+            struct((T, n)),
+            struct((programs, C)),
+            struct((T, n * C if write_dx else C), dtype),
+        ),
+        constants={
+            "C": C,
+            "N": n,
+            "EPS": eps,
+            **blocks,
+            "TOKENS": tokens,
+            "WRITE_DX": write_dx,
+        },
+        num_warps=warps,
+    )
+
+
+def check(streams: jax.Array, h_pre: jax.Array, *_, **__) -> None:
     """Raises NotImplementedError for n other than 2, 4, 8 and for float64."""
     triton_call.check_n(h_pre.shape[-1])
     triton_call.check_streams_dtype(streams.dtype)
@@ -121,3 +305,39 @@ def backward(
         return streams, h_pre
     dh_pre, dx = backward_launch(T, C, n, streams.dtype)(streams, h_pre, d_layer_input)
     return dx.reshape(streams.shape), dh_pre.reshape(h_pre.shape)
+
+
+def forward_normed(
+    streams: jax.Array, h_pre: jax.Array, weight: jax.Array, *, eps: float
+) -> jax.Array:
+    """RMSNorm of the weighted sum: [..., n*C], [..., n], [C] -> [..., C]."""
+    *lead, n = h_pre.shape
+    C, T = streams.shape[-1] // n, triton_call.num_tokens(lead)
+    if not T:
+        return streams[..., :C]
+    (out,) = forward_normed_launch(T, C, n, streams.dtype, eps)(streams, h_pre, weight)
+    return out.reshape(*lead, C)
+
+
+def norm_backward(
+    streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Through the norm: dh_pre [..., n], cotangent of the weighted sum [..., C], dweight [C]; T > 0."""
+    *lead, n = h_pre.shape
+    C, T = streams.shape[-1] // n, triton_call.num_tokens(lead)
+    launch = backward_normed_launch(T, C, n, streams.dtype, eps, write_dx=False)
+    dh_pre, dweight, dh = launch(streams, h_pre, weight, d, T)
+    return dh_pre.reshape(h_pre.shape), dh.reshape(d.shape), dweight.sum(0)
+
+
+def backward_normed(
+    streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cotangents (dx, dh_pre, dweight)."""
+    *lead, n = h_pre.shape
+    C, T = streams.shape[-1] // n, triton_call.num_tokens(lead)
+    if not T:
+        return streams, h_pre, jnp.zeros_like(weight)
+    launch = backward_normed_launch(T, C, n, streams.dtype, eps, write_dx=True)
+    dh_pre, dweight, dx = launch(streams, h_pre, weight, d, T)
+    return dx.reshape(streams.shape), dh_pre.reshape(h_pre.shape), dweight.sum(0)

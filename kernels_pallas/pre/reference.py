@@ -29,3 +29,39 @@ def backward(
     dx = jnp.concatenate([h_pre[..., i, None] * dy for i in range(n)], axis=-1)
     dh_pre = jnp.stack([jnp.sum(x[i] * dy, axis=-1) for i in range(n)], axis=-1)
     return dx.astype(streams.dtype), dh_pre
+
+
+def _weighted_sum(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
+    x = split_streams(streams, h_pre.shape[-1], h_pre.dtype)
+    return sum(h_pre[..., i, None] * x[i] for i in range(len(x)))
+
+
+def forward_normed(
+    streams: jax.Array, h_pre: jax.Array, weight: jax.Array, *, eps: float
+) -> jax.Array:
+    """RMSNorm of the weighted sum, which is not rounded in between; weight [C]."""
+    h = _weighted_sum(streams, h_pre)
+    inverse = jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
+    return (h * inverse * weight).astype(streams.dtype)
+
+
+def norm_backward(
+    streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """Through the norm alone: cotangent of the weighted sum [..., C] (float32) and of weight [C]."""
+    h = _weighted_sum(streams, h_pre)
+    d = d.astype(h.dtype)
+    inverse = jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
+    normed = h * inverse
+    d_weight = jnp.sum(d * normed, axis=tuple(range(d.ndim - 1)))
+    d = d * weight
+    dh = inverse * (d - normed * jnp.mean(d * normed, axis=-1, keepdims=True))
+    return dh, d_weight
+
+
+def backward_normed(
+    streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cotangents (dx, dh_pre, dweight); that of the weighted sum has the dtype of the streams."""
+    dh, d_weight = norm_backward(streams, h_pre, weight, d, eps=eps)
+    return *backward(streams, h_pre, dh.astype(streams.dtype)), d_weight

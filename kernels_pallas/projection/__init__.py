@@ -12,7 +12,7 @@ from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _projection(streams, phi, norm_eps, implementation):
-    phi = _rounded(streams, phi)
+    phi = rounded(streams, phi)
     return dispatch.run("projection", "forward", implementation, streams, phi, norm_eps=norm_eps)
 
 
@@ -26,14 +26,14 @@ def _backward(norm_eps, implementation, residuals, cotangents):
     ds, dr = cotangents
     if streams.dtype == jnp.bfloat16:
         ds = round_to_tf32(ds)
-    phi = _rounded(streams, phi)  # straight-through: dphi is passed on as it is
+    phi = rounded(streams, phi)  # straight-through: dphi is passed on as it is
     return dispatch.run("projection", "backward", implementation, streams, phi, r, ds, dr)
 
 
 _projection.defvjp(_forward, _backward)
 
 
-def _rounded(streams: jax.Array, phi: jax.Array) -> jax.Array:
+def rounded(streams: jax.Array, phi: jax.Array) -> jax.Array:
     """phi in TF32; float64 streams (tests under x64) keep it whole."""
     return phi if streams.dtype == jnp.float64 else round_to_tf32(phi)
 

@@ -33,6 +33,14 @@ def backward(
     streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
+    dx, dphi = unrounded_backward(streams, phi, r, ds, dr)
+    return dx.astype(streams.dtype), dphi
+
+
+def unrounded_backward(
+    streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same with dx in float32, for sums with other cotangents of the streams."""
     x = streams.astype(phi.dtype)
     if streams.dtype == jnp.bfloat16:
         ds_high, ds_low = split_bf16(ds)
@@ -48,8 +56,7 @@ def backward(
     else:
         dx = jnp.dot(ds, phi.T, precision=_HIGHEST)
         dphi = _contract_tokens(x, ds)
-    dx = dx + x * (dr / (x.shape[-1] * r))[..., None]
-    return dx.astype(streams.dtype), dphi
+    return dx + x * (dr / (x.shape[-1] * r))[..., None], dphi
 
 
 def _contract_tokens(x: jax.Array, y: jax.Array) -> jax.Array:

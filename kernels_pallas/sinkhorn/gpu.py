@@ -92,11 +92,8 @@ def _tile(T, N: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr):
     i = tl.arange(0, P)[None, :, None]
     j = tl.arange(0, P)[None, None, :]
     offsets = t.to(tl.int64) * (N * N) + i * N + j
-    if N == P:
-        mask = tl.broadcast_to(t < T, (TOKENS, P, P))
-        return offsets, mask, None
-    inside = tl.broadcast_to((i < N) & (j < N), (TOKENS, P, P))
-    return offsets, inside & (t < T), inside
+    valid = tl.broadcast_to((i < N) & (j < N), (TOKENS, P, P))
+    return offsets, valid & (t < T), valid
 
 
 @triton.jit
@@ -112,7 +109,11 @@ def sinkhorn_kernel(
     """h_res of TOKENS matrices."""
     offsets, mask, valid = _tile(T, N, P, TOKENS)
     logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0)
-    tl.store(out_ptr + offsets, project(logits, valid, NUM_ITERATIONS), mask=mask)
+    if N == P:
+        out = project(logits, None, NUM_ITERATIONS)
+    else:
+        out = project(logits, valid, NUM_ITERATIONS)
+    tl.store(out_ptr + offsets, out, mask=mask)
 
 
 @triton.jit
@@ -130,7 +131,11 @@ def sinkhorn_backward_kernel(
     offsets, mask, valid = _tile(T, N, P, TOKENS)
     logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0)
     d = tl.load(d_ptr + offsets, mask=mask, other=0.0)
-    tl.store(out_ptr + offsets, project_backward(logits, d, valid, NUM_ITERATIONS), mask=mask)
+    if N == P:
+        out = project_backward(logits, d, None, NUM_ITERATIONS)
+    else:
+        out = project_backward(logits, d, valid, NUM_ITERATIONS)
+    tl.store(out_ptr + offsets, out, mask=mask)
 
 
 def tokens_per_program(n: int) -> int:

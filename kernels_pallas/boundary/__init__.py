@@ -1,0 +1,171 @@
+"""One sublayer's mHC work as one or two operations, so that passes over the streams are shared.
+
+`read` begins a sublayer: mappings and layer input. `boundary` ends one and begins the next: the write of
+the sublayer before (F_post,res), then `read`. A model that carries the pending update (streams, layer
+output, mappings) through a scan calls `read` once and `boundary` from then on.
+"""
+
+import functools
+
+import jax
+
+from kernels_pallas import dispatch
+from kernels_pallas.pre import check_norm
+from kernels_pallas.projection import rounded
+from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype, num_columns
+from kernels_pallas.sinkhorn import check_num_iterations
+
+
+def _run(direction, static, *args):
+    *static, implementation = static
+    names = ("n", "num_iterations", "norm_eps", "input_norm_eps")
+    return dispatch.run("boundary", direction, implementation, *args, **dict(zip(names, static)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _read(streams, phi, bias, alpha, weight, static):
+    return _read_forward(streams, phi, bias, alpha, weight, static)[0]
+
+
+def _read_forward(streams, phi, bias, alpha, weight, static):
+    parameters = (rounded(streams, phi), bias, alpha, weight)
+    layer_input, h_post, h_res, *saved = _run("read_forward", static, streams, *parameters)
+    return (layer_input, h_post, h_res, streams), (streams, *parameters, *saved)
+
+
+def _read_backward(static, residuals, cotangents):
+    return tuple(_run("read_backward", static, *residuals, *cotangents))
+
+
+_read.defvjp(_read_forward, _read_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _boundary(streams, layer_output, h_post, h_res, phi, bias, alpha, weight, static):
+    args = (streams, layer_output, h_post, h_res, phi, bias, alpha, weight)
+    return _boundary_forward(*args, static)[0]
+
+
+def _boundary_forward(streams, layer_output, h_post, h_res, phi, bias, alpha, weight, static):
+    update = (streams, layer_output, h_post, h_res)
+    parameters = (rounded(streams, phi), bias, alpha, weight)
+    new_streams, layer_input, new_post, new_res, *saved = _run(
+        "forward", static, *update, *parameters
+    )
+    outputs = (layer_input, new_post, new_res, new_streams)
+    return outputs, (*update, new_streams, *parameters, *saved)
+
+
+def _boundary_backward(static, residuals, cotangents):
+    return tuple(_run("backward", static, *residuals, *cotangents))
+
+
+_boundary.defvjp(_boundary_forward, _boundary_backward)
+
+
+def _check_parameters(streams, phi, bias, alpha, n, num_iterations):
+    check_num_iterations(num_iterations)
+    m = num_columns(n)
+    check_shape("phi", phi, (streams.shape[-1], m))
+    check_shape("bias", bias, (m,))
+    check_shape("alpha", alpha, (3,))
+    dtype = coefficient_dtype(streams.dtype)
+    return phi.astype(dtype), bias.astype(dtype), alpha.astype(dtype)
+
+
+def read(
+    streams: jax.Array,
+    phi: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    *,
+    n: int,
+    num_iterations: int = 20,
+    norm_eps: float = 1e-20,
+    input_norm_weight: jax.Array | None = None,
+    input_norm_eps: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Mappings and layer input of one sublayer, with one backward for all of it.
+
+    Equivalent to the following:
+
+        h_pre, h_post, h_res = mappings(streams, phi, bias, alpha, n=n)
+        layer_input = pre(streams, h_pre, norm_weight=..., norm_eps=input_norm_eps)
+        return layer_input, h_post, h_res, streams
+
+    Use the returned streams from here on: the cotangent that arrives for them is then summed inside the
+    backward's pass over the streams (in float32, rounded once), not by an addition of its own.
+
+    Args:
+      streams: `[..., n*C]` bfloat16 or float32.
+      phi, bias, alpha: `[n*C, n*n+2n]`, `[n*n+2n]`, `[3]` float32, as in `mappings`.
+      n: number of streams.
+      num_iterations: t_max of Eq. 9.
+      norm_eps: added to the mean square of the streams.
+      input_norm_weight, input_norm_eps: RMSNorm of the layer input, as in `pre`; None: no norm.
+      implementation: None (best of the platform), "xla", "pallas" or "triton".
+
+    Returns:
+      layer input `[..., C]`, h_post `[..., n]`, h_res `[..., n, n]`, streams.
+
+    Raises:
+      ValueError: shapes that do not fit.
+      NotImplementedError: the named implementation cannot run here.
+    """
+    width = check_streams(streams, n)
+    parameters = _check_parameters(streams, phi, bias, alpha, n, num_iterations)
+    weight = check_norm(input_norm_weight, input_norm_eps, width, parameters[0].dtype)
+    static = (n, num_iterations, norm_eps, input_norm_eps, implementation)
+    return _read(streams, *parameters, weight, static)
+
+
+def boundary(
+    streams: jax.Array,
+    layer_output: jax.Array,
+    h_post: jax.Array,
+    h_res: jax.Array,
+    phi: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    *,
+    n: int,
+    num_iterations: int = 20,
+    norm_eps: float = 1e-20,
+    input_norm_weight: jax.Array | None = None,
+    input_norm_eps: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The write of one sublayer and the read of the next.
+
+    Equivalent to the following, where `phi`, `bias`, `alpha` are those of the next sublayer:
+
+        new_streams = post_res(streams, layer_output, h_post, h_res)
+        return read(new_streams, phi, bias, alpha, n=n)
+
+    The projection reads `new_streams` after they are rounded to their dtype.
+
+    Args:
+      streams, layer_output, h_post, h_res: the pending update, as in `post_res`.
+      phi, bias, alpha, n, num_iterations, norm_eps: of the next sublayer, as in `read`.
+      input_norm_weight, input_norm_eps: RMSNorm of the next layer input, as in `read`.
+      implementation: None (best of the platform), "xla", "pallas" or "triton".
+
+    Returns:
+      layer input `[..., C]`, h_post `[..., n]`, h_res `[..., n, n]` of the next sublayer, new streams.
+
+    Raises:
+      ValueError: shapes that do not fit.
+      NotImplementedError: the named implementation cannot run here.
+    """
+    width = check_streams(streams, n)
+    lead = streams.shape[:-1]
+    check_shape("layer_output", layer_output, (*lead, width))
+    check_shape("h_post", h_post, (*lead, n))
+    check_shape("h_res", h_res, (*lead, n, n))
+    parameters = _check_parameters(streams, phi, bias, alpha, n, num_iterations)
+    dtype = parameters[0].dtype
+    weight = check_norm(input_norm_weight, input_norm_eps, width, dtype)
+    static = (n, num_iterations, norm_eps, input_norm_eps, implementation)
+    update = (streams, layer_output.astype(streams.dtype), h_post.astype(dtype), h_res.astype(dtype))
+    return _boundary(*update, *parameters, weight, static)

@@ -1,0 +1,99 @@
+"""The fused operations as compositions in plain jnp: implementation "xla" and the definition.
+
+One rounding where a fused kernel has one: the cotangents of the streams are summed in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.mappings import reference as mappings
+from kernels_pallas.post_res import reference as post_res
+from kernels_pallas.pre import reference as pre
+from kernels_pallas.precision import round_to_tf32
+from kernels_pallas.projection import reference as projection
+
+
+def read_forward(
+    streams: jax.Array,
+    phi: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    weight: jax.Array | None,
+    *,
+    n: int,
+    num_iterations: int,
+    norm_eps: float,
+    input_norm_eps: float | None,
+) -> tuple[jax.Array, ...]:
+    """Returns layer_input, h_post, h_res, and what the backward needs: h_pre, s, r."""
+    s, r = projection.forward(streams, phi, norm_eps=norm_eps)
+    h_pre, h_post, h_res = mappings.forward(s, r, bias, alpha, n=n, num_iterations=num_iterations)
+    if input_norm_eps is None:
+        layer_input = pre.forward(streams, h_pre)
+    else:
+        layer_input = pre.forward_normed(streams, h_pre, weight, eps=input_norm_eps)
+    return layer_input, h_post, h_res, h_pre, s, r
+
+
+def read_backward(
+    streams: jax.Array,
+    phi: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    weight: jax.Array | None,
+    h_pre: jax.Array,
+    s: jax.Array,
+    r: jax.Array,
+    d_input: jax.Array,
+    dh_post: jax.Array,
+    dh_res: jax.Array,
+    d_streams: jax.Array,
+    *,
+    n: int,
+    num_iterations: int,
+    norm_eps: float,
+    input_norm_eps: float | None,
+) -> tuple[jax.Array, ...]:
+    """Cotangents (dx, dphi, dbias, dalpha, dweight); `d_streams` has already arrived for the streams."""
+    d_weight = None
+    if input_norm_eps is not None:
+        d_input, d_weight = pre.norm_backward(streams, h_pre, weight, d_input, eps=input_norm_eps)
+        d_input = d_input.astype(streams.dtype)
+    _, dh_pre = pre.backward(streams, h_pre, d_input)
+    ds, dr, dbias, dalpha = mappings.backward(
+        s, r, bias, alpha, dh_pre, dh_post, dh_res, n=n, num_iterations=num_iterations
+    )
+    if streams.dtype == jnp.bfloat16:
+        ds = round_to_tf32(ds)
+    dx, dphi = projection.unrounded_backward(streams, phi, r, ds, dr)
+    d = d_input.astype(dx.dtype)
+    dx = dx + jnp.concatenate([h_pre[..., i, None] * d for i in range(n)], axis=-1)
+    dx = dx + d_streams.astype(dx.dtype)
+    return dx.astype(streams.dtype), dphi, dbias, dalpha, d_weight
+
+
+def forward(
+    streams: jax.Array,
+    layer_output: jax.Array,
+    h_post: jax.Array,
+    h_res: jax.Array,
+    *parameters: jax.Array | None,
+    **static,
+) -> tuple[jax.Array, ...]:
+    """Returns new streams, then what `read_forward` returns for them."""
+    new_streams = post_res.forward(streams, layer_output, h_post, h_res)
+    return new_streams, *read_forward(new_streams, *parameters, **static)
+
+
+def backward(
+    streams: jax.Array,
+    layer_output: jax.Array,
+    h_post: jax.Array,
+    h_res: jax.Array,
+    new_streams: jax.Array,
+    *read_residuals_and_cotangents: jax.Array | None,
+    **static,
+) -> tuple[jax.Array, ...]:
+    """Cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
+    g, *d_parameters = read_backward(new_streams, *read_residuals_and_cotangents, **static)
+    return *post_res.backward(streams, layer_output, h_post, h_res, g), *d_parameters
