@@ -1,0 +1,298 @@
+"""One page on a comparison: what was run, the table, the paper's figures and how to read them.
+
+    python -m experiments.report WORKDIR [WORKDIR ...] --output report.html
+
+Reads workdirs alone and writes one self-contained file (inline style, figures inside), for a
+browser, a phone or an attachment. `summarize` and `format_table` give the same table to a terminal.
+"""
+
+import argparse
+import base64
+import datetime
+import html
+import logging
+import math
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from experiments.figures import make_figures
+from experiments.plotting import Arm, read_arms
+
+GAINS = ("single_forward", "single_backward", "composite_forward", "composite_backward")
+# Key of summarize -> heading.
+COLUMNS = {
+    "arm": "arm",
+    "step": "last step",
+    "train_loss": "train loss",
+    "validation_loss": "validation loss",
+    "grad_norm_max": "largest gradient norm",
+    "single_forward": "single gain, forward",
+    "single_backward": "single gain, backward",
+    "composite_forward": "composite gain, forward",
+    "composite_backward": "composite gain, backward",
+    "seconds_per_step": "seconds a step",
+}
+TABLE_NOTE = (
+    "Losses are the last ones logged, in nats per token. Gradient norm and gains are the largest over all "
+    "logged steps (gains: over all sublayers too, mean over tokens); a residual connection has gain 1 by "
+    "definition. Seconds a step is the median, so compilation does not count."
+)
+# Figure (its name up to "_<arm>") -> heading, what the paper's shows, what to look for.
+CAPTIONS = {
+    "loss": (
+        "Loss",
+        "The paper shows gaps to a baseline, as the next figure does, and healthy arms nearly coincide here. "
+        "Look for a curve that leaves the others, or triangles at the upper edge where it was not finite.",
+    ),
+    "stability": (
+        "Loss gap and gradient norm (Figs. 2 and 5)",
+        "In the paper HC's loss surges near step 12000 of 50000 while its gradient norm jumps, and mHC ends "
+        "0.021 below the residual baseline. Look for a gap below 0 that does not turn back (bold: running "
+        "mean, faint: each logged step), and for a gradient norm as quiet as the baseline's.",
+    ),
+    "gains": (
+        "Gain magnitudes over depth (Figs. 3 and 7)",
+        "In the paper HC's composite gain peaks near 3000, mHC's near 1.6. Look at the composites: forward "
+        "gain grows towards the last sublayer, backward gain towards the first, and mHC's forward gain stays "
+        "at 1 while its backward gain shows what 20 Sinkhorn iterations leave.",
+    ),
+    "mappings": (
+        "Residual mappings (Fig. 8)",
+        "The paper labels rows (target streams) with their forward gain and columns (source streams) with "
+        "their backward gain; HC's composites reach hundreds there, mHC's sums stay between 0.4 and 1.5. "
+        "Look for sums far from 1 (amplification) and for composites with equal rows (streams that became "
+        "one); each matrix has its own colour scale, at least -1 to 1.",
+    ),
+    "diagnostics": (
+        "Collapse and growth (not in the paper)",
+        "Gains cannot see streams being averaged into one: then the second singular value of the composite "
+        "falls to 0 and the composite approaches J/n (all entries 1/n), upper row. In the lower row look "
+        "whether the largest gains still grow when training ends.",
+    ),
+}
+STYLE = """
+:root{color-scheme:light dark;--line:#8885;--soft:#8882}body{background:#fff;color:#1c1c1c}
+body{font:16px/1.55 system-ui,sans-serif;max-width:60rem;margin:auto;padding:1rem}
+h1{font-size:1.6rem;line-height:1.2}h2{font-size:1.2rem;margin:2.2rem 0 .5rem}
+.wide{overflow-x:auto;-webkit-overflow-scrolling:touch}
+table{border-collapse:collapse;font-size:.9rem}
+th,td{padding:.35rem .5rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:bottom}
+.results td{font-variant-numeric:tabular-nums;white-space:nowrap}
+th:first-child,td:first-child,.settings td,.settings th{text-align:left}.settings td{overflow-wrap:anywhere}
+figure{margin:.5rem 0 0}
+figure img{width:100%;min-width:36rem;display:block;margin-bottom:.6rem;background:#fff}
+figcaption,.small{font-size:.9rem;opacity:.85;margin-top:.4rem}
+code{background:var(--soft);padding:.1rem .3rem;border-radius:3px;overflow-wrap:anywhere}
+@media(prefers-color-scheme:dark){body{background:#16181b;color:#e6e6e6}figure img{border-radius:6px}}
+"""
+
+
+def summarize(workdir: str | os.PathLike) -> dict:
+    """The table's row for one workdir, from its files alone.
+
+    Returns:
+      The keys of COLUMNS: `arm` str, `step` int, the others float; None for what was never logged.
+      A largest value is nan or inf as soon as one value was.
+
+    Raises:
+      FileNotFoundError: no metrics.jsonl or config.json.
+    """
+    return _row(read_arms([workdir])[0])
+
+
+def _row(arm: Arm) -> dict:
+    def reduce(key, reduction):
+        values = arm.series(key)[1]
+        return float(reduction(values)) if len(values) else None
+
+    row = {
+        "arm": arm.name,
+        "step": max((int(steps[-1]) for steps, _ in arm.metrics.values()), default=None),
+        "train_loss": reduce("train/loss", lambda v: v[-1]),
+        "validation_loss": reduce("validation/loss", lambda v: v[-1]),
+        "grad_norm_max": reduce("train/grad_norm", np.max),
+    }
+    for name in GAINS:
+        values = arm.gain_series(f"gains/{name}_max")[1]
+        one = 1.0 if arm.connection == "residual" else None
+        row[name] = float(np.max(values)) if len(values) else one
+    row["seconds_per_step"] = reduce("train/seconds_per_step", np.median)
+    return row
+
+
+def format_value(key: str, value) -> str:
+    """A cell of the table: losses to 4 decimals, other numbers to 4 digits, "-" for None."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    if key.endswith("loss") and math.isfinite(value):
+        return f"{value:.4f}"
+    return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:.3e}"
+
+
+def _columns(rows: Sequence[Mapping]) -> dict[str, str]:
+    """COLUMNS, and any further key that the caller put into its rows."""
+    extra = {key: key.replace("_", " ") for row in rows for key in row if key not in COLUMNS}
+    return COLUMNS | extra
+
+
+def format_table(rows: Sequence[Mapping]) -> str:
+    """Rows of `summarize` as aligned text for the terminal, headings broken over lines."""
+    columns = {key: title.replace(",", "").split() for key, title in _columns(rows).items()}
+    height = max(map(len, columns.values()))
+    grid = [
+        [([""] * height + words)[-height:][i] for words in columns.values()] for i in range(height)
+    ]
+    body = [[format_value(key, row.get(key)) for key in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*grid, *body)]
+    lines = [*grid, ["-" * width for width in widths], *body]
+    forms = [f"<{widths[0]}", *(f">{width}" for width in widths[1:])]
+    return "\n".join("  ".join(map(format, line, forms)).rstrip() for line in lines)
+
+
+def _flat(tree: Mapping, prefix: str = "") -> dict[str, str]:
+    """{"model.n": "4", ...} of a nested config."""
+    flat = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": str(value)}
+    return flat
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], kind: str) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in body)
+    rows = "".join(f"<tr>{line}</tr>" for line in cells)
+    return f'<div class="wide"><table class="{kind}"><tr>{head}</tr>{rows}</table></div>'
+
+
+def _settings(arms: Sequence[Arm]) -> str:
+    """What differs between the arms in the open, the whole configuration folded."""
+    flat = [_flat(arm.config) for arm in arms]
+    keys = list(dict.fromkeys(key for config in flat for key in config))
+    lines = {key: [config.get(key, "-") for config in flat] for key in keys}
+    differs = [[key, *values] for key, values in lines.items() if len(set(values)) > 1]
+    shared = [[key, values[0]] for key, values in lines.items() if len(set(values)) == 1]
+    head = ["setting", *(arm.name for arm in arms)]
+    return (_table(head, differs, "settings") if differs else "") + (
+        f"<details><summary>Settings of all arms alike ({len(shared)})</summary>"
+        f"{_table(['setting', 'value'], shared, 'settings')}</details>"
+    )
+
+
+def _dates(arms: Sequence[Arm]) -> str:
+    """When the files were written: config.json at the start, metrics.jsonl with the last line."""
+    names = ("config.json", "metrics.jsonl")
+    times = sorted((arm.path / name).stat().st_mtime for arm in arms for name in names)
+    first, last = (datetime.datetime.fromtimestamp(t, datetime.UTC) for t in (times[0], times[-1]))
+    return f"files written {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
+
+
+def _figures(arms: Sequence[Arm], baseline: str | None, step: int | None) -> str:
+    images: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for path in make_figures(arms, folder, baseline, step, ["svg"]):
+            svg = base64.b64encode(path.with_suffix(".svg").read_bytes()).decode()
+            tag = f'<img alt="{path.name}" src="data:image/svg+xml;base64,{svg}">'
+            kind = path.name.split("_")[0]  # the mappings of all arms share a caption
+            images[kind] = images.get(kind, "") + tag
+    return "".join(
+        f'<figure><h2>{CAPTIONS[kind][0]}</h2><div class="wide">{tags}</div>'
+        f"<figcaption>{html.escape(CAPTIONS[kind][1])}</figcaption></figure>"
+        for kind, tags in images.items()
+    )
+
+
+def write_report(
+    path: str | os.PathLike,
+    workdirs: Sequence[str | os.PathLike],
+    title: str,
+    table_rows: Sequence[Mapping] | None = None,
+    notes: Sequence[str] = (),
+    *,
+    command: str = "",
+    dates: str = "",
+    versions: Mapping[str, str] | None = None,
+    baseline: str | None = None,
+    step: int | None = None,
+) -> None:
+    """Writes the page.
+
+    Args:
+      path: file to write; its folder is made.
+      workdirs: one for each arm, in the order of table and figures.
+      title: heading of the page.
+      table_rows: as `summarize` gives them, further keys become columns; None to compute them.
+      notes: a paragraph each, plain text.
+      command, dates, versions (package -> version): how the workdirs were made; without dates, the
+        times of their files.
+      baseline, step: as for experiments.figures.make_figures.
+
+    Raises:
+      FileNotFoundError: a workdir lacks metrics.jsonl or config.json.
+      ValueError: there is no such baseline, or no workdir.
+    """
+    if not workdirs:
+        raise ValueError("a report needs at least one workdir")
+    arms = read_arms(workdirs)
+    rows = [_row(arm) for arm in arms] if table_rows is None else list(table_rows)
+    columns = _columns(rows)
+    body = [[format_value(key, row.get(key)) for key in columns] for row in rows]
+    about = {
+        "Command": command,
+        "Workdirs": ", ".join(map(str, workdirs)),
+        "Dates": dates or _dates(arms),
+        "Packages": ", ".join(f"{name} {version}" for name, version in (versions or {}).items()),
+    }
+    what = "".join(
+        f"<p><b>{k}:</b> <code>{html.escape(v)}</code></p>" for k, v in about.items() if v
+    )
+    remarks = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{html.escape(title)}</h1>"
+        f"<h2>Result</h2>{_table(list(columns.values()), body, 'results')}"
+        f'<p class="small">{TABLE_NOTE}</p>'
+        + (f"<h2>Notes</h2>{remarks}" if remarks else "")
+        + _figures(arms, baseline, step)
+        + f"<h2>What was run</h2>{what}{_settings(arms)}</body></html>\n"
+    )
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; 2 with one line on stderr where a workdir or the baseline is not there."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("workdir", nargs="+")
+    parser.add_argument("--output", default="report.html")
+    parser.add_argument("--title", default="Residual, HC and mHC")
+    parser.add_argument("--baseline", help="connection, name or workdir; residual if there is one")
+    parser.add_argument("--step", type=int, help="step of the gains; else the last common one")
+    parser.add_argument("--note", action="append", default=[], help="a paragraph; may be repeated")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        rows = [_row(arm) for arm in read_arms(args.workdir)]
+        choice = {"baseline": args.baseline, "step": args.step}
+        write_report(args.output, args.workdir, args.title, rows, args.note, **choice)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(format_table(rows))
+    print(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""Figures and report from fabricated workdirs: non-finite values, repeated steps, missing pieces."""
+
+import html
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import figures, plotting, report
+from mhc_jax import gains
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Gains of 4 sublayers with n = 4: one unbounded arm and one that is doubly stochastic."""
+    rng = np.random.default_rng(0)
+    shape = (4, 3, 4, 4)
+    wild = np.eye(4) + rng.normal(size=shape)
+    swaps = np.eye(4)[np.stack([rng.permutation(4) for _ in range(12)]).reshape(4, 3, 4)]
+    mild = 0.7 * np.eye(4) + 0.2 * swaps + 0.1 / 4
+    return {
+        "hc": gains.gain_magnitudes(jnp.asarray(wild, jnp.float32)),
+        "mhc": gains.gain_magnitudes(jnp.asarray(mild, jnp.float32)),
+    }
+
+
+def write_workdir(path, connection, lines, found=None, steps=(), model=None):
+    path.mkdir(parents=True)
+    config = {"model": {"connection": connection, "n": 4} | (model or {}), "seed": 0}
+    (path / "config.json").write_text(json.dumps(config))
+    text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    (path / "metrics.jsonl").write_text(text)
+    for step in steps:
+        gains.save(path / "gains" / f"step_{step:08d}.npz", found, step)
+    return path
+
+
+def lines_of(offset=0.0, count=6):
+    return [
+        {
+            "step": step,
+            "train/loss": 5 - 0.5 * step + offset * step,
+            "train/grad_norm": 1.0 + step % 3,
+            "train/learning_rate": 1e-3,
+            "train/seconds_per_step": 9.0 if step == 1 else 0.25,
+        }
+        for step in range(1, count + 1)
+    ]
+
+
+@pytest.fixture
+def workdirs(tmp_path, found):
+    wild = {"step": 4, "gains/composite_forward_max": 4321.5, "gains/single_forward_max": "inf"}
+    hc = [
+        *lines_of(0.01),
+        {"step": 6, "validation/loss": 2.25},
+        {"step": 5, "train/loss": "nan", "train/grad_norm": "inf"},  # after a restart from 4
+        {"step": 6, "train/loss": 2.125},
+        wild,
+        '{"step": 7, "train/lo',  # still being written
+    ]
+    return [
+        write_workdir(
+            tmp_path / "a", "residual", [*lines_of(), {"step": 6, "validation/loss": 2.5}]
+        ),
+        write_workdir(tmp_path / "b", "hc", hc, found["hc"], (2, 4)),
+        write_workdir(tmp_path / "c", "mhc", lines_of(-0.02), found["mhc"], (2, 4, 6)),
+    ]
+
+
+def test_later_lines_win_and_non_finite_values_are_read(workdirs):
+    arm = plotting.read_arms([workdirs[1]])[0]
+    steps, loss = arm.series("train/loss")
+    np.testing.assert_array_equal(steps, [1, 2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(loss, [4.51, 4.02, 3.53, 3.04, np.nan, 2.125])
+    np.testing.assert_array_equal(arm.series("train/grad_norm")[1], [2, 3, 1, 2, np.inf, 1])
+    # Step 6 was written twice; the repeated line had no gradient norm, so the first one's stays.
+    np.testing.assert_array_equal(arm.series("validation/loss")[0], [6])
+    assert len(arm.series("never/logged")[0]) == 0
+
+
+def test_gains_come_from_metrics_and_else_from_files(workdirs, found):
+    steps, values = plotting.read_arms(workdirs)[1].gain_series("gains/composite_forward_max")
+    np.testing.assert_array_equal(steps, [2, 4])
+    assert values[0] == pytest.approx(float(found["hc"].composite_forward.max()))
+    assert values[1] == 4321.5
+
+
+def test_summary_is_computed_by_hand(workdirs, found):
+    residual, hc, mhc = map(report.summarize, workdirs)
+    one = {
+        f"{kind}_{way}": 1.0 for kind in ("single", "composite") for way in ("forward", "backward")
+    }
+    assert residual == one | {
+        "arm": "residual",
+        "step": 6,
+        "train_loss": 2.0,
+        "validation_loss": 2.5,
+        "grad_norm_max": 3.0,
+        "seconds_per_step": 0.25,
+    }
+    assert hc == {
+        "arm": "HC",
+        "step": 6,
+        "train_loss": 2.125,
+        "validation_loss": 2.25,
+        "grad_norm_max": np.inf,
+        "single_forward": np.inf,
+        "single_backward": float(found["hc"].single_backward.max()),
+        "composite_forward": 4321.5,
+        "composite_backward": float(found["hc"].composite_backward.max()),
+        "seconds_per_step": 0.25,
+    }
+    assert mhc["validation_loss"] is None
+    assert mhc["train_loss"] == pytest.approx(1.88)
+    assert mhc["composite_forward"] == pytest.approx(1, abs=1e-6)
+    assert 1 <= mhc["composite_backward"] <= 4
+
+
+def test_command_line_draws_everything(workdirs, tmp_path, capsys):
+    output = tmp_path / "figures"
+    assert figures.main([*map(str, workdirs), "--baseline", "mhc", "--output", str(output)]) == 0
+    names = ["diagnostics", "gains", "loss", "mappings_hc", "mappings_mhc", "stability"]
+    assert sorted(p.name for p in output.glob("*.png")) == [f"{name}.png" for name in names]
+    assert sorted(p.name for p in output.glob("*.svg")) == [f"{name}.svg" for name in names]
+    assert all(p.stat().st_size > 5000 for p in output.iterdir())
+    assert capsys.readouterr().out.count(".png") == 6
+
+
+def test_the_curves_are_the_numbers_of_the_files(workdirs, found):
+    arms = plotting.read_arms(workdirs)
+    chosen = figures.choose_gains(arms)
+    assert {name: step for name, (_, step) in chosen.items()} == {"HC": 4, "mHC": 4}
+    axes = figures.plot_gains(arms, chosen).axes
+    drawn = [line.get_ydata() for line in axes[1].lines[:4]]
+    expected = [
+        getattr(found[arm], f"composite_{way}")
+        for arm in ("hc", "mhc")
+        for way in ("forward", "backward")
+    ]
+    np.testing.assert_allclose(drawn, expected)
+    assert axes[0].get_yscale() == axes[1].get_yscale() == "log"
+    assert [line.get_color() for line in axes[1].lines[:4:2]] == ["#D55E00", "#0072B2"]
+
+    gap = figures.plot_stability(arms, arms[0], window=1).axes[0]
+    bold = next(line for line in gap.lines if line.get_label() == "mHC")
+    np.testing.assert_allclose(bold.get_ydata(), [-0.02 * step for step in range(1, 7)], atol=1e-12)
+
+
+def test_heat_maps_are_labelled_with_row_sums_left_and_column_sums_below(workdirs, found):
+    arm = plotting.read_arms(workdirs[1:2])[0]
+    figure = figures.plot_mappings(arm, found["hc"], 4)
+    assert len(figure.axes) == 6
+    whole = np.asarray(found["hc"].matrix_composite[-1], float)
+    rows = [label.get_text() for label in figure.axes[5].get_yticklabels()]
+    columns = [label.get_text() for label in figure.axes[5].get_xticklabels()]
+    assert rows == [plotting.short(value) for value in whole.sum(1)]
+    assert columns == [plotting.short(value) for value in whole.sum(0)]
+    assert rows != columns
+    second_half = figure.axes[4].texts[1].get_text()  # row 0, column 1 of h(4) h(3)
+    assert second_half == plotting.short(float(found["hc"].matrix_composite_tail[2][0, 1]))
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_other_numbers_of_streams_and_overflow_draw(tmp_path, n):
+    # Fabricated arrays, no compilation: 2 sublayers, a composite beyond float32.
+    fields = {}
+    for name in gains.GainMagnitudes._fields:
+        fields[name] = np.full((2, n, n) if name.startswith("matrix") else (2,), np.float32(1.5))
+    fields["composite_forward"][-1] = fields["second_singular"][-1] = np.inf
+    fields["matrix_composite"][-1, 0, 0] = np.inf
+    fields["matrix_composite"][-1, -1, -1] = -np.inf
+    found = gains.GainMagnitudes(**fields)
+    workdir = write_workdir(tmp_path / "w", "hc", lines_of(), found, (3,), {"n": n})
+    arms = plotting.read_arms([workdir])
+    if n == 1:  # one full set of drawings is enough
+        figures.plot_mappings(arms[0], found, 3).canvas.draw()
+        return
+    paths = figures.make_figures(arms, tmp_path / "f", formats=["png"])
+    names = ["loss", "stability", "gains", "mappings_hc", "diagnostics"]
+    assert [path.name for path in paths] == names
+    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == sorted(f"{x}.png" for x in names)
+
+
+def test_nothing_overlaps_or_leaves_the_page(workdirs, found, tmp_path):
+    arms = plotting.read_arms(workdirs)
+    chosen = figures.choose_gains(arms)
+    drawings = [
+        figures.plot_stability(arms, arms[0]),
+        figures.plot_gains(arms, chosen),
+        figures.plot_mappings(arms[1], found["hc"], 4),
+    ]
+    for figure in drawings:
+        plotting.write_figure(figure, tmp_path / "f", ["png"])
+        page = figure.bbox.padded(1)
+        boxes = [axes.get_tightbbox() for axes in figure.axes]
+        for i, box in enumerate(boxes):
+            assert page.x0 <= box.x0 <= box.x1 <= page.x1, i
+            assert page.y0 <= box.y0 <= box.y1 <= page.y1, i
+            assert not any(box.overlaps(other) for other in boxes[:i]), i
+
+
+def test_missing_pieces_are_skipped_with_a_line_in_the_log(workdirs, tmp_path, caplog):
+    young = write_workdir(tmp_path / "young", "mhc", [{"step": 1, "train/loss": 5.0}])
+    paths = figures.make_figures(
+        plotting.read_arms([workdirs[0], young]), tmp_path / "f", formats=["svg"]
+    )
+    assert [path.name for path in paths] == ["loss", "stability"]
+    assert f"mHC: no gains yet in {young}" in caplog.text
+    caplog.clear()
+    figures.choose_gains(plotting.read_arms(workdirs), step=6)
+    assert "HC: no gains of step 6" in caplog.text
+    empty = write_workdir(tmp_path / "empty", "hc", [])
+    report.write_report(tmp_path / "r.html", [empty], "empty")
+
+
+@pytest.mark.parametrize("program", [figures.main, report.main])
+def test_a_folder_without_metrics_is_named(program, tmp_path, capsys):
+    (tmp_path / "nothing").mkdir()
+    assert program([str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "nothing") in error
+    assert "metrics.jsonl" in error
+
+
+def test_baseline_by_connection_name_folder_or_path(workdirs):
+    arms = plotting.read_arms(workdirs)
+    assert plotting.choose_baseline(arms, None) is arms[0]
+    assert plotting.choose_baseline(arms[1:], None) is arms[1]
+    for wanted in ("mhc", "mHC", "c", str(workdirs[2])):
+        assert plotting.choose_baseline(arms, wanted) is arms[2]
+    with pytest.raises(ValueError, match="no arm 'x'; there are residual, HC, mHC"):
+        plotting.choose_baseline(arms, "x")
+
+
+def test_arms_of_one_connection_are_told_apart(workdirs, tmp_path):
+    other = write_workdir(tmp_path / "identity", "mhc", lines_of())
+    arms = plotting.read_arms([workdirs[2], other])
+    assert [arm.name for arm in arms] == ["mHC (c)", "mHC (identity)"]
+    assert arms[0].colour != arms[1].colour
+
+
+def test_running_mean():
+    values = np.array([1.0, 2.0, 6.0, np.nan, 4.0])
+    # Windows of 3, shorter at the ends; the NaN stays where it is and harms no neighbour.
+    np.testing.assert_allclose(plotting.running_mean(values, 3), [1.5, 3, 4, np.nan, 4])
+    np.testing.assert_array_equal(plotting.running_mean(values, 1), values)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1, "1.00"), (-0.001, "0.00"), (9.999, "10.0"), (-251.4, "-251"), (4.7e5, "4.7e5"),
+     (3e38, "3.0e38"), (np.inf, "inf"), (np.nan, "nan")],
+)  # fmt: skip
+def test_short(value, text):
+    assert plotting.short(value) == text
+
+
+def test_report_holds_every_number_and_needs_nothing_else(workdirs, tmp_path):
+    rows = [report.summarize(workdir) for workdir in workdirs]
+    path = tmp_path / "new" / "report.html"
+    report.write_report(
+        path, workdirs, "A <title>", rows, ["first note", "HC < mHC"],
+        command="python -m x --y", dates="one day", versions={"jax": "0.10.2"},
+    )  # fmt: skip
+    page = path.read_text()
+    cells = [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", page)]
+    shown = cells[: len(rows) * len(report.COLUMNS)]
+    assert shown == [report.format_value(key, row[key]) for row in rows for key in report.COLUMNS]
+    assert shown[:4] == ["residual", "6", "2.0000", "2.5000"]
+    terminal = report.format_table(rows)
+    assert [line.split() for line in terminal.splitlines()[-3:]] == [
+        shown[i : i + len(report.COLUMNS)] for i in range(0, len(shown), len(report.COLUMNS))
+    ]
+    for text in (
+        "python -m x --y",
+        "one day",
+        "jax 0.10.2",
+        "first note",
+        "HC &lt; mHC",
+        "A &lt;title",
+    ):
+        assert text in page
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 6
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert not re.search(r"<script|<link|@import|url\(|https?://", page)
+    for title, _ in report.CAPTIONS.values():
+        assert title in page
+
+
+def test_captions_are_two_sentences():
+    for _, caption in report.CAPTIONS.values():
+        assert len(re.findall(r"(?<!Figs)\.(?: |$)", caption)) == 2, caption
