@@ -1,0 +1,241 @@
+"""Question: are the Pallas TPU kernels limited by memory or by compute? An ESTIMATE, no TPU needed.
+
+    python -m experiments.kernel_speed.tpu_schedule --tpu_schedule=v5p      (or v5e, v6e, tpu7x; about 2 minutes)
+
+libtpu's compiler runs on any x86-64 host (pip install "jax[tpu]"). Each kernel is compiled for the chip, and
+the final VLIW bundles of its grid step are counted in the compiler's dump, inner loops times their trips.
+One bundle is taken as one clock, code under a condition (first or last step of a sum) as always run, waits
+for DMA and stalls not at all:
+
+    compute time = steps of a core * bundles of a step / clock
+    memory time  = bytes of a core / its HBM bandwidth            estimate = the larger
+
+Nothing here is a measurement. Expected: every kernel but mappings and sinkhorn is limited by memory.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import tempfile
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What an estimate needs. Bandwidth is that of the chip's public datasheet, shared by its cores."""
+
+    topology: str
+    clock: float  # Hz
+    bandwidth: float  # bytes / s of a chip
+    cores: int  # that share a grid: v5p runs one kernel on both cores, TPU7x shows two devices
+    bandwidth_share: float = 1.0  # of the chip's bandwidth, for one device
+
+
+# Clocks: peak bfloat16 FLOP/s of the datasheets / (2 * MXUs * side^2) for v5e (197e12, 4 of 128) and v5p
+# (459e12, 2 cores of 4 of 128). For v6e and TPU7x that quotient depends on an unpublished rate of the MXU:
+# 1.75 GHz, the clock of v5p, is assumed, which if anything makes compute look slow. Bandwidths: Google Cloud
+# documentation, the same figures as in jax.experimental.pallas.tpu.get_tpu_info (v5p there 2.46 TB/s usable
+# of the 2.76 of the datasheet: the lower one is taken).
+CHIPS = {
+    "v5e": Chip("v5e:2x2", 1.5e9, 0.82e12, 1),
+    "v5p": Chip("v5p:2x2x1", 1.75e9, 2.46e12, 2),
+    "v6e": Chip("v6e:2x2", 1.75e9, 1.64e12, 1),
+    "tpu7x": Chip("tpu7x:2x2x1", 1.75e9, 7.4e12, 1, bandwidth_share=0.5),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One pallas_call: its name in the dump, grid steps, trips of inner loops, bytes it must move."""
+
+    op: str
+    direction: str
+    name: str
+    steps: int
+    trips: int
+    bytes: int
+
+
+def _set_up_compiler(dump: str) -> None:
+    """Environment for libtpu without a TPU; must run before jax is imported."""
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+    )
+
+
+def _traffic(args, out) -> int:
+    import jax
+
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((args, out)))
+
+
+def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 20):
+    """(op, direction, function, arguments, grid steps, trips of the inner loops) of every kernel."""
+    import jax
+    import jax.numpy as jnp
+
+    from kernels_pallas.mappings import tpu as mappings
+    from kernels_pallas.pallas_call import MIN_TOKENS
+    from kernels_pallas.post_res import tpu as post_res
+    from kernels_pallas.pre import tpu as pre
+    from kernels_pallas.projection import tpu as projection
+    from kernels_pallas.sinkhorn import tpu as sinkhorn
+
+    T, C, m, f32 = num_tokens, width, n * n + 2 * n, jnp.float32
+    S = jax.ShapeDtypeStruct
+    x, y = S((T, n * C), dtype), S((T, C), dtype)
+    h, h_res, s, r = S((T, n), f32), S((T, n, n), f32), S((T, m), f32), S((T,), f32)
+    phi, bias, alpha = S((n * C, m), f32), S((m,), f32), S((3,), f32)
+
+    def rows(block):
+        return -(-T // block), block // MIN_TOKENS
+
+    def whole(block):
+        return -(-T // block), 0
+
+    tiles = -(-T // sinkhorn.TOKENS), num_iterations - 1
+    coefficients = {"n": n, "num_iterations": num_iterations}
+    iterations = {"num_iterations": num_iterations}
+    p_block = projection.block_tokens(n * C, m, dtype, backward=False)
+    b_block = projection.block_tokens(n * C, m, dtype, backward=True)
+    table = [
+        ("projection", "forward", projection, (x, phi), {"norm_eps": 1e-20}, whole(p_block)),
+        ("projection", "backward", projection, (x, phi, r, s, r), {}, whole(b_block)),
+        ("mappings", "forward", mappings, (s, r, bias, alpha), coefficients, tiles),
+        ("mappings", "backward", mappings, (s, r, bias, alpha, h, h, h_res), coefficients, tiles),
+        ("sinkhorn", "forward", sinkhorn, (h_res,), iterations, tiles),
+        ("sinkhorn", "backward", sinkhorn, (h_res, h_res), iterations, tiles),
+        ("pre", "forward", pre, (x, h), {}, rows(pre.block_tokens(n * C, n, dtype))),
+        ("pre", "backward", pre, (x, h, y), {}, rows(pre.block_tokens(n * C, n, dtype))),
+    ]
+    block = rows(post_res.block_tokens(n * C, n, dtype))
+    table += [
+        ("post_res", "forward", post_res, (x, y, h, h_res), {}, block),
+        ("post_res", "backward", post_res, (x, y, h, h_res, x), {}, block),
+    ]
+    for op, direction, module, args, static, (steps, trips) in table:
+        yield op, direction, getattr(module, direction), args, static, steps, trips
+
+
+def compile_kernels(chip: Chip, num_tokens: int, width: int, dtype, only=None) -> list[Kernel]:
+    """Compiles every kernel for the chip; the dump then holds its bundles."""
+    import functools
+
+    import jax
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+    kernels = []
+    for op, direction, function, args, static, steps, trips in cases(num_tokens, width, dtype):
+        if only and f"{op}.{direction}" not in only:
+            continue
+        f = functools.partial(function, **static)
+        jax.jit(f, in_shardings=sharding, out_shardings=sharding).lower(*args).compile()
+        traffic = _traffic(args, jax.eval_shape(f, *args))
+        name = f"mhc_{op}_{direction}"
+        kernels.append(Kernel(op, direction, name, steps, trips, traffic))
+    return kernels
+
+
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:\w\w)?\s*:((?:\s*>)*)\s*\{")
+
+
+def bundles_by_depth(text: str) -> dict[int, int]:
+    """Number of VLIW bundles at each loop depth; the grid is the loop of depth 1."""
+    depths: dict[int, int] = {}
+    for line in text.splitlines():
+        if match := _BUNDLE.match(line):
+            depth = match.group(1).count(">")
+            depths[depth] = depths.get(depth, 0) + 1
+    return depths
+
+
+def estimate(kernel: Kernel, depths: dict[int, int], chip: Chip) -> dict:
+    """Times in microseconds from bundles and bytes."""
+    bundles = depths.get(1, 0) + kernel.trips * depths.get(2, 0)
+    steps = -(-kernel.steps // chip.cores)
+    compute = steps * bundles / chip.clock
+    memory = kernel.bytes / (chip.bandwidth * chip.bandwidth_share)
+    return {
+        "op": kernel.op,
+        "direction": kernel.direction,
+        "grid_steps": kernel.steps,
+        "bundles_per_step": bundles,
+        "bytes_per_step": kernel.bytes // kernel.steps,
+        "compute_us": round(compute * 1e6, 1),
+        "memory_us": round(memory * 1e6, 1),
+        "estimate_us": round(max(compute, memory) * 1e6, 1),
+        "limit": "memory" if memory >= compute else "compute",
+    }
+
+
+def _final_bundles(dump: str, name: str) -> str:
+    files = sorted(pathlib.Path(dump).glob(f"*-{name}.*-final_bundles.txt"))
+    files = [f for f in files if "schedule-analysis" not in f.name]
+    if not files:
+        raise RuntimeError(f"the compiler wrote no bundles for {name} under {dump}")
+    return files[-1].read_text()
+
+
+def print_table(kind: str, num_tokens: int, width: int, rows: list[dict]) -> None:
+    print(
+        f"ESTIMATE for {kind}, T={num_tokens}, C={width}, n=4, bfloat16 (from the schedule, not measured)"
+    )
+    print(
+        f"{'kernel':22}{'bundles/step':>13}{'KB/step':>9}{'compute us':>12}{'memory us':>11}  limit"
+    )
+    for row in rows:
+        print(
+            f"{row['op'] + ' ' + row['direction']:22}{row['bundles_per_step']:13}"
+            f"{row['bytes_per_step'] / 1e3:9.0f}{row['compute_us']:12}{row['memory_us']:11}  {row['limit']}"
+        )
+
+
+def main(
+    kind: str, shapes: tuple[tuple[int, int], ...] = ((16384, 2560),), only: tuple[str, ...] = ()
+) -> list[dict]:
+    """Prints the table for one kind of TPU and writes results/tpu_schedule_<kind>.json.
+
+    Must be the first to import jax in its process, since libtpu reads its flags once.
+    """
+    chip = CHIPS[kind]
+    results = []
+    with contextlib.ExitStack() as stack:
+        dump = stack.enter_context(tempfile.TemporaryDirectory())
+        _set_up_compiler(dump)
+        import jax.numpy as jnp
+
+        for num_tokens, width in shapes:
+            kernels = compile_kernels(chip, num_tokens, width, jnp.bfloat16, only)
+            rows = [
+                estimate(k, bundles_by_depth(_final_bundles(dump, k.name)), chip) for k in kernels
+            ]
+            print_table(kind, num_tokens, width, rows)
+            results.append({"T": num_tokens, "C": width, "kernels": rows})
+    RESULTS.mkdir(exist_ok=True)
+    content = {"kind": kind, "what": "estimate", **dataclasses.asdict(chip), "shapes": results}
+    (RESULTS / f"tpu_schedule_{kind}.json").write_text(json.dumps(content, indent=1) + "\n")
+    return results
+
+
+def _shape(text: str) -> tuple[int, int]:
+    num_tokens, width = text.split("x")
+    return int(num_tokens), int(width)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tpu_schedule", choices=CHIPS, default="v5p", metavar="KIND")
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=((16384, 2560),), metavar="TxC")
+    parser.add_argument("--only", nargs="+", default=(), metavar="OP.DIRECTION")
+    arguments = parser.parse_args()
+    main(arguments.tpu_schedule, tuple(arguments.shapes), tuple(arguments.only))
