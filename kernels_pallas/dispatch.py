@@ -30,16 +30,48 @@ def validate(implementation: str | None) -> None:
         )
 
 
+def check_platform(implementation: str | None, platform: str) -> None:
+    """Raises NotImplementedError if kernels named `implementation` cannot run on devices of `platform`.
+
+    Args:
+      implementation: as in `run`.
+      platform: of the devices, `jax.Device.platform`: "cpu", "gpu" or "tpu".
+    """
+    validate(implementation)
+    needs = {"pallas": "tpu", "triton": "gpu"}.get(implementation, platform)
+    if needs != platform:
+        raise NotImplementedError(
+            f"implementation={implementation!r} needs a {needs.upper()}, the devices here are "
+            f"{platform.upper()}s: use None, the best of the platform, or 'xla'"
+        )
+    if implementation == "triton" and _missing_package():
+        raise NotImplementedError(f"implementation='triton' cannot run: {_missing_package()}")
+
+
+def _missing_package() -> str | None:
+    # find_spec, not import: importing jax_triton fails on an installation of jax without CUDA.
+    for package in ("triton", "jax_triton"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed (pip install 'mhc_jax[gpu]')"
+    return None
+
+
+@functools.cache
+def _has_compiler(implementation: str) -> bool:
+    """Whether programs can be compiled here for the platform of this implementation.
+
+    Tracing kernels that could never be compiled would only slow `implementation=None` down.
+    """
+    return implementation != "pallas" or importlib.util.find_spec("libtpu") is not None
+
+
 @functools.cache
 def _unavailable(op: str, direction: str, implementation: str) -> str | None:
     """Why this backend of this operation cannot run on this installation, or None if it can."""
     if importlib.util.find_spec(f"kernels_pallas.{op}.{_FILES[implementation]}") is None:
         return f"{op} has no {implementation!r} kernel yet"
-    if implementation == "triton":
-        # find_spec, not import: importing jax_triton fails on an installation of jax without CUDA.
-        for package in ("triton", "jax_triton"):
-            if importlib.util.find_spec(package) is None:
-                return f"the package {package} is not installed (pip install 'mhc_jax[gpu]')"
+    if implementation == "triton" and _missing_package():
+        return _missing_package()
     if not hasattr(_backend(op, implementation), direction):
         return f"{op} has no {implementation!r} kernel for {direction!r} yet"
     return None
@@ -55,7 +87,7 @@ def _say_once(op: str, names: tuple[str, ...]) -> None:
 
 
 def run(op: str, direction: str, implementation: str | None, *args, **static):
-    """Calls `direction` ("forward", "backward" or another pair of functions) of operation `op` on the chosen backend.
+    """Calls `direction` ("forward", "backward", ...) of operation `op` on the chosen backend.
 
     With `implementation=None` the choice falls when the program is lowered, on the platform that it is
     lowered for: `jax.default_backend()` is "cpu" while a program is compiled for a TPU.
@@ -75,7 +107,7 @@ def run(op: str, direction: str, implementation: str | None, *args, **static):
 
     branches: dict[str, Callable] = {}
     for name, platform in _PLATFORMS.items():
-        if _unavailable(op, direction, name) is not None:
+        if not _has_compiler(name) or _unavailable(op, direction, name) is not None:
             continue
         backend = _backend(op, name)
         try:

@@ -88,9 +88,7 @@ class Launch:
             else torch.empty(o.shape, dtype=_torch_dtype(o.dtype), device=device)
             for o in self.outputs
         ]
-        options = (
-            {} if INTERPRET else {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        )
+        options = {} if INTERPRET else {"num_warps": self.num_warps, "num_stages": self.num_stages}
         self.kernel[self.grid](*args, *outputs, **self.constants, **options)
         return tuple(convert(tensor, o.dtype) for tensor, o in zip(outputs, self.outputs))
 

@@ -23,7 +23,7 @@ def dot_tf32(a, b):
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """float32 to `dtype`, rounding to nearest even."""
-    if INTERPRET and dtype == tl.bfloat16:  # the interpreter truncates
+    if INTERPRET and dtype == tl.bfloat16 and x.dtype == tl.float32:  # the interpreter truncates
         bits = x.to(tl.int32, bitcast=True)
         bits = bits + 0x7FFF + ((bits >> 16) & 1)
         x = (bits & -65536).to(tl.float32, bitcast=True)
@@ -75,3 +75,21 @@ def store(ptr, offsets, value, LIMIT: tl.constexpr, EVEN: tl.constexpr):
         tl.store(ptr + offsets, value)
     else:
         tl.store(ptr + offsets, value, mask=offsets < LIMIT)
+
+
+@triton.jit
+def load_tile(ptrs, mask, EVEN: tl.constexpr):
+    """Loads a tile in the pointers' dtype; EVEN says that the mask is true everywhere."""
+    if EVEN:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(ptrs, value, mask, EVEN: tl.constexpr):
+    """Stores a tile, rounded to the pointers' dtype."""
+    value = cast(value, ptrs.dtype.element_ty)
+    if EVEN:
+        tl.store(ptrs, value)
+    else:
+        tl.store(ptrs, value, mask=mask)

@@ -167,5 +167,10 @@ def boundary(
     dtype = parameters[0].dtype
     weight = check_norm(input_norm_weight, input_norm_eps, width, dtype)
     static = (n, num_iterations, norm_eps, input_norm_eps, implementation)
-    update = (streams, layer_output.astype(streams.dtype), h_post.astype(dtype), h_res.astype(dtype))
+    update = (
+        streams,
+        layer_output.astype(streams.dtype),
+        h_post.astype(dtype),
+        h_res.astype(dtype),
+    )
     return _boundary(*update, *parameters, weight, static)

@@ -58,7 +58,6 @@ def read_backward(
     d_weight = None
     if input_norm_eps is not None:
         d_input, d_weight = pre.norm_backward(streams, h_pre, weight, d_input, eps=input_norm_eps)
-        d_input = d_input.astype(streams.dtype)
     _, dh_pre = pre.backward(streams, h_pre, d_input)
     ds, dr, dbias, dalpha = mappings.backward(
         s, r, bias, alpha, dh_pre, dh_post, dh_res, n=n, num_iterations=num_iterations
@@ -66,7 +65,7 @@ def read_backward(
     if streams.dtype == jnp.bfloat16:
         ds = round_to_tf32(ds)
     dx, dphi = projection.unrounded_backward(streams, phi, r, ds, dr)
-    d = d_input.astype(dx.dtype)
+    d = d_input.astype(streams.dtype).astype(dx.dtype)  # an array of its own in the kernels
     dx = dx + jnp.concatenate([h_pre[..., i, None] * d for i in range(n)], axis=-1)
     dx = dx + d_streams.astype(dx.dtype)
     return dx.astype(streams.dtype), dphi, dbias, dalpha, d_weight

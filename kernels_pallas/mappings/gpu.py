@@ -207,7 +207,9 @@ def mappings_backward_kernel(
     tl.store(dr_ptr + t, -total / r, mask=t < T)
 
 
-def forward_launch(T: int, n: int, num_iterations: int, *, K=0, eps=0.0, splits=1, stride=0) -> Launch:
+def forward_launch(
+    T: int, n: int, num_iterations: int, *, K=0, eps=0.0, splits=1, stride=0
+) -> Launch:
     """The launch from s and r, or (K > 0) from partial sums [splits, T, stride]."""
     m = n * n + 2 * n
     tokens = sinkhorn.tokens_per_program(n)

@@ -84,9 +84,7 @@ def pre(
     return _pre_normed(streams, h_pre, weight, norm_eps, implementation)
 
 
-def check_norm(
-    weight: jax.Array | None, eps: float | None, width: int, dtype
-) -> jax.Array | None:
+def check_norm(weight: jax.Array | None, eps: float | None, width: int, dtype) -> jax.Array | None:
     """The weight of the RMSNorm in `dtype`, ones if there is none; None without a norm (eps None).
 
     Raises:

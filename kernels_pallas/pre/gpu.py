@@ -134,7 +134,9 @@ def pre_normed_backward_kernel(
         dweight = dweight + (tl.zeros((ROWS, VEC), tl.float32),)
     for k in range(TOKENS):
         token = (tl.program_id(0) + k * tl.num_programs(0)).to(tl.int64)
-        inside = token < T  # a program's last tokens may not exist: they repeat token 0 and write nothing
+        inside = (
+            token < T
+        )  # a program's last tokens may not exist: they repeat token 0 and write nothing
         token = tl.where(inside, token, 0)
         a = ()
         b = ()
@@ -182,8 +184,6 @@ def pre_normed_backward_kernel(
             new = new + (dweight[step] + dweight_row,)
             dh = inverse * d * load(weight_ptr, cols, C, EVEN) - kappa * row[step]
             if WRITE_DX:
-                # Rounded first, as where the cotangent of the sum is an array of its own.
-                dh = cast(dh, out_ptr.dtype.element_ty).to(tl.float32)
                 for i in tl.static_range(N):
                     h_pre = tl.load(pre_ptr + token * N + i)
                     _store_if(out_ptr + (token * N + i) * C, cols, h_pre * dh, C, inside)

@@ -62,6 +62,6 @@ def norm_backward(
 def backward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cotangents (dx, dh_pre, dweight); that of the weighted sum has the dtype of the streams."""
+    """Cotangents (dx, dh_pre, dweight)."""
     dh, d_weight = norm_backward(streams, h_pre, weight, d, eps=eps)
-    return *backward(streams, h_pre, dh.astype(streams.dtype)), d_weight
+    return *backward(streams, h_pre, dh), d_weight

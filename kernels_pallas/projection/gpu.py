@@ -15,7 +15,7 @@ import triton.language as tl
 from kernels_pallas import triton_call
 from kernels_pallas.precision import split_bf16
 from kernels_pallas.triton_call import Launch, cdiv, struct
-from kernels_pallas.triton_math import cast, dot, dot_tf32
+from kernels_pallas.triton_math import dot, dot_tf32, load_tile, opaque, store_tile
 
 # The card that block counts are fitted to; an H200 has 132 multiprocessors.
 _MULTIPROCESSORS = 132
@@ -47,16 +47,18 @@ def projection_kernel(
     squares = tl.zeros((BLOCK_T, BLOCK_K // VEC), tl.float32)
     for step in tl.range(0, K_SPLIT // BLOCK_K, num_stages=STAGES):
         cols = begin + step * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = t[:, None] < T
-        if not EVEN:
-            mask = mask & (cols[None, :] < K)
-        x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0)
+        mask = (t[:, None] < T) & (cols[None, :] < K)
+        x = load_tile(x_rows + cols[None, :], mask, EVEN)
         at = cols[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         # phi's padded rows and columns are zeros in memory.
         phi = tl.load(phi_ptr + at)
         acc = dot(x, phi, acc)
         x = x.to(tl.float32)
         squares += tl.sum(tl.reshape(x * x, (BLOCK_T, BLOCK_K // VEC, VEC)), axis=2)
+        # A use of the sum, so that Triton waits for the dot here. It gives a pipelined tile that other
+        # code reads too (x) one buffer less than an asynchronous dot needs: the next copy overwrote what
+        # the tensor cores still read (Triton 3.6; errors of 5e-3 to 0.3, others in every run).
+        acc = opaque(acc)
     if PAIR:
         acc = tl.sum(tl.reshape(acc, (BLOCK_T, 2, MP)), axis=1)
     m = tl.arange(0, MP)[None, :]
@@ -113,13 +115,14 @@ def projection_backward_kernel(
     BLOCK_K: tl.constexpr,
     PAIR: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx and dphi for BLOCK_K columns of one stream, over TILES tiles of BLOCK_T tokens.
 
     dx = ds phi^T + x dr / (K r), with ACCUMULATE also + dx_in + h_pre d; dphi as a partial sum [M, K].
     """
     C: tl.constexpr = K // N
-    BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     # The N streams' programs of the same columns are neighbours: they share d's tiles in L2.
     stream = tl.program_id(0) % N
     block = tl.program_id(0) // N
@@ -133,36 +136,33 @@ def projection_backward_kernel(
     WIDTH: tl.constexpr = 2 * MP if PAIR else MP
     dphi = tl.zeros((WIDTH, BLOCK_K), tl.float32)
     begin = tl.program_id(1) * TILES * BLOCK_T
-    # A plain range: Triton then keeps in shared memory, stages ahead, only what the dots read. What is
-    # merely added (dx_in, d) would come back from there with bank conflicts: 27C instead of 18C.
-    for tile in range(0, TILES):
+    for tile in tl.range(0, TILES, num_stages=STAGES):
         t = begin + tile * BLOCK_T + tl.arange(0, BLOCK_T)
         row = t.to(tl.int64)[:, None]
-        mask = tl.broadcast_to(row < T, (BLOCK_T, BLOCK_K))
-        if C % BLOCK_K != 0:
-            mask = mask & in_row[None, :]
-        scale = tl.load(dr_ptr + t, mask=t < T, other=0.0)
+        mask = (row < T) & in_row[None, :]
+        scale = load_tile(dr_ptr + t, t < T, EVEN)
         scale /= tl.load(r_ptr + t, mask=t < T, other=1.0) * K
         if ACCUMULATE:
-            h = tl.load(pre_ptr + t * N + stream, mask=t < T, other=0.0)
-            d = tl.load(d_ptr + row * C + c[None, :], mask=mask, other=0.0)
-            dx_in = tl.load(dx_in_ptr + row * K + k[None, :], mask=mask, other=0.0)
-        x = tl.load(x_ptr + row * K + k[None, :], mask=mask, other=0.0)
+            h = load_tile(pre_ptr + t * N + stream, t < T, EVEN)
+            d = load_tile(d_ptr + row * C + c[None, :], mask, EVEN)
+            dx_in = load_tile(dx_in_ptr + row * K + k[None, :], mask, EVEN)
+        x = load_tile(x_ptr + row * K + k[None, :], mask, EVEN)
         ds = tl.load(ds_ptr + row * M + m[None, :], mask=(row < T) & (m[None, :] < M), other=0.0)
         if PAIR:
-            # TF32 operands as they are; then their exact bfloat16 terms, neighbours in memory.
-            dx = dot_tf32(ds, tl.trans(phi))
+            # Exact bfloat16 terms, neighbours in memory; then TF32 operands as they are. In this order:
+            # waiting for dx waits for dphi as well, which must not read x while its buffer is refilled.
             high = ds.to(tl.bfloat16)
             low = (ds - high.to(tl.float32)).to(tl.bfloat16)
             pair = tl.reshape(tl.join(high, low), (BLOCK_T, WIDTH))
             dphi = dot(tl.trans(pair), x, dphi)
+            dx = dot_tf32(ds, tl.trans(phi))
         else:
             dx = dot(ds, tl.trans(phi), tl.zeros((BLOCK_T, BLOCK_K), tl.float32))
             dphi = dot(tl.trans(ds), x, dphi)
         dx += x.to(tl.float32) * scale[:, None]
         if ACCUMULATE:
             dx += dx_in.to(tl.float32) + h[:, None] * d.to(tl.float32)
-        tl.store(dx_ptr + row * K + k[None, :], cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+        store_tile(dx_ptr + row * K + k[None, :], dx, mask, EVEN)
     if PAIR:
         dphi = tl.sum(tl.reshape(dphi, (MP, 2, BLOCK_K)), axis=1)
     at = tl.program_id(1) * M * K + m[:, None] * K + k[None, :]
@@ -200,7 +200,7 @@ def forward_launch(T: int, K: int, m: int, dtype) -> Launch:
             "BLOCK_K": block_k,
             "VEC": 16 // dtype.itemsize,
             "PAIR": pair,
-            "EVEN": k_split * splits == K,
+            "EVEN": k_split * splits == K and T % block_t == 0,
             "STAGES": 4 if pair else 2,
         },
         num_warps=warps,
@@ -262,9 +262,10 @@ def backward_launch(T: int, K: int, n: int, m: int, dtype, *, accumulate: bool) 
             "BLOCK_K": block_k,
             "PAIR": pair,
             "ACCUMULATE": accumulate,
+            "EVEN": (K // n) % block_k == 0 and cdiv(tiles, splits) * splits * block_t == T,
+            "STAGES": 1 if accumulate else 3,
         },
         num_warps=warps,
-        num_stages=3,
     )
 
 
@@ -274,8 +275,10 @@ def _backward_splits(blocks: int, tiles: int, per_multiprocessor: int = 2) -> in
 
     def cost(splits: int) -> float:
         waves = cdiv(blocks * splits, slots)
-        # Time in full waves over ideal time, and 0.5 % for each further partial sum of dphi.
-        return waves * slots / (blocks * splits) + 0.005 * splits
+        # Time in full waves over ideal time, 0.5 % for each further partial sum of dphi, and 10 % for the
+        # masks that uneven splits need.
+        uneven = tiles % splits != 0
+        return waves * slots / (blocks * splits) + 0.005 * splits + 0.1 * uneven
 
     return min(range(1, min(tiles, 64) + 1), key=cost)
 

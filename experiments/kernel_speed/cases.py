@@ -1,0 +1,123 @@
+"""What is timed: each operation and the whole sublayer, forward and backward, with its least traffic."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+import kernels_pallas as kp
+from kernels_pallas import dispatch
+from kernels_pallas.precision import round_to_tf32
+
+N = 4
+M = N * N + 2 * N
+ITERATIONS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table; `units` is the least traffic in elements per token and stream width (C)."""
+
+    name: str
+    units: float
+    extra_bytes: Callable[[int, int], float]  # (T, C) -> coefficients and parameters
+    make: Callable[[jax.Array, int, int], tuple]
+    run: Callable  # (implementation, *inputs)
+
+    def bytes(self, T: int, C: int) -> float:
+        return 2 * T * C * self.units + self.extra_bytes(T, C)
+
+
+def _normal(key, *shape, dtype=jnp.float32):
+    return jax.random.normal(key, shape, dtype)
+
+
+def _inputs(names: str, key: jax.Array, T: int, C: int) -> tuple:
+    """Random arrays by name."""
+    bf16 = jnp.bfloat16
+    makers = {
+        "x": lambda k: _normal(k, T, N * C, dtype=bf16),
+        "y": lambda k: _normal(k, T, C, dtype=bf16),
+        "phi": lambda k: round_to_tf32(0.02 * _normal(k, N * C, M)),
+        "s": lambda k: round_to_tf32(_normal(k, T, M)),
+        "r": lambda k: 0.5 + jax.random.uniform(k, (T,)),
+        "bias": lambda k: _normal(k, M),
+        "alpha": lambda k: _normal(k, 3),
+        "h": lambda k: _normal(k, T, N),
+        "hh": lambda k: _normal(k, T, N, N),
+        "w": lambda k: _normal(k, C),
+    }
+    names = names.split()
+    return tuple(makers[name](k) for name, k in zip(names, jax.random.split(key, len(names))))
+
+
+def _op(op: str, direction: str, **static) -> Callable:
+    return lambda implementation, *a: dispatch.run(op, direction, implementation, *a, **static)
+
+
+def _case(name, units, floats_per_token, inputs, run, parameter_copies=0) -> Case:
+    def extra(T, C):
+        return 4 * T * floats_per_token + 4 * parameter_copies * N * C * M
+
+    return Case(name, units, extra, functools.partial(_inputs, inputs), run)
+
+
+def sublayers(implementation: str, count: int, mode: str, x, g, *parameters) -> tuple:
+    """Forward and backward of `count` sublayers whose F is nothing (a barrier to XLA's fusions)."""
+
+    def chain(x, parameters):
+        each = [parameters[3 * i : 3 * i + 3] for i in range(count)]
+        options = {"n": N, "num_iterations": ITERATIONS, "implementation": implementation}
+        if mode == "separate":
+            for phi, bias, alpha in each:
+                h_pre, h_post, h_res = kp.mappings(x, phi, bias, alpha, **options)
+                u = kp.pre(x, h_pre, implementation=implementation)
+                u = jax.lax.optimization_barrier(u)
+                x = kp.post_res(x, u, h_post, h_res, implementation=implementation)
+            return x
+        u, h_post, h_res, x = kp.read(x, *each[0], **options)
+        for p in each[1:]:
+            u = jax.lax.optimization_barrier(u)
+            if mode == "boundary":
+                u, h_post, h_res, x = kp.boundary(x, u, h_post, h_res, *p, **options)
+            else:
+                x = kp.post_res(x, u, h_post, h_res, implementation=implementation)
+                u, h_post, h_res, x = kp.read(x, *p, **options)
+        u = jax.lax.optimization_barrier(u)
+        return kp.post_res(x, u, h_post, h_res, implementation=implementation)
+
+    out, vjp = jax.vjp(chain, x, parameters)
+    return out, vjp(g)
+
+
+def sublayer_inputs(count: int, key: jax.Array, T: int, C: int) -> tuple:
+    """x, g, and phi, bias, alpha of each sublayer."""
+    return _inputs("x x" + " phi bias alpha" * count, key, T, C)
+
+
+CASES = (
+    _case("projection fwd", 4, M + 1, "x phi", _op("projection", "forward", norm_eps=1e-20), 1),
+    _case("projection bwd", 8, M + 2, "x phi r s r", _op("projection", "backward"), 2),
+    _case(
+        "mappings fwd",
+        0,
+        2 * M + 1,
+        "s r bias alpha",
+        _op("mappings", "forward", n=N, num_iterations=ITERATIONS),
+    ),
+    _case(
+        "mappings bwd",
+        0,
+        3 * M + 2,
+        "s r bias alpha h h hh",
+        _op("mappings", "backward", n=N, num_iterations=ITERATIONS),
+    ),
+    _case("pre fwd", 5, N, "x h", _op("pre", "forward")),
+    _case("pre bwd", 9, 2 * N, "x h y", _op("pre", "backward")),
+    _case("pre+norm fwd", 5, N, "x h w", _op("pre", "forward_normed", eps=1e-6)),
+    _case("pre+norm bwd", 9, 2 * N, "x h w y", _op("pre", "backward_normed", eps=1e-6)),
+    _case("post_res fwd", 9, M - N, "x y h hh", _op("post_res", "forward")),
+    _case("post_res bwd", 14, 2 * (M - N), "x y h hh x", _op("post_res", "backward")),
+)

@@ -1,0 +1,58 @@
+"""Timing of jitted functions on a GPU, and the copy rate that everything is compared with."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+L2_BYTES = 64e6  # more than an H200's 60 MB
+REPEATS = 7
+MIN_SECONDS = 0.02  # of device work between two clock readings
+
+
+def inputs_beyond_l2(
+    make: Callable[[jax.Array], tuple], size: float, least: int = 2
+) -> list[tuple]:
+    """Input sets with fresh random data, so many that one is out of L2 when its turn comes again."""
+    count = max(least, int(3 * L2_BYTES // max(size, 1)) + 1)
+    return [make(key) for key in jax.random.split(jax.random.key(0), min(count, 16))]
+
+
+def seconds(f: Callable, inputs: list[tuple], copies: int = 1) -> float:
+    """Median device time of one call of f, over REPEATS rounds of many asynchronous calls.
+
+    `copies` calls on different inputs run in one jitted program where a call is so short that launching a
+    program would take longer than running it. Nothing is subtracted.
+    """
+    groups = [
+        tuple(inputs[(i * copies + j) % len(inputs)] for j in range(copies))
+        for i in range(max(1, len(inputs) // copies))
+    ]
+    program = jax.jit(lambda group: [f(*args) for args in group])
+    for group in groups:
+        jax.block_until_ready(program(group))
+    start = time.perf_counter()
+    jax.block_until_ready([program(group) for group in groups])
+    estimate = (time.perf_counter() - start) / len(groups)
+    rounds = max(3, int(MIN_SECONDS / estimate))
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for i in range(rounds):
+            out = program(groups[i % len(groups)])
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / rounds / copies)
+    return statistics.median(times)
+
+
+def copy_rate() -> float:
+    """Bytes read plus written per second when copying 2 GiB of random bfloat16 (x + 1: XLA elides x)."""
+    x = jax.random.normal(jax.random.key(1), (1 << 30,), jnp.bfloat16)
+    return 2 * x.nbytes / seconds(lambda x: x + jnp.bfloat16(1), [(x,)])
+
+
+def temporary_bytes(f: Callable, args: tuple) -> int:
+    """Peak of the temporaries of the compiled program, its arguments and results not counted."""
+    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
