@@ -162,6 +162,11 @@ class TokenTiles:
         """First token of this window (inside a kernel)."""
         return (pl.program_id(0) * self.windows_per_part + pl.program_id(1)) * self.window
 
+    def block_mask(self) -> jax.Array:
+        """[1, block] bool: which tokens of this block exist (inside a kernel)."""
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.block), 1)
+        return self._this_block() * self.block + lane < self.num_tokens
+
     def window_mask(self) -> jax.Array:
         """[1, window] bool: which tokens of this window exist (inside a kernel)."""
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.window), 1)
@@ -260,13 +265,13 @@ def tokens_first(x: jax.Array, lead: tuple[int, ...], last: tuple[int, ...]) -> 
     return x.T.reshape(*lead, *last)
 
 
-def store_rows(rows_ref, block: jax.Array) -> None:
-    """Stores [m, window] transposed into the first lanes of scratch [window, 128] (inside a kernel)."""
-    m, window = block.shape
+def store_rows(rows_ref, block: jax.Array, rows=slice(None)) -> None:
+    """Stores [m, tokens] transposed into the first lanes of scratch [tokens, 128] (inside a kernel)."""
+    m, tokens = block.shape
     padding = -m % 8  # transposes take whole tiles of 8 sublanes
     if padding:
-        block = jnp.concatenate([block, jnp.zeros((padding, window), block.dtype)], axis=0)
-    rows_ref[:, : m + padding] = block.T
+        block = jnp.concatenate([block, jnp.zeros((padding, tokens), block.dtype)], axis=0)
+    rows_ref[rows, : m + padding] = block.T
 
 
 def lane_columns(columns: Sequence[jax.Array], width: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """Question: are the Pallas TPU kernels limited by memory or by compute? An ESTIMATE, no TPU needed.
 
-    python -m experiments.kernel_speed.tpu_schedule --tpu_schedule=v5p      (or v5e, v6e, tpu7x; about 2 minutes)
+    python -m experiments.kernel_speed.tpu_schedule --tpu_schedule=v5p   (or v5e, v6e, tpu7x; 2 minutes)
 
 libtpu's compiler runs on any x86-64 host (pip install "jax[tpu]"). Each kernel is compiled for the chip, and
 the final VLIW bundles of its grid step are counted in the compiler's dump, inner loops times their trips.

@@ -1,7 +1,7 @@
 """Scale, bias, sigmoids and Sinkhorn-Knopp on TPU, one kernel a direction.
 
-Layout as in `kernels_pallas.sinkhorn.tpu`: each of the n*n+2n coefficients of 2048 tokens is one full tile, bias
-and alpha are scalars. The backward recomputes everything from s and r, keeps the iterates in VMEM (2.4 MB at
+Layout as in `kernels_pallas.sinkhorn.tpu`: each of the n*n+2n coefficients of 2048 tokens is one full tile,
+bias and alpha are scalars. The backward recomputes everything from s and r, keeps the iterates in VMEM (2.4 MB at
 n = 4 and 20 iterations), and adds the sums over tokens for bias and alpha tile by tile: [m, 16, 128] partial
 sums leave the kernel (200 KB at n = 4) and are added up outside.
 """
@@ -32,16 +32,50 @@ def _groups(n: int) -> list[int]:
     return [0] * n + [1] * n + [2] * (n * n)
 
 
-def _logits(s_ref, r_ref, bias_ref, alpha_ref, scratch_ref, n):
-    """(s / r, alpha * s / r + bias, r) as tiles."""
-    s = spread(s_ref[...], scratch_ref)
-    (r,) = spread(r_ref[...], scratch_ref)
+def logits(s: list, r: jax.Array, bias_ref, alpha_ref, n: int) -> tuple[list, list]:
+    """(s / r, alpha * s / r + bias) of tiles; bias and alpha are in SMEM (inside a kernel)."""
     normed = [tile / r for tile in s]
-    logits = [
+    gated = [
         tile * alpha_ref[group] + bias_ref[k]
         for k, (tile, group) in enumerate(zip(normed, _groups(n)))
     ]
-    return normed, logits, r
+    return normed, gated
+
+
+def gates(h: list, n: int) -> tuple[list, list]:
+    """h_pre, h_post of the logits, as tiles (inside a kernel)."""
+    return [jax.nn.sigmoid(x) for x in h[:n]], [2 * jax.nn.sigmoid(x) for x in h[n : 2 * n]]
+
+
+def logits_backward(
+    h: list, d_pre: list, d_post: list, d_res: list, iterates_ref, n: int, num_iterations: int
+) -> list:
+    """Cotangents of the logits, as tiles; see `sinkhorn.project_backward` (inside a kernel)."""
+    _, d_res = sinkhorn.project_backward(
+        sinkhorn.as_matrix(h[2 * n :]), sinkhorn.as_matrix(d_res), iterates_ref, num_iterations
+    )
+    dh = [_gate_backward(x, d, 1) for x, d in zip(h[:n], d_pre)]
+    dh += [_gate_backward(x, d, 2) for x, d in zip(h[n : 2 * n], d_post)]
+    return dh + sinkhorn.as_tiles(d_res)
+
+
+def _gate_backward(logit, d, scale):
+    gate = jax.nn.sigmoid(logit)
+    return scale * d * gate * (1 - gate)
+
+
+def projection_backward(
+    dh: list, normed: list, r: jax.Array, alpha_ref, n: int
+) -> tuple[list, jax.Array]:
+    """(ds, dr) as tiles (inside a kernel)."""
+    d_normed = [tile * alpha_ref[group] for tile, group in zip(dh, _groups(n))]
+    return [tile / r for tile in d_normed], -pallas_call.weighted_sum(d_normed, normed) / r
+
+
+def alpha_products(dh: list, normed: list, n: int) -> list:
+    """Three tiles whose sums over tokens are dalpha (inside a kernel)."""
+    ranges = (0, n), (n, 2 * n), (2 * n, num_columns(n))
+    return [pallas_call.weighted_sum(dh[a:b], normed[a:b]) for a, b in ranges]
 
 
 def _forward_kernel(
@@ -57,16 +91,13 @@ def _forward_kernel(
     n,
     num_iterations,
 ):
-    _, logits, _ = _logits(s_ref, r_ref, bias_ref, alpha_ref, scratch_ref, n)
-    gather([jax.nn.sigmoid(tile) for tile in logits[:n]], scratch_ref, h_pre_ref)
-    gather([2 * jax.nn.sigmoid(tile) for tile in logits[n : 2 * n]], scratch_ref, h_post_ref)
-    h_res = sinkhorn.project(sinkhorn.as_matrix(logits[2 * n :]), num_iterations)
+    s, (r,) = spread(s_ref[...], scratch_ref), spread(r_ref[...], scratch_ref)
+    _, h = logits(s, r, bias_ref, alpha_ref, n)
+    h_pre, h_post = gates(h, n)
+    gather(h_pre, scratch_ref, h_pre_ref)
+    gather(h_post, scratch_ref, h_post_ref)
+    h_res = sinkhorn.project(sinkhorn.as_matrix(h[2 * n :]), num_iterations)
     gather(sinkhorn.as_tiles(h_res), scratch_ref, h_res_ref)
-
-
-def _gate_backward(logit, d, scale):
-    gate = jax.nn.sigmoid(logit)
-    return scale * d * gate * (1 - gate)
 
 
 def _backward_kernel(
@@ -97,30 +128,18 @@ def _backward_kernel(
     # Windows past the end (an odd number of them in two parts) may add nothing; ds stays as it is.
     @pl.when(tiles.in_range())
     def _():
-        normed, logits, r = _logits(s_ref, r_ref, bias_ref, alpha_ref, scratch_ref, n)
-        d_pre = spread(dh_pre_ref[...], d_scratch_ref)
-        d_post = spread(dh_post_ref[...], d_scratch_ref)
-        d_res = sinkhorn.as_matrix(spread(dh_res_ref[...], d_scratch_ref))
-        _, d_res = sinkhorn.project_backward(
-            sinkhorn.as_matrix(logits[2 * n :]), d_res, iterates_ref, num_iterations
-        )
-        dh = [_gate_backward(x, d, 1) for x, d in zip(logits[:n], d_pre)]
-        dh += [_gate_backward(x, d, 2) for x, d in zip(logits[n : 2 * n], d_post)]
-        dh += sinkhorn.as_tiles(d_res)
-        d_normed = [tile * alpha_ref[group] for tile, group in zip(dh, _groups(n))]
-        gather([tile / r for tile in d_normed], scratch_ref, ds_ref)
-        gather([-pallas_call.weighted_sum(d_normed, normed) / r], scratch_ref, dr_ref)
-        _add_sums(tiles, dh, normed, dbias_ref, dalpha_ref, n)
-
-
-def _add_sums(tiles, dh, normed, dbias_ref, dalpha_ref, n):
-    exists = _exists(tiles)
-    dh = [jnp.where(exists, tile, 0) for tile in dh]
-    normed = [jnp.where(exists, tile, 0) for tile in normed]
-    for k, tile in enumerate(dh):
-        dbias_ref[k] += tile
-    for group, (start, end) in enumerate(((0, n), (n, 2 * n), (2 * n, num_columns(n)))):
-        dalpha_ref[group] += pallas_call.weighted_sum(dh[start:end], normed[start:end])
+        s, (r,) = spread(s_ref[...], scratch_ref), spread(r_ref[...], scratch_ref)
+        normed, h = logits(s, r, bias_ref, alpha_ref, n)
+        d = [spread(ref[...], d_scratch_ref) for ref in (dh_pre_ref, dh_post_ref, dh_res_ref)]
+        dh = logits_backward(h, *d, iterates_ref, n, num_iterations)
+        ds, dr = projection_backward(dh, normed, r, alpha_ref, n)
+        gather(ds, scratch_ref, ds_ref)
+        gather([dr], scratch_ref, dr_ref)
+        exists = _exists(tiles)
+        for k, tile in enumerate(dh):
+            dbias_ref[k] += jnp.where(exists, tile, 0)
+        for k, tile in enumerate(alpha_products(dh, normed, n)):
+            dalpha_ref[k] += jnp.where(exists, tile, 0)
 
 
 def _exists(tiles) -> jax.Array:

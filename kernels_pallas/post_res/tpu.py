@@ -37,7 +37,7 @@ def block_tokens(width: int, n: int, dtype) -> int:
     )
 
 
-def _load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref):
+def load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref):
     """Transposes the window of coefficients once for all its blocks."""
 
     @pl.when(tiles.first_of_window())
@@ -46,7 +46,7 @@ def _load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref
         pallas_call.store_rows(res_rows_ref, h_res_ref[...])
 
 
-def _coefficients(post_rows_ref, res_rows_ref, rows, n):
+def coefficients(post_rows_ref, res_rows_ref, rows, n):
     """h_post[i], h_res[i][j] of some tokens as columns [rows, 1]."""
     post, res = post_rows_ref[rows, :], res_rows_ref[rows, :]
     h_post = [post[:, i : i + 1] for i in range(n)]
@@ -54,21 +54,26 @@ def _coefficients(post_rows_ref, res_rows_ref, rows, n):
     return h_post, h_res
 
 
+def write_rows(x_ref, y_ref, out_ref, rows, h_post, h_res) -> None:
+    """New streams of some rows (inside a kernel)."""
+    n, width = len(h_post), y_ref.shape[-1]
+    for c, size in pallas_call.column_chunks(width, CHUNK):
+        x = [x_ref[rows, pl.ds(j * width + c, size)].astype(jnp.float32) for j in range(n)]
+        y = y_ref[rows, pl.ds(c, size)].astype(jnp.float32)
+        for i in range(n):
+            new = pallas_call.weighted_sum([*h_res[i], h_post[i]], [*x, y])
+            out_ref[rows, pl.ds(i * width + c, size)] = new.astype(out_ref.dtype)
+
+
 def _forward_kernel(
     x_ref, y_ref, h_post_ref, h_res_ref, out_ref, post_rows_ref, res_rows_ref, *, tiles, n
 ):
-    width = y_ref.shape[-1]
-    _load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
+    load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
 
     @tiles.row_groups
     def _(rows, window_rows):
-        h_post, h_res = _coefficients(post_rows_ref, res_rows_ref, window_rows, n)
-        for c, size in pallas_call.column_chunks(width, CHUNK):
-            x = [x_ref[rows, pl.ds(j * width + c, size)].astype(jnp.float32) for j in range(n)]
-            y = y_ref[rows, pl.ds(c, size)].astype(jnp.float32)
-            for i in range(n):
-                new = pallas_call.weighted_sum([*h_res[i], h_post[i]], [*x, y])
-                out_ref[rows, pl.ds(i * width + c, size)] = new.astype(out_ref.dtype)
+        h_post, h_res = coefficients(post_rows_ref, res_rows_ref, window_rows, n)
+        write_rows(x_ref, y_ref, out_ref, rows, h_post, h_res)
 
 
 def _backward_kernel(
@@ -89,11 +94,11 @@ def _backward_kernel(
     n,
 ):
     width = y_ref.shape[-1]
-    _load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
+    load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
 
     @tiles.row_groups
     def _(rows, window_rows):
-        h_post, h_res = _coefficients(post_rows_ref, res_rows_ref, window_rows, n)
+        h_post, h_res = coefficients(post_rows_ref, res_rows_ref, window_rows, n)
         dh = [LaneSums() for _ in range(n + n * n)]
         for c, size in pallas_call.column_chunks(width, CHUNK):
             x = [x_ref[rows, pl.ds(j * width + c, size)].astype(jnp.float32) for j in range(n)]

@@ -1,7 +1,7 @@
 """Projection and norm on TPU: one pass over whole rows, forward (4C at n = 4) and backward (8C, dx and dphi).
 
-Which operand stays in the MXU decides the time. phi has 24 columns, so a product with phi latched would stream
-every row of x through a unit that is 24/128 full: 4114 bundles for 256 tokens of C = 2560 on a v5p. With x
+Which operand stays in the MXU decides the time. phi has 24 columns, so a product with phi latched would
+stream every row of x through a unit that is 24/128 full: 4114 bundles for 256 tokens of C = 2560 on a v5p. With x
 latched only the 64 rows of phi's bfloat16 pair stream past it: 2311, against 7457 clocks for reading x. The
 result, s^T with tokens on lanes, is also the layout that we want. dphi^T = ds^T x works the same way.
 
@@ -10,6 +10,7 @@ rows; dx contracts the four combinations at once, 128 terms deep at n = 4: one p
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,7 @@ def block_tokens(width: int, m: int, dtype, *, backward: bool) -> int:
     only a third of the memory time there). Few tokens a step also shorten the first, exposed fetch.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    rows = _pair_rows(m) if dtype == jnp.bfloat16 else m
-    fixed = rows * width * itemsize + (2 * m * width * 4 if backward else 0)
+    fixed = fixed_bytes(width, m, dtype, backward=backward)
     return pallas_call.tokens_per_block(
         width * itemsize * (2 if backward else 1),
         most=LANES,
@@ -53,15 +53,17 @@ def block_tokens(width: int, m: int, dtype, *, backward: bool) -> int:
     )
 
 
-def _pair_rows(m: int) -> int:
-    return 2 * _padded(m)
+def fixed_bytes(width: int, m: int, dtype, *, backward: bool) -> int:
+    """VMEM for phi (one buffer) and, in the backward, for dphi (two)."""
+    rows = 2 * _padded(m) if dtype == jnp.bfloat16 else m
+    return rows * width * jnp.dtype(dtype).itemsize + (2 * m * width * 4 if backward else 0)
 
 
 def _padded(m: int) -> int:
     return pl.cdiv(m, 16) * 16
 
 
-def _phi_operand(phi: jax.Array, dtype) -> jax.Array:
+def phi_operand(phi: jax.Array, dtype) -> jax.Array:
     """phi^T, for bfloat16 streams as rows high (padded to tiles of 16), low (padded)."""
     if dtype == jnp.float32:
         return phi.T
@@ -93,23 +95,29 @@ def _halves(x: jax.Array, m: int, dtype) -> jax.Array:
     return x if dtype == jnp.float32 else x[:m] + x[_padded(m) : _padded(m) + m]
 
 
+def project_block(x_ref, phi_ref, m: int) -> tuple[jax.Array, jax.Array]:
+    """s [m, tokens] and the sums of squares [tokens, 1] of a block (inside a kernel)."""
+    products = None
+    squares = pallas_call.LaneSums()
+    for c, size in pallas_call.column_chunks(x_ref.shape[1], CHUNK):
+        x = x_ref[:, pl.ds(c, size)]
+        product = _dot(phi_ref[:, pl.ds(c, size)], x, ((1,), (1,)))
+        products = product if products is None else products + product
+        x = x.astype(jnp.float32)
+        squares.add(x * x)
+    return _halves(products, m, x_ref.dtype), squares.total()
+
+
 def _forward_kernel(x_ref, phi_ref, s_ref, r_ref, rows_ref, *, tiles, norm_eps):
     """`rows_ref` [window, 128] collects a token's s on lanes 0 ... m-1 and its sum of squares on lane m."""
     width, m = x_ref.shape[1], s_ref.shape[0]
 
     @pl.when(tiles.in_range())
     def _():
-        products = squares = None
-        sums = pallas_call.LaneSums()
-        for c, size in pallas_call.column_chunks(width, CHUNK):
-            x = x_ref[:, pl.ds(c, size)]
-            product = _dot(phi_ref[:, pl.ds(c, size)], x, ((1,), (1,)))
-            products = product if products is None else products + product
-            squares = x.astype(jnp.float32)
-            sums.add(squares * squares)
+        s, squares = project_block(x_ref, phi_ref, m)
         rows = tiles.window_rows()
-        rows_ref[rows, :m] = _halves(products, m, x_ref.dtype).T
-        rows_ref[rows, m : m + 1] = sums.total()
+        rows_ref[rows, :m] = s.T
+        rows_ref[rows, m : m + 1] = squares
 
     @pl.when(tiles.last_of_window())
     def _():
@@ -118,11 +126,40 @@ def _forward_kernel(x_ref, phi_ref, s_ref, r_ref, rows_ref, *, tiles, norm_eps):
         r_ref[...] = jnp.sqrt(columns[m : m + 1] / width + norm_eps)
 
 
+def backward_block(x_ref, phi_ref, ds, scale, dx_ref, dphi_ref, n=1, addend=None) -> None:
+    """dx of a block, and its part of dphi^T added to `dphi_ref` (inside a kernel).
+
+    Args:
+      ds: [m, tokens], 0 where a token does not exist.
+      scale: [tokens, 1], dr / (K r).
+      n, addend: `addend(i, c, size)` is added to dx in columns c ... of stream i of n.
+    """
+    m = ds.shape[0]
+    if x_ref.dtype == jnp.bfloat16:
+        high, low = _split_rows(ds)
+        left = jnp.concatenate([high, low], axis=0).astype(jnp.bfloat16)
+        # The four combinations of high and low, contracted at once with phi's high, high, low, low.
+        right = jnp.concatenate([high, low, high, low], axis=0).T.astype(jnp.bfloat16)
+    else:
+        left, right = ds, ds.T
+    width = x_ref.shape[1] // n
+    for i, (c, size) in itertools.product(range(n), pallas_call.column_chunks(width, CHUNK)):
+        columns = pl.ds(i * width + c, size)
+        x, phi = x_ref[:, columns], phi_ref[:, columns]
+        dphi_ref[:, columns] += _halves(_dot(left, x, ((1,), (0,))), m, x_ref.dtype)
+        if x_ref.dtype == jnp.bfloat16:
+            high, low = phi[: _padded(m)], phi[_padded(m) :]
+            phi = jnp.concatenate([high, high, low, low], axis=0)
+        dx = _dot(right, phi, ((1,), (0,))) + scale * x.astype(jnp.float32)
+        if addend is not None:
+            dx += addend(i, c, size)
+        dx_ref[:, columns] = dx.astype(dx_ref.dtype)
+
+
 def _backward_kernel(
     x_ref, phi_ref, ds_ref, scale_ref, dx_ref, dphi_ref, ds_rows_ref, scale_rows_ref, *, tiles
 ):
-    """`ds_rows_ref` [window, 128 or more] holds ds, `scale_rows_ref` dr / (K r), a token a row."""
-    m = ds_ref.shape[0]
+    """`ds_rows_ref` [window, 128] holds ds, `scale_rows_ref` dr / (K r), a token a row."""
 
     @pl.when(tiles.first_of_part())
     def _():
@@ -138,24 +175,8 @@ def _backward_kernel(
     def _():
         tiles.zero_past_end(x_ref)
         rows = tiles.window_rows()
-        scale = scale_rows_ref[rows, :1]
-        ds = ds_rows_ref[rows, :].T[:m]
-        if x_ref.dtype == jnp.bfloat16:
-            high, low = _split_rows(ds)
-            left = jnp.concatenate([high, low], axis=0).astype(jnp.bfloat16)
-            # The four combinations of high and low, contracted at once with phi's high, high, low, low.
-            right = jnp.concatenate([high, low, high, low], axis=0).T.astype(jnp.bfloat16)
-        else:
-            left, right = ds, ds.T
-        for c, size in pallas_call.column_chunks(x_ref.shape[1], CHUNK):
-            columns = pl.ds(c, size)
-            x, phi = x_ref[:, columns], phi_ref[:, columns]
-            dphi_ref[:, columns] += _halves(_dot(left, x, ((1,), (0,))), m, x_ref.dtype)
-            if x_ref.dtype == jnp.bfloat16:
-                high, low = phi[: _padded(m)], phi[_padded(m) :]
-                phi = jnp.concatenate([high, high, low, low], axis=0)
-            dx = _dot(right, phi, ((1,), (0,))) + scale * x.astype(jnp.float32)
-            dx_ref[:, columns] = dx.astype(dx_ref.dtype)
+        ds = ds_rows_ref[rows, :].T[: ds_ref.shape[0]]
+        backward_block(x_ref, phi_ref, ds, scale_rows_ref[rows, :1], dx_ref, dphi_ref)
 
 
 def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax.Array, jax.Array]:
@@ -166,7 +187,7 @@ def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax
     num_tokens = x.shape[0]
     if not num_tokens:
         return jnp.zeros((*lead, m), phi.dtype), jnp.zeros(lead, phi.dtype)
-    operand = _phi_operand(phi, x.dtype)
+    operand = phi_operand(phi, x.dtype)
     tiles = TokenTiles(num_tokens, block_tokens(width, m, x.dtype, backward=False))
     s, r = pallas_call.call(
         functools.partial(_forward_kernel, tiles=tiles, norm_eps=norm_eps),
@@ -192,7 +213,7 @@ def backward(
     num_tokens = x.shape[0]
     if not num_tokens:
         return streams, jnp.zeros_like(phi)
-    operand = _phi_operand(phi, x.dtype)
+    operand = phi_operand(phi, x.dtype)
     scale = (dr / (width * r)).reshape(1, num_tokens)
     tiles = TokenTiles(num_tokens, block_tokens(width, m, x.dtype, backward=True), max_parts=2)
     row = tiles.rows(width)

@@ -4,8 +4,8 @@ Entry (i, j) of 2048 tokens is one [16, 128] tile, so that sums over i or j are 
 lane or sublane is padding ([n, n, T] has n = 4 of 8 sublanes in use, [T, n, n] 4 of 128 lanes). The rows of
 `[n*n, tokens]` become such tiles by strided stores to VMEM, and go back by strided loads.
 
-The backward recomputes the iterates and keeps them in VMEM: (num_iterations - 1) * n * n tiles of 8 KB, 2.4 MB
-at n = 4 and 20 iterations. `kernels_pallas.mappings` runs the same functions inside its own kernels.
+The backward recomputes the iterates and keeps them in VMEM: (num_iterations - 1) * n * n tiles of 8 KB, that is
+2.4 MB at n = 4 and 20 iterations. `mappings` and `boundary` run the same functions inside their own kernels.
 """
 
 import functools
@@ -57,8 +57,8 @@ def spread_shape(m: int) -> tuple[int, int]:
 def spread(block, scratch_ref) -> list[jax.Array]:
     """[m, TOKENS] -> m tiles [SUBLANES, 128] (inside a kernel)."""
     m = block.shape[0]
-    for l in range(SUBLANES):
-        scratch_ref[pl.ds(l, m, stride=SUBLANES), :] = block[:, l * LANES : (l + 1) * LANES]
+    for row in range(SUBLANES):
+        scratch_ref[pl.ds(row, m, stride=SUBLANES), :] = block[:, row * LANES : (row + 1) * LANES]
     return [scratch_ref[pl.ds(k * SUBLANES, SUBLANES), :] for k in range(m)]
 
 
@@ -67,8 +67,8 @@ def gather(tiles: list[jax.Array], scratch_ref, out_ref) -> None:
     m = len(tiles)
     for k, tile in enumerate(tiles):
         scratch_ref[pl.ds(k * SUBLANES, SUBLANES), :] = tile
-    for l in range(SUBLANES):
-        out_ref[:, pl.ds(l * LANES, LANES)] = scratch_ref[pl.ds(l, m, stride=SUBLANES), :]
+    for row in range(SUBLANES):
+        out_ref[:, pl.ds(row * LANES, LANES)] = scratch_ref[pl.ds(row, m, stride=SUBLANES), :]
 
 
 def as_matrix(tiles: list[jax.Array]) -> Matrix:
@@ -146,15 +146,18 @@ def _transpose_rows(d_rows: Matrix, rows: Matrix, inverse: list[jax.Array]) -> M
 def project_backward(
     logits: Matrix, d_h_res: Matrix, iterates_ref, num_iterations: int
 ) -> tuple[Matrix, Matrix]:
-    """(h_res, cotangent of the logits); `iterates_ref` is scratch of `iterates_shape` (inside a kernel)."""
-    n = len(logits)
+    """(h_res, cotangent of the logits); `iterates_ref` is scratch of `iterates_shape` (inside a kernel).
+
+    The tiles may have any shape [rows, lanes] for scratch [num_iterations - 1, n * n * rows, lanes].
+    """
+    n, rows = len(logits), logits[0][0].shape[0]
 
     def load(t):
-        return as_matrix([iterates_ref[t, pl.ds(k * SUBLANES, SUBLANES), :] for k in range(n * n)])
+        return as_matrix([iterates_ref[t, pl.ds(k * rows, rows), :] for k in range(n * n)])
 
     def recompute(t, tiles):
         for k, tile in enumerate(tiles):
-            iterates_ref[t, pl.ds(k * SUBLANES, SUBLANES), :] = tile
+            iterates_ref[t, pl.ds(k * rows, rows), :] = tile
         return tuple(as_tiles(_iterate(as_matrix(list(tiles)))))
 
     def transpose(step, d_tiles):

@@ -1,4 +1,4 @@
-"""Pallas TPU kernels in the TPU interpreter (races, uninitialised memory as NaN) against the float64 oracle."""
+"""Pallas TPU kernels in the TPU interpreter (races, NaN as uninitialised memory) against float64."""
 
 import functools
 import importlib
@@ -221,9 +221,7 @@ def test_named_kernel_raises_on_a_cpu_without_the_interpreter():
             "4000000",
         ),
         (
-            lambda: kp.sinkhorn(
-                jnp.ones((4, 4)), num_iterations=1000, implementation="pallas"
-            ),
+            lambda: kp.sinkhorn(jnp.ones((4, 4)), num_iterations=1000, implementation="pallas"),
             "num_iterations=1000",
         ),
     ],

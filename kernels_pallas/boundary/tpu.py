@@ -1,0 +1,368 @@
+"""`read` and `boundary` on TPU: a token's row stays in VMEM between the parts.
+
+Forward: F_post,res, the projection of the new streams, their coefficients and F_pre are one kernel, which moves
+10C a token at n = 4 (x, y in, new x and layer input out) where the separate kernels move 18C. `read` is the
+same kernel without F_post,res: 5C for 9C. Backward of `read`: dh_pre, the coefficients, dphi and every
+cotangent of the streams in one kernel, 13C (x, g, d in, dx out); F_post,res adds its own 14C.
+
+The coefficients of a block of at most 128 tokens are tiles [1, tokens]: an eighth of a register is in use, but
+the 20 iterations wait for latencies, and the pass over the streams hides them behind its transfers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import pallas_call
+from kernels_pallas.mappings import tpu as mappings
+from kernels_pallas.pallas_call import LANES, LaneSums, TokenTiles
+from kernels_pallas.post_res import tpu as post_res
+from kernels_pallas.projection import tpu as projection
+from kernels_pallas.shapes import num_columns
+from kernels_pallas.sinkhorn import tpu as sinkhorn
+
+CHUNK = 512
+_SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
+
+
+def check(streams, *args, n, num_iterations, norm_eps, input_norm_eps):
+    """Raises NotImplementedError for a dtype, n, width or option that the kernels do not take."""
+    pallas_call.check_dtypes(streams, n)
+    sinkhorn.check_iterates(n, num_iterations)
+    if input_norm_eps is not None:
+        raise NotImplementedError(
+            f"input_norm_eps={input_norm_eps}: the fused kernels have no RMSNorm of the layer input yet"
+        )
+    for rows in (2 + 2 / n, 3 + 1 / n):
+        block_tokens(streams.shape[-1], n, streams.dtype, rows, backward=rows > 3)
+
+
+def block_tokens(width: int, n: int, dtype, rows: float, *, backward: bool) -> int:
+    """Tokens a grid step, for blocks of `rows` rows of `width` columns a token.
+
+    128 at most: one window of coefficients. The wider the row the fewer, down to 16; the time for the
+    coefficients of a block, about 1 us, then has fewer bytes to hide behind (57 KB a token at C = 7168).
+    """
+    fixed = projection.fixed_bytes(width, num_columns(n), dtype, backward=backward)
+    return pallas_call.tokens_per_block(
+        int(rows * width) * jnp.dtype(dtype).itemsize,
+        most=LANES,
+        fixed_bytes=fixed,
+        what=f"boundary with rows of {width}",
+    )
+
+
+def _rows(block: jax.Array) -> list[jax.Array]:
+    return [block[k : k + 1] for k in range(block.shape[0])]
+
+
+def _read_block(x_ref, refs, tiles, n, num_iterations, norm_eps):
+    """Projection, coefficients and layer input of the rows in `x_ref` (inside a kernel)."""
+    phi_ref, bias_ref, alpha_ref, out_ref, *columns_refs, saved_rows_ref, h_rows_ref = refs
+    h_pre_ref, h_post_ref, h_res_ref, s_ref, r_ref = columns_refs
+    m, width = num_columns(n), out_ref.shape[-1]
+
+    @pl.when(tiles.in_range())
+    def _():
+        rows = tiles.window_rows()
+        s, squares = projection.project_block(x_ref, phi_ref, m)
+        saved_rows_ref[rows, :m] = s.T
+        saved_rows_ref[rows, m : m + 1] = jnp.sqrt(squares / x_ref.shape[1] + norm_eps)
+        r = saved_rows_ref[rows, :].T[m : m + 1]
+        _, logits = mappings.logits(_rows(s), r, bias_ref, alpha_ref, n)
+        h_pre, h_post = mappings.gates(logits, n)
+        h_res = sinkhorn.project(sinkhorn.as_matrix(logits[2 * n :]), num_iterations)
+        h = jnp.concatenate([*h_pre, *h_post, *sinkhorn.as_tiles(h_res)], axis=0)
+        pallas_call.store_rows(h_rows_ref, h, rows)
+
+    @tiles.row_groups
+    def _(rows, window_rows):
+        h = h_rows_ref[window_rows, :]
+        for c, size in pallas_call.column_chunks(width, CHUNK):
+            x = [x_ref[rows, pl.ds(i * width + c, size)].astype(jnp.float32) for i in range(n)]
+            total = pallas_call.weighted_sum([h[:, i : i + 1] for i in range(n)], x)
+            out_ref[rows, pl.ds(c, size)] = total.astype(out_ref.dtype)
+
+    @pl.when(tiles.last_of_window())
+    def _():
+        saved, h = saved_rows_ref[...].T, h_rows_ref[...].T
+        s_ref[...] = saved[:m]
+        r_ref[...] = saved[m : m + 1]
+        h_pre_ref[...] = h[:n]
+        h_post_ref[...] = h[n : 2 * n]
+        h_res_ref[...] = h[2 * n : m]
+
+
+def _read_kernel(x_ref, *refs, **static):
+    _read_block(x_ref, refs, **static)
+
+
+def _boundary_kernel(x_ref, y_ref, h_post_ref, h_res_ref, *refs, tiles, n, **static):
+    phi_ref, bias_ref, alpha_ref, new_ref, *outputs, post_rows_ref, res_rows_ref = refs
+    post_res.load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
+
+    @tiles.row_groups
+    def _(rows, window_rows):
+        coefficients = post_res.coefficients(post_rows_ref, res_rows_ref, window_rows, n)
+        post_res.write_rows(x_ref, y_ref, new_ref, rows, *coefficients)
+
+    _read_block(new_ref, (phi_ref, bias_ref, alpha_ref, *outputs), tiles, n, **static)
+
+
+def _forward(update, phi, bias, alpha, n, num_iterations, norm_eps):
+    """The kernel with F_post,res if `update` has more than the streams."""
+    x, *rest = update
+    (num_tokens, row), m = x.shape, num_columns(n)
+    width, fused = row // n, bool(rest)
+    operand = projection.phi_operand(phi, x.dtype)
+    count = 2 + 2 / n if fused else 1 + 1 / n
+    tiles = TokenTiles(num_tokens, block_tokens(row, n, x.dtype, count, backward=False))
+    update_specs = [tiles.rows(width), tiles.columns(n), tiles.columns(n * n)] if fused else []
+    rows_scratch = pltpu.VMEM((tiles.window, LANES), jnp.float32)
+    columns = (n, n, n * n, m, 1)
+    return pallas_call.call(
+        functools.partial(
+            _boundary_kernel if fused else _read_kernel,
+            tiles=tiles,
+            n=n,
+            num_iterations=num_iterations,
+            norm_eps=norm_eps,
+        ),
+        *(x, *rest, operand, bias, alpha),
+        name="mhc_boundary_forward" if fused else "mhc_read_forward",
+        grid=tiles.grid,
+        in_specs=[
+            tiles.rows(row),
+            *update_specs,
+            *(tiles.whole(*operand.shape), _SCALARS, _SCALARS),
+        ],
+        out_specs=[
+            *([tiles.rows(row)] if fused else []),
+            tiles.rows(width),
+            *map(tiles.columns, columns),
+        ],
+        out_shapes=[
+            *([(x.shape, x.dtype)] if fused else []),
+            ((num_tokens, width), x.dtype),
+            *(((k, num_tokens), jnp.float32) for k in columns),
+        ],
+        semantics=tiles.semantics,
+        scratch_shapes=[rows_scratch] * (4 if fused else 2),
+        flops=2 * (m + n + 2) * x.size,
+        transcendentals=3 * m * num_tokens,
+    )
+
+
+def _unflatten(outputs, lead, n):
+    """Kernel outputs, the layer input first, in the order and shapes of the reference's."""
+    layer_input, h_pre, h_post, h_res, s, r = outputs
+    first = pallas_call.tokens_first
+    return (
+        layer_input.reshape(*lead, -1),
+        first(h_post, lead, (n,)),
+        first(h_res, lead, (n, n)),
+        first(h_pre, lead, (n,)),
+        first(s, lead, (num_columns(n),)),
+        r.reshape(lead),
+    )
+
+
+def _empty_read(streams, n):
+    lead, width = streams.shape[:-1], streams.shape[-1] // n
+    shapes = (n,), (n, n), (n,), (num_columns(n),), ()
+    coefficients = (jnp.zeros((*lead, *last), jnp.float32) for last in shapes)
+    return jnp.zeros((*lead, width), streams.dtype), *coefficients
+
+
+def read_forward(streams, phi, bias, alpha, weight, *, n, num_iterations, norm_eps, input_norm_eps):
+    """Returns layer_input, h_post, h_res, and what the backward needs: h_pre, s, r."""
+    del weight, input_norm_eps  # refused by `check`
+    x = pallas_call.flat_tokens(streams)
+    if not x.shape[0]:
+        return _empty_read(streams, n)
+    outputs = _forward((x,), phi, bias, alpha, n, num_iterations, norm_eps)
+    return _unflatten(outputs, streams.shape[:-1], n)
+
+
+def forward(
+    streams,
+    layer_output,
+    h_post,
+    h_res,
+    phi,
+    bias,
+    alpha,
+    weight,
+    *,
+    n,
+    num_iterations,
+    norm_eps,
+    input_norm_eps,
+):
+    """Returns new streams, then what `read_forward` returns for them."""
+    del weight, input_norm_eps
+    update = (
+        *(pallas_call.flat_tokens(streams), pallas_call.flat_tokens(layer_output)),
+        *(pallas_call.tokens_last(h_post), pallas_call.tokens_last(h_res, 2)),
+    )
+    if not update[0].shape[0]:
+        return streams, *_empty_read(streams, n)
+    new, *outputs = _forward(update, phi, bias, alpha, n, num_iterations, norm_eps)
+    return new.reshape(streams.shape), *_unflatten(outputs, streams.shape[:-1], n)
+
+
+def _round_tf32(x: jax.Array) -> jax.Array:
+    """float32 to 10 mantissa bits, to nearest even (inside a kernel: integers, no reduce_precision)."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    odd = (bits >> jnp.uint32(13)) & jnp.uint32(1)
+    bits = (bits + jnp.uint32(0xFFF) + odd) & jnp.uint32(0xFFFFE000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _read_backward_kernel(
+    x_ref,
+    phi_ref,
+    bias_ref,
+    alpha_ref,
+    h_pre_ref,
+    s_ref,
+    r_ref,
+    d_ref,
+    dh_post_ref,
+    dh_res_ref,
+    g_ref,
+    dx_ref,
+    dphi_ref,
+    dbias_ref,
+    dalpha_ref,
+    saved_rows_ref,
+    h_rows_ref,
+    dh_rows_ref,
+    iterates_ref,
+    *,
+    tiles,
+    n,
+    num_iterations,
+):
+    """`saved_rows_ref`: a token's s, r; `h_rows_ref`: its h_pre, dh_post, dh_res; `dh_rows_ref`: its dh_pre."""
+    m, width = num_columns(n), d_ref.shape[-1]
+
+    @pl.when(tiles.first_of_part())
+    def _():
+        for ref in (dphi_ref, dbias_ref, dalpha_ref):
+            ref[...] = jnp.zeros_like(ref)
+
+    @pl.when(tiles.first_of_window())
+    def _():
+        pallas_call.store_rows(saved_rows_ref, jnp.concatenate([s_ref[...], r_ref[...]], axis=0))
+        h = jnp.concatenate([h_pre_ref[...], dh_post_ref[...], dh_res_ref[...]], axis=0)
+        pallas_call.store_rows(h_rows_ref, h)
+
+    @pl.when(tiles.in_range())
+    def _():
+        tiles.zero_past_end(x_ref)
+
+    @tiles.row_groups
+    def _(rows, window_rows):
+        del window_rows
+        sums = [LaneSums() for _ in range(n)]
+        for c, size in pallas_call.column_chunks(width, CHUNK):
+            d = d_ref[rows, pl.ds(c, size)].astype(jnp.float32)
+            for i in range(n):
+                sums[i].add(x_ref[rows, pl.ds(i * width + c, size)].astype(jnp.float32) * d)
+        dh_rows_ref[rows, :] = pallas_call.lane_columns([x.total() for x in sums], LANES)
+
+    @pl.when(tiles.in_range())
+    def _():
+        rows = tiles.window_rows()
+        saved, h = saved_rows_ref[rows, :].T, h_rows_ref[rows, :].T
+        d_pre = dh_rows_ref[...].T[:n]
+        s, r = _rows(saved[:m]), saved[m : m + 1]
+        normed, logits = mappings.logits(s, r, bias_ref, alpha_ref, n)
+        d = [_rows(d_pre), _rows(h[n : 2 * n]), _rows(h[2 * n : m])]
+        dh = mappings.logits_backward(logits, *d, iterates_ref, n, num_iterations)
+        ds, dr = mappings.projection_backward(dh, normed, r, alpha_ref, n)
+        # Tokens past the end have undefined coefficients and may not reach the sums.
+        exists = tiles.block_mask()
+        dbias_ref[...] += jnp.where(exists, jnp.concatenate(dh, axis=0), 0)
+        products = jnp.concatenate(mappings.alpha_products(dh, normed, n), axis=0)
+        dalpha_ref[...] += jnp.where(exists, products, 0)
+        ds = jnp.where(exists, jnp.concatenate(ds, axis=0), 0)
+        if x_ref.dtype == jnp.bfloat16:
+            ds = _round_tf32(ds)
+        scale = jnp.broadcast_to(dr / (r * x_ref.shape[1]), (8, tiles.block)).T[:, :1]
+
+        def other_cotangents(i, c, size):
+            d = d_ref[:, pl.ds(c, size)].astype(jnp.float32)
+            g = g_ref[:, pl.ds(i * width + c, size)].astype(jnp.float32)
+            return h_rows_ref[rows, i : i + 1] * d + g
+
+        projection.backward_block(x_ref, phi_ref, ds, scale, dx_ref, dphi_ref, n, other_cotangents)
+
+
+def read_backward(
+    streams,
+    phi,
+    bias,
+    alpha,
+    weight,
+    h_pre,
+    s,
+    r,
+    d_input,
+    dh_post,
+    dh_res,
+    d_streams,
+    *,
+    n,
+    num_iterations,
+    norm_eps,
+    input_norm_eps,
+):
+    """Cotangents (dx, dphi, dbias, dalpha, dweight); `d_streams` has already arrived for the streams."""
+    del weight, norm_eps, input_norm_eps
+    x, m = pallas_call.flat_tokens(streams), num_columns(n)
+    num_tokens, width = x.shape
+    if not num_tokens:
+        return streams, *map(jnp.zeros_like, (phi, bias, alpha)), None
+    operand = projection.phi_operand(phi, x.dtype)
+    block = block_tokens(width, n, x.dtype, 3 + 1 / n, backward=True)
+    tiles = TokenTiles(num_tokens, block, max_parts=2)
+    row, columns = tiles.rows(width), tiles.columns
+    rows_scratch = pltpu.VMEM((tiles.window, LANES), jnp.float32)
+    dx, dphi, dbias, dalpha = pallas_call.call(
+        functools.partial(_read_backward_kernel, tiles=tiles, n=n, num_iterations=num_iterations),
+        *(x, operand, bias, alpha, pallas_call.tokens_last(h_pre), pallas_call.tokens_last(s)),
+        *(r.reshape(1, num_tokens), pallas_call.flat_tokens(d_input)),
+        *(pallas_call.tokens_last(dh_post), pallas_call.tokens_last(dh_res, 2)),
+        pallas_call.flat_tokens(d_streams),
+        name="mhc_read_backward",
+        grid=tiles.grid,
+        in_specs=[
+            *(row, tiles.whole(*operand.shape), _SCALARS, _SCALARS, columns(n), columns(m)),
+            *(columns(1), tiles.rows(width // n), columns(n), columns(n * n), row),
+        ],
+        out_specs=[row, tiles.sums(m, width), tiles.sums(m, block), tiles.sums(3, block)],
+        out_shapes=[
+            (x.shape, x.dtype),
+            *(((tiles.parts, *k), phi.dtype) for k in ((m, width), (m, block), (3, block))),
+        ],
+        semantics=tiles.semantics,
+        scratch_shapes=[
+            *(rows_scratch, rows_scratch, pltpu.VMEM((block, LANES), jnp.float32)),
+            pltpu.VMEM((max(num_iterations - 1, 1), n * n, block), jnp.float32),
+        ],
+        flops=(4 * m + 6) * x.size,
+        transcendentals=4 * m * num_tokens,
+    )
+    sums = dphi.sum(axis=0).T, dbias.sum(axis=(0, 2)), dalpha.sum(axis=(0, 2))
+    return dx.reshape(streams.shape), *sums, None
+
+
+def backward(streams, layer_output, h_post, h_res, new_streams, *rest, **static):
+    """Cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
+    g, *d_parameters = read_backward(new_streams, *rest, **static)
+    return *post_res.backward(streams, layer_output, h_post, h_res, g), *d_parameters
