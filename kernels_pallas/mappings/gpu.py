@@ -12,12 +12,12 @@ import triton.language as tl
 from kernels_pallas import triton_call
 from kernels_pallas.sinkhorn import gpu as sinkhorn
 from kernels_pallas.triton_call import Launch, struct
-from kernels_pallas.triton_math import round_tf32
+from kernels_pallas.triton_math import exp, round_tf32
 
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + exp(-x))
 
 
 @triton.jit

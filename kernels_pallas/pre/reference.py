@@ -36,13 +36,17 @@ def _weighted_sum(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
     return sum(h_pre[..., i, None] * x[i] for i in range(len(x)))
 
 
+def _row(weight: jax.Array, ndim: int) -> jax.Array:
+    return weight.reshape((1,) * (ndim - 1) + (-1,))
+
+
 def forward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, *, eps: float
 ) -> jax.Array:
     """RMSNorm of the weighted sum, which is not rounded in between; weight [C]."""
     h = _weighted_sum(streams, h_pre)
     inverse = jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
-    return (h * inverse * weight).astype(streams.dtype)
+    return (h * inverse * _row(weight, h.ndim)).astype(streams.dtype)
 
 
 def norm_backward(
@@ -54,7 +58,7 @@ def norm_backward(
     inverse = jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
     normed = h * inverse
     d_weight = jnp.sum(d * normed, axis=tuple(range(d.ndim - 1)))
-    d = d * weight
+    d = d * _row(weight, d.ndim)
     dh = inverse * (d - normed * jnp.mean(d * normed, axis=-1, keepdims=True))
     return dh, d_weight
 

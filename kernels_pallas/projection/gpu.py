@@ -52,13 +52,13 @@ def projection_kernel(
         at = cols[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         # phi's padded rows and columns are zeros in memory.
         phi = tl.load(phi_ptr + at)
-        acc = dot(x, phi, acc)
+        # Opaque, so that Triton neither chains the dots nor lets them run on. Chained, the tensor cores'
+        # truncating sums cost 4e-7 over 50 steps. Running on, they read tiles that are being refilled:
+        # Triton 3.6 gives a pipelined tile that other code reads too (x) one buffer less than an
+        # asynchronous dot needs (seen: errors of 5e-3 to 0.3, others in every run).
+        acc += opaque(dot(x, phi, tl.zeros((BLOCK_T, WIDTH), tl.float32)))
         x = x.to(tl.float32)
         squares += tl.sum(tl.reshape(x * x, (BLOCK_T, BLOCK_K // VEC, VEC)), axis=2)
-        # A use of the sum, so that Triton waits for the dot here. It gives a pipelined tile that other
-        # code reads too (x) one buffer less than an asynchronous dot needs: the next copy overwrote what
-        # the tensor cores still read (Triton 3.6; errors of 5e-3 to 0.3, others in every run).
-        acc = opaque(acc)
     if PAIR:
         acc = tl.sum(tl.reshape(acc, (BLOCK_T, 2, MP)), axis=1)
     m = tl.arange(0, MP)[None, :]
@@ -239,15 +239,21 @@ def finish_launch(T: int, K: int, m: int, splits: int, norm_eps: float) -> Launc
 def backward_launch(T: int, K: int, n: int, m: int, dtype, *, accumulate: bool) -> Launch:
     """The launch for x, phi [K, m], r, ds, dr, dx_in, d, h_pre (the last three used to accumulate)."""
     pair = dtype == jnp.bfloat16
-    if pair and m <= 32:
-        block_t, block_k, warps = 64, 128, 4
-    elif pair:
-        block_t, block_k, warps = 64, 64, 8
+    # H200, T 16384, C 2560: 64 x 256 with 8 warps 10.0C, 64 x 128 with 4 warps 11.3C (ds is read for
+    # every column block). What is added in the accumulating version has no layout in shared memory that
+    # the tensor cores' layout reads without conflicts, so it is not pipelined (27C), and small tiles give
+    # it three programs a multiprocessor instead: 17.8C, 18.2C with 128 columns and spills.
+    if not pair:
+        block_t, block_k, warps, stages, resident = 32, 32, 4, 2, 4
+    elif m > 32:
+        block_t, block_k, warps, stages, resident = 64, 64, 8, 1, 1
+    elif accumulate:
+        block_t, block_k, warps, stages, resident = 64, 64, 4, 1, 3
     else:
-        block_t, block_k, warps = 32, 32, 4
+        block_t, block_k, warps, stages, resident = 64, 256, 8, 3, 1
     blocks = n * cdiv(K // n, block_k)
     tiles = cdiv(T, block_t)
-    splits = _backward_splits(blocks, tiles)
+    splits = _backward_splits(blocks, tiles, resident)
     return Launch(
         kernel=projection_backward_kernel,
         grid=(blocks, splits),
@@ -263,13 +269,13 @@ def backward_launch(T: int, K: int, n: int, m: int, dtype, *, accumulate: bool) 
             "PAIR": pair,
             "ACCUMULATE": accumulate,
             "EVEN": (K // n) % block_k == 0 and cdiv(tiles, splits) * splits * block_t == T,
-            "STAGES": 1 if accumulate else 3,
+            "STAGES": stages,
         },
         num_warps=warps,
     )
 
 
-def _backward_splits(blocks: int, tiles: int, per_multiprocessor: int = 2) -> int:
+def _backward_splits(blocks: int, tiles: int, per_multiprocessor: int) -> int:
     """Splits of the tokens: full waves of the card with the fewest partial sums of dphi."""
     slots = per_multiprocessor * _MULTIPROCESSORS
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kernels_pallas import triton_call
 from kernels_pallas.triton_call import Launch, struct
-from kernels_pallas.triton_math import opaque
+from kernels_pallas.triton_math import exp, opaque
 
 # 40 iterates keep 160 of a thread's 255 registers.
 MAX_BACKWARD_ITERATIONS = 40
@@ -28,13 +28,13 @@ def first_iteration(logits, valid):
     if valid is not None:
         logits = tl.where(valid, logits, _PAD)
     centred = logits - tl.max(logits, axis=1, keep_dims=True)
-    exps = tl.exp(centred)
+    exps = exp(centred)
     total = tl.sum(exps, axis=1, keep_dims=True)
     softmax = exps / total
     logs = centred - tl.log(total)
     if valid is not None:
         logs = tl.where(valid, logs, _PAD)
-    m = tl.exp(logs - tl.max(logs, axis=2, keep_dims=True))
+    m = exp(logs - tl.max(logs, axis=2, keep_dims=True))
     if valid is not None:
         m = tl.where(valid, m, 0.0)
     return normalise(m, valid, 2), softmax

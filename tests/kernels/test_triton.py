@@ -1,0 +1,244 @@
+"""Triton kernels in Triton's interpreter on the CPU, through the public operations, against float64.
+
+The error of every output and cotangent may be at most twice that of implementation "xla".
+"""
+
+# ruff: noqa: E402 (the interpreter is chosen before triton is imported)
+import importlib.util
+import os
+import pathlib
+
+import pytest
+
+for package in ("triton", "torch", "jax_triton"):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed (extra 'parity')", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kernels_pallas as kp
+from kernels_pallas import triton_call
+
+if not triton_call.INTERPRET:
+    pytest.skip("triton was imported before TRITON_INTERPRET=1", allow_module_level=True)
+
+_spec = importlib.util.spec_from_file_location(
+    "kernel_oracle", pathlib.Path(__file__).with_name("oracle.py")
+)
+oracle = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(oracle)
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+EPS = 1e-6
+# (T, C, n, dtype). The interpreter needs 0.1 s a program, hence the few tokens.
+CASES = [
+    pytest.param(21, 136, 4, BF16, id="n4-bf16"),
+    pytest.param(5, 200, 4, F32, id="n4-f32"),
+    pytest.param(3, 200, 2, BF16, id="n2-bf16"),
+    pytest.param(3, 136, 8, BF16, id="n8-bf16"),
+]
+FEW = [pytest.param(9, 136, 4, BF16, id="n4-bf16"), pytest.param(3, 200, 2, F32, id="n2-f32")]
+
+
+def normal(seed, *shape, scale=1.0, dtype=F32):
+    values = scale * np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(values.astype(np.float32)).astype(dtype)
+
+
+def value_and_vjp(f, implementation, args, cotangent):
+    def both(args, cotangent):
+        value, vjp = jax.vjp(lambda *a: f(*a, implementation=implementation), *args)
+        return value, vjp(cotangent)
+
+    return jax.tree.leaves(jax.jit(both)(args, cotangent))
+
+
+def error(actual, expected):
+    actual, expected = np.asarray(actual).astype(np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+def assert_as_good_as_xla(f, args, cotangent, truth):
+    ours = value_and_vjp(f, "triton", args, cotangent)
+    xla = value_and_vjp(f, "xla", args, cotangent)
+    assert len(ours) == len(xla) == len(truth)
+    for k, (a, b, t) in enumerate(zip(ours, xla, truth)):
+        assert a.dtype == b.dtype
+        # 2e-7 of leeway: where "xla" happens to be exact, one float32 rounding is not twice zero.
+        assert error(a, t) <= 2 * error(b, t) + 2e-7, (k, error(a, t), error(b, t))
+
+
+def parameters(n, C):
+    m = n * n + 2 * n
+    return oracle.round_tf32(normal(1, n * C, m, scale=0.05)), normal(2, m), normal(3, 3)
+
+
+@pytest.mark.parametrize(("T", "C", "n", "dtype"), CASES)
+def test_post_res(T, C, n, dtype):
+    args = (normal(0, T, n * C, dtype=dtype), normal(1, T, C, dtype=dtype))
+    args += (normal(2, T, n), normal(3, T, n, n))  # not symmetric: a transposed h_res fails
+    g = normal(4, T, n * C, dtype=dtype)
+    truth = [oracle.post_res(*args), *oracle.post_res_vjp(*args, g)]
+    assert_as_good_as_xla(kp.post_res, args, g, truth)
+
+
+@pytest.mark.parametrize(("T", "C", "n", "dtype"), CASES)
+def test_pre(T, C, n, dtype):
+    args, d = (normal(0, T, n * C, dtype=dtype), normal(1, T, n)), normal(2, T, C, dtype=dtype)
+    assert_as_good_as_xla(kp.pre, args, d, [oracle.pre(*args), *oracle.pre_vjp(*args, d)])
+
+
+@pytest.mark.parametrize(("T", "C", "n", "dtype"), FEW)
+def test_pre_with_norm(T, C, n, dtype):
+    x, h_pre, w = normal(0, T, n * C, dtype=dtype), normal(1, T, n), normal(2, C)
+    d = normal(3, T, C, dtype=dtype)
+    h = oracle.pre(x, h_pre)
+    dh, dw = oracle.rms_norm_vjp(h, w, d, EPS)
+    truth = [oracle.rms_norm(h, w, EPS), *oracle.pre_vjp(x, h_pre, dh), dw]
+
+    def f(x, h_pre, w, implementation):
+        return kp.pre(x, h_pre, norm_weight=w, norm_eps=EPS, implementation=implementation)
+
+    assert_as_good_as_xla(f, (x, h_pre, w), d, truth)
+
+
+@pytest.mark.parametrize(("T", "C", "n", "dtype"), [*CASES, pytest.param(70, 520, 4, BF16, id="k")])
+def test_projection(T, C, n, dtype):
+    x, (phi, *_) = normal(0, T, n * C, dtype=dtype), parameters(n, C)
+    ds, dr = normal(4, T, n * n + 2 * n), normal(5, T)
+    if dtype == BF16:
+        ds = jnp.asarray(oracle.round_tf32(ds))
+    truth = [*oracle.projection(x, phi), *oracle.projection_vjp(x, phi, ds, dr)]
+    assert_as_good_as_xla(kp.projection, (x, phi), (ds, dr), truth)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_sinkhorn(n, scale):
+    logits, d = normal(0, 9, n, n, scale=scale), normal(1, 9, n, n)
+    truth = [oracle.sinkhorn(logits), oracle.sinkhorn_vjp(logits, d)]
+    assert_as_good_as_xla(kp.sinkhorn, (logits,), d, truth)
+
+
+def test_sinkhorn_of_huge_logits_is_finite_with_unit_rows():
+    signs = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], (64, 4, 4))
+    h_res = kp.sinkhorn(jnp.asarray(1e30 * signs, F32), implementation="triton")
+    assert np.isfinite(h_res).all()
+    np.testing.assert_allclose(np.asarray(h_res).sum(-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_coefficients(n):
+    T, m = 13, n * n + 2 * n
+    args = (normal(0, T, m, scale=3), 0.5 + jnp.abs(normal(1, T)), normal(2, m), normal(3, 3))
+    cotangent = (normal(4, T, n), normal(5, T, n), normal(6, T, n, n))
+    truth = [*oracle.coefficients(*args, n), *oracle.coefficients_vjp(*args, *cotangent, n)]
+    assert_as_good_as_xla(
+        lambda *a, implementation: kp.coefficients(*a, n=n, implementation=implementation),
+        args,
+        cotangent,
+        truth,
+    )
+
+
+def read_truth(x, phi, bias, alpha, w, n, cotangent):
+    """Outputs of `read` and cotangents of x, phi, bias, alpha (and w)."""
+    d, dh_post, dh_res, d_streams = cotangent
+    s, r = oracle.projection(x, phi)
+    h_pre, h_post, h_res = oracle.coefficients(s, r, bias, alpha, n)
+    u, dw = oracle.pre(x, h_pre), []
+    if w is not None:
+        d, *dw = oracle.rms_norm_vjp(u, w, d, EPS)
+        u = oracle.rms_norm(u, w, EPS)
+    dx, dh_pre = oracle.pre_vjp(x, h_pre, d)
+    ds, dr, dbias, dalpha = oracle.coefficients_vjp(s, r, bias, alpha, dh_pre, dh_post, dh_res, n)
+    dx_projection, dphi = oracle.projection_vjp(x, phi, ds, dr)
+    dx = dx + dx_projection + np.asarray(d_streams, np.float64)
+    return [u, h_post, h_res, np.asarray(x)], [dx, dphi, dbias, dalpha, *dw]
+
+
+def read_options(n, with_norm):
+    def bind(f):
+        def call(*args, implementation):
+            options = {"n": n, "implementation": implementation}
+            if with_norm:
+                *args, options["input_norm_weight"] = args
+                options["input_norm_eps"] = EPS
+            return f(*args, **options)
+
+        return call
+
+    return bind
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize(("T", "C", "n", "dtype"), FEW)
+def test_read(T, C, n, dtype, with_norm):
+    x, p = normal(0, T, n * C, dtype=dtype), parameters(n, C)
+    w = normal(5, C) if with_norm else None
+    cotangent = (normal(6, T, C, dtype=dtype), normal(7, T, n), normal(8, T, n, n))
+    cotangent += (normal(9, T, n * C, dtype=dtype),)
+    outputs, cotangents = read_truth(x, *p, w, n, cotangent)
+    args = (x, *p, w) if with_norm else (x, *p)
+    f = read_options(n, with_norm)(kp.read)
+    assert_as_good_as_xla(f, args, cotangent, outputs + cotangents)
+
+
+@pytest.mark.parametrize(("T", "C", "n", "dtype"), FEW)
+def test_boundary_is_the_composition_of_its_parts(T, C, n, dtype):
+    x, y = normal(0, T, n * C, dtype=dtype), normal(10, T, C, dtype=dtype)
+    h_post, h_res, p = normal(11, T, n), normal(12, T, n, n), parameters(n, C)
+    cotangent = (normal(6, T, C, dtype=dtype), normal(7, T, n), normal(8, T, n, n))
+    cotangent += (normal(9, T, n * C, dtype=dtype),)
+    new = jnp.asarray(oracle.post_res(x, y, h_post, h_res), F32).astype(dtype)
+    outputs, (g, *d_parameters) = read_truth(new, *p, None, n, cotangent)
+    outputs[-1] = oracle.post_res(x, y, h_post, h_res)
+    truth = outputs + [*oracle.post_res_vjp(x, y, h_post, h_res, g), *d_parameters]
+    f = read_options(n, with_norm=False)(kp.boundary)
+    assert_as_good_as_xla(f, (x, y, h_post, h_res, *p), cotangent, truth)
+    # Bit for bit: the forward runs the kernels of the parts.
+    fused = kp.boundary(x, y, h_post, h_res, *p, n=n, implementation="triton")
+    streams = kp.post_res(x, y, h_post, h_res, implementation="triton")
+    parts = kp.read(streams, *p, n=n, implementation="triton")
+    for a, b in zip(fused, parts):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_batch_axes_vmap_and_no_tokens():
+    n, C = 2, 16
+    x, h = normal(0, 2, 3, n * C, dtype=BF16), normal(1, 2, 3, n)
+    flat = kp.pre(x.reshape(6, -1), h.reshape(6, n), implementation="triton")
+    batched = kp.pre(x, h, implementation="triton")
+    mapped = jax.vmap(lambda x, h: kp.pre(x, h, implementation="triton"))(x, h)
+    np.testing.assert_array_equal(np.asarray(batched).reshape(6, C), np.asarray(flat))
+    np.testing.assert_array_equal(np.asarray(mapped), np.asarray(batched))
+    p = parameters(n, C)
+    empty = x[:0].reshape(0, 2, n * C)
+    outputs = value_and_vjp(
+        lambda *a, implementation: kp.read(*a, n=n, implementation=implementation),
+        "triton",
+        (empty, *p),
+        kp.read(empty, *p, n=n, implementation="xla"),
+    )
+    assert [o.shape for o in outputs[:3]] == [(0, 2, C), (0, 2, n), (0, 2, n, n)]
+    assert not any(np.asarray(o).any() for o in outputs)
+
+
+@pytest.mark.parametrize(
+    ("f", "number"),
+    [
+        (lambda: kp.pre(jnp.ones((2, 15)), jnp.ones((2, 3)), implementation="triton"), "n=3"),
+        (lambda: kp.sinkhorn(jnp.ones((9, 9)), implementation="triton"), "n=9"),
+        (
+            lambda: kp.sinkhorn(jnp.ones((4, 4)), num_iterations=99, implementation="triton"),
+            "num_iterations=99",
+        ),
+    ],
+)
+def test_what_a_kernel_does_not_take_raises_with_the_number(f, number):
+    with pytest.raises(NotImplementedError, match=number):
+        f()

@@ -1,0 +1,99 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, at n = 4 without spills.
+
+In a process of its own: the other Triton tests run in the interpreter, which replaces the compiler.
+"""
+
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed (extra 'parity')", allow_module_level=True)
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles_without_spills(capability):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment.update(PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu")
+    result = subprocess.run(
+        [sys.executable, __file__, str(capability)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = result.stdout.strip().splitlines()
+    assert len(lines) >= 16
+    spilling = [line for line in lines if not line.endswith("stack 0")]
+    assert not spilling, spilling
+
+
+def launches():
+    """name -> (launch, pointer types of its inputs and scalars) at n = 4."""
+    import jax.numpy as jnp
+
+    from kernels_pallas.mappings import gpu as mappings
+    from kernels_pallas.post_res import gpu as post_res
+    from kernels_pallas.pre import gpu as pre
+    from kernels_pallas.projection import gpu as projection
+    from kernels_pallas.sinkhorn import gpu as sinkhorn
+
+    T, C, n = 4096, 2560, 4
+    K, m = n * C, n * n + 2 * n
+    f, i = "*fp32", "i32"
+    yield "sinkhorn", sinkhorn.launch(sinkhorn.sinkhorn_kernel, T, n, 20), [f, i]
+    yield "mappings", mappings.forward_launch(T, n, 20), [f, f, f, f, i]
+    parts = mappings.forward_launch(T, n, 20, K=K, eps=1e-20, splits=2, stride=32)
+    yield "mappings of parts", parts, [f, f, f, f, i]
+    yield "mappings backward", mappings.backward_launch(T, n, 20, round_ds=True), [f] * 7 + [i]
+    yield "finish", projection.finish_launch(T, K, m, 2, 1e-20), [f, i]
+    for b, dtype in (("*bf16", jnp.dtype(jnp.bfloat16)), (f, jnp.dtype(jnp.float32))):
+        yield f"post_res {b}", post_res.forward_launch(T, C, n, dtype), [b, b, f, f]
+        for add in (False, True):
+            launch = post_res.backward_launch(T, C, n, dtype, add=add)
+            yield f"post_res backward {b} {add}", launch, [b, b, f, f, b, b, b, f]
+        yield f"pre {b}", pre.forward_launch(T, C, n, dtype), [b, f]
+        for write in (False, True):
+            launch = pre.backward_launch(T, C, n, dtype, write_dx=write)
+            yield f"pre backward {b} {write}", launch, [b, f, b]
+            launch = pre.backward_normed_launch(T, C, n, dtype, 1e-6, write_dx=write)
+            yield f"pre normed backward {b} {write}", launch, [b, f, f, b, i]
+        yield f"pre normed {b}", pre.forward_normed_launch(T, C, n, dtype, 1e-6), [b, f, f]
+        yield f"projection {b}", projection.forward_launch(T, K, m, dtype), [b, b, i]
+        for accumulate in (False, True):
+            launch = projection.backward_launch(T, K, n, m, dtype, accumulate=accumulate)
+            yield f"projection backward {b} {accumulate}", launch, [b, f, f, f, f, b, b, f, i]
+
+
+def stack_bytes(launch, types, capability: int) -> int:
+    """Stack frame of a thread, where the compiler spills."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    outputs = [{"bfloat16": "*bf16", "float32": "*fp32"}[str(o.dtype)] for o in launch.outputs]
+    signature = dict(zip(launch.kernel.arg_names, [*types, *outputs]))
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] == "*"
+    }
+    signature.update(dict.fromkeys(launch.constants, "constexpr"))
+    source = ASTSource(launch.kernel, signature, dict(launch.constants), aligned)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [tools / "cuobjdump", "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+if __name__ == "__main__":
+    for name, launch, types in launches():
+        print(name, "stack", stack_bytes(launch, types, int(sys.argv[1])), flush=True)
