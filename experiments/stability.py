@@ -13,8 +13,10 @@ import importlib
 import importlib.metadata
 import logging
 import pathlib
+import platform
 import shlex
 import sys
+from collections.abc import Sequence
 
 from experiments import report
 from mhc_jax.config import CONNECTIONS, from_dict
@@ -23,7 +25,7 @@ from mhc_jax.train import Interrupted, NonFiniteError, train
 PACKAGES = ("jax", "flax", "optax", "grain", "orbax-checkpoint")
 
 
-def parse_arguments(arguments=None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.stability",
         description=__doc__.splitlines()[0],
@@ -36,7 +38,9 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--num_blocks", type=int, help="depth (default: the config's)")
     parser.add_argument("--learning_rate", type=float, help="peak (default: the config's)")
     parser.add_argument("--seed", type=int, help="of weights and data (default: the config's)")
-    parser.add_argument("--text", default="", help="glob of text files to train on instead of the stdlib")
+    parser.add_argument(
+        "--text", default="", help="glob of text files to train on instead of the stdlib"
+    )
     parser.add_argument("--arms", nargs="+", choices=CONNECTIONS, default=list(CONNECTIONS),
                         help="connections to compare")  # fmt: skip
     return parser.parse_args(arguments)
@@ -59,7 +63,7 @@ def arm_config(options: argparse.Namespace, connection: str):
     return from_dict(config)
 
 
-def run(options: argparse.Namespace) -> pathlib.Path:
+def run(options: argparse.Namespace, arguments: Sequence[str]) -> pathlib.Path:
     """Trains the arms, prints the table and writes the report, also when an arm has diverged."""
     configs = {arm: arm_config(options, arm) for arm in options.arms}  # errors before any work
     workdirs, notes = [], []
@@ -74,16 +78,26 @@ def run(options: argparse.Namespace) -> pathlib.Path:
     rows = [report.summarize(workdir) for workdir in workdirs]
     print(report.format_table(rows))
     path = options.output / "report.html"
-    report.write_report(path, workdirs, "Residual, HC and mHC on real text", rows, notes)
+    report.write_report(
+        path,
+        workdirs,
+        "Residual, HC and mHC on real text",
+        rows,
+        notes,
+        command=shlex.join(["python", "-m", "experiments.stability", *arguments]),
+        versions={"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+    )
     print(f"Figures and explanation: {path}")
     return path
 
 
-def main(arguments=None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file it writes
     try:
-        run(options)
+        run(options, arguments)
     except (ValueError, TypeError, Interrupted) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

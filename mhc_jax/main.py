@@ -3,10 +3,12 @@
 Any field of the config can be set: --config.model.n=8. A workdir that holds a checkpoint is resumed.
 """
 
+import logging
 import sys
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from mhc_jax.config import from_dict
@@ -17,22 +19,34 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; resumed if it has a checkpoint."
 )
 
+_log = logging.getLogger("mhc_jax.main")
+
 
 def main(argv):
+    # Orbax reports every file it writes at level INFO; ours are a few lines a run.
+    if not flags.FLAGS["verbosity"].present:
+        absl_logging.set_verbosity(absl_logging.WARNING)
+        for package in ("mhc_jax", "kernels_pallas"):
+            logging.getLogger(package).setLevel(logging.INFO)
     if len(argv) > 1:
         raise app.UsageError(
             f"unexpected arguments {argv[1:]}: fields are set with --config.<name>="
         )
     try:
         config = from_dict(_CONFIG.value)
-        logging.info("devices: %s", jax.devices())
+        _log.info("devices: %s", jax.devices())
         train(config, _WORKDIR.value)
     except (ValueError, TypeError, NonFiniteError, Interrupted, NotImplementedError) as error:
-        if logging.get_verbosity() >= logging.DEBUG:
-            raise
         sys.exit(f"{type(error).__name__}: {error}")
+
+
+def _parse_flags(argv):
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, TypeError, ValueError, OSError) as error:  # of the config file's fields
+        sys.exit(f"bad --config: {error}".replace("\\'", "'"))
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

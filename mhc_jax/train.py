@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import tqdm
 
+from kernels_pallas import dispatch
 from mhc_jax import gains, sharding
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config import Config, differences
@@ -58,10 +59,16 @@ def _stop_signals():
 
 
 def check_config(config: Config) -> None:
-    """What the fields cannot tell alone. Raises ValueError before anything is allocated."""
+    """What the fields cannot tell alone, before anything is allocated.
+
+    Raises:
+      ValueError: batch size against devices, vocabulary against data.
+      NotImplementedError: kernels that cannot run on these devices.
+    """
     sharding.check_batch_size(
         config.batch_size, config.optimizer.accumulate_steps, jax.device_count()
     )
+    dispatch.check_platform(config.model.implementation, jax.devices()[0].platform)
     needed = vocab_size(config.data)
     if config.model.vocab_size < needed:
         raise ValueError(

@@ -102,7 +102,7 @@ def train_step(
       clipping), `train/learning_rate`.
     """
     loss, gradients = _loss_and_gradients(state.params, batch, config)
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     optimizer = make_optimizer(config.optimizer, config.steps)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

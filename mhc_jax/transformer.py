@@ -175,8 +175,6 @@ class Transformer(nnx.Module):
 
     def _logits(self, streams):
         x = self.norm(self.readout(streams))
-        if self.config.tie_embeddings:
-            matrix = self.embedding.embedding[...].T
-        else:
-            matrix = self.unembed.kernel[...]
+        tied = self.config.tie_embeddings
+        matrix = self.embedding.embedding[...].T if tied else self.unembed.kernel[...]
         return jnp.dot(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)

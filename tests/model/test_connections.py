@@ -1,0 +1,204 @@
+"""Residual, HC and mHC: equal at the start, different once trained, usable around any callable."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mhc_jax import (
+    HyperConnections,
+    Identity,
+    ManifoldHyperConnections,
+    Pending,
+    Readout,
+    Residual,
+    expand,
+)
+
+C = 24
+WIDE = {
+    "hc": HyperConnections,
+    "mhc": ManifoldHyperConnections,
+    "identity": functools.partial(ManifoldHyperConnections, manifold=Identity()),
+}
+
+
+def normal(seed, *shape):
+    values = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(values, jnp.float32)
+
+
+def randomize(connection, scale=0.3):
+    """Random phi, theta, bias and alpha in place of the (nearly) static start."""
+    graph, state = nnx.split(connection)
+    leaves, tree = jax.tree.flatten(state)
+    leaves = [x + scale * normal(k, *x.shape) for k, x in enumerate(leaves)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("kind", WIDE)
+def test_starts_as_the_residual_connection(kind, n):
+    """200 sublayers with a nonlinear F: read-out mean equals x + F(x) within 1e-5."""
+    depth, x0 = 200, normal(0, 5, C)
+    weights = 0.1 * normal(1, depth, C, C)
+    make = nnx.vmap(lambda index: WIDE[kind](C, n, sublayer_index=index, implementation="xla"))
+    graph, parameters = nnx.split(make(jnp.arange(depth)))
+
+    def wide(streams, sublayer):
+        w, p = sublayer
+        return nnx.merge(graph, p)(streams, lambda y: jnp.tanh(y @ w)), None
+
+    def plain(x, w):
+        return Residual()(x, lambda y: jnp.tanh(y @ w)), None
+
+    @jax.jit
+    def both(x0):
+        streams, _ = jax.lax.scan(wide, expand(x0, n), (weights, parameters))
+        return Readout("mean", C, n, implementation="xla")(streams), jax.lax.scan(
+            plain, x0, weights
+        )[0]
+
+    got, want = both(x0)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_pre_post_call_and_boundary_agree(kind):
+    connection = randomize(WIDE[kind](C, 4, sublayer_index=2, implementation="xla"))
+    streams = normal(9, 5, 4 * C)
+
+    def steps(streams):
+        layer_input, mappings = connection.pre(streams)
+        return connection.post(streams, jnp.sin(layer_input), mappings)
+
+    def pending(streams):
+        read, layer_input, mappings = connection.boundary(connection.start(streams))
+        write = Pending(read, jnp.sin(layer_input), mappings)
+        return connection.post(*write), read
+
+    want = steps(streams)
+    np.testing.assert_array_equal(connection(streams, jnp.sin), want)
+    got, read = pending(streams)
+    np.testing.assert_array_equal(read, streams)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_residual_is_x_plus_f():
+    x = normal(0, 3, C)
+    np.testing.assert_array_equal(Residual()(x, jnp.sin), x + jnp.sin(x))
+    start = Residual().start(x)
+    np.testing.assert_array_equal(Residual().post(*start), x)
+
+
+def test_hc_equals_equation_5_stream_by_stream():
+    n, connection = 3, randomize(HyperConnections(C, 3, sublayer_index=1, implementation="xla"))
+    x = np.asarray(normal(5, 7, n, C), np.float64)
+    theta, bias, alpha = (np.asarray(p[...], np.float64) for p in
+                          (connection.theta, connection.bias, connection.alpha))  # fmt: skip
+    normed = x / np.sqrt((x**2).mean(-1, keepdims=True))
+    rounded = jax.lax.reduce_precision(connection.theta[...], 8, 10)
+    t = np.tanh(np.einsum("kc,tjc->tkj", np.asarray(rounded, np.float64), normed))
+    assert theta.shape == (2 + n, C)
+    h_pre = alpha[0] * t[:, 0] + bias[:n]
+    h_post = alpha[1] * t[:, 1] + bias[n : 2 * n]
+    h_res = alpha[2] * t[:, 2:] + bias[2 * n :].reshape(n, n)
+    layer_input, mappings = connection.pre(jnp.asarray(x.reshape(7, -1), jnp.float32))
+    np.testing.assert_allclose(layer_input, np.einsum("tj,tjc->tc", h_pre, x), atol=1e-5)
+    np.testing.assert_allclose(mappings.h_post, h_post, atol=1e-5)
+    np.testing.assert_allclose(mappings.h_res, h_res, atol=1e-5)
+
+
+@pytest.mark.parametrize("off", ["pre", "post", "res"])
+def test_hc_mapping_switched_off_is_the_fixed_one_of_table_1(off):
+    connection = randomize(HyperConnections(C, 4, implementation="xla", **{f"use_{off}": False}))
+    x = normal(3, 6, 4 * C)
+    layer_input, mappings = connection.pre(x)
+    fixed = {
+        "pre": (layer_input, x.reshape(6, 4, C).mean(1)),
+        "post": (mappings.h_post, jnp.ones((6, 4))),
+        "res": (mappings.h_res, jnp.broadcast_to(jnp.eye(4), (6, 4, 4))),
+    }
+    for name, (got, want) in fixed.items():
+        assert (np.abs(got - want).max() < 1e-5) == (name == off)
+
+
+def test_mhc_mappings_lie_on_their_manifolds():
+    connection = randomize(ManifoldHyperConnections(C, 4, implementation="xla"), scale=1.0)
+    h_pre, h_post, h_res = connection.mappings(normal(3, 50, 4 * C))
+    assert 0 < h_pre.min() < h_pre.max() < 1
+    assert 0 < h_post.min() < 1 < h_post.max() < 2
+    np.testing.assert_allclose(h_res.sum(-1), 1, atol=1e-6)
+    assert h_res.min() >= 0
+    composite = functools.reduce(jnp.matmul, h_res)  # 50 mappings in a row
+    np.testing.assert_allclose(composite.sum(-1), 1, atol=1e-5)
+    assert composite.sum(-2).max() <= 4
+
+
+def test_streams_separate_and_all_parameters_learn_after_two_effective_updates():
+    """In float64, so that rounding cannot pass for a gradient."""
+    with jax.enable_x64(True):
+        n, depth, rng = 4, 4, np.random.default_rng(0)
+        weights = jnp.asarray(0.3 * rng.standard_normal((depth, C, C)))
+        x, target = (jnp.asarray(rng.standard_normal((32, C))) for _ in range(2))
+        pairs = [
+            nnx.split(ManifoldHyperConnections(C, n, sublayer_index=k, implementation="xla"))
+            for k in range(depth)
+        ]
+        parameters = [jax.tree.map(lambda p: p.astype(jnp.float64), p) for _, p in pairs]
+
+        def streams_after(parameters):
+            streams = expand(x, n)
+            for (graph, _), p, w in zip(pairs, parameters, weights):
+                streams = nnx.merge(graph, p)(streams, lambda y, w=w: jnp.tanh(y @ w))
+            return streams
+
+        def loss(parameters):
+            # Streams weighed unequally: under a plain sum the last h_res, whose columns sum to 1, would
+            # have no gradient.
+            parts = streams_after(parameters).reshape(32, n, C) * jnp.arange(1.0, n + 1)[:, None]
+            return jnp.mean((parts.sum(1) / 10 - target) ** 2)
+
+        gradient = jax.jit(jax.grad(loss))
+        first = gradient(parameters)
+        for _ in range(2):
+            step = gradient(parameters)
+            parameters = jax.tree.map(
+                lambda p, g: p - 0.01 * g / (jnp.abs(g) + 1e-8), parameters, step
+            )
+        for p in gradient(parameters):
+            for path, leaf in jax.tree_util.tree_flatten_with_path(p)[0]:
+                assert jnp.abs(leaf).max() > 1e-8, path
+        assert max(jnp.abs(leaf).max() for p in first for leaf in jax.tree.leaves(p)) > 1e-3
+        streams = streams_after(parameters).reshape(32, n, C)
+        assert jnp.abs(streams - streams.mean(1, keepdims=True)).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean", "head"])
+def test_readout(kind):
+    readout = randomize(Readout(kind, C, 3, implementation="xla"))
+    x = normal(0, 5, 3, C)
+    got = readout(x.reshape(5, -1))
+    if kind == "head":
+        flat = np.asarray(x.reshape(5, -1), np.float64)
+        normed = flat / np.sqrt((flat**2).mean(-1, keepdims=True))
+        phi = np.asarray(jax.lax.reduce_precision(readout.phi[...], 8, 10), np.float64)
+        logits = float(readout.alpha[0]) * normed @ phi + np.asarray(readout.bias[...])
+        want = np.einsum("ti,tic->tc", 1 / (1 + np.exp(-logits)), x)
+    else:
+        want = getattr(np.asarray(x), kind)(1)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_bad_sizes_name_the_number():
+    with pytest.raises(ValueError, match="n=0"):
+        ManifoldHyperConnections(C, 0)
+    with pytest.raises(ValueError, match="width=0"):
+        HyperConnections(0, 4)
+    with pytest.raises(ValueError, match="n=60 with pre_init_gap=4"):
+        ManifoldHyperConnections(C, 60)
+    with pytest.raises(ValueError, match="'last' is unknown"):
+        Readout("last", C, 4)

@@ -1,0 +1,313 @@
+"""Configs, one step, the loop, restart and failure, on the synthetic source."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import pathlib
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import default
+from mhc_jax import train as train_module
+from mhc_jax.config import CONNECTIONS, ModelConfig, OptimizerConfig, from_dict
+from mhc_jax.data import make_iterator
+from mhc_jax.optimizer import decay_mask, make_schedule
+from mhc_jax.train import Interrupted, NonFiniteError, claim_workdir, train
+from mhc_jax.train_step import (
+    TrainState,
+    analyse,
+    init_params,
+    init_state,
+    jit_train_step,
+    loss_fn,
+    train_step,
+)
+
+CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+def tiny(connection="mhc", **overrides):
+    """Two blocks of width 16 on 16 tokens of the synthetic source; overrides by dotted name."""
+    config = default.get_config()
+    config.update_from_flattened_dict(
+        {
+            "steps": 6, "batch_size": 4, "eval_every": 0, "eval_batches": 1, "gains_every": 0,
+            "checkpoint_every": 0, "tensorboard": False, "model.vocab_size": 64,
+            "model.num_blocks": 2, "model.width": 16, "model.num_heads": 2, "model.ffn_width": 32,
+            "model.dtype": "float32", "model.connection": connection, "optimizer.warmup_steps": 2,
+            "data.source": "synthetic", "data.sequence_length": 16,
+        }
+        | overrides
+    )  # fmt: skip
+    return from_dict(config)
+
+
+def batch_of(config):
+    return next(make_iterator(config.data, split="train", batch_size=config.batch_size))
+
+
+def fresh(config):
+    return jax.jit(functools.partial(init_state, config))()
+
+
+@functools.cache
+def trained(connection):
+    """A state after one step and the metrics of it."""
+    config = tiny(connection, **{"optimizer.warmup_steps": 0})
+    return jit_train_step(config)(fresh(config), batch_of(config))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("connection", CONNECTIONS)
+def test_every_config_builds_and_traces(name, connection):
+    values = importlib.import_module(f"configs.{name}").get_config()
+    values.model.connection = connection
+    config = from_dict(values)
+    shape = config.batch_size, config.data.sequence_length
+    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("inputs", "targets")}
+    state = jax.eval_shape(functools.partial(init_state, config))
+    new, metrics = jax.eval_shape(functools.partial(train_step, config=config), state, batch)
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+    assert set(metrics) == {"train/loss", "train/grad_norm", "train/learning_rate"}
+
+
+@pytest.mark.parametrize("connection", ["hc", "mhc"])
+def test_networks_start_as_the_residual_one(connection):
+    """Same seed: same weights in all arms, same logits within 1e-5 at 100 blocks = 200 sublayers."""
+    overrides = {"model.num_blocks": 100, "model.readout": "mean"}
+    losses, batch = [], None
+    for kind in ("residual", connection):
+        config = tiny(kind, **overrides)
+        batch = batch or batch_of(config)
+        params = init_params(config.model, jax.random.key(0))
+        losses.append(jax.jit(functools.partial(loss_fn, config=config.model))(params, batch))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+# The numbers guard against silent change. If a change is meant, print the new ones with
+# `pytest -k golden -rP` and say in the commit why they moved.
+GOLDEN = {
+    "residual": (4.168163, 0.833404),
+    "hc": (4.168163, 0.833404),
+    "mhc": (4.168163, 0.833401),
+}
+
+
+@pytest.mark.parametrize("connection", CONNECTIONS)
+def test_golden_step(connection):
+    _, metrics = trained(connection)
+    got = float(metrics["train/loss"]), float(metrics["train/grad_norm"])
+    print(connection, got)
+    np.testing.assert_allclose(got, GOLDEN[connection], rtol=1e-5)
+
+
+def test_the_step_changes_every_array_that_has_a_gradient_at_the_start():
+    state, _ = trained("mhc")
+    config = tiny("mhc", **{"optimizer.warmup_steps": 0})
+    before = fresh(config).params
+    changed = jax.tree_util.tree_map(lambda a, b: bool((a != b).any()), state.params, before)
+    blocks = changed["blocks"]
+    assert all(jax.tree.leaves([blocks["attention"], blocks["ffn"], changed["unembed"]]))
+    assert blocks["attention_connection"]["bias"]
+
+
+def test_accumulation_equals_the_whole_batch():
+    whole = tiny("residual", **{"optimizer.warmup_steps": 0})
+    parts = tiny("residual", **{"optimizer.warmup_steps": 0, "optimizer.accumulate_steps": 2})
+    batch = batch_of(whole)
+    _, want = jit_train_step(whole)(fresh(whole), batch)
+    _, got = jit_train_step(parts)(fresh(parts), batch)
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
+
+
+def test_a_bad_batch_stops_the_state_where_it_was():
+    config = tiny("residual", **{"optimizer.warmup_steps": 0})
+    state = fresh(config)
+    broken = state.replace(params=jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.params))
+    new, metrics = jax.jit(functools.partial(train_step, config=config))(broken, batch_of(config))
+    assert math.isnan(metrics["train/loss"])
+    assert not new.healthy
+    assert new.step == 0
+    for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(broken.params)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_restart_is_bit_identical(tmp_path):
+    config = tiny("mhc", steps=20, gains_every=10)
+    straight = train_module.Run(config, tmp_path / "straight")
+    straight.loop(train_module.threading.Event(), "straight")
+    straight.close()
+
+    class Stop:  # asks for a stop at step 10, as a signal would
+        def is_set(self):
+            return first.step == 10
+
+    first = train_module.Run(config, tmp_path / "twice")
+    with pytest.raises(Interrupted, match="stopped at step 10"):
+        first.loop(Stop(), "first")
+    first.close()
+    second = train_module.Run(config, tmp_path / "twice")
+    assert second.step == 10
+    second.loop(train_module.threading.Event(), "second")
+    second.close()
+    for a, b in zip(jax.tree.leaves(straight.state), jax.tree.leaves(second.state)):
+        np.testing.assert_array_equal(a, b)
+    lines = [
+        json.loads(line) for line in (tmp_path / "twice/metrics.jsonl").read_text().splitlines()
+    ]
+    losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    assert sorted(losses) == list(range(1, 21))
+    assert (tmp_path / "twice/gains/step_00000020.npz").exists()
+    other = dataclasses.replace(config, seed=1)
+    with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
+        claim_workdir(other, tmp_path / "twice")
+
+
+def test_divergence_stops_saves_and_says_where(tmp_path, monkeypatch):
+    """Weights blow up on purpose: the learning rate is 1e30."""
+    config = tiny("hc", **{"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0})
+    with pytest.raises(NonFiniteError, match=r"step 2: loss .*First non-finite: the .*sublayer"):
+        train(config, tmp_path)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2
+    assert isinstance(last["train/loss"], str)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_sigterm_saves_before_it_ends(tmp_path, monkeypatch):
+    report = train_module.Run._report
+
+    def kill_after_step_2(run, dispatched, bar):
+        report(run, dispatched, bar)
+        if dispatched[0] == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train_module.Run, "_report", kill_after_step_2)
+    with pytest.raises(Interrupted, match="run again to go on"):
+        train(tiny("residual"), tmp_path)
+    assert (tmp_path / "checkpoints").exists()
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    from mhc_jax.metrics import MetricWriter
+
+    writer = MetricWriter(tmp_path, tensorboard=True)
+    writer.write(1, {"train/loss": float("nan")})
+    writer.close()
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": "nan"}
+
+
+def test_analysis_covers_both_sublayers_in_order():
+    config = tiny("mhc")
+    params = init_params(config.model, jax.random.key(0))
+    bias = params["blocks"]["ffn_connection"]["bias"]
+    params["blocks"]["ffn_connection"]["bias"] = bias.at[0, 8:].set(0.0)  # sublayer 1: h_res = J/n
+    found = jax.jit(functools.partial(analyse, config=config.model))(
+        params, batch_of(config)["inputs"]
+    )
+    assert found.h_res.shape == (4, 4, 16, 4, 4)
+    diagonal = found.h_res[:, 0, 0, 0, 0]
+    np.testing.assert_allclose(diagonal, [1, 0.25, 1, 1], atol=2e-3)
+    assert found.output_finite.all()
+
+
+def test_schedules():
+    values = dataclasses.asdict(tiny().optimizer) | {"learning_rate": 1.0, "warmup_steps": 10}
+    make = {
+        kind: make_schedule(OptimizerConfig(**values | {"schedule": kind}), 100)
+        for kind in ("constant", "step", "cosine", "wsd")
+    }
+    for schedule in make.values():
+        np.testing.assert_allclose([schedule(0), schedule(5), schedule(10)], [0, 0.5, 1])
+    np.testing.assert_allclose(
+        [make["step"](k) for k in (79, 80, 89, 90)], [1, 0.316, 0.316, 0.1], 1e-6
+    )
+    np.testing.assert_allclose([make["wsd"](k) for k in (80, 90, 100)], [1, 0.55, 0.1], 1e-6)
+    np.testing.assert_allclose([make["cosine"](k) for k in (55, 100)], [0.55, 0.1], 1e-5)
+    assert make["constant"](99) == 1
+
+
+def test_no_decay_on_norms_bias_and_alpha():
+    for connection in CONNECTIONS:
+        params = init_params(tiny(connection, **{"model.readout": "head"}).model, jax.random.key(0))
+        masks = jax.tree_util.tree_flatten_with_path(decay_mask(params))[0]
+        decayed = {path[-1].key for path, value in masks if value}
+        assert decayed <= {"kernel", "embedding", "phi", "theta"}
+        assert {path[-1].key for path, value in masks if not value} <= {"scale", "bias", "alpha"}
+    with pytest.raises(ValueError, match="no weight-decay rule for parameter"):
+        decay_mask({"gate": jnp.zeros(3)})
+
+
+BAD = {
+    "model.connection": ("hyper", "residual, hc, mhc"),
+    "model.n": (0, "model.n=0 must be at least 1"),
+    "model.width": (18, "the width of a head"),
+    "model.readout": ("last", "sum, mean, head"),
+    "model.implementation": ("cuda", "xla, pallas, triton"),
+    "optimizer.schedule": ("linear", "cosine"),
+    "optimizer.learning_rate": (float("nan"), "must be at least 0"),
+    "optimizer.accumulate_steps": (3, "batch_size=4 is not divisible"),
+    "steps": (0, "steps=0 must be at least 1"),
+    "data.sequence_length": (0, "sequence_length"),
+}
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_bad_values_name_the_field(field):
+    value, message = BAD[field]
+    width = {"model.num_heads": 4} if field == "model.width" else {}
+    with pytest.raises(ValueError, match=message):
+        tiny(**{field: value} | width)
+
+
+def test_unknown_missing_and_mistyped_fields():
+    values = dataclasses.asdict(tiny().model)
+    with pytest.raises(ValueError, match="unknown config field widht: did you mean width"):
+        from_dict(values | {"widht": 3}, ModelConfig)
+    with pytest.raises(TypeError, match="num_blocks='2' is str, expected int"):
+        from_dict(values | {"num_blocks": "2"}, ModelConfig)
+    del values["n"]
+    with pytest.raises(ValueError, match="missing config fields: n"):
+        from_dict(values, ModelConfig)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"model.vocab_size": 32}, ValueError, "less than the 64 ids"),
+        ({"model.implementation": "triton"}, NotImplementedError, "needs a GPU"),
+        (
+            {"data.source": "text", "data.path": "/none/*.md", "model.vocab_size": 256},
+            ValueError,
+            "/none/",
+        ),
+    ],
+)
+def test_bad_runs_stop_before_the_workdir_is_made(tmp_path, overrides, error, message):
+    with pytest.raises((error, OSError), match=message):
+        train(tiny(**overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_must_divide_over_devices():
+    from mhc_jax.sharding import check_batch_size
+
+    check_batch_size(16, 2, 8)
+    with pytest.raises(ValueError, match=r"batch_size=12 in 1 parts of 12 sequences .* 8 devices"):
+        check_batch_size(12, 1, 8)
+
+
+def test_state_is_a_pytree_of_arrays():
+    state = fresh(tiny("residual"))
+    assert isinstance(state, TrainState)
+    assert optax.tree.size(state.params) > 0
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
