@@ -102,7 +102,7 @@ def read_backward(
     )
     launch = projection.backward_launch(T, K, n, m, streams.dtype, accumulate=True)
     dx, dphi = launch(streams, phi, r, *cotangents, d_streams, *h_pre_and_d, T)
-    return dx.reshape(streams.shape), dphi.sum(0).T, *d_parameters
+    return dx.reshape(streams.shape), dphi.sum(0), *d_parameters
 
 
 def _mappings_backward(streams, bias, alpha, weight, h_pre, s, r, d_input, dh_post, dh_res, static):

@@ -40,7 +40,9 @@ def projection_kernel(
 ):
     """Partial sums [T, MP] of x phi over K_SPLIT columns, and of x*x in column M."""
     WIDTH: tl.constexpr = 2 * MP if PAIR else MP
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # From the last tokens to the first: the kernel before (F_post,res) wrote the last ones last, and the
+    # one after (F_pre) begins with the first ones, so that each finds 10 % of the streams in L2.
+    t = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
     begin = tl.program_id(1) * K_SPLIT
     x_rows = x_ptr + t.to(tl.int64)[:, None] * K
     acc = tl.zeros((BLOCK_T, WIDTH), tl.float32)
@@ -120,7 +122,7 @@ def projection_backward_kernel(
 ):
     """dx and dphi for BLOCK_K columns of one stream, over TILES tiles of BLOCK_T tokens.
 
-    dx = ds phi^T + x dr / (K r), with ACCUMULATE also + dx_in + h_pre d; dphi as a partial sum [M, K].
+    dx = ds phi^T + x dr / (K r), with ACCUMULATE also + dx_in + h_pre d; dphi as a partial sum [K, M].
     """
     C: tl.constexpr = K // N
     # The N streams' programs of the same columns are neighbours: they share d's tiles in L2.
@@ -135,9 +137,10 @@ def projection_backward_kernel(
     )
     WIDTH: tl.constexpr = 2 * MP if PAIR else MP
     dphi = tl.zeros((WIDTH, BLOCK_K), tl.float32)
-    begin = tl.program_id(1) * TILES * BLOCK_T
+    # From the last tokens to the first, for the sake of L2 as in the forward.
+    last = (tl.num_programs(1) - tl.program_id(1)) * TILES - 1
     for tile in tl.range(0, TILES, num_stages=STAGES):
-        t = begin + tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        t = (last - tile) * BLOCK_T + tl.arange(0, BLOCK_T)
         row = t.to(tl.int64)[:, None]
         mask = (row < T) & in_row[None, :]
         scale = load_tile(dr_ptr + t, t < T, EVEN)
@@ -165,8 +168,8 @@ def projection_backward_kernel(
         store_tile(dx_ptr + row * K + k[None, :], dx, mask, EVEN)
     if PAIR:
         dphi = tl.sum(tl.reshape(dphi, (MP, 2, BLOCK_K)), axis=1)
-    at = tl.program_id(1) * M * K + m[:, None] * K + k[None, :]
-    tl.store(dphi_ptr + at, dphi, mask=(m[:, None] < M) & in_row[None, :])
+    at = tl.program_id(1) * M * K + k[:, None] * M + m[None, :]
+    tl.store(dphi_ptr + at, tl.trans(dphi), mask=in_row[:, None] & (m[None, :] < M))
 
 
 def padded_columns(m: int) -> int:
@@ -257,7 +260,7 @@ def backward_launch(T: int, K: int, n: int, m: int, dtype, *, accumulate: bool) 
     return Launch(
         kernel=projection_backward_kernel,
         grid=(blocks, splits),
-        outputs=(struct((T, K), dtype), struct((splits, m, K))),
+        outputs=(struct((T, K), dtype), struct((splits, K, m))),
         constants={
             "K": K,
             "N": n,
@@ -328,4 +331,4 @@ def backward(
         return streams, jnp.zeros_like(phi)
     launch = backward_launch(T, K, 1, m, streams.dtype, accumulate=False)
     dx, dphi = launch(streams, phi, r, ds, dr, streams, streams, r, T)
-    return dx.reshape(streams.shape), dphi.sum(0).T
+    return dx.reshape(streams.shape), dphi.sum(0)
