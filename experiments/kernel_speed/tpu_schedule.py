@@ -51,13 +51,13 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One pallas_call: its name in the dump, grid steps, trips of inner loops, bytes it must move."""
+    """One pallas_call: its name in the dump, grid steps, trips of its inner loops in order, bytes it moves."""
 
     op: str
     direction: str
     name: str
     steps: int
-    trips: int
+    trips: tuple[int, ...]
     bytes: int
 
 
@@ -78,10 +78,11 @@ def _traffic(args, out) -> int:
 
 
 def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 20):
-    """(op, direction, function, arguments, grid steps, trips of the inner loops) of every kernel."""
+    """(op, direction, function, arguments, options, grid steps, trips of inner loops) of every kernel."""
     import jax
     import jax.numpy as jnp
 
+    from kernels_pallas.boundary import tpu as boundary
     from kernels_pallas.mappings import tpu as mappings
     from kernels_pallas.pallas_call import MIN_TOKENS
     from kernels_pallas.post_res import tpu as post_res
@@ -95,24 +96,25 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
     h, h_res, s, r = S((T, n), f32), S((T, n, n), f32), S((T, m), f32), S((T,), f32)
     phi, bias, alpha = S((n * C, m), f32), S((m,), f32), S((3,), f32)
 
+    def steps(block, *trips):
+        return -(-T // block), trips
+
     def rows(block):
-        return -(-T // block), block // MIN_TOKENS
+        return steps(block, block // MIN_TOKENS)
 
-    def whole(block):
-        return -(-T // block), 0
-
-    tiles = -(-T // sinkhorn.TOKENS), num_iterations - 1
+    again = num_iterations - 1  # iterations after the first
+    once, twice = steps(sinkhorn.TOKENS, again), steps(sinkhorn.TOKENS, again, again)
     coefficients = {"n": n, "num_iterations": num_iterations}
     iterations = {"num_iterations": num_iterations}
     p_block = projection.block_tokens(n * C, m, dtype, backward=False)
     b_block = projection.block_tokens(n * C, m, dtype, backward=True)
     table = [
-        ("projection", "forward", projection, (x, phi), {"norm_eps": 1e-20}, whole(p_block)),
-        ("projection", "backward", projection, (x, phi, r, s, r), {}, whole(b_block)),
-        ("mappings", "forward", mappings, (s, r, bias, alpha), coefficients, tiles),
-        ("mappings", "backward", mappings, (s, r, bias, alpha, h, h, h_res), coefficients, tiles),
-        ("sinkhorn", "forward", sinkhorn, (h_res,), iterations, tiles),
-        ("sinkhorn", "backward", sinkhorn, (h_res, h_res), iterations, tiles),
+        ("projection", "forward", projection, (x, phi), {"norm_eps": 1e-20}, steps(p_block)),
+        ("projection", "backward", projection, (x, phi, r, s, r), {}, steps(b_block)),
+        ("mappings", "forward", mappings, (s, r, bias, alpha), coefficients, once),
+        ("mappings", "backward", mappings, (s, r, bias, alpha, h, h, h_res), coefficients, twice),
+        ("sinkhorn", "forward", sinkhorn, (h_res,), iterations, once),
+        ("sinkhorn", "backward", sinkhorn, (h_res, h_res), iterations, twice),
         ("pre", "forward", pre, (x, h), {}, rows(pre.block_tokens(n * C, n, dtype))),
         ("pre", "backward", pre, (x, h, y), {}, rows(pre.block_tokens(n * C, n, dtype))),
     ]
@@ -121,8 +123,28 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
         ("post_res", "forward", post_res, (x, y, h, h_res), {}, block),
         ("post_res", "backward", post_res, (x, y, h, h_res, x), {}, block),
     ]
-    for op, direction, module, args, static, (steps, trips) in table:
-        yield op, direction, getattr(module, direction), args, static, steps, trips
+    fused = {**coefficients, "norm_eps": 1e-20, "input_norm_eps": None}
+    parameters = phi, bias, alpha, None
+
+    def boundary_steps(rows, *trips, backward=False):
+        block = boundary.block_tokens(n * C, n, dtype, rows, backward=backward)
+        groups = block // MIN_TOKENS
+        return steps(block, *(groups if k is None else k for k in trips))
+
+    table += [
+        ("read", "forward", boundary, (x, *parameters), fused, boundary_steps(1.25, again, None)),
+        (
+            *("read", "backward", boundary, (x, *parameters, h, s, r, y, h, h_res, x), fused),
+            boundary_steps(3.25, None, again, again, backward=True),
+        ),
+        (
+            *("boundary", "forward", boundary, (x, y, h, h_res, *parameters), fused),
+            boundary_steps(2.5, None, again, None),
+        ),
+    ]
+    for op, direction, module, args, static, (count, trips) in table:
+        name = f"read_{direction}" if op == "read" else direction
+        yield op, direction, getattr(module, name), args, static, count, trips
 
 
 def compile_kernels(chip: Chip, num_tokens: int, width: int, dtype, only=None) -> list[Kernel]:
@@ -146,22 +168,37 @@ def compile_kernels(chip: Chip, num_tokens: int, width: int, dtype, only=None) -
     return kernels
 
 
-_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:\w\w)?\s*:((?:\s*>)*)\s*\{")
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?\s*:((?:\s*>)*)\s*\{")
 
 
-def bundles_by_depth(text: str) -> dict[int, int]:
-    """Number of VLIW bundles at each loop depth; the grid is the loop of depth 1."""
-    depths: dict[int, int] = {}
+def bundles_of_step(text: str, trips: tuple[int, ...]) -> int:
+    """VLIW bundles of one grid step (the loop of depth 1), inner loops in order times their trips.
+
+    Raises:
+      RuntimeError: other loops than expected, so that the count would be wrong.
+    """
+    outside, loops = 0, []
+    inside = False
     for line in text.splitlines():
-        if match := _BUNDLE.match(line):
-            depth = match.group(1).count(">")
-            depths[depth] = depths.get(depth, 0) + 1
-    return depths
+        if not (match := _BUNDLE.match(line)):
+            continue
+        depth = match.group(2).count(">")
+        if depth > 2:
+            raise RuntimeError(f"a loop of depth {depth}: {line[:80]}")
+        if depth == 2:
+            if match.group(1) == "LB" or not inside:
+                loops.append(0)
+            loops[-1] += 1
+        outside += depth == 1
+        inside = depth == 2
+    trips = tuple(k for k in trips if k > 1)  # the compiler unrolls a single trip
+    if len(loops) != len(trips):
+        raise RuntimeError(f"{len(loops)} inner loops of {loops} bundles, expected trips {trips}")
+    return outside + sum(k * bundles for k, bundles in zip(trips, loops))
 
 
-def estimate(kernel: Kernel, depths: dict[int, int], chip: Chip) -> dict:
+def estimate(kernel: Kernel, bundles: int, chip: Chip) -> dict:
     """Times in microseconds from bundles and bytes."""
-    bundles = depths.get(1, 0) + kernel.trips * depths.get(2, 0)
     steps = -(-kernel.steps // chip.cores)
     compute = steps * bundles / chip.clock
     memory = kernel.bytes / (chip.bandwidth * chip.bandwidth_share)
@@ -217,7 +254,8 @@ def main(
         for num_tokens, width in shapes:
             kernels = compile_kernels(chip, num_tokens, width, jnp.bfloat16, only)
             rows = [
-                estimate(k, bundles_by_depth(_final_bundles(dump, k.name)), chip) for k in kernels
+                estimate(k, bundles_of_step(_final_bundles(dump, k.name), k.trips), chip)
+                for k in kernels
             ]
             print_table(kind, num_tokens, width, rows)
             results.append({"T": num_tokens, "C": width, "kernels": rows})

@@ -1,12 +1,12 @@
 """`read` and `boundary` on TPU: a token's row stays in VMEM between the parts.
 
-Forward: F_post,res, the projection of the new streams, their coefficients and F_pre are one kernel, which moves
-10C a token at n = 4 (x, y in, new x and layer input out) where the separate kernels move 18C. `read` is the
-same kernel without F_post,res: 5C for 9C. Backward of `read`: dh_pre, the coefficients, dphi and every
+Forward: F_post,res, the projection of the new streams, their coefficients and F_pre are one kernel, which
+moves 10C a token at n = 4 (x, y in, new x and layer input out) where the separate kernels move 18C. `read` is
+the same kernel without F_post,res: 5C for 9C. Backward of `read`: dh_pre, the coefficients, dphi and every
 cotangent of the streams in one kernel, 13C (x, g, d in, dx out); F_post,res adds its own 14C.
 
-The coefficients of a block of at most 128 tokens are tiles [1, tokens]: an eighth of a register is in use, but
-the 20 iterations wait for latencies, and the pass over the streams hides them behind its transfers.
+The coefficients of a block of at most 128 tokens are tiles [1, tokens]: an eighth of a register is in use,
+but the 20 iterations wait for latencies, and the pass over the streams hides them behind its transfers.
 """
 
 import functools
@@ -247,7 +247,9 @@ def _read_backward_kernel(
     n,
     num_iterations,
 ):
-    """`saved_rows_ref`: a token's s, r; `h_rows_ref`: its h_pre, dh_post, dh_res; `dh_rows_ref`: its dh_pre."""
+    """Scratch, a token a row: `saved_rows_ref` s, r; `h_rows_ref` h_pre, dh_post, dh_res;
+    `dh_rows_ref` dh_pre.
+    """
     m, width = num_columns(n), d_ref.shape[-1]
 
     @pl.when(tiles.first_of_part())

@@ -1,9 +1,9 @@
 """Scale, bias, sigmoids and Sinkhorn-Knopp on TPU, one kernel a direction.
 
 Layout as in `kernels_pallas.sinkhorn.tpu`: each of the n*n+2n coefficients of 2048 tokens is one full tile,
-bias and alpha are scalars. The backward recomputes everything from s and r, keeps the iterates in VMEM (2.4 MB at
-n = 4 and 20 iterations), and adds the sums over tokens for bias and alpha tile by tile: [m, 16, 128] partial
-sums leave the kernel (200 KB at n = 4) and are added up outside.
+bias and alpha are scalars. The backward recomputes everything from s and r, keeps the iterates in VMEM
+(2.4 MB at n = 4 and 20 iterations), and adds the sums over tokens for bias and alpha tile by tile: partial
+sums [m, 16, 128] leave the kernel (200 KB at n = 4) and are added up outside.
 """
 
 import functools
@@ -60,8 +60,8 @@ def logits_backward(
 
 
 def _gate_backward(logit, d, scale):
-    gate = jax.nn.sigmoid(logit)
-    return scale * d * gate * (1 - gate)
+    # sigmoid(-x), not 1 - sigmoid(x), which cancels where the gate is nearly open.
+    return scale * d * jax.nn.sigmoid(logit) * jax.nn.sigmoid(-logit)
 
 
 def projection_backward(
@@ -69,13 +69,15 @@ def projection_backward(
 ) -> tuple[list, jax.Array]:
     """(ds, dr) as tiles (inside a kernel)."""
     d_normed = [tile * alpha_ref[group] for tile, group in zip(dh, _groups(n))]
-    return [tile / r for tile in d_normed], -pallas_call.weighted_sum(d_normed, normed) / r
+    products = [d * tile for d, tile in zip(d_normed, normed)]
+    return [tile / r for tile in d_normed], -pallas_call.tree_sum(products) / r
 
 
 def alpha_products(dh: list, normed: list, n: int) -> list:
     """Three tiles whose sums over tokens are dalpha (inside a kernel)."""
     ranges = (0, n), (n, 2 * n), (2 * n, num_columns(n))
-    return [pallas_call.weighted_sum(dh[a:b], normed[a:b]) for a, b in ranges]
+    products = [d * tile for d, tile in zip(dh, normed)]
+    return [pallas_call.tree_sum(products[a:b]) for a, b in ranges]
 
 
 def _forward_kernel(

@@ -1,9 +1,9 @@
 """Projection and norm on TPU: one pass over whole rows, forward (4C at n = 4) and backward (8C, dx and dphi).
 
 Which operand stays in the MXU decides the time. phi has 24 columns, so a product with phi latched would
-stream every row of x through a unit that is 24/128 full: 4114 bundles for 256 tokens of C = 2560 on a v5p. With x
-latched only the 64 rows of phi's bfloat16 pair stream past it: 2311, against 7457 clocks for reading x. The
-result, s^T with tokens on lanes, is also the layout that we want. dphi^T = ds^T x works the same way.
+stream every row of x through a unit that is 24/128 full: 4114 bundles for 256 tokens of C = 2560 on a v5p.
+With x latched only the 64 rows of phi's bfloat16 pair stream past it: 2311, against 7457 clocks for reading
+x. The result, s^T with tokens on lanes, is also the layout that we want. dphi^T = ds^T x works the same way.
 
 bfloat16 streams meet phi and ds as exact pairs high, low (see `split_bf16`), each padded to whole tiles of 16
 rows; dx contracts the four combinations at once, 128 terms deep at n = 4: one pass of the MXU.

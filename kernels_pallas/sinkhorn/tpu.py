@@ -4,8 +4,9 @@ Entry (i, j) of 2048 tokens is one [16, 128] tile, so that sums over i or j are 
 lane or sublane is padding ([n, n, T] has n = 4 of 8 sublanes in use, [T, n, n] 4 of 128 lanes). The rows of
 `[n*n, tokens]` become such tiles by strided stores to VMEM, and go back by strided loads.
 
-The backward recomputes the iterates and keeps them in VMEM: (num_iterations - 1) * n * n tiles of 8 KB, that is
-2.4 MB at n = 4 and 20 iterations. `mappings` and `boundary` run the same functions inside their own kernels.
+The backward recomputes the iterates and keeps them in VMEM: (num_iterations - 1) * n * n tiles of 8 KB,
+that is 2.4 MB at n = 4 and 20 iterations. `mappings` and `boundary` run the same functions inside their own
+kernels.
 """
 
 import functools
@@ -59,14 +60,17 @@ def spread(block, scratch_ref) -> list[jax.Array]:
     m = block.shape[0]
     for row in range(SUBLANES):
         scratch_ref[pl.ds(row, m, stride=SUBLANES), :] = block[:, row * LANES : (row + 1) * LANES]
-    return [scratch_ref[pl.ds(k * SUBLANES, SUBLANES), :] for k in range(m)]
+    return _split(scratch_ref[: m * SUBLANES], m, SUBLANES)
+
+
+def _split(block: jax.Array, m: int, rows: int) -> list[jax.Array]:
+    return [block[k * rows : k * rows + rows] for k in range(m)]
 
 
 def gather(tiles: list[jax.Array], scratch_ref, out_ref) -> None:
     """m tiles [SUBLANES, 128] -> out_ref [m, TOKENS] (inside a kernel)."""
     m = len(tiles)
-    for k, tile in enumerate(tiles):
-        scratch_ref[pl.ds(k * SUBLANES, SUBLANES), :] = tile
+    scratch_ref[: m * SUBLANES] = jnp.concatenate(tiles, axis=0)
     for row in range(SUBLANES):
         out_ref[:, pl.ds(row * LANES, LANES)] = scratch_ref[pl.ds(row, m, stride=SUBLANES), :]
 
@@ -153,11 +157,18 @@ def project_backward(
     n, rows = len(logits), logits[0][0].shape[0]
 
     def load(t):
-        return as_matrix([iterates_ref[t, pl.ds(k * rows, rows), :] for k in range(n * n)])
+        if (
+            rows % 8
+        ):  # part of a register: loaded one by one, for slices of a block would be shuffles
+            return as_matrix([iterates_ref[t, pl.ds(k * rows, rows), :] for k in range(n * n)])
+        return as_matrix(_split(iterates_ref[t], n * n, rows))
 
     def recompute(t, tiles):
-        for k, tile in enumerate(tiles):
-            iterates_ref[t, pl.ds(k * rows, rows), :] = tile
+        if rows % 8:
+            for k, tile in enumerate(tiles):
+                iterates_ref[t, pl.ds(k * rows, rows), :] = tile
+        else:
+            iterates_ref[t] = jnp.concatenate(tiles, axis=0)
         return tuple(as_tiles(_iterate(as_matrix(list(tiles)))))
 
     def transpose(step, d_tiles):
