@@ -1,0 +1,36 @@
+"""Packaging of mhc_jax. Lower bounds are the oldest versions that the code is known to work with."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mhc_jax",
+    version="0.1.0",
+    description="Manifold-Constrained Hyper-Connections in JAX: models, kernels, experiments",
+    license="Apache-2.0",
+    python_requires=">=3.11",  # oldest Python that jax 0.10 has wheels for and CI runs
+    packages=find_packages(include=["mhc_jax*", "kernels_pallas*"]),
+    install_requires=[
+        "jax>=0.10",  # AxisType meshes and platform_dependent as used here; 0.10.2 and 0.11.2 work
+        "flax>=0.12",  # nnx.Variable indexing x[...], pure dicts in nnx.merge
+        "optax>=0.2.6",  # optax.tree.norm
+        "orbax-checkpoint>=0.11",  # CheckpointManager with composite arguments
+        "grain>=0.2.12",  # MapDataset and its orbax handler
+        "array_record>=0.8",  # tokenized data sets
+        "ml_collections>=1.0",  # typed ConfigDict, config_flags
+        "absl-py>=2",  # flags of mhc_jax.main
+        "numpy>=2",
+        "tensorboardX>=2.6",  # events without TensorFlow
+        "tqdm>=4.60",
+        "matplotlib>=3.9",  # figures of experiments
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        # triton is pinned to the series that jax-triton 0.3 is built against.
+        "gpu": ["jax[cuda13]>=0.10", "jax-triton>=0.3,<0.4", "triton>=3.6,<3.7"],
+        "tokenizers": ["tokenizers>=0.20"],  # only for data.tokenizer=<file>.json
+        "test": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "tokenizers>=0.20"],
+        # Triton kernels on the CPU (interpreter) and compiled without a GPU: slow to install.
+        "parity": ["torch>=2.11", "triton>=3.6,<3.7", "jax-triton>=0.3,<0.4"],
+        "notebook": ["jupyterlab>=4", "pandas>=2"],
+    },
+)
