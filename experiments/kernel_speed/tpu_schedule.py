@@ -51,7 +51,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One pallas_call: its name in the dump, grid steps, trips of its inner loops in order, bytes it moves."""
+    """One pallas_call: name in the dump, grid steps, trips of its inner loops in order, bytes it moves."""
 
     op: str
     direction: str
@@ -185,12 +185,14 @@ def bundles_of_step(text: str, trips: tuple[int, ...]) -> int:
         depth = match.group(2).count(">")
         if depth > 2:
             raise RuntimeError(f"a loop of depth {depth}: {line[:80]}")
-        if depth == 2:
-            if match.group(1) == "LB" or not inside:
-                loops.append(0)
+        if depth == 2 and match.group(1) == "LB":
+            loops.append(0)
+            inside = True
+        inside = inside and depth == 2
+        if inside:
             loops[-1] += 1
-        outside += depth == 1
-        inside = depth == 2
+        else:  # also bundles that the compiler moved out of a loop but still marks as its own
+            outside += depth > 0
     trips = tuple(k for k in trips if k > 1)  # the compiler unrolls a single trip
     if len(loops) != len(trips):
         raise RuntimeError(f"{len(loops)} inner loops of {loops} bundles, expected trips {trips}")

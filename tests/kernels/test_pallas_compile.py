@@ -57,12 +57,17 @@ def sinkhorn(implementation):
     f = lambda h_res: kp.sinkhorn(h_res, implementation=implementation)
     return lambda h_res: (f(h_res), jax.vjp(f, h_res)[1](h_res))
 
+def batched(implementation):
+    f = jax.vmap(lambda x, h: kp.pre(x, h, implementation=implementation))
+    return lambda x, h: f(x.reshape(2, -1, n * C), h.reshape(2, -1, n))
+
 sublayer = {"projection", "mappings", "pre", "post_res"}
 both = ("forward", "backward")
 for f, args, kernels in (
     (separate, (x, y, phi, bias, alpha), {f"mhc_{op}_{d}" for op in sublayer for d in both}),
     (fused, (x, y, h, h_res, phi, bias, alpha), {"mhc_read_forward", "mhc_boundary_forward",
                                                  "mhc_read_backward", "mhc_post_res_backward"}),
+    (batched, (x, h), {"mhc_pre_forward"}),
     (sinkhorn, (h_res,), {"mhc_sinkhorn_forward", "mhc_sinkhorn_backward"}),
 ):
     for implementation in ("pallas", None):
