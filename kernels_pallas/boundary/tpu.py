@@ -5,6 +5,9 @@ moves 10C a token at n = 4 (x, y in, new x and layer input out) where the separa
 the same kernel without F_post,res: 5C for 9C. Backward of `read`: dh_pre, the coefficients, dphi and every
 cotangent of the streams in one kernel, 13C (x, g, d in, dx out); F_post,res adds its own 14C.
 
+The RMSNorm of the layer input, if asked for, is part of the forward kernel. Its backward is plain jnp before
+the kernel (7C more by XLA), which then gets the cotangent of the weighted sum in float32.
+
 The coefficients of a block of at most 128 tokens are tiles [1, tokens]: an eighth of a register is in use,
 but the 20 iterations wait for latencies, and the pass over the streams hides them behind its transfers.
 """
@@ -20,6 +23,7 @@ from kernels_pallas import pallas_call
 from kernels_pallas.mappings import tpu as mappings
 from kernels_pallas.pallas_call import LANES, LaneSums, TokenTiles
 from kernels_pallas.post_res import tpu as post_res
+from kernels_pallas.pre import reference as pre_reference
 from kernels_pallas.projection import tpu as projection
 from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn import tpu as sinkhorn
@@ -32,12 +36,13 @@ def check(streams, *args, n, num_iterations, norm_eps, input_norm_eps):
     """Raises NotImplementedError for a dtype, n, width or option that the kernels do not take."""
     pallas_call.check_dtypes(streams, n)
     sinkhorn.check_iterates(n, num_iterations)
-    if input_norm_eps is not None:
-        raise NotImplementedError(
-            f"input_norm_eps={input_norm_eps}: the fused kernels have no RMSNorm of the layer input yet"
-        )
-    for rows in (2 + 2 / n, 3 + 1 / n):
+    for rows in (2 + 2 / n, _backward_rows(n, streams.dtype, input_norm_eps)):
         block_tokens(streams.shape[-1], n, streams.dtype, rows, backward=rows > 3)
+
+
+def _backward_rows(n: int, dtype, input_norm_eps: float | None) -> float:
+    """Rows a token of `read_backward`: x, g, dx, and d of the width of one stream, float32 after a norm."""
+    return 3 + (1 if input_norm_eps is None else 4 / jnp.dtype(dtype).itemsize) / n
 
 
 def block_tokens(width: int, n: int, dtype, rows: float, *, backward: bool) -> int:
@@ -60,9 +65,11 @@ def _rows(block: jax.Array) -> list[jax.Array]:
     return [block[k : k + 1] for k in range(block.shape[0])]
 
 
-def _read_block(x_ref, refs, tiles, n, num_iterations, norm_eps):
+def _read_block(x_ref, refs, tiles, n, num_iterations, norm_eps, input_norm_eps):
     """Projection, coefficients and layer input of the rows in `x_ref` (inside a kernel)."""
-    phi_ref, bias_ref, alpha_ref, out_ref, *columns_refs, saved_rows_ref, h_rows_ref = refs
+    phi_ref, bias_ref, alpha_ref, *refs, saved_rows_ref, h_rows_ref = refs
+    weight_ref = None if input_norm_eps is None else refs.pop(0)
+    out_ref, *columns_refs = refs
     h_pre_ref, h_post_ref, h_res_ref, s_ref, r_ref = columns_refs
     m, width = num_columns(n), out_ref.shape[-1]
 
@@ -82,10 +89,20 @@ def _read_block(x_ref, refs, tiles, n, num_iterations, norm_eps):
     @tiles.row_groups
     def _(rows, window_rows):
         h = h_rows_ref[window_rows, :]
+        totals, squares = [], LaneSums()
         for c, size in pallas_call.column_chunks(width, CHUNK):
             x = [x_ref[rows, pl.ds(i * width + c, size)].astype(jnp.float32) for i in range(n)]
             total = pallas_call.weighted_sum([h[:, i : i + 1] for i in range(n)], x)
-            out_ref[rows, pl.ds(c, size)] = total.astype(out_ref.dtype)
+            if weight_ref is None:
+                out_ref[rows, pl.ds(c, size)] = total.astype(out_ref.dtype)
+            else:
+                totals.append((pl.ds(c, size), total))
+                squares.add(total * total)
+        if weight_ref is not None:
+            inverse = jax.lax.rsqrt(squares.total() / width + input_norm_eps)
+            for columns, total in totals:
+                normed = total * inverse * weight_ref[:, columns]
+                out_ref[rows, columns] = normed.astype(out_ref.dtype)
 
     @pl.when(tiles.last_of_window())
     def _():
@@ -102,7 +119,8 @@ def _read_kernel(x_ref, *refs, **static):
 
 
 def _boundary_kernel(x_ref, y_ref, h_post_ref, h_res_ref, *refs, tiles, n, **static):
-    phi_ref, bias_ref, alpha_ref, new_ref, *outputs, post_rows_ref, res_rows_ref = refs
+    count = 3 if static["input_norm_eps"] is None else 4
+    parameters, (new_ref, *outputs, post_rows_ref, res_rows_ref) = refs[:count], refs[count:]
     post_res.load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
 
     @tiles.row_groups
@@ -110,10 +128,10 @@ def _boundary_kernel(x_ref, y_ref, h_post_ref, h_res_ref, *refs, tiles, n, **sta
         coefficients = post_res.coefficients(post_rows_ref, res_rows_ref, window_rows, n)
         post_res.write_rows(x_ref, y_ref, new_ref, rows, *coefficients)
 
-    _read_block(new_ref, (phi_ref, bias_ref, alpha_ref, *outputs), tiles, n, **static)
+    _read_block(new_ref, (*parameters, *outputs), tiles, n, **static)
 
 
-def _forward(update, phi, bias, alpha, n, num_iterations, norm_eps):
+def _forward(update, phi, bias, alpha, weight, *, n, **static):
     """The kernel with F_post,res if `update` has more than the streams."""
     x, *rest = update
     (num_tokens, row), m = x.shape, num_columns(n)
@@ -124,21 +142,23 @@ def _forward(update, phi, bias, alpha, n, num_iterations, norm_eps):
     update_specs = [tiles.rows(width), tiles.columns(n), tiles.columns(n * n)] if fused else []
     rows_scratch = pltpu.VMEM((tiles.window, LANES), jnp.float32)
     columns = (n, n, n * n, m, 1)
+    normed = static["input_norm_eps"] is not None
+    weight = [weight.reshape(1, width)] if normed else []
     return pallas_call.call(
         functools.partial(
             _boundary_kernel if fused else _read_kernel,
             tiles=tiles,
             n=n,
-            num_iterations=num_iterations,
-            norm_eps=norm_eps,
+            **static,
         ),
-        *(x, *rest, operand, bias, alpha),
+        *(x, *rest, operand, bias, alpha, *weight),
         name="mhc_boundary_forward" if fused else "mhc_read_forward",
         grid=tiles.grid,
         in_specs=[
             tiles.rows(row),
             *update_specs,
             *(tiles.whole(*operand.shape), _SCALARS, _SCALARS),
+            *([tiles.whole(1, width)] if normed else []),
         ],
         out_specs=[
             *([tiles.rows(row)] if fused else []),
@@ -178,40 +198,24 @@ def _empty_read(streams, n):
     return jnp.zeros((*lead, width), streams.dtype), *coefficients
 
 
-def read_forward(streams, phi, bias, alpha, weight, *, n, num_iterations, norm_eps, input_norm_eps):
+def read_forward(streams, phi, bias, alpha, weight, *, n, **static):
     """Returns layer_input, h_post, h_res, and what the backward needs: h_pre, s, r."""
-    del weight, input_norm_eps  # refused by `check`
     x = pallas_call.flat_tokens(streams)
     if not x.shape[0]:
         return _empty_read(streams, n)
-    outputs = _forward((x,), phi, bias, alpha, n, num_iterations, norm_eps)
+    outputs = _forward((x,), phi, bias, alpha, weight, n=n, **static)
     return _unflatten(outputs, streams.shape[:-1], n)
 
 
-def forward(
-    streams,
-    layer_output,
-    h_post,
-    h_res,
-    phi,
-    bias,
-    alpha,
-    weight,
-    *,
-    n,
-    num_iterations,
-    norm_eps,
-    input_norm_eps,
-):
+def forward(streams, layer_output, h_post, h_res, *parameters, n, **static):
     """Returns new streams, then what `read_forward` returns for them."""
-    del weight, input_norm_eps
     update = (
         *(pallas_call.flat_tokens(streams), pallas_call.flat_tokens(layer_output)),
         *(pallas_call.tokens_last(h_post), pallas_call.tokens_last(h_res, 2)),
     )
     if not update[0].shape[0]:
         return streams, *_empty_read(streams, n)
-    new, *outputs = _forward(update, phi, bias, alpha, n, num_iterations, norm_eps)
+    new, *outputs = _forward(update, *parameters, n=n, **static)
     return new.reshape(streams.shape), *_unflatten(outputs, streams.shape[:-1], n)
 
 
@@ -299,7 +303,7 @@ def _read_backward_kernel(
         scale = jnp.broadcast_to(dr / (r * x_ref.shape[1]), (8, tiles.block)).T[:, :1]
 
         def other_cotangents(i, c, size):
-            d = d_ref[:, pl.ds(c, size)].astype(jnp.float32)
+            d = d_ref[:, pl.ds(c, size)].astype(dx_ref.dtype).astype(jnp.float32)
             g = g_ref[:, pl.ds(i * width + c, size)].astype(jnp.float32)
             return h_rows_ref[rows, i : i + 1] * d + g
 
@@ -326,13 +330,19 @@ def read_backward(
     input_norm_eps,
 ):
     """Cotangents (dx, dphi, dbias, dalpha, dweight); `d_streams` has already arrived for the streams."""
-    del weight, norm_eps, input_norm_eps
+    del norm_eps
     x, m = pallas_call.flat_tokens(streams), num_columns(n)
     num_tokens, width = x.shape
     if not num_tokens:
-        return streams, *map(jnp.zeros_like, (phi, bias, alpha)), None
+        return streams, *(None if p is None else p * 0 for p in (phi, bias, alpha, weight))
+    d_weight = None
+    if input_norm_eps is not None:
+        d_input, d_weight = pre_reference.norm_backward(
+            streams, h_pre, weight, d_input, eps=input_norm_eps
+        )
     operand = projection.phi_operand(phi, x.dtype)
-    block = block_tokens(width, n, x.dtype, 3 + 1 / n, backward=True)
+    rows = _backward_rows(n, x.dtype, input_norm_eps)
+    block = block_tokens(width, n, x.dtype, rows, backward=True)
     tiles = TokenTiles(num_tokens, block, max_parts=2)
     row, columns = tiles.rows(width), tiles.columns
     rows_scratch = pltpu.VMEM((tiles.window, LANES), jnp.float32)
@@ -362,7 +372,7 @@ def read_backward(
         transcendentals=4 * m * num_tokens,
     )
     sums = dphi.sum(axis=0).T, dbias.sum(axis=(0, 2)), dalpha.sum(axis=(0, 2))
-    return dx.reshape(streams.shape), *sums, None
+    return dx.reshape(streams.shape), *sums, d_weight
 
 
 def backward(streams, layer_output, h_post, h_res, new_streams, *rest, **static):
