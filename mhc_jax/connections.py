@@ -19,6 +19,7 @@ from flax import nnx
 
 import kernels_pallas as kernels
 from kernels_pallas.shapes import check_streams, coefficient_dtype
+from mhc_jax.layers import RMSNorm
 from mhc_jax.manifolds import Birkhoff, Manifold
 
 
@@ -66,14 +67,25 @@ class Connection(nnx.Module):
         """Writes the layer output `[..., C]` into the streams (Eq. 3)."""
         raise NotImplementedError
 
-    def boundary(self, pending: Pending) -> tuple[jax.Array, jax.Array, Mappings]:
-        """Does the pending write, then reads for this sublayer.
+    def read(
+        self, streams: jax.Array, norm: RMSNorm | None = None
+    ) -> tuple[jax.Array, jax.Array, Mappings]:
+        """As `pre`, but returns the streams too, and with `norm` the layer input after it.
+
+        What follows should use the returned streams: mHC then sums all cotangents of the streams in one
+        pass.
 
         Returns:
           streams `[..., n*C]`, layer input `[..., C]` and mappings.
         """
-        streams = self.post(*pending)
-        return streams, *self.pre(streams)
+        layer_input, mappings = self.pre(streams)
+        return streams, layer_input if norm is None else norm(layer_input), mappings
+
+    def boundary(
+        self, pending: Pending, norm: RMSNorm | None = None
+    ) -> tuple[jax.Array, jax.Array, Mappings]:
+        """Does the pending write, then reads for this sublayer; see `read`."""
+        return self.read(self.post(*pending), norm)
 
     def start(self, streams: jax.Array) -> Pending:
         """A pending update that leaves `streams` as they are: how a scan over sublayers begins."""
@@ -90,7 +102,7 @@ class Connection(nnx.Module):
 
     def __call__(self, streams: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """One sublayer around any callable `[..., C]` -> `[..., C]`, its pre-norm inside (Eq. 3)."""
-        layer_input, mappings = self.pre(streams)
+        streams, layer_input, mappings = self.read(streams)
         return self.post(streams, layer(layer_input), mappings)
 
 
@@ -251,37 +263,58 @@ class ManifoldHyperConnections(_WideConnection):
             ).astype(jnp.float32)
         )
 
-    def mappings(self, streams: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """h_pre `[..., n]`, h_post `[..., n]`, h_res `[..., n, n]`, float32."""
-        parameters = self.phi[...], self.bias[...], self.alpha[...]
-        if isinstance(self.manifold, Birkhoff):
-            return kernels.mappings(
-                streams,
-                *parameters,
-                n=self.n,
-                num_iterations=self.manifold.num_iterations,
-                norm_eps=self.norm_eps,
-                implementation=self.implementation,
-            )
-        return self._mappings_on_any_manifold(streams, *parameters)
+    def read(
+        self, streams: jax.Array, norm: RMSNorm | None = None
+    ) -> tuple[jax.Array, jax.Array, Mappings]:
+        if not isinstance(self.manifold, Birkhoff):
+            return super().read(streams, norm)
+        layer_input, *mappings, streams = kernels.read(streams, **self._arguments(norm))
+        return streams, layer_input, Mappings(*mappings)
 
-    def _mappings_on_any_manifold(self, streams, phi, bias, alpha):
-        n = self.n
-        s, r = kernels.projection(
-            streams, phi, norm_eps=self.norm_eps, implementation=self.implementation
+    def boundary(
+        self, pending: Pending, norm: RMSNorm | None = None
+    ) -> tuple[jax.Array, jax.Array, Mappings]:
+        if not isinstance(self.manifold, Birkhoff):
+            return super().boundary(pending, norm)
+        streams, layer_output, written = pending
+        layer_input, *mappings, streams = kernels.boundary(
+            streams, layer_output, *written, **self._arguments(norm)
         )
-        parts = jnp.split(s / r[..., None], (n, 2 * n), axis=-1)
-        statics = jnp.split(bias.astype(s.dtype), (n, 2 * n))
-        pre, post, res = (
-            gate * part + jnp.broadcast_to(static, part.shape)
-            for gate, part, static in zip(alpha.astype(s.dtype), parts, statics)
-        )
-        return jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), self.manifold.project(res, n)
+        return streams, layer_input, Mappings(*mappings)
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
-        h_pre, h_post, h_res = self.mappings(streams)
+        if isinstance(self.manifold, Birkhoff):
+            return self.read(streams)[1:]
+        h_pre, h_post, h_res = self._mappings_on_any_manifold(streams)
         layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
         return layer_input, Mappings(h_post, h_res)
+
+    def _arguments(self, norm: RMSNorm | None) -> dict:
+        """What the fused operations need beside the streams."""
+        return {
+            "phi": self.phi[...],
+            "bias": self.bias[...],
+            "alpha": self.alpha[...],
+            "n": self.n,
+            "num_iterations": self.manifold.num_iterations,
+            "norm_eps": self.norm_eps,
+            "input_norm_weight": None if norm is None else norm.scale[...],
+            "input_norm_eps": None if norm is None else norm.eps,
+            "implementation": self.implementation,
+        }
+
+    def _mappings_on_any_manifold(self, streams):
+        n = self.n
+        s, r = kernels.projection(
+            streams, self.phi[...], norm_eps=self.norm_eps, implementation=self.implementation
+        )
+        parts = jnp.split(s / r[..., None], (n, 2 * n), axis=-1)
+        statics = jnp.split(self.bias[...].astype(s.dtype), (n, 2 * n))
+        pre, post, res = (
+            gate * part + jnp.broadcast_to(static, part.shape)
+            for gate, part, static in zip(self.alpha[...].astype(s.dtype), parts, statics)
+        )
+        return jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), self.manifold.project(res, n)
 
 
 def _check_size(width: int, n: int) -> None:

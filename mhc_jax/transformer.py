@@ -80,8 +80,8 @@ class Block(nnx.Module):
             (self.attention_connection, self.attention_norm, self.attention),
             (self.ffn_connection, self.ffn_norm, self.ffn),
         ):
-            streams, layer_input, mappings = connection.boundary(pending)
-            pending = Pending(streams, layer(norm(layer_input)), mappings)
+            streams, layer_input, mappings = connection.boundary(pending, norm)
+            pending = Pending(streams, layer(layer_input), mappings)
             writes.append(pending)
         return pending, writes
 
