@@ -116,8 +116,8 @@ def run(shapes=SHAPES) -> bool:
                     for a, b in zip(leaves["triton"], again)
                 )
                 ours, xla = (_errors(leaves[i], truth) for i in ("triton", "xla"))
-                # 2e-7 of leeway: where "xla" happens to be exact, one rounding is not twice zero.
-                fine = bool(same and np.all(ours <= 2 * xla + 2e-7))
+                # 8 float32 roundings of leeway: of 3 or 8 numbers "xla" may be right by chance.
+                fine = bool(same and np.all(ours <= 2 * xla + 4.8e-7))
                 good &= fine
                 worst = int(np.argmax(ours / (xla + 1e-7)))
                 print(

@@ -68,8 +68,8 @@ def assert_as_good_as_xla(f, args, cotangent, truth):
     assert len(ours) == len(xla) == len(truth)
     for k, (a, b, t) in enumerate(zip(ours, xla, truth)):
         assert a.dtype == b.dtype
-        # 2e-7 of leeway: where "xla" happens to be exact, one float32 rounding is not twice zero.
-        assert error(a, t) <= 2 * error(b, t) + 2e-7, (k, error(a, t), error(b, t))
+        # 8 float32 roundings of leeway: of 3 or 8 numbers (dalpha, dbias) "xla" may be right by chance.
+        assert error(a, t) <= 2 * error(b, t) + 4.8e-7, (k, error(a, t), error(b, t))
 
 
 def parameters(n, C):
