@@ -94,7 +94,7 @@ def _total(tiles: list[jax.Array]) -> jax.Array:
 
 def _normalise_rows(matrix: Matrix) -> tuple[Matrix, list[jax.Array]]:
     """Rows over their sums, and the reciprocals of the sums: n reciprocals for n*n divisions."""
-    inverse = [pl.reciprocal(_total(row)) for row in matrix]
+    inverse = [1 / _total(row) for row in matrix]
     return [[tile * inv for tile in row] for row, inv in zip(matrix, inverse)], inverse
 
 
