@@ -174,10 +174,10 @@ def _chart(rows: list[dict], path: pathlib.Path) -> None:
     figure, axes = pyplot.subplots(1, max(1, len(shapes)), figsize=(6 * max(1, len(shapes)), 3.5))
     for (T, C), axis in zip(shapes, [axes] if len(shapes) < 2 else axes):
         bars = [r for r in rows if r["name"].startswith("sublayer") and (r["T"], r["C"]) == (T, C)]
-        labels = [f"{r['implementation']} {r['name'].removeprefix('sublayer')}" for r in bars]
+        labels = [r["implementation"] + r["name"].removeprefix("sublayer") for r in bars]
         axis.barh(labels, [r["C units"] for r in bars])
-        axis.set_xscale("log")
-        axis.set_xlabel("time in C (copy of one bf16 [T, C]: 1)")
+        axis.margins(x=0.15)
+        axis.set_xlabel("time in C (1C: 2TC bytes at the copy rate)")
         axis.set_title(f"mHC sublayer, forward + backward, T {T}, C {C}")
         for i, r in enumerate(bars):
             axis.text(r["C units"], i, f" {r['C units']:.1f}", va="center")
