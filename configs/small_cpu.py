@@ -12,9 +12,9 @@ from configs import default
 def get_config():
     config = default.get_config()
     config.steps = 200
-    config.batch_size = 8
+    config.batch_size = 4
     config.eval_every = 0
-    config.eval_batches = 16
+    config.eval_batches = 32
     config.gains_every = 50
     config.checkpoint_every = 100
     config.checkpoints_kept = 1

@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import jax
 
+from kernels_pallas import sharding
+
 IMPLEMENTATIONS = ("xla", "pallas", "triton")
 _FILES = {"xla": "reference", "pallas": "tpu", "triton": "gpu"}
 _PLATFORMS = {"pallas": "tpu", "triton": "cuda"}
@@ -81,6 +83,12 @@ def _backend(op: str, implementation: str):
     return importlib.import_module(f"kernels_pallas.{op}.{_FILES[implementation]}")
 
 
+def _kernel(op: str, direction: str, backend, static: dict) -> Callable:
+    """The function of a kernel backend, per device if tokens are sharded."""
+    function = functools.partial(getattr(backend, direction), **static)
+    return sharding.per_device(op, direction, function, num_trailing=2 if op == "sinkhorn" else 1)
+
+
 @functools.cache
 def _say_once(op: str, names: tuple[str, ...]) -> None:
     _log.info("%s: implementation %s", op, " or ".join(names) + " (by platform)" * (len(names) > 1))
@@ -101,9 +109,10 @@ def run(op: str, direction: str, implementation: str | None, *args, **static):
         if why_not:
             raise NotImplementedError(f"implementation={implementation!r} cannot run: {why_not}")
         backend = _backend(op, implementation)
-        if implementation != "xla":
-            backend.check(*args, **static)
-        return getattr(backend, direction)(*args, **static)
+        if implementation == "xla":
+            return getattr(backend, direction)(*args, **static)
+        backend.check(*args, **static)
+        return _kernel(op, direction, backend, static)(*args)
 
     branches: dict[str, Callable] = {}
     for name, platform in _PLATFORMS.items():
@@ -115,7 +124,7 @@ def run(op: str, direction: str, implementation: str | None, *args, **static):
         except NotImplementedError as error:
             _log.info("%s: %s does not take these arguments (%s); xla runs", op, name, error)
             continue
-        branches[platform] = functools.partial(getattr(backend, direction), **static)
+        branches[platform] = _kernel(op, direction, backend, static)
     default = functools.partial(getattr(_backend(op, "xla"), direction), **static)
     _say_once(op, tuple(name for name in _PLATFORMS if _PLATFORMS[name] in branches) + ("xla",))
     if not branches:

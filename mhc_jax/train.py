@@ -27,6 +27,7 @@ from mhc_jax.train_step import (
     jit_train_step,
     loss_fn,
     measure_gains,
+    on_mesh,
 )
 
 _log = logging.getLogger(__name__)
@@ -158,9 +159,13 @@ class Run:
             MetricWriter(workdir, tensorboard=config.tensorboard) if self.is_main else None
         )
         self.last_metrics: dict[str, float] = {}
-        self._train_step = jit_train_step(config)
-        self._eval_step = jax.jit(functools.partial(loss_fn, config=config.model))
-        self._gains = jax.jit(functools.partial(measure_gains, config=config.model))
+        self._train_step = jit_train_step(config, self.mesh)
+        self._eval_step = jax.jit(
+            on_mesh(functools.partial(loss_fn, config=config.model), self.mesh)
+        )
+        self._gains = jax.jit(
+            on_mesh(functools.partial(measure_gains, config=config.model), self.mesh)
+        )
         self._in_flight = None  # (step, batch, position before it, metrics) of the newest step
         self._clock = None  # when the metrics of the step before were fetched
 

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
+from kernels_pallas.sharding import token_sharding
 from mhc_jax import gains
 from mhc_jax.config import Config, ModelConfig
 from mhc_jax.losses import cross_entropy
@@ -124,9 +126,22 @@ def train_step(
     return state, metrics
 
 
-def jit_train_step(config: Config) -> Callable:
+def jit_train_step(config: Config, mesh: Mesh | None = None) -> Callable:
     """`train_step` compiled for this configuration, with the state's buffers reused."""
-    return jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
+    step = on_mesh(functools.partial(train_step, config=config), mesh)
+    return jax.jit(step, donate_argnums=0)
+
+
+def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
+    """`function`, traced so that its kernels run per device of `mesh` with the batch over `data`."""
+    if mesh is None:
+        return function
+
+    def traced(*args):
+        with token_sharding(mesh, "data"):
+            return function(*args)
+
+    return traced
 
 
 def analyse(params: Params, tokens: jax.Array, config: ModelConfig) -> Analysis:
