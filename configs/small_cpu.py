@@ -13,8 +13,8 @@ def get_config():
     config = default.get_config()
     config.steps = 200
     config.batch_size = 4
-    config.eval_every = 0
-    config.eval_batches = 32
+    config.eval_every = 100
+    config.eval_batches = 16
     config.gains_every = 50
     config.checkpoint_every = 100
     config.checkpoints_kept = 1

@@ -1,6 +1,7 @@
 """Causal multi-head self-attention with rotary positions."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from mhc_jax.layers import linear, rope
@@ -36,5 +37,12 @@ class Attention(nnx.Module):
         heads = self.qkv(x).reshape(*x.shape[:2], 3 * self.num_heads, -1)
         q, k, v = (heads[:, :, i * self.num_heads : (i + 1) * self.num_heads] for i in range(3))
         q, k = (rope(t, theta=self.rope_theta) for t in (q, k))
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        mixed = jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, implementation=_implementation(q.dtype)
+        )
         return self.out(mixed.reshape(x.shape))
+
+
+def _implementation(dtype) -> str | None:
+    """cuDNN's fused attention on a GPU, which takes 16-bit heads alone; else XLA."""
+    return "cudnn" if jax.default_backend() == "gpu" and dtype == jnp.bfloat16 else None
