@@ -17,20 +17,22 @@ setup(
         "grain>=0.2.12",  # MapDataset and its orbax handler
         "array_record>=0.8",  # tokenized data sets
         "ml_collections>=1.0",  # typed ConfigDict, config_flags
-        "absl-py>=2",  # flags of mhc_jax.main
-        "numpy>=2",
+        "absl-py>=2",  # flags of mhc_jax.main; 2 is what ml_collections 1 is tested with
+        "numpy>=2",  # oldest that jax 0.10 takes
         "tensorboardX>=2.6",  # events without TensorFlow
-        "tqdm>=4.60",
-        "matplotlib>=3.9",  # figures of experiments
+        "tqdm>=4.60",  # progress bars
+        "matplotlib>=3.9",  # figures of experiments; oldest with NumPy 2
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         # triton is pinned to the series that jax-triton 0.3 is built against.
         "gpu": ["jax[cuda13]>=0.10", "jax-triton>=0.3,<0.4", "triton>=3.6,<3.7"],
         "tokenizers": ["tokenizers>=0.20"],  # only for data.tokenizer=<file>.json
+        # pytest 8 knows the options of pyproject.toml; no torch, to keep the environment small.
         "test": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "tokenizers>=0.20"],
         # Triton kernels on the CPU (interpreter) and compiled without a GPU: slow to install.
         "parity": ["torch>=2.11", "triton>=3.6,<3.7", "jax-triton>=0.3,<0.4"],
+        # To look at runs; any recent version does.
         "notebook": ["jupyterlab>=4", "pandas>=2"],
     },
 )

@@ -9,7 +9,7 @@ from ml_collections import config_dict
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.seed = 0  # of parameters and of the order of the data
+    config.seed = 0  # of parameters, >= 0; the order of the data has data.shuffle_seed
     config.steps = 1000  # optimizer updates
     config.batch_size = 32  # sequences an update, over all devices
     config.log_every = 1  # steps between training metrics, >= 1
@@ -53,8 +53,8 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.warmup_steps = 100  # linear from 0; the first update of a warm-up is empty
     optimizer.final_fraction = 0.1  # of the peak, where cosine and wsd end
     optimizer.decay_fraction = 0.2  # last part of the run in which wsd decays, 0 to 1
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.95
+    optimizer.b1 = 0.9  # decay of the mean of gradients, 0 to 1
+    optimizer.b2 = 0.95  # decay of the mean of their squares, 0 to 1
     optimizer.eps = 1e-8  # Table 5 has 1e-20, which turns rounding noise into full-size updates
     optimizer.weight_decay = 0.1  # on matrices; never on norms, bias or alpha
     optimizer.clip_norm = 1.0  # of the gradient, 0: no clipping

@@ -1,6 +1,8 @@
 """The baseline of every comparison: the same decoder with x + F(x).
 
 Command:  python -m mhc_jax.main --config=configs/residual.py --workdir=runs/residual
+Time:     as configs/mhc.py, not measured yet
+Result:   none recorded yet
 """
 
 from configs import default

@@ -4,6 +4,8 @@
 rate, no clipping, so that nothing hides the effect.
 
 Command:  python -m mhc_jax.main --config=configs/small_cpu.py --workdir=runs/small
+Time:     1 to 2 minutes an arm on 2 CPU cores
+Result:   composite gain HC 2537 forward, 2168 backward; mHC 1.000, 1.024 (seed 0)
 """
 
 from configs import default

@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("workdir", nargs="+")
     parser.add_argument("--baseline", help="connection, name or workdir; residual if there is one")
-    parser.add_argument("--output", required=True, help="folder for the figures")
+    parser.add_argument("--output", default="figures", help="folder for the figures (figures/)")
     parser.add_argument("--step", type=int, help="step of the gains; else the last common one")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")

@@ -37,8 +37,10 @@ COLUMNS = {
     "composite_backward": "composite gain, backward",
     "seconds_per_step": "seconds a step",
 }
+LAST_STEPS = 20  # one batch is noise: arms differ by less than the batches of neighbouring steps do
 TABLE_NOTE = (
-    "Losses are the last ones logged, in nats per token. Gradient norm and gains are the largest over all "
+    f"Losses are in nats per token: of training the mean over the last {LAST_STEPS} logged steps, of "
+    "validation the last one logged. Gradient norm and gains are the largest over all "
     "logged steps (gains: over all sublayers too, mean over tokens); a residual connection has gain 1 by "
     "definition. Seconds a step is the median, so compilation does not count."
 )
@@ -113,7 +115,7 @@ def _row(arm: Arm) -> dict:
     row = {
         "arm": arm.name,
         "step": max((int(steps[-1]) for steps, _ in arm.metrics.values()), default=None),
-        "train_loss": reduce("train/loss", lambda v: v[-1]),
+        "train_loss": reduce("train/loss", lambda v: np.mean(v[-LAST_STEPS:])),
         "validation_loss": reduce("validation/loss", lambda v: v[-1]),
         "grad_norm_max": reduce("train/grad_norm", np.max),
     }

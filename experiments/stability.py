@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from experiments import report
 from mhc_jax.config import CONNECTIONS, from_dict
-from mhc_jax.train import Interrupted, NonFiniteError, train
+from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
 PACKAGES = ("jax", "flax", "optax", "grain", "orbax-checkpoint")
 
@@ -65,7 +65,10 @@ def arm_config(options: argparse.Namespace, connection: str):
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> pathlib.Path:
     """Trains the arms, prints the table and writes the report, also when an arm has diverged."""
-    configs = {arm: arm_config(options, arm) for arm in options.arms}  # errors before any work
+    try:  # errors before any work
+        configs = {arm: arm_config(options, arm) for arm in options.arms}
+    except (ValueError, TypeError, ModuleNotFoundError) as error:
+        raise BadInput(str(error)) from error
     workdirs, notes = [], []
     for number, (arm, config) in enumerate(configs.items(), 1):
         workdir = options.output / arm
@@ -98,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file it writes
     try:
         run(options, arguments)
-    except (ValueError, TypeError, Interrupted) as error:
+    except (BadInput, Interrupted) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

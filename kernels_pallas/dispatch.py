@@ -54,7 +54,7 @@ def _missing_package() -> str | None:
     # find_spec, not import: importing jax_triton fails on an installation of jax without CUDA.
     for package in ("triton", "jax_triton"):
         if importlib.util.find_spec(package) is None:
-            return f"the package {package} is not installed (pip install 'mhc_jax[gpu]')"
+            return f"the package {package} is not installed (pip install -e '.[gpu]')"
     return None
 
 

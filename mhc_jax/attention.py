@@ -1,5 +1,7 @@
 """Causal multi-head self-attention with rotary positions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -37,12 +39,18 @@ class Attention(nnx.Module):
         heads = self.qkv(x).reshape(*x.shape[:2], 3 * self.num_heads, -1)
         q, k, v = (heads[:, :, i * self.num_heads : (i + 1) * self.num_heads] for i in range(3))
         q, k = (rope(t, theta=self.rope_theta) for t in (q, k))
-        mixed = jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, implementation=_implementation(q.dtype)
-        )
+        mixed = _causal_attention(q, k, v)
         return self.out(mixed.reshape(x.shape))
 
 
-def _implementation(dtype) -> str | None:
-    """cuDNN's fused attention on a GPU, which takes 16-bit heads alone; else XLA."""
-    return "cudnn" if jax.default_backend() == "gpu" and dtype == jnp.bfloat16 else None
+def _causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention on `[B, S, H, D]`; on GPUs cuDNN's fused kernel where it takes the heads."""
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    if not (q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128):
+        return attend(q, k, v)
+    devices = jax.devices()
+    # Tracing the cuDNN kernel needs a GPU; which of the two runs is decided by the platform lowered for.
+    if devices[0].platform != "gpu" or float(devices[0].compute_capability) < 8:
+        return attend(q, k, v)
+    cudnn = functools.partial(attend, implementation="cudnn")
+    return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=attend)

@@ -68,6 +68,9 @@ class ModelConfig:
         for name in ("vocab_size", "num_blocks", "width", "num_heads", "ffn_width", "n"):
             _at_least(f"model.{name}", getattr(self, name), 1)
         _at_least("model.sinkhorn_iterations", self.sinkhorn_iterations, 1)
+        for name in ("init_std", "norm_eps", "pre_init_gap", "res_init_gap"):
+            _at_least(f"model.{name}", getattr(self, name), 0)
+        _at_least("model.rope_theta", self.rope_theta, 1)
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(
                 f"model.width={self.width} over model.num_heads={self.num_heads}: the width of a head "
@@ -102,8 +105,11 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _one_of("optimizer.schedule", self.schedule, SCHEDULES)
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm", "eps"):
             _at_least(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("final_fraction", "decay_fraction", "b1", "b2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie in 0 to 1")
         _at_least("optimizer.accumulate_steps", self.accumulate_steps, 1)
 
 

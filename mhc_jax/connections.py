@@ -249,7 +249,7 @@ class ManifoldHyperConnections(_WideConnection):
     ):
         _check_size(width, n)
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
-        self.manifold = Birkhoff(implementation=implementation) if manifold is None else manifold
+        self.manifold = Birkhoff() if manifold is None else manifold
         num_logits = self.manifold.num_logits(n)
         self.phi = nnx.Param(jnp.zeros((n * width, 2 * n + num_logits), jnp.float32))
         self.alpha = nnx.Param(jnp.full(3, alpha_init, jnp.float32))
@@ -263,10 +263,15 @@ class ManifoldHyperConnections(_WideConnection):
             ).astype(jnp.float32)
         )
 
+    @property
+    def _fused(self) -> bool:
+        """Whether the kernels know the manifold; a subclass of Birkhoff may project otherwise."""
+        return type(self.manifold) is Birkhoff
+
     def read(
         self, streams: jax.Array, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
-        if not isinstance(self.manifold, Birkhoff):
+        if not self._fused:
             return super().read(streams, norm)
         layer_input, *mappings, streams = kernels.read(streams, **self._arguments(norm))
         return streams, layer_input, Mappings(*mappings)
@@ -274,7 +279,7 @@ class ManifoldHyperConnections(_WideConnection):
     def boundary(
         self, pending: Pending, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
-        if not isinstance(self.manifold, Birkhoff):
+        if not self._fused:
             return super().boundary(pending, norm)
         streams, layer_output, written = pending
         layer_input, *mappings, streams = kernels.boundary(
@@ -283,7 +288,7 @@ class ManifoldHyperConnections(_WideConnection):
         return streams, layer_input, Mappings(*mappings)
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
-        if isinstance(self.manifold, Birkhoff):
+        if self._fused:
             return self.read(streams)[1:]
         h_pre, h_post, h_res = self._mappings_on_any_manifold(streams)
         layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)

@@ -12,7 +12,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from mhc_jax.config import from_dict
-from mhc_jax.train import Interrupted, NonFiniteError, train
+from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string(
@@ -34,17 +34,24 @@ def main(argv):
         )
     try:
         config = from_dict(_CONFIG.value)
-        _log.info("devices: %s", jax.devices())
+    except (ValueError, TypeError) as error:
+        sys.exit(f"bad config: {error}")
+    _log.info("devices: %s", jax.devices())
+    try:
         train(config, _WORKDIR.value)
-    except (ValueError, TypeError, NonFiniteError, Interrupted, NotImplementedError) as error:
+    except (BadInput, NonFiniteError, Interrupted) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
 def _parse_flags(argv):
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, TypeError, ValueError, OSError) as error:  # of the config file's fields
-        sys.exit(f"bad --config: {error}".replace("\\'", "'"))
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # ml_collections wraps the KeyError of an unknown field, message and all.
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        text = str(error.args[0]) if error.args else type(error).__name__
+        sys.exit(f"bad --config or --config.<field>: {text}")
 
 
 if __name__ == "__main__":

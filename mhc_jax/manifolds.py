@@ -28,11 +28,9 @@ class Birkhoff:
 
     Attributes:
       num_iterations: t_max of Eq. 9.
-      implementation: of the `sinkhorn` op.
     """
 
     num_iterations: int = 20
-    implementation: str | None = None
 
     def num_logits(self, n: int) -> int:
         return n * n
@@ -41,11 +39,8 @@ class Birkhoff:
         return gap * (jnp.eye(n) - 1).reshape(-1)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
-        return sinkhorn(
-            logits.reshape(*logits.shape[:-1], n, n),
-            num_iterations=self.num_iterations,
-            implementation=self.implementation,
-        )
+        matrices = logits.reshape(*logits.shape[:-1], n, n)
+        return sinkhorn(matrices, num_iterations=self.num_iterations)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,13 +21,17 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: pathlib.Path, *, tensorboard: bool):
-        self._lines = (workdir / "metrics.jsonl").open("a")
+        path = workdir / "metrics.jsonl"
+        cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        self._lines = path.open("a")
+        if cut:  # a killed run left half a line: keep the next one apart from it
+            self._lines.write("\n")
         self._board = (
             tensorboardX.SummaryWriter(str(workdir / "tensorboard")) if tensorboard else None
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes scalars of the model after `step` updates."""
+        """Writes scalars under `step`, the updates done (the loss is that before the last of them)."""
         line = {"step": step} | {name: jsonable(float(value)) for name, value in values.items()}
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()

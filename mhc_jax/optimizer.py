@@ -29,12 +29,14 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     elif config.schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_fraction)
     elif config.schedule == "wsd":
-        decay = max(round(steps * config.decay_fraction), 1)
-        main = optax.linear_schedule(peak, final, decay, max(steps - decay - warmup, 0))
+        after_warmup = max(steps - warmup, 1)
+        decay = min(max(round(steps * config.decay_fraction), 1), after_warmup)
+        main = optax.linear_schedule(peak, final, decay, after_warmup - decay)
     else:
         boundaries, factor_before = {}, 1.0
         for fraction, factor in STEP_DECAY:
-            boundaries[max(round(fraction * steps) - warmup, 0)] = factor / factor_before
+            boundary = max(round(fraction * steps) - warmup, 0)
+            boundaries[boundary] = boundaries.get(boundary, 1.0) * factor / factor_before
             factor_before = factor
         main = optax.piecewise_constant_schedule(peak, boundaries)
     ramp = optax.linear_schedule(0.0, peak, max(warmup, 1))

@@ -28,6 +28,7 @@ from mhc_jax.train_step import (
     loss_fn,
     measure_gains,
     on_mesh,
+    train_step,
 )
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ _log = logging.getLogger(__name__)
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient norm was not finite; the message says at which step and where first."""
+
+
+class BadInput(ValueError):
+    """Configuration, data, devices and workdir do not fit together; nothing has been trained."""
 
 
 class Interrupted(RuntimeError):
@@ -48,23 +53,30 @@ def _stop_signals():
     if threading.current_thread() is not threading.main_thread():
         yield requested
         return
-    old = {
-        number: signal.signal(number, lambda *_: requested.set())
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    old = {}
+
+    def restore():
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+    def handle(*_):
+        requested.set()
+        restore()  # a second Ctrl-C ends the program at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old[number] = signal.signal(number, handle)
     try:
         yield requested
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        restore()
 
 
 def check_config(config: Config) -> None:
     """What the fields cannot tell alone, before anything is allocated.
 
     Raises:
-      ValueError: batch size against devices, vocabulary against data.
-      NotImplementedError: kernels that cannot run on these devices.
+      ValueError: batch size against devices, vocabulary against data, sizes that a module refuses.
+      NotImplementedError: kernels that cannot run on these devices or do not take these sizes.
     """
     sharding.check_batch_size(
         config.batch_size, config.optimizer.accumulate_steps, jax.device_count()
@@ -76,6 +88,11 @@ def check_config(config: Config) -> None:
             f"model.vocab_size={config.model.vocab_size} is less than the {needed} ids of the data: "
             f"set model.vocab_size={needed}"
         )
+    # Traces the whole step without allocating: what modules and kernels refuse is refused here.
+    shape = config.batch_size, config.data.sequence_length
+    batch = {key: jax.ShapeDtypeStruct(shape, "int32") for key in ("inputs", "targets")}
+    state = jax.eval_shape(functools.partial(init_state, config))
+    jax.eval_shape(functools.partial(train_step, config=config), state, batch)
 
 
 def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
@@ -86,16 +103,24 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
     """
     path, values = workdir / "config.json", dataclasses.asdict(config)
     if path.exists():
-        differing = differences(json.loads(path.read_text()), values)
+        try:
+            there = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path} is not JSON ({error}): remove it or use a new workdir"
+            ) from error
+        differing = differences(there, values)
         if differing:
             fields = "; ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in differing.items())
             raise ValueError(
-                f"{path} belongs to another run ({fields}): use the same config or a new --workdir"
+                f"{path} belongs to another run ({fields}): use the same config or a new workdir"
             )
         return
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        part = path.with_suffix(".part")  # renamed when whole, so that a kill leaves no half file
+        part.write_text(json.dumps(values, indent=2) + "\n")
+        part.rename(path)
 
 
 def train(
@@ -109,16 +134,18 @@ def train(
       name: shown beside the progress bar; by default the connection.
 
     Returns:
-      the last value of every metric.
+      the last value of every metric that this call wrote (none if the run was finished already).
 
     Raises:
-      ValueError: configuration, data and devices do not fit together.
+      BadInput: configuration, data, devices and workdir do not fit together.
       NonFiniteError: see there; the state before that step is saved.
       Interrupted: SIGINT or SIGTERM; the state is saved, the same command resumes.
     """
-    check_config(config)
-    workdir = pathlib.Path(workdir)
-    run = Run(config, workdir)
+    try:
+        check_config(config)
+        run = Run(config, pathlib.Path(workdir))
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        raise BadInput(str(error)) from error
     try:
         with _stop_signals() as stop:
             run.loop(stop, name or config.model.connection)
@@ -140,6 +167,9 @@ class Run:
         self.data = make_iterator(config.data, split="train", **processes)
         self.validation = make_iterator(config.data, split="validation", **processes)
         self._validation_start = self.validation.get_state()
+        # The same sequence on every process and at every step.
+        one = make_iterator(config.data, split="validation", batch_size=1)
+        self._gains_tokens = next(one)["inputs"]
         claim_workdir(config, workdir)
 
         self.config, self.workdir, self.mesh = config, workdir, sharding.make_mesh()
@@ -177,13 +207,13 @@ class Run:
         ) as bar:
             while self.step < config.steps:
                 self._dispatch(bar)
-                if stop.is_set():
+                self._do_what_is_due(bar)
+                if stop.is_set() and self.step < config.steps:
                     self._fetch(bar)
                     self.checkpoints.save(self.state, self.data)
                     raise Interrupted(
                         f"stopped at step {self.step}, saved in {self.workdir}: run again to go on"
                     )
-                self._do_what_is_due(bar)
             self._fetch(bar)
 
     def close(self) -> None:
@@ -225,10 +255,15 @@ class Run:
             self._fail(step, batch, position, metrics)
 
     def _fail(self, step, batch, position, metrics) -> None:
-        # The state is still that before the bad step, whatever was dispatched since.
+        # The state is still that before the bad step, whatever was dispatched since. Saved as healthy: a
+        # run that resumes from it tries that step again.
         self.data.set_state(position)
+        self.state = self.state.replace(healthy=~self.state.healthy)
         self.checkpoints.save(self.state, self.data)
-        where = find_non_finite(self.state.params, batch, self.config.model)
+        try:
+            where = find_non_finite(self.state.params, batch, self.config, self.mesh)
+        except Exception as error:  # the search must not hide what it was to explain
+            where = f"not found, the search failed with {type(error).__name__}: {error}"
         raise NonFiniteError(
             f"step {step + 1}: loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}. "
             f"First non-finite: {where}. The state before that step is saved in {self.workdir}."
@@ -262,10 +297,8 @@ class Run:
     def _log_gains(self) -> None:
         if self.config.model.connection == "residual":
             return  # 1 by definition
-        self.validation.set_state(self._validation_start)
-        tokens = next(self.validation)["inputs"][:1]  # always the same sequence
-        measured = jax.device_get(self._gains(self.state.params, tokens))
-        self._write(self.step, gains.summary(measured))
+        measured, cosine = jax.device_get(self._gains(self.state.params, self._gains_tokens))
+        self._write(self.step, gains.summary(measured) | {"gains/stream_cosine": float(cosine)})
         if self.is_main:
             folder = self.workdir / "gains"
             folder.mkdir(exist_ok=True)

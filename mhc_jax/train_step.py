@@ -149,33 +149,58 @@ def analyse(params: Params, tokens: jax.Array, config: ModelConfig) -> Analysis:
     return nnx.merge(model_graph(config), params).analyse(tokens)
 
 
-def measure_gains(params: Params, tokens: jax.Array, config: ModelConfig) -> gains.GainMagnitudes:
-    """Gain magnitudes (Figs. 3, 7, 8) over the tokens `[1, S]` of one sequence; hc and mhc only."""
-    h_res = analyse(params, tokens, config).h_res
-    return gains.gain_magnitudes(h_res[:, 0])
+def measure_gains(
+    params: Params, tokens: jax.Array, config: ModelConfig
+) -> tuple[gains.GainMagnitudes, jax.Array]:
+    """Gain magnitudes (Figs. 3, 7, 8) over the tokens `[1, S]` of one sequence; hc and mhc only.
+
+    Returns:
+      the gains, and the mean cosine between the streams that the last sublayer reads (1: collapsed).
+    """
+    found = analyse(params, tokens, config)
+    return gains.gain_magnitudes(found.h_res[:, 0]), found.stream_cosine[-1]
 
 
-def find_non_finite(params: Params, batch: Batch, config: ModelConfig) -> str:
+# Order in which the backward pass reaches the parts of the model.
+_BACKWARD_ORDER = ("unembed", "norm", "readout", "blocks", "embedding")
+
+
+def find_non_finite(params: Params, batch: Batch, config: Config, mesh: Mesh | None = None) -> str:
     """Where a non-finite loss or gradient arises first: a parameter, a sublayer, the loss, a gradient."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         if not jnp.isfinite(leaf).all():
             return f"parameter {_name(path)} before the step"
-    found = jax.jit(functools.partial(analyse, config=config))(params, batch["inputs"])
+    forward = jax.jit(on_mesh(functools.partial(analyse, config=config.model), mesh))
+    backward = functools.partial(_loss_and_gradients, config=config)
+    found = forward(params, batch["inputs"])
     for index, (streams, output) in enumerate(zip(found.streams_finite, found.output_finite)):
         where = f"sublayer {index} ({('attention', 'FFN')[index % 2]} of block {index // 2})"
         if not streams:
             return f"the streams read by {where}"
         if not output:
             return f"the output of {where}"
-    loss, gradients = jax.jit(jax.value_and_grad(functools.partial(loss_fn, config=config)))(
-        params, batch
-    )
+    loss, gradients = jax.jit(on_mesh(backward, mesh))(params, batch)
     if not jnp.isfinite(loss):
         return "the read-out, the logits or the loss: all sublayers were finite"
-    # The backward pass meets the last block first.
-    for path, leaf in reversed(jax.tree_util.tree_flatten_with_path(gradients)[0]):
-        if not jnp.isfinite(leaf).all():
-            return f"the gradient of {_name(path)}"
+    return _first_gradient_that_is_not_finite(gradients)
+
+
+def _first_gradient_that_is_not_finite(gradients: Params) -> str:
+    for part in _BACKWARD_ORDER:
+        bad = {
+            _name(path): ~jnp.isfinite(leaf)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(gradients.get(part, {}))[0]
+            if not jnp.isfinite(leaf).all()
+        }
+        if not bad:
+            continue
+        if part != "blocks":
+            return f"the gradient of {part}/{next(iter(bad))}"
+        # Blocks are stacked along the first axis, and the last one is met first.
+        last = {name: int(jnp.argwhere(flags)[:, 0].max()) for name, flags in bad.items()}
+        block = max(last.values())
+        names = ", ".join(name for name in last if last[name] == block)
+        return f"the gradients of block {block}: {names}"
     return "the norm of the gradient: its entries are finite, their squares overflow"
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mhc_jax import gains
 from mhc_jax.attention import Attention
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import (
@@ -41,7 +42,7 @@ def make_connection(config: ModelConfig, sublayer_index: int | jax.Array) -> Con
             **common,
         )
     manifold = (
-        Birkhoff(config.sinkhorn_iterations, config.implementation)
+        Birkhoff(config.sinkhorn_iterations)
         if config.manifold == "birkhoff"
         else MANIFOLDS[config.manifold]()
     )
@@ -93,18 +94,23 @@ class Analysis(NamedTuple):
       h_res: `[L, B, S, n, n]` float32, or None for the residual connection.
       output_finite: `[L]` bool, whether every output of F was finite.
       streams_finite: `[L]` bool, whether the streams that F's sublayer read were.
+      stream_cosine: `[L]` float32, mean cosine between those streams; 1 when they have collapsed.
     """
 
     h_res: jax.Array | None
     output_finite: jax.Array
     streams_finite: jax.Array
+    stream_cosine: jax.Array
 
 
-def _analyse(writes: list[Pending]) -> Analysis:
+def _analyse(writes: list[Pending], n: int) -> Analysis:
     """Stacks the sublayers of one block along a new first axis."""
     per_sublayer = [
         Analysis(
-            w.mappings.h_res, jnp.isfinite(w.layer_output).all(), jnp.isfinite(w.streams).all()
+            w.mappings.h_res,
+            jnp.isfinite(w.layer_output).all(),
+            jnp.isfinite(w.streams).all(),
+            gains.stream_cosine(w.streams, n),
         )
         for w in writes
     ]
@@ -168,7 +174,7 @@ class Transformer(nnx.Module):
 
         def body(pending, block_parameters):
             pending, writes = nnx.merge(graph, block_parameters)(pending)
-            return pending, _analyse(writes) if analyse else None
+            return pending, _analyse(writes, connection.n) if analyse else None
 
         pending, analysis = jax.lax.scan(body, connection.start(streams), parameters)
         return connection.post(*pending), analysis

@@ -17,7 +17,7 @@ _spec = importlib.util.spec_from_file_location(
 oracle = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(oracle)
 
-T, C = 37, 200
+T, C = 37, 201  # odd on purpose
 DTYPES = [jnp.float32, jnp.bfloat16]
 STREAMS = [1, 2, 3, 4, 8]
 STDS = [0.1, 1.0, 3.0, 10.0]  # of logits
@@ -206,6 +206,56 @@ def test_sublayer_against_the_oracle_end_to_end():
     wants = dx_post + dx_pre + dx_projection, dphi, dbias, dalpha
     for got, want in zip(gradients, wants):
         float32_close(got, want, 100)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pre_with_norm(weighted):
+    n, eps = 3, 1e-6
+    x, h_pre, dy, w = normal(0, T, n * C), normal(1, T, n), normal(2, T, C), normal(3, C)
+    y, (dx, dh_pre, dw) = value_and_vjp(
+        lambda x, h, w: kp.pre(
+            x, h, norm_weight=w if weighted else None, norm_eps=eps, implementation="xla"
+        ),
+        (x, h_pre, w),
+        dy,
+    )
+    weight = w if weighted else None
+    plain = oracle.pre(x, h_pre)
+    float32_close(y, oracle.rms_norm(plain, weight, eps), 4)
+    d_plain, want_dw = oracle.rms_norm_vjp(plain, weight, dy, eps)
+    want_dx, want_dh = oracle.pre_vjp(x, h_pre, d_plain)
+    float32_close(dx, want_dx, 10)
+    float32_close(dh_pre, want_dh, 10)
+    float32_close(dw, want_dw if weighted else np.zeros(C), 10)
+
+
+def test_boundary_equals_its_parts():
+    """`boundary` and `read` have backwards of their own; the parts are checked against the oracle."""
+    n, lead = 4, (3, 5)
+    x, phi, bias, alpha = sublayer_arguments(n, *lead)
+    y, h_post, h_res = normal(4, *lead, C), normal(5, *lead, n), normal(6, *lead, n, n)
+    args = (x, y, h_post, h_res, phi, bias, alpha, normal(7, C))
+    cotangents = (
+        normal(8, *lead, C),
+        normal(9, *lead, n),
+        normal(10, *lead, n, n),
+        normal(11, *lead, n * C),
+    )
+    common = {"n": n, "implementation": "xla"}
+
+    def fused(*args):
+        *args, weight = args
+        return kp.boundary(*args, input_norm_weight=weight, input_norm_eps=1e-6, **common)
+
+    def parts(x, y, h_post, h_res, phi, bias, alpha, weight):
+        x = kp.post_res(x, y, h_post, h_res, implementation="xla")
+        h_pre, h_post, h_res = kp.mappings(x, phi, bias, alpha, **common)
+        layer_input = kp.pre(x, h_pre, norm_weight=weight, norm_eps=1e-6, implementation="xla")
+        return layer_input, h_post, h_res, x
+
+    got, want = (value_and_vjp(f, args, cotangents) for f in (fused, parts))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        float32_close(a, b, 100)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "remat", "scan", "empty", "lead"])

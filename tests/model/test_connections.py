@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from mhc_jax import (
+    Birkhoff,
     HyperConnections,
     Identity,
     ManifoldHyperConnections,
@@ -146,6 +147,23 @@ def test_mhc_mappings_lie_on_their_manifolds():
     assert composite.sum(-2).max() <= 4
 
 
+def test_a_manifold_of_ones_own_is_used():
+    class Half(Birkhoff):
+        def project(self, logits, n):
+            return (super().project(logits, n) + jnp.broadcast_to(jnp.eye(n), (7, n, n))) / 2
+
+    streams = normal(0, 7, 4 * C)
+    own, plain = (
+        randomize(ManifoldHyperConnections(C, 4, manifold=m, implementation="xla"))
+        for m in (Half(), Birkhoff())
+    )
+    (own_input, own_maps), (plain_input, plain_maps) = own.pre(streams), plain.pre(streams)
+    np.testing.assert_allclose(own_input, plain_input, atol=1e-5)
+    np.testing.assert_allclose(own_maps.h_post, plain_maps.h_post, atol=1e-6)
+    eye = np.eye(4)[None]
+    np.testing.assert_allclose(own_maps.h_res, (plain_maps.h_res + eye) / 2, atol=1e-6)
+
+
 def test_streams_separate_and_all_parameters_learn_after_two_effective_updates():
     """In float64, so that rounding cannot pass for a gradient."""
     with jax.enable_x64(True):
@@ -178,9 +196,14 @@ def test_streams_separate_and_all_parameters_learn_after_two_effective_updates()
             parameters = jax.tree.map(
                 lambda p, g: p - 0.01 * g / (jnp.abs(g) + 1e-8), parameters, step
             )
-        for p in gradient(parameters):
+        for sublayer, p in enumerate(gradient(parameters)):
             for path, leaf in jax.tree_util.tree_flatten_with_path(p)[0]:
-                assert jnp.abs(leaf).max() > 1e-8, path
+                parts = leaf if leaf.shape == (3,) else jnp.split(leaf, (n, 2 * n), axis=-1)
+                for name, part in zip(("pre", "post", "res"), parts):
+                    size = float(jnp.abs(part).max())
+                    # The first sublayer reads n equal streams, which no stochastic h_res can change.
+                    learns = (sublayer, name) != (0, "res")
+                    assert (size > 1e-10) == learns, (sublayer, path, name, size)
         assert max(jnp.abs(leaf).max() for p in first for leaf in jax.tree.leaves(p)) > 1e-3
         streams = streams_after(parameters).reshape(32, n, C)
         assert jnp.abs(streams - streams.mean(1, keepdims=True)).max() > 1e-3
