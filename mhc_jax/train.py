@@ -214,7 +214,6 @@ class Run:
                     raise Interrupted(
                         f"stopped at step {self.step}, saved in {self.workdir}: run again to go on"
                     )
-            self._fetch(bar)
 
     def close(self) -> None:
         """Waits for checkpoints and closes files."""
