@@ -86,7 +86,7 @@ def _backend(op: str, implementation: str):
 def _kernel(op: str, direction: str, backend, static: dict) -> Callable:
     """The function of a kernel backend, per device if tokens are sharded."""
     function = functools.partial(getattr(backend, direction), **static)
-    return sharding.per_device(op, direction, function, num_trailing=2 if op == "sinkhorn" else 1)
+    return sharding.per_device(getattr(_backend(op, "xla"), direction), function)
 
 
 @functools.cache

@@ -5,8 +5,9 @@
 
 While a program is traced inside, every kernel (forward and backward, below the custom_vjp) is wrapped in
 `shard_map`: streams and coefficients are split along their leading token axes, parameters are whole on
-every device, and the gradients of parameters are summed over the devices. The axis of n*C entries is never
-split: the mappings of a token need all of it, and mixing the streams would become communication. The "xla"
+every device, and the gradients of parameters are summed over the axes that split tokens. Along any other
+axis ("tensor") every device does the same work on the same tokens. The axis of n*C entries is never split:
+the mappings of a token need all of it, and mixing the streams would become communication. The "xla"
 implementation needs none of this, since XLA partitions it.
 """
 
@@ -14,27 +15,27 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-# Positions of parameters (phi, bias, alpha, weight) among the arguments of a backend's function, and of
-# their gradients among its results. Everything else has the token axes first.
-_PARAMETERS = {
-    ("projection", "forward"): ((1,), ()),
-    ("projection", "backward"): ((1,), (1,)),
-    ("mappings", "forward"): ((2, 3), ()),
-    ("mappings", "backward"): ((2, 3), (2, 3)),
-    ("pre", "forward_normed"): ((2,), ()),
-    ("pre", "backward_normed"): ((2,), (2,)),
-    ("boundary", "read_forward"): ((1, 2, 3, 4), ()),
-    ("boundary", "read_backward"): ((1, 2, 3, 4), (1, 2, 3, 4)),
-    ("boundary", "forward"): ((4, 5, 6, 7), ()),
-    ("boundary", "backward"): ((5, 6, 7, 8), (4, 5, 6, 7)),
-}
 
-# (mesh, axes of each leading dimension) or None.
-_current: contextvars.ContextVar = contextvars.ContextVar("token_sharding", default=None)
+class TokenSharding(NamedTuple):
+    """What `token_sharding` was called with: `axes[k]` splits leading dimension k of the streams."""
+
+    mesh: Mesh
+    axes: tuple[str | tuple[str, ...] | None, ...]
+
+
+_current: contextvars.ContextVar[TokenSharding | None] = contextvars.ContextVar(
+    "token_sharding", default=None
+)
+
+
+def current() -> TokenSharding | None:
+    """The `token_sharding` that is active while this is traced, or None outside of any."""
+    return _current.get()
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def token_sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> Iterator[
             raise ValueError(
                 f"axis {axis!r} is not one of the mesh's: {', '.join(mesh.axis_names)}"
             )
-    token = _current.set((mesh, axes))
+    token = _current.set(TokenSharding(mesh, axes))
     try:
         yield
     finally:
@@ -74,47 +75,60 @@ def _divisible(mesh: Mesh, axes, lead: tuple[int, ...]):
     )
 
 
-def per_device(op: str, direction: str, function: Callable, num_trailing: int = 1) -> Callable:
-    """`function` of a kernel backend as it has to be called under the current token sharding.
+def layout(text: str) -> Callable[[Callable], Callable]:
+    """Decorator: shapes of the arrays that a function of a backend takes and returns, as in an einsum.
+
+    `layout("...k, km -> ...m, ...")` says: two arguments, two results. What begins with `...` has the leading
+    token axes and is split along them, the rest are parameters, whole on every device, or their gradients,
+    summed over the tokens. A letter is one dimension. The definition (`reference.py`) carries it for all.
+    """
+    arguments, results = (side.strip().split(", ") for side in text.split("->"))
+
+    def decorate(function):
+        function.layout = arguments, results
+        return function
+
+    return decorate
+
+
+def per_device(definition: Callable, function: Callable) -> Callable:
+    """`function` as it has to be called under the current token sharding.
 
     Args:
-      op, direction: as in `dispatch.run`.
-      function: takes arrays, returns an array or a tuple of arrays and Nones.
-      num_trailing: dimensions of the first argument that are not tokens.
+      definition: the same function of `reference.py`, with its `layout`.
+      function: of a kernel backend; takes and returns arrays (None for a parameter that is not there).
     """
-    if _current.get() is None or _current.get()[0].size == 1:
+    sharding = current()
+    if sharding is None or sharding.mesh.size == 1:
         return function
-    mesh, axes = _current.get()
-    parameter_args, parameter_results = _PARAMETERS.get((op, direction), ((), ()))
+    arguments, results = definition.layout
+    num_trailing = len(arguments[0].removeprefix("..."))
 
     def call(*args):
         lead = args[0].shape[: args[0].ndim - num_trailing]
-        used = _divisible(mesh, axes, lead)
-        tokens, whole = PartitionSpec(*used), PartitionSpec()
+        used = _divisible(*sharding, lead)
         names = _names(used)
-        is_tuple = True
+
+        def specs(shapes):
+            return tuple(PartitionSpec(*used if s.startswith("...") else ()) for s in shapes)
 
         def body(*local):
-            nonlocal is_tuple
-            results = function(*local)
-            is_tuple = isinstance(results, tuple)
-            results = results if is_tuple else (results,)
-            sums = [results[k] for k in parameter_results]
-            sums = jax.lax.psum(sums, names) if names else sums
-            return [r for k, r in enumerate(results) if k not in parameter_results], sums
+            outputs = function(*local)
+            outputs = outputs if len(results) > 1 else (outputs,)
+            # Over the axes that split tokens only: along the others every device has the same sum.
+            return tuple(
+                x if shape.startswith("...") or not names else jax.lax.psum(x, names)
+                for x, shape in zip(outputs, results, strict=True)
+            )
 
-        rows, sums = jax.shard_map(
+        outputs = jax.shard_map(
             body,
-            mesh=mesh,
-            in_specs=tuple(whole if k in parameter_args else tokens for k in range(len(args))),
-            out_specs=(tokens, whole),
+            mesh=sharding.mesh,
+            in_specs=specs(arguments),
+            out_specs=specs(results),
             # Never differentiated through (custom_vjp is outside), and Triton calls do not say what varies.
             check_vma=False,
         )(*args)
-        merged = iter(rows)
-        by_position = dict(zip(parameter_results, sums))
-        total = len(rows) + len(sums)
-        results = tuple(by_position[k] if k in by_position else next(merged) for k in range(total))
-        return results if is_tuple else results[0]
+        return outputs if len(results) > 1 else outputs[0]
 
     return call

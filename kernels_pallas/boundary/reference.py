@@ -11,8 +11,10 @@ from kernels_pallas.post_res import reference as post_res
 from kernels_pallas.pre import reference as pre
 from kernels_pallas.precision import round_to_tf32
 from kernels_pallas.projection import reference as projection
+from kernels_pallas.sharding import layout
 
 
+@layout("...k, km, m, g, c -> ...c, ...n, ...nn, ...n, ...m, ...")
 def read_forward(
     streams: jax.Array,
     phi: jax.Array,
@@ -35,6 +37,7 @@ def read_forward(
     return layer_input, h_post, h_res, h_pre, s, r
 
 
+@layout("...k, km, m, g, c, ...n, ...m, ..., ...c, ...n, ...nn, ...k -> ...k, km, m, g, c")
 def read_backward(
     streams: jax.Array,
     phi: jax.Array,
@@ -71,6 +74,7 @@ def read_backward(
     return dx.astype(streams.dtype), dphi, dbias, dalpha, d_weight
 
 
+@layout("...k, ...c, ...n, ...nn, km, m, g, c -> ...k, ...c, ...n, ...nn, ...n, ...m, ...")
 def forward(
     streams: jax.Array,
     layer_output: jax.Array,
@@ -84,6 +88,10 @@ def forward(
     return new_streams, *read_forward(new_streams, *parameters, **static)
 
 
+@layout(
+    "...k, ...c, ...n, ...nn, ...k, km, m, g, c, ...n, ...m, ..., ...c, ...n, ...nn, ...k"
+    " -> ...k, ...c, ...n, ...nn, km, m, g, c"
+)
 def backward(
     streams: jax.Array,
     layer_output: jax.Array,

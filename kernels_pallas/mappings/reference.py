@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.sharding import layout
 from kernels_pallas.sinkhorn import reference as sinkhorn
 
 
@@ -22,6 +23,7 @@ def _logits(s, r, bias, alpha, n):
     return _split(h, n)
 
 
+@layout("...m, ..., m, g -> ...n, ...n, ...nn")
 def forward(
     s: jax.Array, r: jax.Array, bias: jax.Array, alpha: jax.Array, *, n: int, num_iterations: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -31,6 +33,7 @@ def forward(
     return jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), h_res
 
 
+@layout("...m, ..., m, g, ...n, ...n, ...nn -> ...m, ..., m, g")
 def backward(
     s: jax.Array,
     r: jax.Array,

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.pre.reference import split_streams
+from kernels_pallas.sharding import layout
 
 
+@layout("...k, ...c, ...n, ...nn -> ...k")
 def forward(
     streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, h_res: jax.Array
 ) -> jax.Array:
@@ -20,6 +22,7 @@ def forward(
     return jnp.concatenate(rows, axis=-1).astype(streams.dtype)
 
 
+@layout("...k, ...c, ...n, ...nn, ...k -> ...k, ...c, ...n, ...nn")
 def backward(
     streams: jax.Array,
     layer_output: jax.Array,

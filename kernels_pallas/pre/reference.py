@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.sharding import layout
+
 
 def split_streams(streams: jax.Array, n: int, dtype) -> list[jax.Array]:
     """Flat [..., n*C] -> n views [..., C] in `dtype`.
@@ -12,6 +14,7 @@ def split_streams(streams: jax.Array, n: int, dtype) -> list[jax.Array]:
     return [part.astype(dtype) for part in jnp.split(streams, n, axis=-1)]
 
 
+@layout("...k, ...n -> ...c")
 def forward(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
     """[..., n*C], [..., n] -> [..., C]."""
     n = h_pre.shape[-1]
@@ -19,6 +22,7 @@ def forward(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
     return sum(h_pre[..., i, None] * x[i] for i in range(n)).astype(streams.dtype)
 
 
+@layout("...k, ...n, ...c -> ...k, ...n")
 def backward(
     streams: jax.Array, h_pre: jax.Array, d_layer_input: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -40,6 +44,7 @@ def _row(weight: jax.Array, ndim: int) -> jax.Array:
     return weight.reshape((1,) * (ndim - 1) + (-1,))
 
 
+@layout("...k, ...n, c -> ...c")
 def forward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, *, eps: float
 ) -> jax.Array:
@@ -63,6 +68,7 @@ def norm_backward(
     return dh, d_weight
 
 
+@layout("...k, ...n, c, ...c -> ...k, ...n, c")
 def backward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

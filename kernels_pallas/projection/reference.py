@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.precision import split_bf16
+from kernels_pallas.sharding import layout
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -18,6 +19,7 @@ def _halves_sum(x: jax.Array) -> jax.Array:
     return high + low
 
 
+@layout("...k, km -> ...m, ...")
 def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax.Array, jax.Array]:
     """[..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
     x = streams.astype(phi.dtype)
@@ -29,6 +31,7 @@ def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax
     return s, jnp.sqrt(jnp.mean(x * x, axis=-1) + jnp.asarray(norm_eps, x.dtype))
 
 
+@layout("...k, km, ..., ...m, ... -> ...k, km")
 def backward(
     streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -8,6 +8,8 @@ column sum is at least 1/n^2. The other iterations therefore divide by plain sum
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.sharding import layout
+
 # Matrices are handled as [n, n, ...tokens]: tokens are contiguous, so that sums over i or j are
 # vector additions (6x faster on a CPU than reductions over a last axis of 4).
 
@@ -38,6 +40,7 @@ def _iterate(m: jax.Array) -> jax.Array:
     return _rows(_columns(m)[0])[0]
 
 
+@layout("...nn -> ...nn")
 def forward(logits: jax.Array, *, num_iterations: int) -> jax.Array:
     """[..., n, n] logits -> [..., n, n]."""
     m = _first_iteration(_matrix_axes_first(logits))
@@ -45,6 +48,7 @@ def forward(logits: jax.Array, *, num_iterations: int) -> jax.Array:
     return _matrix_axes_last(m)
 
 
+@layout("...nn, ...nn -> ...nn")
 def backward(logits: jax.Array, d_h_res: jax.Array, *, num_iterations: int) -> jax.Array:
     """Cotangent of the logits; the iterates are recomputed and kept for this call alone."""
     logits = _matrix_axes_first(logits)

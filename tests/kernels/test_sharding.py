@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from kernels_pallas.sharding import token_sharding
+from kernels_pallas.sharding import current, token_sharding
 
 # Simulated devices must be asked for before jax starts, hence a process of its own.
 PROGRAM = """
@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import kernels_pallas as kp
 from kernels_pallas.sharding import token_sharding
 
-mesh = jax.make_mesh((4, 2), ("data", "sequence"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+names = "data", "sequence", "tensor"
+mesh = jax.make_mesh((2, 2, 2), names, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 n, C, rng = 2, 128, np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
 x, y, phi, bias, alpha = normal(4, 32, n * C), normal(4, 32, C), 0.1 * normal(n * C, 8), normal(8), normal(3)
@@ -59,6 +60,15 @@ def test_fused_kernels_on_eight_devices_equal_xla_on_one():
         [sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=900
     )
     assert "sharded ok" in done.stdout, done.stderr[-3000:]
+
+
+def test_current_is_what_was_entered():
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    assert current() is None
+    with token_sharding(mesh, ("data", "fsdp"), None):
+        assert current() == (mesh, (("data", "fsdp"), None))
+        assert current().mesh is mesh
+    assert current() is None
 
 
 def test_unknown_axis_is_named():
