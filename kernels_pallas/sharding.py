@@ -49,7 +49,7 @@ def token_sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> Iterator[
     Raises:
       ValueError: an axis that the mesh does not have.
     """
-    for axis in _names(axes):
+    for axis in axis_names(axes):
         if axis not in mesh.axis_names:
             raise ValueError(
                 f"axis {axis!r} is not one of the mesh's: {', '.join(mesh.axis_names)}"
@@ -61,16 +61,16 @@ def token_sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> Iterator[
         _current.reset(token)
 
 
-def _names(axes) -> tuple[str, ...]:
-    """Flat names of `("data", ("fsdp", "expert"), None)`."""
+def axis_names(axes) -> tuple[str, ...]:
+    """Flat names of axes such as `("data", ("fsdp", "expert"), None)`."""
     groups = [(group,) if isinstance(group, str) else group or () for group in axes]
     return tuple(name for group in groups for name in group)
 
 
-def _divisible(mesh: Mesh, axes, lead: tuple[int, ...]):
+def divisible(mesh: Mesh, axes, lead: tuple[int, ...]):
     """`axes` where they divide the leading dimensions, None where a device would get a ragged share."""
     return tuple(
-        group if size % math.prod(mesh.shape[name] for name in _names((group,))) == 0 else None
+        group if size % math.prod(mesh.shape[name] for name in axis_names((group,))) == 0 else None
         for group, size in zip(axes, lead)
     )
 
@@ -106,8 +106,8 @@ def per_device(definition: Callable, function: Callable) -> Callable:
 
     def call(*args):
         lead = args[0].shape[: args[0].ndim - num_trailing]
-        used = _divisible(*sharding, lead)
-        names = _names(used)
+        used = divisible(*sharding, lead)
+        names = axis_names(used)
 
         def specs(shapes):
             return tuple(PartitionSpec(*used if s.startswith("...") else ()) for s in shapes)

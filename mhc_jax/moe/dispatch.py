@@ -1,0 +1,146 @@
+"""Tokens to rows grouped by expert, and back: gathers only, in both directions of differentiation.
+
+A *choice* is a pair (token t, its j-th expert), numbered t*k + j. A *row* is a place in the buffer that the
+experts' matrices are applied to. `Rows` says which choice is in which row; `to_rows` and `to_tokens` are each
+other's transposes, so that neither needs a scatter-add (slow, and not deterministic on a GPU).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Rows(NamedTuple):
+    """R rows for T tokens of k choices, G groups of rows.
+
+    Attributes:
+      choice_of_row: `[R]` int32 in 0 ... T*k - 1; an arbitrary one in a row that is not filled.
+      filled: `[R]` bool.
+      row_of_choice: `[T, k]` int32; R where the choice has no row (dropped, or another device's).
+      sizes: `[G]` int32, filled rows of each group, in order.
+    """
+
+    choice_of_row: jax.Array
+    filled: jax.Array
+    row_of_choice: jax.Array
+    sizes: jax.Array
+
+
+def dropless_rows(groups: jax.Array, num_groups: int) -> Rows:
+    """All choices of groups 0 ... G - 1, sorted by group, then by choice.
+
+    Args:
+      groups: `[T, k]` int32, the k of a token distinct; others than 0 ... G - 1 get no row.
+
+    Returns:
+      R = T min(k, G) rows, the most that can be needed, filled from the front.
+    """
+    num_tokens, k = groups.shape
+    num_rows = num_tokens * min(k, num_groups)
+    inside = (groups >= 0) & (groups < num_groups)
+    order, position, sizes = _sort(jnp.where(inside, groups, num_groups), num_groups + 1)
+    sizes = sizes[:num_groups]
+    filled = jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(sizes)
+    return Rows(order[:num_rows], filled, jnp.where(inside, position, num_rows), sizes)
+
+
+def capacity_rows(groups: jax.Array, num_groups: int, capacity: int) -> Rows:
+    """`capacity` rows for each group; of more choices than that, those of the last tokens are dropped.
+
+    Args:
+      groups: `[T, k]` int32 in 0 ... G - 1.
+
+    Returns:
+      R = G * capacity rows, row g * capacity + c for the c-th choice of group g.
+    """
+    num_rows = num_groups * capacity
+    order, position, sizes = _sort(groups, num_groups)
+    starts = jnp.cumsum(sizes) - sizes
+    rank = position - starts[groups]
+    row = jnp.where(rank < capacity, groups * capacity + rank, num_rows)
+    place = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (num_groups, capacity))
+    filled = (place < sizes[:, None]).reshape(-1)
+    source = jnp.minimum(starts[:, None] + place, groups.size - 1).reshape(-1)
+    return Rows(order[source], filled, row, jnp.minimum(sizes, capacity))
+
+
+def slice_groups(rows: Rows, first: jax.Array, num_groups: int, capacity: int) -> Rows:
+    """Of `capacity_rows`, those of the groups first ... first + num_groups - 1 (first may be traced)."""
+    start, num_rows = first * capacity, num_groups * capacity
+    row = rows.row_of_choice - start
+    return Rows(
+        jax.lax.dynamic_slice_in_dim(rows.choice_of_row, start, num_rows),
+        jax.lax.dynamic_slice_in_dim(rows.filled, start, num_rows),
+        jnp.where((row >= 0) & (row < num_rows), row, num_rows),
+        jax.lax.dynamic_slice_in_dim(rows.sizes, first, num_groups),
+    )
+
+
+def _sort(groups: jax.Array, num_groups: int):
+    """Choices ordered by group, where each choice went, and the number in each group."""
+    flat = groups.reshape(-1)
+    number = jnp.arange(flat.size, dtype=jnp.int32)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    position = jnp.zeros_like(number).at[order].set(number, unique_indices=True)
+    sizes = jnp.sum(jax.nn.one_hot(flat, num_groups, dtype=jnp.int32), axis=0)
+    return order, position.reshape(groups.shape), sizes
+
+
+def to_rows(x: jax.Array, rows: Rows) -> jax.Array:
+    """Tokens `[T, C]` -> rows `[R, C]`; a row that is not filled holds some token's entries."""
+    return _to_rows(x, rows)
+
+
+def to_tokens(x: jax.Array, rows: Rows) -> jax.Array:
+    """Rows `[R, C]` -> the sum over each token's choices `[T, C]`, in float32, in the dtype of x.
+
+    What stands in rows that are not filled has no effect; their cotangents are arbitrary but finite.
+    """
+    return _to_tokens(x, rows)
+
+
+def weights_to_rows(weights: jax.Array, rows: Rows) -> jax.Array:
+    """Weights of the choices `[T, k]` -> of the rows `[R]`, 0 where a row is not filled."""
+    return _weights_to_rows(weights, rows)
+
+
+def _gather_rows(x, rows):
+    return x[rows.choice_of_row // rows.row_of_choice.shape[1]]
+
+
+def _sum_choices(x, rows):
+    total = 0.0
+    for j in range(rows.row_of_choice.shape[1]):
+        row = rows.row_of_choice[:, j]
+        taken = x[jnp.minimum(row, x.shape[0] - 1)].astype(jnp.promote_types(x.dtype, jnp.float32))
+        total += jnp.where(row[:, None] < x.shape[0], taken, 0.0)
+    return total.astype(x.dtype)
+
+
+def _gather_weights(weights, rows):
+    return jnp.where(rows.filled, weights.reshape(-1)[rows.choice_of_row], 0.0)
+
+
+def _weights_of_choices(rows_weights, rows):
+    row, num_rows = rows.row_of_choice, rows_weights.shape[0]
+    return jnp.where(row < num_rows, rows_weights[jnp.minimum(row, num_rows - 1)], 0.0)
+
+
+def _linear_in_x(function, transpose):
+    """`function(x, rows)` whose gradient is `transpose(cotangent, rows)`."""
+    op = jax.custom_vjp(function)
+
+    def backward(rows, cotangent):
+        no_gradient = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), rows)
+        return transpose(cotangent, rows), no_gradient
+
+    op.defvjp(lambda x, rows: (function(x, rows), rows), backward)
+    return functools.wraps(function)(op)
+
+
+_to_rows = _linear_in_x(_gather_rows, _sum_choices)
+_to_tokens = _linear_in_x(_sum_choices, _gather_rows)
+_weights_to_rows = _linear_in_x(_gather_weights, _weights_of_choices)

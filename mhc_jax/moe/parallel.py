@@ -1,0 +1,177 @@
+"""The routed experts on one device and over a mesh.
+
+Under `kernels_pallas.sharding.token_sharding` each device sorts and multiplies its own tokens in `shard_map`.
+Experts are split over the mesh axis `expert`, their hidden entries over `tensor`; other axes (data, fsdp,
+sequence) split tokens only, and hold whole experts here (parameters stored by fsdp are gathered before). An
+axis that the mesh does not have counts as one of size 1.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from kernels_pallas import sharding
+from mhc_jax.moe import dispatch
+from mhc_jax.moe.experts import ExpertWeights, expert_ffn
+from mhc_jax.moe.grouped_matmul import grouped_matmul, has_hopper_kernel
+
+DISPATCHES = ("auto", "dropless", "capacity")
+
+
+class _ExpertAxis(NamedTuple):
+    """Mesh axis over which experts are split; whether it splits tokens too."""
+
+    name: str
+    splits_tokens: bool
+
+
+def choose_dispatch(name: str, width: int, expert_width: int, dtype) -> str:
+    """What "auto" means: dropless where the grouped matmul is fast (and on CPUs), else capacity."""
+    if name != "auto":
+        return name
+    active = sharding.current()
+    device = active.mesh.devices.flat[0] if active else jax.devices()[0]
+    slow = device.platform == "gpu" and not has_hopper_kernel(device, dtype, width, expert_width)
+    return "capacity" if slow else "dropless"
+
+
+def routed_experts(
+    x: jax.Array,
+    experts: jax.Array,
+    routing_weights: jax.Array,
+    weights: ExpertWeights,
+    *,
+    dispatch: str,
+    capacity_factor: float,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of each token's experts, and which of its choices took part.
+
+    Args:
+      x: `[B, S, C]` in the dtype of the products.
+      experts: `[B, S, k]` int32.
+      routing_weights: `[B, S, k]` float32.
+      weights: of all experts, in the dtype of x.
+      dispatch: "dropless" or "capacity".
+      capacity_factor: of "capacity": each device takes `capacity(...)` of its own tokens' choices for each
+        expert.
+
+    Returns:
+      `[B, S, C]` in the dtype of x, and `[B, S, k]` bool, False for a choice that was dropped.
+
+    Raises:
+      ValueError: experts or expert width that do not divide over the mesh.
+    """
+    active = sharding.current()
+    if active is None or active.mesh.size == 1:
+        return _one_device(x, experts, routing_weights, weights, dispatch, capacity_factor, None)
+
+    mesh = active.mesh
+    _check_mesh(mesh, weights)
+    split = sharding.divisible(mesh, active.axes, x.shape[:2])
+    axis = None
+    if mesh.shape.get("expert", 1) > 1:
+        axis = _ExpertAxis("expert", "expert" in sharding.axis_names(split))
+    # A device that has a part of the sum only returns it on an axis of its own, and XLA sums over that: the
+    # transpose of such a sum needs no communication, that of a psum does.
+    partial = [name for name in ("tensor",) if mesh.shape.get(name, 1) > 1]
+    if axis and not axis.splits_tokens:
+        partial.append(axis.name)
+
+    def body(*args):
+        y, kept = _one_device(*args, dispatch, capacity_factor, axis)
+        return y[None], kept
+
+    expert, tensor = (name if name in mesh.axis_names else None for name in ("expert", "tensor"))
+    tokens = PartitionSpec(*split)
+    by_column = PartitionSpec(expert, None, tensor)
+    y, kept = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(
+            *(tokens,) * 3,
+            ExpertWeights(by_column, by_column, PartitionSpec(expert, tensor)),
+        ),
+        out_specs=(PartitionSpec(tuple(partial) or None, *split), tokens),
+        check_vma=False,  # GPU kernels do not say what varies
+    )(x, experts, routing_weights, weights)
+    return jnp.sum(y, axis=0), kept
+
+
+def _check_mesh(mesh: Mesh, weights: ExpertWeights) -> None:
+    num_experts, _, expert_width = weights.gate.shape
+    for name, size, axis in (
+        ("num_experts", num_experts, "expert"),
+        ("expert_width", expert_width, "tensor"),
+    ):
+        if size % mesh.shape.get(axis, 1):
+            raise ValueError(
+                f"model.{name}={size} is not divisible by the {mesh.shape[axis]} devices of mesh axis "
+                f"{axis!r}: use a divisor of {size}"
+            )
+
+
+def capacity(num_tokens: int, experts_per_token: int, num_experts: int, factor: float) -> int:
+    """Choices that an expert takes: factor x the mean, rounded up to the tiles of matrix units."""
+    mean = num_tokens * experts_per_token / num_experts
+    tile = 128 if factor * mean >= 1024 else 8
+    return min(math.ceil(factor * mean / tile) * tile, num_tokens)
+
+
+def _one_device(x, experts, routing_weights, weights, name, capacity_factor, axis):
+    """`routed_experts` of one device's tokens and its share of the experts."""
+    flat = [a.reshape(-1, a.shape[-1]) for a in (x, experts, routing_weights)]
+    if name == "dropless":
+        y, kept = _dropless(*flat, weights, axis), jnp.ones(experts.shape, bool)
+    else:
+        y, kept = _with_capacity(*flat, weights, axis, capacity_factor)
+    return y.reshape(x.shape), kept.reshape(experts.shape)
+
+
+def _dropless(x, experts, routing_weights, weights, axis):
+    """Exact for any routing, hence with rows for the case that all choices fall on one device's experts."""
+    gathers = axis is not None and axis.splits_tokens
+    if gathers:
+        x, experts, routing_weights = (
+            jax.lax.all_gather(a, axis.name, tiled=True) for a in (x, experts, routing_weights)
+        )
+    num_local = weights.gate.shape[0]
+    first = 0 if axis is None else jax.lax.axis_index(axis.name) * num_local
+    rows = dispatch.dropless_rows(experts - first, num_local)
+    y = expert_ffn(
+        dispatch.to_rows(x, rows),
+        dispatch.weights_to_rows(routing_weights, rows),
+        weights,
+        lambda a, w: grouped_matmul(a, w, rows.sizes),
+    )
+    y = dispatch.to_tokens(y, rows)
+    return jax.lax.psum_scatter(y, axis.name, tiled=True) if gathers else y
+
+
+def _with_capacity(x, experts, routing_weights, weights, axis, factor):
+    num_local = weights.gate.shape[0]
+    num_experts = num_local * (jax.lax.axis_size(axis.name) if axis else 1)
+    limit = capacity(*experts.shape, num_experts, factor)
+    rows = dispatch.capacity_rows(experts, num_experts, limit)
+    kept = rows.row_of_choice < num_experts * limit
+    exchanges = axis is not None and axis.splits_tokens
+    if axis is not None and not exchanges:
+        rows = dispatch.slice_groups(
+            rows, jax.lax.axis_index(axis.name) * num_local, num_local, limit
+        )
+
+    def by_expert(a):  # [groups * limit, ...] -> [num_local, rows of all devices, ...]
+        a = a.reshape(-1, limit, *a.shape[1:])
+        return jax.lax.all_to_all(a, axis.name, 0, 1, tiled=True) if exchanges else a
+
+    y = expert_ffn(
+        by_expert(dispatch.to_rows(x, rows)),
+        by_expert(dispatch.weights_to_rows(routing_weights, rows)),
+        weights,
+        lambda a, w: jnp.einsum("erk,ekn->ern", a, w),
+    )
+    if exchanges:
+        y = jax.lax.all_to_all(y, axis.name, 1, 0, tiled=True)
+    return dispatch.to_tokens(y.reshape(-1, y.shape[-1]), rows), kept

@@ -1,0 +1,183 @@
+"""MoE against a float64 loop over tokens: forward, every gradient, drops, uneven loads, bad input."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mhc_jax.moe import MoE
+from mhc_jax.moe.parallel import capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The fields of ModelConfig that MoE reads."""
+
+    width: int = 8
+    num_experts: int = 6
+    experts_per_token: int = 3
+    shared_experts: int = 2
+    expert_width: int = 4
+    moe_dispatch: str = "dropless"
+    capacity_factor: float = 1.0
+    sequence_balance_weight: float = 0.0
+    activation_dtype: object = jnp.dtype("float32")
+    init_std: float = 0.5
+
+
+# T = 37 tokens, one expert that nobody chooses, the others uneven.
+BIAS = np.asarray([0.0, -9.0, 0.3, 0.0, 0.1, -0.2])
+
+
+def make(config, bias=BIAS, seed=0):
+    moe = MoE(config, rngs=nnx.Rngs(seed))
+    moe.balance_bias[...] = jnp.asarray(bias, jnp.float32)
+    return moe
+
+
+def inputs(batch=1, length=37, width=8):
+    rng = np.random.default_rng(1)
+    return rng.standard_normal((2, batch, length, width)).astype(np.float32)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def d_silu(x):
+    s = 1 / (1 + np.exp(-x))
+    return s * (1 + x * (1 - s))
+
+
+def swiglu(x, gate, up, down, dy):
+    """Output, and gradients of x and the three matrices, for one token."""
+    g, u = x @ gate, x @ up
+    hidden = silu(g) * u
+    dh = down @ dy
+    dg, du = dh * u * d_silu(g), dh * silu(g)
+    return hidden @ down, gate @ dg + up @ du, (np.outer(x, dg), np.outer(x, du), np.outer(hidden, dy))
+
+
+def oracle(params, bias, x, dy, k, limit=None, alpha=0.0):
+    """Output, gradients of <y, dy> + balance loss, loads and dropped share, token by token in float64.
+
+    `limit`: choices that an expert takes, of the first tokens; x, dy `[B, S, C]`.
+    """
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    kernel, experts = params["router"]["kernel"], params["experts"]
+    num_experts = kernel.shape[1]
+    gradient = jax.tree.map(np.zeros_like, params)
+    y, dx, load, dropped = np.zeros_like(x), np.zeros_like(x), np.zeros(num_experts), 0
+    for b, s in np.ndindex(x.shape[:2]):
+        token, d = x[b, s], dy[b, s]
+        scores = 1 / (1 + np.exp(-(token @ kernel)))
+        order = np.argsort(-(scores + bias), kind="stable")
+        assert np.diff(np.sort(scores + bias)).min() > 1e-6, "a near-tie: choose another seed"
+        chosen, total = order[:k], scores[order[:k]].sum()
+        d_weight = np.zeros(k)
+        for j, e in enumerate(chosen):
+            load[e] += 1
+            if limit is not None and load[e] > limit:
+                dropped += 1
+                continue
+            w = scores[e] / total
+            out, d_token, d_matrices = swiglu(
+                token, *(experts[name][e] for name in ("gate", "up", "down")), w * d
+            )
+            y[b, s] += w * out
+            d_weight[j] = out @ d
+            dx[b, s] += d_token
+            for name, value in zip(("gate", "up", "down"), d_matrices):
+                # `down`: the weight is in w * d already
+                gradient["experts"][name][e] += value
+        d_scores = np.zeros(num_experts)
+        d_scores[chosen] = d_weight / total - (d_weight @ scores[chosen]) / total**2
+        if alpha:
+            # d (sum_i f_i P_i): f is a constant of the sequence
+            all_scores = 1 / (1 + np.exp(-(x[b] @ kernel)))
+            best = np.argsort(-all_scores, axis=-1, kind="stable")[:, :k]
+            f = np.bincount(best.ravel(), minlength=num_experts) * num_experts / (k * x.shape[1])
+            norm = scores.sum()
+            d_scores += alpha / x.shape[0] / x.shape[1] * (f / norm - f @ scores / norm**2)
+        d_logits = d_scores * scores * (1 - scores)
+        gradient["router"]["kernel"] += np.outer(token, d_logits)
+        dx[b, s] += kernel @ d_logits
+        if "shared" in params:
+            matrices = [params["shared"][name]["kernel"] for name in ("gate", "up", "down")]
+            out, d_token, d_matrices = swiglu(token, *matrices, d)
+            y[b, s] += out
+            dx[b, s] += d_token
+            for name, value in zip(("gate", "up", "down"), d_matrices):
+                gradient["shared"][name]["kernel"] += value
+    return y, gradient, dx, load, dropped / (x.shape[0] * x.shape[1] * k)
+
+
+def run(moe, x, dy):
+    """Output, aux, gradients of parameters and of x for the loss <y, dy> + balance loss."""
+    graph, params, rest = nnx.split(moe, nnx.Param, ...)
+
+    @jax.jit
+    def step(params, x):
+        def loss(params, x):
+            y, aux = nnx.merge(graph, params, rest)(x)
+            return jnp.sum(y * dy) + aux.balance_loss, (y, aux)
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+    (_, (y, aux)), (d_params, dx) = step(params, x)
+    return y, aux, nnx.to_pure_dict(d_params), dx
+
+
+def close(got, want, tolerance=2e-5):
+    scale = max(np.abs(want).max(), 1.0)
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * scale)
+
+
+CASES = {
+    "dropless": ({}, None),
+    "dropless, balance loss": ({"sequence_balance_weight": 0.7, "shared_experts": 0}, None),
+    "capacity without drops": ({"moe_dispatch": "capacity", "capacity_factor": 6.0}, None),
+    # ceil(37 * 3 / 6) = 19, up to a multiple of 8
+    "capacity with drops": ({"moe_dispatch": "capacity"}, 24),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_loop_over_tokens(name):
+    values, limit = CASES[name]
+    config = Config(**values)
+    moe = make(config)
+    batch = 2 if config.sequence_balance_weight else 1
+    x, dy = inputs(batch)
+    y, aux, gradient, dx = run(moe, x, dy)
+    params = nnx.to_pure_dict(nnx.state(moe, nnx.Param))
+    want_y, want_gradient, want_dx, load, dropped = oracle(
+        params, BIAS, x, dy, config.experts_per_token, limit, config.sequence_balance_weight
+    )
+    assert (dropped > 0) == (limit is not None)
+    assert load[1] == 0 and load.max() > 1.5 * load[load > 0].min()
+    close(y, want_y)
+    close(dx, want_dx)
+    assert jax.tree.structure(gradient) == jax.tree.structure(want_gradient)
+    jax.tree.map(close, gradient, want_gradient)
+    np.testing.assert_array_equal(aux.load, load)
+    np.testing.assert_allclose(aux.dropped, dropped, atol=1e-6)
+
+
+def test_balance_loss_is_the_formula():
+    moe = make(Config(sequence_balance_weight=0.25))
+    x = inputs(2)[0]
+    scores = 1 / (1 + np.exp(-(np.asarray(x, np.float64) @ np.asarray(moe.router.kernel[...]))))
+    want = []
+    for sequence in scores:
+        counts = np.zeros(6)
+        for token in sequence:
+            counts[np.argsort(-token)[:3]] += 1
+        f = counts * 6 / (3 * len(sequence))
+        want.append(f @ (sequence / sequence.sum(-1, keepdims=True)).mean(0))
+    _, aux = moe(x)
+    np.testing.assert_allclose(aux.balance_loss, 0.25 * np.mean(want), rtol=1e-6)
