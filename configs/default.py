@@ -23,10 +23,24 @@ def get_config() -> ml_collections.ConfigDict:
     model = config.model = ml_collections.ConfigDict()
     model.vocab_size = 256  # at least that of data.tokenizer
     model.num_blocks = 12  # attention + FFN each: two sublayers
-    model.width = 512  # C, entries of one stream, a multiple of num_heads
-    model.num_heads = 8  # width / num_heads must be even
-    model.ffn_width = 1408  # hidden entries of SwiGLU
+    model.width = 512  # C, entries of one stream
+    model.attention = "mha"  # mha | mla (compressed keys and values, as DeepSeek-V3)
+    model.num_heads = 8  # mha: width / num_heads must be an even integer
+    model.head_dim = 128  # mla: of a head's values, and of its keys without position
+    model.rope_dim = 64  # mla: the part of queries and keys that carries the position, even
+    model.kv_rank = 512  # mla: entries of the compressed keys and values of a token
     model.rope_theta = 10000.0  # base of the rotary wavelengths, tokens
+    model.ffn_width = 1408  # hidden entries of SwiGLU; unused by a model with experts
+    model.num_experts = 0  # routed experts of every block but the leading ones, 0: dense
+    model.experts_per_token = 6  # routed experts that a token uses, 1 to num_experts
+    model.shared_experts = 2  # experts that every token uses
+    model.expert_width = 896  # hidden entries of one expert
+    model.leading_dense_blocks = 1  # first blocks, with an FFN of all experts that a token uses
+    # How tokens reach their experts: auto | dropless | capacity; auto is the best of the platform.
+    model.moe_dispatch = "auto"
+    model.capacity_factor = 1.25  # capacity: places of an expert over the mean load, >= 1
+    model.balance_rate = 1e-3  # step of the router's balance bias against its load, 0: none
+    model.sequence_balance_weight = 0.0  # of the sequence-wise balance loss, 0: none
     model.tie_embeddings = False  # unembed with the embedding matrix
     model.dtype = (
         "bfloat16"  # of activations and streams: bfloat16 | float32; parameters are float32
@@ -46,6 +60,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.hc_use_res = True  # hc: learn h_res, else the identity
     # Of the mHC kernels: xla | pallas | triton, None: the best of the platform.
     model.implementation = config_dict.placeholder(str)
+    model.remat = "none"  # what the backward pass recomputes: none | mhc | full | offload
+    model.recompute_block = "auto"  # sublayers between stored streams: an even number, or auto
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.learning_rate = 1e-3  # peak
@@ -68,4 +84,12 @@ def get_config() -> ml_collections.ConfigDict:
     data.validation_fraction = 0.05  # of the files, 0 to 1 exclusive
     data.shuffle_seed = 0  # of the order of training windows
     data.synthetic_vocab_size = 64  # of the synthetic source
+
+    # Devices along each axis of the mesh; one axis may be -1: all that the others leave.
+    mesh = config.mesh = ml_collections.ConfigDict()
+    mesh.data = -1  # sequences, parameters copied
+    mesh.fsdp = 1  # sequences, parameters split
+    mesh.expert = 1  # experts; divides model.num_experts
+    mesh.tensor = 1  # heads and hidden entries
+    mesh.sequence = 1  # tokens of a sequence
     return config

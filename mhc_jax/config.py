@@ -20,6 +20,9 @@ from mhc_jax.readout import READOUTS
 CONNECTIONS = ("residual", "hc", "mhc")
 DTYPES = ("bfloat16", "float32")
 SCHEDULES = ("constant", "step", "cosine", "wsd")
+ATTENTIONS = ("mha", "mla")
+MOE_DISPATCHES = ("auto", "dropless", "capacity")
+REMAT_POLICIES = ("none", "mhc", "full", "offload")
 
 
 def _one_of(name: str, value: Any, choices: typing.Iterable[Any]) -> None:
@@ -39,9 +42,22 @@ class ModelConfig:
     vocab_size: int
     num_blocks: int
     width: int
+    attention: str
     num_heads: int
-    ffn_width: int
+    head_dim: int
+    rope_dim: int
+    kv_rank: int
     rope_theta: float
+    ffn_width: int
+    num_experts: int
+    experts_per_token: int
+    shared_experts: int
+    expert_width: int
+    leading_dense_blocks: int
+    moe_dispatch: str
+    capacity_factor: float
+    balance_rate: float
+    sequence_balance_weight: float
     tie_embeddings: bool
     dtype: str
     init_std: float
@@ -58,6 +74,8 @@ class ModelConfig:
     hc_use_post: bool
     hc_use_res: bool
     implementation: str | None
+    remat: str
+    recompute_block: str
 
     def __post_init__(self):
         _one_of("model.connection", self.connection, CONNECTIONS)
@@ -65,17 +83,66 @@ class ModelConfig:
         _one_of("model.readout", self.readout, READOUTS)
         _one_of("model.dtype", self.dtype, DTYPES)
         _one_of("model.implementation", self.implementation, (None, *IMPLEMENTATIONS))
+        _one_of("model.attention", self.attention, ATTENTIONS)
+        _one_of("model.remat", self.remat, REMAT_POLICIES)
         for name in ("vocab_size", "num_blocks", "width", "num_heads", "ffn_width", "n"):
             _at_least(f"model.{name}", getattr(self, name), 1)
         _at_least("model.sinkhorn_iterations", self.sinkhorn_iterations, 1)
         for name in ("init_std", "norm_eps", "pre_init_gap", "res_init_gap"):
             _at_least(f"model.{name}", getattr(self, name), 0)
         _at_least("model.rope_theta", self.rope_theta, 1)
-        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+        self._check_attention()
+        self._check_experts()
+        _check_recompute_block(self.recompute_block)
+
+    def _check_attention(self):
+        if self.attention == "mla":
+            for name in ("head_dim", "rope_dim", "kv_rank"):
+                _at_least(f"model.{name}", getattr(self, name), 1)
+            if self.rope_dim % 2:
+                raise ValueError(
+                    f"model.rope_dim={self.rope_dim} must be even: it is rotated in pairs"
+                )
+        elif self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(
                 f"model.width={self.width} over model.num_heads={self.num_heads}: the width of a head "
                 f"({self.width / self.num_heads:g}) must be an even integer"
             )
+
+    def _check_experts(self):
+        _one_of("model.moe_dispatch", self.moe_dispatch, MOE_DISPATCHES)
+        for name in (
+            "num_experts",
+            "shared_experts",
+            "leading_dense_blocks",
+            "balance_rate",
+            "sequence_balance_weight",
+        ):
+            _at_least(f"model.{name}", getattr(self, name), 0)
+        if not self.num_experts:
+            return
+        for name in ("experts_per_token", "expert_width", "capacity_factor"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"model.experts_per_token={self.experts_per_token} is more than "
+                f"model.num_experts={self.num_experts}"
+            )
+        if self.leading_dense_blocks >= self.num_blocks:
+            raise ValueError(
+                f"model.leading_dense_blocks={self.leading_dense_blocks} leaves none of the "
+                f"model.num_blocks={self.num_blocks} to the experts: lower it, or set model.num_experts=0"
+            )
+
+    @property
+    def num_leading(self) -> int:
+        """Blocks before the stack of equal ones: the leading dense blocks of a model with experts."""
+        return self.leading_dense_blocks if self.num_experts else 0
+
+    @property
+    def leading_ffn_width(self) -> int:
+        """Hidden entries of the FFN of a leading dense block: as many as a token uses in the others."""
+        return (self.experts_per_token + self.shared_experts) * self.expert_width
 
     @property
     def streams(self) -> int:
@@ -113,6 +180,36 @@ class OptimizerConfig:
         _at_least("optimizer.accumulate_steps", self.accumulate_steps, 1)
 
 
+def _check_recompute_block(value: str) -> None:
+    if value == "auto":
+        return
+    if not value.isdecimal() or int(value) < 2 or int(value) % 2:
+        raise ValueError(
+            f"model.recompute_block={value!r} must be 'auto' or an even number of sublayers, 2 or more: "
+            "a block of the model has two"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one axis may be -1, all devices that the others leave."""
+
+    data: int
+    fsdp: int
+    expert: int
+    tensor: int
+    sequence: int
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size != -1 and size < 1:
+                raise ValueError(f"mesh.{name}={size} must be at least 1, or -1 for the rest")
+        rest = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+        if len(rest) > 1:
+            raise ValueError(f"{' and '.join(rest)} are -1: only one axis can take the rest")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One training run."""
@@ -130,6 +227,7 @@ class Config:
     model: ModelConfig
     optimizer: OptimizerConfig
     data: DataConfig
+    mesh: MeshConfig
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "eval_batches", "checkpoints_kept"):
@@ -140,6 +238,11 @@ class Config:
         if self.batch_size % accumulate:
             raise ValueError(
                 f"batch_size={self.batch_size} is not divisible by optimizer.accumulate_steps={accumulate}"
+            )
+        if self.model.num_experts and self.model.num_experts % abs(self.mesh.expert):
+            raise ValueError(
+                f"model.num_experts={self.model.num_experts} is not divisible by "
+                f"mesh.expert={self.mesh.expert}"
             )
 
 

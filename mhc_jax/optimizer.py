@@ -7,7 +7,7 @@ from mhc_jax.config import OptimizerConfig
 
 # Last names of parameter paths. Weight decay on the logits of h_res would drive it to J/n, on alpha it
 # would switch the dynamic mappings off.
-DECAYED = frozenset({"kernel", "embedding", "phi", "theta"})
+DECAYED = frozenset({"kernel", "embedding", "phi", "theta", "gate", "up", "down"})
 NOT_DECAYED = frozenset({"scale", "bias", "alpha"})
 
 # Table 5: x0.316 at 80 % and x0.1 at 90 % of the steps, both of the base rate.

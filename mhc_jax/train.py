@@ -22,10 +22,10 @@ from mhc_jax.config import Config, differences
 from mhc_jax.data import make_iterator, vocab_size
 from mhc_jax.metrics import MetricWriter
 from mhc_jax.train_step import (
+    evaluate,
     find_non_finite,
     init_state,
     jit_train_step,
-    loss_fn,
     measure_gains,
     on_mesh,
     train_step,
@@ -78,6 +78,11 @@ def check_config(config: Config) -> None:
       ValueError: batch size against devices, vocabulary against data, sizes that a module refuses.
       NotImplementedError: kernels that cannot run on these devices or do not take these sizes.
     """
+    mesh = dataclasses.asdict(config.mesh)
+    if mesh != {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1, "sequence": 1}:
+        raise NotImplementedError(
+            f"mesh={mesh}: only the default, all devices along data, works yet"
+        )
     sharding.check_batch_size(
         config.batch_size, config.optimizer.accumulate_steps, jax.device_count()
     )
@@ -191,7 +196,7 @@ class Run:
         self.last_metrics: dict[str, float] = {}
         self._train_step = jit_train_step(config, self.mesh)
         self._eval_step = jax.jit(
-            on_mesh(functools.partial(loss_fn, config=config.model), self.mesh)
+            on_mesh(functools.partial(evaluate, config=config.model), self.mesh)
         )
         self._gains = jax.jit(
             on_mesh(functools.partial(measure_gains, config=config.model), self.mesh)
@@ -260,7 +265,7 @@ class Run:
         self.state = self.state.replace(healthy=~self.state.healthy)
         self.checkpoints.save(self.state, self.data)
         try:
-            where = find_non_finite(self.state.params, batch, self.config, self.mesh)
+            where = find_non_finite(self.state, batch, self.config, self.mesh)
         except Exception as error:  # the search must not hide what it was to explain
             where = f"not found, the search failed with {type(error).__name__}: {error}"
         raise NonFiniteError(
@@ -286,8 +291,9 @@ class Run:
 
     def _evaluate(self) -> None:
         self.validation.set_state(self._validation_start)
+        variables = self.state.variables
         losses = [
-            self._eval_step(self.state.params, sharding.put_batch(next(self.validation), self.mesh))
+            self._eval_step(variables, sharding.put_batch(next(self.validation), self.mesh))
             for _ in range(self.config.eval_batches)
         ]
         mean = sum(map(float, losses)) / len(losses)
@@ -296,7 +302,7 @@ class Run:
     def _log_gains(self) -> None:
         if self.config.model.connection == "residual":
             return  # 1 by definition
-        measured, cosine = jax.device_get(self._gains(self.state.params, self._gains_tokens))
+        measured, cosine = jax.device_get(self._gains(self.state.variables, self._gains_tokens))
         self._write(self.step, gains.summary(measured) | {"gains/stream_cosine": float(cosine)})
         if self.is_main:
             folder = self.workdir / "gains"

@@ -15,6 +15,7 @@ from kernels_pallas.sharding import token_sharding
 from mhc_jax import gains
 from mhc_jax.config import Config, ModelConfig
 from mhc_jax.losses import cross_entropy
+from mhc_jax.moe import MoEAux
 from mhc_jax.optimizer import make_optimizer, make_schedule
 from mhc_jax.transformer import Analysis, Transformer
 
@@ -29,17 +30,31 @@ class TrainState:
     Attributes:
       step: updates done, int32.
       params: nested dict of float32 arrays, blocks stacked along the first axis.
+      model_state: what the model has beside parameters, a nested dict of the same kind: the router's
+        balance bias. Empty for a dense model.
       opt_state: of the optimizer.
       rng: key from which random layers draw, folded with `step`; the dense decoder has none.
       healthy: False from the first step whose loss or gradient norm was not finite; such a step and all
-        later ones leave `params` and `opt_state` as they were before it.
+        later ones leave `params`, `model_state` and `opt_state` as they were before it.
     """
 
     step: jax.Array
     params: Params
+    model_state: Params
     opt_state: Any
     rng: jax.Array
     healthy: jax.Array
+
+    @property
+    def variables(self) -> Params:
+        """Parameters and model state in one nested dict: what the model is run with."""
+        return _merged(self.params, self.model_state)
+
+
+def _merged(a: Params, b: Params) -> Params:
+    """Both nested dicts in one; no leaf is in both."""
+    common = {key: _merged(a[key], b[key]) for key in a.keys() & b.keys()}
+    return a | b | common
 
 
 @functools.cache
@@ -48,45 +63,87 @@ def model_graph(config: ModelConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
 
 
+def init_variables(config: ModelConfig, key: jax.Array) -> tuple[Params, Params]:
+    """Fresh parameters and model state, float32, as nested dicts (see `TrainState`)."""
+    _, params, model_state = nnx.split(Transformer(config, rngs=nnx.Rngs(key)), nnx.Param, ...)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
+
+
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters as a nested dict."""
-    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key)), nnx.Param))
+    return init_variables(config, key)[0]
 
 
 def init_state(config: Config) -> TrainState:
     """State before the first step; the seed decides parameters and rng."""
     params_key, rng = jax.random.split(jax.random.key(config.seed))
-    params = init_params(config.model, params_key)
+    params, model_state = init_variables(config.model, params_key)
     optimizer = make_optimizer(config.optimizer, config.steps)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
+        model_state=model_state,
         opt_state=optimizer.init(params),
         rng=jax.random.key_data(rng),
         healthy=jnp.ones((), bool),
     )
 
 
-def loss_fn(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
+def evaluate(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
     """Mean cross-entropy in nats a token of batch `inputs`, `targets` `[B, S]` int32."""
-    logits = nnx.merge(model_graph(config), params)(batch["inputs"])
+    logits = nnx.merge(model_graph(config), variables)(batch["inputs"])
     return cross_entropy(logits, batch["targets"])
 
 
-def _loss_and_gradients(params: Params, batch: Batch, config: Config):
-    value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config=config.model))
+def loss_fn(
+    params: Params, model_state: Params, batch: Batch, config: ModelConfig
+) -> tuple[jax.Array, tuple[jax.Array, MoEAux | None]]:
+    """What is minimised: cross-entropy and the balance losses of all blocks.
+
+    Returns:
+      that loss, and beside it the cross-entropy alone and the report of the blocks with experts.
+    """
+    model = nnx.merge(model_graph(config), _merged(params, model_state))
+    logits, aux = model.with_aux(batch["inputs"])
+    loss = cross_entropy(logits, batch["targets"])
+    return loss if aux is None else loss + aux.balance_loss.sum(), (loss, aux)
+
+
+def _loss_and_gradients(params: Params, model_state: Params, batch: Batch, config: Config):
+    """(cross-entropy, aux or None) and the gradients, over all parts of the batch."""
+    gradient = jax.grad(functools.partial(loss_fn, config=config.model), has_aux=True)
     parts = config.optimizer.accumulate_steps
     if parts == 1:
-        return value_and_grad(params, batch)
+        return gradient(params, model_state, batch)[::-1]
     # Part p takes every parts-th row, so that each device's rows spread over all parts.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
+        gradients, reported = gradient(params, model_state, part)
+        return jax.tree.map(jnp.add, total, gradients), reported
 
-    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    total, _ = jax.lax.scan(add, zero, split)
-    return jax.tree.map(lambda x: x / parts, total)
+    total, reported = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
+    mean = functools.partial(jnp.mean, axis=0)
+    return jax.tree.map(mean, reported), jax.tree.map(lambda x: x / parts, total)
+
+
+def _balanced(model_state: Params, load: jax.Array, rate: float) -> Params:
+    """Moves each balance bias by `rate` towards its expert's share (Wang et al., 2024, Algorithm 1).
+
+    Args:
+      model_state: holds one `[blocks, E]` array.
+      load: `[blocks, E]`.
+    """
+    direction = jnp.sign(load.mean(-1, keepdims=True) - load)
+    return jax.tree.map(lambda bias: bias + rate * direction, model_state)
+
+
+def _moe_metrics(aux: MoEAux) -> dict[str, jax.Array]:
+    return {
+        "moe/max_load": (aux.load.max(-1) / aux.load.mean(-1)).max(),
+        "moe/dropped": aux.dropped.mean(),
+        "moe/balance_loss": aux.balance_loss.sum(),
+    }
 
 
 def train_step(
@@ -100,28 +157,39 @@ def train_step(
       config: static.
 
     Returns:
-      the new state, and float32 scalars: `train/loss` (before the update), `train/grad_norm` (before
-      clipping), `train/learning_rate`.
+      the new state, and float32 scalars: `train/loss` (cross-entropy before the update),
+      `train/grad_norm` (before clipping), `train/learning_rate`; with experts also `moe/max_load` (load
+      of the busiest expert over the mean load, of the worst block), `moe/dropped` (share of all choices)
+      and `moe/balance_loss` (the part of the loss that is not cross-entropy).
     """
-    loss, gradients = _loss_and_gradients(state.params, batch, config)
+    (loss, aux), gradients = _loss_and_gradients(state.params, state.model_state, batch, config)
     grad_norm = optax.tree.norm(gradients)
     optimizer = make_optimizer(config.optimizer, config.steps)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    model_state = state.model_state
+    if aux is not None:
+        model_state = _balanced(model_state, aux.load, config.model.balance_rate)
     healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     # The host sees metrics one step late; until then a bad update must not spoil the parameters.
-    params, opt_state = jax.tree.map(
+    params, model_state, opt_state = jax.tree.map(
         lambda new, old: jnp.where(healthy, new, old),
-        (params, opt_state),
-        (state.params, state.opt_state),
+        (params, model_state, opt_state),
+        (state.params, state.model_state, state.opt_state),
     )
     metrics = {
         "train/loss": loss,
         "train/grad_norm": grad_norm,
         "train/learning_rate": make_schedule(config.optimizer, config.steps)(state.step),
     }
+    if aux is not None:
+        metrics |= _moe_metrics(aux)
     state = state.replace(
-        step=state.step + healthy, params=params, opt_state=opt_state, healthy=healthy
+        step=state.step + healthy,
+        params=params,
+        model_state=model_state,
+        opt_state=opt_state,
+        healthy=healthy,
     )
     return state, metrics
 
@@ -144,42 +212,44 @@ def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
     return traced
 
 
-def analyse(params: Params, tokens: jax.Array, config: ModelConfig) -> Analysis:
+def analyse(variables: Params, tokens: jax.Array, config: ModelConfig) -> Analysis:
     """Forward pass over `[B, S]` tokens for gain magnitudes or for finding what is not finite."""
-    return nnx.merge(model_graph(config), params).analyse(tokens)
+    return nnx.merge(model_graph(config), variables).analyse(tokens)
 
 
 def measure_gains(
-    params: Params, tokens: jax.Array, config: ModelConfig
+    variables: Params, tokens: jax.Array, config: ModelConfig
 ) -> tuple[gains.GainMagnitudes, jax.Array]:
     """Gain magnitudes (Figs. 3, 7, 8) over the tokens `[1, S]` of one sequence; hc and mhc only.
 
     Returns:
       the gains, and the mean cosine between the streams that the last sublayer reads (1: collapsed).
     """
-    found = analyse(params, tokens, config)
+    found = analyse(variables, tokens, config)
     return gains.gain_magnitudes(found.h_res[:, 0]), found.stream_cosine[-1]
 
 
 # Order in which the backward pass reaches the parts of the model.
-_BACKWARD_ORDER = ("unembed", "norm", "readout", "blocks", "embedding")
+_BACKWARD_ORDER = ("unembed", "norm", "readout", "blocks", "leading", "embedding")
 
 
-def find_non_finite(params: Params, batch: Batch, config: Config, mesh: Mesh | None = None) -> str:
+def find_non_finite(
+    state: TrainState, batch: Batch, config: Config, mesh: Mesh | None = None
+) -> str:
     """Where a non-finite loss or gradient arises first: a parameter, a sublayer, the loss, a gradient."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state.variables)[0]:
         if not jnp.isfinite(leaf).all():
             return f"parameter {_name(path)} before the step"
     forward = jax.jit(on_mesh(functools.partial(analyse, config=config.model), mesh))
     backward = functools.partial(_loss_and_gradients, config=config)
-    found = forward(params, batch["inputs"])
+    found = forward(state.variables, batch["inputs"])
     for index, (streams, output) in enumerate(zip(found.streams_finite, found.output_finite)):
         where = f"sublayer {index} ({('attention', 'FFN')[index % 2]} of block {index // 2})"
         if not streams:
             return f"the streams read by {where}"
         if not output:
             return f"the output of {where}"
-    loss, gradients = jax.jit(on_mesh(backward, mesh))(params, batch)
+    (loss, _), gradients = jax.jit(on_mesh(backward, mesh))(state.params, state.model_state, batch)
     if not jnp.isfinite(loss):
         return "the read-out, the logits or the loss: all sublayers were finite"
     return _first_gradient_that_is_not_finite(gradients)
@@ -200,6 +270,7 @@ def _first_gradient_that_is_not_finite(gradients: Params) -> str:
         last = {name: int(jnp.argwhere(flags)[:, 0].max()) for name, flags in bad.items()}
         block = max(last.values())
         names = ", ".join(name for name in last if last[name] == block)
+        block += len(gradients.get("leading", ()))
         return f"the gradients of block {block}: {names}"
     return "the norm of the gradient: its entries are finite, their squares overflow"
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mhc_jax import gains
-from mhc_jax.attention import Attention
+from mhc_jax.attention import make_attention
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import (
     Connection,
@@ -19,6 +19,7 @@ from mhc_jax.connections import (
 )
 from mhc_jax.layers import RMSNorm, SwiGLU, linear
 from mhc_jax.manifolds import MANIFOLDS, Birkhoff
+from mhc_jax.moe import MoE, MoEAux
 from mhc_jax.readout import Readout
 
 
@@ -56,35 +57,57 @@ def make_connection(config: ModelConfig, sublayer_index: int | jax.Array) -> Con
     )
 
 
-class Block(nnx.Module):
-    """Attention and FFN, each a sublayer with its own pre-norm and its own connection."""
+def _make_ffn(config: ModelConfig, *, leading: bool, rngs: nnx.Rngs) -> SwiGLU | MoE:
+    if config.num_experts and not leading:
+        return MoE(config, rngs=rngs)
+    ffn_width = config.leading_ffn_width if leading else config.ffn_width
+    make = {"dtype": config.activation_dtype, "init_std": config.init_std, "rngs": rngs}
+    return SwiGLU(config.width, ffn_width, **make)
 
-    def __init__(self, config: ModelConfig, index: int | jax.Array, *, rngs: nnx.Rngs):
-        make = {"dtype": config.activation_dtype, "init_std": config.init_std, "rngs": rngs}
+
+class Block(nnx.Module):
+    """Attention and FFN, each a sublayer with its own pre-norm and its own connection.
+
+    Args:
+      config: of the model.
+      index: position among all blocks, from 0; may be traced.
+      leading: a dense block before those with experts.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int | jax.Array,
+        *,
+        leading: bool = False,
+        rngs: nnx.Rngs,
+    ):
         self.attention_connection = make_connection(config, 2 * index)
         self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(
-            config.width, config.num_heads, rope_theta=config.rope_theta, **make
-        )
+        self.attention = make_attention(config, rngs=rngs)
         self.ffn_connection = make_connection(config, 2 * index + 1)
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.ffn = SwiGLU(config.width, config.ffn_width, **make)
+        self.ffn = _make_ffn(config, leading=leading, rngs=rngs)
 
-    def __call__(self, pending: Pending) -> tuple[Pending, list[Pending]]:
+    def __call__(self, pending: Pending) -> tuple[Pending, list[Pending], MoEAux | None]:
         """Does the write of the block before, then its own two sublayers but for the last write.
 
         Returns:
-          its own pending write, and that of both sublayers in order (for analysis).
+          its own pending write, that of both sublayers in order (for analysis), and what its experts
+          report (None: it has none).
         """
-        writes = []
+        writes, aux = [], None
         for connection, norm, layer in (
             (self.attention_connection, self.attention_norm, self.attention),
             (self.ffn_connection, self.ffn_norm, self.ffn),
         ):
             streams, layer_input, mappings = connection.boundary(pending, norm)
-            pending = Pending(streams, layer(layer_input), mappings)
+            output = layer(layer_input)
+            if isinstance(layer, MoE):
+                output, aux = output
+            pending = Pending(streams, output, mappings)
             writes.append(pending)
-        return pending, writes
+        return pending, writes, aux
 
 
 class Analysis(NamedTuple):
@@ -118,9 +141,16 @@ def _analyse(writes: list[Pending], n: int) -> Analysis:
 
 
 class Transformer(nnx.Module):
-    """Decoder language model: embedding, scanned blocks, read-out of the streams, norm, logits."""
+    """Decoder language model: embedding, blocks, read-out of the streams, norm, logits.
+
+    `leading` is the list of dense blocks before those with experts (empty for a dense model), `blocks` the
+    stack of all others: equal ones, scanned, so that one is compiled whatever the depth. Sublayers are
+    counted through both.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        if config.remat != "none":
+            raise NotImplementedError(f"model.remat={config.remat!r}: only 'none' works yet")
         self.config = config
         self.embedding = nnx.Embed(
             config.vocab_size,
@@ -131,13 +161,17 @@ class Transformer(nnx.Module):
             rngs=rngs,
         )
 
-        # Parameters of all blocks are stacked, and one block is compiled whatever the depth.
-        @nnx.split_rngs(splits=config.num_blocks)
+        num_leading = config.num_leading
+        self.leading = nnx.List(
+            [Block(config, index, leading=True, rngs=rngs) for index in range(num_leading)]
+        )
+
+        @nnx.split_rngs(splits=config.num_blocks - num_leading)
         @nnx.vmap(in_axes=(0, 0))
         def make_blocks(rngs, index):
             return Block(config, index, rngs=rngs)
 
-        self.blocks = make_blocks(rngs, jnp.arange(config.num_blocks))
+        self.blocks = make_blocks(rngs, jnp.arange(num_leading, config.num_blocks))
         self.readout = Readout(
             config.readout,
             config.width,
@@ -158,26 +192,38 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Token ids `[B, S]` int32 -> logits `[B, S, vocab_size]` float32."""
-        streams, _ = self._run_blocks(tokens, analyse=False)
-        return self._logits(streams)
+        return self.with_aux(tokens)[0]
+
+    def with_aux(self, tokens: jax.Array) -> tuple[jax.Array, MoEAux | None]:
+        """Logits as `__call__`, and what the blocks with experts report, stacked along a first axis."""
+        streams, _, aux = self._run_blocks(tokens, analyse=False)
+        return self._logits(streams), aux
 
     def analyse(self, tokens: jax.Array) -> Analysis:
         """Token ids `[B, S]` -> what the sublayers did, L = 2 x num_blocks of them."""
-        _, analysis = self._run_blocks(tokens, analyse=True)
-        # [num_blocks, 2, ...] -> [L, ...]
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), analysis)
+        return self._run_blocks(tokens, analyse=True)[1]
 
     def _run_blocks(self, tokens, *, analyse):
+        """The streams at the end, `Analysis` of all sublayers or None, and the stacked `MoEAux` or None."""
         connection = self.blocks.attention_connection  # start and post need no parameters
-        streams = expand(self.embedding(tokens), self.config.streams)
-        graph, parameters = nnx.split(self.blocks)
 
-        def body(pending, block_parameters):
-            pending, writes = nnx.merge(graph, block_parameters)(pending)
-            return pending, _analyse(writes, connection.n) if analyse else None
+        def run(block, pending):
+            pending, writes, aux = block(pending)
+            return pending, (_analyse(writes, connection.n) if analyse else None, aux)
 
-        pending, analysis = jax.lax.scan(body, connection.start(streams), parameters)
-        return connection.post(*pending), analysis
+        pending = connection.start(expand(self.embedding(tokens), self.config.streams))
+        leading = []
+        for block in self.leading:
+            pending, (analysis, _) = run(block, pending)
+            leading.append(analysis)
+        graph, variables = nnx.split(self.blocks)
+        pending, (analysis, aux) = jax.lax.scan(
+            lambda pending, block: run(nnx.merge(graph, block), pending), pending, variables
+        )
+        if analyse:  # [blocks, 2, ...] -> [L, ...]
+            analysis = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), analysis)
+            analysis = jax.tree.map(lambda *xs: jnp.concatenate(xs), *leading, analysis)
+        return connection.post(*pending), analysis, aux
 
     def _logits(self, streams):
         x = self.norm(self.readout(streams))
