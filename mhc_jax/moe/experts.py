@@ -59,4 +59,6 @@ def _gated_backward(saved, cotangent):
     return jnp.concatenate([d_gate, d * silu], axis=-1).astype(gate_up.dtype), d_weights
 
 
-_gated.defvjp(lambda gate_up, weights: (_gated(gate_up, weights), (gate_up, weights)), _gated_backward)
+_gated.defvjp(
+    lambda gate_up, weights: (_gated(gate_up, weights), (gate_up, weights)), _gated_backward
+)

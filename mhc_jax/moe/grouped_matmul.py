@@ -5,7 +5,6 @@ for the same operation (`jax.experimental.pallas.ops.gpu`), which take bfloat16 
 capability 9.0; here they get a gradient.
 """
 
-import functools
 import importlib.util
 
 import jax

@@ -14,7 +14,7 @@ from mhc_jax.moe.parallel import DISPATCHES, choose_dispatch, routed_experts
 
 
 class BalanceBias(nnx.Variable):
-    """Bias per expert `[E]` float32: takes part in choosing only, moved by the train step against the load."""
+    """Bias per expert `[E]` float32, used for choosing only; the train step moves it against the load."""
 
 
 class MoEAux(NamedTuple):
@@ -103,9 +103,7 @@ class MoE(nnx.Module):
             routing.experts,
             routing.weights,
             ExpertWeights(*(w.astype(dtype) for w in weights)),
-            dispatch=choose_dispatch(
-                config.moe_dispatch, config.width, config.expert_width, dtype
-            ),
+            dispatch=choose_dispatch(config.moe_dispatch, config.width, config.expert_width, dtype),
             capacity_factor=config.capacity_factor,
         )
         if config.shared_experts:
