@@ -1,0 +1,237 @@
+"""How near does the MoE layer come to dense matmuls of the same FLOPs? Forward + backward, whole and in parts.
+
+Command:  python -m experiments.moe_speed                  (one GPU with 60 GiB free; about 1 minute)
+Result:   a table of milliseconds and of the share of the dense rate, also as JSON with --output.
+
+The layer of the paper's 27B model on 16384 tokens: width 2560, 72 experts of width 1536, 6 a token and 2
+shared; bfloat16 products, float32 parameters and gradients, router and casts included. FLOPs are those of
+the active experts' matrices, 3 x 6 C F for each of a token's 8. Routing is that of random weights.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import statistics
+import subprocess
+import time
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mhc_jax.moe import MoE, dispatch, router
+from mhc_jax.moe.experts import ExpertWeights, expert_ffn
+from mhc_jax.moe.grouped_matmul import grouped_matmul
+from mhc_jax.moe.parallel import capacity, choose_dispatch
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.moe_speed",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="in sequences of --sequence_length"
+    )
+    parser.add_argument("--sequence_length", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=2560, help="C")
+    parser.add_argument("--num_experts", type=int, default=72)
+    parser.add_argument("--experts_per_token", type=int, default=6)
+    parser.add_argument("--shared_experts", type=int, default=2)
+    parser.add_argument("--expert_width", type=int, default=1536, help="F")
+    parser.add_argument("--capacity_factors", type=float, nargs="*", default=[1.0, 1.25, 1.5])
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls, after 3 others")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file for the result")
+    return parser.parse_args()
+
+
+def time_ms(function, *args, repeats: int) -> float:
+    """Median milliseconds of a call of the compiled function."""
+    times = []
+    for _ in range(3 + repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[3:])
+
+
+def forward_backward(function):
+    """jit of (args, cotangent) -> output and the gradients of all args."""
+
+    @jax.jit
+    def both(args, cotangent):
+        out, vjp = jax.vjp(function, *args)
+        return out, vjp(cotangent)
+
+    return both
+
+
+def normal(seed: int, *shape, dtype=jnp.bfloat16, std=1.0) -> jax.Array:
+    return (std * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
+
+
+def layer_config(options: argparse.Namespace, name: str, factor: float) -> SimpleNamespace:
+    names = ("width", "num_experts", "experts_per_token", "shared_experts", "expert_width")
+    return SimpleNamespace(
+        **{name: getattr(options, name) for name in names},
+        moe_dispatch=name,
+        capacity_factor=factor,
+        sequence_balance_weight=0.0,
+        activation_dtype=jnp.dtype(jnp.bfloat16),
+        init_std=0.02,
+    )
+
+
+def time_layer(options, name: str, factor: float, x, dy) -> dict:
+    """The whole layer: output, gradients of all parameters and of the input."""
+    config = layer_config(options, name, factor)
+    graph, params, rest = nnx.split(MoE(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+    @jax.jit
+    def step(params, rest, x, dy):
+        y, vjp, aux = jax.vjp(lambda p, x: nnx.merge(graph, p, rest)(x), params, x, has_aux=True)
+        return y, aux, vjp(dy)
+
+    compiled = step.lower(params, rest, x, dy).compile()
+    y, aux, (_, dx) = compiled(params, rest, x, dy)
+    for array in (y, dx):
+        if not jnp.isfinite(array).all():
+            raise RuntimeError(f"{name} {factor}: not finite")
+    return {
+        "ms": time_ms(compiled, params, rest, x, dy, repeats=options.repeats),
+        "dropped": float(aux.dropped),
+        "busiest_over_mean": float(aux.load.max() / aux.load.mean()),
+        "temporaries_GiB": compiled.memory_analysis().temp_size_in_bytes / 2**30,
+    }
+
+
+def time_dense(options, active_width: int) -> float:
+    """Six matmuls, forward and backward of a gated FFN of this width, and nothing else."""
+    tokens, width = options.tokens, options.width
+    x, dy = normal(1, tokens, width), normal(2, tokens, width)
+    gate_up = normal(3, width, 2 * active_width)
+    hidden, d_gate_up = normal(4, tokens, active_width), normal(5, tokens, 2 * active_width)
+    down = normal(6, active_width, width)
+
+    @jax.jit
+    def matmuls(x, dy, gate_up, hidden, d_gate_up, down):
+        forward = x @ gate_up, hidden @ down
+        return forward, dy @ down.T, hidden.T @ dy, d_gate_up @ gate_up.T, x.T @ d_gate_up
+
+    return time_ms(matmuls, x, dy, gate_up, hidden, d_gate_up, down, repeats=options.repeats)
+
+
+def time_parts(options, x, dy) -> dict[str, float]:
+    """Milliseconds of the parts of the layer, each forward and backward and by itself."""
+    k, num_experts = options.experts_per_token, options.num_experts
+    ms = functools.partial(time_ms, repeats=options.repeats)
+    tokens, flat_dy = x.reshape(-1, options.width), dy.reshape(-1, options.width)
+    kernel, bias = (
+        normal(1, options.width, num_experts, dtype=jnp.float32, std=0.02),
+        jnp.zeros(num_experts),
+    )
+    parts = {}
+
+    route = forward_backward(lambda x, kernel: router.route(x, kernel, bias, k).weights)
+    parts["router"] = ms(route, (tokens, kernel), jnp.ones((options.tokens, k)))
+    routing = jax.jit(functools.partial(router.route, experts_per_token=k))(tokens, kernel, bias)
+
+    limit = capacity(options.tokens, k, num_experts, 1.25)
+    plans = {
+        "dropless": jax.jit(lambda e: dispatch.dropless_rows(e, num_experts)),
+        "capacity 1.25": jax.jit(lambda e: dispatch.capacity_rows(e, num_experts, limit)),
+    }
+    shapes = num_experts, options.width, options.expert_width
+    columns = normal(1, *shapes, std=0.02), normal(2, *shapes, std=0.02)
+    weights = ExpertWeights(*columns, normal(3, shapes[0], shapes[2], shapes[1], std=0.02))
+    for name, plan in plans.items():
+        parts[f"{name}: sort"] = ms(plan, routing.experts)
+        rows = plan(routing.experts)
+
+        def move(x, rows=rows):
+            return dispatch.to_tokens(dispatch.to_rows(x, rows), rows)
+
+        parts[f"{name}: to rows, to tokens"] = ms(forward_backward(move), (tokens,), flat_dy)
+        filled = dispatch.to_rows(tokens, rows)
+        row_weights = dispatch.weights_to_rows(routing.weights, rows)
+        if name == "dropless":
+            if choose_dispatch("auto", *shapes[1:], jnp.bfloat16) != "dropless":
+                continue
+
+            def matmul(a, w, rows=rows):
+                return grouped_matmul(a, w, rows.sizes)
+        else:
+            filled = filled.reshape(num_experts, limit, -1)
+            row_weights = row_weights.reshape(num_experts, limit)
+            matmul = functools.partial(jnp.einsum, "erk,ekn->ern")
+        ffn = forward_backward(functools.partial(expert_ffn, matmul=matmul))
+        parts[f"{name}: experts"] = ms(ffn, (filled, row_weights, weights), filled)
+        del filled, row_weights
+    return parts
+
+
+def main() -> None:
+    options = parse_arguments()
+    device = jax.devices()[0]
+    lead = options.tokens // options.sequence_length, options.sequence_length
+    x, dy = normal(7, *lead, options.width), normal(8, *lead, options.width)
+    active = options.experts_per_token + options.shared_experts
+    flops = 18 * options.tokens * active * options.width * options.expert_width
+
+    dense_ms = time_dense(options, active * options.expert_width)
+    rows = [{"layer": "dense matmuls", "ms": dense_ms}]
+    variants = [("capacity", factor) for factor in options.capacity_factors]
+    if choose_dispatch("auto", options.width, options.expert_width, jnp.bfloat16) == "dropless":
+        variants.append(("dropless", 1.0))
+    for name, factor in variants:
+        label = name if name == "dropless" else f"{name} {factor:g}"
+        rows.append({"layer": label, **time_layer(options, name, factor, x, dy)})
+    for row in rows:
+        row["tflops"] = flops / row["ms"] / 1e9
+        row["share_of_dense"] = dense_ms / row["ms"]
+
+    print(
+        f"{device.device_kind}, jax {jax.__version__}: forward + backward, {flops / 1e12:.2f} TFLOP"
+    )
+    print(
+        f"{'':16}{'ms':>9}{'TFLOP/s':>9}{'of dense':>9}{'dropped':>9}{'max load':>9}{'temp GiB':>9}"
+    )
+    for row in rows:
+        print(
+            f"{row['layer']:16}{row['ms']:9.2f}{row['tflops']:9.0f}{row['share_of_dense']:9.1%}"
+            + (
+                f"{row['dropped']:9.2%}{row['busiest_over_mean']:9.2f}{row['temporaries_GiB']:9.2f}"
+                if "dropped" in row
+                else ""
+            ),
+            flush=True,
+        )
+    parts = time_parts(options, x, dy)
+    print("parts, forward + backward, ms")
+    for name, ms in parts.items():
+        print(f"  {name:36}{ms:8.2f}")
+    if options.output:
+        about = {
+            "command": "python -m experiments.moe_speed",
+            "options": {k: v for k, v in vars(options).items() if k != "output"},
+            "device": device.device_kind,
+            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "jax": jax.__version__,
+            "commit": _run("git", "rev-parse", "--short", "HEAD"),
+        }
+        text = json.dumps({**about, "layers": rows, "parts_ms": parts}, indent=1)
+        options.output.write_text(text + "\n")
+
+
+def _run(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+if __name__ == "__main__":
+    main()
