@@ -82,11 +82,16 @@ def slice_groups(rows: Rows, first: jax.Array, num_groups: int, capacity: int) -
 def _sort(groups: jax.Array, num_groups: int):
     """Choices ordered by group, where each choice went, and the number in each group."""
     flat = groups.reshape(-1)
-    number = jnp.arange(flat.size, dtype=jnp.int32)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    position = jnp.zeros_like(number).at[order].set(number, unique_indices=True)
+    position = jax.lax.platform_dependent(order, tpu=jnp.argsort, default=_inverse_permutation)
     sizes = jnp.sum(jax.nn.one_hot(flat, num_groups, dtype=jnp.int32), axis=0)
-    return order, position.reshape(groups.shape), sizes
+    return order, position.astype(jnp.int32).reshape(groups.shape), sizes
+
+
+def _inverse_permutation(order):
+    """What argsort gives too; a quarter of the time on a GPU, but a TPU scatters entry after entry."""
+    number = jnp.arange(order.size, dtype=jnp.int32)
+    return jnp.zeros_like(order).at[order].set(number, unique_indices=True)
 
 
 def to_rows(x: jax.Array, rows: Rows) -> jax.Array:

@@ -144,7 +144,8 @@ def _dropless(x, experts, routing_weights, weights, axis):
         dispatch.to_rows(x, rows),
         dispatch.weights_to_rows(routing_weights, rows),
         weights,
-        lambda a, w: grouped_matmul(a, w, rows.sizes),
+        # On one device every choice has a row and every row a choice.
+        lambda a, w: grouped_matmul(a, w, rows.sizes, covers_all_rows=axis is None),
     )
     y = dispatch.to_tokens(y, rows)
     return jax.lax.psum_scatter(y, axis.name, tiled=True) if gathers else y

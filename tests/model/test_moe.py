@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels_pallas.sharding import token_sharding
 from mhc_jax.moe import MoE
 
 
@@ -185,3 +186,30 @@ def test_balance_loss_is_the_formula():
         want.append(f @ (sequence / sequence.sum(-1, keepdims=True)).mean(0))
     _, aux = moe(x)
     np.testing.assert_allclose(aux.balance_loss, 0.25 * np.mean(want), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"experts_per_token": 7}, "experts_per_token=7 must lie in 1 to model.num_experts=6"),
+        ({"capacity_factor": 0.9}, "capacity_factor=0.9 must be at least 1"),
+        ({"moe_dispatch": "sorted"}, "'sorted' is unknown: use one of auto, dropless, capacity"),
+    ],
+)
+def test_bad_settings_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        MoE(Config(**values), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("axis", "message"),
+    [
+        ("expert", "num_experts=6 is not divisible by the 4 devices of mesh axis 'expert'"),
+        ("tensor", "expert_width=6 is not divisible by the 4 devices of mesh axis 'tensor'"),
+    ],
+)
+def test_what_does_not_divide_over_the_mesh_is_named(axis, message):
+    mesh = jax.sharding.AbstractMesh((4,), (axis,))
+    moe = make(Config(expert_width=6))
+    with token_sharding(mesh), pytest.raises(ValueError, match=message):
+        jax.eval_shape(moe, inputs()[0])

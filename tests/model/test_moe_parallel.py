@@ -1,0 +1,105 @@
+"""Expert parallelism on 8 simulated devices: output, gradients, load and dropped share of one device."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+# Simulated devices must be asked for before jax starts, hence a process of its own.
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec as P
+from kernels_pallas.sharding import token_sharding
+from mhc_jax.moe import MoE
+from test_moe import Config
+
+def make(**values):
+    moe = MoE(Config(num_experts=8, **values), rngs=nnx.Rngs(0))
+    # Every token chooses expert 0 and none expert 7: buffers must take the worst case.
+    moe.balance_bias[...] = jnp.asarray([9, 0, 0, 0, 0, 0, 0.1, -9], jnp.float32)
+    return nnx.split(moe, nnx.Param, ...)
+
+def step(model, mesh, axes):
+    graph, _, rest = model
+    def loss(params, x, dy):
+        y, aux = nnx.merge(graph, params, rest)(x)
+        return jnp.sum(y * dy) + aux.balance_loss, (y, aux)
+    def run(params, x, dy):
+        if mesh is None:
+            return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x, dy)
+        with token_sharding(mesh, *axes):
+            return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x, dy)
+    return jax.jit(run)
+
+def mesh_of(**sizes):
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+
+def put_params(params, mesh):
+    has = lambda name: name if name in mesh.axis_names else None
+    specs = {"gate": P(has("expert"), has("fsdp"), has("tensor")), "up": P(has("expert"), has("fsdp"), has("tensor")),
+             "down": P(has("expert"), has("tensor"), has("fsdp"))}
+    def put(path, a):
+        keys = [str(getattr(p, "key", "")) for p in path]
+        spec = specs[keys[1]] if keys[0] == "experts" else P()
+        return jax.device_put(a, NamedSharding(mesh, spec))
+    return jax.tree_util.tree_map_with_path(put, params)
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+rows = ("data", "fsdp", "expert")
+CASES = [  # dispatch, mesh, token axes, batch
+    ("dropless", dict(expert=8), (("expert",),), 8),
+    ("dropless", dict(expert=8), (("expert",),), 1),  # too few sequences: every device has all tokens
+    ("capacity", dict(expert=8), (("expert",),), 1),
+    ("capacity", dict(data=2, expert=4), (("data", "expert"),), 8),
+    ("dropless", dict(data=2, expert=2, tensor=2), (("data", "expert"),), 8),
+    ("capacity", dict(data=2, expert=2, tensor=2), (("data", "expert"),), 8),
+    ("dropless", dict(fsdp=2, expert=2, sequence=2), (("fsdp", "expert"), "sequence"), 8),
+]
+rng = np.random.default_rng(0)
+data = rng.standard_normal((2, 8, 6, 8)).astype(np.float32)
+for dispatch in ("dropless", "capacity"):
+    model = make(moe_dispatch=dispatch, capacity_factor=8.0, sequence_balance_weight=0.5)
+    alone = step(model, None, None)
+    for name, sizes, axes, batch in CASES:
+        if name != dispatch:
+            continue
+        x, dy = data[:, :batch]
+        mesh = mesh_of(**sizes)
+        token_axes = tuple(a if batch > 1 else None for a in axes)
+        tokens = NamedSharding(mesh, P(*token_axes))
+        got = step(model, mesh, axes)(put_params(model[1], mesh), *(jax.device_put(a, tokens) for a in (x, dy)))
+        want = alone(model[1], x, dy)
+        jax.tree.map(close, got, want)
+        assert float(want[0][1][1].load.max()) == x.shape[0] * x.shape[1]
+        print(dispatch, sizes, batch, "ok", flush=True)
+
+# Drops: each device applies the capacity to its own tokens.
+graph, params, rest = make(moe_dispatch="capacity", capacity_factor=1.0)
+mesh, x = mesh_of(data=2, expert=4), np.tile(data[0], (1, 4, 1))
+forward = jax.jit(lambda x: nnx.merge(graph, params, rest)(x))
+parts = [forward(x[i : i + 1]) for i in range(8)]
+def sharded(x):
+    with token_sharding(mesh, ("data", "expert")):
+        return nnx.merge(graph, params, rest)(x)
+y, aux = jax.jit(sharded)(jax.device_put(x, NamedSharding(mesh, P(("data", "expert")))))
+close(y, jnp.concatenate([part[0] for part in parts]))
+close(aux.load, sum(part[1].load for part in parts))
+close(aux.dropped, sum(part[1].dropped for part in parts) / 8)
+assert aux.dropped > 0
+print("parallel ok")
+"""
+
+
+def test_eight_devices_equal_one():
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    root = pathlib.Path(__file__).parents[2]
+    env["PYTHONPATH"] = os.pathsep.join((str(root), str(root / "tests/model")))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert "parallel ok" in done.stdout, done.stdout + done.stderr[-3000:]
