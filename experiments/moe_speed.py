@@ -1,4 +1,4 @@
-"""How near does the MoE layer come to dense matmuls of the same FLOPs? Forward + backward, whole and in parts.
+"""How near does the MoE layer come to dense matmuls of the same FLOPs, forward and backward?
 
 Command:  python -m experiments.moe_speed                  (one GPU with 60 GiB free; about 1 minute)
 Result:   a table of milliseconds and of the share of the dense rate, also as JSON with --output.
@@ -15,12 +15,13 @@ import pathlib
 import statistics
 import subprocess
 import time
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from configs import default
+from mhc_jax.config import ModelConfig, from_dict
 from mhc_jax.moe import MoE, dispatch, router
 from mhc_jax.moe.experts import ExpertWeights, expert_ffn
 from mhc_jax.moe.grouped_matmul import grouped_matmul
@@ -73,16 +74,12 @@ def normal(seed: int, *shape, dtype=jnp.bfloat16, std=1.0) -> jax.Array:
     return (std * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
 
 
-def layer_config(options: argparse.Namespace, name: str, factor: float) -> SimpleNamespace:
-    names = ("width", "num_experts", "experts_per_token", "shared_experts", "expert_width")
-    return SimpleNamespace(
-        **{name: getattr(options, name) for name in names},
-        moe_dispatch=name,
-        capacity_factor=factor,
-        sequence_balance_weight=0.0,
-        activation_dtype=jnp.dtype(jnp.bfloat16),
-        init_std=0.02,
-    )
+def layer_config(options: argparse.Namespace, name: str, factor: float) -> ModelConfig:
+    config = default.get_config()
+    for field in ("width", "num_experts", "experts_per_token", "shared_experts", "expert_width"):
+        config.model[field] = getattr(options, field)
+    config.model.update(moe_dispatch=name, capacity_factor=factor, dtype="bfloat16", num_heads=1)
+    return from_dict(config).model
 
 
 def time_layer(options, name: str, factor: float, x, dy) -> dict:
@@ -124,11 +121,11 @@ def time_dense(options, active_width: int) -> float:
     return time_ms(matmuls, x, dy, gate_up, hidden, d_gate_up, down, repeats=options.repeats)
 
 
-def time_parts(options, x, dy) -> dict[str, float]:
-    """Milliseconds of the parts of the layer, each forward and backward and by itself."""
+def time_parts(options, x) -> dict[str, float]:
+    """Milliseconds of the parts of the layer, each by itself; router and experts forward and backward."""
     k, num_experts = options.experts_per_token, options.num_experts
     ms = functools.partial(time_ms, repeats=options.repeats)
-    tokens, flat_dy = x.reshape(-1, options.width), dy.reshape(-1, options.width)
+    tokens = x.reshape(-1, options.width)
     kernel, bias = (
         normal(1, options.width, num_experts, dtype=jnp.float32, std=0.02),
         jnp.zeros(num_experts),
@@ -151,11 +148,10 @@ def time_parts(options, x, dy) -> dict[str, float]:
         parts[f"{name}: sort"] = ms(plan, routing.experts)
         rows = plan(routing.experts)
 
-        def move(x, rows=rows):
-            return dispatch.to_tokens(dispatch.to_rows(x, rows), rows)
-
-        parts[f"{name}: to rows, to tokens"] = ms(forward_backward(move), (tokens,), flat_dy)
         filled = dispatch.to_rows(tokens, rows)
+        # Each is the other's backward: timed apart, since XLA would merge the two gathers.
+        parts[f"{name}: to rows"] = ms(jax.jit(dispatch.to_rows), tokens, rows)
+        parts[f"{name}: to tokens"] = ms(jax.jit(dispatch.to_tokens), filled, rows)
         row_weights = dispatch.weights_to_rows(routing.weights, rows)
         if name == "dropless":
             if choose_dispatch("auto", *shapes[1:], jnp.bfloat16) != "dropless":
@@ -209,8 +205,8 @@ def main() -> None:
             ),
             flush=True,
         )
-    parts = time_parts(options, x, dy)
-    print("parts, forward + backward, ms")
+    parts = time_parts(options, x)
+    print("parts, ms (router and experts forward + backward)")
     for name, ms in parts.items():
         print(f"  {name:36}{ms:8.2f}")
     if options.output:

@@ -10,7 +10,7 @@ from mhc_jax.config import ModelConfig
 from mhc_jax.layers import SwiGLU, linear
 from mhc_jax.moe import router
 from mhc_jax.moe.experts import ExpertWeights
-from mhc_jax.moe.parallel import DISPATCHES, choose_dispatch, routed_experts
+from mhc_jax.moe.parallel import choose_dispatch, routed_experts
 
 
 class BalanceBias(nnx.Variable):
@@ -50,27 +50,11 @@ class MoE(nnx.Module):
     sequence_balance_weight, dtype, init_std. Source: arXiv 2412.19437, section 2.1.2, with one group of
     experts and routed_scaling_factor 1.
 
-    Under `kernels_pallas.sharding.token_sharding` experts are split over the mesh axis `expert`.
-
-    Raises:
-      ValueError: an unknown dispatch, k outside of 1 ... E, a capacity factor below 1.
+    Under `kernels_pallas.sharding.token_sharding` experts are split over the mesh axis `expert`,
+    their hidden entries over `tensor`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        if config.moe_dispatch not in DISPATCHES:
-            raise ValueError(
-                f"model.moe_dispatch={config.moe_dispatch!r} is unknown: use one of {', '.join(DISPATCHES)}"
-            )
-        if not 1 <= config.experts_per_token <= config.num_experts:
-            raise ValueError(
-                f"model.experts_per_token={config.experts_per_token} must lie in 1 to "
-                f"model.num_experts={config.num_experts}"
-            )
-        if not config.capacity_factor >= 1:
-            raise ValueError(
-                f"model.capacity_factor={config.capacity_factor} must be at least 1: below it choices are "
-                "dropped even if all experts are used alike"
-            )
         self.config = config
         self.router = linear(
             config.width,

@@ -18,8 +18,6 @@ from mhc_jax.moe import dispatch
 from mhc_jax.moe.experts import ExpertWeights, expert_ffn
 from mhc_jax.moe.grouped_matmul import grouped_matmul, has_hopper_kernel
 
-DISPATCHES = ("auto", "dropless", "capacity")
-
 
 class _ExpertAxis(NamedTuple):
     """Mesh axis over which experts are split; whether it splits tokens too."""

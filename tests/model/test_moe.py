@@ -1,6 +1,6 @@
 """MoE against a float64 loop over tokens: forward, every gradient, drops, uneven loads, bad input."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,34 +8,34 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import default
 from kernels_pallas.sharding import token_sharding
-from mhc_jax.moe import MoE
+from mhc_jax.config import from_dict
+from mhc_jax.moe import MoE, router
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The fields of ModelConfig that MoE reads."""
-
-    width: int = 8
-    num_experts: int = 6
-    experts_per_token: int = 3
-    shared_experts: int = 2
-    expert_width: int = 4
-    moe_dispatch: str = "dropless"
-    capacity_factor: float = 1.0
-    sequence_balance_weight: float = 0.0
-    activation_dtype: object = jnp.dtype("float32")
-    init_std: float = 0.5
+def settings(**values):
+    """Tiny layer; values of the configuration's `model`."""
+    config = default.get_config()
+    config.model.update(
+        width=8, num_heads=1, num_experts=6, experts_per_token=3, expert_width=4, capacity_factor=1.0,
+        moe_dispatch="dropless", dtype="float32",
+    )  # fmt: skip
+    config.model.update(values)
+    return from_dict(config).model
 
 
 # T = 37 tokens, one expert that nobody chooses, the others uneven.
-BIAS = np.asarray([0.0, -9.0, 0.3, 0.0, 0.1, -0.2])
+BIAS = [0.0, -9.0, 0.3, 0.0, 0.1, -0.2]
 
 
-def make(config, bias=BIAS, seed=0):
-    moe = MoE(config, rngs=nnx.Rngs(seed))
-    moe.balance_bias[...] = jnp.asarray(bias, jnp.float32)
-    return moe
+def make(config, bias=BIAS):
+    """Graph, parameters and balance bias of a layer with random parameters."""
+    abstract = nnx.eval_shape(lambda: MoE(config, rngs=nnx.Rngs(0)))
+    graph, params, rest = nnx.split(abstract, nnx.Param, ...)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.normal(0, 0.5, a.shape).astype(a.dtype), params)
+    return graph, params, jax.tree.map(lambda a: np.asarray(bias, a.dtype), rest)
 
 
 def inputs(batch=1, length=37, width=8):
@@ -120,20 +120,14 @@ def oracle(params, bias, x, dy, k, limit=None, alpha=0.0):
     return y, gradient, dx, load, dropped / (x.shape[0] * x.shape[1] * k)
 
 
-def run(moe, x, dy):
-    """Output, aux, gradients of parameters and of x for the loss <y, dy> + balance loss."""
-    graph, params, rest = nnx.split(moe, nnx.Param, ...)
+def value_and_gradients(graph, rest, params, x, dy):
+    """((<y, dy> + balance loss, (y, aux)), gradients of parameters and x)."""
 
-    @jax.jit
-    def step(params, x):
-        def loss(params, x):
-            y, aux = nnx.merge(graph, params, rest)(x)
-            return jnp.sum(y * dy) + aux.balance_loss, (y, aux)
+    def loss(params, x):
+        y, aux = nnx.merge(graph, params, rest)(x)
+        return jnp.sum(y * dy) + aux.balance_loss, (y, aux)
 
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-
-    (_, (y, aux)), (d_params, dx) = step(params, x)
-    return y, aux, nnx.to_pure_dict(d_params), dx
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
 
 def close(got, want, tolerance=2e-5):
@@ -153,14 +147,21 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_loop_over_tokens(name):
     values, limit = CASES[name]
-    config = Config(**values)
-    moe = make(config)
+    config = settings(**values)
+    graph, params, rest = make(config)
     batch = 2 if config.sequence_balance_weight else 1
     x, dy = inputs(batch)
-    y, aux, gradient, dx = run(moe, x, dy)
-    params = nnx.to_pure_dict(nnx.state(moe, nnx.Param))
+    run = jax.jit(functools.partial(value_and_gradients, graph, rest))
+    (_, (y, aux)), (gradient, dx) = run(params, x, dy)
+    gradient = nnx.to_pure_dict(gradient)
     want_y, want_gradient, want_dx, load, dropped = oracle(
-        params, BIAS, x, dy, config.experts_per_token, limit, config.sequence_balance_weight
+        nnx.to_pure_dict(params),
+        np.asarray(BIAS),
+        x,
+        dy,
+        config.experts_per_token,
+        limit,
+        config.sequence_balance_weight,
     )
     assert (dropped > 0) == (limit is not None)
     assert load[1] == 0
@@ -174,31 +175,29 @@ def test_equals_the_loop_over_tokens(name):
 
 
 def test_balance_loss_is_the_formula():
-    moe = make(Config(sequence_balance_weight=0.25))
-    x = inputs(2)[0]
-    scores = 1 / (1 + np.exp(-(np.asarray(x, np.float64) @ np.asarray(moe.router.kernel[...]))))
+    scores = np.random.default_rng(2).random((2, 37, 6)).astype(np.float32)
     want = []
-    for sequence in scores:
+    for sequence in scores.astype(np.float64):
         counts = np.zeros(6)
         for token in sequence:
             counts[np.argsort(-token)[:3]] += 1
         f = counts * 6 / (3 * len(sequence))
         want.append(f @ (sequence / sequence.sum(-1, keepdims=True)).mean(0))
-    _, aux = moe(x)
-    np.testing.assert_allclose(aux.balance_loss, 0.25 * np.mean(want), rtol=1e-6)
+    got = jax.jit(router.sequence_balance_loss, static_argnums=1)(scores, 3)
+    np.testing.assert_allclose(got, np.mean(want), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"experts_per_token": 7}, "experts_per_token=7 must lie in 1 to model.num_experts=6"),
+        ({"experts_per_token": 7}, "experts_per_token=7 is more than model.num_experts=6"),
         ({"capacity_factor": 0.9}, "capacity_factor=0.9 must be at least 1"),
         ({"moe_dispatch": "sorted"}, "'sorted' is unknown: use one of auto, dropless, capacity"),
     ],
 )
 def test_bad_settings_are_named(values, message):
     with pytest.raises(ValueError, match=message):
-        MoE(Config(**values), rngs=nnx.Rngs(0))
+        settings(**values)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +209,6 @@ def test_bad_settings_are_named(values, message):
 )
 def test_what_does_not_divide_over_the_mesh_is_named(axis, message):
     mesh = jax.sharding.AbstractMesh((4,), (axis,))
-    moe = make(Config(expert_width=6))
+    graph, *state = make(settings(expert_width=6))
     with token_sharding(mesh), pytest.raises(ValueError, match=message):
-        jax.eval_shape(moe, inputs()[0])
+        jax.eval_shape(lambda x: nnx.merge(graph, *state)(x), inputs()[0])
