@@ -3,7 +3,6 @@
 import pathlib
 
 import grain
-import jax
 import orbax.checkpoint as ocp
 
 from mhc_jax.train_step import TrainState
@@ -12,7 +11,8 @@ from mhc_jax.train_step import TrainState
 class Checkpoints:
     """The newest checkpoints below `workdir/checkpoints`, one folder a step.
 
-    Saving is asynchronous: training goes on while files are written; `close` waits for them.
+    Saving is asynchronous: training goes on while files are written; `close` waits for them. All processes
+    of a run call every method together. What is saved does not depend on their number or on the mesh.
     """
 
     def __init__(self, workdir: pathlib.Path, *, kept: int):
@@ -33,20 +33,21 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data)
+                # grain's own handler writes a file a process, which another number could not read.
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(data.get_state()),
             ),
         )
 
-    def restore(self, like: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """Returns the newest state, placed as `like` is, and moves `data` to its position."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
+        """Returns the newest state, placed as `abstract` says, and moves `data` to its position."""
         restored = self._manager.restore(
             self.latest_step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract),
-                data=grain.checkpoint.CheckpointRestore(data),
+                state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
             ),
         )
+        data.set_state(restored.data)
         return restored.state
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from mhc_jax import distributed
 from mhc_jax.config import from_dict
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
@@ -18,6 +19,14 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; resumed if it has a checkpoint."
 )
+# Several processes: found by themselves on TPU slices and under SLURM, Open MPI and Kubernetes.
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, where no cluster is found by itself."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes of the run; 1: alone, whatever cluster there is."
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
 _log = logging.getLogger("mhc_jax.main")
 
@@ -36,7 +45,13 @@ def main(argv):
         config = from_dict(_CONFIG.value)
     except (ValueError, TypeError) as error:
         sys.exit(f"bad config: {error}")
-    _log.info("devices: %s", jax.devices())
+    try:
+        distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    except ValueError as error:
+        sys.exit(f"bad flags: {error}")
+    _log.info(
+        "%d processes, %d devices: %s", jax.process_count(), jax.device_count(), jax.devices()[0]
+    )
     try:
         train(config, _WORKDIR.value)
     except (BadInput, NonFiniteError, Interrupted) as error:

@@ -1,37 +1,256 @@
-"""Where arrays live: parameters replicated, batches split over the devices."""
+"""Where arrays live: one mesh of five axes, and the rules from names of dimensions to its axes.
+
+    data      batches split, parameters whole: gradients are summed
+    fsdp      batches split, parameters and optimizer state split too and gathered where they are used
+    expert    batches split, experts split: tokens travel to their experts
+    tensor    heads, hidden entries of an FFN and vocabulary split
+    sequence  the length of a sequence split
+
+Parameters get their rule by path (`PARAMETERS`), optimizer state has that of its parameter. Activations are
+split by token alone. The n*C entries of the streams are never split: the norm, the projection and the
+mixing of n streams need all entries of a token, so that a split would turn the cheapest operations of the
+network into communication; and the streams of one device's tokens are small beside its parameters.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas.sharding import current, divisible, token_sharding
+from mhc_jax.config import Config, MeshConfig
 
-def make_mesh() -> Mesh:
-    """All devices of all processes along one axis, `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+AXES = ("data", "fsdp", "expert", "tensor", "sequence")
+BATCH_AXES = ("data", "fsdp", "expert")
+
+# Logical name of a dimension -> mesh axis.
+LOGICAL = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "ffn": "tensor",
+    "vocab": "tensor",
+    "experts": "expert",
+    None: None,
+}
+
+# Path of a parameter (regular expression, the whole of it) -> logical names of its last dimensions. First
+# match wins. Dimensions before these count blocks and are not split.
+PARAMETERS = (
+    (r"embedding/embedding", ("vocab", "embed")),
+    (r"unembed/kernel", ("embed", "vocab")),
+    (r".*/attention/(qkv|q)/kernel", ("embed", "heads")),
+    (r".*/attention/kv_down/kernel", ("embed", None)),
+    (r".*/attention/kv_up/kernel", (None, "heads")),
+    (r".*/attention/out/kernel", ("heads", "embed")),
+    (r".*/router/kernel", ("embed", None)),
+    (r".*/experts/(gate|up)", ("experts", "embed", "ffn")),
+    (r".*/experts/down", ("experts", "ffn", "embed")),
+    (r".*/(gate|up)/kernel", ("embed", "ffn")),
+    (r".*/down/kernel", ("ffn", "embed")),
+    (r".*/phi", ("embed", None)),
+    (r".*/theta", (None, "embed")),
+    (r".*/(scale|bias|alpha|balance_bias)", ()),
+)
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Size of each axis, with the one that is -1 filled up.
+
+    Raises:
+      ValueError: the sizes do not multiply out to `num_devices`.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    written = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    product = math.prod(size for size in sizes.values() if size != -1)
+    if num_devices % product or (not free and product != num_devices):
+        nearest = (
+            f"set mesh.{free[0] if free else 'data'}=-1 and let the others divide {num_devices}"
+        )
+        raise ValueError(
+            f"mesh {written} does not multiply out to the {num_devices} devices: {nearest}"
+        )
+    if free:
+        sizes[free[0]] = num_devices // product
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of the configuration over `devices`, by default all of all processes."""
+    sizes = mesh_sizes(config, len(devices) if devices is not None else jax.device_count())
+    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+
+
+def check_divisible(config: Config, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError unless batch, sequence, heads and experts divide over their axes of the mesh."""
+    over = math.prod(sizes[axis] for axis in BATCH_AXES)
+    parts = config.optimizer.accumulate_steps
+    if config.batch_size % (parts * over):
+        axes = " x ".join(f"{axis}={sizes[axis]}" for axis in BATCH_AXES)
+        raise ValueError(
+            f"batch_size={config.batch_size} in {parts} parts (optimizer.accumulate_steps) is not "
+            f"divisible by the {over} devices of mesh {axes}: use a multiple of {parts * over}, or give "
+            "devices to mesh.tensor or mesh.sequence"
+        )
+    model = config.model
+    split = [
+        ("sequence", "data.sequence_length", config.data.sequence_length),
+        ("tensor", "model.num_heads", model.num_heads),
+        ("tensor", "model.vocab_size", model.vocab_size),
+        ("fsdp", "model.width", model.width),
+    ]
+    if model.num_experts:
+        split += [
+            ("expert", "model.num_experts", model.num_experts),
+            ("tensor", "model.expert_width", model.expert_width),
+        ]
+    else:
+        split.append(("tensor", "model.ffn_width", model.ffn_width))
+    for axis, name, value in split:
+        if value % sizes[axis]:
+            raise ValueError(
+                f"{name}={value} is not divisible by mesh.{axis}={sizes[axis]}: use a divisor of {value} "
+                f"for mesh.{axis}, or a multiple of {sizes[axis]} for {name}"
+            )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def by_batch(mesh: Mesh) -> NamedSharding:
-    """First axis over `data`."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def by_token(mesh: Mesh) -> NamedSharding:
+    """`[B, S, ...]`: batch over data, fsdp and expert, length over sequence."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
 
 
-def check_batch_size(batch_size: int, accumulate_steps: int, num_devices: int) -> None:
-    """Raises ValueError unless each part of a batch divides over the devices."""
-    part = batch_size // accumulate_steps
-    if part % num_devices:
-        raise ValueError(
-            f"batch_size={batch_size} in {accumulate_steps} parts of {part} sequences is not divisible by "
-            f"the {num_devices} devices: use a multiple of {accumulate_steps * num_devices}"
-        )
+def parameter_spec(path: str, num_dimensions: int) -> PartitionSpec:
+    """The rule for one parameter.
+
+    Args:
+      path: names joined by "/", such as "blocks/ffn/gate/kernel".
+      num_dimensions: of the array.
+
+    Raises:
+      ValueError: no rule knows the path.
+    """
+    for pattern, names in PARAMETERS:
+        if re.fullmatch(pattern, path):
+            lead = (None,) * (num_dimensions - len(names))
+            return PartitionSpec(*lead, *(LOGICAL[name] for name in names))
+    raise ValueError(
+        f"no sharding rule for parameter {path}: add one to PARAMETERS in mhc_jax/sharding.py"
+    )
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows -> global arrays, split by `by_batch`."""
-    return {
-        name: jax.make_array_from_process_local_data(by_batch(mesh), rows)
-        for name, rows in batch.items()
-    }
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedSharding of every array of a train state, parameters or gradients.
+
+    What lies below dict keys goes by them (parameters, and each of the optimizer's trees that mirror them);
+    what does not (counters, keys of the random numbers) is whole on every device.
+
+    Raises:
+      ValueError: no rule knows a path, or a dimension is not divisible by its axis.
+    """
+
+    def rule(path, leaf):
+        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if not keys:
+            return replicated(mesh)
+        name = "/".join(keys)
+        spec = parameter_spec(name, len(leaf.shape))
+        for size, axis in zip(leaf.shape, spec):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{name} {tuple(leaf.shape)}: {size} is not divisible by mesh.{axis}="
+                    f"{mesh.shape[axis]}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(rule, tree)
+
+
+def on_mesh(function, mesh: Mesh | None):
+    """`function`, traced so that its kernels and `constrain` know where tokens live on `mesh`."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def traced(*args):
+        with token_sharding(mesh, BATCH_AXES, "sequence"):
+            return function(*args)
+
+    return traced
+
+
+def split_by_token(x: jax.Array) -> jax.Array:
+    """Keeps `[B, S, C]` split by token alone; without it XLA may split C as the parameters are.
+
+    A dimension that does not divide (one sequence for gains) stays whole.
+    """
+    where = current()
+    if where is None:
+        return x
+    spec = PartitionSpec(*divisible(where.mesh, where.axes, x.shape[:2]))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, spec))
+
+
+def split_parameters(tree: Any) -> Any:
+    """Keeps gradients split as their parameters, so that a sum over parts of a batch holds only its share."""
+    where = current()
+    if where is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, where.mesh))
+
+
+class BatchPlacement:
+    """Which rows of a global batch this process reads, and how they become a global array.
+
+    Processes that share a row of the mesh's batch axes (tensor or sequence across processes) read the same
+    rows. On a TPU slice the rows of a process need not lie side by side in the global batch: the share with
+    the lowest rows gets the first rows of the data, which permutes a batch but loses and repeats nothing.
+
+    Attributes:
+      index, count: the share of this process, and the number of different shares.
+
+    Raises:
+      ValueError: processes hold partly the same rows.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int):
+        self._sharding = by_token(mesh)
+        rows = {}
+        shape = batch_size, mesh.shape["sequence"]
+        for device, (span, _) in self._sharding.devices_indices_map(shape).items():
+            first, last, _ = span.indices(batch_size)
+            rows.setdefault(device.process_index, set()).add((first, last))
+        shares = sorted(set(map(frozenset, rows.values())), key=min)
+        if sum(map(len, shares)) != len(set().union(*shares)) or len(set(map(len, shares))) > 1:
+            raise ValueError(
+                f"mesh {dict(mesh.shape)} gives {len(rows)} processes partly the same rows of a batch: let "
+                f"the product of {', '.join(BATCH_AXES)} be a multiple or a divisor of the processes"
+            )
+        mine = rows[jax.process_index()]
+        self.index, self.count = shares.index(frozenset(mine)), len(shares)
+        self._batch_size = batch_size
+        starts = np.cumsum([0] + [last - first for first, last in sorted(mine)])
+        self._local = {first: start for (first, _), start in zip(sorted(mine), starts)}
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows `[B / count, S]` -> global arrays `[B, S]`."""
+
+        def place(rows):
+            def piece(index):
+                first, last, _ = index[0].indices(self._batch_size)
+                start = self._local[first]
+                return rows[start : start + last - first, index[1]]
+
+            shape = self._batch_size, *rows.shape[1:]
+            return jax.make_array_from_callback(shape, self._sharding, piece)
+
+        return {name: place(rows) for name, rows in batch.items()}

@@ -1,34 +1,32 @@
 """The training loop: data and state in, metrics, gains and checkpoints in the workdir out."""
 
-import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import math
 import pathlib
-import signal
-import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import tqdm
 
 from kernels_pallas import dispatch
-from mhc_jax import gains, sharding
+from mhc_jax import distributed, gains, sharding
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config import Config, differences
 from mhc_jax.data import make_iterator, vocab_size
 from mhc_jax.metrics import MetricWriter
 from mhc_jax.train_step import (
+    abstract_batch,
+    abstract_state,
     evaluate,
     find_non_finite,
-    init_state,
+    jit_init_state,
     jit_train_step,
     measure_gains,
-    on_mesh,
-    train_step,
 )
 
 _log = logging.getLogger(__name__)
@@ -46,46 +44,14 @@ class Interrupted(RuntimeError):
     """SIGINT or SIGTERM stopped the run after a checkpoint."""
 
 
-@contextlib.contextmanager
-def _stop_signals():
-    """Yields a flag that SIGINT and SIGTERM set, so that the loop can save before it ends."""
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested
-        return
-    old = {}
-
-    def restore():
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-    def handle(*_):
-        requested.set()
-        restore()  # a second Ctrl-C ends the program at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, handle)
-    try:
-        yield requested
-    finally:
-        restore()
-
-
 def check_config(config: Config) -> None:
     """What the fields cannot tell alone, before anything is allocated.
 
     Raises:
-      ValueError: batch size against devices, vocabulary against data, sizes that a module refuses.
-      NotImplementedError: kernels that cannot run on these devices or do not take these sizes.
+      ValueError: mesh against devices and sizes, vocabulary against data.
+      NotImplementedError: kernels that cannot run on these devices.
     """
-    mesh = dataclasses.asdict(config.mesh)
-    if mesh != {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1, "sequence": 1}:
-        raise NotImplementedError(
-            f"mesh={mesh}: only the default, all devices along data, works yet"
-        )
-    sharding.check_batch_size(
-        config.batch_size, config.optimizer.accumulate_steps, jax.device_count()
-    )
+    sharding.check_divisible(config, sharding.mesh_sizes(config.mesh, jax.device_count()))
     dispatch.check_platform(config.model.implementation, jax.devices()[0].platform)
     needed = vocab_size(config.data)
     if config.model.vocab_size < needed:
@@ -93,18 +59,16 @@ def check_config(config: Config) -> None:
             f"model.vocab_size={config.model.vocab_size} is less than the {needed} ids of the data: "
             f"set model.vocab_size={needed}"
         )
-    # Traces the whole step without allocating: what modules and kernels refuse is refused here.
-    shape = config.batch_size, config.data.sequence_length
-    batch = {key: jax.ShapeDtypeStruct(shape, "int32") for key in ("inputs", "targets")}
-    state = jax.eval_shape(functools.partial(init_state, config))
-    jax.eval_shape(functools.partial(train_step, config=config), state, batch)
 
 
 def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
-    """Writes config.json, or checks that the one there is the same.
+    """Writes config.json (process 0), or checks that the one there is the same.
+
+    The mesh may differ: a run goes on with any number of devices.
 
     Raises:
-      ValueError: the fields in which a workdir of an earlier run differs.
+      ValueError: the fields in which a workdir of an earlier run differs, or a workdir that the processes
+        do not share.
     """
     path, values = workdir / "config.json", dataclasses.asdict(config)
     if path.exists():
@@ -114,18 +78,29 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
             raise ValueError(
                 f"{path} is not JSON ({error}): remove it or use a new workdir"
             ) from error
-        differing = differences(there, values)
+        differing = differences(there | {"mesh": None}, values | {"mesh": None})
         if differing:
             fields = "; ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in differing.items())
             raise ValueError(
                 f"{path} belongs to another run ({fields}): use the same config or a new workdir"
             )
         return
-    workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")  # renamed when whole, so that a kill leaves no half file
         part.write_text(json.dumps(values, indent=2) + "\n")
         part.rename(path)
+    distributed.barrier("config.json is written")
+    deadline = (
+        time.monotonic() + 60
+    )  # network file systems remember for a while that a file is not there
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"process {jax.process_index()} does not see {path}, which process 0 wrote: --workdir has "
+                "to lie on storage that all processes share"
+            )
+        time.sleep(1)
 
 
 def train(
@@ -152,7 +127,7 @@ def train(
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         raise BadInput(str(error)) from error
     try:
-        with _stop_signals() as stop:
+        with distributed.stop_signals() as stop:
             run.loop(stop, name or config.model.connection)
     finally:
         run.close()
@@ -163,29 +138,35 @@ class Run:
     """State of one training run on its way through the steps."""
 
     def __init__(self, config: Config, workdir: pathlib.Path):
-        # Reads the corpora first: bad input is reported before the workdir or the device is touched.
-        processes = {
+        # What can be refused is refused before the workdir or the memory of a device is touched: corpora
+        # are opened and the whole step is traced first.
+        self.config, self.workdir = config, workdir
+        self.mesh = sharding.make_mesh(config.mesh)
+        self._placement = sharding.BatchPlacement(self.mesh, config.batch_size)
+        share = {
             "batch_size": config.batch_size,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
+            "process_index": self._placement.index,
+            "process_count": self._placement.count,
         }
-        self.data = make_iterator(config.data, split="train", **processes)
-        self.validation = make_iterator(config.data, split="validation", **processes)
+        self.data = make_iterator(config.data, split="train", **share)
+        self.validation = make_iterator(config.data, split="validation", **share)
         self._validation_start = self.validation.get_state()
         # The same sequence on every process and at every step.
         one = make_iterator(config.data, split="validation", batch_size=1)
         self._gains_tokens = next(one)["inputs"]
+        abstract = abstract_state(config, self.mesh)
+        self._train_step = jit_train_step(config, self.mesh)
+        self._train_step.eval_shape(
+            abstract, abstract_batch(config)
+        )  # the trace is used by the first step
         claim_workdir(config, workdir)
 
-        self.config, self.workdir, self.mesh = config, workdir, sharding.make_mesh()
-        make_state = jax.jit(
-            functools.partial(init_state, config), out_shardings=sharding.replicated(self.mesh)
-        )
         self.checkpoints = Checkpoints(workdir, kept=config.checkpoints_kept)
         # Order of restart: a checkpoint of this workdir, else from scratch.
-        self.state = make_state()
-        if self.checkpoints.latest_step is not None:
-            self.state = self.checkpoints.restore(self.state, self.data)
+        if self.checkpoints.latest_step is None:
+            self.state = jit_init_state(config, self.mesh)()
+        else:
+            self.state = self.checkpoints.restore(abstract, self.data)
             _log.info("resumed %s at step %d", workdir, self.checkpoints.latest_step)
         self.step = int(self.state.step)
 
@@ -194,18 +175,23 @@ class Run:
             MetricWriter(workdir, tensorboard=config.tensorboard) if self.is_main else None
         )
         self.last_metrics: dict[str, float] = {}
-        self._train_step = jit_train_step(config, self.mesh)
-        self._eval_step = jax.jit(
-            on_mesh(functools.partial(evaluate, config=config.model), self.mesh)
+        compile_ = functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
+        self._eval_step = compile_(
+            sharding.on_mesh(functools.partial(evaluate, config=config.model), self.mesh)
         )
-        self._gains = jax.jit(
-            on_mesh(functools.partial(measure_gains, config=config.model), self.mesh)
+        self._gains = compile_(
+            sharding.on_mesh(functools.partial(measure_gains, config=config.model), self.mesh)
         )
         self._in_flight = None  # (step, batch, position before it, metrics) of the newest step
         self._clock = None  # when the metrics of the step before were fetched
 
-    def loop(self, stop: threading.Event, name: str) -> None:
-        """Steps up to `config.steps`, with whatever is due after each."""
+    def loop(self, stop: Callable[[int], bool], name: str) -> None:
+        """Steps up to `config.steps`, with whatever is due after each.
+
+        Args:
+          stop: asked after each step whether to save and end, see `distributed.stop_signals`.
+          name: shown beside the progress bar.
+        """
         config = self.config
         with tqdm.tqdm(
             total=config.steps, initial=self.step, desc=name, disable=not self.is_main, unit="step"
@@ -213,7 +199,7 @@ class Run:
             while self.step < config.steps:
                 self._dispatch(bar)
                 self._do_what_is_due(bar)
-                if stop.is_set() and self.step < config.steps:
+                if stop(self.step) and self.step < config.steps:
                     self._fetch(bar)
                     self.checkpoints.save(self.state, self.data)
                     raise Interrupted(
@@ -229,7 +215,7 @@ class Run:
     def _dispatch(self, bar) -> None:
         """Starts step k, then fetches the metrics of step k - 1 while it runs."""
         position = self.data.get_state()
-        batch = sharding.put_batch(next(self.data), self.mesh)
+        batch = self._placement.put(next(self.data))
         self.state, metrics = self._train_step(self.state, batch)
         previous, self._in_flight = self._in_flight, (self.step, batch, position, metrics)
         self.step += 1
@@ -293,7 +279,7 @@ class Run:
         self.validation.set_state(self._validation_start)
         variables = self.state.variables
         losses = [
-            self._eval_step(variables, sharding.put_batch(next(self.validation), self.mesh))
+            self._eval_step(variables, self._placement.put(next(self.validation)))
             for _ in range(self.config.eval_batches)
         ]
         mean = sum(map(float, losses)) / len(losses)

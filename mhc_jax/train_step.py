@@ -11,12 +11,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from kernels_pallas.sharding import token_sharding
 from mhc_jax import gains
 from mhc_jax.config import Config, ModelConfig
 from mhc_jax.losses import cross_entropy
 from mhc_jax.moe import MoEAux
 from mhc_jax.optimizer import make_optimizer, make_schedule
+from mhc_jax.sharding import by_token, on_mesh, replicated, split_parameters, tree_shardings
 from mhc_jax.transformer import Analysis, Transformer
 
 Params = dict[str, Any]
@@ -114,13 +114,14 @@ def _loss_and_gradients(params: Params, model_state: Params, batch: Batch, confi
     gradient = jax.grad(functools.partial(loss_fn, config=config.model), has_aux=True)
     parts = config.optimizer.accumulate_steps
     if parts == 1:
-        return gradient(params, model_state, batch)[::-1]
+        gradients, reported = gradient(params, model_state, batch)
+        return reported, split_parameters(gradients)
     # Part p takes every parts-th row, so that each device's rows spread over all parts.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
         gradients, reported = gradient(params, model_state, part)
-        return jax.tree.map(jnp.add, total, gradients), reported
+        return jax.tree.map(jnp.add, total, split_parameters(gradients)), reported
 
     total, reported = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
     mean = functools.partial(jnp.mean, axis=0)
@@ -194,22 +195,46 @@ def train_step(
     return state, metrics
 
 
+@functools.cache
+def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+    """Shapes, dtypes and, on a mesh, places of the train state; nothing is allocated."""
+    state = jax.eval_shape(functools.partial(init_state, config))
+    if mesh is None:
+        return state
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        state,
+        tree_shardings(state, mesh),
+    )
+
+
+def abstract_batch(config: Config) -> Batch:
+    """Shapes and dtypes of a batch."""
+    shape = config.batch_size, config.data.sequence_length
+    return {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("inputs", "targets")}
+
+
+def _places(config: Config, mesh: Mesh) -> TrainState:
+    return jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+
+
+def jit_init_state(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
+    """`init_state`, each device making its own part: no host ever holds the whole."""
+    return jax.jit(functools.partial(init_state, config), out_shardings=_places(config, mesh))
+
+
 def jit_train_step(config: Config, mesh: Mesh | None = None) -> Callable:
     """`train_step` compiled for this configuration, with the state's buffers reused."""
     step = on_mesh(functools.partial(train_step, config=config), mesh)
-    return jax.jit(step, donate_argnums=0)
-
-
-def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
-    """`function`, traced so that its kernels run per device of `mesh` with the batch over `data`."""
     if mesh is None:
-        return function
-
-    def traced(*args):
-        with token_sharding(mesh, "data"):
-            return function(*args)
-
-    return traced
+        return jax.jit(step, donate_argnums=0)
+    state = _places(config, mesh)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(state, by_token(mesh)),
+        out_shardings=(state, replicated(mesh)),
+    )
 
 
 def analyse(variables: Params, tokens: jax.Array, config: ModelConfig) -> Analysis:

@@ -21,6 +21,7 @@ from mhc_jax.layers import RMSNorm, SwiGLU, linear
 from mhc_jax.manifolds import MANIFOLDS, Birkhoff
 from mhc_jax.moe import MoE, MoEAux
 from mhc_jax.readout import Readout
+from mhc_jax.sharding import split_by_token
 
 
 def make_connection(config: ModelConfig, sublayer_index: int | jax.Array) -> Connection:
@@ -105,7 +106,7 @@ class Block(nnx.Module):
             output = layer(layer_input)
             if isinstance(layer, MoE):
                 output, aux = output
-            pending = Pending(streams, output, mappings)
+            pending = Pending(streams, split_by_token(output), mappings)
             writes.append(pending)
         return pending, writes, aux
 
@@ -211,7 +212,8 @@ class Transformer(nnx.Module):
             pending, writes, aux = block(pending)
             return pending, (_analyse(writes, connection.n) if analyse else None, aux)
 
-        pending = connection.start(expand(self.embedding(tokens), self.config.streams))
+        embedded = split_by_token(self.embedding(tokens))
+        pending = connection.start(expand(embedded, self.config.streams))
         leading = []
         for block in self.leading:
             pending, (analysis, _) = run(block, pending)
