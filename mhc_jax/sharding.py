@@ -200,6 +200,19 @@ def split_by_token(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, spec))
 
 
+def gathered(path: str, x: jax.Array) -> jax.Array:
+    """The parameter `x` of this path whole along fsdp, as it is needed; other axes still split it.
+
+    XLA gathers matrices of products by itself. A table that is looked up it would rather leave split, and
+    then move every token's entries between devices.
+    """
+    where = current()
+    if where is None:
+        return x
+    spec = (None if axis == "fsdp" else axis for axis in parameter_spec(path, x.ndim))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, PartitionSpec(*spec)))
+
+
 def split_parameters(tree: Any) -> Any:
     """Keeps gradients split as their parameters, so that a sum over parts of a batch holds only its share."""
     where = current()

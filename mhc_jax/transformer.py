@@ -21,7 +21,7 @@ from mhc_jax.layers import RMSNorm, SwiGLU, linear
 from mhc_jax.manifolds import MANIFOLDS, Birkhoff
 from mhc_jax.moe import MoE, MoEAux
 from mhc_jax.readout import Readout
-from mhc_jax.sharding import split_by_token
+from mhc_jax.sharding import gathered, split_by_token
 
 
 def make_connection(config: ModelConfig, sublayer_index: int | jax.Array) -> Connection:
@@ -212,8 +212,7 @@ class Transformer(nnx.Module):
             pending, writes, aux = block(pending)
             return pending, (_analyse(writes, connection.n) if analyse else None, aux)
 
-        embedded = split_by_token(self.embedding(tokens))
-        pending = connection.start(expand(embedded, self.config.streams))
+        pending = connection.start(expand(self._embed(tokens), self.config.streams))
         leading = []
         for block in self.leading:
             pending, (analysis, _) = run(block, pending)
@@ -226,6 +225,10 @@ class Transformer(nnx.Module):
             analysis = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), analysis)
             analysis = jax.tree.map(lambda *xs: jnp.concatenate(xs), *leading, analysis)
         return connection.post(*pending), analysis, aux
+
+    def _embed(self, tokens):
+        table = self.embedding.embedding[...].astype(self.config.activation_dtype)
+        return split_by_token(jnp.take(gathered("embedding/embedding", table), tokens, axis=0))
 
     def _logits(self, streams):
         x = self.norm(self.readout(streams))
