@@ -1,0 +1,250 @@
+"""Does this model fit a TPU slice, and what would a step cost? Compiled for the slice on any x86-64 host.
+
+Command:  python -m experiments.pod_plan --config=configs/paper_27b.py --topology=v5p:8x8x8
+          (pip install "jax[tpu]"; any field can be set: --config.optimizer.accumulate_steps=2)
+Result:   HBM per chip, FLOPs, bytes and collectives of one step, the same without mHC, `fits: yes` or `no`.
+
+The whole train step, optimizer included, goes through libtpu's compiler with the shapes of the slice;
+nothing is allocated and no TPU is needed. Memory is what the compiler assigned. Times are ESTIMATES: each
+instruction takes the longer of its FLOPs and its bytes at the chip's peak, transfers that the schedule does
+not put in the background take their bytes over one axis of the torus, nothing else is counted.
+"""
+
+import os
+
+# What libtpu needs on a host without TPUs; before jax is imported.
+os.environ.update(
+    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TF_CPP_MIN_LOG_LEVEL="3"
+)  # fmt: skip
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import re
+import sys
+import time
+
+import jax
+from absl import app, flags
+from jax.experimental import topologies
+from ml_collections import config_flags
+
+from experiments.pod_plan.chips import Chip, chip_of, pick_mesh
+from experiments.pod_plan.hlo import Costs, Program
+from mhc_jax import sharding
+from mhc_jax.config import Config, MeshConfig, from_dict
+from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the slice, such as v5p:8x8x8.")
+_MESH = flags.DEFINE_string(
+    "mesh",
+    None,
+    "Sizes of axes, such as fsdp=64,expert=8; others are 1. By default one that divides.",
+)
+_BASELINE = flags.DEFINE_boolean(
+    "baseline", True, "Compile the residual model too, for mHC's share: doubles the time."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
+
+
+@dataclasses.dataclass
+class Plan:
+    """What the compiler made of one train step on one chip; sizes in bytes.
+
+    Attributes:
+      arguments: state and batch. The new state takes the place of the old one.
+      temporaries: the most that lives beside them.
+      peak: arguments, results that have no argument's place, temporaries and the program.
+      costs: None if the compiler gave up for want of memory.
+      message: of the compiler, if so.
+      compile_seconds: lowering and compiling.
+    """
+
+    arguments: int = 0
+    temporaries: int = 0
+    peak: int = 0
+    costs: Costs | None = None
+    message: str = ""
+    compile_seconds: float = 0.0
+
+
+def devices_of(topology: str) -> list[jax.Device]:
+    """The chips of a slice.
+
+    Raises:
+      ValueError: libtpu is missing or does not know the topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("libtpu is not installed: pip install 'jax[tpu]'")
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # libtpu has no error class of its own for it
+        raise ValueError(
+            f"--topology={topology} is unknown to libtpu ({str(error).splitlines()[0]}): v5p and v4 have "
+            "three dimensions (2x2x1, 4x4x8, 8x8x8), v5e and v6e two (2x4, 8x16, 16x16)"
+        ) from error
+    return list(found.devices)
+
+
+def mesh_of(written: str | None, config: Config, num_devices: int) -> MeshConfig:
+    """`--mesh`, or one that divides batch, experts and devices.
+
+    Raises:
+      ValueError: an axis that does not exist, a size that is no number, or sizes that do not multiply out.
+    """
+    sizes = dict.fromkeys(sharding.AXES, 1)
+    if written is None:
+        model = config.model
+        sizes = pick_mesh(
+            num_devices,
+            config.batch_size // config.optimizer.accumulate_steps,
+            model.num_experts,
+            config.data.sequence_length,
+            model.num_heads,
+        )
+    else:
+        for item in written.split(","):
+            axis, _, size = item.partition("=")
+            if axis not in sizes or not re.fullmatch(r"-1|\d+", size):
+                raise ValueError(
+                    f"--mesh={written}: {item!r} is not AXIS=SIZE with AXIS one of "
+                    f"{', '.join(sharding.AXES)}"
+                )
+            sizes[axis] = int(size)
+    return MeshConfig(**sharding.mesh_sizes(MeshConfig(**sizes), num_devices))
+
+
+def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
+    """Compiles the train step of `config` for `devices`."""
+    mesh, start = sharding.make_mesh(config.mesh, devices), time.perf_counter()
+    lowered = jit_train_step(config, mesh).lower(
+        abstract_state(config, mesh), abstract_batch(config)
+    )
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm", str(error))
+        peak = float(used[1]) * 2 ** {"G": 30, "M": 20}[used[2]] if used else 0
+        seconds = time.perf_counter() - start
+        return Plan(
+            peak=int(peak), message=used[0] if used else str(error), compile_seconds=seconds
+        )
+    memory = compiled.memory_analysis()
+    new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    program = Program(
+        compiled.as_text(),
+        flops_per_second=chip.flops,
+        bytes_per_second=chip.bandwidth,
+        link_bytes_per_second=chip.link,
+    )
+    return Plan(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.argument_size_in_bytes + new_results + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        costs=program.costs(),
+        compile_seconds=time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def summary(plan: Plan) -> dict:
+    """The plan as JSON can hold it."""
+    values = {name: getattr(plan, name) for name in ("arguments", "temporaries", "peak", "message")}
+    values["compile_seconds"] = round(plan.compile_seconds, 1)
+    if plan.costs:
+        values |= dataclasses.asdict(plan.costs)
+        values["estimated_seconds"] = seconds(plan.costs)
+    return values
+
+
+def seconds(costs: Costs) -> float:
+    return costs.seconds_compute + costs.seconds_waiting
+
+
+def show(plan: Plan, chip: Chip) -> None:
+    """Prints what `Plan` holds."""
+    gib = 2**30
+    if plan.costs is None:
+        print(f"memory     {plan.message}")
+        return
+    print(
+        f"memory     arguments {plan.arguments / gib:.2f} GiB, temporaries {plan.temporaries / gib:.2f} GiB, "
+        f"peak {plan.peak / gib:.2f} of {chip.hbm} GiB per chip"
+    )
+    costs = plan.costs
+    print(
+        f"step       {costs.flops / 1e12:.2f} TFLOP, {costs.bytes / gib:.1f} GiB of HBM traffic per chip"
+    )
+    for kind, c in sorted(costs.collectives.items()):
+        share = 100 * c.async_bytes / c.bytes if c.bytes else 0
+        print(
+            f"  {kind:20} {c.count:6} x, {c.bytes / gib:8.3f} GiB, {share:3.0f} % in the background"
+        )
+    if costs.unknown_loops:
+        print(f"  {costs.unknown_loops} loops of unknown length are counted once")
+    print(
+        f"estimate   {1e3 * seconds(costs):.0f} ms a step: {1e3 * costs.seconds_compute:.0f} compute and "
+        f"memory, {1e3 * costs.seconds_waiting:.0f} waiting for transfers; "
+        f"{100 * costs.flops / chip.flops / seconds(costs):.0f} % of the peak FLOP/s"
+    )
+
+
+def compare(plan: Plan, baseline: Plan) -> dict[str, float]:
+    """What the connection adds to the residual model, in percent of the residual model's."""
+    pairs = {
+        "flops": (plan.costs.flops, baseline.costs.flops),
+        "bytes": (plan.costs.bytes, baseline.costs.bytes),
+        "memory": (plan.peak, baseline.peak),
+        "estimated_seconds": (seconds(plan.costs), seconds(baseline.costs)),
+    }
+    return {name: round(100 * (a / b - 1), 2) for name, (a, b) in pairs.items()}
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    topology = _TOPOLOGY.value
+    try:
+        config, chip = from_dict(_CONFIG.value), chip_of(topology)
+        devices = devices_of(topology)
+        config = dataclasses.replace(config, mesh=mesh_of(_MESH.value, config, len(devices)))
+        sizes = dataclasses.asdict(config.mesh)
+        sharding.check_divisible(config, sizes)
+    except (ValueError, TypeError) as error:
+        sys.exit(f"bad plan: {error}")
+    written = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+    print(f"{topology}  {len(devices)} chips, --mesh={written}", flush=True)
+
+    plan = compile_step(config, devices, chip)
+    print(f"{config.model.connection}, compiled in {plan.compile_seconds:.0f} s")
+    show(plan, chip)
+    result = {"topology": topology, "mesh": sizes, "jax": jax.__version__,
+              config.model.connection: summary(plan)}  # fmt: skip
+    if _BASELINE.value and config.model.connection != "residual" and plan.costs:
+        model = dataclasses.replace(config.model, connection="residual")
+        baseline = compile_step(dataclasses.replace(config, model=model), devices, chip)
+        print(f"residual, compiled in {baseline.compile_seconds:.0f} s", flush=True)
+        show(baseline, chip)
+        result["residual"] = summary(baseline)
+        if baseline.costs:
+            result["over_residual_percent"] = more = compare(plan, baseline)
+            print(
+                f"{config.model.connection} over residual: FLOPs {more['flops']:+.1f} %, bytes "
+                f"{more['bytes']:+.1f} %, memory {more['memory']:+.1f} %, estimated time "
+                f"{more['estimated_seconds']:+.1f} %"
+            )
+    result["fits"] = plan.costs is not None and plan.peak <= chip.hbm * 2**30
+    if _OUTPUT.value:
+        path = pathlib.Path(_OUTPUT.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"fits: {'yes' if result['fits'] else 'no'}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    app.run(main)

@@ -1,0 +1,84 @@
+"""The one table of peaks that estimates divide by, and the slices of which libtpu knows the topology."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peaks of one chip.
+
+    Attributes:
+      flops: bfloat16 FLOP/s.
+      bandwidth: of HBM, bytes/s.
+      hbm: GiB.
+      link: bytes/s of both directions of one torus axis: what a ring over one mesh axis can use.
+    """
+
+    flops: float
+    bandwidth: float
+    hbm: float
+    link: float
+
+
+# docs.cloud.google.com/tpu/docs/v5e, v5p-training and v6e (2025): peak compute, HBM capacity and bandwidth.
+# Links: interconnect of a chip (v5e 1600 Gb/s, v6e 3200 Gb/s one way over 4 links; v5p 1200 GB/s both ways
+# over 6), that is 50, 100 and 100 GB/s one way a link, and two links to an axis.
+CHIPS = {
+    "v5e": Chip(197e12, 0.8e12, 16, 1e11),
+    "v5p": Chip(459e12, 2.765e12, 95, 2e11),
+    "v6e": Chip(918e12, 1.6e12, 32, 2e11),
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology such as "v5p:8x8x8".
+
+    Raises:
+      ValueError: a kind that the table does not have.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind not in CHIPS or not shape:
+        raise ValueError(
+            f"--topology={topology} is unknown: use KIND:SHAPE with KIND one of {', '.join(CHIPS)}, such as "
+            "v5p:8x8x8 or v6e:16x16"
+        )
+    return CHIPS[kind]
+
+
+def pick_mesh(
+    num_devices: int, batch_parts: int, num_experts: int, sequence_length: int, num_heads: int
+) -> dict[str, int]:
+    """A mesh that divides everything.
+
+    As many devices as possible split the batch, up to 8 of them the experts too (that many exchange tokens
+    instead of gathering all experts), the others by fsdp. What the batch cannot use splits sequences, which
+    keeps the streams of a token on one device and whole; where the length does not allow it, heads.
+
+    Args:
+      num_devices: chips of the slice.
+      batch_parts: sequences that run at once, batch_size / accumulate_steps.
+      num_experts: routed experts, 0: dense.
+      sequence_length, num_heads: of the model.
+
+    Raises:
+      ValueError: nothing divides.
+    """
+    over_batch = math.gcd(num_devices, batch_parts)
+    rest = num_devices // over_batch
+    sequence = math.gcd(rest, sequence_length)
+    tensor = rest // sequence
+    if num_heads % tensor:
+        raise ValueError(
+            f"no mesh of {num_devices} devices divides {batch_parts} sequences at once, length "
+            f"{sequence_length} and {num_heads} heads: take another slice, batch_size or accumulate_steps"
+        )
+    common = math.gcd(over_batch, num_experts) if num_experts else 1
+    expert = max(size for size in range(1, min(common, 8) + 1) if common % size == 0)
+    return {
+        "data": 1,
+        "fsdp": over_batch // expert,
+        "expert": expert,
+        "tensor": tensor,
+        "sequence": sequence,
+    }
