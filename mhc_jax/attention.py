@@ -2,18 +2,32 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.fused_attention import causal_attention
 from mhc_jax.layers import RMSNorm, linear, rope
 
 
 def make_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
-    """The attention that the configuration names, `[B, S, C]` -> `[B, S, C]`."""
+    """The attention that the configuration names, `[B, S, C]` -> `[B, S, C]`.
+
+    It has two methods beside `__call__`, for generating text: `init_cache(batch_size, length)`, and
+    `decode(x, cache, position)` -> (y, cache), the same for tokens `[B, S, C]` that follow on `position`
+    earlier ones in the cache.
+    """
     return {"mha": Attention, "mla": LatentAttention}[config.attention](config, rngs=rngs)
+
+
+class Cache(NamedTuple):
+    """Keys and values of past tokens `[B, length, H, D]`."""
+
+    k: jax.Array
+    v: jax.Array
 
 
 class Attention(nnx.Module):
@@ -26,11 +40,32 @@ class Attention(nnx.Module):
         self.out = linear(config.width, config.width, **make)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(causal_attention(*self._heads(x, 0)).reshape(x.shape))
+
+    def _heads(self, x, position):
         heads = self.qkv(x).reshape(*x.shape[:2], 3 * self.num_heads, -1)
         q, k, v = (heads[:, :, i * self.num_heads : (i + 1) * self.num_heads] for i in range(3))
-        q, k = (rope(t, theta=self.rope_theta) for t in (q, k))
-        mixed = _causal_attention(q, k, v)
-        return self.out(mixed.reshape(x.shape))
+        return (*(rope(t, theta=self.rope_theta, offset=position) for t in (q, k)), v)
+
+    def init_cache(self, batch_size: int, length: int) -> Cache:
+        head_dim = self.out.in_features // self.num_heads
+        empty = jnp.zeros((batch_size, length, self.num_heads, head_dim), self.out.dtype)
+        return Cache(empty, empty)
+
+    def decode(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
+        q, *new = self._heads(x, position)
+        cache = Cache(*(_write(old, rows, position) for old, rows in zip(cache, new)))
+        scores = jnp.einsum("bshd,bthd->bhst", q, cache.k, preferred_element_type=jnp.float32)
+        weights = _causal_softmax(scores / math.sqrt(q.shape[-1]), position)
+        mixed = jnp.einsum("bhst,bthd->bshd", weights.astype(x.dtype), cache.v)
+        return self.out(mixed.reshape(x.shape)), cache
+
+
+class LatentCache(NamedTuple):
+    """What all heads share of past tokens: c `[B, length, kv_rank]` and r `[B, length, rope_dim]`."""
+
+    compressed: jax.Array
+    rotated: jax.Array
 
 
 class LatentAttention(nnx.Module):
@@ -39,18 +74,14 @@ class LatentAttention(nnx.Module):
     With H heads of D = head_dim, R = rope_dim, c = RMSNorm of the first kv_rank entries of kv_down(x) and
     r = rope of its last R entries, which all heads share:
 
-        q = q_proj(x), [D | R] for each head, its R part rotated
+        q = q(x), [D | R] for each head, its R part rotated
         k = [first D of kv_up(c) | r],  v = last D of kv_up(c) for each head
         y = out(softmax(q k^T / sqrt(D + R)) v)
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.num_heads, self.rope_theta = config.num_heads, config.rope_theta
-        self.head_dim, self.rope_dim, self.kv_rank = (
-            config.head_dim,
-            config.rope_dim,
-            config.kv_rank,
-        )
+        self.head_dim, self.rope_dim = config.head_dim, config.rope_dim
         make = {"dtype": config.activation_dtype, "init_std": config.init_std, "rngs": rngs}
         heads = config.num_heads
         self.q = linear(config.width, heads * (config.head_dim + config.rope_dim), **make)
@@ -60,31 +91,59 @@ class LatentAttention(nnx.Module):
         self.out = linear(heads * config.head_dim, config.width, **make)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        lead = x.shape[:2]
-        q = self.q(x).reshape(*lead, self.num_heads, -1)
-        q, q_rope = jnp.split(q, (self.head_dim,), axis=-1)
-        q_rope = rope(q_rope, theta=self.rope_theta)
-        compressed, k_rope = jnp.split(self.kv_down(x), (self.kv_rank,), axis=-1)
-        k_rope = rope(k_rope[:, :, None], theta=self.rope_theta)
-        kv = self.kv_up(self.kv_norm(compressed)).reshape(*lead, self.num_heads, -1)
-        k, v = jnp.split(kv, (self.head_dim,), axis=-1)
-        k_rope = jnp.broadcast_to(k_rope, q_rope.shape)
-        q, k = jnp.concatenate([q, q_rope], axis=-1), jnp.concatenate([k, k_rope], axis=-1)
-        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, self.rope_dim)))
-        mixed = _causal_attention(q, k, v)[..., : self.head_dim]
-        return self.out(mixed.reshape(*lead, -1))
+        q, q_rotated = self._queries(x, 0)
+        c, k_rotated = self._latent(x, 0)
+        kv = self.kv_up(c).reshape(*x.shape[:2], self.num_heads, -1)
+        k, v = jnp.split(kv, 2, axis=-1)
+        k_rotated = jnp.broadcast_to(k_rotated[:, :, None], q_rotated.shape)
+        q, k = (jnp.concatenate(pair, axis=-1) for pair in ((q, q_rotated), (k, k_rotated)))
+        return self.out(causal_attention(q, k, v).reshape(*x.shape[:2], -1))
+
+    def _queries(self, x, position):
+        """`[B, S, H, D]` and, rotated, `[B, S, H, R]`."""
+        q = self.q(x).reshape(*x.shape[:2], self.num_heads, -1)
+        q, rotated = jnp.split(q, (self.head_dim,), axis=-1)
+        return q, rope(rotated, theta=self.rope_theta, offset=position)
+
+    def _latent(self, x, position) -> LatentCache:
+        compressed, rotated = jnp.split(self.kv_down(x), (self.kv_up.in_features,), axis=-1)
+        rotated = rope(rotated[:, :, None], theta=self.rope_theta, offset=position)[:, :, 0]
+        return LatentCache(self.kv_norm(compressed), rotated)
+
+    def init_cache(self, batch_size: int, length: int) -> LatentCache:
+        widths = self.kv_up.in_features, self.rope_dim
+        return LatentCache(*(jnp.zeros((batch_size, length, w), self.out.dtype) for w in widths))
+
+    def decode(
+        self, x: jax.Array, cache: LatentCache, position: jax.Array
+    ) -> tuple[jax.Array, LatentCache]:
+        """kv_up is absorbed: queries go into the compressed space, and what they mix comes out of it.
+
+        The past is then read as it is stored, kv_rank + R entries a token for all heads.
+        """
+        q, q_rotated = self._queries(x, position)
+        cache = LatentCache(
+            *(_write(old, rows, position) for old, rows in zip(cache, self._latent(x, position)))
+        )
+        kv_up = self.kv_up.kernel[...].astype(x.dtype)
+        kv_up = kv_up.reshape(kv_up.shape[0], self.num_heads, 2, self.head_dim)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = product(
+            "bshc,btc->bhst", jnp.einsum("bshd,chd->bshc", q, kv_up[:, :, 0]), cache.compressed
+        ) + product("bshr,btr->bhst", q_rotated, cache.rotated)
+        weights = _causal_softmax(scores / math.sqrt(self.head_dim + self.rope_dim), position)
+        mixed = jnp.einsum("bhst,btc->bshc", weights.astype(x.dtype), cache.compressed)
+        mixed = jnp.einsum("bshc,chd->bshd", mixed, kv_up[:, :, 1])
+        return self.out(mixed.reshape(*x.shape[:2], -1)), cache
 
 
-def _causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention on `[B, S, H, D]`; on GPUs cuDNN's fused kernel where it takes the heads."""
-    attend = functools.partial(
-        jax.nn.dot_product_attention, is_causal=True, scale=1 / math.sqrt(q.shape[-1])
-    )
-    if not (q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128):
-        return attend(q, k, v)
-    devices = jax.devices()
-    # Tracing the cuDNN kernel needs a GPU; which of the two runs is decided by the platform lowered for.
-    if devices[0].platform != "gpu" or float(devices[0].compute_capability) < 8:
-        return attend(q, k, v)
-    cudnn = functools.partial(attend, implementation="cudnn")
-    return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=attend)
+def _write(cache: jax.Array, rows: jax.Array, position: jax.Array) -> jax.Array:
+    """`rows` of new tokens into the cache, from `position` on."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, rows.astype(cache.dtype), position, axis=1)
+
+
+def _causal_softmax(scores: jax.Array, position: jax.Array) -> jax.Array:
+    """Over the keys of `[B, H, S, T]`, query i standing at `position + i`."""
+    query = position + jnp.arange(scores.shape[2])
+    seen = jnp.arange(scores.shape[3])[None, :] <= query[:, None]
+    return jax.nn.softmax(scores, where=jnp.broadcast_to(seen, scores.shape), axis=-1)

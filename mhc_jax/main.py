@@ -1,6 +1,8 @@
 """Trains one model: python -m mhc_jax.main --config=configs/mhc.py --workdir=runs/mhc
 
 Any field of the config can be set: --config.model.n=8. A workdir that holds a checkpoint is resumed.
+The paper's models have an arm for each connection: --config=configs/paper_27b.py:hc
+With --describe it prints a table of the parameters and ends; nothing is allocated, no workdir needed.
 """
 
 import logging
@@ -13,12 +15,14 @@ from ml_collections import config_flags
 
 from mhc_jax import distributed
 from mhc_jax.config import from_dict
+from mhc_jax.describe import describe
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; resumed if it has a checkpoint."
 )
+_DESCRIBE = flags.DEFINE_bool("describe", False, "Print the parameters by part and end.")
 # Several processes: found by themselves on TPU slices and under SLURM, Open MPI and Kubernetes.
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, where no cluster is found by itself."
@@ -45,6 +49,9 @@ def main(argv):
         config = from_dict(_CONFIG.value)
     except (ValueError, TypeError) as error:
         sys.exit(f"bad config: {error}")
+    if _DESCRIBE.value:
+        print(describe(config))
+        return
     try:
         distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     except ValueError as error:
@@ -70,5 +77,10 @@ def _parse_flags(argv):
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
+    flags.register_multi_flags_validator(
+        ["workdir", "describe"],
+        lambda values: values["describe"] or values["workdir"],
+        "--workdir must be given (or --describe)",
+    )
     app.run(main, flags_parser=_parse_flags)

@@ -1,6 +1,7 @@
 """Pre-norm decoder whose blocks know nothing of the connection around their sublayers."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +91,14 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.ffn = _make_ffn(config, leading=leading, rngs=rngs)
 
-    def __call__(self, pending: Pending) -> tuple[Pending, list[Pending], MoEAux | None]:
+    def __call__(
+        self, pending: Pending, attention: Callable[[jax.Array], jax.Array] | None = None
+    ) -> tuple[Pending, list[Pending], MoEAux | None]:
         """Does the write of the block before, then its own two sublayers but for the last write.
+
+        Args:
+          pending: of the block before.
+          attention: called in place of the block's own on whole sequences; how tokens are decoded.
 
         Returns:
           its own pending write, that of both sublayers in order (for analysis), and what its experts
@@ -99,7 +106,7 @@ class Block(nnx.Module):
         """
         writes, aux = [], None
         for connection, norm, layer in (
-            (self.attention_connection, self.attention_norm, self.attention),
+            (self.attention_connection, self.attention_norm, attention or self.attention),
             (self.ffn_connection, self.ffn_norm, self.ffn),
         ):
             streams, layer_input, mappings = connection.boundary(pending, norm)
@@ -225,6 +232,42 @@ class Transformer(nnx.Module):
             analysis = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), analysis)
             analysis = jax.tree.map(lambda *xs: jnp.concatenate(xs), *leading, analysis)
         return connection.post(*pending), analysis, aux
+
+    def decode(
+        self, tokens: jax.Array, leading: list, stacked: Any, position: jax.Array
+    ) -> tuple[jax.Array, list, Any]:
+        """Logits of tokens `[B, S]` that follow on `position` earlier ones; see `mhc_jax.sampling`.
+
+        Args:
+          tokens: new token ids.
+          leading, stacked: caches of the attentions, as the blocks lie.
+          position: scalar int32.
+
+        Returns:
+          logits `[B, S, vocab_size]` float32 and the new caches.
+        """
+
+        def run(block, pending, cache):
+            def attention(x):
+                nonlocal cache
+                y, cache = block.attention.decode(x, cache, position)
+                return y
+
+            return block(pending, attention)[0], cache
+
+        connection = self.blocks.attention_connection
+        pending = connection.start(expand(self._embed(tokens), self.config.streams))
+        new_leading = []
+        for block, cache in zip(self.leading, leading, strict=True):
+            pending, cache = run(block, pending, cache)
+            new_leading.append(cache)
+        graph, variables = nnx.split(self.blocks)
+        pending, stacked = jax.lax.scan(
+            lambda pending, xs: run(nnx.merge(graph, xs[0]), pending, xs[1]),
+            pending,
+            (variables, stacked),
+        )
+        return self._logits(connection.post(*pending)), new_leading, stacked
 
     def _embed(self, tokens):
         table = self.embedding.embedding[...].astype(self.config.activation_dtype)

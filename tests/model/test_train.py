@@ -51,6 +51,14 @@ def tiny(connection="mhc", **overrides):
     return from_dict(config)
 
 
+# A small model of the paper's kind: a leading dense block and two with experts, latent attention.
+EXPERTS = {
+    "model.num_blocks": 3, "model.attention": "mla", "model.head_dim": 8, "model.rope_dim": 4,
+    "model.kv_rank": 12, "model.num_experts": 4, "model.experts_per_token": 2,
+    "model.shared_experts": 1, "model.expert_width": 8,
+}  # fmt: skip
+
+
 def batch_of(config):
     return next(make_iterator(config.data, split="train", batch_size=config.batch_size))
 
@@ -60,9 +68,10 @@ def fresh(config):
 
 
 @functools.cache
-def trained(connection):
+def trained(connection, experts=False):
     """A state after one step and the metrics of it."""
-    config = tiny(connection, **{"optimizer.warmup_steps": 0})
+    overrides = EXPERTS if experts else {}
+    config = tiny(connection, **overrides | {"optimizer.warmup_steps": 0})
     return jit_train_step(config)(randomized(fresh(config)), batch_of(config))
 
 
@@ -83,11 +92,13 @@ def randomized(state):
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("connection", CONNECTIONS)
+@pytest.mark.parametrize(
+    ("name", "connection"),
+    [(name, None) for name in CONFIGS] + [("paper_3b", "hc"), ("paper_3b", "residual")],
+)
 def test_every_config_builds_and_traces(name, connection):
-    values = importlib.import_module(f"configs.{name}").get_config()
-    values.model.connection = connection
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    values = get_config(connection) if connection else get_config()
     config = from_dict(values)
     shape = config.batch_size, config.data.sequence_length
     batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("inputs", "targets")}
@@ -121,15 +132,35 @@ GOLDEN = {
     "residual": (4.168163, 0.833404),
     "hc": (4.1711793, 1.2383046),
     "mhc": (4.1682143, 0.8322638),
+    "residual with experts": (4.149602, 0.8403855),
 }
 
 
-@pytest.mark.parametrize("connection", CONNECTIONS)
-def test_golden_step(connection):
-    _, metrics = trained(connection)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_step(name):
+    _, metrics = trained(name.split()[0], experts="experts" in name)
     got = float(metrics["train/loss"]), float(metrics["train/grad_norm"])
-    print(connection, got)
-    np.testing.assert_allclose(got, GOLDEN[connection], rtol=1e-5)
+    print(name, got)
+    np.testing.assert_allclose(got, GOLDEN[name], rtol=1e-5)
+
+
+def test_balance_bias_moves_against_the_load():
+    """One step: up by the rate where the load is below the mean, down where it is above."""
+    state, metrics = trained("residual", experts=True)
+    bias = np.asarray(state.model_state["blocks"]["ffn"]["balance_bias"])
+    rate = tiny().model.balance_rate
+    np.testing.assert_allclose(np.abs(bias)[bias != 0], rate)
+    config = tiny("residual", **EXPERTS, **{"optimizer.warmup_steps": 0})
+    before = randomized(fresh(config))
+    model = nnx.merge(model_graph(config.model), before.variables)
+    _, aux = jax.jit(lambda m, t: m.with_aux(t))(model, batch_of(config)["inputs"])
+    load = np.asarray(aux.load)
+    assert load.shape == (2, 4)
+    np.testing.assert_array_equal(load.sum(1), 4 * 16 * 2)
+    np.testing.assert_allclose(bias, rate * np.sign(load.mean(1, keepdims=True) - load))
+    np.testing.assert_allclose(metrics["moe/max_load"], load.max() / load.mean())
+    # Choosing only: the bias gets no gradient, and the optimizer does not know it.
+    assert "balance_bias" not in str(jax.tree_util.tree_structure(state.opt_state))
 
 
 def test_the_step_changes_every_array_that_has_a_gradient_at_the_start():
@@ -167,7 +198,9 @@ def test_a_bad_batch_stops_the_state_where_it_was():
 
 
 def test_restart_is_bit_identical(tmp_path):
-    config = tiny("mhc", steps=20, gains_every=10)
+    """Of a model with experts, whose balance bias is neither a parameter nor of the optimizer."""
+    experts = EXPERTS | {"model.num_blocks": 2, "model.leading_dense_blocks": 0}
+    config = tiny("mhc", **experts, steps=20, gains_every=10)
     straight = train_module.Run(config, tmp_path / "straight")
     straight.loop(lambda step: False, "straight")
     straight.close()
@@ -180,8 +213,11 @@ def test_restart_is_bit_identical(tmp_path):
     assert second.step == 10
     second.loop(lambda step: False, "second")
     second.close()
-    for a, b in zip(jax.tree.leaves(straight.state), jax.tree.leaves(second.state)):
+    for a, b in zip(jax.tree.leaves(straight.state), jax.tree.leaves(second.state), strict=True):
         np.testing.assert_array_equal(a, b)
+    bias = second.state.model_state["blocks"]["ffn"]["balance_bias"]
+    assert bias.shape == (2, 4)
+    assert (bias != 0).any(1).all()
     lines = [
         json.loads(line) for line in (tmp_path / "twice/metrics.jsonl").read_text().splitlines()
     ]
@@ -309,15 +345,27 @@ BAD = {
     "optimizer.accumulate_steps": (3, "batch_size=4 is not divisible"),
     "steps": (0, "steps=0 must be at least 1"),
     "data.sequence_length": (0, "sequence_length"),
+    "model.attention": ("gqa", "mha, mla"),
+    "model.remat": ("all", "none, mhc, full, offload"),
+    "model.recompute_block": ("3", "recompute_block='3' must be 'auto' or an even number"),
+    "model.experts_per_token": (5, "experts_per_token=5 is more than model.num_experts=4"),
+    "model.capacity_factor": (0.9, "capacity_factor=0.9 must be at least 1"),
+    "model.leading_dense_blocks": (2, "leaves none of the model.num_blocks=2 to the experts"),
+    "model.rope_dim": (3, "rope_dim=3 must be even"),
+    "mesh.expert": (3, "num_experts=4 is not divisible by mesh.expert=3"),
+    "mesh.fsdp": (0, "mesh.fsdp=0 must be at least 1"),
+    "mesh.tensor": (-1, "mesh.data and mesh.tensor are -1"),
 }
 
 
 @pytest.mark.parametrize("field", BAD)
 def test_bad_values_name_the_field(field):
     value, message = BAD[field]
-    width = {"model.num_heads": 4} if field == "model.width" else {}
+    others = {"model.num_heads": 4} if field == "model.width" else {}
+    if field.startswith(("model.exp", "model.cap", "model.lead", "model.rope_dim", "mesh")):
+        others = {key: EXPERTS[key] for key in EXPERTS if key != "model.num_blocks"}
     with pytest.raises(ValueError, match=message):
-        tiny(**{field: value} | width)
+        tiny(**others | {field: value})
 
 
 def test_unknown_missing_and_mistyped_fields():

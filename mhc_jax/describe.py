@@ -1,0 +1,87 @@
+"""How many parameters a configuration has, by part, counted without allocating any."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+
+from mhc_jax.config import Config, ModelConfig
+from mhc_jax.train_step import init_params
+
+# Part -> names in a parameter's path, one of which is enough. First match wins.
+_PARTS = {
+    "embedding": ("embedding",),
+    "unembedding": ("unembed",),
+    "attention": ("attention",),
+    "connections": ("attention_connection", "ffn_connection", "readout"),
+    "router": ("router",),
+    "routed experts": ("experts",),
+    "shared experts": ("shared",),
+    "dense FFN": ("ffn",),
+    "norms": ("attention_norm", "ffn_norm", "norm"),
+}
+
+
+class Count(NamedTuple):
+    """Parameters of one part: all, and those that one token uses."""
+
+    total: int
+    active: int
+
+
+def count_parameters(config: ModelConfig) -> dict[str, Count]:
+    """Parameters of each part; parts that the model does not have are left out.
+
+    A token uses all but the embedding (it looks one row up; an embedding that also unembeds counts) and the
+    experts it does not choose. What is not a parameter (the balance bias) does not count.
+    """
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    totals = dict.fromkeys(_PARTS, 0)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+        names = {str(key.key) for key in path}
+        part = next(part for part, known in _PARTS.items() if names & set(known))
+        totals[part] += math.prod(leaf.shape)
+
+    def active(part, total):
+        if part == "embedding":
+            return total * config.tie_embeddings
+        if part == "routed experts":
+            return total * config.experts_per_token // config.num_experts
+        return total
+
+    return {part: Count(total, active(part, total)) for part, total in totals.items() if total}
+
+
+def sums(counts: dict[str, Count]) -> Count:
+    """Parameters of the whole model."""
+    return Count(*(sum(column) for column in zip(*counts.values())))
+
+
+def describe(config: Config) -> str:
+    """A table of the parameters by part, and what the run would train on."""
+    model = config.model
+    counts = count_parameters(model)
+    lines = [f"{'part':<18}{'parameters':>18}{'active':>18}"]
+    lines += [f"{part:<18}{c.total:>18,}{c.active:>18,}" for part, c in counts.items()]
+    whole = sums(counts)
+    lines.append(f"{'all':<18}{whole.total:>18,}{whole.active:>18,}")
+    lines.append(f"{'':<18}{_short(whole.total):>18}{_short(whole.active):>18}")
+    streams = "" if model.connection == "residual" else f", n = {model.n} streams"
+    tokens = config.batch_size * config.data.sequence_length
+    lines += [
+        "",
+        f"{model.num_blocks} blocks of width {model.width}, connection {model.connection}{streams}",
+        f"{config.steps:,} steps of {config.batch_size} x {config.data.sequence_length} tokens: "
+        f"{_short(config.steps * tokens)} tokens",
+    ]
+    return "\n".join(lines)
+
+
+def _short(number: int) -> str:
+    """Three digits: 2.97B, 612M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            value = number / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{letter}"
+    return str(number)

@@ -1,0 +1,140 @@
+"""Causal softmax attention by the fused kernel of each platform's library, on one device or over a mesh.
+
+GPU: cuDNN through `jax.nn.dot_product_attention`. TPU: splash attention of `jax.experimental.pallas`.
+Elsewhere, and where the kernels do not take the sizes, the unfused one of `jax.nn`.
+
+Under `kernels_pallas.sharding.token_sharding` it runs in `shard_map`: sequences split by their axes, heads
+over `tensor`. If the length of a sequence is split, its axis changes over to the heads as well (an
+all-to-all: each device then has whole sequences of fewer heads, and causality leaves none idle). Where the
+heads do not divide, keys and values are gathered instead.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from kernels_pallas import sharding
+
+# Queries and keys of a tile of the TPU kernel: larger ones reuse a tile more often, and 512 with heads of 192
+# still fits VMEM in the backward pass.
+_SPLASH_TILES = (512, 256, 128)
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(D)) v for each head, a query seeing its own and earlier keys.
+
+    Args:
+      q, k: `[B, S, H, D]`.
+      v: `[B, S, H, Dv]`, Dv at most D.
+
+    Returns:
+      `[B, S, H, Dv]` in the dtype of v.
+    """
+    active = sharding.current()
+    if active is None:
+        device = jax.devices()[0]
+        fused = _fused(device, q, v)
+        if fused is None:
+            return _unfused(q, k, v)
+        # A program may be traced on one platform and lowered for another.
+        platform = {"gpu": "cuda"}.get(device.platform, device.platform)
+        return jax.lax.platform_dependent(q, k, v, default=_unfused, **{platform: fused})
+    mesh = active.mesh
+    attend = _fused(mesh.devices.flat[0], q, v) or _unfused
+    if mesh.size == 1:
+        return attend(q, k, v)
+
+    batch, length = (*sharding.divisible(*active, q.shape[:2]), None)[:2]
+    tensor = [name for name in ("tensor",) if name in mesh.axis_names]
+    over_length = list(sharding.axis_names((length,)))
+
+    def divides(names):
+        return q.shape[2] % math.prod(mesh.shape[name] for name in names) == 0
+
+    tensor = tensor if divides(tensor) else []
+    if divides(tensor + over_length):
+        spec = PartitionSpec(batch, None, tuple(tensor + over_length) or None)
+        specs = (spec, spec, spec)
+    else:
+        spec = PartitionSpec(batch, length, tuple(tensor) or None)
+        whole = PartitionSpec(batch, None, tuple(tensor) or None)
+        specs = (spec, whole, whole)
+
+        def attend(q, k, v):
+            offset = jax.lax.axis_index(tuple(over_length)) * q.shape[1]
+            return _unfused(q, k, v, offset=offset)
+
+    return jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=spec,
+        check_vma=False,  # the kernels do not say what varies
+    )(q, k, v)
+
+
+def _unfused(q, k, v, *, offset=None):
+    """The definition. `offset`: position of the first query among the keys."""
+    padded = _pad(v, q.shape[-1])
+    if offset is None:
+        out = jax.nn.dot_product_attention(q, k, padded, is_causal=True)
+    else:
+        query = offset + jnp.arange(q.shape[1])
+        mask = jnp.arange(k.shape[1])[None, :] <= query[:, None]
+        out = jax.nn.dot_product_attention(q, k, padded, mask=mask[None, None])
+    return out[..., : v.shape[-1]]
+
+
+def _pad(v, width):
+    """Zeros up to `width`: `jax.nn` wants values as wide as keys."""
+    return jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, width - v.shape[-1])))
+
+
+def _fused(device, q, v) -> Callable | None:
+    """The kernel of this device, or None where there is none for these arrays."""
+    if device.platform == "gpu":
+        capability = float(device.compute_capability)
+        widest = 0 if capability < 8 else 128 if capability < 9 else 256
+        takes = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= widest
+        return _cudnn if takes else None
+    if device.platform == "tpu":
+        tile = next((t for t in _SPLASH_TILES if q.shape[1] % t == 0), None)
+        return tile and functools.partial(_splash, tile=tile)
+    return None
+
+
+def _cudnn(q, k, v):
+    out = jax.nn.dot_product_attention(
+        q, k, _pad(v, q.shape[-1]), is_causal=True, implementation="cudnn"
+    )
+    return out[..., : v.shape[-1]]
+
+
+def _splash(q, k, v, *, tile):
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    heads, length = q.shape[2], q.shape[1]
+    attend = kernel.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
+        block_sizes=kernel.BlockSizes(
+            block_q=tile,
+            block_kv=tile,
+            block_q_dkv=tile,
+            block_kv_dkv=tile,
+            block_q_dq=tile,
+            block_kv_dq=tile,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="layer_function",
+    )
+    scaled = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
+    q, k, v = (x.swapaxes(1, 2) for x in (scaled, k, v))
+    return jax.vmap(attend)(q, k, v).swapaxes(1, 2)
