@@ -1,8 +1,9 @@
-"""Rows of each group times the matrix of the group: `jax.lax.ragged_dot`, and kernels where XLA is slow.
+"""Rows of each group times the matrix of the group, by what each platform has for it.
 
-XLA lowers `ragged_dot` well on TPUs, but its gradient for the matrices there, and all of it on GPUs, to
-masked products of every row with every group. JAX ships kernels for these (`jax.experimental.pallas.ops`):
-Mosaic GPU ones for bfloat16 on Hopper GPUs, and megablox for TPUs. Here they become one operation.
+`jax.lax.ragged_dot` has a fast lowering on TPUs only, and there not for the gradient of the matrices;
+elsewhere it multiplies every row with every group. JAX ships kernels (`jax.experimental.pallas.ops`):
+megablox for that gradient on TPUs, Mosaic GPU ones for bfloat16 on Hopper GPUs. CPUs and other GPUs get a
+loop over blocks of rows.
 """
 
 import functools
@@ -11,6 +12,8 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mhc_jax.moe import grouped_loop
 
 _TILE = 128  # that divides every dimension of a matrix in the kernels
 
@@ -40,8 +43,7 @@ def grouped_matmul(
 ) -> jax.Array:
     """Row r of group g -> x[r] @ matrices[g]; rows beyond the groups -> 0.
 
-    The platform is that of the lowering. On CPUs and on other GPUs every row meets every matrix, which is
-    right but G times the work.
+    The platform is that of the lowering.
 
     Args:
       x: `[R, K]`, rows of the same group beside each other.
@@ -57,33 +59,27 @@ def grouped_matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(covers_all_rows, x, matrices, sizes):
-    branches = {}
+    branches = {"tpu": jax.lax.ragged_dot, "default": grouped_loop.forward}
     if has_hopper_kernel(jax.devices()[0], x.dtype, *matrices.shape[1:]):
         branches["cuda"] = functools.partial(_hopper_forward, covers_all_rows)
-    return _by_platform(branches, jax.lax.ragged_dot, x, matrices, sizes)
+    return jax.lax.platform_dependent(x, matrices, sizes, **branches)
 
 
 def _backward(covers_all_rows, saved, cotangent):
     x, matrices, sizes = saved
-    branches = {}
+    branches = {"tpu": _ragged_dot_backward, "default": grouped_loop.backward}
     if has_hopper_kernel(jax.devices()[0], x.dtype, *matrices.shape[1:]):
         branches["cuda"] = functools.partial(_hopper_backward, covers_all_rows)
     if _has_megablox(matrices.shape[1:]):
         branches["tpu"] = _megablox_backward
-    gradients = _by_platform(branches, _xla_backward, *saved, cotangent)
+    gradients = jax.lax.platform_dependent(*saved, cotangent, **branches)
     return *gradients, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 _grouped_matmul.defvjp(lambda covers, *args: (_grouped_matmul(covers, *args), args), _backward)
 
 
-def _by_platform(branches, default, *args):
-    if not branches:
-        return default(*args)
-    return jax.lax.platform_dependent(*args, default=default, **branches)
-
-
-def _xla_backward(x, matrices, sizes, cotangent):
+def _ragged_dot_backward(x, matrices, sizes, cotangent):
     _, vjp = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, matrices)
     return vjp(cotangent)
 

@@ -12,6 +12,7 @@ from configs import default
 from kernels_pallas.sharding import token_sharding
 from mhc_jax.config import from_dict
 from mhc_jax.moe import MoE, router
+from mhc_jax.moe.grouped_matmul import grouped_matmul
 
 
 def settings(**values):
@@ -172,6 +173,29 @@ def test_equals_the_loop_over_tokens(name):
     jax.tree.map(close, gradient, want_gradient)
     np.testing.assert_array_equal(aux.load, load)
     np.testing.assert_allclose(aux.dropped, dropped, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[70, 0, 3, 100], [0, 16, 0, 0]])
+def test_grouped_matmul_equals_a_loop_over_groups(sizes):
+    rng = np.random.default_rng(3)
+    x, matrices, dy = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((181, 5), (4, 5, 7), (181, 7))
+    )
+
+    @jax.jit
+    def run(x, matrices, dy, sizes):
+        y, vjp = jax.vjp(lambda x, m: grouped_matmul(x, m, sizes), x, matrices)
+        return y, *vjp(dy)
+
+    want, start = (np.zeros((181, 7)), np.zeros_like(x), np.zeros_like(matrices)), 0
+    for g, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        want[0][rows] = x[rows] @ matrices[g]
+        want[1][rows] = dy[rows] @ matrices[g].T
+        want[2][g] = x[rows].T @ dy[rows]
+        start += size
+    for got, value in zip(run(x, matrices, dy, np.asarray(sizes, np.int32)), want):
+        close(got, value)
 
 
 def test_balance_loss_is_the_formula():

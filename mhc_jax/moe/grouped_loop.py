@@ -1,0 +1,83 @@
+"""Grouped matmul as a loop over blocks of rows, for platforms without a kernel.
+
+XLA lowers `ragged_dot` on CPUs to products of every row with every group: G times the work. Here each
+step of a loop multiplies a block of rows of one group; blocks are small against a group, so that little is
+done for rows of the next one.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class _Blocks(NamedTuple):
+    """Group, first row and row after the last of each block `[L]`, the number in use, rows of a block."""
+
+    group: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    count: jax.Array
+    rows: int
+
+
+def _blocks(num_rows: int, sizes: jax.Array) -> _Blocks:
+    num_groups = sizes.shape[0]
+    rows = 8
+    while rows < 128 and 4 * rows * num_groups < num_rows:
+        rows *= 2
+    ends, blocks = jnp.cumsum(sizes), -(-sizes // rows)
+    last = jnp.cumsum(blocks)
+    index = jnp.arange(num_rows // rows + num_groups, dtype=jnp.int32)
+    # The groups that end at or before a block.
+    passed = jnp.sum(index[:, None] >= last[None, :], axis=1)
+    group = jnp.minimum(passed, num_groups - 1)
+    start = (ends - sizes)[group] + (index - (last - blocks)[group]) * rows
+    return _Blocks(group, start, ends[group], last[-1], rows)
+
+
+def forward(x, matrices, sizes, *, transpose=False):
+    """As `grouped_matmul`; with `transpose`, x `[R, N]` times the transposed matrices."""
+    blocks = _blocks(x.shape[0], sizes)
+    padded = jnp.pad(x, ((0, blocks.rows), (0, 0)))
+    over = 1 if transpose else 0  # of one matrix
+    y = jnp.zeros((padded.shape[0], matrices.shape[1 if transpose else 2]), x.dtype)
+
+    def body(i, y):
+        rows = jax.lax.dynamic_slice_in_dim(padded, blocks.start[i], blocks.rows)
+        product = jax.lax.dot_general(
+            rows,
+            matrices[blocks.group[i]],
+            (((1,), (over,)), ((), ())),
+            preferred_element_type=y.dtype,
+        )
+        # Rows of the next group get a wrong product here, and their own in a later step.
+        return jax.lax.dynamic_update_slice_in_dim(y, product, blocks.start[i], 0)
+
+    y = jax.lax.fori_loop(0, blocks.count, body, y)[: x.shape[0]]
+    return jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes), y, 0)
+
+
+def backward(x, matrices, sizes, cotangent):
+    """Gradients of x and of the matrices; those of the matrices are summed in float32."""
+    blocks = _blocks(x.shape[0], sizes)
+    padded, d_padded = (jnp.pad(a, ((0, blocks.rows), (0, 0))) for a in (x, cotangent))
+
+    def body(i, total):
+        rows, d_rows = (
+            jax.lax.dynamic_slice_in_dim(a, blocks.start[i], blocks.rows)
+            for a in (padded, d_padded)
+        )
+        inside = blocks.start[i] + jnp.arange(blocks.rows) < blocks.stop[i]
+        product = jax.lax.dot_general(
+            jnp.where(inside[:, None], rows, 0),
+            d_rows,
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=total.dtype,
+        )
+        return total.at[blocks.group[i]].add(product)
+
+    zero = jnp.zeros(matrices.shape, jnp.promote_types(matrices.dtype, jnp.float32))
+    total = jax.lax.fori_loop(0, blocks.count, body, zero)
+    dx = forward(cotangent, matrices, sizes, transpose=True)
+    return dx, total.astype(matrices.dtype)
