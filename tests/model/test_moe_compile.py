@@ -31,7 +31,9 @@ def lowered(platform, dtype=jnp.bfloat16, width=256):
 
 def test_hopper_gets_kernels_and_nobody_else(monkeypatch):
     def device(capability):
-        return SimpleNamespace(platform="gpu", compute_capability=capability, core_count=132)
+        return SimpleNamespace(
+            platform="gpu", device_kind="", compute_capability=capability, core_count=132
+        )
 
     monkeypatch.setattr(jax, "devices", lambda *_: [device("9.0")])
     kernel = "mosaic_gpu"
