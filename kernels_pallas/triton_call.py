@@ -98,6 +98,12 @@ def struct(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def capability() -> int:
+    """10 x compute capability of this process's GPUs: 80, 90, 100. Without a GPU 90, the one tuned for."""
+    version = getattr(jax.local_devices()[0], "compute_capability", "9.0")
+    return round(10 * float(version))
+
+
 def num_tokens(lead: tuple[int, ...]) -> int:
     """T: the product of the leading axes."""
     return math.prod(lead)

@@ -1,13 +1,14 @@
 """Question: how far are the GPU kernels from the speed of memory, and from what others have?
 
-    python -m experiments.kernel_speed            # NVIDIA GPU with jax-triton; 7 minutes
+    python -m experiments.kernel_speed            # NVIDIA GPU with jax-triton; 8 minutes
     python -m experiments.kernel_speed --check    # correctness only, 3 minutes
     python -m experiments.kernel_speed --tpu_schedule=v5p    # estimate for a TPU, needs none
 
 Prints a table and writes it with device, driver, versions, commit and command to results/*.json, and a bar
 chart of the sublayer to results/*.png. 1C is the time to copy-stream 2TC bytes at the copy rate measured in
 the same run (which counts bytes read and written). Times are medians of many asynchronous calls on rotating
-random inputs beyond L2; short operations run several calls in one program. Nothing is subtracted.
+random inputs beyond L2 (coefficients alone: in L2, as in a model). Short operations and the sublayer run
+several calls in one program, as a model does. Nothing is subtracted.
 
 Expected on an H200 at T 16384, C 2560: see results/ and notes.md.
 """
@@ -87,6 +88,8 @@ def _row(name, implementation, T, C, seconds, least_bytes, rate) -> dict:
 
 
 def _operations(T: int, C: int, rate: float, implementations: tuple[str, ...]) -> list[dict]:
+    import jax
+
     from experiments.kernel_speed import measure
     from experiments.kernel_speed.cases import CASES
 
@@ -94,7 +97,10 @@ def _operations(T: int, C: int, rate: float, implementations: tuple[str, ...]) -
     for case in CASES:
         size = case.bytes(T, C)
         copies = max(1, min(16, int(2e-4 * rate / size)))
-        inputs = measure.inputs_beyond_l2(lambda key, c=case: c.make(key, T, C), size, copies)
+        if case.inputs_in_l2:
+            inputs = [case.make(jax.random.key(k), T, C) for k in range(2)]
+        else:
+            inputs = measure.inputs_beyond_l2(lambda key, c=case: c.make(key, T, C), size, copies)
         for implementation in implementations:
 
             def run(*args, case=case, implementation=implementation):
@@ -113,9 +119,8 @@ def _sublayer(T: int, C: int, rate: float, with_xla: bool) -> list[dict]:
     from experiments.kernel_speed import measure
     from experiments.kernel_speed.cases import sublayer_inputs, sublayers
 
-    def timed(implementation, count, mode):
+    def timed(implementation, count, mode, copies):
         make = functools.partial(sublayer_inputs, count)
-        copies = 1 if T > 512 else 4
         inputs = measure.inputs_beyond_l2(lambda key: make(key, T, C), 36 * T * C, copies)
         step = functools.partial(sublayers, implementation, count, mode)
         seconds = measure.seconds(step, inputs, copies)
@@ -124,19 +129,21 @@ def _sublayer(T: int, C: int, rate: float, with_xla: bool) -> list[dict]:
     # Least traffic in C: DESIGN 6, with one pass that sums all cotangents of the streams.
     rows = []
     parameters = 12 * 4 * 24 * C
-    unfused, memory = timed("triton", 1, "read")
+    unfused, memory = timed("triton", 1, "read", copies=4)
     rows.append(_row("sublayer", "triton", T, C, unfused, 90 * T * C + parameters, rate))
     rows[-1]["temporary bytes"] = memory
     if T <= 512:  # the difference of two chains would be noise
         return rows
-    chain, _ = timed("triton", SUBLAYERS, "boundary")
-    fused = (chain - unfused) / (SUBLAYERS - 1)
+    # Each with the cost of launching one program, which the difference does not have.
+    chain, _ = timed("triton", SUBLAYERS, "boundary", copies=1)
+    first, _ = timed("triton", 1, "boundary", copies=1)
+    fused = (chain - first) / (SUBLAYERS - 1)
     rows.append(_row("sublayer, boundary", "triton", T, C, fused, 90 * T * C + parameters, rate))
-    separate, memory = timed("triton", 1, "separate")
+    separate, memory = timed("triton", 1, "separate", copies=4)
     rows.append(_row("sublayer, separate ops", "triton", T, C, separate, 90 * T * C, rate))
     rows[-1]["temporary bytes"] = memory
     if with_xla:
-        seconds, memory = timed("xla", 1, "separate")
+        seconds, memory = timed("xla", 1, "separate", copies=4)
         rows.append(_row("sublayer", "xla", T, C, seconds, 90 * T * C, rate))
         rows[-1]["temporary bytes"] = memory
     jax.clear_caches()

@@ -26,6 +26,11 @@ class Case:
     make: Callable[[jax.Array, int, int], tuple]
     run: Callable  # (implementation, *inputs)
 
+    @property
+    def inputs_in_l2(self) -> bool:
+        """Coefficients alone: in a model the kernel before has just written them."""
+        return self.units == 0
+
     def bytes(self, T: int, C: int) -> float:
         return 2 * T * C * self.units + self.extra_bytes(T, C)
 

@@ -1,17 +1,19 @@
 """`read` and `boundary` in Triton: shared passes over the streams where that measured faster.
 
-Forward: the kernels of the parts, but one launch for the second stage of the projection and the mappings.
-(F_post,res and the next projection in one kernel, 9C instead of 13C, was slower in three designs: see
-experiments/kernel_speed/notes.md.) Backward: one reduction for dh_pre (5C), the mappings, and for `read`
-one pass that sums every cotangent of the streams while it makes dphi (13C). In `boundary` that sum moves
-into F_post,res's backward, whose rows run at 95 % of the copy rate where the tiles of the tensor cores
-reach 72 % (8C + 19C instead of 13C + 14C: the same bytes in less time).
+Forward: the write and the projection of what it writes in one pass where there is a kernel for it
+(`gpu_forward`, 9C), and one launch for the projection's second stage and the mappings. Backward: one
+reduction for dh_pre (5C), the mappings, and for `read` one pass that sums every cotangent of the streams
+while it makes dphi (13C). In `boundary` that sum moves into F_post,res's backward, whose rows run at 95 %
+of the copy rate where the tiles of the tensor cores reach 75 % (8C + 19C instead of 13C + 14C: the same
+bytes in less time). Last one launch that finishes the parameters' gradients.
 """
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import triton_call
+from kernels_pallas import triton_call, triton_sums
+from kernels_pallas.boundary import gpu_forward
+from kernels_pallas.boundary.arguments import ReadBackward
 from kernels_pallas.mappings import gpu as mappings
 from kernels_pallas.post_res import gpu as post_res
 from kernels_pallas.pre import gpu as pre
@@ -76,55 +78,45 @@ def read_forward(
     return _finish_read(streams, parts, phi, bias, alpha, weight, static)
 
 
+def _no_gradients(a: ReadBackward) -> tuple[jax.Array | None, ...]:
+    """Cotangents of the parameters where there are no tokens."""
+    parameters = (a.phi, a.bias, a.alpha, a.weight)
+    return tuple(None if p is None else jnp.zeros_like(p) for p in parameters)
+
+
 def read_backward(
-    streams: jax.Array,
-    phi: jax.Array,
-    bias: jax.Array,
-    alpha: jax.Array,
-    weight: jax.Array | None,
-    h_pre: jax.Array,
-    s: jax.Array,
-    r: jax.Array,
-    d_input: jax.Array,
-    dh_post: jax.Array,
-    dh_res: jax.Array,
-    d_streams: jax.Array,
-    **static,
+    streams: jax.Array, *arrays: jax.Array | None, **static
 ) -> tuple[jax.Array | None, ...]:
     """Cotangents (dx, dphi, dbias, dalpha, dweight)."""
-    n, (K, m) = static["n"], phi.shape
-    T = triton_call.num_tokens(r.shape)
+    a = ReadBackward(*arrays)
+    n, (K, m), T = static["n"], a.phi.shape, triton_call.num_tokens(a.r.shape)
     if not T:
-        d_weight = None if weight is None else jnp.zeros_like(weight)
-        return streams, jnp.zeros_like(phi), jnp.zeros_like(bias), jnp.zeros_like(alpha), d_weight
-    h_pre_and_d, cotangents, d_parameters = _mappings_backward(
-        streams, bias, alpha, weight, h_pre, s, r, d_input, dh_post, dh_res, static
-    )
+        return streams, *_no_gradients(a)
+    d_input, cotangents, sums = _mappings_backward(streams, a, static)
     launch = projection.backward_launch(T, K, n, m, streams.dtype, accumulate=True)
-    dx, dphi = launch(streams, phi, r, *cotangents, d_streams, *h_pre_and_d, T)
-    return dx.reshape(streams.shape), dphi.sum(0), *d_parameters
+    dx, dphi = launch(streams, a.phi, a.r, *cotangents, a.d_streams, d_input, a.h_pre, T)
+    return dx.reshape(streams.shape), *triton_sums.parameter_gradients(dphi, *sums, n)
 
 
-def _mappings_backward(streams, bias, alpha, weight, h_pre, s, r, d_input, dh_post, dh_res, static):
+def _mappings_backward(streams: jax.Array, a: ReadBackward, static):
     """From the layer input and the mappings to the projection.
 
-    Returns (cotangent of the weighted sum, h_pre), (ds, dr), (dbias, dalpha, dweight).
+    Returns the cotangent of the weighted sum, (ds, dr), partial sums for (dbias and dalpha, dweight).
     """
-    n, T, C = static["n"], triton_call.num_tokens(r.shape), d_input.shape[-1]
-    d_weight = None
+    n, T, C = static["n"], triton_call.num_tokens(a.r.shape), a.d_input.shape[-1]
+    d_input, dweight = a.d_input, None
     if static["input_norm_eps"] is None:
         launch = pre.backward_launch(T, C, n, streams.dtype, write_dx=False)
-        dh_pre, _ = launch(streams, h_pre, d_input)
+        dh_pre, _ = launch(streams, a.h_pre, d_input)
     else:
-        dh_pre, d_input, d_weight = pre.norm_backward(
-            streams, h_pre, weight, d_input, eps=static["input_norm_eps"]
-        )
+        eps = static["input_norm_eps"]
+        launch = pre.backward_normed_launch(T, C, n, streams.dtype, eps, write_dx=False)
+        dh_pre, dweight, d_input = launch(streams, a.h_pre, a.weight, d_input, T)
     launch = mappings.backward_launch(
         T, n, static["num_iterations"], round_ds=streams.dtype == jnp.bfloat16
     )
-    ds, dr, sums = launch(s, r, bias, alpha, dh_pre, dh_post, dh_res, T)
-    d_parameters = (*mappings.parameter_gradients(sums, n), d_weight)
-    return (d_input, h_pre), (ds, dr), d_parameters
+    ds, dr, gates = launch(a.s, a.r, a.bias, a.alpha, dh_pre, a.dh_post, a.dh_res, T)
+    return d_input, (ds, dr), (gates, dweight)
 
 
 def forward(
@@ -139,6 +131,12 @@ def forward(
     **static,
 ) -> tuple[jax.Array, ...]:
     """Returns new streams, then what `read_forward` returns for them."""
+    n, lead = static["n"], streams.shape[:-1]
+    if triton_call.num_tokens(lead) and gpu_forward.takes(n, streams.dtype):
+        new_streams, parts = gpu_forward.new_streams_and_parts(
+            streams, layer_output, h_post, h_res, phi
+        )
+        return new_streams, *_finish_read(new_streams, parts, phi, bias, alpha, weight, static)
     new_streams = post_res.forward(streams, layer_output, h_post, h_res)
     return new_streams, *read_forward(new_streams, phi, bias, alpha, weight, **static)
 
@@ -149,30 +147,18 @@ def backward(
     h_post: jax.Array,
     h_res: jax.Array,
     new_streams: jax.Array,
-    phi: jax.Array,
-    bias: jax.Array,
-    alpha: jax.Array,
-    weight: jax.Array | None,
-    h_pre: jax.Array,
-    s: jax.Array,
-    r: jax.Array,
-    d_input: jax.Array,
-    dh_post: jax.Array,
-    dh_res: jax.Array,
-    d_new_streams: jax.Array,
+    *arrays: jax.Array | None,
     **static,
 ) -> tuple[jax.Array | None, ...]:
     """Cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
-    T = triton_call.num_tokens(r.shape)
+    a = ReadBackward(*arrays)
+    update = (streams, layer_output, h_post, h_res)
+    (K, m), T = a.phi.shape, triton_call.num_tokens(a.r.shape)
     if not T:
-        d_weight = None if weight is None else jnp.zeros_like(weight)
-        d_parameters = (jnp.zeros_like(p) for p in (phi, bias, alpha))
-        return streams, layer_output, h_post, h_res, *d_parameters, d_weight
-    (d_input, _), cotangents, d_parameters = _mappings_backward(
-        new_streams, bias, alpha, weight, h_pre, s, r, d_input, dh_post, dh_res, static
-    )
-    d_projection, dphi = projection.backward(new_streams, phi, r, *cotangents)
-    d_update = post_res.backward_of_sum(
-        streams, layer_output, h_post, h_res, d_new_streams, d_projection, d_input, h_pre
-    )
-    return *d_update, dphi, *d_parameters
+        return *update, *_no_gradients(a)
+    d_input, cotangents, sums = _mappings_backward(new_streams, a, static)
+    launch = projection.backward_launch(T, K, 1, m, streams.dtype, accumulate=False)
+    unused = (new_streams, new_streams, a.r)
+    d_projection, dphi = launch(new_streams, a.phi, a.r, *cotangents, *unused, T)
+    d_update = post_res.backward_of_sum(*update, a.d_streams, d_projection, d_input, a.h_pre)
+    return *d_update, *triton_sums.parameter_gradients(dphi, *sums, static["n"])

@@ -6,6 +6,7 @@ One rounding where a fused kernel has one: the cotangents of the streams are sum
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.boundary.arguments import ReadBackward
 from kernels_pallas.mappings import reference as mappings
 from kernels_pallas.post_res import reference as post_res
 from kernels_pallas.pre import reference as pre
@@ -40,41 +41,40 @@ def read_forward(
 @layout("...k, km, m, g, c, ...n, ...m, ..., ...c, ...n, ...nn, ...k -> ...k, km, m, g, c")
 def read_backward(
     streams: jax.Array,
-    phi: jax.Array,
-    bias: jax.Array,
-    alpha: jax.Array,
-    weight: jax.Array | None,
-    h_pre: jax.Array,
-    s: jax.Array,
-    r: jax.Array,
-    d_input: jax.Array,
-    dh_post: jax.Array,
-    dh_res: jax.Array,
-    d_streams: jax.Array,
-    *,
+    *arrays: jax.Array | None,
     n: int,
     num_iterations: int,
     norm_eps: float,
     input_norm_eps: float | None,
 ) -> tuple[jax.Array, ...]:
     """Cotangents (dx, dphi, dbias, dalpha, dweight); `d_streams` has already arrived for the streams."""
-    d_weight = None
+    a = ReadBackward(*arrays)
+    d_input, d_weight = a.d_input, None
     if input_norm_eps is not None:
-        d_input, d_weight = pre.norm_backward(streams, h_pre, weight, d_input, eps=input_norm_eps)
-    _, dh_pre = pre.backward(streams, h_pre, d_input)
+        d_input, d_weight = pre.norm_backward(
+            streams, a.h_pre, a.weight, d_input, eps=input_norm_eps
+        )
+    _, dh_pre = pre.backward(streams, a.h_pre, d_input)
     ds, dr, dbias, dalpha = mappings.backward(
-        s, r, bias, alpha, dh_pre, dh_post, dh_res, n=n, num_iterations=num_iterations
+        a.s,
+        a.r,
+        a.bias,
+        a.alpha,
+        dh_pre,
+        a.dh_post,
+        a.dh_res,
+        n=n,
+        num_iterations=num_iterations,
     )
     if streams.dtype == jnp.bfloat16:
         ds = round_to_tf32(ds)
-    dx, dphi = projection.unrounded_backward(streams, phi, r, ds, dr)
+    dx, dphi = projection.unrounded_backward(streams, a.phi, a.r, ds, dr)
     d = d_input.astype(streams.dtype).astype(dx.dtype)  # an array of its own in the kernels
-    dx = dx + jnp.concatenate([h_pre[..., i, None] * d for i in range(n)], axis=-1)
-    dx = dx + d_streams.astype(dx.dtype)
+    dx = dx + jnp.concatenate([a.h_pre[..., i, None] * d for i in range(n)], axis=-1)
+    dx = dx + a.d_streams.astype(dx.dtype)
     return dx.astype(streams.dtype), dphi, dbias, dalpha, d_weight
 
 
-@layout("...k, ...c, ...n, ...nn, km, m, g, c -> ...k, ...c, ...n, ...nn, ...n, ...m, ...")
 def forward(
     streams: jax.Array,
     layer_output: jax.Array,

@@ -319,17 +319,6 @@ def forward_normed(
     return out.reshape(*lead, C)
 
 
-def norm_backward(
-    streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Through the norm: dh_pre [..., n], cotangent of the weighted sum [..., C], dweight [C]; T > 0."""
-    *lead, n = h_pre.shape
-    C, T = streams.shape[-1] // n, triton_call.num_tokens(lead)
-    launch = backward_normed_launch(T, C, n, streams.dtype, eps, write_dx=False)
-    dh_pre, dweight, dh = launch(streams, h_pre, weight, d, T)
-    return dh_pre.reshape(h_pre.shape), dh.reshape(d.shape), dweight.sum(0)
-
-
 def backward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

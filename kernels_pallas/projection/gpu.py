@@ -18,7 +18,7 @@ from kernels_pallas.triton_call import Launch, cdiv, struct
 from kernels_pallas.triton_math import dot, dot_tf32, load_tile, opaque, store_tile
 
 # The card that block counts are fitted to; an H200 has 132 multiprocessors.
-_MULTIPROCESSORS = 132
+MULTIPROCESSORS = 132
 
 
 @triton.jit
@@ -38,17 +38,18 @@ def projection_kernel(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Partial sums [T, MP] of x phi over K_SPLIT columns, and of x*x in column M."""
+    """Partial sums [T, MP] of x phi over K_SPLIT of the columns, and of x*x in column M."""
     WIDTH: tl.constexpr = 2 * MP if PAIR else MP
     # From the last tokens to the first: the kernel before (F_post,res) wrote the last ones last, and the
     # one after (F_pre) begins with the first ones, so that each finds 10 % of the streams in L2.
-    t = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
-    begin = tl.program_id(1) * K_SPLIT
+    t = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # The programs of a token tile start together and take turns along its rows.
+    split = tl.program_id(0)
     x_rows = x_ptr + t.to(tl.int64)[:, None] * K
     acc = tl.zeros((BLOCK_T, WIDTH), tl.float32)
     squares = tl.zeros((BLOCK_T, BLOCK_K // VEC), tl.float32)
     for step in tl.range(0, K_SPLIT // BLOCK_K, num_stages=STAGES):
-        cols = begin + step * BLOCK_K + tl.arange(0, BLOCK_K)
+        cols = (step * tl.num_programs(0) + split) * BLOCK_K + tl.arange(0, BLOCK_K)
         mask = (t[:, None] < T) & (cols[None, :] < K)
         x = load_tile(x_rows + cols[None, :], mask, EVEN)
         at = cols[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -65,7 +66,7 @@ def projection_kernel(
         acc = tl.sum(tl.reshape(acc, (BLOCK_T, 2, MP)), axis=1)
     m = tl.arange(0, MP)[None, :]
     acc = tl.where(m == M, tl.sum(squares, axis=1)[:, None], acc)
-    row = tl.program_id(1).to(tl.int64) * T + t
+    row = split.to(tl.int64) * T + t
     tl.store(out_ptr + row[:, None] * MP + m, acc, mask=t[:, None] < T)
 
 
@@ -192,7 +193,7 @@ def forward_launch(T: int, K: int, m: int, dtype) -> Launch:
     k_split = cdiv(cdiv(K, block_k), splits) * block_k
     return Launch(
         kernel=projection_kernel,
-        grid=(cdiv(T, block_t), splits),
+        grid=(splits, cdiv(T, block_t)),
         outputs=(struct((splits, T, columns)),),
         constants={
             "K": K,
@@ -211,8 +212,11 @@ def forward_launch(T: int, K: int, m: int, dtype) -> Launch:
 
 
 def _forward_splits(tiles: int, steps: int) -> int:
-    """Programs per token tile: two on every multiprocessor, at least 4 steps of K each."""
-    return max(1, min(cdiv(steps, 4), 2 * _MULTIPROCESSORS // tiles, 32))
+    """Programs per token tile: one on every multiprocessor, at least 4 steps of K each.
+
+    H200, T 16384, C 2560: 90 us with one program, 95 with two; T 8192, C 4096: 118 with one, 72 with two.
+    """
+    return max(1, min(cdiv(steps, 4), MULTIPROCESSORS // tiles, 32))
 
 
 def phi_terms(phi: jax.Array, rows: int, columns: int, pair: bool) -> jax.Array:
@@ -239,20 +243,31 @@ def finish_launch(T: int, K: int, m: int, splits: int, norm_eps: float) -> Launc
     )
 
 
-def backward_launch(T: int, K: int, n: int, m: int, dtype, *, accumulate: bool) -> Launch:
+def backward_launch(
+    T: int,
+    K: int,
+    n: int,
+    m: int,
+    dtype,
+    *,
+    accumulate: bool,
+    capability: int | None = None,
+) -> Launch:
     """The launch for x, phi [K, m], r, ds, dr, dx_in, d, h_pre (the last three used to accumulate)."""
     pair = dtype == jnp.bfloat16
-    # H200, T 16384, C 2560: 64 x 256 with 8 warps 10.0C, 64 x 128 with 4 warps 11.3C (ds is read for
-    # every column block). What is added in the accumulating version has no layout in shared memory that
-    # the tensor cores' layout reads without conflicts, so it is not pipelined (27C), and small tiles give
-    # it three programs a multiprocessor instead: 17.8C, 18.2C with 128 columns and spills.
+    # H200, T 16384, C 2560: 64 x 128 with 4 warps, two programs a multiprocessor, 9.7C (9.4C at T 8192,
+    # C 4096); 64 x 256 with 8 warps 10.2C (9.7C). What is added in the accumulating version has no layout
+    # in shared memory that the tensor cores' layout reads without conflicts, so it is not pipelined (27C),
+    # and small tiles give it three programs a multiprocessor instead: 17.8C, 21-25C with 128 columns.
     if not pair:
         block_t, block_k, warps, stages, resident = 32, 32, 4, 2, 4
     elif m > 32:
         block_t, block_k, warps, stages, resident = 64, 64, 8, 1, 1
     elif accumulate:
         block_t, block_k, warps, stages, resident = 64, 64, 4, 1, 3
-    else:
+    elif (capability or triton_call.capability()) == 90:
+        block_t, block_k, warps, stages, resident = 64, 128, 4, 3, 2
+    else:  # where the smaller tiles spill
         block_t, block_k, warps, stages, resident = 64, 256, 8, 3, 1
     blocks = n * cdiv(K // n, block_k)
     tiles = cdiv(T, block_t)
@@ -280,7 +295,7 @@ def backward_launch(T: int, K: int, n: int, m: int, dtype, *, accumulate: bool) 
 
 def _backward_splits(blocks: int, tiles: int, per_multiprocessor: int) -> int:
     """Splits of the tokens: full waves of the card with the fewest partial sums of dphi."""
-    slots = per_multiprocessor * _MULTIPROCESSORS
+    slots = per_multiprocessor * MULTIPROCESSORS
 
     def cost(splits: int) -> float:
         waves = cdiv(blocks * splits, slots)
@@ -304,7 +319,7 @@ def partial_sums(streams: jax.Array, phi: jax.Array) -> jax.Array:
     K, m = phi.shape
     T = triton_call.num_tokens(streams.shape[:-1])
     launch = forward_launch(T, K, m, streams.dtype)
-    rows = launch.constants["K_SPLIT"] * launch.grid[1]
+    rows = launch.constants["K_SPLIT"] * launch.grid[0]
     terms = phi_terms(phi, rows, launch.constants["MP"], launch.constants["PAIR"])
     (parts,) = launch(streams, terms, T)
     return parts

@@ -28,15 +28,17 @@ def test_compiles_without_spills(capability):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.strip().splitlines()
-    assert len(lines) >= 16
+    assert len(lines) >= 28
     spilling = [line for line in lines if not line.endswith("stack 0")]
     assert not spilling, spilling
 
 
-def launches():
+def launches(capability: int):
     """name -> (launch, pointer types of its inputs and scalars) at n = 4."""
     import jax.numpy as jnp
 
+    from kernels_pallas import triton_sums
+    from kernels_pallas.boundary import gpu_forward
     from kernels_pallas.mappings import gpu as mappings
     from kernels_pallas.post_res import gpu as post_res
     from kernels_pallas.pre import gpu as pre
@@ -52,6 +54,10 @@ def launches():
     yield "mappings of parts", parts, [f, f, f, f, i]
     yield "mappings backward", mappings.backward_launch(T, n, 20, round_ds=True), [f] * 7 + [i]
     yield "finish", projection.finish_launch(T, K, m, 2, 1e-20), [f, i]
+    yield "sums", triton_sums.launch(16, K, n, 512, (2112, C)), [f, f, f]
+    if gpu_forward.takes(n, jnp.bfloat16, capability):
+        write = gpu_forward.launch(T, C, n, jnp.dtype(jnp.bfloat16))
+        yield "write and project", write, ["*bf16", "*bf16", f, f, "*bf16", i]
     for b, dtype in (("*bf16", jnp.dtype(jnp.bfloat16)), (f, jnp.dtype(jnp.float32))):
         yield f"post_res {b}", post_res.forward_launch(T, C, n, dtype), [b, b, f, f]
         for add in (False, True):
@@ -66,7 +72,8 @@ def launches():
         yield f"pre normed {b}", pre.forward_normed_launch(T, C, n, dtype, 1e-6), [b, f, f]
         yield f"projection {b}", projection.forward_launch(T, K, m, dtype), [b, b, i]
         for accumulate in (False, True):
-            launch = projection.backward_launch(T, K, n, m, dtype, accumulate=accumulate)
+            options = {"accumulate": accumulate, "capability": capability}
+            launch = projection.backward_launch(T, K, n, m, dtype, **options)
             yield f"projection backward {b} {accumulate}", launch, [b, f, f, f, f, b, b, f, i]
 
 
@@ -95,5 +102,5 @@ def stack_bytes(launch, types, capability: int) -> int:
 
 
 if __name__ == "__main__":
-    for name, launch, types in launches():
+    for name, launch, types in launches(int(sys.argv[1])):
         print(name, "stack", stack_bytes(launch, types, int(sys.argv[1])), flush=True)
