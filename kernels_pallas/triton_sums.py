@@ -11,35 +11,25 @@ _COLUMNS = 16  # of dweight a program
 
 
 @triton.jit
-def _sum_columns(ptr, columns, mask, COUNT: tl.constexpr, LD: tl.constexpr, ROWS: tl.constexpr):
-    """Sums over the rows of an array [COUNT, LD]: a tile of its columns, ROWS rows at a time."""
-    total = tl.zeros((ROWS, columns.shape[0]), tl.float32)
-    for start in range(0, COUNT, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        inside = (row < COUNT) & mask[None, :]
-        total += tl.load(ptr + row * LD + columns[None, :], mask=inside, other=0.0)
+def _sum_row(ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of COUNT neighbours."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, COUNT, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(ptr + at, mask=at < COUNT, other=0.0)
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def _sum_gates(
-    ptr,
-    bias_ptr,
-    alpha_ptr,
-    gate,
-    PROGRAMS: tl.constexpr,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """dbias and dalpha of one gate: 0 pre, 1 post, 2 res."""
-    M: tl.constexpr = N * N + 2 * N
-    entry = tl.arange(0, N * N)
-    mask = entry < tl.where(gate == 2, N * N, N)
-    entry += gate * N
-    dbias = _sum_columns(ptr, entry, mask, PROGRAMS, 2 * M, ROWS)
-    tl.store(bias_ptr + entry, dbias, mask=mask)
-    dalpha = _sum_columns(ptr + M, entry, mask, PROGRAMS, 2 * M, ROWS)
-    tl.store(alpha_ptr + gate, tl.sum(dalpha, axis=0))
+def _sum_alpha(ptr, out_ptr, gate, N: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """dalpha of one gate, 0 pre, 1 post, 2 res: the sum of its N or N*N rows of COUNT numbers."""
+    length = tl.where(gate == 2, N * N, N) * COUNT
+    ptr += gate * N * COUNT
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N * N * COUNT, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(ptr + at, mask=at < length, other=0.0)
+    tl.store(out_ptr + gate, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -48,9 +38,21 @@ def _sum_dphi(ptr, out_ptr, start, SIZE: tl.constexpr, SPLITS: tl.constexpr, ENT
     entry = start + tl.arange(0, ENTRIES)
     mask = entry < SIZE
     total = tl.zeros((ENTRIES,), tl.float32)
-    for k in range(SPLITS):
+    for k in tl.static_range(SPLITS):
         total += tl.load(ptr + k * SIZE + entry, mask=mask, other=0.0)
     tl.store(out_ptr + entry, total, mask=mask)
+
+
+@triton.jit
+def _sum_weight(ptr, out_ptr, start, COUNT: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """COLUMNS columns of dweight from `start` on, summed over COUNT rows of C."""
+    column = start + tl.arange(0, COLUMNS)
+    total = tl.zeros((128, COLUMNS), tl.float32)
+    for first in range(0, COUNT, 128):
+        row = first + tl.arange(0, 128)[:, None]
+        inside = (row < COUNT) & (column < C)[None, :]
+        total += tl.load(ptr + row * C + column[None, :], mask=inside, other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, axis=0), mask=column < C)
 
 
 @triton.jit
@@ -70,32 +72,33 @@ def sums_kernel(
     C: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    """dphi from [SPLITS, SIZE], dbias and dalpha from gates [PROGRAMS, 2, M], dweight from [WEIGHT_ROWS, C].
+    """dphi from [SPLITS, SIZE], dbias and dalpha from gates [2, M, PROGRAMS], dweight from [WEIGHT_ROWS, C].
 
-    Three programs take the gates (pre, post, res): these have the longest way, so they come first.
+    A program sums a part of one of them; those with the longest way come first.
     """
+    M: tl.constexpr = N * N + 2 * N
     BLOCKS: tl.constexpr = (SIZE + ENTRIES - 1) // ENTRIES
     program = tl.program_id(0)
     if program < 3:
-        _sum_gates(gates_ptr, bias_out_ptr, alpha_out_ptr, program, PROGRAMS, N, ROWS)
-    elif program < 3 + BLOCKS:
-        _sum_dphi(dphi_ptr, dphi_out_ptr, (program - 3) * ENTRIES, SIZE, SPLITS, ENTRIES)
+        _sum_alpha(gates_ptr + M * PROGRAMS, alpha_out_ptr, program, N, PROGRAMS, 8192)
+    elif program < 3 + M:
+        column = program - 3
+        tl.store(bias_out_ptr + column, _sum_row(gates_ptr + column * PROGRAMS, PROGRAMS, 2048))
+    elif program < 3 + M + BLOCKS:
+        _sum_dphi(dphi_ptr, dphi_out_ptr, (program - 3 - M) * ENTRIES, SIZE, SPLITS, ENTRIES)
     else:
-        column = (program - 3 - BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
-        mask = column < C
-        total = _sum_columns(weight_ptr, column, mask, WEIGHT_ROWS, C, 128)
-        tl.store(weight_out_ptr + column, total, mask=mask)
+        start = (program - 3 - M - BLOCKS) * COLUMNS
+        _sum_weight(weight_ptr, weight_out_ptr, start, WEIGHT_ROWS, C, COLUMNS)
 
 
 def launch(splits: int, K: int, n: int, programs: int, weight: tuple[int, int]) -> Launch:
-    """The launch for dphi [splits, K, m], gates [programs, 2, m], dweight of shape `weight` or (0, 0)."""
+    """The launch for dphi [splits, K, m], gates [2, m, programs], dweight of shape `weight` or (0, 0)."""
     m = n * n + 2 * n
     weight_rows, C = weight
     return Launch(
         kernel=sums_kernel,
-        grid=(3 + cdiv(K * m, _ENTRIES) + cdiv(C, _COLUMNS),),
+        grid=(3 + m + cdiv(K * m, _ENTRIES) + cdiv(C, _COLUMNS),),
         outputs=(
             struct((K, m)),
             struct((m,)),
@@ -111,8 +114,6 @@ def launch(splits: int, K: int, n: int, programs: int, weight: tuple[int, int]) 
             "C": max(1, C),
             "ENTRIES": _ENTRIES,
             "COLUMNS": _COLUMNS,
-            # 32 numbers a thread in flight: 2048 programs of the mappings are 4 steps at n = 4.
-            "ROWS": 8192 // max(16, n * n),
         },
         num_warps=8,
     )
@@ -121,9 +122,9 @@ def launch(splits: int, K: int, n: int, programs: int, weight: tuple[int, int]) 
 def parameter_gradients(
     dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, n: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Partial sums [splits, K, m], [programs, 2, m], [rows, C] or None -> dphi, dbias, dalpha, dweight."""
+    """Partial sums [splits, K, m], [2, m, programs], [rows, C] or None -> dphi, dbias, dalpha, dweight."""
     splits, K, _ = dphi.shape
     weight_shape = (0, 0) if dweight is None else dweight.shape
-    call = launch(splits, K, n, gates.shape[0], weight_shape)
+    call = launch(splits, K, n, gates.shape[-1], weight_shape)
     *sums, weight = call(dphi, gates, dphi if dweight is None else dweight)
     return *sums, None if dweight is None else weight

@@ -1,18 +1,18 @@
 """`read` and `boundary` in Triton: shared passes over the streams where that measured faster.
 
-Forward: the write and the projection of what it writes in one pass where there is a kernel for it
-(`gpu_forward`, 9C), and one launch for the projection's second stage and the mappings. Backward: one
-reduction for dh_pre (5C), the mappings, and for `read` one pass that sums every cotangent of the streams
-while it makes dphi (13C). In `boundary` that sum moves into F_post,res's backward, whose rows run at 95 %
-of the copy rate where the tiles of the tensor cores reach 75 % (8C + 19C instead of 13C + 14C: the same
-bytes in less time). Last one launch that finishes the parameters' gradients.
+Forward: the kernels of the parts, but one launch for the second stage of the projection and the mappings.
+(F_post,res and the next projection in one kernel, 9C instead of 13C, gained nothing: see
+experiments/kernel_speed/notes.md.) Backward: one reduction for dh_pre (5C), the mappings, and for `read`
+one pass that sums every cotangent of the streams while it makes dphi (13C). In `boundary` that sum moves
+into F_post,res's backward, whose rows run at 95 % of the copy rate where the tiles of the tensor cores
+reach 75 % (8C + 19C instead of 13C + 14C: the same bytes in less time). Last one launch that finishes the
+parameters' gradients.
 """
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas import triton_call, triton_sums
-from kernels_pallas.boundary import gpu_forward
 from kernels_pallas.boundary.arguments import ReadBackward
 from kernels_pallas.mappings import gpu as mappings
 from kernels_pallas.post_res import gpu as post_res
@@ -131,12 +131,6 @@ def forward(
     **static,
 ) -> tuple[jax.Array, ...]:
     """Returns new streams, then what `read_forward` returns for them."""
-    n, lead = static["n"], streams.shape[:-1]
-    if triton_call.num_tokens(lead) and gpu_forward.takes(n, streams.dtype):
-        new_streams, parts = gpu_forward.new_streams_and_parts(
-            streams, layer_output, h_post, h_res, phi
-        )
-        return new_streams, *_finish_read(new_streams, parts, phi, bias, alpha, weight, static)
     new_streams = post_res.forward(streams, layer_output, h_post, h_res)
     return new_streams, *read_forward(new_streams, phi, bias, alpha, weight, **static)
 

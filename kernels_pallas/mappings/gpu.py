@@ -142,9 +142,9 @@ def _gate_backward(
     if ROUND:
         ds = round_tf32(ds)
     tl.store(ds_ptr + rows * M + i, ds, mask=mask)
-    at = tl.arange(0, N)
+    at = tl.arange(0, N) * tl.num_programs(0)
     tl.store(sums_ptr + at, tl.sum(d, axis=0))
-    tl.store(sums_ptr + M + at, tl.sum(d * normed, axis=0))
+    tl.store(sums_ptr + M * tl.num_programs(0) + at, tl.sum(d * normed, axis=0))
     return tl.sum(d * alpha * normed, axis=1)
 
 
@@ -166,10 +166,11 @@ def mappings_backward_kernel(
     NUM_ITERATIONS: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """ds, dr, and the program's sums [2, M] over its tokens of dh and of dh * s / r."""
+    """ds, dr, and a column of sums [2, M, programs]: over its tokens of dh and of dh * s / r."""
     M: tl.constexpr = N * N + 2 * N
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    sums_ptr += tl.program_id(0) * 2 * M
+    sums_ptr += tl.program_id(0)
+    programs = tl.num_programs(0)
     rows, i, mask = _gates(t, T, N, TOKENS)
     r = tl.load(r_ptr + rows, mask=rows < T, other=1.0)
     total = _gate_backward(
@@ -182,7 +183,7 @@ def mappings_backward_kernel(
         alpha_ptr + 1,
         dpost_ptr,
         ds_ptr + N,
-        sums_ptr + N,
+        sums_ptr + N * programs,
         rows,
         i,
         mask,
@@ -203,8 +204,8 @@ def mappings_backward_kernel(
         ds = round_tf32(ds)
     tl.store(ds_ptr + 2 * N + rows * M + ij, ds, mask=mask)
     ij1 = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(sums_ptr + 2 * N + ij1, tl.sum(d, axis=0))
-    tl.store(sums_ptr + M + 2 * N + ij1, tl.sum(d * normed, axis=0))
+    tl.store(sums_ptr + (2 * N + ij1) * programs, tl.sum(d, axis=0))
+    tl.store(sums_ptr + (M + 2 * N + ij1) * programs, tl.sum(d * normed, axis=0))
     total += tl.sum(tl.sum(d * alpha * normed, axis=2), axis=1)
     r = tl.load(r_ptr + t, mask=t < T, other=1.0)
     tl.store(dr_ptr + t, -total / r, mask=t < T)
@@ -247,7 +248,7 @@ def backward_launch(T: int, n: int, num_iterations: int, *, round_ds: bool = Fal
     return Launch(
         kernel=mappings_backward_kernel,
         grid=(programs,),
-        outputs=(struct((T, m)), struct((T,)), struct((programs, 2, m))),
+        outputs=(struct((T, m)), struct((T,)), struct((2, m, programs))),
         constants={
             "N": n,
             "TOKENS": tokens,
@@ -259,8 +260,8 @@ def backward_launch(T: int, n: int, num_iterations: int, *, round_ds: bool = Fal
 
 
 def parameter_gradients(sums: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """Second stage of the reduction: sums of the programs [P, 2, m] -> dbias [m], dalpha [3]."""
-    dbias, dalpha = sums.sum(0)
+    """Second stage of the reduction: sums of the programs [2, m, P] -> dbias [m], dalpha [3]."""
+    dbias, dalpha = sums.sum(-1)
     factor = np.repeat(np.eye(3, dtype=np.float32), (n, n, n * n), axis=0)  # column -> its alpha
     return dbias, (dalpha[:, None] * factor).sum(0)  # one kernel, where slices and stack are six
 

@@ -21,7 +21,6 @@ import numpy as np
 
 import kernels_pallas as kp
 from kernels_pallas import triton_call
-from kernels_pallas.boundary import gpu_forward
 
 if not triton_call.INTERPRET:
     pytest.skip("triton was imported before TRITON_INTERPRET=1", allow_module_level=True)
@@ -189,9 +188,7 @@ def test_read(T, C, n, dtype, with_norm):
     assert_as_good_as_xla(f, args, cotangent, outputs + cotangents)
 
 
-@pytest.mark.parametrize(
-    ("T", "C", "n", "dtype"), [*FEW, pytest.param(70, 200, 4, BF16, id="tiles"), CASES[-1]]
-)
+@pytest.mark.parametrize(("T", "C", "n", "dtype"), [*FEW, CASES[-1]])
 def test_boundary_is_the_composition_of_its_parts(T, C, n, dtype):
     x, y = normal(0, T, n * C, dtype=dtype), normal(10, T, C, dtype=dtype)
     h_post, h_res, p = normal(11, T, n), normal(12, T, n, n), parameters(n, C)
@@ -203,11 +200,9 @@ def test_boundary_is_the_composition_of_its_parts(T, C, n, dtype):
     truth = outputs + [*oracle.post_res_vjp(x, y, h_post, h_res, g), *d_parameters]
     f = read_options(n, with_norm=False)(kp.boundary)
     assert_as_good_as_xla(f, (x, y, h_post, h_res, *p), cotangent, truth)
+    # Bit for bit: the forward runs the kernels of the parts.
     fused = kp.boundary(x, y, h_post, h_res, *p, n=n, implementation="triton")
     streams = kp.post_res(x, y, h_post, h_res, implementation="triton")
-    np.testing.assert_array_equal(np.asarray(fused[-1]), np.asarray(streams))
-    if gpu_forward.takes(n, dtype):  # its sums for the projection run in another order
-        return
     parts = kp.read(streams, *p, n=n, implementation="triton")
     for a, b in zip(fused, parts):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
