@@ -2,6 +2,7 @@
 
     python -m experiments.kernel_speed            # NVIDIA GPU with jax-triton; 8 minutes
     python -m experiments.kernel_speed --check    # correctness only, 3 minutes
+    python -m experiments.kernel_speed --trace    # every kernel inside a program, needs PyTorch; 1 minute
     python -m experiments.kernel_speed --tpu_schedule=v5p    # estimate for a TPU, needs none
 
 Prints a table and writes it with device, driver, versions, commit and command to results/*.json, and a bar
@@ -41,6 +42,7 @@ def _flags() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--check", action="store_true", help="only compare with float64")
+    parser.add_argument("--trace", action="store_true", help="only list the kernels of a sublayer")
     parser.add_argument("--tpu_schedule", metavar="KIND", help="v5e, v5p, v6e or tpu7x")
     parser.add_argument("--shapes", help="T,C pairs, as 16384,2560:8192,4096 (default: all)")
     parser.add_argument("--baselines", type=int, default=1, help="0: neither xla nor PyTorch")
@@ -59,7 +61,7 @@ def _environment() -> dict:
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": jax.devices()[0].device_kind,
-        "driver": _command(*query),
+        "driver": _command(*query).split("\n")[0],
         "jax": jax.__version__,
         "triton": triton.__version__,
         "commit": _command("git", "rev-parse", "--short", "HEAD"),
@@ -210,11 +212,16 @@ def main() -> None:
         from experiments.kernel_speed import check
 
         sys.exit(0 if check.run() else 1)
-    from experiments.kernel_speed import measure
-
-    shapes = SHAPES
+    shapes = BASELINE_SHAPES if flags.trace else SHAPES
     if flags.shapes:
         shapes = tuple(tuple(map(int, pair.split(","))) for pair in flags.shapes.split(":"))
+    if flags.trace:
+        from experiments.kernel_speed import trace
+
+        trace.run(shapes)
+        return
+    from experiments.kernel_speed import measure
+
     rate = measure.copy_rate()
     print(f"copy rate {rate / 1e12:.3f} TB/s", flush=True)
     out = pathlib.Path(flags.out)
