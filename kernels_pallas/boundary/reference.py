@@ -75,6 +75,7 @@ def read_backward(
     return dx.astype(streams.dtype), dphi, dbias, dalpha, d_weight
 
 
+@layout("...k, ...c, ...n, ...nn, km, m, g, c -> ...k, ...c, ...n, ...nn, ...n, ...m, ...")
 def forward(
     streams: jax.Array,
     layer_output: jax.Array,
