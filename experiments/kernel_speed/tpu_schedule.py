@@ -84,11 +84,11 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
 
     from kernels_pallas.boundary import tpu as boundary
     from kernels_pallas.mappings import tpu as mappings
-    from kernels_pallas.pallas_call import MIN_TOKENS
     from kernels_pallas.post_res import tpu as post_res
     from kernels_pallas.pre import tpu as pre
     from kernels_pallas.projection import tpu as projection
     from kernels_pallas.sinkhorn import tpu as sinkhorn
+    from kernels_pallas.token_tiles import MIN_TOKENS
 
     T, C, m, f32 = num_tokens, width, n * n + 2 * n, jnp.float32
     S = jax.ShapeDtypeStruct

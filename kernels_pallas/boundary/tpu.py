@@ -5,8 +5,8 @@ moves 10C a token at n = 4 (x, y in, new x and layer input out) where the separa
 the same kernel without F_post,res: 5C for 9C. Backward of `read`: dh_pre, the coefficients, dphi and every
 cotangent of the streams in one kernel, 13C (x, g, d in, dx out); F_post,res adds its own 14C.
 
-The RMSNorm of the layer input, if asked for, is part of the forward kernel. Its backward is plain jnp before
-the kernel (7C more by XLA), which then gets the cotangent of the weighted sum in float32.
+The RMSNorm of the layer input, if asked for, is part of the same kernels in both directions: nothing more is
+moved, since a token's row is in VMEM as a whole.
 
 The coefficients of a block of at most 128 tokens are tiles [1, tokens]: an eighth of a register is in use,
 but the 20 iterations wait for latencies, and the pass over the streams hides them behind its transfers.
@@ -19,16 +19,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call
+from kernels_pallas import pallas_call, pallas_math
 from kernels_pallas.mappings import tpu as mappings
-from kernels_pallas.pallas_call import LANES, LaneSums, TokenTiles
+from kernels_pallas.pallas_math import LaneSums
 from kernels_pallas.post_res import tpu as post_res
-from kernels_pallas.pre import reference as pre_reference
+from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
 from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn import tpu as sinkhorn
+from kernels_pallas.token_tiles import LANES, MIN_TOKENS, TokenTiles, tokens_per_block
 
-CHUNK = 512
 _SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
@@ -36,13 +36,8 @@ def check(streams, *args, n, num_iterations, norm_eps, input_norm_eps):
     """Raises NotImplementedError for a dtype, n, width or option that the kernels do not take."""
     pallas_call.check_dtypes(streams, n)
     sinkhorn.check_iterates(n, num_iterations)
-    for rows in (2 + 2 / n, _backward_rows(n, streams.dtype, input_norm_eps)):
+    for rows in (2 + 2 / n, 3 + 1 / n):
         block_tokens(streams.shape[-1], n, streams.dtype, rows, backward=rows > 3)
-
-
-def _backward_rows(n: int, dtype, input_norm_eps: float | None) -> float:
-    """Rows a token of `read_backward`: x, g, dx, and d of the width of one stream, float32 after a norm."""
-    return 3 + (1 if input_norm_eps is None else 4 / jnp.dtype(dtype).itemsize) / n
 
 
 def block_tokens(width: int, n: int, dtype, rows: float, *, backward: bool) -> int:
@@ -53,7 +48,8 @@ def block_tokens(width: int, n: int, dtype, rows: float, *, backward: bool) -> i
     to transfer.
     """
     fixed = projection.fixed_bytes(width, num_columns(n), dtype, backward=backward)
-    return pallas_call.tokens_per_block(
+    fixed += pre.norm_fixed_bytes(width // n)
+    return tokens_per_block(
         int(rows * width) * jnp.dtype(dtype).itemsize,
         most=2 * LANES,
         fixed_bytes=fixed,
@@ -71,11 +67,12 @@ def _read_block(x_ref, refs, tiles, n, num_iterations, norm_eps, input_norm_eps)
     weight_ref = None if input_norm_eps is None else refs.pop(0)
     out_ref, *columns_refs = refs
     h_pre_ref, h_post_ref, h_res_ref, s_ref, r_ref = columns_refs
-    m, width = num_columns(n), out_ref.shape[-1]
+    m = num_columns(n)
+
+    rows = tiles.window_rows()
 
     @pl.when(tiles.in_range())
     def _():
-        rows = tiles.window_rows()
         s, squares = projection.project_block(x_ref, phi_ref, m)
         saved_rows_ref[rows, :m] = s.T
         saved_rows_ref[rows, m : m + 1] = jnp.sqrt(squares / x_ref.shape[1] + norm_eps)
@@ -84,25 +81,12 @@ def _read_block(x_ref, refs, tiles, n, num_iterations, norm_eps, input_norm_eps)
         h_pre, h_post = mappings.gates(logits, n)
         h_res = sinkhorn.project(sinkhorn.as_matrix(logits[2 * n :]), num_iterations)
         h = jnp.concatenate([*h_pre, *h_post, *sinkhorn.as_tiles(h_res)], axis=0)
-        pallas_call.store_rows(h_rows_ref, h, rows)
+        pallas_math.store_rows(h_rows_ref, h, rows)
 
     @tiles.row_groups
     def _(rows, window_rows):
         h = h_rows_ref[window_rows, :]
-        totals, squares = [], LaneSums()
-        for c, size in pallas_call.column_chunks(width, CHUNK):
-            x = [x_ref[rows, pl.ds(i * width + c, size)].astype(jnp.float32) for i in range(n)]
-            total = pallas_call.weighted_sum([h[:, i : i + 1] for i in range(n)], x)
-            if weight_ref is None:
-                out_ref[rows, pl.ds(c, size)] = total.astype(out_ref.dtype)
-            else:
-                totals.append((pl.ds(c, size), total))
-                squares.add(total * total)
-        if weight_ref is not None:
-            inverse = jax.lax.rsqrt(squares.total() / width + input_norm_eps)
-            for columns, total in totals:
-                normed = total * inverse * weight_ref[:, columns]
-                out_ref[rows, columns] = normed.astype(out_ref.dtype)
+        pre.read_rows(x_ref, weight_ref, out_ref, rows, h, n, input_norm_eps)
 
     @pl.when(tiles.last_of_window())
     def _():
@@ -239,52 +223,49 @@ def _read_backward_kernel(
     dh_post_ref,
     dh_res_ref,
     g_ref,
-    dx_ref,
-    dphi_ref,
-    dbias_ref,
-    dalpha_ref,
-    saved_rows_ref,
-    h_rows_ref,
-    dh_rows_ref,
-    iterates_ref,
-    *,
+    *refs,
     tiles,
     n,
     num_iterations,
+    input_norm_eps,
 ):
-    """Scratch, a token a row: `saved_rows_ref` s, r; `h_rows_ref` h_pre, dh_post, dh_res;
-    `dh_rows_ref` dh_pre.
+    """Scratch, a token a row: `saved_rows_ref` s, r; `h_rows_ref` h_pre, dh_post, dh_res; `dh_rows_ref`
+    dh_pre; `d_sum_ref` the cotangent of the weighted sum, where the norm makes it another than `d_ref`.
     """
-    m, width = num_columns(n), d_ref.shape[-1]
-
-    @pl.when(tiles.first_of_part())
-    def _():
-        for ref in (dphi_ref, dbias_ref, dalpha_ref):
-            ref[...] = jnp.zeros_like(ref)
+    m, width, norm, d_sum_ref = num_columns(n), d_ref.shape[-1], None, d_ref
+    if input_norm_eps is not None:
+        weight_ref, *refs, d_sum_ref = refs
+        d_weight_ref = refs.pop(4)
+        norm = weight_ref, d_weight_ref, input_norm_eps
+        tiles.zero_sums(d_weight_ref)
+    dx_ref, dphi_ref, dbias_ref, dalpha_ref, *refs = refs
+    saved_rows_ref, h_rows_ref, dh_rows_ref, iterates_ref = refs
+    tiles.zero_sums(dphi_ref, dbias_ref, dalpha_ref)
 
     @pl.when(tiles.first_of_window())
     def _():
-        pallas_call.store_rows(saved_rows_ref, jnp.concatenate([s_ref[...], r_ref[...]], axis=0))
+        pallas_math.store_rows(saved_rows_ref, jnp.concatenate([s_ref[...], r_ref[...]], axis=0))
         h = jnp.concatenate([h_pre_ref[...], dh_post_ref[...], dh_res_ref[...]], axis=0)
-        pallas_call.store_rows(h_rows_ref, h)
+        pallas_math.store_rows(h_rows_ref, h)
 
-    @pl.when(tiles.in_range())
-    def _():
-        tiles.zero_past_end(x_ref)
+    tiles.zero_past_end(x_ref)
+    num_left = tiles.num_left()
 
     @tiles.row_groups
     def _(rows, window_rows):
-        del window_rows
-        sums = [LaneSums() for _ in range(n)]
-        for c, size in pallas_call.column_chunks(width, CHUNK):
-            d = d_ref[rows, pl.ds(c, size)].astype(jnp.float32)
+        h, sums = h_rows_ref[window_rows, :], [LaneSums() for _ in range(n)]
+        for columns, d in pre.sum_cotangents(x_ref, d_ref, rows, norm, h, n, num_left - rows.start):
+            if norm is not None:
+                d_sum_ref[rows, columns] = d.astype(d_sum_ref.dtype)
             for i in range(n):
-                sums[i].add(x_ref[rows, pl.ds(i * width + c, size)].astype(jnp.float32) * d)
-        dh_rows_ref[rows, :] = pallas_call.lane_columns([x.total() for x in sums], LANES)
+                x = x_ref[rows, pl.ds(i * width + columns.start, columns.size)]
+                sums[i].add(x.astype(jnp.float32) * d)
+        dh_rows_ref[rows, :] = pallas_math.lane_columns([x.total() for x in sums], LANES)
+
+    rows, exists = tiles.window_rows(), tiles.block_mask()
 
     @pl.when(tiles.in_range())
     def _():
-        rows = tiles.window_rows()
         saved, h = saved_rows_ref[rows, :].T, h_rows_ref[rows, :].T
         d_pre = dh_rows_ref[...].T[:n]
         s, r = _rows(saved[:m]), saved[m : m + 1]
@@ -293,7 +274,6 @@ def _read_backward_kernel(
         dh = mappings.logits_backward(logits, *d, iterates_ref, n, num_iterations)
         ds, dr = mappings.projection_backward(dh, normed, r, alpha_ref, n)
         # Tokens past the end have undefined coefficients and may not reach the sums.
-        exists = tiles.block_mask()
         dbias_ref[...] += jnp.where(exists, jnp.concatenate(dh, axis=0), 0)
         products = jnp.concatenate(mappings.alpha_products(dh, normed, n), axis=0)
         dalpha_ref[...] += jnp.where(exists, products, 0)
@@ -303,7 +283,7 @@ def _read_backward_kernel(
         scale = jnp.broadcast_to(dr / (r * x_ref.shape[1]), (8, tiles.block)).T[:, :1]
 
         def other_cotangents(i, c, size):
-            d = d_ref[:, pl.ds(c, size)].astype(dx_ref.dtype).astype(jnp.float32)
+            d = d_sum_ref[:, pl.ds(c, size)].astype(jnp.float32)
             g = g_ref[:, pl.ds(i * width + c, size)].astype(jnp.float32)
             return h_rows_ref[rows, i : i + 1] * d + g
 
@@ -335,44 +315,53 @@ def read_backward(
     num_tokens, width = x.shape
     if not num_tokens:
         return streams, *(None if p is None else p * 0 for p in (phi, bias, alpha, weight))
-    d_weight = None
-    if input_norm_eps is not None:
-        d_input, d_weight = pre_reference.norm_backward(
-            streams, h_pre, weight, d_input, eps=input_norm_eps
-        )
-    operand = projection.phi_operand(phi, x.dtype)
-    rows = _backward_rows(n, x.dtype, input_norm_eps)
-    block = block_tokens(width, n, x.dtype, rows, backward=True)
+    operand, normed = projection.phi_operand(phi, x.dtype), input_norm_eps is not None
+    block = block_tokens(width, n, x.dtype, 3 + 1 / n, backward=True)
     tiles = TokenTiles(num_tokens, block, max_parts=2)
     row, columns = tiles.rows(width), tiles.columns
     rows_scratch = pltpu.VMEM((tiles.window, LANES), jnp.float32)
-    dx, dphi, dbias, dalpha = pallas_call.call(
-        functools.partial(_read_backward_kernel, tiles=tiles, n=n, num_iterations=num_iterations),
+    sums = [(m, width), (m, block), (3, block)]
+    if normed:
+        sums.append((MIN_TOKENS, width // n))
+    dx, dphi, dbias, dalpha, *d_weight = pallas_call.call(
+        functools.partial(
+            _read_backward_kernel,
+            tiles=tiles,
+            n=n,
+            num_iterations=num_iterations,
+            input_norm_eps=input_norm_eps,
+        ),
         *(x, operand, bias, alpha, pallas_call.tokens_last(h_pre), pallas_call.tokens_last(s)),
         *(r.reshape(1, num_tokens), pallas_call.flat_tokens(d_input)),
         *(pallas_call.tokens_last(dh_post), pallas_call.tokens_last(dh_res, 2)),
         pallas_call.flat_tokens(d_streams),
+        *([weight.reshape(1, -1)] if normed else []),
         name="mhc_read_backward",
         grid=tiles.grid,
         in_specs=[
             *(row, tiles.whole(*operand.shape), _SCALARS, _SCALARS, columns(n), columns(m)),
             *(columns(1), tiles.rows(width // n), columns(n), columns(n * n), row),
+            *([tiles.whole(1, width // n)] if normed else []),
         ],
-        out_specs=[row, tiles.sums(m, width), tiles.sums(m, block), tiles.sums(3, block)],
+        out_specs=[row, *(tiles.sums(*shape) for shape in sums)],
         out_shapes=[
             (x.shape, x.dtype),
-            *(((tiles.parts, *k), phi.dtype) for k in ((m, width), (m, block), (3, block))),
+            *(((tiles.parts, *shape), phi.dtype) for shape in sums),
         ],
         semantics=tiles.semantics,
         scratch_shapes=[
             *(rows_scratch, rows_scratch, pltpu.VMEM((block, LANES), jnp.float32)),
             pltpu.VMEM((max(num_iterations - 1, 1), n * n, block), jnp.float32),
+            *([pltpu.VMEM((block, width // n), x.dtype)] if normed else []),
         ],
         flops=(4 * m + 6) * x.size,
         transcendentals=4 * m * num_tokens,
     )
-    sums = dphi.sum(axis=0).T, dbias.sum(axis=(0, 2)), dalpha.sum(axis=(0, 2))
-    return dx.reshape(streams.shape), *sums, d_weight
+    return (
+        *(dx.reshape(streams.shape), dphi.sum(axis=0).T),
+        *(dbias.sum(axis=(0, 2)), dalpha.sum(axis=(0, 2))),
+        d_weight[0].sum(axis=(0, 1)) if normed else None,
+    )
 
 
 def backward(streams, layer_output, h_post, h_res, new_streams, *rest, **static):

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call
-from kernels_pallas.pallas_call import LANES, TokenTiles
+from kernels_pallas import pallas_call, pallas_math
 from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn import tpu as sinkhorn
 from kernels_pallas.sinkhorn.tpu import SUBLANES, TOKENS, gather, spread, spread_shape
+from kernels_pallas.token_tiles import LANES, TokenTiles
 
 
 def check(s, r, bias, alpha, dh_pre=None, dh_post=None, dh_res=None, *, n, num_iterations):
@@ -70,14 +70,14 @@ def projection_backward(
     """(ds, dr) as tiles (inside a kernel)."""
     d_normed = [tile * alpha_ref[group] for tile, group in zip(dh, _groups(n))]
     products = [d * tile for d, tile in zip(d_normed, normed)]
-    return [tile / r for tile in d_normed], -pallas_call.tree_sum(products) / r
+    return [tile / r for tile in d_normed], -pallas_math.tree_sum(products) / r
 
 
 def alpha_products(dh: list, normed: list, n: int) -> list:
     """Three tiles whose sums over tokens are dalpha (inside a kernel)."""
     ranges = (0, n), (n, 2 * n), (2 * n, num_columns(n))
     products = [d * tile for d, tile in zip(dh, normed)]
-    return [pallas_call.tree_sum(products[a:b]) for a, b in ranges]
+    return [pallas_math.tree_sum(products[a:b]) for a, b in ranges]
 
 
 def _forward_kernel(
@@ -122,10 +122,8 @@ def _backward_kernel(
     n,
     num_iterations,
 ):
-    @pl.when(tiles.first_of_part())
-    def _():
-        dbias_ref[...] = jnp.zeros_like(dbias_ref)
-        dalpha_ref[...] = jnp.zeros_like(dalpha_ref)
+    tiles.zero_sums(dbias_ref, dalpha_ref)
+    exists = _exists(tiles)
 
     # Windows past the end (an odd number of them in two parts) may add nothing; ds stays as it is.
     @pl.when(tiles.in_range())
@@ -137,7 +135,6 @@ def _backward_kernel(
         ds, dr = projection_backward(dh, normed, r, alpha_ref, n)
         gather(ds, scratch_ref, ds_ref)
         gather([dr], scratch_ref, dr_ref)
-        exists = _exists(tiles)
         for k, tile in enumerate(dh):
             dbias_ref[k] += jnp.where(exists, tile, 0)
         for k, tile in enumerate(alpha_products(dh, normed, n)):

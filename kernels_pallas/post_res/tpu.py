@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call
-from kernels_pallas.pallas_call import LANES, LaneSums, TokenTiles
+from kernels_pallas import pallas_call, pallas_math
+from kernels_pallas.pallas_math import LaneSums
+from kernels_pallas.token_tiles import LANES, TokenTiles, tokens_per_block
 
 # Columns of one straight-line piece: 4 lane tiles share the spreading of the coefficients.
 CHUNK = 512
@@ -32,7 +33,7 @@ def block_tokens(width: int, n: int, dtype) -> int:
     ten times the cost of a grid step. Wider rows need fewer tokens for that, and VMEM allows fewer.
     """
     row = width * jnp.dtype(dtype).itemsize
-    return pallas_call.tokens_per_block(
+    return tokens_per_block(
         3 * row + 2 * row // n, most=LANES, what=f"post_res with rows of {width}"
     )
 
@@ -42,8 +43,8 @@ def load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
 
     @pl.when(tiles.first_of_window())
     def _():
-        pallas_call.store_rows(post_rows_ref, h_post_ref[...])
-        pallas_call.store_rows(res_rows_ref, h_res_ref[...])
+        pallas_math.store_rows(post_rows_ref, h_post_ref[...])
+        pallas_math.store_rows(res_rows_ref, h_res_ref[...])
 
 
 def coefficients(post_rows_ref, res_rows_ref, rows, n):
@@ -57,11 +58,11 @@ def coefficients(post_rows_ref, res_rows_ref, rows, n):
 def write_rows(x_ref, y_ref, out_ref, rows, h_post, h_res) -> None:
     """New streams of some rows (inside a kernel)."""
     n, width = len(h_post), y_ref.shape[-1]
-    for c, size in pallas_call.column_chunks(width, CHUNK):
+    for c, size in pallas_math.column_chunks(width, CHUNK):
         x = [x_ref[rows, pl.ds(j * width + c, size)].astype(jnp.float32) for j in range(n)]
         y = y_ref[rows, pl.ds(c, size)].astype(jnp.float32)
         for i in range(n):
-            new = pallas_call.weighted_sum([*h_res[i], h_post[i]], [*x, y])
+            new = pallas_math.weighted_sum([*h_res[i], h_post[i]], [*x, y])
             out_ref[rows, pl.ds(i * width + c, size)] = new.astype(out_ref.dtype)
 
 
@@ -100,20 +101,20 @@ def _backward_kernel(
     def _(rows, window_rows):
         h_post, h_res = coefficients(post_rows_ref, res_rows_ref, window_rows, n)
         dh = [LaneSums() for _ in range(n + n * n)]
-        for c, size in pallas_call.column_chunks(width, CHUNK):
+        for c, size in pallas_math.column_chunks(width, CHUNK):
             x = [x_ref[rows, pl.ds(j * width + c, size)].astype(jnp.float32) for j in range(n)]
             g = [g_ref[rows, pl.ds(i * width + c, size)].astype(jnp.float32) for i in range(n)]
             y = y_ref[rows, pl.ds(c, size)].astype(jnp.float32)
             for j in range(n):
-                dx = pallas_call.weighted_sum([h_res[i][j] for i in range(n)], g)
+                dx = pallas_math.weighted_sum([h_res[i][j] for i in range(n)], g)
                 dx_ref[rows, pl.ds(j * width + c, size)] = dx.astype(dx_ref.dtype)
-            dy = pallas_call.weighted_sum(h_post, g)
+            dy = pallas_math.weighted_sum(h_post, g)
             dy_ref[rows, pl.ds(c, size)] = dy.astype(dy_ref.dtype)
             for i in range(n):
                 dh[i].add(g[i] * y)
                 for j in range(n):
                     dh[n + i * n + j].add(g[i] * x[j])
-        dh_rows_ref[window_rows, :] = pallas_call.lane_columns([d.total() for d in dh], LANES)
+        dh_rows_ref[window_rows, :] = pallas_math.lane_columns([d.total() for d in dh], LANES)
 
     @pl.when(tiles.last_of_window())
     def _():

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call
-from kernels_pallas.pallas_call import LANES, TokenTiles
+from kernels_pallas import pallas_call, pallas_math
+from kernels_pallas.pallas_math import LaneSums
 from kernels_pallas.precision import split_bf16
+from kernels_pallas.token_tiles import LANES, TokenTiles, tokens_per_block
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Columns of x between two additions to the accumulators; bounds the registers that a product occupies.
@@ -45,7 +46,7 @@ def block_tokens(width: int, m: int, dtype, *, backward: bool) -> int:
     """
     itemsize = jnp.dtype(dtype).itemsize
     fixed = fixed_bytes(width, m, dtype, backward=backward)
-    return pallas_call.tokens_per_block(
+    return tokens_per_block(
         width * itemsize * (2 if backward else 1),
         most=LANES,
         fixed_bytes=fixed,
@@ -98,8 +99,8 @@ def _halves(x: jax.Array, m: int, dtype) -> jax.Array:
 def project_block(x_ref, phi_ref, m: int) -> tuple[jax.Array, jax.Array]:
     """s [m, tokens] and the sums of squares [tokens, 1] of a block (inside a kernel)."""
     products = None
-    squares = pallas_call.LaneSums()
-    for c, size in pallas_call.column_chunks(x_ref.shape[1], CHUNK):
+    squares = LaneSums()
+    for c, size in pallas_math.column_chunks(x_ref.shape[1], CHUNK):
         x = x_ref[:, pl.ds(c, size)]
         product = _dot(phi_ref[:, pl.ds(c, size)], x, ((1,), (1,)))
         products = product if products is None else products + product
@@ -112,10 +113,11 @@ def _forward_kernel(x_ref, phi_ref, s_ref, r_ref, rows_ref, *, tiles, norm_eps):
     """`rows_ref` [window, 128] collects a token's s on lanes 0 ... m-1 and its sum of squares on lane m."""
     width, m = x_ref.shape[1], s_ref.shape[0]
 
+    rows = tiles.window_rows()
+
     @pl.when(tiles.in_range())
     def _():
         s, squares = project_block(x_ref, phi_ref, m)
-        rows = tiles.window_rows()
         rows_ref[rows, :m] = s.T
         rows_ref[rows, m : m + 1] = squares
 
@@ -143,7 +145,7 @@ def backward_block(x_ref, phi_ref, ds, scale, dx_ref, dphi_ref, n=1, addend=None
     else:
         left, right = ds, ds.T
     width = x_ref.shape[1] // n
-    for i, (c, size) in itertools.product(range(n), pallas_call.column_chunks(width, CHUNK)):
+    for i, (c, size) in itertools.product(range(n), pallas_math.column_chunks(width, CHUNK)):
         columns = pl.ds(i * width + c, size)
         x, phi = x_ref[:, columns], phi_ref[:, columns]
         dphi_ref[:, columns] += _halves(_dot(left, x, ((1,), (0,))), m, x_ref.dtype)
@@ -161,20 +163,19 @@ def _backward_kernel(
 ):
     """`ds_rows_ref` [window, 128] holds ds, `scale_rows_ref` dr / (K r), a token a row."""
 
-    @pl.when(tiles.first_of_part())
-    def _():
-        dphi_ref[...] = jnp.zeros_like(dphi_ref)
+    tiles.zero_sums(dphi_ref)
+    rows, exists = tiles.window_rows(), tiles.window_mask()
 
     @pl.when(tiles.first_of_window())
     def _():
-        ds = jnp.where(tiles.window_mask(), ds_ref[...], 0)
-        pallas_call.store_rows(ds_rows_ref, ds)
-        pallas_call.store_rows(scale_rows_ref, scale_ref[...])
+        ds = jnp.where(exists, ds_ref[...], 0)
+        pallas_math.store_rows(ds_rows_ref, ds)
+        pallas_math.store_rows(scale_rows_ref, scale_ref[...])
+
+    tiles.zero_past_end(x_ref)
 
     @pl.when(tiles.in_range())
     def _():
-        tiles.zero_past_end(x_ref)
-        rows = tiles.window_rows()
         ds = ds_rows_ref[rows, :].T[: ds_ref.shape[0]]
         backward_block(x_ref, phi_ref, ds, scale_rows_ref[rows, :1], dx_ref, dphi_ref)
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call
-from kernels_pallas.pallas_call import LANES, TokenTiles
+from kernels_pallas import pallas_call, pallas_math
+from kernels_pallas.token_tiles import LANES, VMEM_BLOCKS, TokenTiles
 
 # Two registers an entry: one alone would leave the units idle for the latency of each reciprocal.
 SUBLANES = 16
@@ -38,10 +38,10 @@ def check_iterates(n: int, num_iterations: int) -> None:
     """Raises NotImplementedError unless n is 2, 4, 8 and the iterates of a block fit into VMEM."""
     pallas_call.check_n(n)
     size = math.prod(iterates_shape(n, num_iterations)) * 4
-    if size > pallas_call.VMEM_BLOCKS:
+    if size > VMEM_BLOCKS:
         raise NotImplementedError(
             f"num_iterations={num_iterations} at n={n}: the iterates of {TOKENS} tokens take {size} bytes "
-            f"of VMEM, the limit is {pallas_call.VMEM_BLOCKS}"
+            f"of VMEM, the limit is {VMEM_BLOCKS}"
         )
 
 
@@ -142,7 +142,7 @@ def _transpose_rows(d_rows: Matrix, rows: Matrix, inverse: list[jax.Array]) -> M
     """Cotangent of x for rows = x / sum(x)."""
     out = []
     for d_row, row, inv in zip(d_rows, rows, inverse):
-        mean = pallas_call.weighted_sum(d_row, row)
+        mean = pallas_math.weighted_sum(d_row, row)
         out.append([(d - mean) * inv for d in d_row])
     return out
 
@@ -189,7 +189,7 @@ def project_backward(
 def _first_iteration_backward(logits: Matrix, first: Matrix, d_first: Matrix) -> Matrix:
     d_log = []
     for d_row, row in zip(d_first, first):
-        mean = pallas_call.weighted_sum(d_row, row)
+        mean = pallas_math.weighted_sum(d_row, row)
         d_log.append([tile * (d - mean) for d, tile in zip(d_row, row)])
     softmax = _softmax_columns(logits)
     totals = [_total(column) for column in _transposed(d_log)]

@@ -142,3 +142,29 @@ def rms_norm_vjp(x, weight, dy, eps=1e-20):
     r = np.sqrt((x**2).mean(-1, keepdims=True) + eps)
     d = dy if weight is None else dy * np.asarray(weight, np.float64)
     return d / r - x * (d * x).mean(-1, keepdims=True) / r**3, (dy * x / r).sum(0)
+
+
+def read(x, phi, bias, alpha, weight, n, num_iterations=20, eps=1e-20):
+    """Returns (layer_input, h_post, h_res, streams); weight None: no norm of the layer input."""
+    h_pre, h_post, h_res = coefficients(*projection(x, phi), bias, alpha, n, num_iterations)
+    u = pre(x, h_pre)
+    return (
+        *(u if weight is None else rms_norm(u, weight, eps), h_post, h_res),
+        np.asarray(x, np.float64),
+    )
+
+
+def read_vjp(x, phi, bias, alpha, weight, cotangents, n, num_iterations=20, eps=1e-20):
+    """Returns (dx, dphi, dbias, dalpha), then dweight if there is a weight."""
+    d, dh_post, dh_res, d_streams = cotangents
+    s, r = projection(x, phi)
+    h_pre, _, _ = coefficients(s, r, bias, alpha, n, num_iterations)
+    d_weight = []
+    if weight is not None:
+        d, *d_weight = rms_norm_vjp(pre(x, h_pre), weight, d, eps)
+    dx, dh_pre = pre_vjp(x, h_pre, d)
+    ds, dr, dbias, dalpha = coefficients_vjp(
+        s, r, bias, alpha, dh_pre, dh_post, dh_res, n, num_iterations
+    )
+    dx_projection, dphi = projection_vjp(x, phi, ds, dr)
+    return dx + dx_projection + _f64(d_streams)[0], dphi, dbias, dalpha, *d_weight

@@ -1,0 +1,75 @@
+"""Vector code inside the Pallas TPU kernels."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.token_tiles import LANES
+
+
+def store_rows(rows_ref, block: jax.Array, rows=slice(None)) -> None:
+    """Stores [m, tokens] transposed into the first lanes of scratch [tokens, 128]."""
+    m, tokens = block.shape
+    padding = -m % 8  # transposes take whole tiles of 8 sublanes
+    if padding:
+        block = jnp.concatenate([block, jnp.zeros((padding, tokens), block.dtype)], axis=0)
+    rows_ref[rows, : m + padding] = block.T
+
+
+def lane_columns(columns: Sequence[jax.Array], width: int) -> jax.Array:
+    """Places [rows, 1] columns side by side on lanes 0, 1, ... of [rows, width]."""
+    rows = columns[0].shape[0]
+    lane = jax.lax.broadcasted_iota(jnp.int32, (rows, width), 1)
+    out = jnp.zeros((rows, width), columns[0].dtype)
+    for k, column in enumerate(columns):
+        out = jnp.where(lane == k, column, out)
+    return out
+
+
+def weighted_sum(weights: Sequence[jax.Array], values: Sequence[jax.Array]) -> jax.Array:
+    """sum(w * v) without the addition to 0 that `sum` starts with."""
+    total = weights[0] * values[0]
+    for weight, value in zip(weights[1:], values[1:]):
+        total += weight * value
+    return total
+
+
+def tree_sum(values: Sequence[jax.Array]) -> jax.Array:
+    """Sum by halves: half the rounding error of a running sum at 24 terms."""
+    if len(values) == 1:
+        return values[0]
+    middle = len(values) // 2
+    return tree_sum(values[:middle]) + tree_sum(values[middle:])
+
+
+class LaneSums:
+    """Sums over columns of products [rows, size], kept as [rows, 128] until the end.
+
+    A cross-lane sum a chunk would cost the XLU what one a row costs here.
+    """
+
+    def __init__(self):
+        self._tiles = None
+        self._tail = None
+
+    def add(self, product: jax.Array) -> None:
+        whole = product.shape[1] // LANES * LANES
+        for start in range(0, whole, LANES):
+            tile = product[:, start : start + LANES]
+            self._tiles = tile if self._tiles is None else self._tiles + tile
+        if whole < product.shape[1]:
+            tail = jnp.sum(product[:, whole:], axis=1, keepdims=True)
+            self._tail = tail if self._tail is None else self._tail + tail
+
+    def total(self) -> jax.Array:
+        """[rows, 1]."""
+        if self._tiles is None:
+            return self._tail
+        total = jnp.sum(self._tiles, axis=1, keepdims=True)
+        return total if self._tail is None else total + self._tail
+
+
+def column_chunks(width: int, chunk: int) -> list[tuple[int, int]]:
+    """(start, size) pairs that cover `width` columns in order."""
+    return [(start, min(chunk, width - start)) for start in range(0, width, chunk)]

@@ -1,0 +1,105 @@
+"""The fused Pallas kernels against the float64 oracle: error at most twice that of "xla"."""
+
+import functools
+
+import jax.numpy as jnp
+import oracle
+import pytest
+from interpreted import BF16, F32, QUICK, UNFUSED, assert_as_exact_as_xla, normal
+
+import kernels_pallas as kp
+
+EPS, ITERATIONS, DRAWS = 1e-6, 4, 4  # 4 iterations run the same code as 20
+# 300 tokens are two blocks in three windows; 8 streams are slow to compile, so they stand here once.
+CASES = [
+    pytest.param("read", 4, 136, 37, BF16, True, id="read-n4-bf16-norm"),
+    pytest.param("read", 4, 200, 37, F32, False, id="read-n4-f32"),
+    pytest.param("read", 2, 136, 300, F32, True, id="read-n2-f32-norm-two-blocks"),
+    pytest.param("read", 8, 136, 37, BF16, False, id="read-n8-bf16"),
+    pytest.param("boundary", 4, 200, 37, BF16, False, id="boundary-n4-bf16"),
+    pytest.param("boundary", 4, 136, 37, F32, True, id="boundary-n4-f32-norm"),
+    pytest.param("boundary", 2, 200, 300, BF16, True, id="boundary-n2-bf16-norm-two-blocks"),
+]
+
+
+def draw(seed, name, n, C, T, dtype, with_norm):
+    """Arguments, cotangents and what the oracle says of both."""
+    m = n * n + 2 * n
+    update = (
+        *(normal(seed, T, n * C, dtype=dtype), normal(seed + 1, T, C, dtype=dtype)),
+        *(normal(seed + 2, T, n), normal(seed + 3, T, n, n)),
+    )
+    phi, bias = normal(seed + 4, n * C, m, scale=0.1), normal(seed + 5, m)
+    alpha, weight = jnp.array([0.5, 0.7, 1.0]), normal(seed + 10, C) if with_norm else None
+    cotangents = (
+        *(normal(seed + 6, T, C, dtype=dtype), normal(seed + 7, T, n), normal(seed + 8, T, n, n)),
+        normal(seed + 9, T, n * C, dtype=dtype),
+    )
+    options = {"num_iterations": ITERATIONS, "eps": EPS, "n": n}
+    parameters = oracle.round_tf32(phi), bias, alpha, weight
+    x = update[0]
+    if name == "boundary":
+        written = oracle.post_res(*update)
+        x = jnp.asarray(written, F32).astype(dtype)  # the projection reads what is stored
+    outputs = [*oracle.read(x, *parameters, **options)]
+    g, *gradients = oracle.read_vjp(x, *parameters, cotangents, **options)
+    if name == "boundary":
+        outputs[-1] = written
+        gradients = [*oracle.post_res_vjp(*update, g), *gradients]
+    else:
+        gradients, update = [g, *gradients], update[:1]
+    args = (*update, phi, bias, alpha, *([weight] if with_norm else []))
+    return args, cotangents, [*outputs, *gradients]
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("name", "n", "C", "T", "dtype", "with_norm"), CASES)
+def test_fused(name, n, C, T, dtype, with_norm):
+    def op(*args, implementation):
+        options = {"n": n, "num_iterations": ITERATIONS, "implementation": implementation}
+        if with_norm:
+            *args, options["input_norm_weight"] = args
+            options["input_norm_eps"] = EPS
+        return getattr(kp, name)(*args, **options)
+
+    seeds = range(0, 20 * DRAWS, 20)
+    draws = [draw(seed, name, n, C, T, dtype, with_norm) for seed in seeds]
+    assert_as_exact_as_xla(op, *draws, options=UNFUSED if n == 8 else QUICK)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    ("n", "C", "T", "dtype"),
+    [(4, 136, 37, BF16), (4, 200, 300, F32), (2, 200, 37, F32), (8, 136, 37, BF16)],
+)
+def test_pre_with_norm(n, C, T, dtype):
+    x, h_pre, weight = normal(0, T, n * C, dtype=dtype), normal(1, T, n), normal(2, C)
+    d = normal(3, T, C, dtype=dtype)
+    u = oracle.pre(x, h_pre)
+    du, d_weight = oracle.rms_norm_vjp(u, weight, d, EPS)
+    expected = [oracle.rms_norm(u, weight, EPS), *oracle.pre_vjp(x, h_pre, du), d_weight]
+
+    def op(x, h_pre, weight, implementation):
+        options = {"norm_eps": EPS, "implementation": implementation}
+        return kp.pre(x, h_pre, norm_weight=weight, **options)
+
+    assert_as_exact_as_xla(op, ((x, h_pre, weight), d, expected))
+
+
+def test_no_tokens_launch_no_kernel():
+    n, C, m = 4, 8, 24
+    x, h_pre, weight = jnp.zeros((2, 0, n * C)), jnp.zeros((2, 0, n)), jnp.ones(C)
+    normed = functools.partial(kp.pre, norm_eps=EPS, implementation="pallas")
+    assert normed(x, h_pre, norm_weight=weight).shape == (2, 0, C)
+    parameters = jnp.zeros((n * C, m)), jnp.zeros(m), jnp.zeros(3)
+    outputs = kp.read(x, *parameters, n=n, implementation="pallas")
+    assert [o.shape for o in outputs] == [(2, 0, C), (2, 0, n), (2, 0, n, n), x.shape]
+
+
+def test_three_streams_are_named():
+    x, parameters = jnp.ones((2, 15)), (jnp.ones((15, 15)), jnp.ones(15), jnp.ones(3))
+    with pytest.raises(NotImplementedError, match="n=3"):
+        kp.read(x, *parameters, n=3, implementation="pallas")
+    update = x, jnp.ones((2, 5)), jnp.ones((2, 3)), jnp.ones((2, 3, 3))
+    with pytest.raises(NotImplementedError, match="n=3"):
+        kp.boundary(*update, *parameters, n=3, implementation="pallas")

@@ -1,0 +1,110 @@
+"""Programs that test_pallas_compile.py gives to the TPU compiler, in a process of their own."""
+
+import functools
+import inspect
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+import kernels_pallas as kp
+
+WIDTHS = (1280, 2560, 4096, 7168)
+BOTH = ("forward", "backward")
+# mappings and sinkhorn do not see the width.
+NARROW = {f"mhc_{op}_{direction}" for op in ("mappings", "sinkhorn") for direction in BOTH}
+WIDE = {f"mhc_{op}_{direction}" for op in ("projection", "pre", "post_res") for direction in BOTH}
+WIDE |= {f"mhc_pre_{direction}_normed" for direction in BOTH}
+WIDE |= {"mhc_read_forward", "mhc_read_backward", "mhc_boundary_forward"}
+
+
+def with_gradients(f, *args):
+    outputs, vjp = jax.vjp(f, *args)
+    return outputs, vjp(outputs)
+
+
+def wide_kernels(implementation):
+    """Outputs and gradients of every op whose kernels hold rows; no kernel twice."""
+    options = {"implementation": implementation}
+
+    def pre(x, h_pre, weight):
+        normed = kp.pre(x, h_pre, norm_weight=weight, norm_eps=1e-6, **options)
+        return normed, kp.pre(x, h_pre, **options)
+
+    def program(x, y, h_pre, h_post, h_res, phi, bias, alpha, weight):
+        parameters, norm = (phi, bias, alpha, weight), {"n": h_pre.shape[-1], "input_norm_eps": 1e-6}
+
+        def boundary(x, y, h_post, h_res, phi, bias, alpha, weight):
+            fused = {**norm, **options, "input_norm_weight": weight}
+            return kp.boundary(x, y, h_post, h_res, phi, bias, alpha, **fused)
+
+        projection = functools.partial(kp.projection, **options)
+        return (
+            with_gradients(projection, x, phi),
+            with_gradients(pre, x, h_pre, weight),
+            with_gradients(boundary, x, y, h_post, h_res, *parameters),
+            kp.post_res(x, y, h_post, h_res, **options),
+            kp.read(x, *parameters[:3], input_norm_weight=weight, **norm, **options),
+        )
+
+    return program
+
+
+def narrow_kernels(implementation):
+    options = {"implementation": implementation}
+
+    def program(s, r, bias, alpha, h_res):
+        coefficients = functools.partial(kp.coefficients, n=h_res.shape[-1], **options)
+        return (
+            with_gradients(coefficients, s, r, bias, alpha),
+            with_gradients(functools.partial(kp.sinkhorn, **options), h_res),
+        )
+
+    return program
+
+
+def lower(program, topology, width, num_tokens=512, n=4):
+    """Lowered for one chip of the topology, arguments by name."""
+    T, C, m, f32 = num_tokens, width, n * n + 2 * n, jnp.float32
+    shapes = {
+        **{"x": (T, n * C), "y": (T, C), "h_pre": (T, n), "h_post": (T, n), "h_res": (T, n, n)},
+        **{"phi": (n * C, m), "bias": (m,), "alpha": (3,), "weight": (C,), "s": (T, m), "r": (T,)},
+    }
+    args = [
+        jax.ShapeDtypeStruct(shapes[name], jnp.bfloat16 if name in "xy" else f32)
+        for name in inspect.signature(program).parameters
+    ]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    return jax.jit(program, in_shardings=place, out_shardings=place).lower(*args)
+
+
+def kernels_of(lowered) -> set[str]:
+    return set(re.findall(r'"(mhc_\w+)"', lowered.as_text()))
+
+
+def compile_kernels(topology):
+    """Every kernel at every width for one chip."""
+    lowered = lower(narrow_kernels("pallas"), topology, 128)
+    assert kernels_of(lowered) == NARROW, kernels_of(lowered)
+    lowered.compile()
+    for width in WIDTHS:
+        lowered = lower(wide_kernels("pallas"), topology, width)
+        assert kernels_of(lowered) == WIDE, kernels_of(lowered)
+        lowered.compile()
+        print("compiled", width, flush=True)
+
+
+def choose_kernels(topology):
+    """implementation=None takes the kernels when it is lowered for a TPU, "xla" takes none."""
+    for program, names in ((wide_kernels, WIDE), (narrow_kernels, NARROW)):
+        for implementation, expected in ((None, names), ("xla", set())):
+            lowered = lower(program(implementation), topology, 128)
+            assert kernels_of(lowered) == expected, (implementation, kernels_of(lowered))
+    print("chosen")
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
