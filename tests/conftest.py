@@ -1,8 +1,13 @@
 """Settings of every test."""
 
+import os
+import pathlib
+import subprocess
+import sys
 import tempfile
 
 import jax
+import pytest
 
 # Mixing ranks without saying so is how a [T] and a [T, n] array broadcast into nonsense.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -11,3 +16,35 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _cache = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture
+def run_python():
+    """`run_python(file, *arguments, devices=, tpu_compiler=)`: a program in a process of its own.
+
+    For what must be asked for before jax starts: simulated devices, or libtpu's compiler without a TPU. The
+    repository and the file's own folder can be imported. Fails with the end of stderr if the program fails.
+    """
+
+    def run(file, *arguments, devices: int = 1, tpu_compiler: bool = False) -> str:
+        root, file = pathlib.Path(__file__).parents[1], pathlib.Path(file)
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join((str(root), str(file.parent))),
+        }
+        if devices > 1:
+            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            # Threads of the CPU client: the Pallas interpreter blocks one a device.
+            environment["NPROC"] = str(4 * devices)
+        if tpu_compiler:
+            # No metadata server to ask, and a second process may load libtpu.
+            environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        command = [sys.executable, "-W", "error", str(file), *arguments]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=1200
+        )
+        assert not done.returncode, done.stdout[-1000:] + done.stderr[-3000:]
+        return done.stdout
+
+    return run

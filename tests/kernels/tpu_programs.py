@@ -1,7 +1,9 @@
 """Programs that test_pallas_compile.py gives to the TPU compiler, in a process of their own."""
 
+import collections
 import functools
 import inspect
+import json
 import re
 import sys
 
@@ -10,7 +12,16 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 import kernels_pallas as kp
+from configs import default
+from mhc_jax.config import from_dict
+from mhc_jax.sharding import make_mesh
+from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
 
+TRAIN = {
+    **{"model.num_blocks": 3, "model.width": 256, "model.num_heads": 2, "model.ffn_width": 256},
+    **{"model.connection": "mhc", "model.dtype": "bfloat16", "model.vocab_size": 512},
+    **{"data.sequence_length": 256, "batch_size": 8},
+}
 WIDTHS = (1280, 2560, 4096, 7168)
 BOTH = ("forward", "backward")
 # mappings and sinkhorn do not see the width.
@@ -34,7 +45,10 @@ def wide_kernels(implementation):
         return normed, kp.pre(x, h_pre, **options)
 
     def program(x, y, h_pre, h_post, h_res, phi, bias, alpha, weight):
-        parameters, norm = (phi, bias, alpha, weight), {"n": h_pre.shape[-1], "input_norm_eps": 1e-6}
+        parameters, norm = (
+            (phi, bias, alpha, weight),
+            {"n": h_pre.shape[-1], "input_norm_eps": 1e-6},
+        )
 
         def boundary(x, y, h_post, h_res, phi, bias, alpha, weight):
             fused = {**norm, **options, "input_norm_weight": weight}
@@ -104,6 +118,23 @@ def choose_kernels(topology):
             lowered = lower(program(implementation), topology, 128)
             assert kernels_of(lowered) == expected, (implementation, kernels_of(lowered))
     print("chosen")
+
+
+def compile_train_step(topology):
+    """A whole train step, kernels per device: the custom calls of a scan over 3 blocks."""
+    values = default.get_config()
+    values.update_from_flattened_dict(TRAIN)
+    config = from_dict(values)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(config.mesh, devices)
+    lowered = jit_train_step(config, mesh).lower(
+        abstract_state(config, mesh), abstract_batch(config)
+    )
+    compiled = lowered.compile().as_text()
+    calls = collections.Counter(
+        re.findall(r'custom_call_target="tpu_custom_call".*?(mhc_\w+)', compiled)
+    )
+    print(json.dumps(calls))
 
 
 if __name__ == "__main__":
