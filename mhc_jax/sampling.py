@@ -1,5 +1,7 @@
 """Generating tokens: the model on new tokens alone, with what earlier ones left in a cache."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ class DecodeState(NamedTuple):
 
 def init_decode(config: ModelConfig, batch_size: int, length: int) -> DecodeState:
     """An empty past with room for `length` tokens of `batch_size` sequences."""
-    model: Transformer = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     cache = model.blocks.attention.init_cache(batch_size, length)
     stacked = config.num_blocks - config.num_leading
     return DecodeState(
@@ -38,6 +40,11 @@ def init_decode(config: ModelConfig, batch_size: int, length: int) -> DecodeStat
         [cache] * config.num_leading,
         jax.tree.map(lambda x: jnp.broadcast_to(x, (stacked, *x.shape)), cache),
     )
+
+
+def for_sampling(config: ModelConfig) -> ModelConfig:
+    """The model as it generates: no choice dropped, nothing recomputed, kernels of the machine at hand."""
+    return dataclasses.replace(config, moe_dispatch="dropless", remat="none", implementation=None)
 
 
 def decode(
@@ -64,7 +71,7 @@ def generate(
     Args:
       variables: of the model, `TrainState.variables`.
       prompt: `[S]` int32, at least one token.
-      config: of the model.
+      config: of the model, best `for_sampling`.
       max_tokens: how many to generate.
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: draws from the k likeliest tokens only; 0: from all.
@@ -82,20 +89,28 @@ def generate(
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
 
-    @jax.jit
-    def step(variables, tokens, state, key):
-        logits, state = decode(variables, tokens, state, config)
-        logits = logits[:, -1]
-        if temperature == 0:
-            return logits.argmax(-1), state
-        if top_k:
-            least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        return jax.random.categorical(key, logits / temperature), state
+    return _generate(variables, prompt, config, max_tokens, temperature, top_k, seed)
 
+
+def _generate(variables, prompt, config, max_tokens, temperature, top_k, seed):
     state = init_decode(config, 1, len(prompt) + max_tokens)
     tokens, key = prompt[None], jax.random.key(seed)
     for index in range(max_tokens):
-        token, state = step(variables, tokens, state, jax.random.fold_in(key, index))
+        draw = jax.random.fold_in(key, index)
+        token, state = _step(
+            variables, tokens, state, draw, temperature, config, temperature == 0, top_k
+        )
         yield int(token[0])
         tokens = token[:, None].astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "greedy", "top_k"))
+def _step(variables, tokens, state, key, temperature, config, greedy, top_k):
+    logits, state = decode(variables, tokens, state, config)
+    logits = logits[:, -1]
+    if greedy:
+        return logits.argmax(-1), state
+    if top_k:
+        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits / temperature), state

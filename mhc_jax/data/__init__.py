@@ -18,5 +18,14 @@ state = train.get_state()  # a small JSON-able dict: the position and what it be
 
 from mhc_jax.data.config import SOURCES, SPLITS, DataConfig
 from mhc_jax.data.pipeline import make_iterator, num_windows, vocab_size
+from mhc_jax.data.tokenizer import load_tokenizer
 
-__all__ = ["SOURCES", "SPLITS", "DataConfig", "make_iterator", "num_windows", "vocab_size"]
+__all__ = [
+    "SOURCES",
+    "SPLITS",
+    "DataConfig",
+    "load_tokenizer",
+    "make_iterator",
+    "num_windows",
+    "vocab_size",
+]

@@ -40,6 +40,9 @@ class Tokenizer(Protocol):
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Encodes UTF-8 documents into one array `[num_tokens]` of `dtype` each."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; a character whose bytes are not all there becomes U+FFFD."""
+
 
 class ByteTokenizer:
     """The UTF-8 bytes themselves; byte 0 (NUL) separates documents."""
@@ -52,6 +55,10 @@ class ByteTokenizer:
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """See `Tokenizer.encode`."""
         return [np.frombuffer(document, np.uint8) for document in documents]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return bytes(ids).decode(errors="replace")
 
 
 class FileTokenizer:
@@ -89,6 +96,10 @@ class FileTokenizer:
         texts = [document.decode() for document in documents]
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 def load_tokenizer(name: str) -> Tokenizer:

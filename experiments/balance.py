@@ -1,0 +1,138 @@
+"""Do experts stay evenly loaded on real text without an auxiliary loss? With and without the balance bias.
+
+Command:  python -m experiments.balance                    (about 10 minutes on 2 CPU cores)
+Result:   a table, balance.json and balance.png in the output folder: load of the busiest expert over the
+          mean load, at every step (of the worst block) and after the last one, over validation text.
+
+A small model of the paper's kind (latent attention, sigmoid router, a leading dense block) on the bytes of
+the Python standard library. Both arms share seed and batches; one moves the bias by `--balance_rate` a step
+against each expert's load (Wang et al., 2024), the other never.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import sys
+
+import jax
+import matplotlib
+import numpy as np
+from flax import nnx
+
+from configs import small_30m
+from experiments import plotting
+from mhc_jax.config import Config, from_dict
+from mhc_jax.data import make_iterator
+from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
+from mhc_jax.train_step import model_graph
+from mhc_jax.trained import load
+
+VALIDATION_BATCHES = 16
+TARGET = 1.25
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.balance",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/balance"),
+                        help="folder of the two workdirs and of the result")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=300, help="updates of each arm")
+    parser.add_argument(
+        "--balance_rate", type=float, default=1e-2, help="step of the bias in the balanced arm"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    return parser.parse_args()
+
+
+def make_config(options: argparse.Namespace, balance_rate: float) -> Config:
+    """One arm: three blocks with 8 experts, 2 a token, 2048 tokens a step."""
+    values = small_30m.get_config("residual")
+    values.seed = values.data.shuffle_seed = options.seed
+    values.steps, values.batch_size, values.log_every = options.steps, 16, 1
+    values.eval_every = values.gains_every = values.checkpoint_every = 0
+    values.tensorboard = False
+    values.data.sequence_length = 128
+    values.update_from_flattened_dict(
+        {
+            "model.num_blocks": 4, "model.width": 64, "model.num_heads": 4, "model.head_dim": 16,
+            "model.rope_dim": 8, "model.kv_rank": 32, "model.num_experts": 8,
+            "model.experts_per_token": 2, "model.shared_experts": 1, "model.expert_width": 64,
+            "model.dtype": "float32", "model.moe_dispatch": "dropless",
+            "model.balance_rate": balance_rate, "optimizer.learning_rate": 3e-3,
+            "optimizer.warmup_steps": 20, "optimizer.schedule": "constant",
+        }
+    )  # fmt: skip
+    return from_dict(values)
+
+
+def final_load(workdir: pathlib.Path) -> np.ndarray:
+    """Load of each expert over its block's mean `[blocks, E]`, over validation text."""
+    config, variables, _ = load(workdir)
+
+    @jax.jit
+    def load_of(variables, tokens):
+        return nnx.merge(model_graph(config.model), variables).with_aux(tokens)[1].load
+
+    batches = make_iterator(config.data, split="validation", batch_size=config.batch_size)
+    total = sum(load_of(variables, next(batches)["inputs"]) for _ in range(VALIDATION_BATCHES))
+    return np.asarray(total / total.mean(1, keepdims=True))
+
+
+def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: pathlib.Path) -> None:
+    colours = {"balanced": plotting.COLOURS["mhc"][0], "not balanced": plotting.COLOURS["hc"][0]}
+    with matplotlib.rc_context(plotting.STYLE):
+        figure = plotting.new_figure(3.2)
+        axes = figure.subplots()
+        for name, (steps, values) in curves.items():
+            axes.plot(steps, values, color=colours[name], alpha=0.25, linewidth=0.8)
+            smooth = plotting.running_mean(values, 9)
+            plotting.draw(axes, steps, smooth, colours[name], label=name)
+        axes.axhline(TARGET, color="#6B6B6B", linewidth=1.0, linestyle=":", label=f"{TARGET}")
+        axes.set(xlabel="step", ylabel="busiest expert / mean", ylim=(1, None))
+        axes.set_title("Load of the busiest expert in a batch, worst block (line: mean of 9 steps)")
+        axes.legend()
+        plotting.write_figure(figure, path, ("png",))
+
+
+def main() -> None:
+    options = parse_arguments()
+    arms, curves = {}, {}
+    for name, rate in (("balanced", options.balance_rate), ("not balanced", 0.0)):
+        workdir = options.output / name.replace(" ", "_")
+        config = make_config(options, rate)
+        try:
+            train(config, workdir, name=name)
+        except (BadInput, NonFiniteError, Interrupted) as error:
+            sys.exit(f"{type(error).__name__}: {error}")
+        metrics = plotting.read_metrics(workdir / "metrics.jsonl")
+        curves[name] = metrics["moe/max_load"]
+        per_expert = final_load(workdir)
+        arms[name] = {
+            "balance_rate": rate,
+            "busiest_over_mean_validation": round(float(per_expert.max()), 4),
+            "idlest_over_mean_validation": round(float(per_expert.min()), 4),
+            "busiest_over_mean_last_20_batches": round(float(curves[name][1][-20:].mean()), 4),
+            "train_loss_last_20": round(float(metrics["train/loss"][1][-20:].mean()), 4),
+            "validation_loss": round(float(metrics["validation/loss"][1][-1]), 4),
+            "load_over_mean": np.round(per_expert, 4).tolist(),
+        }
+    columns = [key for key in arms["balanced"] if key != "load_over_mean"]
+    print(f"{'':36}" + "".join(f"{name:>16}" for name in arms))
+    for key in columns:
+        print(f"{key:36}" + "".join(f"{arm[key]:>16}" for arm in arms.values()))
+    draw(curves, options.output / "balance")
+    about = {"command": f"python -m experiments.balance --steps={options.steps} "
+             f"--balance_rate={options.balance_rate} --seed={options.seed}",
+             "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+             "python": platform.python_version(), "target": TARGET}  # fmt: skip
+    path = options.output / "balance.json"
+    path.write_text(json.dumps(about | {"arms": arms}, indent=1) + "\n")
+    print(f"written: {path} and {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Continues a prompt with a trained model: python -m experiments.sample --workdir=runs/mhc --prompt="import "
+
+Text comes out as it is generated. The newest checkpoint of the workdir is read, and may be one of a run
+that is still going; it runs on one device, whatever it was trained on.
+"""
+
+import logging
+import sys
+
+import numpy as np
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from mhc_jax.config import from_dict
+from mhc_jax.data import load_tokenizer
+from mhc_jax.sampling import for_sampling, generate
+from mhc_jax.trained import load
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training.", required=True)
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.", required=True)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to generate at most.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: the likeliest token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/ whose model the workdir must hold; not needed."
+)
+
+
+def stream(ids, tokenizer, write) -> None:
+    """Writes the text of token ids as it becomes certain; a document's end ends it."""
+    seen, written = [], ""
+    for token in ids:
+        if token == tokenizer.separator:
+            break
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        if not text.endswith("\ufffd"):  # else the rest of a character may still come
+            write(text[len(written) :])
+            written = text
+    write(tokenizer.decode(seen)[len(written) :] + "\n")
+
+
+def main(argv) -> None:
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger("mhc_jax").setLevel(logging.WARNING)
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    try:
+        expected = None if _CONFIG.value is None else from_dict(_CONFIG.value).model
+        config, variables, _ = load(_WORKDIR.value, expected)
+        if config.data.source == "synthetic":
+            raise ValueError(f"{_WORKDIR.value} was trained on synthetic tokens, which are no text")
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        prompt = tokenizer.encode([_PROMPT.value.encode()])[0].astype(np.int32)
+        ids = generate(
+            variables,
+            prompt,
+            for_sampling(config.model),
+            max_tokens=_MAX_TOKENS.value,
+            temperature=_TEMPERATURE.value,
+            top_k=_TOP_K.value,
+            seed=_SEED.value,
+        )
+    except (ValueError, TypeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+    def write(text):
+        print(text, end="", flush=True)
+
+    write(_PROMPT.value)
+    stream(ids, tokenizer, write)
+
+
+if __name__ == "__main__":
+    app.run(main)
