@@ -60,8 +60,11 @@ def get_config() -> ml_collections.ConfigDict:
     model.hc_use_res = True  # hc: learn h_res, else the identity
     # Of the mHC kernels: xla | pallas | triton, None: the best of the platform.
     model.implementation = config_dict.placeholder(str)
-    model.remat = "none"  # what the backward pass recomputes: none | mhc | full | offload
-    model.recompute_block = "auto"  # sublayers between stored streams: an even number, or auto
+    # What the backward pass computes again: none | mhc (streams and mappings, not F) | full | offload
+    # (full, with what is stored in the host's memory). May change when a run is resumed.
+    model.remat = "none"
+    # L_r, sublayers between two stored streams: an even number as text, or auto (Eq. 20).
+    model.recompute_block = "auto"
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.learning_rate = 1e-3  # peak

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kernels_pallas.dispatch import IMPLEMENTATIONS
+from mhc_jax import remat
 from mhc_jax.data.config import DataConfig
 from mhc_jax.manifolds import MANIFOLDS
 from mhc_jax.readout import READOUTS
@@ -22,7 +23,6 @@ DTYPES = ("bfloat16", "float32")
 SCHEDULES = ("constant", "step", "cosine", "wsd")
 ATTENTIONS = ("mha", "mla")
 MOE_DISPATCHES = ("auto", "dropless", "capacity")
-REMAT_POLICIES = ("none", "mhc", "full", "offload")
 
 
 def _one_of(name: str, value: Any, choices: typing.Iterable[Any]) -> None:
@@ -84,7 +84,7 @@ class ModelConfig:
         _one_of("model.dtype", self.dtype, DTYPES)
         _one_of("model.implementation", self.implementation, (None, *IMPLEMENTATIONS))
         _one_of("model.attention", self.attention, ATTENTIONS)
-        _one_of("model.remat", self.remat, REMAT_POLICIES)
+        _one_of("model.remat", self.remat, remat.POLICIES)
         for name in ("vocab_size", "num_blocks", "width", "num_heads", "ffn_width", "n"):
             _at_least(f"model.{name}", getattr(self, name), 1)
         _at_least("model.sinkhorn_iterations", self.sinkhorn_iterations, 1)
@@ -93,7 +93,7 @@ class ModelConfig:
         _at_least("model.rope_theta", self.rope_theta, 1)
         self._check_attention()
         self._check_experts()
-        _check_recompute_block(self.recompute_block)
+        self.blocks_per_group  # noqa: B018 - refuses a bad model.recompute_block
 
     def _check_attention(self):
         if self.attention == "mla":
@@ -133,6 +133,12 @@ class ModelConfig:
                 f"model.leading_dense_blocks={self.leading_dense_blocks} leaves none of the "
                 f"model.num_blocks={self.num_blocks} to the experts: lower it, or set model.num_experts=0"
             )
+
+    @property
+    def blocks_per_group(self) -> int:
+        """Blocks between two stored streams where `remat` is not "none": L_r / 2."""
+        size = remat.block_size(self.recompute_block, 2 * self.num_blocks, self.streams, self.remat)
+        return size // 2
 
     @property
     def num_leading(self) -> int:
@@ -178,16 +184,6 @@ class OptimizerConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie in 0 to 1")
         _at_least("optimizer.accumulate_steps", self.accumulate_steps, 1)
-
-
-def _check_recompute_block(value: str) -> None:
-    if value == "auto":
-        return
-    if not value.isdecimal() or int(value) < 2 or int(value) % 2:
-        raise ValueError(
-            f"model.recompute_block={value!r} must be 'auto' or an even number of sublayers, 2 or more: "
-            "a block of the model has two"
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -40,13 +40,13 @@ class Pending(NamedTuple):
 
     Attributes:
       streams: `[..., n*C]`, as the sublayer read them.
-      layer_output: `[..., C]`, output of its F.
-      mappings: its `Mappings`.
+      layer_output: `[..., C]`, output of its F; None: there is nothing to write.
+      mappings: its `Mappings`; None without a layer output.
     """
 
     streams: jax.Array
-    layer_output: jax.Array
-    mappings: Mappings
+    layer_output: jax.Array | None
+    mappings: Mappings | None
 
 
 def expand(x: jax.Array, n: int) -> jax.Array:
@@ -84,7 +84,9 @@ class Connection(nnx.Module):
     def boundary(
         self, pending: Pending, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
-        """Does the pending write, then reads for this sublayer; see `read`."""
+        """Does the pending write, if there is one, then reads for this sublayer; see `read`."""
+        if pending.layer_output is None:
+            return self.read(pending.streams, norm)
         return self.read(self.post(*pending), norm)
 
     def start(self, streams: jax.Array) -> Pending:
@@ -279,7 +281,7 @@ class ManifoldHyperConnections(_WideConnection):
     def boundary(
         self, pending: Pending, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
-        if not self._fused:
+        if not self._fused or pending.layer_output is None:
             return super().boundary(pending, norm)
         streams, layer_output, written = pending
         layer_input, *mappings, streams = kernels.boundary(

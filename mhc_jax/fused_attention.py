@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from kernels_pallas import sharding
+from mhc_jax.remat import KEEP_NAME
 
 # Queries and keys of a tile of the TPU kernel: larger ones reuse a tile more often, and 512 with heads of 192
 # still fits VMEM in the backward pass.
@@ -133,7 +134,7 @@ def _splash(q, k, v, *, tile):
         ),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name="layer_function",
+        residual_checkpoint_name=KEEP_NAME,
     )
     scaled = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
     q, k, v = (x.swapaxes(1, 2) for x in (scaled, k, v))

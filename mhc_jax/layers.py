@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mhc_jax.remat import keep
+
 
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32, in the dtype of x."""
@@ -19,9 +21,16 @@ class RMSNorm(nnx.Module):
         return (wide * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
 
 
-def linear(fan_in: int, fan_out: int, *, dtype, init_std: float, rngs: nnx.Rngs) -> nnx.Linear:
+class Linear(nnx.Linear):
+    """A matrix whose products a recompute block may store (`mhc_jax.remat`)."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return keep(super().__call__(x))
+
+
+def linear(fan_in: int, fan_out: int, *, dtype, init_std: float, rngs: nnx.Rngs) -> Linear:
     """A matrix without bias: float32 parameters, `dtype` products."""
-    return nnx.Linear(
+    return Linear(
         fan_in,
         fan_out,
         use_bias=False,

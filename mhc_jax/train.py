@@ -61,10 +61,14 @@ def check_config(config: Config) -> None:
         )
 
 
+# Fields that say where and how a run is computed, not what; beginnings of dotted names.
+_MAY_CHANGE = ("mesh", "model.remat", "model.recompute_block")
+
+
 def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
     """Writes config.json (process 0), or checks that the one there is the same.
 
-    The mesh may differ: a run goes on with any number of devices.
+    Mesh and recomputation may differ: a run goes on with any number of devices and any `model.remat`.
 
     Raises:
       ValueError: the fields in which a workdir of an earlier run differs, or a workdir that the processes
@@ -78,7 +82,10 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
             raise ValueError(
                 f"{path} is not JSON ({error}): remove it or use a new workdir"
             ) from error
-        differing = differences(there | {"mesh": None}, values | {"mesh": None})
+        differing = differences(there, values)
+        differing = {
+            name: pair for name, pair in differing.items() if not name.startswith(_MAY_CHANGE)
+        }
         if differing:
             fields = "; ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in differing.items())
             raise ValueError(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mhc_jax import gains
+from mhc_jax import gains, remat
 from mhc_jax.attention import make_attention
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import (
@@ -113,7 +113,7 @@ class Block(nnx.Module):
             output = layer(layer_input)
             if isinstance(layer, MoE):
                 output, aux = output
-            pending = Pending(streams, split_by_token(output), mappings)
+            pending = Pending(streams, remat.keep(split_by_token(output)), mappings)
             writes.append(pending)
         return pending, writes, aux
 
@@ -157,8 +157,6 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        if config.remat != "none":
-            raise NotImplementedError(f"model.remat={config.remat!r}: only 'none' works yet")
         self.config = config
         self.embedding = nnx.Embed(
             config.vocab_size,
@@ -219,7 +217,10 @@ class Transformer(nnx.Module):
             pending, writes, aux = block(pending)
             return pending, (_analyse(writes, connection.n) if analyse else None, aux)
 
-        pending = connection.start(expand(self._embed(tokens), self.config.streams))
+        streams = expand(self._embed(tokens), self.config.streams)
+        if self.config.remat != "none" and not analyse:
+            return self._run_groups(streams)
+        pending = connection.start(streams)
         leading = []
         for block in self.leading:
             pending, (analysis, _) = run(block, pending)
@@ -272,6 +273,36 @@ class Transformer(nnx.Module):
     def _embed(self, tokens):
         table = self.embedding.embedding[...].astype(self.config.activation_dtype)
         return split_by_token(jnp.take(gathered("embedding/embedding", table), tokens, axis=0))
+
+    def _run_groups(self, streams):
+        """As `_run_blocks`, in recompute blocks: see `mhc_jax.remat`."""
+        config = self.config
+        finish = self.blocks.attention_connection.post
+        size = config.blocks_per_group
+
+        def run(streams, blocks):
+            pending, reported = Pending(streams, None, None), []
+            for block in blocks:
+                pending, _, aux = block(pending)
+                reported.append(aux)
+            return finish(*pending), reported
+
+        for start in range(0, len(self.leading), size):
+            graph, variables = nnx.split(nnx.List(list(self.leading)[start : start + size]))
+            group = remat.checkpoint_group(
+                lambda streams, group, graph=graph: run(streams, nnx.merge(graph, group)),
+                config.remat,
+            )
+            streams, _ = group(streams, variables)
+        graph, variables = nnx.split(self.blocks)
+        streams, aux = remat.scan_groups(
+            lambda streams, group: run(streams, [nnx.merge(graph, block) for block in group]),
+            streams,
+            variables,
+            policy=config.remat,
+            blocks_per_group=size,
+        )
+        return streams, None, aux
 
     def _logits(self, streams):
         x = self.norm(self.readout(streams))

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+
+from mhc_jax.remat import keep
 
 
 class ExpertWeights(NamedTuple):
@@ -31,8 +32,9 @@ def expert_ffn(
       matmul: (`[..., K]`, `[E, K, N]`) -> `[..., N]`.
     """
     gate_up = jnp.concatenate([weights.gate, weights.up], axis=-1)
-    hidden = checkpoint_name(matmul(x, gate_up), "moe_gate_up")
-    return checkpoint_name(matmul(_gated(hidden, row_weights), weights.down), "moe_down")
+    hidden = keep(matmul(x, gate_up))
+    # Not kept: no gradient needs these rows, and their sum is F's own output, which is stored.
+    return matmul(_gated(hidden, row_weights), weights.down)
 
 
 @jax.custom_vjp

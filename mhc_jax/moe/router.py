@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mhc_jax.remat import keep
+
 
 class Routing(NamedTuple):
     """The choices of each token.
@@ -37,9 +39,10 @@ def route(x: jax.Array, kernel: jax.Array, bias: jax.Array, experts_per_token: i
     logits = jnp.dot(
         x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
-    scores = jax.nn.sigmoid(logits)
+    scores = jax.nn.sigmoid(keep(logits))
     chosen_by = jax.lax.stop_gradient(scores + jnp.broadcast_to(bias, scores.shape))
-    experts = top_k(chosen_by, experts_per_token)
+    # Kept too: chosen again, a near-tie could fall the other way, and stored rows be those of another expert.
+    experts = keep(top_k(chosen_by, experts_per_token))
     # A sum over E instead of a gather: its transpose is then no scatter.
     is_chosen = one_hot(experts, scores.shape[-1]).astype(bool)
     chosen = jnp.sum(jnp.where(is_chosen, scores[..., None, :], 0.0), axis=-1)

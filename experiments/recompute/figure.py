@@ -1,0 +1,85 @@
+"""Measured activation memory against the recompute block, beside the formula's: one figure a result file."""
+
+import json
+import pathlib
+
+from matplotlib.axes import Axes
+
+from experiments.plotting import COLOURS, STYLE, new_figure
+
+GIB = 2**30
+MEASURED, FORMULA = COLOURS["mhc"][0], "#333333"
+
+
+def draw_all(folder: pathlib.Path) -> None:
+    """Draws `memory_*.json` of a folder into PNG files of the same names."""
+    import matplotlib
+
+    paths = sorted(folder.glob("memory_*.json"))
+    if not paths:
+        raise SystemExit(
+            f"{folder} has no memory_*.json: run `python -m experiments.recompute memory`"
+        )
+    for path in paths:
+        result = json.loads(path.read_text())
+        parts = [part for part in ("synthetic", "decoder") if part in result]
+        with matplotlib.rc_context(STYLE):
+            figure = new_figure(3.4)
+            panels = figure.subplots(1, len(parts), squeeze=False)[0]
+            for part, axes in zip(parts, panels):
+                {"synthetic": _synthetic, "decoder": _decoder}[part](axes, result[part])
+                axes.set_xlabel("recompute block $L_r$, sublayers")
+                axes.set_ylabel("GiB")
+                axes.set_ylim(bottom=0)
+            figure.suptitle(
+                f"Activation memory, {result['device']}", x=0.01, ha="left", fontsize=11
+            )
+            figure.savefig(path.with_suffix(".png"), dpi=150)
+        print(f"wrote {path.with_suffix('.png')}")
+
+
+def _mark_least(axes: Axes, blocks: list[int], values: list[float], colour: str) -> None:
+    even = [(value, block) for block, value in zip(blocks, values) if block % 2 == 0]
+    value, block = min(even)
+    axes.plot([block], [value], "o", color=colour, markersize=9, markerfacecolor="none")
+
+
+def _synthetic(axes: Axes, part: dict) -> None:
+    blocks = [row["block"] for row in part["rows"]]
+    measured = [row["peak_bytes"] / GIB for row in part["rows"]]
+    formula = [row["formula_bytes"] / GIB for row in part["rows"]]
+    axes.plot(blocks, formula, color=FORMULA, linestyle="--", marker=".", label="Table 3, Eq. 20")
+    axes.plot(blocks, measured, color=MEASURED, marker=".", label="compiled")
+    _mark_least(axes, blocks, formula, FORMULA)
+    _mark_least(axes, blocks, measured, MEASURED)
+    _block_axis(axes, blocks)
+    axes.set_title(f"F keeps its output alone, {part['shape']['num_sublayers']} sublayers")
+    axes.legend(loc="upper center")
+
+
+def _decoder(axes: Axes, part: dict) -> None:
+    rows = sorted((r for r in part["rows"] if r["policy"] == "mhc"), key=lambda r: int(r["block"]))
+    blocks = [int(row["block"]) for row in rows]
+    kept = part["kept_by_layer_functions_bytes"] / GIB
+    measured = [row["peak_bytes"] / GIB for row in rows]
+    formula = [row["formula_bytes"] / GIB + kept for row in rows]
+    axes.axhspan(0, kept, color="#EDEDED", label="kept inside F")
+    axes.plot(
+        blocks, formula, color=FORMULA, linestyle="--", marker=".", label="that + Table 3, Eq. 20"
+    )
+    axes.plot(blocks, measured, color=MEASURED, marker=".", label="mhc, train step compiled")
+    _mark_least(axes, blocks, formula, FORMULA)
+    _mark_least(axes, blocks, measured, MEASURED)
+    for row, colour in zip(
+        (row for row in part["rows"] if row["policy"] != "mhc"), ("#D55E00", "#009E73", "#CC79A7")
+    ):
+        axes.axhline(row["peak_bytes"] / GIB, color=colour, linewidth=1.2, label=row["policy"])
+    _block_axis(axes, blocks)
+    axes.set_title(f"dense decoder, {2 * part['shape']['num_blocks']} sublayers")
+    axes.legend(ncols=2, loc="upper right", bbox_to_anchor=(1, 0.93))
+
+
+def _block_axis(axes: Axes, blocks: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(blocks, [str(block) for block in blocks])
+    axes.minorticks_off()
