@@ -122,7 +122,9 @@ def main() -> None:
             "busiest_over_mean_last_20_batches": round(float(curves[name][1][-20:].mean()), 4),
             "train_loss_last_20": round(float(metrics["train/loss"][1][-20:].mean()), 4),
             "validation_loss": round(float(metrics["validation/loss"][1][-1]), 4),
-            "load_over_mean": {name: np.round(x, 4).tolist() for name, x in loads.items()},
+            "load_over_mean": {
+                split: np.round(x.astype(float), 4).tolist() for split, x in loads.items()
+            },
         }
     columns = [key for key in arms["balanced"] if key != "load_over_mean"]
     print(f"{'':36}" + "".join(f"{name:>16}" for name in arms))
@@ -134,7 +136,7 @@ def main() -> None:
              "device": jax.devices()[0].device_kind, "jax": jax.__version__,
              "python": platform.python_version(), "target": TARGET}  # fmt: skip
     path = options.output / "balance.json"
-    path.write_text(json.dumps(about | {"arms": arms}, indent=1) + "\n")
+    path.write_text(json.dumps(about | {"arms": arms}) + "\n")
     print(f"written: {path} and {path.with_suffix('.png')}")
 
 
