@@ -347,7 +347,7 @@ BAD = {
     "data.sequence_length": (0, "sequence_length"),
     "model.attention": ("gqa", "mha, mla"),
     "model.remat": ("all", "none, mhc, full, offload"),
-    "model.recompute_block": ("3", "recompute_block='3' must be 'auto' or an even number"),
+    "model.recompute_block": ("3", "recompute_block=3 is odd"),
     "model.experts_per_token": (5, "experts_per_token=5 is more than model.num_experts=4"),
     "model.capacity_factor": (0.9, "capacity_factor=0.9 must be at least 1"),
     "model.leading_dense_blocks": (2, "leaves none of the model.num_blocks=2 to the experts"),
