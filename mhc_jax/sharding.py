@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.sharding import current, divisible, token_sharding
@@ -82,9 +83,11 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh of the configuration over `devices`, by default all of all processes."""
-    sizes = mesh_sizes(config, len(devices) if devices is not None else jax.device_count())
-    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    sizes = tuple(mesh_sizes(config, len(devices)).values())
+    # A slice of 8x8x8 chips has no axis of 2: unlike jax.make_mesh, split physical axes where needed.
+    array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def check_divisible(config: Config, sizes: Mapping[str, int]) -> None:
