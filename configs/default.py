@@ -65,6 +65,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.remat = "none"
     # L_r, sublayers between two stored streams: an even number as text, or auto (Eq. 20).
     model.recompute_block = "auto"
+    # Parts of a device's tokens whose logits exist at once; above 1 they are computed twice. May change too.
+    model.loss_chunks = 1
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.learning_rate = 1e-3  # peak

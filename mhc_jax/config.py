@@ -76,6 +76,7 @@ class ModelConfig:
     implementation: str | None
     remat: str
     recompute_block: str
+    loss_chunks: int
 
     def __post_init__(self):
         _one_of("model.connection", self.connection, CONNECTIONS)
@@ -88,6 +89,7 @@ class ModelConfig:
         for name in ("vocab_size", "num_blocks", "width", "num_heads", "ffn_width", "n"):
             _at_least(f"model.{name}", getattr(self, name), 1)
         _at_least("model.sinkhorn_iterations", self.sinkhorn_iterations, 1)
+        _at_least("model.loss_chunks", self.loss_chunks, 1)
         for name in ("init_std", "norm_eps", "pre_init_gap", "res_init_gap"):
             _at_least(f"model.{name}", getattr(self, name), 0)
         _at_least("model.rope_theta", self.rope_theta, 1)

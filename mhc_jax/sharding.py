@@ -191,16 +191,21 @@ def on_mesh(function, mesh: Mesh | None):
     return traced
 
 
-def split_by_token(x: jax.Array) -> jax.Array:
-    """Keeps `[B, S, C]` split by token alone; without it XLA may split C as the parameters are.
+def token_spec(lead: tuple[int, ...]) -> tuple[Mesh | None, PartitionSpec]:
+    """The mesh of the program that is traced, or None, and where tokens `[B, S]` live on it.
 
     A dimension that does not divide (one sequence for gains) stays whole.
     """
     where = current()
     if where is None:
-        return x
-    spec = PartitionSpec(*divisible(where.mesh, where.axes, x.shape[:2]))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, spec))
+        return None, PartitionSpec()
+    return where.mesh, PartitionSpec(*divisible(where.mesh, where.axes, lead))
+
+
+def split_by_token(x: jax.Array) -> jax.Array:
+    """Keeps `[B, S, C]` split by token alone; without it XLA may split C as the parameters are."""
+    mesh, spec = token_spec(x.shape[:2])
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def gathered(path: str, x: jax.Array) -> jax.Array:

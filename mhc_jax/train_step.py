@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mhc_jax import gains
 from mhc_jax.config import Config, ModelConfig
-from mhc_jax.losses import cross_entropy
+from mhc_jax.losses import linear_cross_entropy
 from mhc_jax.moe import MoEAux
 from mhc_jax.optimizer import make_optimizer, make_schedule
 from mhc_jax.sharding import by_token, on_mesh, replicated, split_parameters, tree_shardings
@@ -91,8 +91,9 @@ def init_state(config: Config) -> TrainState:
 
 def evaluate(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
     """Mean cross-entropy in nats a token of batch `inputs`, `targets` `[B, S]` int32."""
-    logits = nnx.merge(model_graph(config), variables)(batch["inputs"])
-    return cross_entropy(logits, batch["targets"])
+    model = nnx.merge(model_graph(config), variables)
+    x, _ = model.hidden_with_aux(batch["inputs"])
+    return linear_cross_entropy(x, model.unembedding, batch["targets"], config.loss_chunks)
 
 
 def loss_fn(
@@ -104,8 +105,8 @@ def loss_fn(
       that loss, and beside it the cross-entropy alone and the report of the blocks with experts.
     """
     model = nnx.merge(model_graph(config), _merged(params, model_state))
-    logits, aux = model.with_aux(batch["inputs"])
-    loss = cross_entropy(logits, batch["targets"])
+    x, aux = model.hidden_with_aux(batch["inputs"])
+    loss = linear_cross_entropy(x, model.unembedding, batch["targets"], config.loss_chunks)
     return loss if aux is None else loss + aux.balance_loss.sum(), (loss, aux)
 
 

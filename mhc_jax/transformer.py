@@ -19,6 +19,7 @@ from mhc_jax.connections import (
     expand,
 )
 from mhc_jax.layers import RMSNorm, SwiGLU, linear
+from mhc_jax.losses import unembed
 from mhc_jax.manifolds import MANIFOLDS, Birkhoff
 from mhc_jax.moe import MoE, MoEAux
 from mhc_jax.readout import Readout
@@ -202,8 +203,19 @@ class Transformer(nnx.Module):
 
     def with_aux(self, tokens: jax.Array) -> tuple[jax.Array, MoEAux | None]:
         """Logits as `__call__`, and what the blocks with experts report, stacked along a first axis."""
+        x, aux = self.hidden_with_aux(tokens)
+        return unembed(x, self.unembedding), aux
+
+    def hidden_with_aux(self, tokens: jax.Array) -> tuple[jax.Array, MoEAux | None]:
+        """What the unembedding multiplies, `[B, S, C]`, and the report as `with_aux`."""
         streams, _, aux = self._run_blocks(tokens, analyse=False)
-        return self._logits(streams), aux
+        return self.norm(self.readout(streams)), aux
+
+    @property
+    def unembedding(self) -> jax.Array:
+        """`[C, vocab_size]` float32."""
+        tied = self.config.tie_embeddings
+        return self.embedding.embedding[...].T if tied else self.unembed.kernel[...]
 
     def analyse(self, tokens: jax.Array) -> Analysis:
         """Token ids `[B, S]` -> what the sublayers did, L = 2 x num_blocks of them."""
@@ -268,7 +280,8 @@ class Transformer(nnx.Module):
             pending,
             (variables, stacked),
         )
-        return self._logits(connection.post(*pending)), new_leading, stacked
+        x = self.norm(self.readout(connection.post(*pending)))
+        return unembed(x, self.unembedding), new_leading, stacked
 
     def _embed(self, tokens):
         table = self.embedding.embedding[...].astype(self.config.activation_dtype)
@@ -303,9 +316,3 @@ class Transformer(nnx.Module):
             blocks_per_group=size,
         )
         return streams, None, aux
-
-    def _logits(self, streams):
-        x = self.norm(self.readout(streams))
-        tied = self.config.tie_embeddings
-        matrix = self.embedding.embedding[...].T if tied else self.unembed.kernel[...]
-        return jnp.dot(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -14,7 +14,8 @@ import os
 
 # What libtpu needs on a host without TPUs; before jax is imported.
 os.environ.update(
-    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TF_CPP_MIN_LOG_LEVEL="3"
+    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TF_CPP_MIN_LOG_LEVEL="3",
+    TPU_STDERR_LOG_LEVEL="3", TPU_MIN_LOG_LEVEL="3",
 )  # fmt: skip
 
 import dataclasses
@@ -127,11 +128,12 @@ def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm", str(error))
-        peak = float(used[1]) * 2 ** {"G": 30, "M": 20}[used[2]] if used else 0
-        seconds = time.perf_counter() - start
+        first = str(error).splitlines()[0]
+        needed = re.search(r"\(([\d.]+)G\) exceeds", first) or re.search(r"Used ([\d.]+)G of", first)
         return Plan(
-            peak=int(peak), message=used[0] if used else str(error), compile_seconds=seconds
+            peak=int(float(needed[1]) * 2**30) if needed else 0,
+            message=first,
+            compile_seconds=time.perf_counter() - start,
         )
     memory = compiled.memory_analysis()
     new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes

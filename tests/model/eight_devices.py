@@ -32,16 +32,18 @@ MOE = DENSE | {
 }  # fmt: skip
 CASES = (
     (DENSE, ({"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"sequence": 8},
-             {"data": 2, "fsdp": 2, "tensor": 2})),
+             {"data": 2, "fsdp": 2, "tensor": 2, "model.loss_chunks": 4})),
     (MOE, ({"expert": 8}, {"data": 2, "expert": 2, "tensor": 2},
-           {"fsdp": 2, "expert": 2, "sequence": 2})),
+           {"fsdp": 2, "expert": 2, "sequence": 2, "model.loss_chunks": 2})),
 )  # fmt: skip
 
 
-def make_config(overrides, mesh):
+def make_config(overrides, case):
+    """`case`: sizes of the mesh, other fields by dotted name."""
     values = default.get_config()
-    mesh = {f"mesh.{axis}": size for axis, size in ({"data": 1} | mesh).items()}
-    values.update_from_flattened_dict(overrides | mesh)
+    case = {"data": 1} | case
+    case = {name if "." in name else f"mesh.{name}": value for name, value in case.items()}
+    values.update_from_flattened_dict(overrides | case)
     return from_dict(values)
 
 
