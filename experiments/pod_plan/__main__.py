@@ -101,7 +101,7 @@ def mesh_of(written: str | None, config: Config, num_devices: int) -> MeshConfig
         sizes = pick_mesh(
             num_devices,
             config.batch_size // config.optimizer.accumulate_steps,
-            model.num_experts,
+            model.num_experts if model.moe_dispatch == "capacity" else 0,
             config.data.sequence_length,
             model.num_heads,
         )
@@ -129,7 +129,9 @@ def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         first = str(error).splitlines()[0]
-        needed = re.search(r"\(([\d.]+)G\) exceeds", first) or re.search(r"Used ([\d.]+)G of", first)
+        needed = re.search(r"\(([\d.]+)G\) exceeds", first) or re.search(
+            r"Used ([\d.]+)G of", first
+        )
         return Plan(
             peak=int(float(needed[1]) * 2**30) if needed else 0,
             message=first,

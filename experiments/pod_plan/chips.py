@@ -58,7 +58,8 @@ def pick_mesh(
     Args:
       num_devices: chips of the slice.
       batch_parts: sequences that run at once, batch_size / accumulate_steps.
-      num_experts: routed experts, 0: dense.
+      num_experts: routed experts; 0: dense, or dropless dispatch, whose buffers hold the worst case of all
+        devices that share experts.
       sequence_length, num_heads: of the model.
 
     Raises:

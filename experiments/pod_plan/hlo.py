@@ -311,7 +311,7 @@ class Program:
         if op == "dynamic-update-slice":
             return 2 * _bytes(computation[instruction.operands[1]].type)
         read = sum(_bytes(computation[o].type) for o in instruction.operands if o in computation)
-        if op.endswith("-start"):  # the result lists source and target
+        if op.endswith("-start") and instruction.type.startswith("("):  # lists source and target
             return max(read, _bytes(instruction.type) - read)
         inner = instruction.called("calls")
         if op != "fusion" or inner is None:

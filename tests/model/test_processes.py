@@ -20,7 +20,7 @@ from mhc_jax.config import from_dict
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
     "steps": 100000, "batch_size": 4, "eval_every": 0, "gains_every": 0, "checkpoint_every": 0,
-    "tensorboard": False, "model.vocab_size": 64, "model.num_blocks": 2, "model.width": 16,
+    "tensorboard": False, "model.vocab_size": 64, "model.num_blocks": 1, "model.width": 16,
     "model.num_heads": 2, "model.ffn_width": 32, "model.dtype": "float32", "model.connection": "residual",
     "optimizer.schedule": "constant", "optimizer.learning_rate": 1e-4, "optimizer.warmup_steps": 2,
     "data.source": "synthetic", "data.sequence_length": 16,
@@ -35,7 +35,8 @@ def start(workdir, count, devices, mesh):
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Compiled without optimisation, which is most of the time that a process takes here.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
     }
     fields = [f"--config.{name}={value}" for name, value in (TINY | mesh).items()]
     return [
