@@ -48,6 +48,7 @@ _BASELINE = flags.DEFINE_boolean(
     "baseline", True, "Compile the residual model too, for mHC's share: doubles the time."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
+_HLO = flags.DEFINE_string("hlo", None, "Folder for the text of the compiled programs.")
 
 
 @dataclasses.dataclass
@@ -139,8 +140,13 @@ def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
         )
     memory = compiled.memory_analysis()
     new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    text = compiled.as_text()
+    if _HLO.value:
+        folder = pathlib.Path(_HLO.value)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{config.model.connection}.txt").write_text(text)
     program = Program(
-        compiled.as_text(),
+        text,
         flops_per_second=chip.flops,
         bytes_per_second=chip.bandwidth,
         link_bytes_per_second=chip.link,

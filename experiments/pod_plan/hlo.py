@@ -71,9 +71,7 @@ class Costs:
     bytes: float = 0.0
     seconds_compute: float = 0.0
     seconds_waiting: float = 0.0
-    collectives: dict[str, Collective] = dataclasses.field(
-        default_factory=lambda: defaultdict(Collective)
-    )
+    collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
 
     def add(self, other: "Costs", times: int = 1) -> None:
@@ -81,7 +79,7 @@ class Costs:
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         self.unknown_loops += other.unknown_loops
         for kind, c in other.collectives.items():
-            mine = self.collectives[kind]
+            mine = self.collectives.setdefault(kind, Collective())
             mine.count += times * c.count
             mine.bytes += times * c.bytes
             mine.async_bytes += times * c.async_bytes
@@ -247,7 +245,7 @@ class Program:
             _bytes(instruction.type, hbm_only=False) / (2 if "-start" in instruction.opcode else 1),
             sum(_bytes(computation[o].type, hbm_only=False) for o in instruction.operands),
         )
-        found = total.collectives[kind]
+        found = total.collectives.setdefault(kind, Collective())
         found.count += 1
         found.bytes += size
         if in_background:
