@@ -32,6 +32,9 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
+# EX_TEMPFAIL: a scheduler may start the same command again; after other errors it may not.
+_TRY_AGAIN = 75
+
 _log = logging.getLogger("mhc_jax.main")
 
 
@@ -61,7 +64,10 @@ def main(argv):
     )
     try:
         train(config, _WORKDIR.value)
-    except (BadInput, NonFiniteError, Interrupted) as error:
+    except Interrupted as error:
+        print(f"Interrupted: {error}", file=sys.stderr)
+        sys.exit(_TRY_AGAIN)
+    except (BadInput, NonFiniteError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

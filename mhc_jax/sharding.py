@@ -23,39 +23,39 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels_pallas.sharding import current, divisible, token_sharding
+from kernels_pallas.sharding import axis_names, current, divisible, token_sharding
 from mhc_jax.config import Config, MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp", "expert")
 
-# Logical name of a dimension -> mesh axis.
+# Logical name of a dimension -> mesh axis. A dimension may have two names: split by the first, then by the
+# second.
 LOGICAL = {
-    "embed": "fsdp",
+    "rows": "fsdp",
     "heads": "tensor",
     "ffn": "tensor",
     "vocab": "tensor",
     "experts": "expert",
-    None: None,
 }
 
 # Path of a parameter (regular expression, the whole of it) -> logical names of its last dimensions. First
-# match wins. Dimensions before these count blocks and are not split.
+# match wins. Dimensions before these count blocks and are not split. fsdp splits the rows of a matrix, never
+# its columns: arrays of a TPU lie in tiles of 8 rows and 128 columns, and the columns of a share would have
+# to be a multiple of 128 to be gathered without padding.
 PARAMETERS = (
-    (r"embedding/embedding", ("vocab", "embed")),
-    (r"unembed/kernel", ("embed", "vocab")),
-    (r".*/attention/(qkv|q)/kernel", ("embed", "heads")),
-    (r".*/attention/kv_down/kernel", ("embed", None)),
-    (r".*/attention/kv_up/kernel", (None, "heads")),
-    (r".*/attention/out/kernel", ("heads", "embed")),
-    (r".*/router/kernel", ("embed", None)),
-    (r".*/experts/(gate|up)", ("experts", "embed", "ffn")),
-    (r".*/experts/down", ("experts", "ffn", "embed")),
-    (r".*/(gate|up)/kernel", ("embed", "ffn")),
-    (r".*/down/kernel", ("ffn", "embed")),
-    (r".*/phi", ("embed", None)),
-    (r".*/theta", (None, "embed")),
-    (r".*/(scale|bias|alpha|balance_bias)", ()),
+    (r"embedding/embedding", (("vocab", "rows"), None)),
+    (r"unembed/kernel", ("rows", "vocab")),
+    (r".*/attention/(qkv|q|kv_up)/kernel", ("rows", "heads")),
+    (r".*/attention/kv_down/kernel", ("rows", None)),
+    (r".*/attention/out/kernel", (("heads", "rows"), None)),
+    (r".*/router/kernel", ("rows", None)),
+    (r".*/experts/(gate|up)", ("experts", "rows", "ffn")),
+    (r".*/experts/down", ("experts", ("ffn", "rows"), None)),
+    (r".*/(gate|up)/kernel", ("rows", "ffn")),
+    (r".*/down/kernel", (("ffn", "rows"), None)),
+    (r".*/phi", ("rows", None)),
+    (r".*/(scale|bias|alpha|theta|balance_bias)", ()),
 )
 
 
@@ -132,6 +132,13 @@ def by_token(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
 
 
+def _axes(names: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """Mesh axes of a dimension with these logical names."""
+    if isinstance(names, tuple):
+        return tuple(LOGICAL[name] for name in names)
+    return None if names is None else LOGICAL[names]
+
+
 def parameter_spec(path: str, num_dimensions: int) -> PartitionSpec:
     """The rule for one parameter.
 
@@ -142,10 +149,10 @@ def parameter_spec(path: str, num_dimensions: int) -> PartitionSpec:
     Raises:
       ValueError: no rule knows the path.
     """
-    for pattern, names in PARAMETERS:
+    for pattern, dimensions in PARAMETERS:
         if re.fullmatch(pattern, path):
-            lead = (None,) * (num_dimensions - len(names))
-            return PartitionSpec(*lead, *(LOGICAL[name] for name in names))
+            lead = (None,) * (num_dimensions - len(dimensions))
+            return PartitionSpec(*lead, *map(_axes, dimensions))
     raise ValueError(
         f"no sharding rule for parameter {path}: add one to PARAMETERS in mhc_jax/sharding.py"
     )
@@ -167,11 +174,12 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
             return replicated(mesh)
         name = "/".join(keys)
         spec = parameter_spec(name, len(leaf.shape))
-        for size, axis in zip(leaf.shape, spec):
-            if axis is not None and size % mesh.shape[axis]:
+        for size, group in zip(leaf.shape, spec):
+            axes = axis_names((group,))
+            if size % math.prod(mesh.shape[axis] for axis in axes):
+                written = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
                 raise ValueError(
-                    f"{name} {tuple(leaf.shape)}: {size} is not divisible by mesh.{axis}="
-                    f"{mesh.shape[axis]}"
+                    f"{name} {tuple(leaf.shape)}: {size} is not divisible by {written}: use a divisor"
                 )
         return NamedSharding(mesh, spec)
 
@@ -217,7 +225,11 @@ def gathered(path: str, x: jax.Array) -> jax.Array:
     where = current()
     if where is None:
         return x
-    spec = (None if axis == "fsdp" else axis for axis in parameter_spec(path, x.ndim))
+    kept = (
+        tuple(axis for axis in axis_names((group,)) if axis != "fsdp")
+        for group in parameter_spec(path, x.ndim)
+    )
+    spec = (axes or None for axes in kept)
     return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, PartitionSpec(*spec)))
 
 

@@ -21,6 +21,7 @@ os.environ.update(
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 import re
 import sys
@@ -99,12 +100,19 @@ def mesh_of(written: str | None, config: Config, num_devices: int) -> MeshConfig
     sizes = dict.fromkeys(sharding.AXES, 1)
     if written is None:
         model = config.model
+        ffn = (
+            (model.leading_ffn_width, model.expert_width)
+            if model.num_experts
+            else (model.ffn_width,)
+        )
+        latent = (model.kv_rank,) if model.attention == "mla" else ()
         sizes = pick_mesh(
             num_devices,
-            config.batch_size // config.optimizer.accumulate_steps,
-            model.num_experts if model.moe_dispatch == "capacity" else 0,
-            config.data.sequence_length,
-            model.num_heads,
+            batch_parts=config.batch_size // config.optimizer.accumulate_steps,
+            num_experts=model.num_experts if model.moe_dispatch == "capacity" else 0,
+            rows=math.gcd(model.width, model.vocab_size, *ffn, *latent),
+            sequence_length=config.data.sequence_length,
+            num_heads=model.num_heads,
         )
     else:
         for item in written.split(","):

@@ -47,19 +47,27 @@ def chip_of(topology: str) -> Chip:
 
 
 def pick_mesh(
-    num_devices: int, batch_parts: int, num_experts: int, sequence_length: int, num_heads: int
+    num_devices: int,
+    *,
+    batch_parts: int,
+    num_experts: int,
+    rows: int,
+    sequence_length: int,
+    num_heads: int,
 ) -> dict[str, int]:
     """A mesh that divides everything.
 
-    As many devices as possible split the batch, up to 8 of them the experts too (that many exchange tokens
-    instead of gathering all experts), the others by fsdp. What the batch cannot use splits sequences, which
-    keeps the streams of a token on one device and whole; where the length does not allow it, heads.
+    As many devices as possible split the batch. Up to 8 of them split the experts (exchanging tokens instead
+    of gathering all experts), as many of the others as leave whole tiles of 8 rows split parameters, the rest
+    holds copies. What the batch cannot use splits sequences, which keeps the streams of a token on one device
+    and whole; where the length does not allow it, heads.
 
     Args:
       num_devices: chips of the slice.
       batch_parts: sequences that run at once, batch_size / accumulate_steps.
       num_experts: routed experts; 0: dense, or dropless dispatch, whose buffers hold the worst case of all
         devices that share experts.
+      rows: a common divisor of the rows of all matrices.
       sequence_length, num_heads: of the model.
 
     Raises:
@@ -76,9 +84,10 @@ def pick_mesh(
         )
     common = math.gcd(over_batch, num_experts) if num_experts else 1
     expert = max(size for size in range(1, min(common, 8) + 1) if common % size == 0)
+    fsdp = math.gcd(over_batch // expert, max(rows // (8 * tensor), 1))
     return {
-        "data": 1,
-        "fsdp": over_batch // expert,
+        "data": over_batch // expert // fsdp,
+        "fsdp": fsdp,
         "expert": expert,
         "tensor": tensor,
         "sequence": sequence,

@@ -126,7 +126,15 @@ def test_products_that_a_tpu_writes_as_convolutions(out, lhs, rhs, attributes, f
 @pytest.mark.parametrize(("batch", "experts"), [(320, 64), (512, 64), (1280, 72), (640, 0)])
 @pytest.mark.parametrize("capacity", [False, True])
 def test_picked_meshes_divide_everything(num_devices, batch, experts, capacity):
-    mesh = pick_mesh(num_devices, batch, experts if capacity else 0, 4096, 24)
+    mesh = pick_mesh(
+        num_devices,
+        batch_parts=batch,
+        num_experts=experts if capacity else 0,
+        rows=128,
+        sequence_length=4096,
+        num_heads=24,
+    )
+    assert 128 % (8 * mesh["fsdp"]) == 0
     assert math.prod(mesh.values()) == num_devices
     assert batch % (mesh["data"] * mesh["fsdp"] * mesh["expert"]) == 0
     assert 4096 % mesh["sequence"] == 0
@@ -136,7 +144,7 @@ def test_picked_meshes_divide_everything(num_devices, batch, experts, capacity):
 
 def test_no_mesh_divides():
     with pytest.raises(ValueError, match="no mesh of 7 devices divides 320 sequences"):
-        pick_mesh(7, 320, 0, 4096, 16)
+        pick_mesh(7, batch_parts=320, num_experts=0, rows=128, sequence_length=4096, num_heads=16)
 
 
 def test_unknown_chips_are_named():

@@ -73,6 +73,7 @@ def stop(processes, workdir, after, signalled):
             process.kill()
     found = [re.search(r"Interrupted: stopped at step (\d+), saved", error) for error in errors]
     assert all(found), errors
+    assert {process.returncode for process in processes} == {75}
     [step] = {int(match[1]) for match in found}
     assert max(losses(workdir)) == step  # only process 0 writes, and every step once
     assert (workdir / "checkpoints" / str(step)).is_dir()

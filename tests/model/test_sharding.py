@@ -60,13 +60,22 @@ def test_sizes_that_do_not_divide_are_named(overrides, mesh, message):
 
 def test_rules_by_path():
     assert sharding.parameter_spec("blocks/ffn/gate/kernel", 3) == P(None, "fsdp", "tensor")
-    assert sharding.parameter_spec("leading/0/ffn/down/kernel", 2) == P("tensor", "fsdp")
-    assert sharding.parameter_spec("blocks/ffn/experts/down", 4) == P(
-        None, "expert", "tensor", "fsdp"
-    )
+    assert sharding.parameter_spec("leading/0/ffn/down/kernel", 2) == P(("tensor", "fsdp"), None)
+    down = sharding.parameter_spec("blocks/ffn/experts/down", 4)
+    assert down == P(None, "expert", ("tensor", "fsdp"), None)
     assert sharding.parameter_spec("blocks/attention_connection/bias", 2) == P(None, None)
     with pytest.raises(ValueError, match="no sharding rule for parameter blocks/ffn/gates"):
         sharding.parameter_spec("blocks/ffn/gates", 2)
+
+
+def test_parameters_that_do_not_divide_are_named():
+    mesh = jax.sharding.AbstractMesh((1, 2, 1, 2, 1), sharding.AXES)
+    tree = {"blocks": {"ffn": {"down": {"kernel": jax.ShapeDtypeStruct((3, 6, 8), jnp.float32)}}}}
+    message = (
+        r"blocks/ffn/down/kernel \(3, 6, 8\): 6 is not divisible by mesh.tensor=2 x mesh.fsdp=2"
+    )
+    with pytest.raises(ValueError, match=message):
+        sharding.tree_shardings(tree, mesh)
 
 
 def test_batches_of_one_process_are_whole():
