@@ -48,7 +48,7 @@ def get_config(connection: str = "mhc"):
     model.leading_dense_blocks = 1
     model.balance_rate = 1e-3
     model.init_std = 0.006
-    # The paper's recomputation, one block at a time: the optimum of Eq. 20 (3 blocks for the 27B model) stores
+    # The paper's recomputation, one block at a time: the optimum of Eq. 20 (3 blocks for 27B) stores
     # a third of the streams but has three blocks to compile, minutes each.
     model.remat = "mhc"
     model.recompute_block = "2"

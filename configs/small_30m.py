@@ -29,6 +29,8 @@ def get_config(connection: str = "mhc"):
     model.kv_rank = 256
     model.expert_width = 256  # multiples of 128: the grouped matmul of Hopper GPUs
     model.init_std = 0.02
+    model.remat = "none"  # fits one GPU as it is
+    model.loss_chunks = 1
 
     optimizer = config.optimizer
     optimizer.learning_rate = 1e-3
