@@ -75,29 +75,14 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
         do not share.
     """
     path, values = workdir / "config.json", dataclasses.asdict(config)
-    if path.exists():
-        try:
-            there = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} is not JSON ({error}): remove it or use a new workdir"
-            ) from error
-        differing = differences(there, values)
-        differing = {
-            name: pair for name, pair in differing.items() if not name.startswith(_MAY_CHANGE)
-        }
-        if differing:
-            fields = "; ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in differing.items())
-            raise ValueError(
-                f"{path} belongs to another run ({fields}): use the same config or a new workdir"
-            )
-        return
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")  # renamed when whole, so that a kill leaves no half file
         part.write_text(json.dumps(values, indent=2) + "\n")
         part.rename(path)
-    distributed.barrier("config.json is written")
+    # All processes look at the file after process 0 has, whether it wrote it or not: one that looked first
+    # would take another way than one that looked later.
+    distributed.barrier("config.json is there")
     deadline = (
         time.monotonic() + 60
     )  # network file systems remember for a while that a file is not there
@@ -108,6 +93,20 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
                 "to lie on storage that all processes share"
             )
         time.sleep(1)
+    try:
+        there = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): remove it or use a new workdir") from error
+    differing = {
+        name: pair
+        for name, pair in differences(there, values).items()
+        if not name.startswith(_MAY_CHANGE)
+    }
+    if differing:
+        fields = "; ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in differing.items())
+        raise ValueError(
+            f"{path} belongs to another run ({fields}): use the same config or a new workdir"
+        )
 
 
 def train(
