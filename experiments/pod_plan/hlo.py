@@ -179,6 +179,24 @@ def convolution_flops(instruction: Instruction, lhs: str, rhs: str) -> float:
     )  # fmt: skip
 
 
+def attention_flops(instruction: Instruction, operands: list[str]) -> float:
+    """Of a kernel of splash attention, which does not say it itself; half the pairs are masked.
+
+    With queries and keys D wide and values Dv, each pair costs D + Dv products forward, 2 D + Dv for the
+    gradient of q, 2 D + 2 Dv for those of k and v.
+    """
+    arrays = [shape for type_ in operands for _, shape, _ in _arrays(type_) if len(shape) >= 3]
+    queries, _, values = [shape for shape in arrays if len(shape) == max(map(len, arrays))][:3]
+    length, width, value_width = queries[-2], queries[-1], values[-1]
+    products = {
+        "fwd": width + value_width,
+        "dq_": 2 * width + value_width,
+        "dkv": 2 * width + 2 * value_width,
+    }
+    [per_pair] = [n for kind, n in products.items() if f"_{kind}" in f"{instruction.name}_"]
+    return 2.0 * math.prod(queries[:-2]) * length**2 / 2 * per_pair
+
+
 class Program:
     """The costs of a compiled program on a chip.
 
@@ -291,6 +309,10 @@ class Program:
             contracted = math.prod(left[int(d)] for d in dims[1].split(",") if d)
             return 2.0 * contracted * math.prod(_arrays(instruction.type)[0][1])
         if op == "custom-call":
+            if instruction.name.startswith("splash_mha"):
+                return attention_flops(
+                    instruction, [computation[o].type for o in instruction.operands]
+                )
             found = re.search(r'"cost_estimate":(\{[^}]*\})', instruction.attributes)
             return float(json.loads(found[1]).get("flops", 0)) if found else 0.0
         inner = instruction.called("calls")

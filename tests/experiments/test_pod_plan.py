@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from experiments.pod_plan.chips import CHIPS, chip_of, pick_mesh
-from experiments.pod_plan.hlo import Program, convolution_flops, parse
+from experiments.pod_plan.hlo import Program, attention_flops, convolution_flops, parse
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -120,6 +120,24 @@ def test_products_that_a_tpu_writes_as_convolutions(out, lhs, rhs, attributes, f
         f"  ROOT %c = {out} convolution(%l, %r), {attributes}\n}}"
     )
     assert convolution_flops(computations["main"]["c"], lhs, rhs) == flops
+
+
+@pytest.mark.parametrize(
+    ("kernel", "per_pair"),
+    [("splash_mha_fwd_residuals.3", 320), ("splash_mha_dq_no_residuals.2", 512),
+     ("splash_mha_dkv_no_residuals", 640)],
+)  # fmt: skip
+def test_flops_of_causal_attention(kernel, per_pair):
+    wide, values = "bf16[5,16,4096,192]", "bf16[5,16,4096,128]"
+    types = ["s8[1,8,8]", "s8[1,8,8]", wide, wide, values, "s32[4096,128]"]
+    parameters = "\n".join(f"  %p{i} = {t} parameter({i})" for i, t in enumerate(types))
+    names = ", ".join(f"%p{i}" for i in range(len(types)))
+    computations, _ = parse(
+        f"ENTRY %main (p: f32[]) -> {values} {{\n{parameters}\n"
+        f"  ROOT %{kernel} = {values} custom-call({names}), custom_call_target=x\n}}"
+    )
+    found = attention_flops(computations["main"][kernel], types)
+    assert found == 5 * 16 * 2 * (4096**2 / 2) * per_pair
 
 
 @pytest.mark.parametrize("num_devices", [1, 4, 24, 64, 256, 512])
