@@ -76,6 +76,7 @@ class ModelConfig:
     implementation: str | None
     remat: str
     recompute_block: str
+    scan_blocks: bool
     loss_chunks: int
 
     def __post_init__(self):

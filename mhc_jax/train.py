@@ -62,7 +62,13 @@ def check_config(config: Config) -> None:
 
 
 # Fields that say where and how a run is computed, not what; beginnings of dotted names.
-_MAY_CHANGE = ("mesh", "model.remat", "model.recompute_block", "model.loss_chunks")
+_MAY_CHANGE = (
+    "mesh",
+    "model.remat",
+    "model.recompute_block",
+    "model.scan_blocks",
+    "model.loss_chunks",
+)
 
 
 def claim_workdir(config: Config, workdir: pathlib.Path) -> None:

@@ -153,8 +153,8 @@ class Transformer(nnx.Module):
     """Decoder language model: embedding, blocks, read-out of the streams, norm, logits.
 
     `leading` is the list of dense blocks before those with experts (empty for a dense model), `blocks` the
-    stack of all others: equal ones, scanned, so that one is compiled whatever the depth. Sublayers are
-    counted through both.
+    stack of all others: equal ones, scanned (so that one is compiled whatever the depth) unless
+    `scan_blocks` is False. Sublayers are counted through both.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -232,15 +232,25 @@ class Transformer(nnx.Module):
         streams = expand(self._embed(tokens), self.config.streams)
         if self.config.remat != "none" and not analyse:
             return self._run_groups(streams)
-        pending = connection.start(streams)
+        scan = self.config.scan_blocks
+        # Every step of a scan has to do a write; a first block outside of it has none to do.
+        first_in_scan = scan and not self.leading
+        pending = connection.start(streams) if first_in_scan else Pending(streams, None, None)
         leading = []
         for block in self.leading:
             pending, (analysis, _) = run(block, pending)
             leading.append(analysis)
         graph, variables = nnx.split(self.blocks)
-        pending, (analysis, aux) = jax.lax.scan(
-            lambda pending, block: run(nnx.merge(graph, block), pending), pending, variables
-        )
+        if scan:
+            pending, (analysis, aux) = jax.lax.scan(
+                lambda pending, block: run(nnx.merge(graph, block), pending), pending, variables
+            )
+        else:
+            found = []
+            for block in remat.unstacked(variables):
+                pending, each = run(nnx.merge(graph, block), pending)
+                found.append(each)
+            analysis, aux = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
         if analyse:  # [blocks, 2, ...] -> [L, ...]
             analysis = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), analysis)
             analysis = jax.tree.map(lambda *xs: jnp.concatenate(xs), *leading, analysis)
@@ -308,11 +318,12 @@ class Transformer(nnx.Module):
             )
             streams, _ = group(streams, variables)
         graph, variables = nnx.split(self.blocks)
-        streams, aux = remat.scan_groups(
+        streams, aux = remat.run_groups(
             lambda streams, group: run(streams, [nnx.merge(graph, block) for block in group]),
             streams,
             variables,
             policy=config.remat,
             blocks_per_group=size,
+            scan=config.scan_blocks,
         )
         return streams, None, aux

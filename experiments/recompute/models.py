@@ -49,7 +49,7 @@ def synthetic(
         return sublayer.connection.post(*pending), [None] * len(group)
 
     def forward(stacked, x):
-        streams, _ = remat.scan_groups(
+        streams, _ = remat.run_groups(
             run, expand(x, N), stacked, policy="mhc", blocks_per_group=block
         )
         return sum(jnp.split(streams, N, axis=-1))

@@ -14,7 +14,7 @@ Tables 2 and 3 and Eq. 20. `python -m mhc_jax.remat --config=configs/mhc.py` pri
 """
 
 from mhc_jax.remat.cost import Plan, best_block, block_size, elements, plan
-from mhc_jax.remat.groups import checkpoint_group, scan_groups
+from mhc_jax.remat.groups import checkpoint_group, run_groups, unstacked
 from mhc_jax.remat.policy import KEEP_NAME, POLICIES, keep
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "elements",
     "keep",
     "plan",
-    "scan_groups",
+    "run_groups",
+    "unstacked",
 ]

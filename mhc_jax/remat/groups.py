@@ -33,18 +33,26 @@ def checkpoint_group(
     return checkpoint(tagged, policy, in_scan=in_scan)
 
 
-def scan_groups(
+def unstacked(stacked: Tree) -> list[Tree]:
+    """The N trees whose leaves were stacked along a first axis. Its transpose stacks, and adds nothing.
+
+    (`p[k]` for each k would have every gradient padded to the size of the whole, and N of them added.)
+    """
+    leaves, structure = jax.tree.flatten(stacked)
+    parts = [jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves]
+    return [structure.unflatten(jnp.squeeze(part, 0) for part in each) for each in zip(*parts)]
+
+
+def run_groups(
     run: Callable[[jax.Array, list[Tree]], tuple[jax.Array, list[Tree]]],
     streams: jax.Array,
     stacked: Tree,
     *,
     policy: str,
     blocks_per_group: int,
+    scan: bool = True,
 ) -> tuple[jax.Array, Tree]:
-    """Runs N blocks in groups: a scan over the whole groups, then what remains, all of them checkpointed.
-
-    A remainder (N not divisible) costs a copy of the stacked parameters and of their gradients, which the
-    scan needs without it. A single group is not scanned.
+    """Runs N blocks in groups, all of them checkpointed: a scan over the whole groups, then what remains.
 
     Args:
       run: `(streams, [parameters of each block]) -> (streams, [extras of each block])` for a few blocks.
@@ -52,6 +60,8 @@ def scan_groups(
       stacked: parameters of the blocks, every leaf `[N, ...]`.
       policy: one of POLICIES but "none".
       blocks_per_group: at least 1.
+      scan: False writes the groups out one after the other, as does a single whole group: XLA turns a loop
+        of one step into no loop, where the recomputation would be merged away.
 
     Returns:
       streams after the last block, and the extras stacked along a first axis of N.
@@ -60,24 +70,32 @@ def scan_groups(
     size = min(blocks_per_group, num_blocks)
     num_groups = num_blocks // size
 
-    def run_group(streams, parameters):
-        count = len(jax.tree.leaves(parameters)[0])
-        each = [jax.tree.map(lambda p, k=k: p[k], parameters) for k in range(count)]
-        streams, extras = run(streams, each)
+    def run_group(streams, blocks):
+        streams, extras = run(streams, blocks)
         return streams, jax.tree.map(lambda *xs: jnp.stack(xs), *extras)
 
-    found = []
-    if num_groups > 1:
-        body = checkpoint_group(run_group, policy, in_scan=True)
-        grouped = jax.tree.map(
-            lambda p: p[: num_groups * size].reshape(num_groups, size, *p.shape[1:]), stacked
+    found, rest = [], stacked
+    if scan and num_groups > 1:
+        whole, rest = _split(stacked, num_groups * size)
+        body = checkpoint_group(
+            lambda streams, group: run_group(streams, unstacked(group)), policy, in_scan=True
         )
+        grouped = jax.tree.map(lambda p: p.reshape(num_groups, size, *p.shape[1:]), whole)
         streams, extras = jax.lax.scan(body, streams, grouped)
         found.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), extras))
-    rest = num_blocks - num_groups * size if num_groups > 1 else num_blocks
-    # XLA turns a loop of one step into no loop, where the recomputation would be merged away.
-    for start in range(num_blocks - rest, num_blocks, size):
-        part = jax.tree.map(lambda p, start=start: p[start : start + size], stacked)
-        streams, extras = checkpoint_group(run_group, policy)(streams, part)
+    blocks = [] if rest is None else unstacked(rest)
+    for start in range(0, len(blocks), size):
+        group = checkpoint_group(run_group, policy)
+        streams, extras = group(streams, blocks[start : start + size])
         found.append(extras)
     return streams, jax.tree.map(lambda *xs: jnp.concatenate(xs), *found)
+
+
+def _split(stacked: Tree, count: int) -> tuple[Tree, Tree | None]:
+    """The first `count` of N stacked trees, and the others or None."""
+    leaves, structure = jax.tree.flatten(stacked)
+    if count == len(leaves[0]):
+        return stacked, None
+    parts = [jax.lax.split(leaf, (count, len(leaf) - count)) for leaf in leaves]
+    first, rest = zip(*parts)
+    return structure.unflatten(first), structure.unflatten(rest)

@@ -153,9 +153,9 @@ def model_config(policy, **fields):
 
 
 @functools.cache
-def step(model, policy):
+def step(model, policy, scan=True):
     """Loss and gradients from distinct random parameters, and the compiled text."""
-    config = model_config(policy, **MODELS[model])
+    config = model_config(policy, scan_blocks=scan, **MODELS[model])
     rng = np.random.default_rng(0)
     params, state = jax.tree.map(
         lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32),
@@ -206,12 +206,12 @@ def executed_dots(text):
     return count("ENTRY")
 
 
-def split_dots(model, policy):
+def split_dots(model, policy, scan=True):
     """How many products of F and how many of the connection a step executes.
 
     The projections are told by a dimension that no product of F here has: n*C of mHC, 2 + n of HC.
     """
-    found = executed_dots(step(model, policy)[1])
+    found = executed_dots(step(model, policy, scan)[1])
     size = str(2 + STREAMS if model == "hc" else STREAMS * WIDTH)
     projections = {key for key in found if any(size in shape.split(",") for shape in key)}
     return (
@@ -220,8 +220,8 @@ def split_dots(model, policy):
     )
 
 
-def check_gradients(model, policy):
-    (want, _), (got, _) = step(model, "none"), step(model, policy)
+def check_gradients(model, policy, scan=True):
+    (want, _), (got, _) = step(model, "none"), step(model, policy, scan)
     largest = max(np.max(np.abs(a)) for a in jax.tree.leaves(want[1]))
     for (path, a), b in zip(
         jax.tree_util.tree_flatten_with_path(want)[0], jax.tree.leaves(got), strict=True
@@ -242,6 +242,14 @@ def test_mhc_keeps_the_gradients_and_runs_layer_functions_once(model):
     if model != "residual":
         # The projections run again: they are cheap, and what they give is not stored.
         assert of_connection_again > of_connection > 0
+
+
+@pytest.mark.parametrize("policy", ["none", "mhc"])
+def test_blocks_written_out_give_the_gradients_of_the_scan(policy):
+    model = "mhc with experts"
+    check_gradients(model, policy, scan=False)
+    (of_f, _), (again, _) = split_dots(model, "none"), split_dots(model, policy, scan=False)
+    assert again == of_f
 
 
 def test_full_and_offload_keep_the_gradients_and_run_layer_functions_again():

@@ -1,0 +1,69 @@
+"""The loss against its definition, and the dtypes of its products."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mhc_jax.losses import linear_cross_entropy
+
+B, S, C, V = 2, 12, 16, 24
+
+
+def inputs(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((B, S, C)), dtype)
+    return x, jnp.asarray(rng.standard_normal((C, V)), jnp.float32), rng.integers(0, V, (B, S))
+
+
+def by_hand(x, matrix, targets):
+    """Loss and its gradients in float64 numpy: softmax minus one-hot, over the number of tokens."""
+    x, matrix = np.asarray(x, np.float64).reshape(-1, C), np.asarray(matrix, np.float64)
+    targets = targets.reshape(-1)
+    logits = x @ matrix
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    rows = np.arange(len(targets))
+    loss = -np.log(p[rows, targets]).mean()
+    p[rows, targets] -= 1
+    p /= len(targets)
+    return loss, (p @ matrix.T).reshape(B, S, C), x.T @ p
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_loss_and_gradients(dtype, tolerance, chunks):
+    x, matrix, targets = inputs(dtype)
+    if dtype == jnp.bfloat16:
+        matrix = matrix.astype(dtype).astype(jnp.float32)  # products are in bfloat16
+    gradient = jax.value_and_grad(linear_cross_entropy, argnums=(0, 1))
+    loss, (dx, d_matrix) = gradient(x, matrix, jnp.asarray(targets), chunks)
+    want_loss, want_dx, want_matrix = by_hand(x, matrix, targets)
+    assert abs(loss - want_loss) < 1e-5
+    assert d_matrix.dtype == jnp.float32
+    for got, want in ((dx, want_dx), (d_matrix, want_matrix)):
+        error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+        assert error < tolerance
+
+
+def operand_dtypes(jaxpr):
+    """Dtypes of both operands of every product, those inside of loops and calls too."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            found.append([v.aval.dtype for v in eqn.invars])
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            found += operand_dtypes(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_every_product_is_in_the_dtype_of_the_activations(chunks):
+    x, matrix, targets = inputs(jnp.bfloat16)
+    gradient = jax.grad(linear_cross_entropy, argnums=(0, 1))
+    found = operand_dtypes(
+        jax.make_jaxpr(gradient, static_argnums=3)(x, matrix, jnp.asarray(targets), chunks).jaxpr
+    )
+    assert len(found) == 3 + (chunks > 1)  # in chunks the logits are computed twice
+    assert all(dtype == jnp.bfloat16 for pair in found for dtype in pair)
