@@ -62,14 +62,16 @@ def synthetic(
     return program, (stacked, x, x)
 
 
-def decoder_config(shape: dict, policy: str, block: str, connection: str = "mhc") -> Config:
+def decoder_config(
+    shape: dict, policy: str, block: str, connection: str = "mhc", *, scan: bool = True
+) -> Config:
     """Dense decoder with heads of 128; `shape` is that of `memory.DECODER`."""
     values = default.get_config()
     values.batch_size = shape["batch_size"]
     values.data.sequence_length = shape["sequence_length"]
     model = values.model
     model.connection, model.n = connection, N
-    model.remat, model.recompute_block = policy, block
+    model.remat, model.recompute_block, model.scan_blocks = policy, block, scan
     model.num_heads = shape["width"] // 128
     for name in ("num_blocks", "width", "ffn_width", "vocab_size"):
         model[name] = shape[name]
