@@ -106,7 +106,8 @@ def loss_fn(
     """
     model = nnx.merge(model_graph(config), _merged(params, model_state))
     x, aux = model.hidden_with_aux(batch["inputs"])
-    loss = linear_cross_entropy(x, model.unembedding, batch["targets"], config.loss_chunks)
+    with jax.named_scope("unembedding"):
+        loss = linear_cross_entropy(x, model.unembedding, batch["targets"], config.loss_chunks)
     return loss if aux is None else loss + aux.balance_loss.sum(), (loss, aux)
 
 
@@ -165,20 +166,22 @@ def train_step(
       and `moe/balance_loss` (the part of the loss that is not cross-entropy).
     """
     (loss, aux), gradients = _loss_and_gradients(state.params, state.model_state, batch, config)
-    grad_norm = optax.tree.norm(gradients)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        grad_norm = optax.tree.norm(gradients)
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     model_state = state.model_state
     if aux is not None:
         model_state = _balanced(model_state, aux.load, config.model.balance_rate)
     healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     # The host sees metrics one step late; until then a bad update must not spoil the parameters.
-    params, model_state, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(healthy, new, old),
-        (params, model_state, opt_state),
-        (state.params, state.model_state, state.opt_state),
-    )
+    with jax.named_scope("optimizer"):
+        params, model_state, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(healthy, new, old),
+            (params, model_state, opt_state),
+            (state.params, state.model_state, state.opt_state),
+        )
     metrics = {
         "train/loss": loss,
         "train/grad_norm": grad_norm,

@@ -106,12 +106,20 @@ class Block(nnx.Module):
           report (None: it has none).
         """
         writes, aux = [], None
-        for connection, norm, layer in (
-            (self.attention_connection, self.attention_norm, attention or self.attention),
-            (self.ffn_connection, self.ffn_norm, self.ffn),
+        for name, connection, norm, layer in (
+            (
+                "attention",
+                self.attention_connection,
+                self.attention_norm,
+                attention or self.attention,
+            ),
+            ("ffn", self.ffn_connection, self.ffn_norm, self.ffn),
         ):
-            streams, layer_input, mappings = connection.boundary(pending, norm)
-            output = layer(layer_input)
+            # Scopes name the operations in a profile.
+            with jax.named_scope("connection"):
+                streams, layer_input, mappings = connection.boundary(pending, norm)
+            with jax.named_scope(f"{name}_sublayer"):
+                output = layer(layer_input)
             if isinstance(layer, MoE):
                 output, aux = output
             pending = Pending(streams, remat.keep(split_by_token(output)), mappings)

@@ -78,18 +78,22 @@ class MoE(nnx.Module):
         """`[B, S, C]` -> `[B, S, C]` in the dtype of the activations, and what the routing was."""
         config = self.config
         dtype = config.activation_dtype
-        routing = router.route(
-            x, self.router.kernel[...], self.balance_bias[...], config.experts_per_token
-        )
+        with jax.named_scope("router"):
+            routing = router.route(
+                x, self.router.kernel[...], self.balance_bias[...], config.experts_per_token
+            )
         weights = (self.experts.gate[...], self.experts.up[...], self.experts.down[...])
-        y, kept = routed_experts(
-            x.astype(dtype),
-            routing.experts,
-            routing.weights,
-            ExpertWeights(*(w.astype(dtype) for w in weights)),
-            dispatch=choose_dispatch(config.moe_dispatch, config.width, config.expert_width, dtype),
-            capacity_factor=config.capacity_factor,
-        )
+        with jax.named_scope("routed_experts"):
+            y, kept = routed_experts(
+                x.astype(dtype),
+                routing.experts,
+                routing.weights,
+                ExpertWeights(*(w.astype(dtype) for w in weights)),
+                dispatch=choose_dispatch(
+                    config.moe_dispatch, config.width, config.expert_width, dtype
+                ),
+                capacity_factor=config.capacity_factor,
+            )
         if config.shared_experts:
             y += self.shared(x)
         balance_loss = jnp.zeros((), jnp.float32)

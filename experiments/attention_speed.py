@@ -1,0 +1,141 @@
+"""How fast is the fused causal attention of the paper's models, against XLA's plain one at the same shape?
+
+Command:  python -m experiments.attention_speed            (one GPU with 60 GiB free; about 1 minute)
+Result:   milliseconds and TFLOP/s, forward and forward + backward, also as JSON with --output.
+
+Heads of MLA at 27B (32) and 3B (16): queries and keys of 192 entries, values of 128, bfloat16, 4 sequences of
+4096 tokens. TFLOP/s are those of the causal half with values of 128, 2 S (S + 1) / 2 (192 + 128) a head and
+sequence, three times that with backward. `fused` is what the models run: `jax.nn` wants values as wide as
+keys, so they are padded with zeros for cuDNN. `cudnn, unpadded` asks cuDNN through a function that JAX keeps
+to itself, to see what padding costs.
+"""
+
+import argparse
+import functools
+import json
+import math
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from mhc_jax.fused_attention import causal_attention
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.attention_speed",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--heads", type=int, nargs="+", default=[32, 16])
+    parser.add_argument("--batch_size", type=int, default=4, help="sequences")
+    parser.add_argument("--sequence_length", type=int, default=4096)
+    parser.add_argument(
+        "--key_width", type=int, default=192, help="of a head, without and with position"
+    )
+    parser.add_argument("--value_width", type=int, default=128, help="of a head")
+    parser.add_argument("--repeats", type=int, default=10, help="calls timed together, 5 times")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file for the result")
+    return parser.parse_args(arguments)
+
+
+def plain(q, k, v):
+    """XLA's, scores and all; values as wide as they are."""
+    scores = jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32)
+    position = jnp.arange(q.shape[1])
+    seen = position[None, :] <= position[:, None]
+    scores = jnp.where(seen, scores / math.sqrt(q.shape[-1]), -jnp.inf)
+    return jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+def cudnn_unpadded(q, k, v):
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    return dot_product_attention(
+        q, k, v, scale=1 / math.sqrt(q.shape[-1]), mask_type=MaskType.CAUSAL
+    )
+
+
+ARMS = {"fused": causal_attention, "cudnn, unpadded": cudnn_unpadded, "XLA, plain": plain}
+
+
+def time_ms(function, *args, repeats: int) -> float:
+    """Milliseconds of a call among `repeats` that are dispatched without waiting; the median of 5."""
+    jax.block_until_ready(function(*args))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            out = function(*args)
+        jax.block_until_ready(out)
+        times.append(1e3 * (time.perf_counter() - start) / repeats)
+    return statistics.median(times)
+
+
+def measure(options: argparse.Namespace, heads: int) -> list[dict]:
+    """One row an arm; an arm that cannot run says why."""
+    lead = options.batch_size, options.sequence_length, heads
+    q, k, v, dy = (
+        jax.random.normal(jax.random.key(seed), (*lead, width), jnp.bfloat16)
+        for seed, width in enumerate([options.key_width] * 2 + [options.value_width] * 2)
+    )
+    pairs = options.batch_size * heads * options.sequence_length * (options.sequence_length + 1) / 2
+    flops = 2 * pairs * (options.key_width + options.value_width)
+    rows, expected = [], None
+    for name, attend in ARMS.items():
+        row = {"heads": heads, "attention": name}
+        rows.append(row)
+
+        @jax.jit
+        def both(q, k, v, dy, attend=attend):
+            y, vjp = jax.vjp(attend, q, k, v)
+            return y, vjp(dy)
+
+        try:
+            found = both(q, k, v, dy)
+            if expected is None:
+                expected = found
+            row["largest_difference"] = max(
+                float(jnp.abs(a.astype(jnp.float32) - b).max())
+                for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected))
+            )
+            del found
+            run = functools.partial(time_ms, repeats=options.repeats)
+            row["forward_ms"] = run(jax.jit(attend), q, k, v)
+            row["both_ms"] = run(both, q, k, v, dy)
+        except Exception as error:  # memory, or no such kernel here: the other arms still count
+            row["failed"] = str(error).splitlines()[0][:200]
+            continue
+        row["forward_tflops"] = flops / row["forward_ms"] / 1e9
+        row["both_tflops"] = 3 * flops / row["both_ms"] / 1e9
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
+    print(f"{'heads':>5} {'attention':18}{'forward ms':>11}{'TFLOP/s':>9}{'both ms':>10}{'TFLOP/s':>9}"
+          f"{'difference':>12}")  # fmt: skip
+    rows = []
+    for heads in options.heads:
+        for row in measure(options, heads):
+            rows.append(row)
+            if "failed" in row:
+                print(f"{heads:>5} {row['attention']:18} {row['failed']}", flush=True)
+                continue
+            print(f"{heads:>5} {row['attention']:18}{row['forward_ms']:>11.3f}"
+                  f"{row['forward_tflops']:>9.0f}{row['both_ms']:>10.3f}{row['both_tflops']:>9.0f}"
+                  f"{row['largest_difference']:>12.1e}", flush=True)  # fmt: skip
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        shape = {key: value for key, value in vars(options).items() if key != "output"}
+        about = {"device": device.device_kind, "jax": jax.__version__, "options": shape}
+        options.output.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

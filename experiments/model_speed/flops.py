@@ -1,0 +1,35 @@
+"""What a train step must compute at the least, and what a device could."""
+
+from mhc_jax.config import ModelConfig
+from mhc_jax.describe import count_parameters, sums
+
+# Dense bfloat16 FLOP/s by device kind, from NVIDIA's data sheets (A100, H100, H200; SXM), half of what they
+# state with sparsity. A kind that is not here has no MFU.
+PEAK = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def parameter_flops(config: ModelConfig) -> float:
+    """FLOPs a token of forward and backward in the active parameters: 6 each.
+
+    Active is what `--describe` prints: all but the input embedding and the experts that a token does not
+    choose. Nothing that is computed twice counts twice.
+    """
+    return 6.0 * sums(count_parameters(config)).active
+
+
+def attention_flops(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs a token of forward and backward in q k^T and in the sum over v, causal, all blocks.
+
+    A token sees (S + 1) / 2 keys on average; the backward has twice the products of the forward.
+    """
+    if config.attention == "mla":
+        widths = config.head_dim + config.rope_dim + config.head_dim
+    else:
+        widths = 2 * config.width // config.num_heads
+    seen = (sequence_length + 1) / 2
+    return 3 * 2.0 * seen * config.num_heads * widths * config.num_blocks
