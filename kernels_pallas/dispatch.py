@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 
 import jax
@@ -50,11 +51,16 @@ def check_platform(implementation: str | None, platform: str) -> None:
         raise NotImplementedError(f"implementation='triton' cannot run: {_missing_package()}")
 
 
+@functools.cache
 def _missing_package() -> str | None:
-    # find_spec, not import: importing jax_triton fails on an installation of jax without CUDA.
     for package in ("triton", "jax_triton"):
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed (pip install -e '.[gpu]')"
+    if os.environ.get("TRITON_INTERPRET") != "1":  # the interpreter does without jax_triton
+        try:
+            importlib.import_module("jax_triton")
+        except ImportError:  # as on an installation of jax without CUDA
+            return "jax_triton needs jax with CUDA (pip install -e '.[gpu]')"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import kernels_pallas as kp
+from kernels_pallas import dispatch
 from kernels_pallas.precision import round_to_tf32, split_bf16
 
 _spec = importlib.util.spec_from_file_location(
@@ -343,3 +345,22 @@ def test_bad_arguments_name_the_number():
         kp.pre(x.astype(jnp.int32), h)
     with pytest.raises(ValueError, match="'mosaic' is unknown"):
         kp.sinkhorn(normal(0, 4, 4), implementation="mosaic")
+
+
+def test_triton_installed_where_jax_has_no_cuda(tmp_path, monkeypatch):
+    # As with the `parity` extra on a CPU: both packages are found, but jax_triton cannot be imported.
+    for name, code in (("triton", ""), ("jax_triton", "raise ImportError('no CUDA')")):
+        (tmp_path / f"{name}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for cached in (dispatch._missing_package, dispatch._unavailable):
+        cached.cache_clear()
+    try:
+        x, h_pre = jnp.ones((3, 8)), jnp.ones((3, 2))
+        assert kp.pre(x, h_pre).shape == (3, 4)
+        with pytest.raises(NotImplementedError, match="jax_triton needs jax with CUDA"):
+            kp.pre(x, h_pre, implementation="triton")
+    finally:
+        for cached in (dispatch._missing_package, dispatch._unavailable):
+            cached.cache_clear()
