@@ -68,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
     # True: one block is compiled and looped over. False: all are written out, which compiles longer, and saves
     # the copies of what the backward pass needs into stacked arrays and back. May change too.
     model.scan_blocks = True
-    # Parts of a device's tokens whose logits exist at once; above 1 they are computed twice. May change too.
+    # Parts of a device's tokens that have their logits one after the other. May change too.
     model.loss_chunks = 1
 
     optimizer = config.optimizer = ml_collections.ConfigDict()

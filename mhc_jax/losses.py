@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
@@ -30,12 +31,16 @@ def _unembed_forward(x, matrix):
     return unembed(x, matrix), (x, matrix)
 
 
-def _unembed_backward(residuals, d_logits):
-    x, matrix = residuals
+def _unembed_gradients(x, matrix, d_logits):
+    """Of x in its dtype, of the matrix in float32."""
     d_logits = d_logits.astype(x.dtype)
     dx = jnp.einsum("...v,cv->...c", d_logits, matrix.astype(x.dtype))
-    d_matrix = jnp.einsum("...c,...v->cv", x, d_logits, preferred_element_type=jnp.float32)
-    return dx, d_matrix.astype(matrix.dtype)
+    return dx, jnp.einsum("...c,...v->cv", x, d_logits, preferred_element_type=jnp.float32)
+
+
+def _unembed_backward(residuals, d_logits):
+    dx, d_matrix = _unembed_gradients(*residuals, d_logits)
+    return dx, d_matrix.astype(residuals[1].dtype)
 
 
 unembed.defvjp(_unembed_forward, _unembed_backward)
@@ -46,9 +51,14 @@ def linear_cross_entropy(
 ) -> jax.Array:
     """`cross_entropy(unembed(x, matrix), targets)` with the logits of 1/chunks of the tokens at a time.
 
-    With a vocabulary of 129280 the logits of 16384 tokens are 8 GiB, and their gradient as much again. In
-    chunks the backward pass computes them once more, and sums the matrix' gradient in float32. Over a mesh
-    every device cuts its own tokens, and the matrix is gathered and its gradient summed once.
+    With a vocabulary of 129280 the logits of 16384 tokens are 8 GiB, and their gradient half as much. Where
+    it is differentiated, each chunk makes its gradients while its logits are there, as Liger-Kernel does
+    (Hsu et al., 2024, arXiv 2410.10989): logits are computed once for any number of chunks, and what the
+    backward pass keeps is as large as x and the matrix. Without differentiation the loss alone is computed.
+
+    Rounding is that of `unembed`: products in the dtype of x, the gradient of the logits rounded to it, that
+    of the matrix summed in float32. Over a mesh every device cuts its own tokens, and the matrix is gathered
+    and its gradient summed once.
 
     Args:
       x: `[B, S, C]`.
@@ -59,45 +69,91 @@ def linear_cross_entropy(
     Raises:
       ValueError: chunks does not divide the tokens of a device.
     """
-    if chunks == 1:
-        return cross_entropy(unembed(x, matrix), targets)
-    matrix = matrix.astype(x.dtype)  # before it is gathered
+    return _loss(chunks, x, matrix, targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(chunks, x, matrix, targets):
+    return _per_device(chunks, x, matrix, targets, gradients=False)[0]
+
+
+def _loss_forward(chunks, x, matrix, targets):
+    loss, *gradients = _per_device(chunks, x, matrix, targets, gradients=True)
+    return loss, gradients
+
+
+def _loss_backward(chunks, gradients, cotangent):
+    dx, d_matrix = ((cotangent * g).astype(g.dtype) for g in gradients)
+    return dx, d_matrix, np.zeros(dx.shape[:2], jax.dtypes.float0)
+
+
+_loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _per_device(chunks, x, matrix, targets, *, gradients):
+    """The mean loss and, if asked for, its gradients of x and of the matrix."""
+    run = functools.partial(_in_chunks, chunks=chunks, num_tokens=targets.size, gradients=gradients)
     mesh, spec = sharding.token_spec(targets.shape)
-    if mesh is None:
-        return _sum(x, matrix, targets, chunks) / targets.size
+    if mesh is None or mesh.size == 1:
+        return run(x, matrix, targets)
+    names = sharding.axis_names(spec)
 
-    def local(x, matrix, targets):
-        return _sum(x, matrix, targets, chunks)[None, None]
+    def local(x, narrow, targets):
+        loss, *found = run(x, narrow, targets)
+        # Each device's part of a sum, on an axis of its own: XLA sums over that.
+        return loss[None], *(part[None] if i else part for i, part in enumerate(found))
 
-    axes = frozenset(sharding.BATCH_AXES) | {"sequence"}
-    sums = jax.shard_map(
+    by_device = PartitionSpec(names or None)
+    loss, *found = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(spec, PartitionSpec(), spec),
-        out_specs=spec,
-        axis_names=axes,  # the vocabulary stays split over the others
+        out_specs=(by_device, spec, by_device)[: 3 if gradients else 1],
+        # The vocabulary stays split over the others.
+        axis_names=frozenset(sharding.BATCH_AXES) | {"sequence"},
         check_vma=False,
-    )(x, matrix, targets)
-    return sums.sum() / targets.size
+    )(x, matrix.astype(x.dtype), targets)  # in the dtype of x before it is gathered
+    return loss.sum(), *(part.sum(0) if i else part for i, part in enumerate(found))
 
 
-def _sum(x, matrix, targets, chunks):
-    """Sum of the negative log-likelihoods of all tokens, float32."""
-    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+def _in_chunks(x, matrix, targets, *, chunks, num_tokens, gradients):
+    """This device's part of `_per_device`: its tokens' share of a mean over `num_tokens`."""
     if targets.size % chunks:
         raise ValueError(
             f"model.loss_chunks={chunks} does not divide the {targets.size} tokens of a device: use a "
             "power of two"
         )
-    matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))  # of its gradient's sum
+    narrow = matrix.astype(x.dtype)
 
-    @functools.partial(
-        jax.checkpoint, prevent_cse=False
-    )  # in a scan there is nothing to merge with
-    def body(total, part):
+    def body(totals, part):
         x, targets = part
-        nll = optax.softmax_cross_entropy_with_integer_labels(unembed(x, matrix), targets)
-        return total + nll.sum(), None
+        loss, *of_part = _chunk(x, narrow, targets, num_tokens, gradients)
+        totals = [total + found for total, found in zip(totals, [loss, *of_part[1:]])]
+        return totals, of_part[:1]
 
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    totals = [jnp.zeros((), wide)]
+    if gradients:
+        totals.append(jnp.zeros(matrix.shape, wide))
     parts = x.reshape(chunks, -1, x.shape[-1]), targets.reshape(chunks, -1)
-    return jax.lax.scan(body, jnp.zeros((), jnp.float32), parts)[0]
+    if chunks == 1:
+        totals, dx = body(totals, [part[0] for part in parts])
+    else:
+        totals, dx = jax.lax.scan(body, totals, parts)
+    loss, *d_matrix = totals
+    return loss, *(d.reshape(x.shape) for d in dx), *d_matrix
+
+
+def _chunk(x, matrix, targets, num_tokens, gradients):
+    """Of x `[T, C]`: the sum of the losses over num_tokens, and its gradients of x and the matrix."""
+    logits = unembed(x, matrix)
+    shift = jnp.max(logits, axis=-1, keepdims=True)
+    log_sum = jnp.log(jnp.sum(jnp.exp(logits - shift), axis=-1, keepdims=True)) + shift
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
+    # A masked sum takes no pass of its own, and stays a sum where the vocabulary is split.
+    of_target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1, keepdims=True)
+    loss = jnp.sum(log_sum - of_target) / num_tokens
+    if not gradients:
+        return (loss,)
+    d_logits = (jnp.exp(logits - log_sum) - is_target) / num_tokens
+    return loss, *_unembed_gradients(x, matrix, d_logits)

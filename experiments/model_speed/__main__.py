@@ -7,7 +7,7 @@ Result:   tokens/s, milliseconds a step, memory and MFU of each config; with --p
 The whole train step, optimizer included, on fresh random tokens, dispatched as `mhc_jax.train` does: a step
 is waited for while the next one runs. MFU counts 6 FLOPs a token and active parameter (input embedding
 excluded) against the peak of dense bfloat16 products, "with attention" also the causal half of its products.
-What is computed twice (remat, loss_chunks) counts once.
+What is computed again (remat) counts once.
 
 Memory of the 3B model (residual, remat=mhc, 8 x 4096 tokens), compiled for a TPU v5p: 33 GiB of parameters
 and Adam's moments, 52 GiB of temporaries, of which 11 are gradients. That is about 5 GiB for each further

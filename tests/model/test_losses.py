@@ -1,5 +1,7 @@
 """The loss against its definition, and the dtypes of its products."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,7 @@ def test_loss_and_gradients(dtype, tolerance, chunks):
     want_loss, want_dx, want_matrix = by_hand(x, matrix, targets)
     assert abs(loss - want_loss) < 1e-5
     assert d_matrix.dtype == jnp.float32
+    assert jnp.any(d_matrix != d_matrix.astype(jnp.bfloat16)), "summed, and left, in float32"
     for got, want in ((dx, want_dx), (d_matrix, want_matrix)):
         error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
         assert error < tolerance
@@ -59,11 +62,23 @@ def operand_dtypes(jaxpr):
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_every_product_is_in_the_dtype_of_the_activations(chunks):
+def test_logits_are_computed_once_in_the_dtype_of_the_activations(chunks):
     x, matrix, targets = inputs(jnp.bfloat16)
-    gradient = jax.grad(linear_cross_entropy, argnums=(0, 1))
-    found = operand_dtypes(
-        jax.make_jaxpr(gradient, static_argnums=3)(x, matrix, jnp.asarray(targets), chunks).jaxpr
+    loss = functools.partial(linear_cross_entropy, targets=jnp.asarray(targets), chunks=chunks)
+    for function, count in ((loss, 1), (jax.grad(loss, argnums=(0, 1)), 3)):
+        found = operand_dtypes(jax.make_jaxpr(function)(x, matrix).jaxpr)
+        assert len(found) == count
+        assert all(dtype == jnp.bfloat16 for pair in found for dtype in pair)
+
+
+def test_gradients_scale_with_the_cotangent():
+    x, matrix, targets = inputs(jnp.float32)
+
+    def gradients(factor):
+        return jax.grad(
+            lambda x, m: factor * linear_cross_entropy(x, m, jnp.asarray(targets), 3), (0, 1)
+        )(x, matrix)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, -3 * b, rtol=1e-5), *map(gradients, (-3, 1))
     )
-    assert len(found) == 3 + (chunks > 1)  # in chunks the logits are computed twice
-    assert all(dtype == jnp.bfloat16 for pair in found for dtype in pair)
