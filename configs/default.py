@@ -65,7 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.remat = "none"
     # L_r, sublayers between two stored streams: an even number as text, or auto (Eq. 20).
     model.recompute_block = "auto"
-    # True: one block is compiled and looped over. False: all are written out, which compiles longer, and saves
+    # True: one block is compiled and looped over. False: all are written out, which compiles longer and saves
     # the copies of what the backward pass needs into stacked arrays and back. May change too.
     model.scan_blocks = True
     # Parts of a device's tokens that have their logits one after the other. May change too.

@@ -5,9 +5,9 @@ Result:   milliseconds and TFLOP/s, forward and forward + backward, also as JSON
 
 Heads of MLA at 27B (32) and 3B (16): queries and keys of 192 entries, values of 128, bfloat16, 4 sequences of
 4096 tokens. TFLOP/s are those of the causal half with values of 128, 2 S (S + 1) / 2 (192 + 128) a head and
-sequence, three times that with backward. `fused` is what the models run: `jax.nn` wants values as wide as
-keys, so they are padded with zeros for cuDNN. `cudnn, unpadded` asks cuDNN through a function that JAX keeps
-to itself, to see what padding costs.
+sequence, three times that with backward. `fused` is what the models run: one of the two arms of cuDNN, as
+UNPADDED_VALUES of `mhc_jax.fused_attention` says. `jax.nn` wants values as wide as keys, so they are padded
+with zeros for it; `cudnn, unpadded` asks cuDNN through a function that JAX keeps to itself.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from mhc_jax.fused_attention import causal_attention
+from mhc_jax.fused_attention import causal_attention, padded_cudnn, unpadded_cudnn
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -52,14 +52,18 @@ def plain(q, k, v):
 
 
 def cudnn_unpadded(q, k, v):
-    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+    attend = unpadded_cudnn()
+    if attend is None:
+        raise NotImplementedError("this JAX, cuDNN or device takes no values narrower than keys")
+    return attend(q, k, v)
 
-    return dot_product_attention(
-        q, k, v, scale=1 / math.sqrt(q.shape[-1]), mask_type=MaskType.CAUSAL
-    )
 
-
-ARMS = {"fused": causal_attention, "cudnn, unpadded": cudnn_unpadded, "XLA, plain": plain}
+ARMS = {
+    "fused": causal_attention,
+    "cudnn, padded": padded_cudnn,
+    "cudnn, unpadded": cudnn_unpadded,
+    "XLA, plain": plain,
+}
 
 
 def time_ms(function, *args, repeats: int) -> float:

@@ -10,6 +10,7 @@ heads do not divide, keys and values are gathered instead.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 
@@ -19,6 +20,10 @@ from jax.sharding import PartitionSpec
 
 from kernels_pallas import sharding
 from mhc_jax.remat import KEEP_NAME
+
+# On Hopper GPUs cuDNN takes values narrower than keys as they are, but only a function that JAX keeps to
+# itself asks it to (`unpadded_cudnn`). False: values are padded with zeros for the public function.
+UNPADDED_VALUES = False
 
 # Queries and keys of a tile of the TPU kernel: larger ones reuse a tile more often, and 512 with heads of 192
 # still fits VMEM in the backward pass.
@@ -109,10 +114,42 @@ def _fused(device, q, v) -> Callable | None:
 
 
 def _cudnn(q, k, v):
+    unpadded = unpadded_cudnn() if UNPADDED_VALUES and v.shape[-1] < q.shape[-1] else None
+    return (unpadded or padded_cudnn)(q, k, v)
+
+
+def padded_cudnn(q, k, v):
+    """`causal_attention` by cuDNN through `jax.nn`, which wants values as wide as keys."""
     out = jax.nn.dot_product_attention(
         q, k, _pad(v, q.shape[-1]), is_causal=True, implementation="cudnn"
     )
     return out[..., : v.shape[-1]]
+
+
+@functools.cache
+def unpadded_cudnn() -> Callable | None:
+    """`causal_attention` by cuDNN for values narrower than keys; None where JAX or the GPU has no such thing.
+
+    The function is private to JAX: whatever another version has changed of it means that there is none.
+    """
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+        parameters = inspect.signature(cudnn.dot_product_attention).parameters
+        causal = cudnn.MaskType.CAUSAL
+        # As JAX demands for keys and values of different widths.
+        able = cudnn.check_cudnn_version() >= 91000 and cudnn.check_compute_capability("9.0")
+    except (ImportError, AttributeError, TypeError, RuntimeError):  # RuntimeError: no cuDNN
+        return None
+    names = list(parameters)
+    if not able or names[:3] != ["query", "key", "value"] or not {"scale", "mask_type"} <= {*names}:
+        return None
+
+    def attend(q, k, v):
+        scale = 1 / math.sqrt(q.shape[-1])
+        return cudnn.dot_product_attention(q, k, v, scale=scale, mask_type=causal)
+
+    return attend
 
 
 def _splash(q, k, v, *, tile):

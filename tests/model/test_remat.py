@@ -314,11 +314,11 @@ def executed_primitives(jaxpr, times=1):
     return total
 
 
-def gradient_program(policy, mesh=None):
+def gradient_program(policy, mesh=None, **fields):
     """Jaxpr of the gradient of five dense blocks with one head of 128, in groups of two and a remainder."""
     config = model_config(
         policy, connection="mhc", num_blocks=5, recompute_block="4", width=256, dtype="bfloat16",
-        implementation="xla",
+        implementation="xla", **fields,
     )  # fmt: skip
     params, state = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
     batch = {key: jax.ShapeDtypeStruct((2, 128), jnp.int32) for key in ("inputs", "targets")}
@@ -326,8 +326,9 @@ def gradient_program(policy, mesh=None):
     return jax.make_jaxpr(sharding.on_mesh(gradient, mesh))(params, state, batch).jaxpr
 
 
-def test_fused_attention_of_gpus_runs_once(monkeypatch):
-    # The policy knows cuDNN's kernel by the name of a primitive, which JAX may change.
+@pytest.fixture
+def cudnn(monkeypatch):
+    """JAX's module of cuDNN's attention, as on a Hopper GPU, and used."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     for check in ("check_cudnn_version", "check_compute_capability", "check_is_flash_attention"):
@@ -336,11 +337,39 @@ def test_fused_attention_of_gpus_runs_once(monkeypatch):
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, default, **on: on["cpu"](*args)
     )
+    fused_attention.unpadded_cudnn.cache_clear()
+    yield cudnn
+    fused_attention.unpadded_cudnn.cache_clear()
+
+
+LATENT = {"attention": "mla", "head_dim": 128, "rope_dim": 64, "kv_rank": 32}
+
+
+@pytest.mark.parametrize(("fields", "unpadded"), [({}, True), (LATENT, False), (LATENT, True)])
+def test_fused_attention_of_gpus_runs_once(cudnn, monkeypatch, fields, unpadded):
+    # The policy knows cuDNN's kernel by the name of a primitive, which JAX may change.
+    monkeypatch.setattr(fused_attention, "UNPADDED_VALUES", unpadded)
     runs = {
-        policy: executed_primitives(gradient_program(policy)) for policy in ("none", "mhc", "full")
+        policy: executed_primitives(gradient_program(policy, **fields))
+        for policy in ("none", "mhc", "full")
     }
     kernel = "dot_product_attention_fwd_wrapper"
     assert [runs[policy][kernel] for policy in runs] == [5, 5, 10]
+    if fields:
+        assert bool(runs["none"]["pad"]) == (not unpadded)
+
+
+def test_another_private_function_of_jax_is_not_called(cudnn, monkeypatch):
+    assert fused_attention.unpadded_cudnn() is not None
+    for change in (
+        lambda: monkeypatch.setattr(cudnn, "dot_product_attention", lambda q, k, v, scale: q),
+        lambda: monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 90900),
+        lambda: monkeypatch.delattr(cudnn, "MaskType"),
+    ):
+        with monkeypatch.context():
+            fused_attention.unpadded_cudnn.cache_clear()
+            change()
+            assert fused_attention.unpadded_cudnn() is None
 
 
 def test_fused_attention_of_tpus_runs_once():
