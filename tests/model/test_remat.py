@@ -252,6 +252,26 @@ def test_blocks_written_out_give_the_gradients_of_the_scan(policy):
     assert again == of_f
 
 
+@pytest.mark.parametrize("policy", ["none", "mhc"])
+def test_matrices_are_rounded_once_a_step(policy):
+    config = model_config(
+        policy, connection="residual", scan_blocks=False, **EXPERTS | {"dtype": "bfloat16"}
+    )
+    params, state = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    batch = {key: jax.ShapeDtypeStruct((2, 10), jnp.int32) for key in ("inputs", "targets")}
+    gradient = jax.grad(functools.partial(loss_fn, config=config), has_aux=True)
+    rounded = collections.Counter(
+        eqn.invars[0].aval.shape
+        for eqn in equations(jax.make_jaxpr(gradient)(params, state, batch).jaxpr)
+        if eqn.primitive.name == "convert_element_type"
+        and eqn.invars[0].aval.dtype == jnp.float32
+        and eqn.params["new_dtype"] == jnp.bfloat16
+    )
+    # Queries of five blocks and of the leading one; gate and up, down of the experts.
+    shapes = [(5, 16, 20), (16, 20), (5, 4, 16, 8), (5, 4, 8, 16), (4, 16, 8)]
+    assert [rounded[shape] for shape in shapes] == [1, 1, 2, 1, 0]
+
+
 def test_full_and_offload_keep_the_gradients_and_run_layer_functions_again():
     of_f, _ = split_dots("residual", "none")
     for policy in ("full", "offload"):
@@ -291,6 +311,18 @@ def test_run_goes_on_under_another_policy_with_the_same_curve(tmp_path):
     np.testing.assert_allclose(got, want, rtol=1e-6)
     with pytest.raises(ValueError, match=r"model\.width"):
         run("changed", width=2 * WIDTH)
+
+
+def equations(jaxpr):
+    """All of a program, those inside of others too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def executed_primitives(jaxpr, times=1):
