@@ -28,7 +28,7 @@ def route(x: jax.Array, kernel: jax.Array, bias: jax.Array, experts_per_token: i
         scores = sigmoid(x @ kernel);  experts = top_k(scores + bias)
         weights = scores[experts] / (sum(scores[experts]) + 1e-20)
 
-    Everything is float32 at the highest precision: two close scores that swap change the model.
+    Everything is float32 to its last bits: two close scores that swap change the model.
 
     Args:
       x: `[..., C]`.
@@ -36,10 +36,7 @@ def route(x: jax.Array, kernel: jax.Array, bias: jax.Array, experts_per_token: i
       bias: `[E]`, gets no gradient.
       experts_per_token: k. Of equal scores the expert of the lower index is chosen.
     """
-    logits = jnp.dot(
-        x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
-    scores = jax.nn.sigmoid(keep(logits))
+    scores = jax.nn.sigmoid(keep(logits(x, kernel.astype(jnp.float32))))
     chosen_by = jax.lax.stop_gradient(scores + jnp.broadcast_to(bias, scores.shape))
     # Kept too: chosen again, a near-tie could fall the other way, and stored rows be those of another expert.
     experts = keep(top_k(chosen_by, experts_per_token))
@@ -48,6 +45,57 @@ def route(x: jax.Array, kernel: jax.Array, bias: jax.Array, experts_per_token: i
     chosen = jnp.sum(jnp.where(is_chosen, scores[..., None, :], 0.0), axis=-1)
     weights = chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + 1e-20)
     return Routing(scores, experts, weights)
+
+
+@jax.custom_vjp
+def logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel, `[..., C]` and `[C, E]` float32 -> `[..., E]` float32 at the highest precision.
+
+    For bfloat16 x as products of bfloat16 summed in float32, which are exact: the kernel is the sum of three
+    such terms. (In float32 they would leave the matrix units of GPUs, and take a TPU twice as long.) The
+    gradients take two terms of each float32 operand, 16 bits.
+    """
+    if x.dtype != jnp.bfloat16:
+        return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
+    terms = jnp.concatenate(_terms(kernel, 3), axis=1)
+    products = jnp.dot(x, terms, preferred_element_type=jnp.float32)
+    high, middle, low = jnp.split(products, 3, axis=-1)
+    return high + (middle + low)
+
+
+def _logits_backward(saved, d):
+    x, kernel = saved
+    if x.dtype != jnp.bfloat16:
+        _, vjp = jax.vjp(logits.fun, x, kernel)
+        return vjp(d)
+    (d_high, d_low), (high, low) = _terms(d, 2), _terms(kernel, 2)
+    # One product over 3 E entries; low times low is beyond the 16 bits.
+    dx = jnp.einsum(
+        "...e,ce->...c",
+        jnp.concatenate([d_high, d_low, d_high], axis=-1),
+        jnp.concatenate([high, high, low], axis=1),
+    )
+    d_kernel = jnp.einsum(
+        "...c,...e->ce",
+        x,
+        jnp.concatenate([d_high, d_low], axis=-1),
+        preferred_element_type=jnp.float32,
+    )
+    return dx, sum(jnp.split(d_kernel, 2, axis=1))
+
+
+logits.defvjp(lambda x, kernel: (logits(x, kernel), (x, kernel)), _logits_backward)
+
+
+def _terms(x, count):
+    """bfloat16 arrays that add up to float32 x, each with the next 8 bits."""
+    terms = []
+    for _ in range(count):
+        # Not a round trip through bfloat16: XLA may cancel a pair of conversions.
+        term = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        terms.append(term.astype(jnp.bfloat16))
+        x -= term
+    return terms
 
 
 def top_k(x: jax.Array, k: int) -> jax.Array:

@@ -202,6 +202,30 @@ def test_grouped_matmul_equals_a_loop_over_groups(sizes):
         close(got, value)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_router_products_are_those_of_float32(dtype, tolerance):
+    """To the bits of float32 forward; the gradient of bfloat16 x is rounded to bfloat16."""
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.standard_normal((50, 300)), dtype)
+    kernel = jnp.asarray(rng.normal(0, 0.02, (300, 7)), jnp.float32)
+    d = jnp.asarray(rng.standard_normal((50, 7)), jnp.float32)
+    y, vjp = jax.vjp(jax.jit(router.logits), x, kernel)
+    dx, d_kernel = vjp(d)
+    assert (dx.dtype, d_kernel.dtype) == (x.dtype, jnp.float32)
+    x, kernel, d = (np.asarray(a, np.float64) for a in (x, kernel, d))
+    for got, want, limit in (
+        (y, x @ kernel, 1e-6), (d_kernel, x.T @ d, 1e-4), (dx, d @ kernel.T, tolerance)
+    ):  # fmt: skip
+        assert np.abs(got - want).max() < limit * np.abs(want).max()
+
+
+def test_router_of_bfloat16_has_no_product_of_float32():
+    run = jax.value_and_grad(lambda x, kernel: router.logits(x, kernel).sum(), argnums=(0, 1))
+    program = jax.make_jaxpr(run)(jnp.zeros((5, 3), jnp.bfloat16), jnp.zeros((3, 2)))
+    assert str(program).count("dot_general") == 3
+    assert "precision=Precision" not in str(program)
+
+
 def test_balance_loss_is_the_formula():
     scores = np.random.default_rng(2).random((2, 37, 6)).astype(np.float32)
     want = []
