@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mhc_jax.remat import keep
+
 
 class Rows(NamedTuple):
     """R rows for T tokens of k choices, G groups of rows.
@@ -44,7 +46,7 @@ def dropless_rows(groups: jax.Array, num_groups: int) -> Rows:
     order, position, sizes = _sort(jnp.where(inside, groups, num_groups), num_groups + 1)
     sizes = sizes[:num_groups]
     filled = jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(sizes)
-    return Rows(order[:num_rows], filled, jnp.where(inside, position, num_rows), sizes)
+    return _kept(Rows(order[:num_rows], filled, jnp.where(inside, position, num_rows), sizes))
 
 
 def capacity_rows(groups: jax.Array, num_groups: int, capacity: int) -> Rows:
@@ -64,7 +66,12 @@ def capacity_rows(groups: jax.Array, num_groups: int, capacity: int) -> Rows:
     place = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (num_groups, capacity))
     filled = (place < sizes[:, None]).reshape(-1)
     source = jnp.minimum(starts[:, None] + place, groups.size - 1).reshape(-1)
-    return Rows(order[source], filled, row, jnp.minimum(sizes, capacity))
+    return _kept(Rows(order[source], filled, row, jnp.minimum(sizes, capacity)))
+
+
+def _kept(rows: Rows) -> Rows:
+    """Stored in recomputation: a few bytes a choice, against sorting them all again."""
+    return jax.tree.map(keep, rows)
 
 
 def slice_groups(rows: Rows, first: jax.Array, num_groups: int, capacity: int) -> Rows:
@@ -113,25 +120,33 @@ def weights_to_rows(weights: jax.Array, rows: Rows) -> jax.Array:
 
 
 def _gather_rows(x, rows):
-    return x[rows.choice_of_row // rows.row_of_choice.shape[1]]
+    # XLA computes the index again for every entry of a row: a plain division, no look at its sign.
+    token = jax.lax.div(rows.choice_of_row, np.int32(rows.row_of_choice.shape[1]))
+    return _take(x, token)
+
+
+def _take(x, index):
+    """x[index] for an index in 0 ... len(x) - 1, which is not checked."""
+    return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _sum_choices(x, rows):
     total = 0.0
     for j in range(rows.row_of_choice.shape[1]):
         row = rows.row_of_choice[:, j]
-        taken = x[jnp.minimum(row, x.shape[0] - 1)].astype(jnp.promote_types(x.dtype, jnp.float32))
+        taken = _take(x, jnp.minimum(row, x.shape[0] - 1))
+        taken = taken.astype(jnp.promote_types(x.dtype, jnp.float32))
         total += jnp.where(row[:, None] < x.shape[0], taken, 0.0)
     return total.astype(x.dtype)
 
 
 def _gather_weights(weights, rows):
-    return jnp.where(rows.filled, weights.reshape(-1)[rows.choice_of_row], 0.0)
+    return jnp.where(rows.filled, _take(weights.reshape(-1), rows.choice_of_row), 0.0)
 
 
 def _weights_of_choices(rows_weights, rows):
     row, num_rows = rows.row_of_choice, rows_weights.shape[0]
-    return jnp.where(row < num_rows, rows_weights[jnp.minimum(row, num_rows - 1)], 0.0)
+    return jnp.where(row < num_rows, _take(rows_weights, jnp.minimum(row, num_rows - 1)), 0.0)
 
 
 def _linear_in_x(function, transpose):

@@ -349,8 +349,9 @@ def executed_primitives(jaxpr, times=1):
 def gradient_program(policy, mesh=None, **fields):
     """Jaxpr of the gradient of five dense blocks with one head of 128, in groups of two and a remainder."""
     config = model_config(
-        policy, connection="mhc", num_blocks=5, recompute_block="4", width=256, dtype="bfloat16",
-        implementation="xla", **fields,
+        policy,
+        **{"connection": "mhc", "num_blocks": 5, "recompute_block": "4", "width": 256,
+           "dtype": "bfloat16", "implementation": "xla"} | fields,
     )  # fmt: skip
     params, state = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
     batch = {key: jax.ShapeDtypeStruct((2, 128), jnp.int32) for key in ("inputs", "targets")}
@@ -389,6 +390,16 @@ def test_fused_attention_of_gpus_runs_once(cudnn, monkeypatch, fields, unpadded)
     assert [runs[policy][kernel] for policy in runs] == [5, 5, 10]
     if fields:
         assert bool(runs["none"]["pad"]) == (not unpadded)
+
+
+def test_tokens_are_sorted_once():
+    runs = {
+        policy: executed_primitives(gradient_program(policy, **EXPERTS))
+        for policy in ("none", "mhc", "full")
+    }
+    once = runs["none"]["sort"]
+    assert [runs[policy]["sort"] for policy in runs] == [once, once, 2 * once]
+    assert once >= 5
 
 
 def test_another_private_function_of_jax_is_not_called(cudnn, monkeypatch):
