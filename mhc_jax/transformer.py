@@ -18,12 +18,12 @@ from mhc_jax.connections import (
     Residual,
     expand,
 )
-from mhc_jax.layers import RMSNorm, SwiGLU, linear
+from mhc_jax.layers import RMSNorm, SwiGLU, linear, look_up
 from mhc_jax.losses import unembed
 from mhc_jax.manifolds import MANIFOLDS, Birkhoff
 from mhc_jax.moe import MoE, MoEAux
 from mhc_jax.readout import Readout
-from mhc_jax.sharding import gathered, split_by_token
+from mhc_jax.sharding import split_by_token
 
 
 def make_connection(config: ModelConfig, sublayer_index: int | jax.Array) -> Connection:
@@ -302,8 +302,8 @@ class Transformer(nnx.Module):
         return unembed(x, self.unembedding), new_leading, stacked
 
     def _embed(self, tokens):
-        table = self.embedding.embedding[...].astype(self.config.activation_dtype)
-        return split_by_token(jnp.take(gathered("embedding/embedding", table), tokens, axis=0))
+        table = self.embedding.embedding[...]
+        return split_by_token(look_up(table, tokens, self.config.activation_dtype))
 
     def _run_groups(self, streams):
         """As `_run_blocks`, in recompute blocks: see `mhc_jax.remat`."""

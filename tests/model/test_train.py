@@ -397,6 +397,19 @@ def test_bad_runs_stop_before_the_workdir_is_made(tmp_path, overrides, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_gradient_of_the_embedding_is_summed_in_float32():
+    config = tiny("residual", **{"model.dtype": "bfloat16"}).model
+    params = init_params(config, jax.random.key(0))
+
+    def embedded(table):
+        model = nnx.merge(model_graph(config), params | {"embedding": {"embedding": table}})
+        return model._embed(jnp.zeros((2, 1500), jnp.int32)).sum(dtype=jnp.float32)
+
+    gradient = jax.grad(embedded)(params["embedding"]["embedding"])
+    np.testing.assert_array_equal(gradient[0], 3000.0)
+    assert not gradient[1:].any()
+
+
 def test_state_is_a_pytree_of_arrays():
     state = fresh(tiny("residual"))
     assert isinstance(state, TrainState)
