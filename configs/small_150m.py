@@ -3,6 +3,7 @@
 Command:  python -m mhc_jax.main --config=configs/small_150m.py --workdir=runs/small_150m
           arms: configs/small_150m.py:residual, configs/small_150m.py:hc (mhc without a suffix)
 Time:     not measured yet
+Speed:    not measured yet (python -m experiments.model_speed)
 Result:   none recorded yet
 """
 
@@ -17,7 +18,7 @@ def get_config(connection: str = "mhc"):
     config.optimizer.warmup_steps = 1000
 
     model = config.model
-    model.num_blocks = 11
+    model.num_blocks = 11  # written out as in small_30m.py: scan_blocks = False
     model.width = 1024
     model.num_heads = 16
     model.kv_rank = 512

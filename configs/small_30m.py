@@ -5,6 +5,7 @@ Command:  python -m mhc_jax.main --config=configs/small_30m.py --workdir=runs/sm
 Data:     the standard library's bytes by default (8 million, passed many times): give a larger text with
           --config.data.source=text --config.data.path=<glob> for a comparison of losses.
 Time:     sized for one GPU with 24 GiB; not measured yet
+Speed:    not measured yet (python -m experiments.model_speed)
 Result:   none recorded yet
 """
 
@@ -30,6 +31,7 @@ def get_config(connection: str = "mhc"):
     model.expert_width = 256  # multiples of 128: the grouped matmul of Hopper GPUs
     model.init_std = 0.02
     model.remat = "none"  # fits one GPU as it is
+    model.scan_blocks = False  # few blocks compile fast; no copies into stacked arrays
     model.loss_chunks = 1
 
     optimizer = config.optimizer

@@ -7,7 +7,8 @@ Result:   tokens/s, milliseconds a step, memory and MFU of each config; with --p
 The whole train step, optimizer included, on fresh random tokens, dispatched as `mhc_jax.train` does: a step
 is waited for while the next one runs. MFU counts 6 FLOPs a token and active parameter (input embedding
 excluded) against the peak of dense bfloat16 products, "with attention" also the causal half of its products.
-What is computed again (remat) counts once.
+What is computed again (remat) counts once. `scan` and `out` after a model's name: its blocks are looped over
+or written out.
 
 Memory of the 3B model (residual, remat=mhc, 8 x 4096 tokens), compiled for a TPU v5p: 33 GiB of parameters
 and Adam's moments, 52 GiB of temporaries, of which 11 are gradients. That is about 5 GiB for each further
@@ -64,6 +65,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--recompute_block", help="L_r (default: the config's)")
     parser.add_argument("--loss_chunks", type=int, help="(default: the config's)")
+    parser.add_argument(
+        "--scan_blocks",
+        action=argparse.BooleanOptionalAction,
+        help="one block compiled and looped over, or all written out (the config's; written out where its "
+        f"own batch is that of a pod and {PAPER_BATCH} sequences are taken instead)",
+    )
     parser.add_argument("--num_steps", type=int, default=10, help="timed a round (%(default)s)")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     parser.add_argument("--hlo", type=pathlib.Path, help="folder for the compiled programs' text")
@@ -90,15 +97,19 @@ class Arm:
 
     def __init__(self, written: str, options, batch_size: int | None, remat: str | None):
         values = load_config(written)
-        if batch_size or values.batch_size > 64:
-            values.batch_size = batch_size or PAPER_BATCH
+        if values.batch_size > 64:  # of a pod, where compiling all blocks takes long
+            values.batch_size, values.model.scan_blocks = PAPER_BATCH, False
+        values.batch_size = batch_size or values.batch_size
+        if options.scan_blocks is not None:
+            values.model.scan_blocks = options.scan_blocks
         values.model.remat = remat or values.model.remat
         values.model.loss_chunks = options.loss_chunks or values.model.loss_chunks
         values.model.recompute_block = options.recompute_block or values.model.recompute_block
         self.config: Config = from_dict(values)
         model = self.config.model
         name = pathlib.Path(written.partition(":")[0]).stem
-        self.name = f"{name}:{model.connection} b{self.config.batch_size} {model.remat}"
+        loop = "scan" if model.scan_blocks else "out"
+        self.name = f"{name}:{model.connection} b{self.config.batch_size} {model.remat} {loop}"
         self.tokens = self.config.batch_size * self.config.data.sequence_length
         self.ms: list[float] = []
         self.result = {
@@ -108,6 +119,7 @@ class Arm:
             "remat": model.remat,
             "recompute_block": 2 * model.blocks_per_group,
             "loss_chunks": model.loss_chunks,
+            "scan_blocks": model.scan_blocks,
             "tflop_of_parameters": parameter_flops(model) * self.tokens / 1e12,
             "tflop_of_attention": attention_flops(model, self.config.data.sequence_length)
             * self.tokens
@@ -206,7 +218,7 @@ class Arm:
 
 def table(results: list[dict]) -> str:
     lines = [
-        f"{'model':36}{'ms a step (rounds)':>22}{'tokens/s':>10}{'MFU':>8}{'with attention':>16}"
+        f"{'model':40}{'ms a step (rounds)':>22}{'tokens/s':>10}{'MFU':>8}{'with attention':>16}"
         f"{'TFLOP':>8}{'+ att.':>8}{'GiB':>8}"
     ]
     for row in results:
@@ -216,7 +228,7 @@ def table(results: list[dict]) -> str:
             for share, width in ((row["mfu"], 8), (row["mfu_with_attention"], 16))
         )
         lines.append(
-            f"{row['arm']:36}{ms:>22}{row['tokens_per_second']:>10}{''.join(shares)}"
+            f"{row['arm']:40}{ms:>22}{row['tokens_per_second']:>10}{''.join(shares)}"
             f"{row['tflop_of_parameters']:>8.1f}{row['tflop_of_attention']:>8.1f}"
             f"{row['needed_GiB']:>8.1f}"
         )

@@ -78,10 +78,10 @@ def test_a_run_at_toy_size(tmp_path, capsys):
     config.write_text(TINY)
     model_speed.main(
         ["--config", f"{config}:residual", "--batch_size", "2", "--num_steps", "2", "--profile"]
-        + ["--output", str(output)]
+        + ["--scan_blocks", "--output", str(output)]
     )
     printed = capsys.readouterr().out
-    assert "tiny:residual b2 mhc" in printed
+    assert "tiny:residual b2 mhc scan" in printed
     assert "no MFU: the peak of 'cpu'" in printed
     assert "unembedding and loss" in printed
     result = json.loads(output.read_text())["arms"][0]
@@ -90,6 +90,15 @@ def test_a_run_at_toy_size(tmp_path, capsys):
         32e3 / (sum(result["ms"]) / 2), rel=0.01, abs=1
     )
     assert result["profile"]["groups_ms"]
+
+
+def test_blocks_are_written_out_unless_asked_otherwise():
+    for arguments, scans in (([], False), (["--scan_blocks"], True), (["--no-scan_blocks"], False)):
+        options = model_speed.parse_arguments(arguments)
+        for name in ("paper_3b", "small_30m"):
+            arm = model_speed.Arm(f"configs/{name}.py", options, 4, None)
+            assert arm.config.model.scan_blocks == arm.result["scan_blocks"] == scans
+            assert arm.name.split()[-1] == ("scan" if scans else "out")
 
 
 @pytest.mark.parametrize(
