@@ -11,6 +11,7 @@ from flax import nnx
 from mhc_jax.config import ModelConfig
 from mhc_jax.fused_attention import causal_attention
 from mhc_jax.layers import RMSNorm, linear, rope
+from mhc_jax.remat import keep
 
 
 def make_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -93,8 +94,8 @@ class LatentAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         q, q_rotated = self._queries(x, 0)
         c, k_rotated = self._latent(x, 0)
-        kv = self.kv_up(c).reshape(*x.shape[:2], self.num_heads, -1)
-        k, v = jnp.split(kv, 2, axis=-1)
+        # Two products: cutting k and v out of one would copy both, forward and backward.
+        k, v = (keep(jnp.einsum("bsc,chd->bshd", c, up)) for up in self._kv_up(x.dtype))
         k_rotated = jnp.broadcast_to(k_rotated[:, :, None], q_rotated.shape)
         q, k = (jnp.concatenate(pair, axis=-1) for pair in ((q, q_rotated), (k, k_rotated)))
         return self.out(causal_attention(q, k, v).reshape(*x.shape[:2], -1))
@@ -109,6 +110,12 @@ class LatentAttention(nnx.Module):
         compressed, rotated = jnp.split(self.kv_down(x), (self.kv_up.in_features,), axis=-1)
         rotated = rope(rotated[:, :, None], theta=self.rope_theta, offset=position)[:, :, 0]
         return LatentCache(self.kv_norm(compressed), rotated)
+
+    def _kv_up(self, dtype):
+        """kv_up's columns for keys and for values, each `[kv_rank, H, D]`."""
+        kernel = self.kv_up.kernel[...].astype(dtype)
+        kernel = kernel.reshape(kernel.shape[0], self.num_heads, 2, self.head_dim)
+        return [part[:, :, 0] for part in jnp.split(kernel, 2, axis=2)]
 
     def init_cache(self, batch_size: int, length: int) -> LatentCache:
         widths = self.kv_up.in_features, self.rope_dim
@@ -125,15 +132,14 @@ class LatentAttention(nnx.Module):
         cache = LatentCache(
             *(_write(old, rows, position) for old, rows in zip(cache, self._latent(x, position)))
         )
-        kv_up = self.kv_up.kernel[...].astype(x.dtype)
-        kv_up = kv_up.reshape(kv_up.shape[0], self.num_heads, 2, self.head_dim)
+        k_up, v_up = self._kv_up(x.dtype)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         scores = product(
-            "bshc,btc->bhst", jnp.einsum("bshd,chd->bshc", q, kv_up[:, :, 0]), cache.compressed
+            "bshc,btc->bhst", jnp.einsum("bshd,chd->bshc", q, k_up), cache.compressed
         ) + product("bshr,btr->bhst", q_rotated, cache.rotated)
         weights = _causal_softmax(scores / math.sqrt(self.head_dim + self.rope_dim), position)
         mixed = jnp.einsum("bhst,btc->bshc", weights.astype(x.dtype), cache.compressed)
-        mixed = jnp.einsum("bshc,chd->bshd", mixed, kv_up[:, :, 1])
+        mixed = jnp.einsum("bshc,chd->bshd", mixed, v_up)
         return self.out(mixed.reshape(*x.shape[:2], -1)), cache
 
 
