@@ -22,8 +22,9 @@ from kernels_pallas import sharding
 from mhc_jax.remat import KEEP_NAME
 
 # On Hopper GPUs cuDNN takes values narrower than keys as they are, but only a function that JAX keeps to
-# itself asks it to (`unpadded_cudnn`). False: values are padded with zeros for the public function.
-UNPADDED_VALUES = False
+# itself asks it to (`unpadded_cudnn`): 3.0 ms forward and backward instead of 4.4 (H200, 4 x 4096 tokens, 16
+# heads of 192 and 128). False: values are padded with zeros for the public function.
+UNPADDED_VALUES = True
 
 # Queries and keys of a tile of the TPU kernel: larger ones reuse a tile more often, and 512 with heads of 192
 # still fits VMEM in the backward pass.

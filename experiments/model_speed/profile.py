@@ -98,7 +98,9 @@ def rows(events: Iterable[Event], op_names: dict[str, str], steps: int) -> list[
     by_kernel = {re.sub(r"[.\-]", "_", name): name for name in op_names}
     total = collections.defaultdict(lambda: [0, 0.0])
     for event in events:
-        instruction = event.instruction or by_kernel.get(event.kernel, "")
+        # Inside of a CUDA graph the profiler names the graph: not in the program, but its kernels may be.
+        known = event.instruction in op_names
+        instruction = event.instruction if known else by_kernel.get(event.kernel, event.instruction)
         entry = total[event.kernel, op_names.get(instruction, ""), instruction]
         entry[0] += 1
         entry[1] += event.end - event.start

@@ -61,7 +61,8 @@ def test_times_of_events_are_summed():
     }
     events = [
         profile.Event("nvjet", "gemm.2", 0, 3000),
-        profile.Event("fusion_1", "", 1000, 4000),  # known by its name alone, and beside the other
+        # Inside of a CUDA graph: known by its name alone; and beside the other.
+        profile.Event("fusion_1", "command_buffer.3", 1000, 4000),
         profile.Event("nvjet", "gemm.2", 6000, 7000),
     ]
     assert profile.busy_ms(events) == 5
