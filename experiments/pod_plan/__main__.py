@@ -5,9 +5,10 @@ Command:  python -m experiments.pod_plan --config=configs/paper_27b.py --topolog
 Result:   HBM per chip, FLOPs, bytes and collectives of one step, the same without mHC, `fits: yes` or `no`.
 
 The whole train step, optimizer included, goes through libtpu's compiler with the shapes of the slice;
-nothing is allocated and no TPU is needed. Memory is what the compiler assigned. Times are ESTIMATES: each
-instruction takes the longer of its FLOPs and its bytes at the chip's peak, transfers that the schedule does
-not put in the background take their bytes over one axis of the torus, nothing else is counted.
+nothing is allocated and no TPU is needed. Memory is what the compiler assigned. Flags of the compiler come
+from LIBTPU_INIT_ARGS, as on the slice itself. Times are ESTIMATES: each instruction takes the longer of its
+FLOPs and its bytes at the chip's peak; transfers take their bytes over one axis of the torus, those in the
+background only what exceeds the products of the same loop body; nothing else is counted.
 """
 
 import os
@@ -240,8 +241,14 @@ def main(argv):
     plan = compile_step(config, devices, chip)
     print(f"{config.model.connection}, compiled in {plan.compile_seconds:.0f} s")
     show(plan, chip)
-    result = {"topology": topology, "mesh": sizes, "jax": jax.__version__,
-              config.model.connection: summary(plan)}  # fmt: skip
+    result = {
+        "topology": topology,
+        "mesh": sizes,
+        "config": [argument for argument in sys.argv if argument.startswith("--config")],
+        "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
+        "jax": jax.__version__,
+        config.model.connection: summary(plan),
+    }
     if _BASELINE.value and config.model.connection != "residual" and plan.costs:
         model = dataclasses.replace(config.model, connection="residual")
         baseline = compile_step(dataclasses.replace(config, model=model), devices, chip)

@@ -10,7 +10,9 @@ import sys
 import pytest
 
 from experiments.pod_plan.chips import CHIPS, chip_of, pick_mesh
-from experiments.pod_plan.hlo import Program, attention_flops, convolution_flops, parse
+from experiments.pod_plan.flops import attention_flops, convolution_flops
+from experiments.pod_plan.hlo import Program
+from experiments.pod_plan.text import parse
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -87,8 +89,58 @@ def test_counts_of_a_small_program():
         "all-reduce": (1, 4 * whole, 4 * whole),
         "reduce-scatter": (1, 4 * whole, 0),
     }
-    assert costs.seconds_waiting == pytest.approx((5 * 2 * whole + 4 * whole) / 1e6)
+    # Nothing is computed beside the loop, so that the background hides nothing there.
+    assert costs.seconds_background == pytest.approx(2 * 4 * whole / 1e6)
+    assert costs.seconds_waiting == pytest.approx((5 * 2 * whole + 4 * whole + 2 * 4 * whole) / 1e6)
     assert costs.unknown_loops == 0
+
+
+# One gather in the background: begun, carried on by two products, ended. Only the products' own arrays are
+# read and written by them.
+BACKGROUND = """
+%start (s: bf16[64,128]) -> bf16[256,128] {
+  %s = bf16[64,128] parameter(0)
+  %all-gather.1 = bf16[256,128] all-gather(%s), channel_id=7, dimensions={0}
+  ROOT %begin = (bf16[64,128], bf16[256,128]) custom-call(%s, %all-gather.1), custom_call_target="x"
+}
+
+%async_collective_fusion (s.1: bf16[64,128], b.1: bf16[256,128], x.1: bf16[512,512]) -> bf16[512,512] {
+  %s.1 = bf16[64,128] parameter(0)
+  %b.1 = bf16[256,128] parameter(1)
+  %x.1 = bf16[512,512] parameter(2)
+  %y.1 = bf16[512,512] dot(%x.1, %x.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %all-gather.2 = bf16[256,128] all-gather(%s.1), channel_id=7, dimensions={0}
+  ROOT %t.1 = (bf16[512,512], bf16[64,128], bf16[256,128]) tuple(%y.1, %s.1, %all-gather.2)
+}
+
+ENTRY %main (p: bf16[64,128], x: bf16[512,512]) -> bf16[256,128] {
+  %p = bf16[64,128] parameter(0)
+  %x = bf16[512,512] parameter(1)
+  %async-collective-start = (bf16[64,128], bf16[256,128]) fusion(%p), kind=kCustom, calls=%start
+  %s.0 = bf16[64,128] get-tuple-element(%async-collective-start), index=0
+  %b.0 = bf16[256,128] get-tuple-element(%async-collective-start), index=1
+  %f.1 = (bf16[512,512], bf16[64,128], bf16[256,128]) fusion(%s.0, %b.0, %x), calls=%async_collective_fusion
+  %b.2 = bf16[256,128] get-tuple-element(%f.1), index=2
+  %f.2 = (bf16[512,512], bf16[64,128], bf16[256,128]) fusion(%s.0, %b.2, %x), calls=%async_collective_fusion
+  %b.3 = bf16[256,128] get-tuple-element(%f.2), index=2
+  ROOT %async-collective-done = bf16[256,128] fusion(%s.0, %b.3), kind=kCustom, calls=%start
+}
+"""
+
+
+@pytest.mark.parametrize("link", [1e9, 1e4])
+def test_a_transfer_carried_on_by_several_products_counts_once(link):
+    peaks = {"flops_per_second": 1e9, "bytes_per_second": 1e9, "link_bytes_per_second": link}
+    costs = Program(BACKGROUND, **peaks).costs()
+    assert costs.flops == 2 * 2 * 512**3
+    whole = 2 * 256 * 128
+    gather = costs.collectives["all-gather"]
+    assert (gather.count, gather.bytes, gather.async_bytes) == (1, whole, whole)
+    assert costs.bytes == 2 * (2 * 2 * 512 * 512) + whole / 4 + whole
+    assert costs.seconds_compute == pytest.approx(costs.flops / 1e9)
+    # What the products of the same computation do not cover is waited for.
+    hidden = min(whole / link, costs.seconds_compute)
+    assert costs.seconds_waiting == pytest.approx(whole / link - hidden)
 
 
 def test_a_loop_without_a_limit_is_reported():
