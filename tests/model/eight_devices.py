@@ -19,6 +19,7 @@ from mhc_jax.train_step import (
     jit_train_step,
     loss_fn,
 )
+from test_remat import executed_primitives
 
 DENSE = {
     "batch_size": 8, "data.sequence_length": 8, "model.vocab_size": 64, "model.num_blocks": 2,
@@ -30,11 +31,13 @@ MOE = DENSE | {
     "model.num_experts": 8, "model.experts_per_token": 2, "model.shared_experts": 1,
     "model.expert_width": 16, "model.leading_dense_blocks": 1, "model.moe_dispatch": "dropless",
 }  # fmt: skip
+# The one device stores everything and has all logits at once, whatever the mesh does.
+REMAT = {"model.remat": "mhc", "model.recompute_block": "2"}
 CASES = (
     (DENSE, ({"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"sequence": 8},
-             {"data": 2, "fsdp": 2, "tensor": 2, "model.loss_chunks": 4})),
+             {"data": 2, "fsdp": 2, "tensor": 2, "model.loss_chunks": 4} | REMAT)),
     (MOE, ({"expert": 8}, {"data": 2, "expert": 2, "tensor": 2},
-           {"fsdp": 2, "expert": 2, "sequence": 2, "model.loss_chunks": 2})),
+           {"fsdp": 2, "expert": 2, "sequence": 2, "model.loss_chunks": 2} | REMAT)),
 )  # fmt: skip
 
 
@@ -125,7 +128,24 @@ def check_step(config):
     assert all(value.is_fully_replicated for value in metrics.values())
 
 
+def check_exchange():
+    """With experts over devices, `mhc` gathers the tokens of each block once more, their choices not."""
+    for policy, gathers in (("none", 16), ("mhc", 20), ("full", 28)):
+        # Four blocks with experts: x, choices, weights, and the cotangent of the sum that was scattered.
+        config = make_config(
+            MOE | {"model.num_blocks": 5, "model.remat": policy, "model.recompute_block": "2"},
+            {"expert": 8},
+        )
+        state = abstract_state(config)
+        function = jax.grad(functools.partial(loss_fn, config=config.model), has_aux=True)
+        step = sharding.on_mesh(function, sharding.make_mesh(config.mesh))
+        program = jax.make_jaxpr(step)(state.params, state.model_state, abstract_batch(config))
+        found = executed_primitives(program.jaxpr)["all_gather"]
+        assert found == gathers, f"{policy}: {found} gathers, not {gathers}"
+
+
 if __name__ == "__main__":
+    check_exchange()
     for overrides, meshes in CASES:
         config = make_config(overrides, {})
         state = jax.device_get(randomized(jax.jit(functools.partial(init_state, config))()))
