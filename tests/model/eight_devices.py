@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from test_remat import executed_primitives
 
 from configs import default
 from mhc_jax import sharding
@@ -19,7 +20,6 @@ from mhc_jax.train_step import (
     jit_train_step,
     loss_fn,
 )
-from test_remat import executed_primitives
 
 DENSE = {
     "batch_size": 8, "data.sequence_length": 8, "model.vocab_size": 64, "model.num_blocks": 2,
