@@ -60,7 +60,8 @@ class Plan:
     Attributes:
       arguments: state and batch. The new state takes the place of the old one.
       temporaries: the most that lives beside them.
-      peak: arguments, results that have no argument's place, temporaries and the program.
+      peak: the most that lives at once, and the program. The compiler refuses what exceeds the chip by it;
+        its `temp_size` also counts temporaries that never live together.
       costs: None if the compiler gave up for want of memory.
       message: of the compiler, if so.
       compile_seconds: lowering and compiling.
@@ -149,6 +150,7 @@ def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
         )
     memory = compiled.memory_analysis()
     new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporaries = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - new_results
     text = compiled.as_text()
     if _HLO.value:
         folder = pathlib.Path(_HLO.value)
@@ -162,12 +164,11 @@ def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
     )
     return Plan(
         arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        peak=memory.argument_size_in_bytes + new_results + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
+        temporaries=temporaries,
+        peak=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
         costs=program.costs(),
         compile_seconds=time.perf_counter() - start,
-    )  # fmt: skip
+    )
 
 
 def summary(plan: Plan) -> dict:
