@@ -128,24 +128,28 @@ def check_step(config):
     assert all(value.is_fully_replicated for value in metrics.values())
 
 
-def check_exchange():
-    """With experts over devices, `mhc` gathers the tokens of each block once more, their choices not."""
-    for policy, gathers in (("none", 16), ("mhc", 20), ("full", 28)):
-        # Four blocks with experts: x, choices, weights, and the cotangent of the sum that was scattered.
-        config = make_config(
-            MOE | {"model.num_blocks": 5, "model.remat": policy, "model.recompute_block": "2"},
-            {"expert": 8},
-        )
-        state = abstract_state(config)
-        function = jax.grad(functools.partial(loss_fn, config=config.model), has_aux=True)
-        step = sharding.on_mesh(function, sharding.make_mesh(config.mesh))
-        program = jax.make_jaxpr(step)(state.params, state.model_state, abstract_batch(config))
-        found = executed_primitives(program.jaxpr)["all_gather"]
-        assert found == gathers, f"{policy}: {found} gathers, not {gathers}"
+def transfers(policy, mesh):
+    """Primitives of the gradient's program; four blocks with experts."""
+    remat = {"model.num_blocks": 5, "model.remat": policy, "model.recompute_block": "2"}
+    config = make_config(MOE | remat, mesh)
+    state = abstract_state(config)
+    function = jax.grad(functools.partial(loss_fn, config=config.model), has_aux=True)
+    step = sharding.on_mesh(function, sharding.make_mesh(config.mesh))
+    program = jax.make_jaxpr(step)(state.params, state.model_state, abstract_batch(config))
+    return executed_primitives(program.jaxpr)
+
+
+def check_transfers():
+    # Of a block: x, choices, weights, and the cotangent of the sum that was scattered. `mhc` gathers x once
+    # more, `full` all three.
+    gathers = {p: transfers(p, {"expert": 8})["all_gather"] for p in ("none", "mhc", "full")}
+    assert gathers == {"none": 16, "mhc": 20, "full": 28}, gathers
+    # The gradients of a block's three matrices of experts are scattered as they are stored.
+    assert transfers("mhc", {"fsdp": 8})["reduce_scatter"] == 12
 
 
 if __name__ == "__main__":
-    check_exchange()
+    check_transfers()
     for overrides, meshes in CASES:
         config = make_config(overrides, {})
         state = jax.device_get(randomized(jax.jit(functools.partial(init_state, config))()))
