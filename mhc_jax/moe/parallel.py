@@ -4,8 +4,8 @@ Under `kernels_pallas.sharding.token_sharding` each device sorts and multiplies 
 Experts are split over the mesh axis `expert`, their hidden entries over `tensor`; other axes (data, fsdp,
 sequence) split tokens only. Matrices come in split over `fsdp`, as they are stored, and are gathered inside:
 the transpose of that gather is a reduce-scatter, so that a device only ever sums its share of the gradient.
-Gathered outside, whole gradients would be all-reduced, 16 times the bytes for 27B on 32 x 8 devices. An axis
-that the mesh does not have counts as one of size 1.
+Gathered outside, whole gradients would be all-reduced, which moves nearly twice the bytes. An axis that the
+mesh does not have counts as one of size 1.
 """
 
 import math
