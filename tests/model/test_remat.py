@@ -441,3 +441,12 @@ for policy in ("none", "mhc", "full"):
         timeout=600,
     )
     assert done.stdout.split() == ["[5]", "[5]", "[10]"], done.stderr[-3000:]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed (pip install 'jax[tpu]')",
+)
+def test_offload_compiles_for_tpus_with_block_inputs_on_the_host(run_python):
+    printed = run_python(pathlib.Path(__file__).with_name("tpu_offload.py"), tpu_compiler=True)
+    assert printed.split()[-1] == "2.0", "two blocks, each with streams at its beginning"
