@@ -27,13 +27,14 @@ import pathlib
 import re
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from experiments.pod_plan.chips import Chip, chip_of, pick_mesh
+from experiments.pod_plan.chips import Chip, chip_of, more_shares, pick_mesh
 from experiments.pod_plan.hlo import Costs, Program
 from mhc_jax import sharding
 from mhc_jax.config import Config, MeshConfig, from_dict
@@ -44,7 +45,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the slice, 
 _MESH = flags.DEFINE_string(
     "mesh",
     None,
-    "Sizes of axes, such as fsdp=64,expert=8; others are 1. By default one that divides.",
+    "Sizes of axes, such as fsdp=64,expert=8; others are 1. By default the first that divides and fits.",
 )
 _BASELINE = flags.DEFINE_boolean(
     "baseline", True, "Compile the residual model too, for mHC's share: doubles the time."
@@ -93,13 +94,12 @@ def devices_of(topology: str) -> list[jax.Device]:
     return list(found.devices)
 
 
-def mesh_of(written: str | None, config: Config, num_devices: int) -> MeshConfig:
-    """`--mesh`, or one that divides batch, experts and devices.
+def meshes_of(written: str | None, config: Config, num_devices: int) -> Iterator[MeshConfig]:
+    """`--mesh`, or those that divide batch, experts and devices, each needing less memory than the last.
 
     Raises:
       ValueError: an axis that does not exist, a size that is no number, or sizes that do not multiply out.
     """
-    sizes = dict.fromkeys(sharding.AXES, 1)
     if written is None:
         model = config.model
         ffn = (
@@ -108,24 +108,27 @@ def mesh_of(written: str | None, config: Config, num_devices: int) -> MeshConfig
             else (model.ffn_width,)
         )
         latent = (model.kv_rank,) if model.attention == "mla" else ()
-        sizes = pick_mesh(
+        rows = math.gcd(model.width, model.vocab_size, *ffn, *latent)
+        picked = pick_mesh(
             num_devices,
             batch_parts=config.batch_size // config.optimizer.accumulate_steps,
             num_experts=model.num_experts if model.moe_dispatch == "capacity" else 0,
-            rows=math.gcd(model.width, model.vocab_size, *ffn, *latent),
+            rows=rows,
             sequence_length=config.data.sequence_length,
             num_heads=model.num_heads,
         )
-    else:
-        for item in written.split(","):
-            axis, _, size = item.partition("=")
-            if axis not in sizes or not re.fullmatch(r"-1|\d+", size):
-                raise ValueError(
-                    f"--mesh={written}: {item!r} is not AXIS=SIZE with AXIS one of "
-                    f"{', '.join(sharding.AXES)}"
-                )
-            sizes[axis] = int(size)
-    return MeshConfig(**sharding.mesh_sizes(MeshConfig(**sizes), num_devices))
+        yield from (MeshConfig(**sizes) for sizes in more_shares(picked, rows))
+        return
+    sizes = dict.fromkeys(sharding.AXES, 1)
+    for item in written.split(","):
+        axis, _, size = item.partition("=")
+        if axis not in sizes or not re.fullmatch(r"-1|\d+", size):
+            raise ValueError(
+                f"--mesh={written}: {item!r} is not AXIS=SIZE with AXIS one of "
+                f"{', '.join(sharding.AXES)}"
+            )
+        sizes[axis] = int(size)
+    yield MeshConfig(**sharding.mesh_sizes(MeshConfig(**sizes), num_devices))
 
 
 def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
@@ -231,17 +234,21 @@ def main(argv):
     try:
         config, chip = from_dict(_CONFIG.value), chip_of(topology)
         devices = devices_of(topology)
-        config = dataclasses.replace(config, mesh=mesh_of(_MESH.value, config, len(devices)))
-        sizes = dataclasses.asdict(config.mesh)
-        sharding.check_divisible(config, sizes)
+        meshes = list(meshes_of(_MESH.value, config, len(devices)))
+        for mesh in meshes:
+            sharding.check_divisible(config, dataclasses.asdict(mesh))
     except (ValueError, TypeError) as error:
         sys.exit(f"bad plan: {error}")
-    written = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
-    print(f"{topology}  {len(devices)} chips, --mesh={written}", flush=True)
 
-    plan = compile_step(config, devices, chip)
-    print(f"{config.model.connection}, compiled in {plan.compile_seconds:.0f} s")
-    show(plan, chip)
+    for mesh in meshes:
+        config, sizes = dataclasses.replace(config, mesh=mesh), dataclasses.asdict(mesh)
+        written = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+        print(f"{topology}  {len(devices)} chips, --mesh={written}", flush=True)
+        plan = compile_step(config, devices, chip)
+        print(f"{config.model.connection}, compiled in {plan.compile_seconds:.0f} s")
+        show(plan, chip)
+        if plan.costs:
+            break
     result = {
         "topology": topology,
         "mesh": sizes,

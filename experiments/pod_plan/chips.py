@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,3 +93,18 @@ def pick_mesh(
         "tensor": tensor,
         "sequence": sequence,
     }
+
+
+def more_shares(mesh: dict[str, int], rows: int) -> Iterator[dict[str, int]]:
+    """A mesh, then those that split parameters over ever more of the devices that hold copies.
+
+    Each needs less memory than the one before, but shares of fewer rows, in the end no whole tiles.
+
+    Args:
+      mesh: size of each axis.
+      rows: a common divisor of the rows of all matrices.
+    """
+    yield mesh
+    while mesh["data"] % 2 == 0 and rows % (2 * mesh["fsdp"] * mesh["tensor"]) == 0:
+        mesh = mesh | {"data": mesh["data"] // 2, "fsdp": 2 * mesh["fsdp"]}
+        yield mesh

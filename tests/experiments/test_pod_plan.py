@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from experiments.pod_plan.chips import CHIPS, chip_of, pick_mesh
+from experiments.pod_plan.chips import CHIPS, chip_of, more_shares, pick_mesh
 from experiments.pod_plan.flops import attention_flops, convolution_flops
 from experiments.pod_plan.hlo import Program
 from experiments.pod_plan.text import parse
@@ -210,6 +210,15 @@ def test_picked_meshes_divide_everything(num_devices, batch, experts, capacity):
     assert 4096 % mesh["sequence"] == 0
     assert 24 % mesh["tensor"] == 0
     assert experts % mesh["expert"] == 0
+
+
+def test_meshes_with_more_shares():
+    first = {"data": 16, "fsdp": 4, "expert": 1, "tensor": 2, "sequence": 1}
+    found = list(more_shares(first, rows=48))
+    # 48 rows are split at most 16 ways.
+    assert [(mesh["data"], mesh["fsdp"]) for mesh in found] == [(16, 4), (8, 8)]
+    assert all(mesh | {"data": 16, "fsdp": 4} == first for mesh in found)
+    assert list(more_shares(first | {"data": 3}, rows=48)) == [first | {"data": 3}]
 
 
 def test_no_mesh_divides():
