@@ -51,13 +51,14 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One pallas_call: name in the dump, grid steps, trips of its inner loops in order, bytes it moves."""
+    """One pallas_call: name in the dump, grid steps, bytes it moves; the rest as in `bundles_of_step`."""
 
     op: str
     direction: str
     name: str
     steps: int
     trips: tuple[int, ...]
+    shares: tuple[float, ...]
     bytes: int
 
 
@@ -83,12 +84,13 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
     import jax.numpy as jnp
 
     from kernels_pallas.boundary import tpu as boundary
+    from kernels_pallas.boundary import tpu_blocks as blocks
     from kernels_pallas.mappings import tpu as mappings
     from kernels_pallas.post_res import tpu as post_res
     from kernels_pallas.pre import tpu as pre
     from kernels_pallas.projection import tpu as projection
     from kernels_pallas.sinkhorn import tpu as sinkhorn
-    from kernels_pallas.token_tiles import MIN_TOKENS
+    from kernels_pallas.token_tiles import MIN_TOKENS, sinkhorn_window
 
     T, C, m, f32 = num_tokens, width, n * n + 2 * n, jnp.float32
     S = jax.ShapeDtypeStruct
@@ -97,7 +99,7 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
     phi, bias, alpha = S((n * C, m), f32), S((m,), f32), S((3,), f32)
 
     def steps(block, *trips):
-        return -(-T // block), trips
+        return -(-T // block), trips, ()
 
     def rows(block):
         return steps(block, block // MIN_TOKENS)
@@ -123,28 +125,51 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
         ("post_res", "forward", post_res, (x, y, h, h_res), {}, block),
         ("post_res", "backward", post_res, (x, y, h, h_res, x), {}, block),
     ]
-    fused = {**coefficients, "norm_eps": 1e-20, "input_norm_eps": None}
-    parameters = phi, bias, alpha, None
+    # With the RMSNorm of the layer input, as the model calls them.
+    fused = {**coefficients, "norm_eps": 1e-20, "input_norm_eps": 1e-20}
+    parameters = phi, bias, alpha, S((C,), f32)
 
-    def boundary_steps(rows, *trips, backward=False):
-        block = boundary.block_tokens(n * C, n, dtype, rows, backward=backward)
+    def fused_steps(block, *parts):
+        """`parts`: the conditional regions, each how often a step runs it and the trips of its loops."""
+        often = {"step": 1, "window": block / sinkhorn_window(T), "first": 1 / steps(block)[0]}
+        shares = tuple(often[name] for name, *_ in parts)
         groups = block // MIN_TOKENS
-        return steps(block, *(groups if k is None else k for k in trips))
+        count = {"rows": groups, "input rows": groups // min(blocks.UNROLL, groups)}
+        trips = (count.get(k, k) for _, *loops in parts for k in loops)
+        return *steps(block, *trips)[:2], shares
 
+    def forward_steps(*parts, fused):
+        return fused_steps(blocks.forward_tokens(n * C, n, dtype, fused=fused), *parts)
+
+    def backward_steps(*parts, fused):
+        block = blocks.backward_tokens(n * C, n, dtype, num_iterations, fused=fused)
+        return fused_steps(block, ("first",), *parts)
+
+    update, cotangents = (x, y, h, h_res), (*parameters, h, s, r, y, h, h_res, x)
+    rows, input_rows = ("step", "rows"), ("step", "input rows")
+    step, window = ("step",), ("window",)
+    project, transpose = ("window", again), ("window", again, again)
     table += [
-        ("read", "forward", boundary, (x, *parameters), fused, boundary_steps(1.25, again, None)),
         (
-            *("read", "backward", boundary, (x, *parameters, h, s, r, y, h, h_res, x), fused),
-            boundary_steps(3.25, None, again, again, backward=True),
+            *("read", "forward", boundary, (x, *parameters), fused),
+            forward_steps(input_rows, project, fused=False),
         ),
         (
-            *("boundary", "forward", boundary, (x, y, h, h_res, *parameters), fused),
-            boundary_steps(2.5, None, again, None),
+            *("read", "backward", boundary, (x, *cotangents), fused),
+            backward_steps(transpose, input_rows, step, fused=False),
+        ),
+        (
+            *("boundary", "forward", boundary, (*update, *parameters), fused),
+            forward_steps(window, window, rows, input_rows, project, fused=True),
+        ),
+        (
+            *("boundary", "backward", boundary, (*update, x, *cotangents), fused),
+            backward_steps(window, transpose, input_rows, rows, window, fused=True),
         ),
     ]
-    for op, direction, module, args, static, (count, trips) in table:
+    for op, direction, module, args, static, schedule in table:
         name = f"read_{direction}" if op == "read" else direction
-        yield op, direction, getattr(module, name), args, static, count, trips
+        yield op, direction, getattr(module, name), args, static, schedule
 
 
 def compile_kernels(chip: Chip, num_tokens: int, width: int, dtype, only=None) -> list[Kernel]:
@@ -157,46 +182,78 @@ def compile_kernels(chip: Chip, num_tokens: int, width: int, dtype, only=None) -
     devices = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
     kernels = []
-    for op, direction, function, args, static, steps, trips in cases(num_tokens, width, dtype):
+    for op, direction, function, args, static, schedule in cases(num_tokens, width, dtype):
         if only and f"{op}.{direction}" not in only:
             continue
         f = functools.partial(function, **static)
         jax.jit(f, in_shardings=sharding, out_shardings=sharding).lower(*args).compile()
         traffic = _traffic(args, jax.eval_shape(f, *args))
         name = f"mhc_{op}_{direction}"
-        kernels.append(Kernel(op, direction, name, steps, trips, traffic))
+        steps, trips, shares = schedule
+        kernels.append(Kernel(op, direction, name, steps, trips, shares, traffic))
     return kernels
 
 
-_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?\s*:((?:\s*>)*)\s*\{")
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?\s*:((?:\s*>)*)\s*\{(.*)$")
+_JUMP = re.compile(r"sbr\.rel \(!?%\w+\) target = \$region(\d+)")
+_REGION = 64  # vector bundles that make a region one of ours: those of the pipeline's transfers are shorter
 
 
-def bundles_of_step(text: str, trips: tuple[int, ...]) -> int:
-    """VLIW bundles of one grid step (the loop of depth 1), inner loops in order times their trips.
+def _regions(bundles: list[tuple]) -> list[range]:
+    """Bundles that a condition can jump over, innermost and long ones, in order."""
+    found = []
+    for start, (_, _, text) in enumerate(bundles):
+        if jump := _JUMP.search(text):
+            here = re.compile(rf"empty region {jump.group(1)}\b")
+            ends = (k for k in range(start, len(bundles)) if here.search(bundles[k][2]))
+            end = next(ends, start)
+            if sum("%v" in text for *_, text in bundles[start:end]) >= _REGION:
+                found.append(range(start + 1, end))
+    return [r for r in found if not any(r.start < q.start < r.stop for q in found)]
+
+
+def bundles_of_step(text: str, trips: tuple[int, ...], shares: tuple[float, ...] = ()) -> int:
+    """VLIW bundles of a grid step (the loop of depth 1) on average.
+
+    Args:
+      text: final bundles of the compiler's dump.
+      trips: of the inner loops, in order.
+      shares: how often a step runs each of its conditional regions, in order; empty: always all of them.
 
     Raises:
-      RuntimeError: other loops than expected, so that the count would be wrong.
+      RuntimeError: other loops or regions than expected, so that the count would be wrong.
     """
-    outside, loops = 0, []
-    inside = False
-    for line in text.splitlines():
-        if not (match := _BUNDLE.match(line)):
-            continue
-        depth = match.group(2).count(">")
+    matches = filter(None, map(_BUNDLE.match, text.splitlines()))
+    bundles = [(m.group(1), m.group(2).count(">"), m.group(3)) for m in matches]
+    weights = [float(depth > 0) for _, depth, _ in bundles]
+    if shares:
+        regions = _regions(bundles)
+        if len(regions) != len(shares):
+            sizes = [len(r) for r in regions]
+            raise RuntimeError(f"{len(sizes)} regions of {sizes} bundles, expected {shares}")
+        for region, share in zip(regions, shares):
+            for k in region:
+                weights[k] *= share
+    loops, inside = [], False
+    for k, (kind, depth, text) in enumerate(bundles):
         if depth > 2:
-            raise RuntimeError(f"a loop of depth {depth}: {line[:80]}")
-        if depth == 2 and match.group(1) == "LB":
-            loops.append(0)
+            raise RuntimeError(f"a loop of depth {depth}: {text[:80]}")
+        if depth == 2 and kind == "LB":
+            loops.append([])
             inside = True
-        inside = inside and depth == 2
+        inside = (
+            inside and depth == 2
+        )  # the compiler marks bundles that it moved out of a loop, too
         if inside:
-            loops[-1] += 1
-        else:  # also bundles that the compiler moved out of a loop but still marks as its own
-            outside += depth > 0
+            loops[-1].append(k)
     trips = tuple(k for k in trips if k > 1)  # the compiler unrolls a single trip
     if len(loops) != len(trips):
-        raise RuntimeError(f"{len(loops)} inner loops of {loops} bundles, expected trips {trips}")
-    return outside + sum(k * bundles for k, bundles in zip(trips, loops))
+        sizes = [len(loop) for loop in loops]
+        raise RuntimeError(f"{len(sizes)} inner loops of {sizes} bundles, expected trips {trips}")
+    for count, loop in zip(trips, loops):
+        for k in loop:
+            weights[k] *= count
+    return round(sum(weights))
 
 
 def estimate(kernel: Kernel, bundles: int, chip: Chip) -> dict:
@@ -256,7 +313,7 @@ def main(
         for num_tokens, width in shapes:
             kernels = compile_kernels(chip, num_tokens, width, jnp.bfloat16, only)
             rows = [
-                estimate(k, bundles_of_step(_final_bundles(dump, k.name), k.trips), chip)
+                estimate(k, bundles_of_step(_final_bundles(dump, k.name), k.trips, k.shares), chip)
                 for k in kernels
             ]
             print_table(kind, num_tokens, width, rows)
