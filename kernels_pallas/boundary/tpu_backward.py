@@ -12,10 +12,10 @@ from kernels_pallas import pallas_call, pallas_math
 from kernels_pallas.boundary.arguments import ReadBackward
 from kernels_pallas.boundary.tpu_blocks import (
     SCALARS,
-    UNROLL,
     backward_tokens,
     columns_of,
     fits_fused_backward,
+    input_unroll,
     rows_of,
 )
 from kernels_pallas.mappings import tpu as mappings
@@ -63,7 +63,7 @@ def _transpose_input(ref, tiles, n, eps):
     if eps is not None:
         norm = ref.weight, ref.d_weight, eps
 
-    @functools.partial(tiles.row_groups, unroll=UNROLL)
+    @functools.partial(tiles.row_groups, unroll=input_unroll(width))
     def _(rows, window_rows):
         h, sums = ref.saved_rows[window_rows, :], [LaneSums() for _ in range(n)]
         cotangents = pre.sum_cotangents(ref.x, ref.d, rows, norm, h, n, num_left - rows.start)
@@ -78,12 +78,8 @@ def _transpose_input(ref, tiles, n, eps):
 
 def _transpose_projection(ref, tiles, n):
     """The columns of h_pre, then in one pass over the columns dphi and every cotangent of the streams."""
-    m, width, rows, exists = (
-        num_columns(n),
-        ref.d.shape[-1],
-        tiles.window_rows(),
-        tiles.block_mask(),
-    )
+    m, width = num_columns(n), ref.d.shape[-1]
+    rows, exists = tiles.window_rows(), tiles.block_mask()
 
     @pl.when(tiles.in_range())
     def _():

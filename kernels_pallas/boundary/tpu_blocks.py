@@ -17,9 +17,6 @@ from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn import tpu as sinkhorn
 from kernels_pallas.token_tiles import FULL_WINDOW, LANES, tokens_per_block
 
-# Groups of 16 rows at once where the norm of the layer input waits for a sum over lanes and a root: one group
-# takes 223 bundles alone on a v6e, 204 as one of two and 184 as one of four.
-UNROLL = 4
 SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
@@ -60,6 +57,15 @@ def fits_fused_backward(width: int, n: int, dtype, num_iterations: int) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def input_unroll(width: int) -> int:
+    """Groups of 16 rows at once where the norm of a layer input of `width` columns waits for its sum.
+
+    At C = 2560 a group takes 223 bundles alone on a v6e, 204 as one of two, 184 as one of four. Wider rows
+    wait for a smaller part of their time, and longer code takes longer to compile.
+    """
+    return max(1, min(4, 10240 // width))
 
 
 def rows_of(block: jax.Array) -> list[jax.Array]:

@@ -8,7 +8,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import pallas_call, pallas_math
-from kernels_pallas.boundary.tpu_blocks import SCALARS, UNROLL, columns_of, forward_tokens, rows_of
+from kernels_pallas.boundary.tpu_blocks import (
+    SCALARS,
+    columns_of,
+    forward_tokens,
+    input_unroll,
+    rows_of,
+)
 from kernels_pallas.mappings import tpu as mappings
 from kernels_pallas.post_res import tpu as post_res
 from kernels_pallas.pre import tpu as pre
@@ -40,7 +46,7 @@ def _read_block(x_ref, refs, tiles, n, num_iterations, norm_eps, input_norm_eps,
         _, logits = mappings.logits(rows_of(s[:n]), r, bias_ref, alpha_ref, n)
         pallas_math.store_rows(h_rows_ref, columns_of(mappings.gate(logits)))
 
-    @functools.partial(tiles.row_groups, unroll=UNROLL)
+    @functools.partial(tiles.row_groups, unroll=input_unroll(out_ref.shape[-1]))
     def _(rows, window_rows):
         del window_rows
         pre.read_rows(x_ref, weight_ref, out_ref, rows, h_rows_ref[rows, :], n, input_norm_eps)
