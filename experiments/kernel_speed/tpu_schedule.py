@@ -4,8 +4,8 @@
 
 libtpu's compiler runs on any x86-64 host (pip install "jax[tpu]"). Each kernel is compiled for the chip, and
 the final VLIW bundles of its grid step are counted in the compiler's dump, inner loops times their trips.
-One bundle is taken as one clock, code under a condition (first or last step of a sum) as always run, waits
-for DMA and stalls not at all:
+One bundle is taken as one clock, waits for DMA and stalls not at all. Code under a condition counts as often
+as it runs in `read` and `boundary` (Sinkhorn once a window of tokens, say), in the others as always run:
 
     compute time = steps of a core * bundles of a step / clock
     memory time  = bytes of a core / its HBM bandwidth            estimate = the larger
