@@ -27,6 +27,13 @@ def lane_columns(columns: Sequence[jax.Array], width: int) -> jax.Array:
     return out
 
 
+def across(column: jax.Array, size: int) -> jax.Array:
+    """[rows, 1] as it is, [rows, 128] of equal lanes as [rows, size]: names for the same registers."""
+    if column.shape[1] == 1:
+        return column
+    return jnp.concatenate([column] * (-(-size // LANES)), axis=1)[:, :size]
+
+
 def weighted_sum(weights: Sequence[jax.Array], values: Sequence[jax.Array]) -> jax.Array:
     """sum(w * v) without the addition to 0 that `sum` starts with."""
     total = weights[0] * values[0]

@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 
 LANES = 128
 MIN_TOKENS = 16  # one bfloat16 tile is 16 x 128
+# Coefficients of one full register [8, 128]: what Sinkhorn costs for 128 tokens it costs for 1024.
+FULL_WINDOW = 8 * LANES
 # Share of `pallas_call.VMEM_LIMIT` for the double-buffered blocks; the rest is for scratch and spills.
 VMEM_BLOCKS = 36 * 2**20
 
@@ -22,8 +24,9 @@ VMEM_BLOCKS = 36 * 2**20
 class TokenTiles:
     """Tokens of one grid step, and the wider window of coefficients around them.
 
-    Coefficients have tokens on lanes, so their window is at least 128 tokens wide; a narrower block of
-    streams walks through it in `sub_steps` steps. The grid is (parts, windows of a part, sub_steps).
+    Coefficients have tokens on lanes, so their window is at least 128 tokens wide (or `min_window`); a
+    narrower block of streams walks through it in `sub_steps` steps. The grid is (parts, windows of a part,
+    sub_steps).
 
     Inside a kernel, call the methods outside of `pl.when`: they ask for the grid step, which the interpreter
     that vmap and checkpoint need (`interpret=True`) does not know in a branch.
@@ -35,6 +38,7 @@ class TokenTiles:
     num_tokens: int
     block: int
     max_parts: int = 1
+    min_window: int = LANES
 
     def __post_init__(self):
         if self.block % MIN_TOKENS or (self.block % LANES and LANES % self.block):
@@ -42,7 +46,7 @@ class TokenTiles:
 
     @property
     def window(self) -> int:
-        return max(self.block, LANES)
+        return max(self.block, self.min_window)
 
     @property
     def sub_steps(self) -> int:
@@ -120,17 +124,25 @@ class TokenTiles:
         """The rows of this block within its window (inside a kernel)."""
         return pl.ds(pl.multiple_of(pl.program_id(2) * self.block, self.block), self.block)
 
-    def row_groups(self, body: Callable) -> None:
+    def next_rows(self) -> pl.Slice:
+        """`window_rows` of the next step, of this one if it is the last of its window (inside a kernel)."""
+        step = jnp.minimum(pl.program_id(2) + 1, self.sub_steps - 1)
+        return pl.ds(pl.multiple_of(step * self.block, self.block), self.block)
+
+    def row_groups(self, body: Callable, *, unroll: int = 1) -> None:
         """Decorator: runs `body` for each 16 rows of a block in range (inside a kernel).
 
         The body gets the rows as a slice of the block and as a slice of the window. 16 rows are one bfloat16
         tile; 20 coefficients spread over the lanes of 16 rows already take 40 of the 64 vector registers.
+        `unroll` bodies at once hide the latencies in a body, if it has any.
         """
         offset = self.window_rows().start
 
         @pl.when(self.in_range())
         def _():
-            @pl.loop(0, self.block // MIN_TOKENS)
+            trips = self.block // MIN_TOKENS
+
+            @pl.loop(0, trips, unroll=min(unroll, trips))
             def _(group):
                 start = pl.multiple_of(group * MIN_TOKENS, MIN_TOKENS)
                 body(pl.ds(start, MIN_TOKENS), pl.ds(offset + start, MIN_TOKENS))
@@ -176,6 +188,14 @@ class TokenTiles:
         """[1, window] bool: which tokens of this window exist (inside a kernel)."""
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.window), 1)
         return self.first_token() + lane < self.num_tokens
+
+
+def sinkhorn_window(num_tokens: int) -> int:
+    """Largest window of 128 ... `FULL_WINDOW` tokens that wastes at most an eighth on two cores."""
+    window = FULL_WINDOW
+    while window > LANES and 2 * window * pl.cdiv(num_tokens, 2 * window) > 1.125 * num_tokens:
+        window //= 2
+    return window
 
 
 def tokens_per_block(bytes_per_token: int, *, most: int, fixed_bytes: int = 0, what: str) -> int:

@@ -4,8 +4,8 @@
 
 libtpu's compiler runs on any x86-64 host (pip install "jax[tpu]"). Each kernel is compiled for the chip, and
 the final VLIW bundles of its grid step are counted in the compiler's dump, inner loops times their trips.
-One bundle is taken as one clock, code under a condition (first or last step of a sum) as always run, waits
-for DMA and stalls not at all:
+One bundle is taken as one clock, waits for DMA and stalls not at all. Code under a condition counts as often
+as it runs in `read` and `boundary` (Sinkhorn once a window of tokens, say), in the others as always run:
 
     compute time = steps of a core * bundles of a step / clock
     memory time  = bytes of a core / its HBM bandwidth            estimate = the larger
@@ -51,13 +51,14 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One pallas_call: name in the dump, grid steps, trips of its inner loops in order, bytes it moves."""
+    """One pallas_call: name in the dump, grid steps, bytes it moves; the rest as in `bundles_of_step`."""
 
     op: str
     direction: str
     name: str
     steps: int
     trips: tuple[int, ...]
+    shares: tuple[float, ...]
     bytes: int
 
 
@@ -77,76 +78,6 @@ def _traffic(args, out) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((args, out)))
 
 
-def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 20):
-    """(op, direction, function, arguments, options, grid steps, trips of inner loops) of every kernel."""
-    import jax
-    import jax.numpy as jnp
-
-    from kernels_pallas.boundary import tpu as boundary
-    from kernels_pallas.mappings import tpu as mappings
-    from kernels_pallas.post_res import tpu as post_res
-    from kernels_pallas.pre import tpu as pre
-    from kernels_pallas.projection import tpu as projection
-    from kernels_pallas.sinkhorn import tpu as sinkhorn
-    from kernels_pallas.token_tiles import MIN_TOKENS
-
-    T, C, m, f32 = num_tokens, width, n * n + 2 * n, jnp.float32
-    S = jax.ShapeDtypeStruct
-    x, y = S((T, n * C), dtype), S((T, C), dtype)
-    h, h_res, s, r = S((T, n), f32), S((T, n, n), f32), S((T, m), f32), S((T,), f32)
-    phi, bias, alpha = S((n * C, m), f32), S((m,), f32), S((3,), f32)
-
-    def steps(block, *trips):
-        return -(-T // block), trips
-
-    def rows(block):
-        return steps(block, block // MIN_TOKENS)
-
-    again = num_iterations - 1  # iterations after the first
-    once, twice = steps(sinkhorn.TOKENS, again), steps(sinkhorn.TOKENS, again, again)
-    coefficients = {"n": n, "num_iterations": num_iterations}
-    iterations = {"num_iterations": num_iterations}
-    p_block = projection.block_tokens(n * C, m, dtype, backward=False)
-    b_block = projection.block_tokens(n * C, m, dtype, backward=True)
-    table = [
-        ("projection", "forward", projection, (x, phi), {"norm_eps": 1e-20}, steps(p_block)),
-        ("projection", "backward", projection, (x, phi, r, s, r), {}, steps(b_block)),
-        ("mappings", "forward", mappings, (s, r, bias, alpha), coefficients, once),
-        ("mappings", "backward", mappings, (s, r, bias, alpha, h, h, h_res), coefficients, twice),
-        ("sinkhorn", "forward", sinkhorn, (h_res,), iterations, once),
-        ("sinkhorn", "backward", sinkhorn, (h_res, h_res), iterations, twice),
-        ("pre", "forward", pre, (x, h), {}, rows(pre.block_tokens(n * C, n, dtype))),
-        ("pre", "backward", pre, (x, h, y), {}, rows(pre.block_tokens(n * C, n, dtype))),
-    ]
-    block = rows(post_res.block_tokens(n * C, n, dtype))
-    table += [
-        ("post_res", "forward", post_res, (x, y, h, h_res), {}, block),
-        ("post_res", "backward", post_res, (x, y, h, h_res, x), {}, block),
-    ]
-    fused = {**coefficients, "norm_eps": 1e-20, "input_norm_eps": None}
-    parameters = phi, bias, alpha, None
-
-    def boundary_steps(rows, *trips, backward=False):
-        block = boundary.block_tokens(n * C, n, dtype, rows, backward=backward)
-        groups = block // MIN_TOKENS
-        return steps(block, *(groups if k is None else k for k in trips))
-
-    table += [
-        ("read", "forward", boundary, (x, *parameters), fused, boundary_steps(1.25, again, None)),
-        (
-            *("read", "backward", boundary, (x, *parameters, h, s, r, y, h, h_res, x), fused),
-            boundary_steps(3.25, None, again, again, backward=True),
-        ),
-        (
-            *("boundary", "forward", boundary, (x, y, h, h_res, *parameters), fused),
-            boundary_steps(2.5, None, again, None),
-        ),
-    ]
-    for op, direction, module, args, static, (count, trips) in table:
-        name = f"read_{direction}" if op == "read" else direction
-        yield op, direction, getattr(module, name), args, static, count, trips
-
-
 def compile_kernels(chip: Chip, num_tokens: int, width: int, dtype, only=None) -> list[Kernel]:
     """Compiles every kernel for the chip; the dump then holds its bundles."""
     import functools
@@ -154,49 +85,83 @@ def compile_kernels(chip: Chip, num_tokens: int, width: int, dtype, only=None) -
     import jax
     from jax.experimental import topologies
 
+    from experiments.kernel_speed.tpu_cases import cases
+
     devices = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
     kernels = []
-    for op, direction, function, args, static, steps, trips in cases(num_tokens, width, dtype):
+    for op, direction, function, args, static, schedule in cases(num_tokens, width, dtype):
         if only and f"{op}.{direction}" not in only:
             continue
         f = functools.partial(function, **static)
         jax.jit(f, in_shardings=sharding, out_shardings=sharding).lower(*args).compile()
         traffic = _traffic(args, jax.eval_shape(f, *args))
         name = f"mhc_{op}_{direction}"
-        kernels.append(Kernel(op, direction, name, steps, trips, traffic))
+        steps, trips, shares = schedule
+        kernels.append(Kernel(op, direction, name, steps, trips, shares, traffic))
     return kernels
 
 
-_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?\s*:((?:\s*>)*)\s*\{")
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?\s*:((?:\s*>)*)\s*\{(.*)$")
+_JUMP = re.compile(r"sbr\.rel \(!?%\w+\) target = \$region(\d+)")
+_REGION = 64  # vector bundles that make a region one of ours: those of the pipeline's transfers are shorter
 
 
-def bundles_of_step(text: str, trips: tuple[int, ...]) -> int:
-    """VLIW bundles of one grid step (the loop of depth 1), inner loops in order times their trips.
+def _regions(bundles: list[tuple]) -> list[range]:
+    """Bundles that a condition can jump over, innermost and long ones, in order."""
+    found = []
+    for start, (_, _, text) in enumerate(bundles):
+        if jump := _JUMP.search(text):
+            here = re.compile(rf"empty region {jump.group(1)}\b")
+            ends = (k for k in range(start, len(bundles)) if here.search(bundles[k][2]))
+            end = next(ends, start)
+            if sum("%v" in text for *_, text in bundles[start:end]) >= _REGION:
+                found.append(range(start + 1, end))
+    return [r for r in found if not any(r.start < q.start < r.stop for q in found)]
+
+
+def bundles_of_step(text: str, trips: tuple[int, ...], shares: tuple[float, ...] = ()) -> int:
+    """VLIW bundles of a grid step (the loop of depth 1) on average.
+
+    Args:
+      text: final bundles of the compiler's dump.
+      trips: of the inner loops, in order.
+      shares: how often a step runs each of its conditional regions, in order; empty: always all of them.
 
     Raises:
-      RuntimeError: other loops than expected, so that the count would be wrong.
+      RuntimeError: other loops or regions than expected, so that the count would be wrong.
     """
-    outside, loops = 0, []
-    inside = False
-    for line in text.splitlines():
-        if not (match := _BUNDLE.match(line)):
-            continue
-        depth = match.group(2).count(">")
+    matches = filter(None, map(_BUNDLE.match, text.splitlines()))
+    bundles = [(m.group(1), m.group(2).count(">"), m.group(3)) for m in matches]
+    weights = [float(depth > 0) for _, depth, _ in bundles]
+    if shares:
+        regions = _regions(bundles)
+        if len(regions) != len(shares):
+            sizes = [len(r) for r in regions]
+            raise RuntimeError(f"{len(sizes)} regions of {sizes} bundles, expected {shares}")
+        for region, share in zip(regions, shares):
+            for k in region:
+                weights[k] *= share
+    loops, inside = [], False
+    for k, (kind, depth, text) in enumerate(bundles):
         if depth > 2:
-            raise RuntimeError(f"a loop of depth {depth}: {line[:80]}")
-        if depth == 2 and match.group(1) == "LB":
-            loops.append(0)
+            raise RuntimeError(f"a loop of depth {depth}: {text[:80]}")
+        if depth == 2 and kind == "LB":
+            loops.append([])
             inside = True
-        inside = inside and depth == 2
+        inside = (
+            inside and depth == 2
+        )  # the compiler marks bundles that it moved out of a loop, too
         if inside:
-            loops[-1] += 1
-        else:  # also bundles that the compiler moved out of a loop but still marks as its own
-            outside += depth > 0
+            loops[-1].append(k)
     trips = tuple(k for k in trips if k > 1)  # the compiler unrolls a single trip
     if len(loops) != len(trips):
-        raise RuntimeError(f"{len(loops)} inner loops of {loops} bundles, expected trips {trips}")
-    return outside + sum(k * bundles for k, bundles in zip(trips, loops))
+        sizes = [len(loop) for loop in loops]
+        raise RuntimeError(f"{len(sizes)} inner loops of {sizes} bundles, expected trips {trips}")
+    for count, loop in zip(trips, loops):
+        for k in loop:
+            weights[k] *= count
+    return round(sum(weights))
 
 
 def estimate(kernel: Kernel, bundles: int, chip: Chip) -> dict:
@@ -256,7 +221,7 @@ def main(
         for num_tokens, width in shapes:
             kernels = compile_kernels(chip, num_tokens, width, jnp.bfloat16, only)
             rows = [
-                estimate(k, bundles_of_step(_final_bundles(dump, k.name), k.trips), chip)
+                estimate(k, bundles_of_step(_final_bundles(dump, k.name), k.trips, k.shares), chip)
                 for k in kernels
             ]
             print_table(kind, num_tokens, width, rows)

@@ -33,7 +33,10 @@ def _groups(n: int) -> list[int]:
 
 
 def logits(s: list, r: jax.Array, bias_ref, alpha_ref, n: int) -> tuple[list, list]:
-    """(s / r, alpha * s / r + bias) of tiles; bias and alpha are in SMEM (inside a kernel)."""
+    """(s / r, alpha * s / r + bias) of tiles of all columns, or of the first few (inside a kernel).
+
+    bias and alpha are in SMEM.
+    """
     normed = [tile / r for tile in s]
     gated = [
         tile * alpha_ref[group] + bias_ref[k]
@@ -42,45 +45,58 @@ def logits(s: list, r: jax.Array, bias_ref, alpha_ref, n: int) -> tuple[list, li
     return normed, gated
 
 
-def gates(h: list, n: int) -> tuple[list, list]:
-    """h_pre, h_post of the logits, as tiles (inside a kernel)."""
-    return [jax.nn.sigmoid(x) for x in h[:n]], [2 * jax.nn.sigmoid(x) for x in h[n : 2 * n]]
+def gate(h: list, scale: int = 1) -> list:
+    """h_pre, or with scale 2 h_post, of the logits, as tiles (inside a kernel)."""
+    return [scale * jax.nn.sigmoid(x) for x in h]
 
 
-def logits_backward(
-    h: list, d_pre: list, d_post: list, d_res: list, iterates_ref, n: int, num_iterations: int
+def gate_backward(h: list, d: list, scale: int = 1) -> list:
+    """Cotangents of the logits of a gate, as tiles (inside a kernel)."""
+    # sigmoid(-x), not 1 - sigmoid(x), which cancels where the gate is nearly open.
+    return [scale * d * jax.nn.sigmoid(x) * jax.nn.sigmoid(-x) for x, d in zip(h, d)]
+
+
+def post_res_backward(
+    h: list, d_post: list, d_res: list, iterates_ref, n: int, num_iterations: int
 ) -> list:
-    """Cotangents of the logits, as tiles; see `sinkhorn.project_backward` (inside a kernel)."""
+    """Cotangents of the logits of h_post and h_res, as tiles; see `sinkhorn.project_backward`.
+
+    Args:
+      h: logits of all columns.
+    """
     _, d_res = sinkhorn.project_backward(
         sinkhorn.as_matrix(h[2 * n :]), sinkhorn.as_matrix(d_res), iterates_ref, num_iterations
     )
-    dh = [_gate_backward(x, d, 1) for x, d in zip(h[:n], d_pre)]
-    dh += [_gate_backward(x, d, 2) for x, d in zip(h[n : 2 * n], d_post)]
-    return dh + sinkhorn.as_tiles(d_res)
-
-
-def _gate_backward(logit, d, scale):
-    # sigmoid(-x), not 1 - sigmoid(x), which cancels where the gate is nearly open.
-    return scale * d * jax.nn.sigmoid(logit) * jax.nn.sigmoid(-logit)
+    return gate_backward(h[n : 2 * n], d_post, 2) + sinkhorn.as_tiles(d_res)
 
 
 def projection_backward(
-    dh: list, normed: list, r: jax.Array, alpha_ref, n: int
+    dh: list, normed: list, r: jax.Array, alpha_ref, n: int, first: int = 0
 ) -> tuple[list, jax.Array]:
-    """(ds, dr) as tiles (inside a kernel)."""
-    d_normed = [tile * alpha_ref[group] for tile, group in zip(dh, _groups(n))]
-    products = [d * tile for d, tile in zip(d_normed, normed)]
+    """(ds, their part of dr) as tiles of the columns from `first` on (inside a kernel)."""
+    d_normed = [tile * alpha_ref[group] for tile, group in zip(dh, _groups(n)[first:])]
+    products = [d * tile for d, tile in zip(d_normed, normed, strict=True)]
     return [tile / r for tile in d_normed], -pallas_math.tree_sum(products) / r
 
 
-def alpha_products(dh: list, normed: list, n: int) -> list:
-    """Three tiles whose sums over tokens are dalpha (inside a kernel)."""
-    ranges = (0, n), (n, 2 * n), (2 * n, num_columns(n))
-    products = [d * tile for d, tile in zip(dh, normed)]
-    return [pallas_math.tree_sum(products[a:b]) for a, b in ranges]
+def add_parameter_sums(
+    dh: list, normed: list, exists, dbias_ref, dalpha_ref, n: int, first: int = 0
+) -> None:
+    """Adds tiles of the columns from `first` on, where tokens exist, to dbias and dalpha (inside a kernel).
+
+    Args:
+      dbias_ref, dalpha_ref: [m, rows, lanes], [3, rows, lanes], at least as large as a tile.
+    """
+    rows, lanes = exists.shape
+    groups = _groups(n)[first : first + len(dh)]
+    for k, tile in enumerate(dh):
+        dbias_ref[first + k, :rows, :lanes] += jnp.where(exists, tile, 0)
+    for group in sorted(set(groups)):
+        products = [d * x for d, x, g in zip(dh, normed, groups, strict=True) if g == group]
+        dalpha_ref[group, :rows, :lanes] += jnp.where(exists, pallas_math.tree_sum(products), 0)
 
 
-def _forward_kernel(
+def write_coefficients(
     s_ref,
     r_ref,
     bias_ref,
@@ -93,11 +109,11 @@ def _forward_kernel(
     n,
     num_iterations,
 ):
+    """Coefficients of a window of s and r (a kernel, or inside one)."""
     s, (r,) = spread(s_ref[...], scratch_ref), spread(r_ref[...], scratch_ref)
     _, h = logits(s, r, bias_ref, alpha_ref, n)
-    h_pre, h_post = gates(h, n)
-    gather(h_pre, scratch_ref, h_pre_ref)
-    gather(h_post, scratch_ref, h_post_ref)
+    gather(gate(h[:n]), scratch_ref, h_pre_ref)
+    gather(gate(h[n : 2 * n], 2), scratch_ref, h_post_ref)
     h_res = sinkhorn.project(sinkhorn.as_matrix(h[2 * n :]), num_iterations)
     gather(sinkhorn.as_tiles(h_res), scratch_ref, h_res_ref)
 
@@ -123,30 +139,28 @@ def _backward_kernel(
     num_iterations,
 ):
     tiles.zero_sums(dbias_ref, dalpha_ref)
-    exists = _exists(tiles)
+    exists = tile_mask(tiles)
 
     # Windows past the end (an odd number of them in two parts) may add nothing; ds stays as it is.
     @pl.when(tiles.in_range())
     def _():
         s, (r,) = spread(s_ref[...], scratch_ref), spread(r_ref[...], scratch_ref)
         normed, h = logits(s, r, bias_ref, alpha_ref, n)
-        d = [spread(ref[...], d_scratch_ref) for ref in (dh_pre_ref, dh_post_ref, dh_res_ref)]
-        dh = logits_backward(h, *d, iterates_ref, n, num_iterations)
+        d_pre, *d = (spread(x[...], d_scratch_ref) for x in (dh_pre_ref, dh_post_ref, dh_res_ref))
+        dh = gate_backward(h[:n], d_pre)
+        dh += post_res_backward(h, *d, iterates_ref, n, num_iterations)
         ds, dr = projection_backward(dh, normed, r, alpha_ref, n)
         gather(ds, scratch_ref, ds_ref)
         gather([dr], scratch_ref, dr_ref)
-        for k, tile in enumerate(dh):
-            dbias_ref[k] += jnp.where(exists, tile, 0)
-        for k, tile in enumerate(alpha_products(dh, normed, n)):
-            dalpha_ref[k] += jnp.where(exists, tile, 0)
+        add_parameter_sums(dh, normed, exists, dbias_ref, dalpha_ref, n)
 
 
-def _exists(tiles) -> jax.Array:
-    """[SUBLANES, 128] bool: which tokens of a tile exist."""
-    shape = SUBLANES, LANES
+def tile_mask(tiles) -> jax.Array:
+    """[sublanes, 128] bool: which tokens of the tile of a window exist (inside a kernel)."""
+    shape = sinkhorn.sublanes(tiles.window), LANES
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return tiles.first_token() + row * LANES + lane < tiles.num_tokens
+    token = row * LANES + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return jnp.logical_and(token < tiles.window, tiles.first_token() + token < tiles.num_tokens)
 
 
 _SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -162,7 +176,7 @@ def forward(
     num_tokens = r.size
     tiles = TokenTiles(num_tokens, TOKENS)
     h_pre, h_post, h_res = pallas_call.call(
-        functools.partial(_forward_kernel, n=n, num_iterations=num_iterations),
+        functools.partial(write_coefficients, n=n, num_iterations=num_iterations),
         *(pallas_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
         name="mhc_mappings_forward",
         grid=tiles.grid,

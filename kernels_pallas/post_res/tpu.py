@@ -5,6 +5,7 @@ and dh_res are lane sums of products whose factors are in registers anyway.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import pallas_call, pallas_math
 from kernels_pallas.pallas_math import LaneSums
-from kernels_pallas.token_tiles import LANES, TokenTiles, tokens_per_block
+from kernels_pallas.token_tiles import LANES, MIN_TOKENS, TokenTiles, tokens_per_block
 
 # Columns of one straight-line piece: 4 lane tiles share the spreading of the coefficients.
 CHUNK = 512
@@ -55,6 +56,23 @@ def coefficients(post_rows_ref, res_rows_ref, rows, n):
     return h_post, h_res
 
 
+def spread_coefficients(post_rows_ref, res_rows_ref, rows, n, spread_ref) -> None:
+    """`coefficients` of some tokens over all lanes of `spread_ref` [n + n*n, rows, 128].
+
+    A pass over rows then loads them. At the head of its body 100 of 650 bundles would wait for the cross-lane
+    unit, and registers would spill; products of matrices leave that unit idle.
+    """
+    h_post, h_res = coefficients(post_rows_ref, res_rows_ref, rows, n)
+    for k, h in enumerate([*h_post, *(h for of_stream in h_res for h in of_stream)]):
+        spread_ref[k] = jnp.broadcast_to(h, spread_ref.shape[1:])
+
+
+def spread_rows(spread_ref, rows, n):
+    """As `coefficients`, from `spread_ref`: tiles [rows, 128]."""
+    h = [spread_ref[k, rows, :] for k in range(n + n * n)]
+    return h[:n], [h[n + i * n : n + i * n + n] for i in range(n)]
+
+
 def write_rows(x_ref, y_ref, out_ref, rows, h_post, h_res) -> None:
     """New streams of some rows (inside a kernel)."""
     n, width = len(h_post), y_ref.shape[-1]
@@ -62,7 +80,8 @@ def write_rows(x_ref, y_ref, out_ref, rows, h_post, h_res) -> None:
         x = [x_ref[rows, pl.ds(j * width + c, size)].astype(jnp.float32) for j in range(n)]
         y = y_ref[rows, pl.ds(c, size)].astype(jnp.float32)
         for i in range(n):
-            new = pallas_math.weighted_sum([*h_res[i], h_post[i]], [*x, y])
+            h = [pallas_math.across(h, size) for h in (*h_res[i], h_post[i])]
+            new = pallas_math.weighted_sum(h, [*x, y])
             out_ref[rows, pl.ds(i * width + c, size)] = new.astype(out_ref.dtype)
 
 
@@ -75,6 +94,90 @@ def _forward_kernel(
     def _(rows, window_rows):
         h_post, h_res = coefficients(post_rows_ref, res_rows_ref, window_rows, n)
         write_rows(x_ref, y_ref, out_ref, rows, h_post, h_res)
+
+
+def transpose_block(
+    tiles, coefficients, x_ref, y_ref, g_ref, dx_ref, dy_ref, dh_rows_ref, gram_ref, n
+) -> None:
+    """Cotangents of a block (inside a kernel); `dx_ref` may be `g_ref`.
+
+    bfloat16 products are exact in the MXU and their sums float32 as well, so dh_post and dh_res come from
+    there: each of 16 tokens is multiplied with each for the few pairs that are one token, but the unit is
+    idle otherwise, while these sums would be 40 of 89 vector operations a piece of a row.
+
+    Args:
+      coefficients: `coefficients(rows, window_rows)` gives h_post[i], h_res[i][j] as `write_rows` takes them.
+      dh_rows_ref: takes [window, 128], dh_post and dh_res (row-major) on the first lanes.
+      gram_ref: scratch of `gram_shape`, None for float32 streams.
+    """
+    width = y_ref.shape[-1]
+
+    @tiles.row_groups
+    def _(rows, window_rows):
+        h_post, h_res = coefficients(rows, window_rows)
+        gram, sums = None, [LaneSums() for _ in range(n + n * n)]
+        for c, size in pallas_math.column_chunks(width, CHUNK):
+            x = [x_ref[rows, pl.ds(j * width + c, size)] for j in range(n)]
+            g = [g_ref[rows, pl.ds(i * width + c, size)] for i in range(n)]
+            y = y_ref[rows, pl.ds(c, size)]
+            if gram_ref is not None:
+                product = _products(g, [y, *x])
+                gram = product if gram is None else gram + product
+            else:
+                pairs = itertools.chain(itertools.product(g, [y]), itertools.product(g, x))
+                for total, (of_new, of_old) in zip(sums, pairs, strict=True):
+                    total.add(of_new * of_old)
+            g = [v.astype(jnp.float32) for v in g]
+            for j in range(n):
+                h = [pallas_math.across(h_res[i][j], size) for i in range(n)]
+                dx = pallas_math.weighted_sum(h, g)
+                dx_ref[rows, pl.ds(j * width + c, size)] = dx.astype(dx_ref.dtype)
+            dy = pallas_math.weighted_sum([pallas_math.across(h, size) for h in h_post], g)
+            dy_ref[rows, pl.ds(c, size)] = dy.astype(dy_ref.dtype)
+        if gram_ref is not None:
+            start = pl.multiple_of(rows.start * n, MIN_TOKENS * n)
+            gram_ref[pl.ds(start, MIN_TOKENS * n), : gram.shape[1]] = gram
+        else:
+            totals = [total.total() for total in sums]
+            dh_rows_ref[window_rows, :] = pallas_math.lane_columns(totals, LANES)
+
+    offset = tiles.window_rows().start
+    if gram_ref is not None:
+
+        @pl.when(tiles.in_range())
+        def _():
+            for start in range(0, tiles.block, MIN_TOKENS):
+                totals = _same_token(gram_ref[pl.ds(start * n, MIN_TOKENS * n), :], n)
+                rows = pl.ds(offset + start, MIN_TOKENS)
+                dh_rows_ref[rows, :] = pallas_math.lane_columns(totals, LANES)
+
+
+def gram_shape(block: int, n: int) -> tuple[int, int]:
+    """Shape of the scratch for the products of every 16 tokens of a block."""
+    return block * n, pl.cdiv(MIN_TOKENS * (n + 1), LANES) * LANES
+
+
+def _products(left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
+    """Sums over columns of products of every row of every array with every other."""
+    left, right = jnp.concatenate(left, axis=0), jnp.concatenate(right, axis=0)
+    contract = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
+
+
+def _same_token(gram: jax.Array, n: int) -> list[jax.Array]:
+    """[16 n, lanes] -> dh_post[i], dh_res[i][j] as columns [16, 1]."""
+    blocks = [gram[start : start + MIN_TOKENS] for start in range(0, n * MIN_TOKENS, MIN_TOKENS)]
+    lane = jax.lax.broadcasted_iota(jnp.int32, blocks[0].shape, 1)
+    distance = lane - jax.lax.broadcasted_iota(jnp.int32, blocks[0].shape, 0)
+    masks = [distance == k * MIN_TOKENS for k in range(1 + n)]
+
+    def total(block, mask):
+        return jnp.sum(jnp.where(mask, block, 0), axis=1, keepdims=True)
+
+    pairs = itertools.chain(
+        itertools.product(blocks, masks[:1]), itertools.product(blocks, masks[1:])
+    )
+    return [total(*pair) for pair in pairs]
 
 
 def _backward_kernel(
@@ -90,31 +193,18 @@ def _backward_kernel(
     post_rows_ref,
     res_rows_ref,
     dh_rows_ref,
-    *,
+    *gram_ref,
     tiles,
     n,
 ):
-    width = y_ref.shape[-1]
     load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
 
-    @tiles.row_groups
-    def _(rows, window_rows):
-        h_post, h_res = coefficients(post_rows_ref, res_rows_ref, window_rows, n)
-        dh = [LaneSums() for _ in range(n + n * n)]
-        for c, size in pallas_math.column_chunks(width, CHUNK):
-            x = [x_ref[rows, pl.ds(j * width + c, size)].astype(jnp.float32) for j in range(n)]
-            g = [g_ref[rows, pl.ds(i * width + c, size)].astype(jnp.float32) for i in range(n)]
-            y = y_ref[rows, pl.ds(c, size)].astype(jnp.float32)
-            for j in range(n):
-                dx = pallas_math.weighted_sum([h_res[i][j] for i in range(n)], g)
-                dx_ref[rows, pl.ds(j * width + c, size)] = dx.astype(dx_ref.dtype)
-            dy = pallas_math.weighted_sum(h_post, g)
-            dy_ref[rows, pl.ds(c, size)] = dy.astype(dy_ref.dtype)
-            for i in range(n):
-                dh[i].add(g[i] * y)
-                for j in range(n):
-                    dh[n + i * n + j].add(g[i] * x[j])
-        dh_rows_ref[window_rows, :] = pallas_math.lane_columns([d.total() for d in dh], LANES)
+    def h(rows, window_rows):
+        del rows
+        return coefficients(post_rows_ref, res_rows_ref, window_rows, n)
+
+    streams = x_ref, y_ref, g_ref, dx_ref, dy_ref
+    transpose_block(tiles, h, *streams, dh_rows_ref, gram_ref[0] if gram_ref else None, n)
 
     @pl.when(tiles.last_of_window())
     def _():
@@ -181,6 +271,7 @@ def backward(
     if not x.shape[0]:
         return tuple(jnp.zeros(s, a.dtype) for s, a in zip(shapes, (x, y, h_post, h_res)))
     tiles = TokenTiles(x.shape[0], block_tokens(x.shape[1], n, x.dtype))
+    exact = x.dtype == jnp.bfloat16  # products are exact in the MXU
     row, half_row = tiles.rows(x.shape[1]), tiles.rows(y.shape[1])
     dx, dy, dh_post, dh_res = pallas_call.call(
         functools.partial(_backward_kernel, tiles=tiles, n=n),
@@ -196,7 +287,10 @@ def backward(
             (h_res.shape, h_res.dtype),
         ],
         semantics=tiles.semantics,
-        scratch_shapes=_rows_scratch(tiles, 3),
+        scratch_shapes=[
+            *_rows_scratch(tiles, 3),
+            *([pltpu.VMEM(gram_shape(tiles.block, n), jnp.float32)] if exact else []),
+        ],
         flops=4 * (n + 1) * x.size,
     )
     return (

@@ -10,7 +10,6 @@ rows; dx contracts the four combinations at once, 128 terms deep at n = 4: one p
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -128,13 +127,14 @@ def _forward_kernel(x_ref, phi_ref, s_ref, r_ref, rows_ref, *, tiles, norm_eps):
         r_ref[...] = jnp.sqrt(columns[m : m + 1] / width + norm_eps)
 
 
-def backward_block(x_ref, phi_ref, ds, scale, dx_ref, dphi_ref, n=1, addend=None) -> None:
+def backward_block(x_ref, phi_ref, ds, scale, dx_ref, dphi_ref, n=1, addends=None) -> None:
     """dx of a block, and its part of dphi^T added to `dphi_ref` (inside a kernel).
 
     Args:
       ds: [m, tokens], 0 where a token does not exist.
-      scale: [tokens, 1], dr / (K r).
-      n, addend: `addend(i, c, size)` is added to dx in columns c ... of stream i of n.
+      scale: [tokens, 1] or [tokens, 128] with equal lanes, dr / (K r).
+      n, addends: `addends(c, size)(i)` is added to dx in columns c ... of stream i of n; what the streams
+        share is then computed once, an eighth of the vector operations of a read's backward.
     """
     m = ds.shape[0]
     if x_ref.dtype == jnp.bfloat16:
@@ -145,17 +145,21 @@ def backward_block(x_ref, phi_ref, ds, scale, dx_ref, dphi_ref, n=1, addend=None
     else:
         left, right = ds, ds.T
     width = x_ref.shape[1] // n
-    for i, (c, size) in itertools.product(range(n), pallas_math.column_chunks(width, CHUNK)):
-        columns = pl.ds(i * width + c, size)
-        x, phi = x_ref[:, columns], phi_ref[:, columns]
-        dphi_ref[:, columns] += _halves(_dot(left, x, ((1,), (0,))), m, x_ref.dtype)
-        if x_ref.dtype == jnp.bfloat16:
-            high, low = phi[: _padded(m)], phi[_padded(m) :]
-            phi = jnp.concatenate([high, high, low, low], axis=0)
-        dx = _dot(right, phi, ((1,), (0,))) + scale * x.astype(jnp.float32)
-        if addend is not None:
-            dx += addend(i, c, size)
-        dx_ref[:, columns] = dx.astype(dx_ref.dtype)
+    # Half the columns with addends: a piece of every stream is at work then.
+    for c, size in pallas_math.column_chunks(width, CHUNK if addends is None else CHUNK // 2):
+        addend = None if addends is None else addends(c, size)
+        for i in range(n):
+            columns = pl.ds(i * width + c, size)
+            x, phi = x_ref[:, columns], phi_ref[:, columns]
+            dphi_ref[:, columns] += _halves(_dot(left, x, ((1,), (0,))), m, x_ref.dtype)
+            if x_ref.dtype == jnp.bfloat16:
+                high, low = phi[: _padded(m)], phi[_padded(m) :]
+                phi = jnp.concatenate([high, high, low, low], axis=0)
+            dx = _dot(right, phi, ((1,), (0,)))
+            dx += pallas_math.across(scale, size) * x.astype(jnp.float32)
+            if addend is not None:
+                dx += addend(i)
+            dx_ref[:, columns] = dx.astype(dx_ref.dtype)
 
 
 def _backward_kernel(

@@ -45,22 +45,28 @@ def check_iterates(n: int, num_iterations: int) -> None:
         )
 
 
-def iterates_shape(n: int, num_iterations: int) -> tuple[int, int, int]:
+def sublanes(num_tokens: int) -> int:
+    """Rows of the tile of `num_tokens` tokens: whole registers, what is not a token is undefined."""
+    return max(num_tokens // LANES, 8)
+
+
+def iterates_shape(n: int, num_iterations: int, num_tokens: int = TOKENS) -> tuple[int, int, int]:
     """Shape of the scratch that the backward needs."""
-    return max(num_iterations - 1, 1), n * n * SUBLANES, LANES
+    return max(num_iterations - 1, 1), n * n * sublanes(num_tokens), LANES
 
 
-def spread_shape(m: int) -> tuple[int, int]:
+def spread_shape(m: int, num_tokens: int = TOKENS) -> tuple[int, int]:
     """Shape of the scratch for `spread` and `gather` of m rows."""
-    return m * SUBLANES, LANES
+    return m * sublanes(num_tokens), LANES
 
 
 def spread(block, scratch_ref) -> list[jax.Array]:
-    """[m, TOKENS] -> m tiles [SUBLANES, 128] (inside a kernel)."""
-    m = block.shape[0]
-    for row in range(SUBLANES):
-        scratch_ref[pl.ds(row, m, stride=SUBLANES), :] = block[:, row * LANES : (row + 1) * LANES]
-    return _split(scratch_ref[: m * SUBLANES], m, SUBLANES)
+    """[m, tokens] -> m tiles [sublanes(tokens), 128] (inside a kernel)."""
+    m, num_tokens = block.shape
+    stride = sublanes(num_tokens)
+    for row in range(num_tokens // LANES):
+        scratch_ref[pl.ds(row, m, stride=stride), :] = block[:, row * LANES : (row + 1) * LANES]
+    return _split(scratch_ref[: m * stride], m, stride)
 
 
 def _split(block: jax.Array, m: int, rows: int) -> list[jax.Array]:
@@ -68,11 +74,11 @@ def _split(block: jax.Array, m: int, rows: int) -> list[jax.Array]:
 
 
 def gather(tiles: list[jax.Array], scratch_ref, out_ref) -> None:
-    """m tiles [SUBLANES, 128] -> out_ref [m, TOKENS] (inside a kernel)."""
-    m = len(tiles)
-    scratch_ref[: m * SUBLANES] = jnp.concatenate(tiles, axis=0)
-    for row in range(SUBLANES):
-        out_ref[:, pl.ds(row * LANES, LANES)] = scratch_ref[pl.ds(row, m, stride=SUBLANES), :]
+    """m tiles [sublanes(tokens), 128] -> out_ref [m, tokens] (inside a kernel)."""
+    m, stride = len(tiles), tiles[0].shape[0]
+    scratch_ref[: m * stride] = jnp.concatenate(tiles, axis=0)
+    for row in range(out_ref.shape[1] // LANES):
+        out_ref[:, pl.ds(row * LANES, LANES)] = scratch_ref[pl.ds(row, m, stride=stride), :]
 
 
 def as_matrix(tiles: list[jax.Array]) -> Matrix:
@@ -150,29 +156,16 @@ def _transpose_rows(d_rows: Matrix, rows: Matrix, inverse: list[jax.Array]) -> M
 def project_backward(
     logits: Matrix, d_h_res: Matrix, iterates_ref, num_iterations: int
 ) -> tuple[Matrix, Matrix]:
-    """(h_res, cotangent of the logits); `iterates_ref` is scratch of `iterates_shape` (inside a kernel).
-
-    The tiles may have any shape [rows, lanes] for scratch [num_iterations - 1, n * n * rows, lanes].
-    """
+    """(h_res, cotangent of the logits); `iterates_ref` is scratch of `iterates_shape` (inside a kernel)."""
     n, rows = len(logits), logits[0][0].shape[0]
 
-    def load(t):
-        if (
-            rows % 8
-        ):  # part of a register: loaded one by one, for slices of a block would be shuffles
-            return as_matrix([iterates_ref[t, pl.ds(k * rows, rows), :] for k in range(n * n)])
-        return as_matrix(_split(iterates_ref[t], n * n, rows))
-
     def recompute(t, tiles):
-        if rows % 8:
-            for k, tile in enumerate(tiles):
-                iterates_ref[t, pl.ds(k * rows, rows), :] = tile
-        else:
-            iterates_ref[t] = jnp.concatenate(tiles, axis=0)
+        iterates_ref[t] = jnp.concatenate(tiles, axis=0)
         return tuple(as_tiles(_iterate(as_matrix(list(tiles)))))
 
     def transpose(step, d_tiles):
-        after_columns, inverse_columns = _normalise_columns(load(num_iterations - 2 - step))
+        before = as_matrix(_split(iterates_ref[num_iterations - 2 - step], n * n, rows))
+        after_columns, inverse_columns = _normalise_columns(before)
         after_rows, inverse_rows = _normalise_rows(after_columns)
         d_columns = _transpose_rows(as_matrix(list(d_tiles)), after_rows, inverse_rows)
         d_matrix = _transpose_rows(

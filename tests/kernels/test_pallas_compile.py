@@ -37,6 +37,6 @@ def test_train_step_holds_the_kernels(run_python):
     calls = json.loads(run_python(PROGRAMS, "compile_train_step", "v5p:2x2x1", tpu_compiler=True))
     # A block is scanned: two sublayers there, the last write and the read-out behind it.
     assert calls == {
-        **{"mhc_boundary_forward": 2, "mhc_read_backward": 2, "mhc_post_res_backward": 3},
+        **{"mhc_boundary_forward": 2, "mhc_boundary_backward": 2, "mhc_post_res_backward": 1},
         **{"mhc_post_res_forward": 1, "mhc_pre_forward": 1, "mhc_pre_backward": 1},
     }

@@ -1,7 +1,9 @@
 """The fused Pallas kernels against the float64 oracle: error at most twice that of "xla"."""
 
 import functools
+import re
 
+import jax
 import jax.numpy as jnp
 import oracle
 import pytest
@@ -10,15 +12,17 @@ from interpreted import BF16, F32, QUICK, UNFUSED, assert_as_exact_as_xla, norma
 import kernels_pallas as kp
 
 EPS, ITERATIONS, DRAWS = 1e-6, 4, 4  # 4 iterations run the same code as 20
-# 300 tokens are two blocks in three windows; 8 streams are slow to compile, so they stand here once.
+# 300 tokens are three windows of one block in two parts, 1000 two of 512 tokens in blocks of 128; 8 streams
+# are slow to compile, so they stand here once.
 CASES = [
     pytest.param("read", 4, 136, 37, BF16, True, id="read-n4-bf16-norm"),
     pytest.param("read", 4, 200, 37, F32, False, id="read-n4-f32"),
-    pytest.param("read", 2, 136, 300, F32, True, id="read-n2-f32-norm-two-blocks"),
-    pytest.param("read", 8, 136, 37, BF16, False, id="read-n8-bf16"),
+    pytest.param("read", 2, 136, 150, F32, True, id="read-n2-f32-norm-two-windows"),
     pytest.param("boundary", 4, 200, 37, BF16, False, id="boundary-n4-bf16"),
     pytest.param("boundary", 4, 136, 37, F32, True, id="boundary-n4-f32-norm"),
-    pytest.param("boundary", 2, 200, 300, BF16, True, id="boundary-n2-bf16-norm-two-blocks"),
+    pytest.param("boundary", 2, 200, 300, BF16, True, id="boundary-n2-bf16-norm-three-windows"),
+    pytest.param("boundary", 2, 24, 1000, F32, True, id="boundary-n2-f32-norm-wide-windows"),
+    pytest.param("boundary", 8, 40, 21, BF16, False, id="boundary-n8-bf16"),
 ]
 
 
@@ -29,7 +33,9 @@ def draw(seed, name, n, C, T, dtype, with_norm):
         *(normal(seed, T, n * C, dtype=dtype), normal(seed + 1, T, C, dtype=dtype)),
         *(normal(seed + 2, T, n), normal(seed + 3, T, n, n)),
     )
-    phi, bias = normal(seed + 4, n * C, m, scale=0.1), normal(seed + 5, m)
+    phi = normal(seed + 4, n * C, m, scale=0.1)
+    # Wide logits in every other draw. Not of h_pre: without a gate the norm makes its gradient a difference.
+    bias = normal(seed + 5, m) * jnp.where(jnp.arange(m) < n, 1, 1 if seed % 40 else 10)
     alpha, weight = jnp.array([0.5, 0.7, 1.0]), normal(seed + 10, C) if with_norm else None
     cotangents = (
         *(normal(seed + 6, T, C, dtype=dtype), normal(seed + 7, T, n), normal(seed + 8, T, n, n)),
@@ -62,7 +68,9 @@ def test_fused(name, n, C, T, dtype, with_norm):
             options["input_norm_eps"] = EPS
         return getattr(kp, name)(*args, **options)
 
-    seeds = range(0, 20 * DRAWS, 20)
+    seeds = range(
+        0, 20 * (2 if n == 8 or T == 1000 else DRAWS), 20
+    )  # two are enough where one is slow
     draws = [draw(seed, name, n, C, T, dtype, with_norm) for seed in seeds]
     assert_as_exact_as_xla(op, *draws, options=UNFUSED if n == 8 else QUICK)
 
@@ -84,6 +92,26 @@ def test_pre_with_norm(n, C, T, dtype):
         return kp.pre(x, h_pre, norm_weight=weight, **options)
 
     assert_as_exact_as_xla(op, ((x, h_pre, weight), d, expected))
+
+
+def test_wide_rows_go_through_two_kernels_backward():
+    def kernels(C):
+        n, m, T = 4, 24, 16
+        shapes = {
+            **{"x": (T, n * C), "y": (T, C), "h_post": (T, n), "h_res": (T, n, n)},
+            **{"phi": (n * C, m), "bias": (m,), "alpha": (3,)},
+        }
+
+        def loss(args):
+            return sum(map(jnp.sum, kp.boundary(*args, n=n, implementation="pallas")))
+
+        args = [jax.ShapeDtypeStruct(shape, F32) for shape in shapes.values()]
+        return set(re.findall(r"mhc_\w+", str(jax.make_jaxpr(jax.grad(loss))(args))))
+
+    assert kernels(128) == {"mhc_boundary_forward", "mhc_boundary_backward"}
+    assert kernels(10240) == {
+        *("mhc_boundary_forward", "mhc_read_backward", "mhc_post_res_backward")
+    }
 
 
 def test_no_tokens_launch_no_kernel():

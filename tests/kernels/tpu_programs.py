@@ -28,7 +28,7 @@ BOTH = ("forward", "backward")
 NARROW = {f"mhc_{op}_{direction}" for op in ("mappings", "sinkhorn") for direction in BOTH}
 WIDE = {f"mhc_{op}_{direction}" for op in ("projection", "pre", "post_res") for direction in BOTH}
 WIDE |= {f"mhc_pre_{direction}_normed" for direction in BOTH}
-WIDE |= {"mhc_read_forward", "mhc_read_backward", "mhc_boundary_forward"}
+WIDE |= {f"mhc_{op}_{direction}" for op in ("read", "boundary") for direction in BOTH}
 
 
 def with_gradients(f, *args):
@@ -50,17 +50,22 @@ def wide_kernels(implementation):
             {"n": h_pre.shape[-1], "input_norm_eps": 1e-6},
         )
 
+        def read(x, phi, bias, alpha, weight):
+            fused = {**norm, **options, "input_norm_weight": weight}
+            return kp.read(x, phi, bias, alpha, **fused)
+
         def boundary(x, y, h_post, h_res, phi, bias, alpha, weight):
             fused = {**norm, **options, "input_norm_weight": weight}
             return kp.boundary(x, y, h_post, h_res, phi, bias, alpha, **fused)
 
         projection = functools.partial(kp.projection, **options)
+        post_res = functools.partial(kp.post_res, **options)
         return (
             with_gradients(projection, x, phi),
             with_gradients(pre, x, h_pre, weight),
             with_gradients(boundary, x, y, h_post, h_res, *parameters),
-            kp.post_res(x, y, h_post, h_res, **options),
-            kp.read(x, *parameters[:3], input_norm_weight=weight, **norm, **options),
+            with_gradients(post_res, x, y, h_post, h_res),
+            with_gradients(read, x, *parameters),
         )
 
     return program
@@ -79,7 +84,7 @@ def narrow_kernels(implementation):
     return program
 
 
-def lower(program, topology, width, num_tokens=512, n=4):
+def lower(program, topology, width, num_tokens=2048, n=4):
     """Lowered for one chip of the topology, arguments by name."""
     T, C, m, f32 = num_tokens, width, n * n + 2 * n, jnp.float32
     shapes = {

@@ -1,0 +1,95 @@
+"""What `tpu_schedule` compiles: every Pallas kernel with its grid, loops and conditional parts."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.boundary import tpu as boundary
+from kernels_pallas.boundary import tpu_blocks as blocks
+from kernels_pallas.mappings import tpu as mappings
+from kernels_pallas.post_res import tpu as post_res
+from kernels_pallas.pre import tpu as pre
+from kernels_pallas.projection import tpu as projection
+from kernels_pallas.sinkhorn import tpu as sinkhorn
+from kernels_pallas.token_tiles import MIN_TOKENS, sinkhorn_window
+
+
+def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 20):
+    """(op, direction, function, arguments, options, grid steps, trips of inner loops) of every kernel."""
+    T, C, m, f32 = num_tokens, width, n * n + 2 * n, jnp.float32
+    S = jax.ShapeDtypeStruct
+    x, y = S((T, n * C), dtype), S((T, C), dtype)
+    h, h_res, s, r = S((T, n), f32), S((T, n, n), f32), S((T, m), f32), S((T,), f32)
+    phi, bias, alpha = S((n * C, m), f32), S((m,), f32), S((3,), f32)
+
+    def steps(block, *trips):
+        return -(-T // block), trips, ()
+
+    def rows(block):
+        return steps(block, block // MIN_TOKENS)
+
+    again = num_iterations - 1  # iterations after the first
+    once, twice = steps(sinkhorn.TOKENS, again), steps(sinkhorn.TOKENS, again, again)
+    coefficients = {"n": n, "num_iterations": num_iterations}
+    iterations = {"num_iterations": num_iterations}
+    p_block = projection.block_tokens(n * C, m, dtype, backward=False)
+    b_block = projection.block_tokens(n * C, m, dtype, backward=True)
+    table = [
+        ("projection", "forward", projection, (x, phi), {"norm_eps": 1e-20}, steps(p_block)),
+        ("projection", "backward", projection, (x, phi, r, s, r), {}, steps(b_block)),
+        ("mappings", "forward", mappings, (s, r, bias, alpha), coefficients, once),
+        ("mappings", "backward", mappings, (s, r, bias, alpha, h, h, h_res), coefficients, twice),
+        ("sinkhorn", "forward", sinkhorn, (h_res,), iterations, once),
+        ("sinkhorn", "backward", sinkhorn, (h_res, h_res), iterations, twice),
+        ("pre", "forward", pre, (x, h), {}, rows(pre.block_tokens(n * C, n, dtype))),
+        ("pre", "backward", pre, (x, h, y), {}, rows(pre.block_tokens(n * C, n, dtype))),
+    ]
+    block = rows(post_res.block_tokens(n * C, n, dtype))
+    table += [
+        ("post_res", "forward", post_res, (x, y, h, h_res), {}, block),
+        ("post_res", "backward", post_res, (x, y, h, h_res, x), {}, block),
+    ]
+    # With the RMSNorm of the layer input, as the model calls them.
+    fused = {**coefficients, "norm_eps": 1e-20, "input_norm_eps": 1e-20}
+    parameters = phi, bias, alpha, S((C,), f32)
+
+    def fused_steps(block, *parts):
+        """`parts`: the conditional regions, each how often a step runs it and the trips of its loops."""
+        often = {"step": 1, "window": block / sinkhorn_window(T), "first": 1 / steps(block)[0]}
+        shares = tuple(often[name] for name, *_ in parts)
+        groups = block // MIN_TOKENS
+        count = {"rows": groups, "input rows": groups // min(blocks.input_unroll(C), groups)}
+        trips = (count.get(k, k) for _, *loops in parts for k in loops)
+        return *steps(block, *trips)[:2], shares
+
+    def forward_steps(*parts, fused):
+        return fused_steps(blocks.forward_tokens(n * C, n, dtype, fused=fused), *parts)
+
+    def backward_steps(*parts, fused):
+        block = blocks.backward_tokens(n * C, n, dtype, num_iterations, fused=fused)
+        return fused_steps(block, ("first",), *parts)
+
+    update, cotangents = (x, y, h, h_res), (*parameters, h, s, r, y, h, h_res, x)
+    rows, input_rows = ("step", "rows"), ("step", "input rows")
+    step, window = ("step",), ("window",)
+    project, transpose = ("window", again), ("window", again, again)
+    table += [
+        (
+            *("read", "forward", boundary, (x, *parameters), fused),
+            forward_steps(input_rows, project, fused=False),
+        ),
+        (
+            *("read", "backward", boundary, (x, *cotangents), fused),
+            backward_steps(transpose, input_rows, step, fused=False),
+        ),
+        (
+            *("boundary", "forward", boundary, (*update, *parameters), fused),
+            forward_steps(window, window, rows, input_rows, project, fused=True),
+        ),
+        (
+            *("boundary", "backward", boundary, (*update, x, *cotangents), fused),
+            backward_steps(window, transpose, input_rows, rows, window, fused=True),
+        ),
+    ]
+    for op, direction, module, args, static, schedule in table:
+        name = f"read_{direction}" if op == "read" else direction
+        yield op, direction, getattr(module, name), args, static, schedule

@@ -1,0 +1,78 @@
+"""Block sizes of the fused TPU kernels, and tiles of coefficients inside them.
+
+At most 128 tokens a grid step, a full side of the MXU. Wider rows leave room for fewer tokens, but they take
+longer to transfer.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.pre import tpu as pre
+from kernels_pallas.projection import tpu as projection
+from kernels_pallas.shapes import num_columns
+from kernels_pallas.sinkhorn import tpu as sinkhorn
+from kernels_pallas.token_tiles import FULL_WINDOW, LANES, tokens_per_block
+
+SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
+
+
+def _tokens(width, n, dtype, rows, fixed):
+    return tokens_per_block(
+        int(rows * width) * jnp.dtype(dtype).itemsize,
+        most=LANES,
+        fixed_bytes=fixed + pre.norm_fixed_bytes(width // n),
+        what=f"boundary with rows of {width}",
+    )
+
+
+def forward_tokens(width: int, n: int, dtype, *, fused: bool) -> int:
+    """Tokens a grid step forward, for x in and the layer input out, if `fused` also y in and new x out.
+
+    Raises:
+      NotImplementedError: not even 16 tokens fit.
+    """
+    fixed = projection.fixed_bytes(width, num_columns(n), dtype, backward=False)
+    return _tokens(width, n, dtype, 2 + 2 / n if fused else 1 + 1 / n, fixed)
+
+
+def backward_tokens(width: int, n: int, dtype, num_iterations: int, *, fused: bool) -> int:
+    """Tokens a grid step backward, for x, g, d_input in and dx out, if `fused` also old x, y in and dy out.
+
+    Raises:
+      NotImplementedError: not even 16 tokens fit.
+    """
+    fixed = projection.fixed_bytes(width, num_columns(n), dtype, backward=True)
+    fixed += math.prod(sinkhorn.iterates_shape(n, num_iterations, FULL_WINDOW)) * 4
+    return _tokens(width, n, dtype, 4 + 3 / n if fused else 3 + 1 / n, fixed)
+
+
+def fits_fused_backward(width: int, n: int, dtype, num_iterations: int) -> bool:
+    """Whether rows are narrow enough for one backward kernel of the boundary; otherwise two share it."""
+    try:
+        backward_tokens(width, n, dtype, num_iterations, fused=True)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def input_unroll(width: int) -> int:
+    """Groups of 16 rows at once where the norm of a layer input of `width` columns waits for its sum.
+
+    At C = 2560 a group takes 223 bundles alone on a v6e, 204 as one of two, 184 as one of four. Wider rows
+    wait for a smaller part of their time, and longer code takes longer to compile.
+    """
+    return max(1, min(4, 10240 // width))
+
+
+def rows_of(block: jax.Array) -> list[jax.Array]:
+    """[m, tokens] -> m tiles [1, tokens]."""
+    return [block[k : k + 1] for k in range(block.shape[0])]
+
+
+def columns_of(tiles: list[jax.Array]) -> jax.Array:
+    """m tiles [1, tokens] -> [m, tokens]."""
+    return jnp.concatenate(tiles, axis=0)
