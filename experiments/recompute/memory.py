@@ -30,6 +30,7 @@ def _measure(program, args) -> dict:
         - found.output_size_in_bytes
         + found.alias_size_in_bytes,
         "temp_bytes": found.temp_size_in_bytes,
+        "host_bytes": found.host_temp_size_in_bytes,
         "compile_s": round(time.perf_counter() - start, 1),
     }
 
