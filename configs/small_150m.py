@@ -18,7 +18,7 @@ def get_config(connection: str = "mhc"):
     config.optimizer.warmup_steps = 1000
 
     model = config.model
-    model.num_blocks = 11  # written out as in small_30m.py: scan_blocks = False
+    model.num_blocks = 11
     model.width = 1024
     model.num_heads = 16
     model.kv_rank = 512

@@ -1,6 +1,6 @@
 """Which tiles make the grouped matmuls of the experts fastest on a Hopper GPU?
 
-Command:  python -m experiments.expert_tiles                  (one H100 or H200; about 5 minutes, compiling)
+Command:  python -m experiments.expert_tiles                  (one H100 or H200; not run yet)
 Result:   for each product of the layer the fastest tiles and their TFLOP/s, beside what the model takes and
           a dense matmul of the same FLOPs; all candidates as JSON with --output.
 

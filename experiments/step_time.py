@@ -1,6 +1,6 @@
 """What does mHC cost in a whole train step? Residual, HC and mHC on this machine's accelerator.
 
-Command:  python -m experiments.step_time                 (one GPU with 40 GiB free; about 1 minute)
+Command:  python -m experiments.step_time                 (one GPU with 50 GiB free; about 2 minutes)
 Result:   milliseconds a step and the overhead over the residual connection, also as JSON with --output.
 
 Dense blocks with the layer shape of the paper's 27B model (width 2560, sequences of 4096, 16384 tokens a
@@ -94,9 +94,14 @@ def time_arms(
     """Median milliseconds of a step of each arm on fresh random tokens, ROUNDS times.
 
     The arms take turns step by step: a GPU under load lowers its clocks by some per cent within seconds,
-    which arms that ran one after the other would take for a difference between them.
+    which arms that ran one after the other would take for a difference between them. Arms with the same
+    connection train one state, so that no more than one a connection has to fit.
     """
-    states = {arm: init() for arm, (init, _) in compiled.items()}
+    connection = {arm: config.model.connection for arm, config in configs.items()}
+    states = {}
+    for arm, (init, _) in compiled.items():
+        if connection[arm] not in states:
+            states[connection[arm]] = init()
     batches = {
         arm: [_random_batch(config, rng) for _ in range(4)] for arm, config in configs.items()
     }
@@ -106,8 +111,9 @@ def time_arms(
         for k in range(TIMED if number else WARMUP + TIMED):
             for arm, (_, step) in compiled.items():
                 start = time.perf_counter()
-                states[arm], metrics = step(states[arm], batches[arm][k % 4])
-                jax.block_until_ready((states[arm], metrics))
+                state, metrics = step(states[connection[arm]], batches[arm][k % 4])
+                states[connection[arm]] = state
+                jax.block_until_ready((state, metrics))
                 times[arm].append(1e3 * (time.perf_counter() - start))
                 if not np.isfinite(metrics["train/loss"]):
                     raise RuntimeError(f"{arm}: loss {metrics['train/loss']}")

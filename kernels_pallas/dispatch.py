@@ -56,7 +56,7 @@ def _missing_package() -> str | None:
     for package in ("triton", "jax_triton"):
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed (pip install -e '.[gpu]')"
-    if os.environ.get("TRITON_INTERPRET") != "1":  # the interpreter does without jax_triton
+    if os.environ.get("TRITON_INTERPRET") != "1":  # the interpreter needs no CUDA
         try:
             importlib.import_module("jax_triton")
         except ImportError:  # as on an installation of jax without CUDA

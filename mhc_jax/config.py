@@ -245,6 +245,28 @@ class Config:
             )
 
 
+# Fields that say where and how a run is computed, not what; beginnings of dotted names.
+MAY_CHANGE = (
+    "mesh",
+    "model.remat",
+    "model.recompute_block",
+    "model.scan_blocks",
+    "model.loss_chunks",
+)
+
+
+def from_workdir(values: Mapping[str, Any]) -> Config:
+    """The configuration in a config.json, also one from before some of the fields existed.
+
+    Raises:
+      ValueError, TypeError: as `from_dict`.
+    """
+    if isinstance(values.get("model"), Mapping):
+        # Before there was the field, blocks were always scanned.
+        values = {**values, "model": {"scan_blocks": True, **values["model"]}}
+    return from_dict(values)
+
+
 def from_dict(values: Mapping[str, Any], kind: type = Config, prefix: str = ""):
     """Builds a frozen configuration from a nested mapping such as a ConfigDict or config.json.
 

@@ -56,9 +56,9 @@ def linear_cross_entropy(
     (Hsu et al., 2024, arXiv 2410.10989): logits are computed once for any number of chunks, and what the
     backward pass keeps is as large as x and the matrix. Without differentiation the loss alone is computed.
 
-    Rounding is that of `unembed`: products in the dtype of x, the gradient of the logits rounded to it, that
-    of the matrix summed in float32. Over a mesh every device cuts its own tokens, and the matrix is gathered
-    and its gradient summed once.
+    It has no forward-mode derivative (`jax.jvp`, `jax.hessian`). Rounding is that of `unembed`: products in
+    the dtype of x, the gradient of the logits rounded to it, that of the matrix summed in float32. Over a
+    mesh every device cuts its own tokens, and the matrix is gathered and its gradient summed once.
 
     Args:
       x: `[B, S, C]`.
@@ -78,8 +78,8 @@ def _loss(chunks, x, matrix, targets):
 
 
 def _loss_forward(chunks, x, matrix, targets):
-    loss, *gradients = _per_device(chunks, x, matrix, targets, gradients=True)
-    return loss, gradients
+    loss, dx, d_matrix = _per_device(chunks, x, matrix, targets, gradients=True)
+    return loss, (dx, d_matrix.astype(matrix.dtype))
 
 
 def _loss_backward(chunks, gradients, cotangent):

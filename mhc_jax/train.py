@@ -16,7 +16,7 @@ import tqdm
 from kernels_pallas import dispatch
 from mhc_jax import distributed, gains, sharding
 from mhc_jax.checkpoint import Checkpoints
-from mhc_jax.config import Config, differences
+from mhc_jax.config import MAY_CHANGE, Config, differences
 from mhc_jax.data import make_iterator, vocab_size
 from mhc_jax.metrics import MetricWriter
 from mhc_jax.train_step import (
@@ -61,20 +61,11 @@ def check_config(config: Config) -> None:
         )
 
 
-# Fields that say where and how a run is computed, not what; beginnings of dotted names.
-_MAY_CHANGE = (
-    "mesh",
-    "model.remat",
-    "model.recompute_block",
-    "model.scan_blocks",
-    "model.loss_chunks",
-)
-
-
 def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
     """Writes config.json (process 0), or checks that the one there is the same.
 
-    Mesh and recomputation may differ: a run goes on with any number of devices and any `model.remat`.
+    How a run is computed (`MAY_CHANGE`) may differ: it goes on with any number of devices and any
+    `model.remat`.
 
     Raises:
       ValueError: the fields in which a workdir of an earlier run differs, or a workdir that the processes
@@ -106,7 +97,7 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
     differing = {
         name: pair
         for name, pair in differences(there, values).items()
-        if not name.startswith(_MAY_CHANGE)
+        if not name.startswith(MAY_CHANGE)
     }
     if differing:
         fields = "; ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in differing.items())

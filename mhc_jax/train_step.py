@@ -99,8 +99,8 @@ def evaluate(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
 def _narrowed(params: Params, dtype) -> Params:
     """Matrices of the blocks in the dtype of their products, which rounds them where they are used anyway.
 
-    Once a step then, not again in recomputation; and their gradients, which have that dtype, are stacked in
-    it. Not the router's, which is used in float32.
+    Once a part of a batch then, not again in recomputation; and their gradients, which have that dtype, are
+    stacked in it. Not the router's, which is used in float32.
     """
 
     def narrow(path, leaf):

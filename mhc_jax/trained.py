@@ -7,7 +7,7 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
-from mhc_jax.config import Config, ModelConfig, differences, from_dict
+from mhc_jax.config import MAY_CHANGE, Config, ModelConfig, differences, from_workdir
 from mhc_jax.train_step import Params, abstract_state
 
 
@@ -20,7 +20,7 @@ def load(
 
     Args:
       workdir: of a training.
-      model: what the caller takes the model for, or None.
+      model: what the caller takes the model for, or None; how it is computed (`MAY_CHANGE`) may differ.
 
     Raises:
       ValueError: no run or no checkpoint there, a model other than `model` (the message names the fields),
@@ -28,17 +28,19 @@ def load(
     """
     workdir = pathlib.Path(workdir)
     try:
-        config = from_dict(json.loads((workdir / "config.json").read_text()))
+        config = from_workdir(json.loads((workdir / "config.json").read_text()))
     except FileNotFoundError:
         raise ValueError(f"{workdir} is not the workdir of a run: it has no config.json") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{workdir}/config.json: {error}") from error
     if model is not None:
-        differing = differences(dataclasses.asdict(config.model), dataclasses.asdict(model))
-        if differing:
-            fields = "; ".join(
-                f"model.{k}: {a!r} there, {b!r} expected" for k, (a, b) in differing.items()
-            )
+        there, expected = ({"model": dataclasses.asdict(m)} for m in (config.model, model))
+        fields = "; ".join(
+            f"{name}: {a!r} there, {b!r} expected"
+            for name, (a, b) in differences(there, expected).items()
+            if not name.startswith(MAY_CHANGE)
+        )
+        if fields:
             raise ValueError(f"{workdir} holds another model ({fields})")
     folder = (workdir / "checkpoints").absolute()
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}

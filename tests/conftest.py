@@ -6,6 +6,9 @@ import subprocess
 import sys
 import tempfile
 
+# Compiling is most of the time of the tests, and half of that is LLVM's optimisation. Before jax starts.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
 import jax
 import pytest
 
@@ -48,3 +51,21 @@ def run_python():
         return done.stdout
 
     return run
+
+
+def _operand_dtypes(jaxpr):
+    """Dtypes of both operands of every product, those inside of loops and calls too."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            found.append([v.aval.dtype for v in eqn.invars])
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            found += _operand_dtypes(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.fixture
+def operand_dtypes():
+    """`operand_dtypes(jaxpr)`: dtypes of both operands of every product in it."""
+    return _operand_dtypes

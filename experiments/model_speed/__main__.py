@@ -10,9 +10,9 @@ excluded) against the peak of dense bfloat16 products, "with attention" also the
 What is computed again (remat) counts once. `scan` and `out` after a model's name: its blocks are looped over
 or written out.
 
-Memory of the 3B model (residual, remat=mhc, 8 x 4096 tokens), compiled for a TPU v5p: 33 GiB of parameters
-and Adam's moments, 52 GiB of temporaries, of which 11 are gradients. That is about 5 GiB for each further
-sequence, and more for mHC. A config that does not fit is said so after it was compiled.
+Memory of the 3B model (remat=mhc, 8 x 4096 tokens) on an H200: 33 GiB of parameters and Adam's moments, and
+temporaries of 36 GiB (residual) or 41 GiB (mHC); 66 and 75 GiB with 16 sequences. A config that does not
+fit is said so after it was compiled.
 """
 
 import argparse
@@ -97,8 +97,10 @@ class Arm:
 
     def __init__(self, written: str, options, batch_size: int | None, remat: str | None):
         values = load_config(written)
-        if values.batch_size > 64:  # of a pod, where compiling all blocks takes long
-            values.batch_size, values.model.scan_blocks = PAPER_BATCH, False
+        if values.batch_size > 64:  # that of a pod
+            values.batch_size = PAPER_BATCH
+            # Pods scan, since their step compiles for minutes as it is; one GPU is faster without.
+            values.model.scan_blocks = False
         values.batch_size = batch_size or values.batch_size
         if options.scan_blocks is not None:
             values.model.scan_blocks = options.scan_blocks

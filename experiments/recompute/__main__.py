@@ -2,7 +2,7 @@
 
 Commands: python -m experiments.recompute memory                        (this machine's accelerator)
           python -m experiments.recompute memory --topology=v5p:2x2x1   (compiled for a TPU, on any CPU)
-          python -m experiments.recompute step_time                     (one GPU with 100 GiB free)
+          python -m experiments.recompute step_time                     (one GPU with 80 GiB free)
           python -m experiments.recompute figure                        (from the JSON files)
 Result:   JSON and PNG in experiments/recompute/results.
 """

@@ -47,6 +47,10 @@ def route(x: jax.Array, kernel: jax.Array, bias: jax.Array, experts_per_token: i
     return Routing(scores, experts, weights)
 
 
+def _float32_logits(x, kernel):
+    return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
+
+
 @jax.custom_vjp
 def logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x @ kernel, `[..., C]` and `[C, E]` float32 -> `[..., E]` float32 at the highest precision.
@@ -56,7 +60,7 @@ def logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     gradients take two terms of each float32 operand, 16 bits.
     """
     if x.dtype != jnp.bfloat16:
-        return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
+        return _float32_logits(x, kernel)
     terms = jnp.concatenate(_terms(kernel, 3), axis=1)
     products = jnp.dot(x, terms, preferred_element_type=jnp.float32)
     high, middle, low = jnp.split(products, 3, axis=-1)
@@ -66,7 +70,7 @@ def logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _logits_backward(saved, d):
     x, kernel = saved
     if x.dtype != jnp.bfloat16:
-        _, vjp = jax.vjp(logits.fun, x, kernel)
+        _, vjp = jax.vjp(_float32_logits, x, kernel)
         return vjp(d)
     (d_high, d_low), (high, low) = _terms(d, 2), _terms(kernel, 2)
     # One product over 3 E entries; low times low is beyond the 16 bits.

@@ -49,20 +49,8 @@ def test_loss_and_gradients(dtype, tolerance, chunks):
         assert error < tolerance
 
 
-def operand_dtypes(jaxpr):
-    """Dtypes of both operands of every product, those inside of loops and calls too."""
-    found = []
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            found.append([v.aval.dtype for v in eqn.invars])
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            found += operand_dtypes(inner) if hasattr(inner, "eqns") else []
-    return found
-
-
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_logits_are_computed_once_in_the_dtype_of_the_activations(chunks):
+def test_logits_are_computed_once_in_the_dtype_of_the_activations(chunks, operand_dtypes):
     x, matrix, targets = inputs(jnp.bfloat16)
     loss = functools.partial(linear_cross_entropy, targets=jnp.asarray(targets), chunks=chunks)
     for function, count in ((loss, 1), (jax.grad(loss, argnums=(0, 1)), 3)):

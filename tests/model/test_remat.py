@@ -405,14 +405,16 @@ def test_tokens_are_sorted_once():
 def test_another_private_function_of_jax_is_not_called(cudnn, monkeypatch):
     assert fused_attention.unpadded_cudnn() is not None
     for change in (
-        lambda: monkeypatch.setattr(cudnn, "dot_product_attention", lambda q, k, v, scale: q),
-        lambda: monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 90900),
-        lambda: monkeypatch.delattr(cudnn, "MaskType"),
+        lambda patch: patch.setattr(cudnn, "dot_product_attention", lambda q, k, v, scale: q),
+        lambda patch: patch.setattr(cudnn, "check_cudnn_version", lambda: 90900),
+        lambda patch: patch.delattr(cudnn, "MaskType"),
     ):
-        with monkeypatch.context():
+        with monkeypatch.context() as patch:
+            change(patch)
             fused_attention.unpadded_cudnn.cache_clear()
-            change()
             assert fused_attention.unpadded_cudnn() is None
+        fused_attention.unpadded_cudnn.cache_clear()
+        assert fused_attention.unpadded_cudnn() is not None, "the change was undone"
 
 
 def test_fused_attention_of_tpus_runs_once():

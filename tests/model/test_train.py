@@ -18,6 +18,7 @@ from flax import nnx
 from configs import default
 from mhc_jax import train as train_module
 from mhc_jax import train_step as train_step_module
+from mhc_jax import trained as trained_module
 from mhc_jax.config import CONNECTIONS, ModelConfig, OptimizerConfig, from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.optimizer import decay_mask, make_schedule
@@ -415,3 +416,38 @@ def test_state_is_a_pytree_of_arrays():
     assert isinstance(state, TrainState)
     assert optax.tree.size(state.params) > 0
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_matrices_rounded_ahead_have_the_gradients_of_those_rounded_where_used(parts, monkeypatch):
+    config = tiny(
+        "mhc", **EXPERTS | {"model.dtype": "bfloat16", "optimizer.accumulate_steps": parts}
+    )
+    state, batch = randomized(fresh(config)), batch_of(config)
+
+    def gradients():
+        function = functools.partial(train_step_module._loss_and_gradients, config=config)
+        return jax.jit(function)(state.params, state.model_state, batch)[1]
+
+    got = gradients()
+    monkeypatch.setattr(train_step_module, "_narrowed", lambda params, dtype: params)
+    for (path, want), leaf in zip(
+        jax.tree_util.tree_flatten_with_path(gradients())[0], jax.tree.leaves(got), strict=True
+    ):
+        assert leaf.dtype == jnp.float32, path
+        error = jnp.linalg.norm(leaf - want) / jnp.maximum(jnp.linalg.norm(want), 1e-12)
+        assert error < 2e-2, (path, error)
+
+
+def test_workdir_from_before_blocks_could_be_written_out(tmp_path):
+    config = tiny("residual", **{"steps": 1})
+    train(config, tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["model"]["scan_blocks"]
+    path.write_text(json.dumps(values))
+    written_out = dataclasses.replace(config.model, scan_blocks=False, loss_chunks=2)
+    found, _, step = trained_module.load(tmp_path, written_out)
+    assert found.model.scan_blocks
+    assert step == 1
+    claim_workdir(config, tmp_path)
