@@ -79,6 +79,8 @@ def _loss(chunks, x, matrix, targets):
 
 def _loss_forward(chunks, x, matrix, targets):
     loss, dx, d_matrix = _per_device(chunks, x, matrix, targets, gradients=True)
+    # Split now as the parameter is: it lives through the whole backward pass, 1.2 GiB for 27B's whole matrix.
+    d_matrix = sharding.split_parameters({"unembed": {"kernel": d_matrix}})["unembed"]["kernel"]
     return loss, (dx, d_matrix.astype(matrix.dtype))
 
 
