@@ -15,12 +15,11 @@ import functools
 import json
 import math
 import pathlib
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 
+from experiments.timing import time_ms
 from mhc_jax.fused_attention import causal_attention, padded_cudnn, unpadded_cudnn
 
 
@@ -66,19 +65,6 @@ ARMS = {
 }
 
 
-def time_ms(function, *args, repeats: int) -> float:
-    """Milliseconds of a call among `repeats` that are dispatched without waiting; the median of 5."""
-    jax.block_until_ready(function(*args))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            out = function(*args)
-        jax.block_until_ready(out)
-        times.append(1e3 * (time.perf_counter() - start) / repeats)
-    return statistics.median(times)
-
-
 def measure(options: argparse.Namespace, heads: int) -> list[dict]:
     """One row an arm; an arm that cannot run says why."""
     lead = options.batch_size, options.sequence_length, heads
@@ -107,8 +93,10 @@ def measure(options: argparse.Namespace, heads: int) -> list[dict]:
                 for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected))
             )
             del found
-            run = functools.partial(time_ms, repeats=options.repeats)
-            row["forward_ms"] = run(jax.jit(attend), q, k, v)
+            forward = jax.jit(attend)
+            jax.block_until_ready(forward(q, k, v))
+            run = functools.partial(time_ms, repeats=options.repeats, rounds=5)
+            row["forward_ms"] = run(forward, q, k, v)
             row["both_ms"] = run(both, q, k, v, dy)
         except Exception as error:  # memory, or no such kernel here: the other arms still count
             row["failed"] = str(error).splitlines()[0][:200]

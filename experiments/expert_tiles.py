@@ -13,13 +13,12 @@ import argparse
 import itertools
 import json
 import pathlib
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.timing import time_ms
 from mhc_jax.moe.grouped_matmul import Tiles, hopper_tiles, rows_times_matrices, rows_times_rows
 
 
@@ -76,18 +75,6 @@ def products(options) -> dict[str, tuple]:
     }
 
 
-def time_ms(function, *args, repeats: int) -> float:
-    """Milliseconds of a call among `repeats` that are dispatched without waiting; the median of 3."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            out = function(*args)
-        jax.block_until_ready(out)
-        times.append(1e3 * (time.perf_counter() - start) / repeats)
-    return statistics.median(times)
-
-
 def measure(function, arrays, tiles: Tiles, expected, repeats: int):
     """A row of the result, and what the product was (None if it failed)."""
     row = tiles._asdict()
@@ -97,7 +84,7 @@ def measure(function, arrays, tiles: Tiles, expected, repeats: int):
         if expected is not None:
             difference = jnp.abs(found.astype(jnp.float32) - expected).max()
             row["difference"] = float(difference / jnp.abs(expected).max())
-        row["ms"] = time_ms(run, *arrays, tiles, repeats=repeats)
+        row["ms"] = time_ms(run, *arrays, tiles, repeats=repeats, rounds=3)
     except Exception as error:  # no shared memory or registers for it, or no kernel here
         row["failed"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return row, None
@@ -151,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     run = jax.jit(jnp.dot)
     jax.block_until_ready(run(*dense))
-    ms = time_ms(run, *dense, repeats=options.repeats)
+    ms = time_ms(run, *dense, repeats=options.repeats, rounds=3)
     print(f"{'dense':12} as x gate_up{'':7}{ms:9.3f} ms{2 * flops / ms / 1e9:7.0f} TFLOP/s")
 
 

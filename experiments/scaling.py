@@ -28,6 +28,7 @@ import jax
 import numpy as np
 
 from configs import default
+from experiments.timing import random_batch
 from mhc_jax import sharding
 from mhc_jax.config import Config, from_dict
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_init_state, jit_train_step
@@ -83,13 +84,7 @@ class Arm:
         """Appends the median seconds of a step on random tokens."""
         state = self._init()
         put = functools.partial(sharding.BatchPlacement(self.mesh, self.config.batch_size).put)
-        batches = [
-            put({
-                name: rng.integers(0, self.config.model.vocab_size, x.shape, np.int32)
-                for name, x in abstract_batch(self.config).items()
-            })
-            for _ in range(2)
-        ]  # fmt: skip
+        batches = [put(random_batch(self.config, rng)) for _ in range(2)]
         times = []
         for k in range(WARMUP + TIMED):
             start = time.perf_counter()

@@ -21,12 +21,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from configs import default
+from experiments.timing import random_batch
 from mhc_jax.config import Config, from_dict
-from mhc_jax.train_step import init_state, jit_train_step
+from mhc_jax.train_step import abstract_batch, init_state, jit_train_step
 
 WARMUP, TIMED, ROUNDS = 3, 12, 2
 
@@ -83,9 +83,8 @@ def compile_arm(config: Config):
     """(initialisation, train step), compiled ahead of time."""
     init = jax.jit(functools.partial(init_state, config))
     state = jax.eval_shape(init)
-    shape = config.batch_size, config.data.sequence_length
-    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("inputs", "targets")}
-    return init.lower().compile(), jit_train_step(config).lower(state, batch).compile()
+    step = jit_train_step(config).lower(state, abstract_batch(config))
+    return init.lower().compile(), step.compile()
 
 
 def time_arms(
@@ -103,7 +102,8 @@ def time_arms(
         if connection[arm] not in states:
             states[connection[arm]] = init()
     batches = {
-        arm: [_random_batch(config, rng) for _ in range(4)] for arm, config in configs.items()
+        arm: [jax.device_put(random_batch(config, rng)) for _ in range(4)]
+        for arm, config in configs.items()
     }
     rounds = {arm: [] for arm in configs}
     for number in range(ROUNDS):
@@ -120,14 +120,6 @@ def time_arms(
         for arm, each in times.items():
             rounds[arm].append(statistics.median(each[-TIMED:]))
     return rounds
-
-
-def _random_batch(config: Config, rng: np.random.Generator) -> dict[str, jax.Array]:
-    shape = config.batch_size, config.data.sequence_length
-    return {
-        key: jnp.asarray(rng.integers(0, config.model.vocab_size, shape), jnp.int32)
-        for key in ("inputs", "targets")
-    }
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import tqdm
 from kernels_pallas import dispatch
 from mhc_jax import distributed, gains, sharding
 from mhc_jax.checkpoint import Checkpoints
-from mhc_jax.config import MAY_CHANGE, Config, differences
+from mhc_jax.config import Config, conflicts
 from mhc_jax.data import make_iterator, vocab_size
 from mhc_jax.metrics import MetricWriter
 from mhc_jax.train_step import (
@@ -94,11 +94,7 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
         there = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}): remove it or use a new workdir") from error
-    differing = {
-        name: pair
-        for name, pair in differences(there, values).items()
-        if not name.startswith(MAY_CHANGE)
-    }
+    differing = conflicts(there, values)
     if differing:
         fields = "; ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in differing.items())
         raise ValueError(

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
-from mhc_jax.config import MAY_CHANGE, Config, ModelConfig, differences, from_workdir
+from mhc_jax.config import Config, ModelConfig, conflicts, from_workdir
 from mhc_jax.train_step import Params, abstract_state
 
 
@@ -35,12 +35,11 @@ def load(
         raise ValueError(f"{workdir}/config.json: {error}") from error
     if model is not None:
         there, expected = ({"model": dataclasses.asdict(m)} for m in (config.model, model))
-        fields = "; ".join(
-            f"{name}: {a!r} there, {b!r} expected"
-            for name, (a, b) in differences(there, expected).items()
-            if not name.startswith(MAY_CHANGE)
-        )
-        if fields:
+        differing = conflicts(there, expected)
+        if differing:
+            fields = "; ".join(
+                f"{k}: {a!r} there, {b!r} expected" for k, (a, b) in differing.items()
+            )
             raise ValueError(f"{workdir} holds another model ({fields})")
     folder = (workdir / "checkpoints").absolute()
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}

@@ -34,6 +34,7 @@ import numpy as np
 
 from experiments.model_speed import profile
 from experiments.model_speed.flops import PEAK, attention_flops, parameter_flops
+from experiments.timing import random_batch
 from mhc_jax.config import Config, from_dict
 from mhc_jax.train_step import abstract_batch, abstract_state, init_state, jit_train_step
 
@@ -153,10 +154,7 @@ class Arm:
         return self._step.as_text()
 
     def _batch(self, rng: np.random.Generator):
-        return {
-            name: jax.device_put(rng.integers(0, self.config.model.vocab_size, x.shape, np.int32))
-            for name, x in abstract_batch(self.config).items()
-        }
+        return jax.device_put(random_batch(self.config, rng))
 
     def _run(self, state, rng, count: int):
         """The state after `count` steps, the times at which each was done, and the last metrics."""
