@@ -1,0 +1,230 @@
+// warp.cuh and what it and our kernels need of CUDA, for a CPU: a test of the kernels where there is no GPU.
+//
+// What the hardware leaves undefined is undefined here in a way that shows. Shared memory starts as NaNs. An
+// asynchronous copy leaves NaNs until its thread waits for it, and only then reads its source. load_matrices reads
+// a row when the lane that names it comes, so that rows that other lanes write need a __syncwarp() before.
+// Not covered: weak memory order (all threads see one order), sums inside of the tensor cores (here in float64).
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "launch.hpp"
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short bf16;  // its bits
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+// In a function, once.
+#define SHARED_MEMORY(name) unsigned char* const name = emulate::shared_memory()
+#define SPIN() emulate::spin(emulate::here())
+
+#define MHC_VECTOR(scalar, name, bytes)                                                              \
+  struct alignas(bytes) name##2 { scalar x, y; };                                                    \
+  struct alignas(2 * bytes) name##4 { scalar x, y, z, w; };                                          \
+  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }                               \
+  inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
+MHC_VECTOR(float, float, 8)
+MHC_VECTOR(int, int, 8)
+MHC_VECTOR(u32, uint, 8)
+#undef MHC_VECTOR
+
+namespace emulate {
+
+inline unsigned char* shared_memory() { return state.lane->warp->block->memory + kZone; }
+
+inline void check_shared(const char* what, Site site, const void* p) {
+  const ptrdiff_t offset = static_cast<const unsigned char*>(p) - shared_memory();
+  const std::string where = "shared address " + std::to_string(offset);
+  if (offset < 0 || offset + 16 > ptrdiff_t(state.shared_bytes))
+    fail(what, site, where + " outside of " + std::to_string(state.shared_bytes) + " bytes");
+  if (offset % 16) fail(what, site, where + " is not a multiple of 16");
+}
+
+template <class To, class From>
+inline To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline u32 round_bf16(float x) {
+  const u32 word = bits<u32>(x);
+  return x != x ? 0x7fff : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+}
+
+inline double drop_tf32(u32 word) { return bits<float>(word & 0xffffe000u); }
+
+// Lanes' words: d (4), a (4), b (2).
+inline void multiply_tf32_words(Warp& warp) {
+  typedef double Row __attribute__((vector_size(64)));
+  double a[16][8];
+  Row b[8], d[16];
+  for (int lane = 0; lane < 32; ++lane) {
+    const u32* word = warp.word[lane];
+    const int g = lane / 4, q = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      d[g + i / 2 * 8][2 * q + i % 2] = bits<float>(word[i]);
+      a[g + i % 2 * 8][q + i / 2 * 4] = drop_tf32(word[4 + i]);
+    }
+    for (int i = 0; i < 2; ++i) b[q + 4 * i][g] = drop_tf32(word[8 + i]);
+  }
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < 8; ++k) d[row] += a[row][k] * b[k];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      warp.word[lane][i] = bits<u32>(float(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]));
+}
+
+// Lanes' words: value, lane to read from.
+template <class T>
+inline T shuffle(const char* what, u32 mask, T value, u32 from, Site site) {
+  if (from > 31 || !(mask >> from & 1)) fail(what, site, "reads a lane outside of the mask");
+  u32* word = state.lane->warp->word[state.lane->thread % 32];
+  word[0] = bits<u32>(value);
+  word[1] = from;
+  meet(what, mask, site, [mask](Warp& warp) {
+    for (int lane = 0; lane < 32; ++lane)
+      if (mask >> lane & 1) warp.word[lane][2] = warp.word[warp.word[lane][1]][0];
+  });
+  return bits<T>(word[2]);
+}
+
+// Nothing reads and writes at the same time here; another warp may come before or after.
+template <class T>
+inline T atomic_add(T* p, T value) {
+  const T old = *p;
+  *p += value;
+  ++state.events;
+  pause();
+  return old;
+}
+
+}  // namespace emulate
+
+#define rsqrtf(x) (1.0f / sqrtf(x))
+#define __expf(x) expf(x)  // the C library has a function of this name
+#define __logf(x) logf(x)
+inline float __fdividef(float a, float b) { return a / b; }
+inline u32 __float_as_uint(float x) { return emulate::bits<u32>(x); }
+inline int __float_as_int(float x) { return emulate::bits<int>(x); }
+inline float __uint_as_float(u32 x) { return emulate::bits<float>(x); }
+inline float __int_as_float(int x) { return emulate::bits<float>(x); }
+template <class T>
+inline T __ldg(const T* p) {
+  return *p;
+}
+template <class A, class B>
+inline std::common_type_t<A, B> min(A a, B b) {
+  using T = std::common_type_t<A, B>;
+  if constexpr (std::is_floating_point_v<T>) return std::fmin(T(a), T(b));
+  return T(b) < T(a) ? T(b) : T(a);
+}
+template <class A, class B>
+inline std::common_type_t<A, B> max(A a, B b) {
+  using T = std::common_type_t<A, B>;
+  if constexpr (std::is_floating_point_v<T>) return std::fmax(T(a), T(b));
+  return T(a) < T(b) ? T(b) : T(a);
+}
+
+inline int atomicAdd(int* p, int value) { return emulate::atomic_add(p, value); }
+inline u32 atomicAdd(u32* p, u32 value) { return emulate::atomic_add(p, value); }
+inline float atomicAdd(float* p, float value) { return emulate::atomic_add(p, value); }
+inline void __threadfence() {}
+
+inline void __syncthreads(emulate::Site site = emulate::here()) { emulate::meet_block(site); }
+inline void __syncwarp(u32 mask = ~0u, emulate::Site site = emulate::here()) {
+  emulate::meet("__syncwarp", mask, site, [](emulate::Warp&) {});
+}
+template <class T>
+inline T __shfl_sync(u32 mask, T value, int lane, emulate::Site site = emulate::here()) {
+  return emulate::shuffle("__shfl_sync", mask, value, lane & 31, site);
+}
+template <class T>
+inline T __shfl_xor_sync(u32 mask, T value, int lane_mask, emulate::Site site = emulate::here()) {
+  return emulate::shuffle("__shfl_xor_sync", mask, value, emulate::state.lane->thread % 32 ^ lane_mask, site);
+}
+
+inline u32 pack_bf16(float low, float high) { return emulate::round_bf16(low) | emulate::round_bf16(high) << 16; }
+
+inline void copy_async_16(void* to, const void* from, bool valid, emulate::Site site = emulate::here()) {
+  emulate::check_shared("copy_async_16", site, to);
+  if (valid && reinterpret_cast<size_t>(from) % 16)
+    emulate::fail("copy_async_16", site, "the global address is not a multiple of 16");
+  memset(to, 0xff, 16);
+  emulate::state.lane->copies.push_back({to, valid ? from : nullptr});
+}
+
+inline void copy_async_commit() {
+  emulate::Lane& lane = *emulate::state.lane;
+  size_t committed = 0;
+  for (size_t group : lane.groups) committed += group;
+  lane.groups.push_back(lane.copies.size() - committed);
+}
+
+template <int pending>
+inline void copy_async_wait() {
+  emulate::Lane& lane = *emulate::state.lane;
+  while (lane.groups.size() > pending) {
+    const auto end = lane.copies.begin() + lane.groups.front();
+    for (auto copy = lane.copies.begin(); copy != end; ++copy)
+      copy->from ? memcpy(copy->to, copy->from, 16) : memset(copy->to, 0, 16);
+    lane.copies.erase(lane.copies.begin(), end);
+    lane.groups.erase(lane.groups.begin());
+  }
+  emulate::pause();
+}
+
+inline void load_matrices(u32 (&word)[4], const void* row, emulate::Site site = emulate::here()) {
+  emulate::check_shared("load_matrices", site, row);
+  emulate::Warp& warp = *emulate::state.lane->warp;
+  const int lane = emulate::state.lane->thread % 32;
+  memcpy(warp.word[lane], row, 16);
+  emulate::meet("load_matrices", ~0u, site, [](emulate::Warp& warp) {
+    u32 out[32][4];
+    for (int lane = 0; lane < 32; ++lane)
+      for (int k = 0; k < 4; ++k) out[lane][k] = warp.word[8 * k + lane / 4][lane % 4];
+    for (int lane = 0; lane < 32; ++lane) memcpy(warp.word[lane], out[lane], 16);
+  });
+  memcpy(word, warp.word[lane], 16);
+}
+
+inline u32 transpose(u32 word, emulate::Site site = emulate::here()) {
+  u32* own = emulate::state.lane->warp->word[emulate::state.lane->thread % 32];
+  own[0] = word;
+  emulate::meet("transpose", ~0u, site, [](emulate::Warp& warp) {
+    auto element = [&](int row, int column) {
+      return warp.word[4 * row + column / 2][0] >> column % 2 * 16 & 0xffff;
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, q = lane % 4;
+      warp.word[lane][1] = element(2 * q, g) | element(2 * q + 1, g) << 16;
+    }
+  });
+  return own[1];
+}
+
+inline void multiply_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1,
+                          emulate::Site site = emulate::here()) {
+  float* own = reinterpret_cast<float*>(emulate::state.lane->warp->word[emulate::state.lane->thread % 32]);
+  const float operands[10] = {d[0], d[1], d[2], d[3], a0, a1, a2, a3, b0, b1};
+  memcpy(own, operands, sizeof operands);
+  emulate::meet("multiply_tf32", ~0u, site, emulate::multiply_tf32_words);
+  memcpy(d, own, sizeof d);
+}
+
+inline void signal(int* flag, int value) { emulate::atomic_add(flag, value); }
+inline int load_flag(const int* flag, emulate::Site site = emulate::here()) {
+  if (++emulate::state.polls > 100'000'000) emulate::fail("load_flag", site, "polled for ever without SPIN()");
+  emulate::pause();
+  return *static_cast<const volatile int*>(flag);
+}
