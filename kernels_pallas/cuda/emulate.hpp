@@ -160,7 +160,7 @@ inline void copy_async_16(void* to, const void* from, bool valid, emulate::Site 
   emulate::check_shared("copy_async_16", site, to);
   if (valid && reinterpret_cast<size_t>(from) % 16)
     emulate::fail("copy_async_16", site, "the global address is not a multiple of 16");
-  memset(to, 0xff, 16);
+  emulate::poison(to, 16);
   emulate::state.lane->copies.push_back({to, valid ? from : nullptr});
 }
 

@@ -40,6 +40,7 @@ _FLAGS += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 _INTEGERS = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
 _FLOATS = {4: ctypes.c_float, 8: ctypes.c_double}
 _ZONE = 1024  # bytes around each array that a kernel must leave as they are
+_POISON = 0xFFC0  # what they hold: NaNs, as in fibers.hpp
 
 
 class CompilerMissing(RuntimeError):
@@ -55,25 +56,30 @@ class EmulationError(RuntimeError):
 
 
 class _Copy:
-    """An array between two zones of 0xff bytes (NaNs), where a kernel may write instead of into it."""
+    """An array between two zones of NaNs, where a kernel may write instead of into the array."""
 
-    def __init__(self, array: np.ndarray):
-        self.array = array
-        memory = np.full(array.nbytes + 3 * _ZONE, 0xFF, np.uint8)
-        start = _ZONE + -(memory.ctypes.data + _ZONE) % _ZONE
-        self.before, self.after = memory[:start], memory[start + array.nbytes :]
-        self.data = memory[start : start + array.nbytes]
-        self.data[:] = array.reshape(-1).view(np.uint8)
+    def __init__(self, name: str, array: np.ndarray):
+        self.name, self.array = name, array
+        self.original = array.reshape(-1).view(np.uint8)
+        self.memory = np.full(array.nbytes // 2 + 2 * _ZONE, _POISON, np.uint16).view(np.uint8)
+        start = _ZONE + -self.memory.ctypes.data % _ZONE
+        self.span = slice(start, start + array.nbytes)
+        self.memory[self.span] = self.original
 
-    def take_back(self, name: str) -> None:
-        for side, zone in (("before", self.before), ("after", self.after)):
-            if (zone != 0xFF).any():
-                raise EmulationError(f"{name}: the kernel wrote {side} the array")
-        old = self.array.reshape(-1).view(np.uint8)
+    def check(self) -> None:
+        wrong = self.memory != np.full(self.memory.size // 2, _POISON, np.uint16).view(np.uint8)
+        for side, zone in (
+            ("before", wrong[: self.span.start]),
+            ("after", wrong[self.span.stop :]),
+        ):
+            if zone.any():
+                raise EmulationError(f"{self.name}: the kernel wrote {side} the array")
+        if not self.array.flags.writeable and (self.memory[self.span] != self.original).any():
+            raise EmulationError(f"{self.name}: the kernel wrote into a read-only array")
+
+    def take_back(self) -> None:
         if self.array.flags.writeable:
-            old[:] = self.data
-        elif not np.array_equal(old, self.data):
-            raise EmulationError(f"{name}: the kernel wrote into a read-only array")
+            self.original[:] = self.memory[self.span]
 
 
 class Kernel:
@@ -118,14 +124,16 @@ class Kernel:
             raise ValueError(f"{grid=}: one to three positive numbers")
         if threads % 32 or not 32 <= threads <= 1024:
             raise ValueError(f"{threads=}: a multiple of 32 up to 1024")
-        if shared_bytes < 0 or seed < 0 or (resident is not None and resident < 1):
-            raise ValueError(f"{shared_bytes=}, {seed=}, {resident=}")
+        if shared_bytes < 0 or shared_bytes % 16:
+            raise ValueError(f"{shared_bytes=}: a multiple of 16")
+        if seed < 0 or (resident is not None and resident < 1):
+            raise ValueError(f"{seed=}, {resident=}")
         if len(args) != len(self.parameters):
             raise TypeError(
                 f"{self.name} takes {len(self.parameters)} arguments "
                 f"({', '.join(self.parameters)}), {len(args)} were given"
             )
-        copies: dict[tuple, _Copy] = {}
+        copies: list[_Copy] = []
         values = []
         for i, (arg, parameter) in enumerate(zip(args, self.parameters)):
             values.append(_value(f"{self.name}, argument {i}", arg, parameter, copies))
@@ -139,11 +147,13 @@ class Kernel:
         )
         if error:
             raise EmulationError(f"{self.name}: {error.decode()}")
-        for name, copy in copies.values():
-            copy.take_back(name)
+        for copy in copies:
+            copy.check()
+        for copy in copies:
+            copy.take_back()
 
 
-def _value(name: str, arg, parameter: str, copies: dict):
+def _value(name: str, arg, parameter: str, copies: list[_Copy]):
     """`arg` as C has it. Arrays are copied, once each, into `copies`."""
     kind, size = parameter[0], int(parameter[1:])
     if kind == "p":
@@ -151,10 +161,15 @@ def _value(name: str, arg, parameter: str, copies: dict):
             raise TypeError(f"{name} is {type(arg).__name__}, the kernel takes a pointer")
         if not arg.flags.c_contiguous:
             raise ValueError(f"{name}: the array is not contiguous")
-        key = (arg.ctypes.data, arg.nbytes)
-        if key not in copies:
-            copies[key] = (name, _Copy(arg))
-        return ctypes.c_void_p(copies[key][1].data.ctypes.data)
+        for copy in copies:
+            if arg is copy.array:
+                break
+            if np.may_share_memory(arg, copy.array):
+                raise ValueError(f"{name} overlaps {copy.name}")
+        else:
+            copy = _Copy(name, arg)
+            copies.append(copy)
+        return ctypes.c_void_p(copy.memory[copy.span.start :].ctypes.data)
     if isinstance(arg, np.ndarray) and arg.ndim:
         raise TypeError(f"{name} is an array, the kernel takes a number")
     if kind == "f":

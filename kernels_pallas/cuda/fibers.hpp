@@ -34,8 +34,19 @@ namespace emulate {
 
 constexpr size_t kStack = 64 * 1024;
 constexpr size_t kZone = 1024;  // bytes around shared memory that nobody may write
+// What memory holds that nobody wrote: a NaN as bfloat16 and as float32, and still one after round_tf32.
+constexpr uint16_t kPoison = 0xffc0;
 constexpr int kIdleRounds = 1000;  // spins of every waiting warp in which nothing happens: a deadlock
 constexpr uint64_t kSwitchEvery = 16;  // mean number of chances per interruption of a warp
+
+inline void poison(void* p, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 2) memcpy(static_cast<char*>(p) + i, &kPoison, 2);
+}
+inline bool poisoned(const void* p, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 2)
+    if (memcmp(static_cast<const char*>(p) + i, &kPoison, 2)) return false;
+  return true;
+}
 
 struct Site {
   const char* file;
@@ -170,7 +181,8 @@ inline std::string text(const Warp& warp) {
   for (int first = 0, last; first < 32; first = last + 1) {
     const std::string now = status(warp.lanes[first]);
     for (last = first; last < 31 && status(warp.lanes[last + 1]) == now;) ++last;
-    out += (first ? ", lanes " : " lanes ") + std::to_string(first) + "-" + std::to_string(last) + " " + now;
+    out += (first ? ", lane" : " lane") + (last > first ? "s " + std::to_string(first) + "-" : std::string(" "));
+    out += std::to_string(last) + " " + now;
   }
   return out;
 }

@@ -27,7 +27,7 @@ inline void start_block() {
   state.free_stacks.pop_back();
   const size_t bytes = (state.shared_bytes + 2 * kZone + kZone - 1) / kZone * kZone;
   block->memory = static_cast<unsigned char*>(aligned_alloc(kZone, bytes));
-  memset(block->memory, 0xff, bytes);
+  poison(block->memory, bytes);
   block->warps.resize(blockDim.x / 32);
   for (unsigned thread = 0; thread < blockDim.x; ++thread) {
     Warp& warp = block->warps[thread / 32];
@@ -44,9 +44,8 @@ inline void start_block() {
 }
 
 inline void end_block(Block& block) {
-  for (size_t i = 0; i < kZone; ++i)
-    if (block.memory[i] != 0xff || block.memory[kZone + state.shared_bytes + i] != 0xff)
-      fail(text(block) + ": wrote outside of its shared memory (" + std::to_string(state.shared_bytes) + " bytes)");
+  if (!poisoned(block.memory, kZone) || !poisoned(block.memory + kZone + state.shared_bytes, kZone))
+    fail(text(block) + ": wrote outside of " + std::to_string(state.shared_bytes) + " bytes of shared memory");
   state.free_stacks.push_back(block.stacks);
   free(block.memory);
   for (auto& other : state.blocks)
