@@ -1,4 +1,8 @@
-"""Second stage of the sums over tokens: the parameters' gradients of a read in one launch, in fixed order."""
+"""Second stage of sums in one launch, in fixed order.
+
+The parameters' gradients of a read (over tokens) and, after the CUDA kernel of a boundary, dh_res and
+dh_post (over columns).
+"""
 
 import jax
 import triton
@@ -8,6 +12,7 @@ from kernels_pallas.triton_call import Launch, cdiv, struct
 
 _ENTRIES = 512  # of dphi a program
 _COLUMNS = 16  # of dweight a program
+_SUMS = 1024  # of dh_res and dh_post a program
 
 
 @triton.jit
@@ -56,14 +61,40 @@ def _sum_weight(ptr, out_ptr, start, COUNT: tl.constexpr, C: tl.constexpr, COLUM
 
 
 @triton.jit
+def _sum_mappings(
+    ptr,
+    res_ptr,
+    post_ptr,
+    start,
+    SIZE: tl.constexpr,
+    SLABS: tl.constexpr,
+    N: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """dh_res [T, N*N], dh_post [T, N] from SLABS partial sums [T, N*N + N], ENTRIES from `start` on."""
+    entry = start + tl.arange(0, ENTRIES)
+    mask = entry < SIZE
+    total = tl.zeros((ENTRIES,), tl.float32)
+    for k in range(SLABS):
+        total += tl.load(ptr + k * SIZE + entry, mask=mask, other=0.0)
+    token = entry // (N * N + N)
+    column = entry % (N * N + N)
+    tl.store(res_ptr + token * (N * N) + column, total, mask=mask & (column < N * N))
+    tl.store(post_ptr + token * N + column - N * N, total, mask=mask & (column >= N * N))
+
+
+@triton.jit
 def sums_kernel(
     dphi_ptr,
     gates_ptr,
     weight_ptr,
+    mappings_ptr,
     dphi_out_ptr,
     bias_out_ptr,
     alpha_out_ptr,
     weight_out_ptr,
+    res_out_ptr,
+    post_out_ptr,
     SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -72,13 +103,18 @@ def sums_kernel(
     C: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SLABS: tl.constexpr,
+    MAPPINGS: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
-    """dphi from [SPLITS, SIZE], dbias and dalpha from gates [2, M, PROGRAMS], dweight from [WEIGHT_ROWS, C].
+    """dphi from [SPLITS, SIZE], dbias and dalpha from gates [2, M, PROGRAMS], dweight from [WEIGHT_ROWS, C],
+    dh_res and dh_post from [SLABS, MAPPINGS].
 
     A program sums a part of one of them; those with the longest way come first.
     """
     M: tl.constexpr = N * N + 2 * N
     BLOCKS: tl.constexpr = (SIZE + ENTRIES - 1) // ENTRIES
+    WEIGHTS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS if WEIGHT_ROWS else 0
     program = tl.program_id(0)
     if program < 3:
         _sum_alpha(gates_ptr + M * PROGRAMS, alpha_out_ptr, program, N, PROGRAMS, 8192)
@@ -87,23 +123,33 @@ def sums_kernel(
         tl.store(bias_out_ptr + column, _sum_row(gates_ptr + column * PROGRAMS, PROGRAMS, 2048))
     elif program < 3 + M + BLOCKS:
         _sum_dphi(dphi_ptr, dphi_out_ptr, (program - 3 - M) * ENTRIES, SIZE, SPLITS, ENTRIES)
-    else:
+    elif program < 3 + M + BLOCKS + WEIGHTS:
         start = (program - 3 - M - BLOCKS) * COLUMNS
         _sum_weight(weight_ptr, weight_out_ptr, start, WEIGHT_ROWS, C, COLUMNS)
+    else:
+        start = (program - 3 - M - BLOCKS - WEIGHTS) * SUMS
+        _sum_mappings(mappings_ptr, res_out_ptr, post_out_ptr, start, MAPPINGS, SLABS, N, SUMS)
 
 
-def launch(splits: int, K: int, n: int, programs: int, weight: tuple[int, int]) -> Launch:
-    """The launch for dphi [splits, K, m], gates [2, m, programs], dweight of shape `weight` or (0, 0)."""
+def launch(
+    splits: int, K: int, n: int, programs: int, weight: tuple[int, int], slabs: int = 0, T: int = 0
+) -> Launch:
+    """The launch for dphi [splits, K, m], gates [2, m, programs], dweight of shape `weight` or (0, 0), and
+    partial sums of dh_res and dh_post [slabs, T, n*n + n].
+    """
     m = n * n + 2 * n
     weight_rows, C = weight
+    mappings = T * (n * n + n) if slabs else 0
     return Launch(
         kernel=sums_kernel,
-        grid=(3 + m + cdiv(K * m, _ENTRIES) + cdiv(C, _COLUMNS),),
+        grid=(3 + m + cdiv(K * m, _ENTRIES) + cdiv(C, _COLUMNS) + cdiv(mappings, _SUMS),),
         outputs=(
             struct((K, m)),
             struct((m,)),
             struct((3,)),
             struct((max(1, C),)),
+            struct((T, n, n) if slabs else (1,)),
+            struct((T, n) if slabs else (1,)),
         ),
         constants={
             "SIZE": K * m,
@@ -114,6 +160,9 @@ def launch(splits: int, K: int, n: int, programs: int, weight: tuple[int, int]) 
             "C": max(1, C),
             "ENTRIES": _ENTRIES,
             "COLUMNS": _COLUMNS,
+            "SLABS": slabs,
+            "MAPPINGS": mappings,
+            "SUMS": _SUMS,
         },
         num_warps=8,
     )
@@ -123,8 +172,21 @@ def parameter_gradients(
     dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, n: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Partial sums [splits, K, m], [2, m, programs], [rows, C] or None -> dphi, dbias, dalpha, dweight."""
+    return _finish(dphi, gates, dweight, dphi, n)[:4]
+
+
+def all_gradients(
+    dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, mappings: jax.Array, n: int
+) -> tuple[jax.Array | None, ...]:
+    """As `parameter_gradients`; from sums [slabs, T, n*n + n] also dh_res [T, n, n], dh_post [T, n]."""
+    return _finish(dphi, gates, dweight, mappings, n, *mappings.shape[:2])
+
+
+def _finish(dphi, gates, dweight, mappings, n, slabs=0, T=0):
     splits, K, _ = dphi.shape
     weight_shape = (0, 0) if dweight is None else dweight.shape
-    call = launch(splits, K, n, gates.shape[-1], weight_shape)
-    *sums, weight = call(dphi, gates, dphi if dweight is None else dweight)
-    return *sums, None if dweight is None else weight
+    call = launch(splits, K, n, gates.shape[-1], weight_shape, slabs, T)
+    dphi, dbias, dalpha, weight, dres, dpost = call(
+        dphi, gates, dphi if dweight is None else dweight, mappings
+    )
+    return dphi, dbias, dalpha, None if dweight is None else weight, dres, dpost

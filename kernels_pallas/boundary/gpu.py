@@ -1,18 +1,20 @@
-"""`read` and `boundary` in Triton: shared passes over the streams where that measured faster.
+"""`read` and `boundary` on GPUs: shared passes over the streams where that measured faster.
 
 Forward: the kernels of the parts, but one launch for the second stage of the projection and the mappings.
 (F_post,res and the next projection in one kernel, 9C instead of 13C, gained nothing: see
-experiments/kernel_speed/notes.md.) Backward: one reduction for dh_pre (5C), the mappings, and for `read`
-one pass that sums every cotangent of the streams while it makes dphi (13C). In `boundary` that sum moves
-into F_post,res's backward, whose rows run at 95 % of the copy rate where the tiles of the tensor cores
-reach 75 % (8C + 19C instead of 13C + 14C: the same bytes in less time). Last one launch that finishes the
-parameters' gradients.
+experiments/kernel_speed/notes.md.) Backward: one reduction for dh_pre (5C), the mappings, and one pass
+that sums every cotangent of the streams while it makes dphi: 13C in `read`, 15C in `boundary`, where it
+undoes the write as well (backward.cu, in CUDA C++). What that kernel does not take (gpu_cuda.py) stays in
+Triton: `read` the same way, while in `boundary` the sum moves into F_post,res's backward, whose rows run
+at 95 % of the copy rate where Triton's tensor-core tiles reach 75 % (8C + 19C). Last one launch that
+finishes the sums.
 """
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas import triton_call, triton_sums
+from kernels_pallas.boundary import gpu_cuda
 from kernels_pallas.boundary.arguments import ReadBackward
 from kernels_pallas.mappings import gpu as mappings
 from kernels_pallas.post_res import gpu as post_res
@@ -93,8 +95,14 @@ def read_backward(
     if not T:
         return streams, *_no_gradients(a)
     d_input, cotangents, sums = _mappings_backward(streams, a, static)
-    launch = projection.backward_launch(T, K, n, m, streams.dtype, accumulate=True)
-    dx, dphi = launch(streams, a.phi, a.r, *cotangents, a.d_streams, d_input, a.h_pre, T)
+    if gpu_cuda.takes(streams, n):
+        launch = gpu_cuda.backward_launch(T, K // n, mix=False)
+        unused = (d_input, a.h_pre, a.dh_res)
+        read = (a.d_streams, d_input, a.h_pre, a.phi, *cotangents, a.r)
+        dx, _, _, dphi = launch(streams, *unused, *read, T)
+    else:
+        launch = projection.backward_launch(T, K, n, m, streams.dtype, accumulate=True)
+        dx, dphi = launch(streams, a.phi, a.r, *cotangents, a.d_streams, d_input, a.h_pre, T)
     return dx.reshape(streams.shape), *triton_sums.parameter_gradients(dphi, *sums, n)
 
 
@@ -150,9 +158,17 @@ def backward(
     (K, m), T = a.phi.shape, triton_call.num_tokens(a.r.shape)
     if not T:
         return *update, *_no_gradients(a)
+    n = static["n"]
     d_input, cotangents, sums = _mappings_backward(new_streams, a, static)
+    if gpu_cuda.takes(streams, n):
+        launch = gpu_cuda.backward_launch(T, K // n, mix=True)
+        read = (a.d_streams, d_input, a.h_pre, a.phi, *cotangents, a.r)
+        dx, dy, mappings_sums, dphi = launch(*update, *read, T)
+        *d_parameters, dres, dpost = triton_sums.all_gradients(dphi, *sums, mappings_sums, n)
+        d_update = (dx, dy, dpost, dres)
+        return *(d.reshape(u.shape) for d, u in zip(d_update, update)), *d_parameters
     launch = projection.backward_launch(T, K, 1, m, streams.dtype, accumulate=False)
     unused = (new_streams, new_streams, a.r)
     d_projection, dphi = launch(new_streams, a.phi, a.r, *cotangents, *unused, T)
     d_update = post_res.backward_of_sum(*update, a.d_streams, d_projection, d_input, a.h_pre)
-    return *d_update, *triton_sums.parameter_gradients(dphi, *sums, static["n"])
+    return *d_update, *triton_sums.parameter_gradients(dphi, *sums, n)

@@ -41,12 +41,12 @@ namespace emulate {
 
 inline unsigned char* shared_memory() { return state.lane->warp->block->memory + kZone; }
 
-inline void check_shared(const char* what, Site site, const void* p) {
+inline void check_shared(const char* what, Site site, const void* p, ptrdiff_t bytes) {
   const ptrdiff_t offset = static_cast<const unsigned char*>(p) - shared_memory();
   const std::string where = "shared address " + std::to_string(offset);
-  if (offset < 0 || offset + 16 > ptrdiff_t(state.shared_bytes))
+  if (offset < 0 || offset + bytes > ptrdiff_t(state.shared_bytes))
     fail(what, site, where + " outside of " + std::to_string(state.shared_bytes) + " bytes");
-  if (offset % 16) fail(what, site, where + " is not a multiple of 16");
+  if (offset % bytes) fail(what, site, where + " is not a multiple of " + std::to_string(bytes));
 }
 
 template <class To, class From>
@@ -80,6 +80,29 @@ inline void multiply_tf32_words(Warp& warp) {
   }
   for (int row = 0; row < 16; ++row)
     for (int k = 0; k < 8; ++k) d[row] += a[row][k] * b[k];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      warp.word[lane][i] = bits<u32>(float(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]));
+}
+
+// Lanes' words: four of d, four of a, two of b.
+inline void multiply_bf16_words(Warp& warp) {
+  typedef double Row __attribute__((vector_size(64)));
+  double a[16][16];
+  Row b[16], d[16];
+  for (int lane = 0; lane < 32; ++lane) {
+    const u32* word = warp.word[lane];
+    const int g = lane / 4, q = lane % 4;
+    for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * q + i % 2] = bits<float>(word[i]);
+    for (int i = 0; i < 4; ++i)
+      for (int half = 0; half < 2; ++half)
+        a[g + i % 2 * 8][2 * q + half + i / 2 * 8] = bits<float>(half ? word[4 + i] & 0xffff0000u : word[4 + i] << 16);
+    for (int i = 0; i < 2; ++i)
+      for (int half = 0; half < 2; ++half)
+        b[2 * q + half + 8 * i][g] = bits<float>(half ? word[8 + i] & 0xffff0000u : word[8 + i] << 16);
+  }
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < 16; ++k) d[row] += a[row][k] * b[k];
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i)
       warp.word[lane][i] = bits<u32>(float(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]));
@@ -156,12 +179,21 @@ inline T __shfl_xor_sync(u32 mask, T value, int lane_mask, emulate::Site site = 
 
 inline u32 pack_bf16(float low, float high) { return emulate::round_bf16(low) | emulate::round_bf16(high) << 16; }
 
+namespace emulate {
+inline void copy_async(const char* what, void* to, const void* from, bool valid, size_t bytes, Site site) {
+  check_shared(what, site, to, bytes);
+  if (valid && reinterpret_cast<size_t>(from) % bytes)
+    fail(what, site, "the global address is not a multiple of " + std::to_string(bytes));
+  poison(to, bytes);
+  state.lane->copies.push_back({to, valid ? from : nullptr, bytes});
+}
+}  // namespace emulate
+
 inline void copy_async_16(void* to, const void* from, bool valid, emulate::Site site = emulate::here()) {
-  emulate::check_shared("copy_async_16", site, to);
-  if (valid && reinterpret_cast<size_t>(from) % 16)
-    emulate::fail("copy_async_16", site, "the global address is not a multiple of 16");
-  emulate::poison(to, 16);
-  emulate::state.lane->copies.push_back({to, valid ? from : nullptr});
+  emulate::copy_async("copy_async_16", to, from, valid, 16, site);
+}
+inline void copy_async_4(void* to, const void* from, bool valid, emulate::Site site = emulate::here()) {
+  emulate::copy_async("copy_async_4", to, from, valid, 4, site);
 }
 
 inline void copy_async_commit() {
@@ -177,7 +209,7 @@ inline void copy_async_wait() {
   while (lane.groups.size() > pending) {
     const auto end = lane.copies.begin() + lane.groups.front();
     for (auto copy = lane.copies.begin(); copy != end; ++copy)
-      copy->from ? memcpy(copy->to, copy->from, 16) : memset(copy->to, 0, 16);
+      copy->from ? memcpy(copy->to, copy->from, copy->bytes) : memset(copy->to, 0, copy->bytes);
     lane.copies.erase(lane.copies.begin(), end);
     lane.groups.erase(lane.groups.begin());
   }
@@ -185,7 +217,7 @@ inline void copy_async_wait() {
 }
 
 inline void load_matrices(u32 (&word)[4], const void* row, emulate::Site site = emulate::here()) {
-  emulate::check_shared("load_matrices", site, row);
+  emulate::check_shared("load_matrices", site, row, 16);
   emulate::Warp& warp = *emulate::state.lane->warp;
   const int lane = emulate::state.lane->thread % 32;
   memcpy(warp.word[lane], row, 16);
@@ -219,6 +251,15 @@ inline void multiply_tf32(float (&d)[4], float a0, float a1, float a2, float a3,
   const float operands[10] = {d[0], d[1], d[2], d[3], a0, a1, a2, a3, b0, b1};
   memcpy(own, operands, sizeof operands);
   emulate::meet("multiply_tf32", ~0u, site, emulate::multiply_tf32_words);
+  memcpy(d, own, sizeof d);
+}
+
+inline void multiply_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, emulate::Site site = emulate::here()) {
+  u32* own = emulate::state.lane->warp->word[emulate::state.lane->thread % 32];
+  memcpy(own, d, sizeof d);
+  memcpy(own + 4, a, sizeof a);
+  own[8] = b0, own[9] = b1;
+  emulate::meet("multiply_bf16", ~0u, site, emulate::multiply_bf16_words);
   memcpy(d, own, sizeof d);
 }
 

@@ -34,7 +34,7 @@ namespace emulate {
 
 constexpr size_t kStack = 64 * 1024;
 constexpr size_t kZone = 1024;  // bytes around shared memory that nobody may write
-// What memory holds that nobody wrote: a NaN as bfloat16 and as float32, and still one after round_tf32.
+// What memory holds that nobody wrote: a NaN as bfloat16 and as float32.
 constexpr uint16_t kPoison = 0xffc0;
 constexpr int kIdleRounds = 1000;  // spins of every waiting warp in which nothing happens: a deadlock
 constexpr uint64_t kSwitchEvery = 16;  // mean number of chances per interruption of a warp
@@ -108,6 +108,7 @@ inline void make_context(Context& context, char* stack, void (*entry)()) {
 struct Copy {
   void* to;
   const void* from;  // null: zeros
+  size_t bytes;
 };
 
 struct Lane {
@@ -129,7 +130,7 @@ struct Warp {
   struct Block* block;
   uint32_t ready = ~0u, spinning = 0, arrived = 0, at_barrier = 0;
   Lane lanes[32];
-  uint32_t word[32][10];  // operands, then results, of the lanes
+  uint32_t word[32][12];  // operands, then results, of the lanes
 };
 
 struct Block {

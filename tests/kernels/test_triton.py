@@ -40,7 +40,11 @@ CASES = [
     pytest.param(3, 200, 2, BF16, id="n2-bf16"),
     pytest.param(3, 136, 8, BF16, id="n8-bf16"),
 ]
-FEW = [pytest.param(9, 136, 4, BF16, id="n4-bf16"), pytest.param(3, 200, 2, F32, id="n2-f32")]
+FEW = [
+    pytest.param(9, 136, 4, BF16, id="n4-bf16"),
+    pytest.param(3, 200, 2, F32, id="n2-f32"),
+    pytest.param(37, 128, 4, BF16, id="cuda"),  # what the kernels in CUDA C++ take
+]
 
 
 def normal(seed, *shape, scale=1.0, dtype=F32):

@@ -1,0 +1,71 @@
+"""Launches of the CUDA kernels behind `read` and `boundary`, where they are faster than Triton's.
+
+They take n = 4, bfloat16 streams and C in multiples of 64; gpu.py uses its Triton kernels for the rest.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import cuda_call
+from kernels_pallas.cuda_call import CudaLaunch
+from kernels_pallas.projection.gpu import MULTIPROCESSORS
+from kernels_pallas.triton_call import cdiv, struct
+
+_COLUMNS = 64  # of a program, per stream
+_TOKENS = 16  # of a tile
+_STAGES = 3  # tiles in shared memory: one being filled, one computed in, one written out
+
+
+def _shared_bytes(mix: bool) -> int:
+    """As laid out in backward.cu: tiles of rows and coefficients, phi, t of two tiles."""
+    rows = 10 * _TOKENS * 2 * _COLUMNS
+    coefficients = _TOKENS * (28 * 4 + 80 + 2 * 16 + 2 * 4)
+    phi = 24 * 4 * 256
+    total = 2 * 4 * _TOKENS * 2 * _COLUMNS
+    return _STAGES * cdiv(rows + coefficients, 128) * 128 + phi + mix * total
+
+
+def takes(streams: jax.Array, n: int) -> bool:
+    """Whether the kernels take these streams and run on this device."""
+    C = streams.shape[-1] // n
+    fits = n == 4 and streams.dtype == jnp.bfloat16 and C % _COLUMNS == 0
+    return fits and cuda_call.available(_shared_bytes(mix=True))
+
+
+def backward_launch(T: int, C: int, *, mix: bool) -> CudaLaunch:
+    """The launch of backward.cu.
+
+    Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
+    phi [4C, 24], ds [T, 24], dr, r [T], T; without `mix`, y, h_post and h_res are not read. Outputs: dx,
+    dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
+    """
+    slabs = C // _COLUMNS
+    splits = _splits(slabs, cdiv(T, _TOKENS))
+    return CudaLaunch(
+        kernel="boundary_backward",
+        source="boundary/backward.cu",
+        grid=(slabs, splits),
+        outputs=(
+            struct((T, 4 * C), jnp.bfloat16),
+            struct((T, C) if mix else (1,), jnp.bfloat16),
+            struct((slabs, T, 20) if mix else (1,)),
+            struct((splits, 4 * C, 24)),
+        ),
+        constants={"C": C, "MIX": int(mix), "STAGES": _STAGES},
+        num_warps=8,
+        shared_bytes=_shared_bytes(mix),
+    )
+
+
+def _splits(slabs: int, tiles: int) -> int:
+    """Programs that share the tokens: full waves of the card, two programs a multiprocessor.
+
+    H200, T 16384, C 2560: 469 us with 6 splits (one wave, 91 % full), 435 us with 13 (two, 98 % full).
+    """
+    slots = 2 * MULTIPROCESSORS
+
+    def cost(splits: int) -> float:
+        # Full waves over ideal time, and 0.5 % for each further partial sum of dphi.
+        return cdiv(slabs * splits, slots) * slots / (slabs * splits) + 0.005 * splits
+
+    return min(range(1, min(tiles, 64) + 1), key=cost)

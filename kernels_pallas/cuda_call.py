@@ -1,0 +1,165 @@
+"""Launching CUDA C++ kernels from JAX, and on the CPU through their emulator.
+
+For what Triton cannot say: which register of which lane holds which element. The sources (`*.cu`) are
+compiled by NVRTC, the run-time compiler of CUDA that `jax[cuda13]` brings along, when a program is traced;
+the custom call of jaxlib that launches Triton's kernels launches their PTX. With `TRITON_INTERPRET=1` the
+same call runs `kernels_pallas.cuda.emulate` (needs g++), as Triton's kernels run in its interpreter.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import glob
+import importlib.util
+import os
+import pathlib
+import re
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import triton_call
+from kernels_pallas.cuda import emulate
+from kernels_pallas.triton_call import INTERPRET, Launch
+
+_FOLDER = pathlib.Path(__file__).parent
+# Shared memory of a block, in bytes, and the oldest PTX version, by compute capability. Others (8.6, 8.9,
+# 12.0: 99 KB) keep to the Triton kernels.
+_DEVICES = {
+    80: (163 << 10, "7.8"),
+    90: (227 << 10, "8.0"),
+    100: (227 << 10, "8.6"),
+    103: (227 << 10, "8.8"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaLaunch(Launch):
+    """As `Launch`, for the function `kernel` (a name) of the file `source` below this folder.
+
+    Attributes:
+      source: path of the .cu file.
+      shared_bytes: dynamic shared memory of a block.
+      constants: macros.
+    """
+
+    source: str = ""
+    shared_bytes: int = 0
+
+    def _call(self, args: list) -> tuple[jax.Array, ...]:
+        from jax._src.lib import gpu_triton  # fails where jax has no CUDA, hence only here
+
+        capability = triton_call.capability()
+        ptx = compile_ptx(self.source, tuple(self.constants.items()), capability)
+        kernel = gpu_triton.TritonKernel(
+            self.kernel, self.num_warps, 1, self.shared_bytes, ptx, "", capability
+        )
+        parameters = [
+            gpu_triton.create_scalar_parameter(a, "i32")
+            if isinstance(a, int)
+            else gpu_triton.create_array_parameter(0, 16)
+            for a in [*args, *self.outputs]
+        ]
+        grid = (*self.grid, 1, 1)[:3]
+        call = gpu_triton.TritonKernelCall(kernel, *grid, parameters)
+        run = jax.ffi.ffi_call(
+            "triton_kernel_call",
+            self.outputs,
+            custom_call_api_version=2,
+            legacy_backend_config=zlib.compress(call.to_proto(self.kernel, b"")),
+        )
+        return tuple(run(*[a for a in args if not isinstance(a, int)]))
+
+    def _interpret(self, args: list) -> tuple[jax.Array, ...]:
+        positions = [i for i, a in enumerate(args) if not isinstance(a, int)]
+
+        def run(*arrays):
+            full = list(args)
+            for position, array in zip(positions, arrays):
+                full[position] = np.ascontiguousarray(array)
+            return self.emulate(*full)
+
+        return jax.pure_callback(run, self.outputs, *[args[i] for i in positions])
+
+    def emulate(self, *args, seed: int = 0) -> tuple[np.ndarray, ...]:
+        """Runs the kernel on numpy arrays; outputs begin as NaNs, so that a forgotten element is seen."""
+        outputs = [np.full(o.shape, jnp.nan, o.dtype) for o in self.outputs]
+        kernel = emulate.compile(_FOLDER / self.source, self.kernel, self.constants)
+        threads = 32 * self.num_warps
+        kernel(self.grid, threads, self.shared_bytes, [*args, *outputs], seed=seed)
+        return tuple(outputs)
+
+
+def available(shared_bytes: int) -> bool:
+    """Whether kernels with this much shared memory run here (or, with TRITON_INTERPRET=1, are emulated)."""
+    if INTERPRET:
+        return emulate.available()
+    most, _ = _DEVICES.get(triton_call.capability(), (0, ""))
+    return shared_bytes <= most and _nvrtc() is not None
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL | None:
+    """NVRTC of the wheels beside jax, of an installed toolkit, or of the loader's path."""
+    patterns = []
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec else ():
+        patterns += [f"{folder}/cu*/lib/libnvrtc.so.*", f"{folder}/cuda_nvrtc/lib/libnvrtc.so.*"]
+    for folder in (os.environ.get("CUDA_HOME", "/usr/local/cuda"),):
+        patterns += [f"{folder}/lib64/libnvrtc.so*"]
+    found = [path for pattern in patterns for path in sorted(glob.glob(pattern))]
+    for path in [*found, "libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"]:
+        try:
+            library = ctypes.CDLL(path)
+        except OSError:
+            continue
+        library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        return library
+    return None
+
+
+@functools.cache
+def compile_ptx(source: str, constants: tuple[tuple[str, int], ...], capability: int) -> str:
+    """PTX of the file `source` for a compute capability (80, 90, 100, 103).
+
+    Raises:
+      RuntimeError: the compiler's message.
+      NotImplementedError: there is no NVRTC.
+    """
+    library = _nvrtc()
+    if library is None:
+        raise NotImplementedError("the CUDA kernels need NVRTC (pip install -e '.[gpu]')")
+
+    def check(result: int) -> None:
+        if result:
+            raise RuntimeError(f"NVRTC: {library.nvrtcGetErrorString(result).decode()}")
+
+    def text(size_of, read) -> bytes:
+        size = ctypes.c_size_t()
+        check(size_of(program, ctypes.byref(size)))
+        buffer = ctypes.create_string_buffer(size.value)
+        check(read(program, buffer))
+        return buffer.value
+
+    path = _FOLDER / source
+    program = ctypes.c_void_p()
+    create = library.nvrtcCreateProgram
+    check(create(ctypes.byref(program), path.read_bytes(), str(path).encode(), 0, None, None))
+    options = [
+        f"--gpu-architecture=compute_{capability}",
+        "--std=c++17",
+        f"--include-path={_FOLDER}",
+    ]
+    options += [f"--define-macro={name}={value}" for name, value in constants]
+    array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    try:
+        if library.nvrtcCompileProgram(program, len(options), array):
+            log = text(library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog).decode()
+            raise RuntimeError(f"{source} with {' '.join(options)}:\n{log}")
+        ptx = text(library.nvrtcGetPTXSize, library.nvrtcGetPTX).decode()
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+    # NVRTC writes its own version, which an older assembler (of jaxlib) refuses.
+    return re.sub(r"\.version \d+\.\d+", f".version {_DEVICES[capability][1]}", ptx, count=1)
