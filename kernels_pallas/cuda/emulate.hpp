@@ -263,6 +263,8 @@ inline void multiply_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, emul
   memcpy(d, own, sizeof d);
 }
 
+inline float4 load_uncached(const float4* p) { return *p; }
+
 inline void signal(int* flag, int value) { emulate::atomic_add(flag, value); }
 inline int load_flag(const int* flag, emulate::Site site = emulate::here()) {
   if (++emulate::state.polls > 100'000'000) emulate::fail("load_flag", site, "polled for ever without SPIN()");

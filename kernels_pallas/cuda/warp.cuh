@@ -83,6 +83,16 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], const u32 (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Past the L1 cache, which does not see what other programs have written.
+__device__ __forceinline__ float4 load_uncached(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
 // For one program that tells others: writes of the caller before `signal` are seen after `load_flag`.
 __device__ __forceinline__ void signal(int* flag, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
