@@ -31,13 +31,14 @@ setup(
         "tokenizers": ["tokenizers>=0.20"],  # only for data.tokenizer=<file>.json
         # pytest 8 knows the options of pyproject.toml; no torch, to keep the environment small.
         "test": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "tokenizers>=0.20"],
-        # Triton kernels on the CPU (interpreter) and compiled without a GPU, and DeepSeek-V3 as others wrote
+        # GPU kernels on the CPU (interpreter) and compiled without a GPU, and DeepSeek-V3 as others wrote
         # it (tests/parity reads its parameters by name, hence the pin): slow to install.
         "parity": [
             "torch==2.13.0",
             "transformers==5.23.0",
             "triton>=3.6,<3.7",
             "jax-triton>=0.3,<0.4",
+            "nvidia-cuda-nvrtc>=13",  # to compile the CUDA kernels without a GPU
         ],
         # To look at runs; any recent version does.
         "notebook": ["jupyterlab>=4", "pandas>=2"],

@@ -1,42 +1,42 @@
 // Backward of a boundary from the cotangents of its projection on, one pass over the streams (n = 4, bfloat16).
 //
-// A program owns COLUMNS columns of all four streams and walks over tiles of 16 tokens, so that dphi stays in
-// registers; each warp owns 8 of these columns. With x' = h_res x + h_post y (recomputed: reading it costs 4C):
+// A program owns 64 columns of all four streams and walks over tiles of 16 tokens, so that dphi stays in registers;
+// each of its warps owns 8 columns. With x' = h_res x + h_post y (recomputed: reading it costs 4C):
 //
-//   t   = g + h_pre d + ds phi^T + x' dr / (n C r)       cotangent of x', in float32
+//   t   = g + h_pre d + ds phi^T + kappa x'     cotangent of x' in float32, kappa = dr / (n C r)
 //   dx  = h_res^T t,   dy = h_post^T t,   dh_res = t x^T,   dh_post = t y,   dphi = x'^T ds
 //
 // Reads x, g (4C each), y, d, writes dx, dy: 15C. Without MIX (the backward of `read`) x is x' and dx is t: 13C.
-// ds phi^T and dphi are products of TF32 numbers, exact operands. The sums over columns in dh_res and dh_post are
-// tensor-core products too, of t rounded to bfloat16: 4 tokens x 4 streams of t against 4 tokens x 2 streams of x,
-// of which a quarter, the same token, is kept. They leave as partial sums, one a program and token.
+// ds phi^T is a product of TF32 numbers and dphi of bfloat16 numbers (ds as high + low), exact operands. The sums
+// over columns in dh_res and dh_post are tensor-core products too, of t rounded to bfloat16: 4 tokens x 4 streams of
+// t against 4 tokens x 2 streams of x, of which a quarter, the same token, is kept. They leave as partial sums, one a
+// program and token.
 //
-// Constants: C, MIX (0 or 1), STAGES (tiles in shared memory).
+// Constants: C, MIX (0 or 1).
 #include "cuda/warp.cuh"
 
 namespace {
 
 constexpr int N = 4, M = N * N + 2 * N, K = N * C;
-constexpr int TOKENS = 16;                   // of a tile
+constexpr int TOKENS = 16;                    // of a tile
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int COLUMNS = 8 * WARPS;           // of a program, per stream
-constexpr int SUMS = N * N + N;              // of a token: dh_res, dh_post
+constexpr int COLUMNS = 8 * WARPS;            // of a program, per stream
+constexpr int SUMS = N * N + N;               // of a token: dh_res, dh_post
+constexpr int STAGES = 3;                     // tiles in shared memory: filled, computed in, written out
 
 // A tile in shared memory. Rows of 128 bytes: x and g by stream and token, then y, d; once read, each warp writes
-// dx over g and dy over d in its own columns. The 16-byte chunks of a row are permuted (`key`), so that neither 8
-// tokens of a stream nor 4 tokens of 2 streams meet in one bank.
-constexpr int PITCH = 2 * COLUMNS;
-constexpr int X = 0, G = N * TOKENS, Y = 2 * G, D = Y + TOKENS, ROWS = D + TOKENS;
-constexpr int DS = ROWS * PITCH;             // [16, 24] float32, 28 numbers apart
-constexpr int DS_PITCH = 28;
-constexpr int RES = DS + TOKENS * DS_PITCH * 4;  // [16, 16] float32, 80 bytes apart
-constexpr int RES_PITCH = 80;
-constexpr int POST = RES + TOKENS * RES_PITCH, PRE = POST + TOKENS * 16;
-constexpr int DR = PRE + TOKENS * 16, R = DR + TOKENS * 4;
-constexpr int STAGE = (R + TOKENS * 4 + 127) / 128 * 128;
-constexpr int PHI = STAGES * STAGE;          // 6 float4 a thread
-constexpr int TOTAL = PHI + 6 * 16 * THREADS;    // t in bfloat16, rows as x; of two tiles
-constexpr int TOTAL_SIZE = N * TOKENS * PITCH;
+// dx over g and dy over d in its own columns. The 16-byte chunks of a row are permuted, chunk c to place c ^ key, so
+// that neither 8 tokens of a stream nor 4 tokens of 2 streams meet in one bank.
+constexpr int PITCH = 2 * COLUMNS, STREAMS = N * TOKENS * PITCH;
+constexpr int X = 0, G = STREAMS, Y = 2 * STREAMS, D = Y + TOKENS * PITCH, STAGE = D + TOKENS * PITCH;
+// What belongs to tokens: ds as the lanes want it in both products, h_res 80 bytes apart, h_post, h_pre, kappa.
+constexpr int DS = 0, DS_PAIRS = DS + TOKENS * M * 4;
+constexpr int RES = DS_PAIRS + TOKENS * M * 4, RES_PITCH = 80;
+constexpr int POST = RES + TOKENS * RES_PITCH, PRE = POST + TOKENS * 16, KAPPA = PRE + TOKENS * 16;
+constexpr int OWN = KAPPA + TOKENS * 4;
+// Shared memory: rows of STAGES tiles, what belongs to the tokens of two, phi (6 float4 a thread) and, if MIX, t of
+// two tiles in bfloat16, laid out as x.
+constexpr int OWNS = STAGES * STAGE, PHI = OWNS + 2 * OWN, TOTAL = PHI + 6 * 16 * THREADS;
 
 __device__ __forceinline__ int key(int stream, int token) { return token % 8 ^ stream % 2 * 4; }
 
@@ -44,7 +44,9 @@ struct Arrays {
   const bf16 *x, *y;
   const float *post, *res;
   const bf16 *g, *d;
-  const float *pre, *ds, *dr, *r;
+  const float *pre, *ds;
+  const bf16* ds_pairs;
+  const float* kappa;
 };
 
 // Memory in units of 16 bytes: one register an index, and the address in one instruction.
@@ -69,44 +71,53 @@ struct Share {
   __device__ __forceinline__ u32 row(int first) const { return (first + token) * (C / 8) + column; }
 };
 
-// A thread's piece of one token's coefficients: 16 bytes, or 4 of those with one number a token; stride 0: nothing.
+// A thread's piece of what tokens have alone: 16 bytes of `stride` bytes a tile, of token `token`; 4 bytes of kappa
+// if `stride` is 64; nothing if it is 0.
 struct Coefficients {
-  const float* from;
-  int stride, to;
+  const unsigned char* from;
+  int stride, to, token;
 
-  __device__ __forceinline__ Coefficients(const Arrays& a, u32 thread) {
-    const u32 part = thread / TOKENS, token = thread % TOKENS;
-    if (part < 6)
-      from = a.ds + part * 4, stride = M, to = DS + token * DS_PITCH * 4 + part * 16;
-    else if (part == 6)
-      from = a.pre, stride = N, to = PRE + token * 16;
-    else if (part == 7)
-      from = a.post, stride = MIX ? N : 0, to = POST + token * 16;
-    else if (part < 12)
-      from = a.res + (part - 8) * 4, stride = MIX ? N * N : 0, to = RES + token * RES_PITCH + (part - 8) * 16;
-    else
-      from = part == 12 ? a.dr : a.r, stride = part < 14 ? 1 : 0, to = (part == 12 ? DR : R) + token * 4;
-    from += token * stride;
+  __device__ __forceinline__ Coefficients(const Arrays& a, u32 thread) : token(thread % TOKENS) {
+    const u32 part = thread / TOKENS, t = thread % TOKENS;
+    const void* array = a.kappa;
+    u32 at = t * 4;
+    stride = TOKENS * 4, to = KAPPA + at;
+    if (part < 12) {
+      array = part < 6 ? static_cast<const void*>(a.ds) : a.ds_pairs;
+      at = thread % (6 * TOKENS) * 16, to = (part < 6 ? DS : DS_PAIRS) + at;
+      stride = TOKENS * M * 4, token = 0;
+    } else if (part < 14) {
+      array = part == 12 ? a.pre : a.post;
+      at = t * 16, to = (part == 12 ? PRE : POST) + at;
+      stride = part == 12 || MIX ? TOKENS * 16 : 0;
+    } else if (part > 14) {
+      stride = 0;
+    }
+    from = static_cast<const unsigned char*>(array) + at;
   }
 };
 
-__device__ __forceinline__ void load_tile(unsigned char* stage, const Arrays& a, const Share& share,
-                                          const Coefficients& c, int first, int T) {
+__device__ __forceinline__ void load_tile(unsigned char* stage, unsigned char* own, const Arrays& a, 
+                                          const Share& share, const Coefficients& c, int first, int T) {
   const bool inside = first + share.token < T;
   const u32 stream = share.stream(first);
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
     unsigned char* to = stage + share.streams + 2 * pair * TOKENS * PITCH;
-    copy_async_16(to + X * PITCH, chunk(a.x, stream + pair * (2 * C / 8)), inside);
-    copy_async_16(to + G * PITCH, chunk(a.g, stream + pair * (2 * C / 8)), inside);
+    copy_async_16(to + X, chunk(a.x, stream + pair * (2 * C / 8)), inside);
+    copy_async_16(to + G, chunk(a.g, stream + pair * (2 * C / 8)), inside);
   }
   if (MIX || share.half)
-    copy_async_16(stage + share.single + (share.half ? D : Y) * PITCH,
-                  chunk(share.half ? a.d : a.y, share.row(first)), inside);
-  const float* from = c.from + static_cast<u32>(first * c.stride);
-  const bool valid = first + static_cast<int>(threadIdx.x % TOKENS) < T;
-  if (c.stride > 1) copy_async_16(stage + c.to, from, valid);
-  if (c.stride == 1) copy_async_4(stage + c.to, from, valid);
+    copy_async_16(stage + share.single + (share.half ? D : Y), chunk(share.half ? a.d : a.y, share.row(first)),
+                  inside);
+  const unsigned char* from = c.from + static_cast<u32>(first / TOKENS * c.stride);
+  const bool valid = first + c.token < T;
+  if (c.stride > 64) copy_async_16(own + c.to, from, valid);
+  if (c.stride == 64) copy_async_4(own + c.to, from, valid);
+  if (MIX && threadIdx.x < 4 * TOKENS) {
+    const int t = threadIdx.x / 4, part = threadIdx.x % 4;
+    copy_async_16(own + RES + t * RES_PITCH + part * 16, chunk(a.res, (first + t) * N + part), first + t < T);
+  }
 }
 
 // Writes what `compute_tile` left in shared memory.
@@ -114,11 +125,11 @@ __device__ __forceinline__ void store_tile(const unsigned char* stage, const Sha
                                            int first, int T) {
   if (first + share.token >= T) return;
   const u32 stream = share.stream(first);
-  const unsigned char* from = stage + share.streams + G * PITCH;
+  const unsigned char* from = stage + share.streams + G;
   *chunk(dx, stream) = *reinterpret_cast<const uint4*>(from);
   *chunk(dx, stream + 2 * C / 8) = *reinterpret_cast<const uint4*>(from + 2 * TOKENS * PITCH);
   if (MIX && share.half == 0)
-    *chunk(dy, share.row(first)) = *reinterpret_cast<const uint4*>(stage + share.single + D * PITCH);
+    *chunk(dy, share.row(first)) = *reinterpret_cast<const uint4*>(stage + share.single + D);
 }
 
 // dh_res and dh_post of 4 tokens over the program's columns: rows token + 4 stream of t, columns 2 token + j of x
@@ -129,8 +140,8 @@ __device__ __forceinline__ void store_sums(const unsigned char* stage, const uns
   const int a_token = group + lane % 4, a_stream = lane / 4 % 4;
   const int b_token = group + lane % 8 / 2, b_stream = 2 * pair + lane % 2;
   const unsigned char* a_row = total + (a_stream * TOKENS + a_token) * PITCH;
-  const unsigned char* b_row = stage + (X + b_stream * TOKENS + b_token) * PITCH;
-  const unsigned char* y_row = stage + (Y + b_token) * PITCH;
+  const unsigned char* b_row = stage + X + (b_stream * TOKENS + b_token) * PITCH;
+  const unsigned char* y_row = stage + Y + b_token * PITCH;
   u32 a[4][4], b[2][4], y[2][4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) load_matrices(a[k], a_row + (2 * k + lane / 16 ^ key(a_stream, a_token)) * 16);
@@ -156,7 +167,7 @@ __device__ __forceinline__ void store_sums(const unsigned char* stage, const uns
   }
 }
 
-// Lane's element k of a fragment row: token g (k = 0, 1: columns 2q, 2q + 1) and token g + 8 (k = 2, 3).
+// A lane's elements of 16 tokens x 8 columns: token g at columns 2q, 2q + 1, then token g + 8 (lane = 4 g + q).
 __device__ __forceinline__ void unpack(float (&v)[4], u32 first, u32 second) {
   v[0] = low(first), v[1] = high(first), v[2] = low(second), v[3] = high(second);
 }
@@ -166,56 +177,56 @@ __device__ __forceinline__ float at(const float4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-__device__ __forceinline__ void compute_tile(unsigned char* stage, unsigned char* total, const float4* phi,
-                                             float (&dphi)[2][3][4], int warp, int lane) {
+__device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigned char* own, unsigned char* total,
+                                             const float4* phi, float (&dphi)[2][3][4], int warp, int lane,
+                                             int tokens) {
   const int g = lane / 4, q = lane % 4;
-  // Lane's row for load_matrices: stream (of two) and half of the tokens by matrix.
-  const int row = (lane / 16 * TOKENS + lane / 8 % 2 * 8 + lane % 8) * PITCH;
-  const int streams_row = row + (warp ^ key(lane / 16, lane % 8)) * 16, single_row = row + (warp ^ lane % 8) * 16;
+  // Lane's row for load_matrices and store_matrices: half of the tokens, and one of two streams (or arrays), by
+  // matrix.
+  const int row = lane % 16 * PITCH, second = lane / 16 * TOKENS * PITCH;
+  const int streams_row = row + second + (warp ^ key(lane / 16, lane)) * 16;
+  const int single_row = row + second + (warp ^ key(0, lane)) * 16;
   u32 word[4];
   float x[N][4], t[N][4], y[4], d[4];
 #pragma unroll
   for (int i = 0; i < N; i += 2) {
-    load_matrices(word, stage + streams_row + (X + i * TOKENS) * PITCH);
+    load_matrices(word, stage + streams_row + X + i * TOKENS * PITCH);
     unpack(x[i], word[0], word[1]);
     unpack(x[i + 1], word[2], word[3]);
-    load_matrices(word, stage + streams_row + (G + i * TOKENS) * PITCH);
+    load_matrices(word, stage + streams_row + G + i * TOKENS * PITCH);
     unpack(t[i], word[0], word[1]);
     unpack(t[i + 1], word[2], word[3]);
   }
-  load_matrices(word, stage + single_row + Y * PITCH);
+  load_matrices(word, stage + single_row + Y);
   unpack(y, word[0], word[1]);
   unpack(d, word[2], word[3]);
 
-  // t += ds phi^T. Element k of a product's inner index m is 8 s + 2 k for k < 4, else 8 s + 2 (k - 4) + 1.
-  const float* ds = reinterpret_cast<const float*>(stage + DS);
+  // t += ds phi^T. Element k of a product's inner index is column 8 s + 2 k for k < 4, else 8 s + 2 (k - 4) + 1.
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
-    const float2 a = *reinterpret_cast<const float2*>(ds + g * DS_PITCH + 8 * s + 2 * q);
-    const float2 b = *reinterpret_cast<const float2*>(ds + (g + 8) * DS_PITCH + 8 * s + 2 * q);
+    const float4 a = load4(own + DS + (s * 32 + lane) * 16);
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
       const float4 p = phi[(s * 2 + i / 2) * THREADS];
-      multiply_tf32(t[i], a.x, b.x, a.y, b.y, p.x, p.y);
-      multiply_tf32(t[i + 1], a.x, b.x, a.y, b.y, p.z, p.w);
+      multiply_tf32(t[i], a.x, a.y, a.z, a.w, p.x, p.y);
+      multiply_tf32(t[i + 1], a.x, a.y, a.z, a.w, p.z, p.w);
     }
   }
 
-  const float* r = reinterpret_cast<const float*>(stage + R);
-  const float* dr = reinterpret_cast<const float*>(stage + DR);
-  const float kappa0 = __fdividef(dr[g], r[g] * K), kappa1 = __fdividef(dr[g + 8], r[g + 8] * K);
-  const float4 pre0 = load4(stage + PRE + g * 16), pre1 = load4(stage + PRE + (g + 8) * 16);
+  const float* kappa = reinterpret_cast<const float*>(own + KAPPA);
+  const float kappa0 = kappa[g], kappa1 = kappa[g + 8];
+  const float4 pre0 = load4(own + PRE + g * 16), pre1 = load4(own + PRE + (g + 8) * 16);
   float4 post0, post1;
   float dx[N][4] = {}, dy[4] = {};
-  if (MIX) post0 = load4(stage + POST + g * 16), post1 = load4(stage + POST + (g + 8) * 16);
+  if (MIX) post0 = load4(own + POST + g * 16), post1 = load4(own + POST + (g + 8) * 16);
   u32 across[N][2];  // x' with tokens along words: column g, tokens 2q, 2q + 1 (and + 8)
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     float4 res0, res1;
     float mixed[4];
     if (MIX) {
-      res0 = load4(stage + RES + g * RES_PITCH + i * 16);
-      res1 = load4(stage + RES + (g + 8) * RES_PITCH + i * 16);
+      res0 = load4(own + RES + g * RES_PITCH + i * 16);
+      res1 = load4(own + RES + (g + 8) * RES_PITCH + i * 16);
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -245,60 +256,59 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, unsigned char
     across[i][1] = transpose(pack_bf16(mixed[2], mixed[3]));
   }
 
-  // dphi += x'^T ds: two streams' columns as rows, tokens as inner index (2q, then 2q + 1).
+  // dphi += x'^T ds: two streams' columns as rows, the tokens as inner index.
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int s = 0; s < 3; ++s) {
+    uint4 b = *reinterpret_cast<const uint4*>(own + DS_PAIRS + (s * 32 + lane) * 16);  // high, low; high, low
+    if (tokens < TOKENS) {  // nobody wrote ds of tokens that do not exist
+      const u32 mask[2] = {2 * q < tokens ? 2 * q + 1 < tokens ? 0xffffffffu : 0xffffu : 0u,
+                           2 * q + 8 < tokens ? 2 * q + 9 < tokens ? 0xffffffffu : 0xffffu : 0u};
+      b.x &= mask[0], b.y &= mask[0], b.z &= mask[1], b.w &= mask[1];
+    }
 #pragma unroll
-    for (int s = 0; s < 3; ++s) {
-      const float b0 = ds[(half * 8 + 2 * q) * DS_PITCH + 8 * s + g], b1 = ds[(half * 8 + 2 * q + 1) * DS_PITCH + 8 * s + g];
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const u32 first = across[2 * pair][half], second = across[2 * pair + 1][half];
-        multiply_tf32(dphi[pair][s], low(first), low(second), high(first), high(second), b0, b1);
-      }
+    for (int pair = 0; pair < 2; ++pair) {
+      const u32 a[4] = {across[2 * pair][0], across[2 * pair + 1][0], across[2 * pair][1], across[2 * pair + 1][1]};
+      multiply_bf16(dphi[pair][s], a, b.x, b.z);
+      multiply_bf16(dphi[pair][s], a, b.y, b.w);
     }
   }
 
   __syncwarp();
-  const int even = g * PITCH + (warp ^ g) * 16 + q * 4, odd = g * PITCH + (warp ^ g ^ 4) * 16 + q * 4;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    unsigned char* out = stage + (i % 2 ? odd : even) + (G + i * TOKENS) * PITCH;
-    *reinterpret_cast<u32*>(out) = pack_bf16(dx[i][0], dx[i][1]);
-    *reinterpret_cast<u32*>(out + 8 * PITCH) = pack_bf16(dx[i][2], dx[i][3]);
-    if (MIX) {
-      out = total + (i % 2 ? odd : even) + i * TOKENS * PITCH;
-      *reinterpret_cast<u32*>(out) = pack_bf16(t[i][0], t[i][1]);
-      *reinterpret_cast<u32*>(out + 8 * PITCH) = pack_bf16(t[i][2], t[i][3]);
-    }
+  for (int i = 0; i < N; i += 2) {
+    const int to = streams_row + i * TOKENS * PITCH;
+    store_matrices(stage + G + to, pack_bf16(dx[i][0], dx[i][1]), pack_bf16(dx[i][2], dx[i][3]),
+                   pack_bf16(dx[i + 1][0], dx[i + 1][1]), pack_bf16(dx[i + 1][2], dx[i + 1][3]));
+    if (MIX)
+      store_matrices(total + to, pack_bf16(t[i][0], t[i][1]), pack_bf16(t[i][2], t[i][3]),
+                     pack_bf16(t[i + 1][0], t[i + 1][1]), pack_bf16(t[i + 1][2], t[i + 1][3]));
   }
   if (MIX) {
-    *reinterpret_cast<u32*>(stage + even + D * PITCH) = pack_bf16(dy[0], dy[1]);
-    *reinterpret_cast<u32*>(stage + even + (D + 8) * PITCH) = pack_bf16(dy[2], dy[3]);
+    unsigned char* to = stage + D + g * PITCH + (warp ^ key(0, g)) * 16 + q * 4;
+    *reinterpret_cast<u32*>(to) = pack_bf16(dy[0], dy[1]);
+    *reinterpret_cast<u32*>(to + 8 * PITCH) = pack_bf16(dy[2], dy[3]);
   }
 }
 
 }  // namespace
 
-// Grid (C / COLUMNS, splits): program (slab, split) walks over tiles split, split + splits, ...
-// x, g, dx [T, 4 C]; y, d, dy [T, C]; post, pre [T, 4]; res [T, 16]; phi [4 C, 24]; ds [T, 24]; dr, r [T];
-// sums [C / COLUMNS, T, 20]; dphi [splits, 4 C, 24].
+// Grid (C / 64, splits): program (slab, split) walks over tiles split, split + splits, ...
+// x, g, dx [T, 4 C]; y, d, dy [T, C]; post, pre [T, 4]; res [T, 16]; phi [4 C, 24]; ds [tiles, 3, 32, 4] and
+// ds_pairs [tiles, 3, 32, 8] as the lanes want them; kappa [T]; sums [C / 64, T, 20]; dphi [splits, 4 C, 24].
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     boundary_backward(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* g,
-                      const bf16* d, const float* pre, const float* phi, const float* ds, const float* dr,
-                      const float* r, int T, bf16* dx, bf16* dy, float* sums, float* dphi_out) {
+                      const bf16* d, const float* pre, const float* phi, const float* ds, const bf16* ds_pairs,
+                      const float* kappa, int T, bf16* dx, bf16* dy, float* sums, float* dphi_out) {
   SHARED_MEMORY(shared);
-  const Arrays a = {x, y, post, res, g, d, pre, ds, dr, r};
+  const Arrays a = {x, y, post, res, g, d, pre, ds, ds_pairs, kappa};
   const u32 thread = threadIdx.x;
   const int warp = thread / 32, lane = thread % 32;
   const int slab = blockIdx.x, split = blockIdx.y, apart = gridDim.y * TOKENS;
   const Share share(thread, slab);
   const Coefficients coefficients(a, thread);
   int first = split * TOKENS;
-  for (int s = 0; s < STAGES - 2; ++s) {
-    if (first + s * apart < T) load_tile(shared + s * STAGE, a, share, coefficients, first + s * apart, T);
-    copy_async_commit();
-  }
+  if (first < T) load_tile(shared, shared + OWNS, a, share, coefficients, first, T);
+  copy_async_commit();
   // phi as the right operand of ds phi^T, in this thread's own place.
   float4* own_phi = reinterpret_cast<float4*>(shared + PHI) + thread;
   const u32 column = slab * COLUMNS + warp * 8 + thread % 32 / 4;
@@ -310,24 +320,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   }
   float dphi[2][3][4] = {};
 
-  // A tile's buffer is filled, computed in and written out in STAGES - 2, 1 and 1 steps between barriers.
+  // Between two barriers one tile is filled, one computed in, and the one before written out.
   int current = 0, parity = 0;
   for (; first - apart < T; first += apart) {
-    copy_async_wait<STAGES - 3>();
+    copy_async_wait<0>();
     __syncthreads();
-    const int ahead = first + (STAGES - 2) * apart, next = (current + STAGES - 2) % STAGES;
-    if (ahead < T) load_tile(shared + next * STAGE, a, share, coefficients, ahead, T);
+    if (first + apart < T)
+      load_tile(shared + (current + 1) % STAGES * STAGE, shared + OWNS + (parity ^ 1) * OWN, a, share, coefficients,
+                first + apart, T);
     copy_async_commit();
     if (first >= apart) {
       const unsigned char* before = shared + (current + STAGES - 1) % STAGES * STAGE;
       const int tile = first - apart;
       store_tile(before, share, dx, dy, tile, T);
       if (MIX)
-        store_sums(before, shared + TOTAL + (parity ^ 1) * TOTAL_SIZE, sums, warp, lane, slab * T + tile,
-                   T - tile);
+        store_sums(before, shared + TOTAL + (parity ^ 1) * STREAMS, sums, warp, lane, slab * T + tile, T - tile);
     }
     if (first >= T) break;
-    compute_tile(shared + current * STAGE, shared + TOTAL + parity * TOTAL_SIZE, own_phi, dphi, warp, lane);
+    compute_tile(shared + current * STAGE, shared + OWNS + parity * OWN, shared + TOTAL + parity * STREAMS, own_phi,
+                 dphi, warp, lane, T - first);
     current = (current + 1) % STAGES;
     parity ^= 1;
   }

@@ -94,11 +94,12 @@ def read_backward(
     n, (K, m), T = static["n"], a.phi.shape, triton_call.num_tokens(a.r.shape)
     if not T:
         return streams, *_no_gradients(a)
-    d_input, cotangents, sums = _mappings_backward(streams, a, static)
-    if gpu_cuda.takes(streams, n):
+    cuda = gpu_cuda.takes(streams, n)
+    d_input, cotangents, sums = _mappings_backward(streams, a, static, fragments=cuda * K)
+    if cuda:
         launch = gpu_cuda.backward_launch(T, K // n, mix=False)
         unused = (d_input, a.h_pre, a.dh_res)
-        read = (a.d_streams, d_input, a.h_pre, a.phi, *cotangents, a.r)
+        read = (a.d_streams, d_input, a.h_pre, a.phi, *cotangents)
         dx, _, _, dphi = launch(streams, *unused, *read, T)
     else:
         launch = projection.backward_launch(T, K, n, m, streams.dtype, accumulate=True)
@@ -106,10 +107,11 @@ def read_backward(
     return dx.reshape(streams.shape), *triton_sums.parameter_gradients(dphi, *sums, n)
 
 
-def _mappings_backward(streams: jax.Array, a: ReadBackward, static):
+def _mappings_backward(streams: jax.Array, a: ReadBackward, static, fragments: int):
     """From the layer input and the mappings to the projection.
 
-    Returns the cotangent of the weighted sum, (ds, dr), partial sums for (dbias and dalpha, dweight).
+    Returns the cotangent of the weighted sum, (ds, dr) or with `fragments` the operands of the CUDA kernel
+    (`mappings.backward_launch`), partial sums for (dbias and dalpha, dweight).
     """
     n, T, C = static["n"], triton_call.num_tokens(a.r.shape), a.d_input.shape[-1]
     d_input, dweight = a.d_input, None
@@ -120,11 +122,13 @@ def _mappings_backward(streams: jax.Array, a: ReadBackward, static):
         eps = static["input_norm_eps"]
         launch = pre.backward_normed_launch(T, C, n, streams.dtype, eps, write_dx=False)
         dh_pre, dweight, d_input = launch(streams, a.h_pre, a.weight, d_input, T)
+    rounds = streams.dtype == jnp.bfloat16
     launch = mappings.backward_launch(
-        T, n, static["num_iterations"], round_ds=streams.dtype == jnp.bfloat16
+        T, n, static["num_iterations"], round_ds=rounds, fragments=fragments
     )
-    ds, dr, gates = launch(a.s, a.r, a.bias, a.alpha, dh_pre, a.dh_post, a.dh_res, T)
-    return d_input, (ds, dr), (gates, dweight)
+    ds, dr, gates, pairs = launch(a.s, a.r, a.bias, a.alpha, dh_pre, a.dh_post, a.dh_res, T)
+    cotangents = (ds, pairs, dr) if fragments else (ds, dr)
+    return d_input, cotangents, (gates, dweight)
 
 
 def forward(
@@ -159,10 +163,11 @@ def backward(
     if not T:
         return *update, *_no_gradients(a)
     n = static["n"]
-    d_input, cotangents, sums = _mappings_backward(new_streams, a, static)
-    if gpu_cuda.takes(streams, n):
+    cuda = gpu_cuda.takes(streams, n)
+    d_input, cotangents, sums = _mappings_backward(new_streams, a, static, fragments=cuda * K)
+    if cuda:
         launch = gpu_cuda.backward_launch(T, K // n, mix=True)
-        read = (a.d_streams, d_input, a.h_pre, a.phi, *cotangents, a.r)
+        read = (a.d_streams, d_input, a.h_pre, a.phi, *cotangents)
         dx, dy, mappings_sums, dphi = launch(*update, *read, T)
         *d_parameters, dres, dpost = triton_sums.all_gradients(dphi, *sums, mappings_sums, n)
         d_update = (dx, dy, dpost, dres)

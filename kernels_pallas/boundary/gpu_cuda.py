@@ -13,16 +13,15 @@ from kernels_pallas.triton_call import cdiv, struct
 
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
-_STAGES = 3  # tiles in shared memory: one being filled, one computed in, one written out
 
 
 def _shared_bytes(mix: bool) -> int:
-    """As laid out in backward.cu: tiles of rows and coefficients, phi, t of two tiles."""
+    """As laid out in backward.cu: three tiles of rows, what belongs to tokens of two, phi, t of two tiles."""
     rows = 10 * _TOKENS * 2 * _COLUMNS
-    coefficients = _TOKENS * (28 * 4 + 80 + 2 * 16 + 2 * 4)
+    own = _TOKENS * (2 * 24 * 4 + 80 + 2 * 16 + 4)
     phi = 24 * 4 * 256
-    total = 2 * 4 * _TOKENS * 2 * _COLUMNS
-    return _STAGES * cdiv(rows + coefficients, 128) * 128 + phi + mix * total
+    total = 4 * _TOKENS * 2 * _COLUMNS
+    return 3 * rows + 2 * own + phi + mix * 2 * total
 
 
 def takes(streams: jax.Array, n: int) -> bool:
@@ -36,8 +35,9 @@ def backward_launch(T: int, C: int, *, mix: bool) -> CudaLaunch:
     """The launch of backward.cu.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
-    phi [4C, 24], ds [T, 24], dr, r [T], T; without `mix`, y, h_post and h_res are not read. Outputs: dx,
-    dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
+    phi [4C, 24], fragments of ds and kappa (`mappings.gpu.backward_launch`), T; without `mix`, y, h_post and
+    h_res are not read. Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi
+    [splits, 4C, 24].
     """
     slabs = C // _COLUMNS
     splits = _splits(slabs, cdiv(T, _TOKENS))
@@ -51,7 +51,7 @@ def backward_launch(T: int, C: int, *, mix: bool) -> CudaLaunch:
             struct((slabs, T, 20) if mix else (1,)),
             struct((splits, 4 * C, 24)),
         ),
-        constants={"C": C, "MIX": int(mix), "STAGES": _STAGES},
+        constants={"C": C, "MIX": int(mix)},
         num_warps=8,
         shared_bytes=_shared_bytes(mix),
     )

@@ -230,6 +230,21 @@ inline void load_matrices(u32 (&word)[4], const void* row, emulate::Site site = 
   memcpy(word, warp.word[lane], 16);
 }
 
+inline void store_matrices(void* row, u32 a, u32 b, u32 c, u32 d, emulate::Site site = emulate::here()) {
+  emulate::check_shared("store_matrices", site, row, 16);
+  emulate::Warp& warp = *emulate::state.lane->warp;
+  const int lane = emulate::state.lane->thread % 32;
+  const u32 words[4] = {a, b, c, d};
+  memcpy(warp.word[lane], words, 16);
+  emulate::meet("store_matrices", ~0u, site, [](emulate::Warp& warp) {
+    u32 out[32][4];
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) out[lane][i] = warp.word[lane % 8 * 4 + i][lane / 8];
+    for (int lane = 0; lane < 32; ++lane) memcpy(warp.word[lane], out[lane], 16);
+  });
+  memcpy(row, warp.word[lane], 16);
+}
+
 inline u32 transpose(u32 word, emulate::Site site = emulate::here()) {
   u32* own = emulate::state.lane->warp->word[emulate::state.lane->thread % 32];
   own[0] = word;

@@ -55,6 +55,22 @@ __device__ __forceinline__ void load_matrices(u32 (&word)[4], const void* row) {
                : "memory");
 }
 
+// The reverse: words of four matrices to the rows that the lanes name.
+__device__ __forceinline__ void store_matrices(void* row, u32 a, u32 b, u32 c, u32 d) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(a),
+               "r"(b), "r"(c), "r"(d)
+               : "memory");
+#else
+  const u32 words[4] = {a, b, c, d}, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const u32 to = __shfl_sync(0xffffffffu, shared_address(row), 8 * k + lane / 4) + lane % 4 * 4;
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(words[k]) : "memory");
+  }
+#endif
+}
+
 // Word (g, 2q..2q+1) of an 8 x 8 matrix of 16-bit numbers -> that word of the transposed matrix.
 __device__ __forceinline__ u32 transpose(u32 word) {
   u32 out;
@@ -82,29 +98,6 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], const u32 (&a)[4], 
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-// Past the L1 cache, which does not see what other programs have written.
-__device__ __forceinline__ float4 load_uncached(const float4* p) {
-  float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
-}
-
-// For one program that tells others: writes of the caller before `signal` are seen after `load_flag`.
-__device__ __forceinline__ void signal(int* flag, int value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ int load_flag(const int* flag) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value;
-}
-
-#define SPIN()  // called in loops that wait for other programs
 
 #endif
 

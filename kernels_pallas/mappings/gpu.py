@@ -115,6 +115,24 @@ def mappings_kernel(
 
 
 @triton.jit
+def _store_fragments(ds, t, m, ds_ptr, pairs_ptr, mask):
+    """ds of tokens t and columns m where the lanes of boundary/backward.cu want them.
+
+    Tiles of 16 tokens x 8 columns; lane 4 g + q. As left operand [tiles, 3, 32, 4] float32: tokens g, g + 8
+    at column 2q, then at 2q + 1. As right operand [tiles, 3, 32, 8] bfloat16, inner index tokens: high,
+    then low terms of tokens 2q, 2q + 1 at column g; the same of tokens 2q + 8, 2q + 9.
+    """
+    half = t % 16 // 8
+    tile = t // 16 * 3 + m // 8
+    at = (tile * 32 + t % 8 * 4 + m % 8 // 2) * 4 + half + m % 2 * 2
+    tl.store(ds_ptr + at, ds, mask=mask)
+    high = ds.to(tl.bfloat16)
+    at = (tile * 32 + m % 8 * 4 + t % 8 // 2) * 8 + half * 4 + t % 2
+    tl.store(pairs_ptr + at, high, mask=mask)
+    tl.store(pairs_ptr + at + 2, (ds - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
 def _gate_backward(
     s_ptr,
     r,
@@ -122,15 +140,21 @@ def _gate_backward(
     alpha_ptr,
     d_ptr,
     ds_ptr,
+    pairs_ptr,
     sums_ptr,
     rows,
     i,
     mask,
+    first,
     scale,
     N: tl.constexpr,
     ROUND: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
 ):
-    """Backward of N gates scale * sigmoid: writes ds and their sums; returns sum(d_normed * normed)."""
+    """Backward of N gates scale * sigmoid, the columns from `first` on: writes ds and their sums.
+
+    Returns sum(d_normed * normed).
+    """
     M: tl.constexpr = N * N + 2 * N
     normed = tl.load(s_ptr + rows * M + i, mask=mask, other=0.0) / r
     alpha = tl.load(alpha_ptr)
@@ -141,7 +165,10 @@ def _gate_backward(
     ds = d * alpha / r
     if ROUND:
         ds = round_tf32(ds)
-    tl.store(ds_ptr + rows * M + i, ds, mask=mask)
+    if FRAGMENTS:
+        _store_fragments(ds, rows, first + i, ds_ptr, pairs_ptr, mask)
+    else:
+        tl.store(ds_ptr + first + rows * M + i, ds, mask=mask)
     at = tl.arange(0, N) * tl.num_programs(0)
     tl.store(sums_ptr + at, tl.sum(d, axis=0))
     tl.store(sums_ptr + M * tl.num_programs(0) + at, tl.sum(d * normed, axis=0))
@@ -161,12 +188,18 @@ def mappings_backward_kernel(
     ds_ptr,
     dr_ptr,
     sums_ptr,
+    pairs_ptr,
     N: tl.constexpr,
     TOKENS: tl.constexpr,
     NUM_ITERATIONS: tl.constexpr,
     ROUND: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
 ):
-    """ds, dr, and a column of sums [2, M, programs]: over its tokens of dh and of dh * s / r."""
+    """ds, dr, and a column of sums [2, M, programs]: over its tokens of dh and of dh * s / r.
+
+    FRAGMENTS > 0: ds as `_store_fragments` lays it out, and instead of dr, kappa = dr / (r FRAGMENTS), what
+    the streams are multiplied with.
+    """
     M: tl.constexpr = N * N + 2 * N
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     sums_ptr += tl.program_id(0)
@@ -174,7 +207,22 @@ def mappings_backward_kernel(
     rows, i, mask = _gates(t, T, N, TOKENS)
     r = tl.load(r_ptr + rows, mask=rows < T, other=1.0)
     total = _gate_backward(
-        s_ptr, r, bias_ptr, alpha_ptr, dpre_ptr, ds_ptr, sums_ptr, rows, i, mask, 1.0, N, ROUND
+        s_ptr,
+        r,
+        bias_ptr,
+        alpha_ptr,
+        dpre_ptr,
+        ds_ptr,
+        pairs_ptr,
+        sums_ptr,
+        rows,
+        i,
+        mask,
+        0,
+        1.0,
+        N,
+        ROUND,
+        FRAGMENTS,
     )
     total += _gate_backward(
         s_ptr + N,
@@ -182,14 +230,17 @@ def mappings_backward_kernel(
         bias_ptr + N,
         alpha_ptr + 1,
         dpost_ptr,
-        ds_ptr + N,
+        ds_ptr,
+        pairs_ptr,
         sums_ptr + N * programs,
         rows,
         i,
         mask,
+        N,
         2.0,
         N,
         ROUND,
+        FRAGMENTS,
     )
 
     rows, ij, mask = _matrices(t, T, N, TOKENS)
@@ -202,13 +253,19 @@ def mappings_backward_kernel(
     ds = d * alpha / r
     if ROUND:
         ds = round_tf32(ds)
-    tl.store(ds_ptr + 2 * N + rows * M + ij, ds, mask=mask)
+    if FRAGMENTS:
+        _store_fragments(ds, rows, 2 * N + ij, ds_ptr, pairs_ptr, mask)
+    else:
+        tl.store(ds_ptr + 2 * N + rows * M + ij, ds, mask=mask)
     ij1 = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     tl.store(sums_ptr + (2 * N + ij1) * programs, tl.sum(d, axis=0))
     tl.store(sums_ptr + (M + 2 * N + ij1) * programs, tl.sum(d * normed, axis=0))
     total += tl.sum(tl.sum(d * alpha * normed, axis=2), axis=1)
     r = tl.load(r_ptr + t, mask=t < T, other=1.0)
-    tl.store(dr_ptr + t, -total / r, mask=t < T)
+    dr = -total / r
+    if FRAGMENTS:
+        dr /= r * FRAGMENTS
+    tl.store(dr_ptr + t, dr, mask=t < T)
 
 
 def forward_launch(
@@ -240,20 +297,32 @@ def forward_launch(
     )
 
 
-def backward_launch(T: int, n: int, num_iterations: int, *, round_ds: bool = False) -> Launch:
-    """The launch of the backward; `round_ds` rounds ds to TF32 as the projection's backward wants it."""
+def backward_launch(
+    T: int, n: int, num_iterations: int, *, round_ds: bool = False, fragments: int = 0
+) -> Launch:
+    """The launch of the backward; `round_ds` rounds ds to TF32 as the projection's backward wants it.
+
+    Outputs: ds [T, m], dr [T], sums [2, m, programs]; with `fragments` = K (n = 4 only) ds as float32
+    fragments, kappa [T], sums, bfloat16 fragments, for boundary/backward.cu.
+    """
     m = n * n + 2 * n
     tokens = sinkhorn.tokens_per_program(n)
-    programs = triton_call.cdiv(T, tokens)
+    programs, tiles = triton_call.cdiv(T, tokens), triton_call.cdiv(T, 16)
     return Launch(
         kernel=mappings_backward_kernel,
         grid=(programs,),
-        outputs=(struct((T, m)), struct((T,)), struct((2, m, programs))),
+        outputs=(
+            struct((tiles, 3, 32, 4) if fragments else (T, m)),
+            struct((T,)),
+            struct((2, m, programs)),
+            struct((tiles, 3, 32, 8) if fragments else (1,), jnp.bfloat16),
+        ),
         constants={
             "N": n,
             "TOKENS": tokens,
             "NUM_ITERATIONS": num_iterations,
             "ROUND": round_ds,
+            "FRAGMENTS": fragments,
         },
         num_warps=1,
     )
@@ -302,7 +371,7 @@ def backward(
     T = triton_call.num_tokens(r.shape)
     if not T:
         return s, r, jnp.zeros_like(bias), jnp.zeros_like(alpha)
-    ds, dr, sums = backward_launch(T, n, num_iterations)(
+    ds, dr, sums, _ = backward_launch(T, n, num_iterations)(
         s, r, bias, alpha, dh_pre, dh_post, dh_res, T
     )
     return ds.reshape(s.shape), dr.reshape(r.shape), *parameter_gradients(sums, n)

@@ -1,0 +1,106 @@
+"""The CUDA kernels: the same bits whatever the order of their threads, and compiled without a GPU.
+
+Their results are compared with float64 through the public operations in test_triton.py (case "cuda").
+"""
+
+import importlib.util
+import pathlib
+import re
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed (extra 'parity')", allow_module_level=True)
+
+from kernels_pallas import cuda_call
+from kernels_pallas.boundary import gpu_cuda
+from kernels_pallas.cuda import emulate
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+def arguments(T, C):
+    """Random x, y, h_post, h_res, g, d, h_pre, phi, fragments of ds, kappa, T."""
+    rng = np.random.default_rng(0)
+    tiles = -(-T // 16)
+    shapes = [(T, 4 * C), (T, C), (T, 4), (T, 16), (T, 4 * C), (T, C), (T, 4), (4 * C, 24)]
+    shapes += [(tiles, 3, 32, 4), (tiles, 3, 32, 8), (T,)]
+    dtypes = [BF16, BF16, F32, F32, BF16, BF16, F32, F32, F32, BF16, F32]
+    return [*(rng.standard_normal(s).astype(d) for s, d in zip(shapes, dtypes)), T]
+
+
+@pytest.mark.skipif(not emulate.available(), reason="no g++")
+@pytest.mark.parametrize("mix", [False, True])
+def test_results_do_not_depend_on_the_order_of_threads(mix):
+    T, C = 16 * 7 + 5, 128
+    launch = gpu_cuda.backward_launch(T, C, mix=mix)
+    first, *others = (launch.emulate(*arguments(T, C), seed=seed) for seed in (0, 1, 2))
+    used = first if mix else [first[0], first[3]]  # a read has no y
+    for out in used:
+        assert not np.isnan(np.asarray(out, np.float32)).any()
+    for other in others:
+        for a, b in zip(first, other):
+            np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+@pytest.mark.skipif(not emulate.available(), reason="no g++")
+def test_a_missing_barrier_is_seen(tmp_path):
+    """The test above can fail: without the barrier of its loop the kernel is wrong."""
+    source = (pathlib.Path(cuda_call.__file__).parent / "boundary/backward.cu").read_text()
+    broken = source.replace("__syncthreads();", "")
+    assert broken != source
+    path = tmp_path / "backward.cu"
+    path.write_text(broken)
+    T, C = 16 * 7 + 5, 128
+    launch = gpu_cuda.backward_launch(T, C, mix=True)
+    right = launch.emulate(*arguments(T, C))
+    wrong = cuda_call.dataclasses.replace(launch, source=str(path)).emulate(
+        *arguments(T, C), seed=1
+    )
+    assert not np.array_equal(right[0].view(np.uint8), wrong[0].view(np.uint8))
+
+
+@pytest.mark.skipif(cuda_call._nvrtc() is None, reason="no NVRTC (extra 'parity')")
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("mix", [False, True])
+def test_compiles_without_spills(tmp_path, capability, mix):
+    import triton
+
+    launch = gpu_cuda.backward_launch(4096, 2560, mix=mix)
+    ptx = cuda_call.compile_ptx(launch.source, tuple(launch.constants.items()), capability)
+    path = tmp_path / "kernel.ptx"
+    path.write_text(ptx)
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    assembler = tools / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+    command = [
+        assembler,
+        "-v",
+        f"--gpu-name=sm_{capability}",
+        path,
+        "-o",
+        tmp_path / "kernel.cubin",
+    ]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert int(re.search(r"(\d+) bytes stack frame", usage)[1]) == 0
+    assert int(re.search(r"Used (\d+) registers", usage)[1]) <= 128  # two programs a multiprocessor
+
+
+def test_a_compiler_error_names_file_and_line(tmp_path):
+    path = tmp_path / "broken.cu"
+    path.write_text('extern "C" __global__ void f(int* p) { *p = missing; }')
+    if cuda_call._nvrtc() is not None:
+        with pytest.raises(RuntimeError, match=r"broken\.cu.*\n.*missing"):
+            cuda_call.compile_ptx(str(path), (), 90)
+    if emulate.available():
+        with pytest.raises(emulate.CompilationError, match="missing"):
+            emulate.compile(path, "f", {})
+
+
+def test_what_the_kernels_take():
+    fits = jnp.zeros((3, 4 * 128), BF16)
+    assert not gpu_cuda.takes(jnp.zeros((3, 4 * 136), BF16), 4)  # Triton's kernels take these
+    assert not gpu_cuda.takes(fits, 2)
+    assert not gpu_cuda.takes(fits.astype(F32), 4)
