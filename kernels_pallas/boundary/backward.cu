@@ -134,38 +134,43 @@ __device__ __forceinline__ void store_tile(const unsigned char* stage, const Sha
 
 // dh_res and dh_post of 4 tokens over the program's columns: rows token + 4 stream of t, columns 2 token + j of x
 // or of y (twice). Warps 0-3 take streams 0, 1 of x, warps 4-7 streams 2, 3.
-__device__ __forceinline__ void store_sums(const unsigned char* stage, const unsigned char* total, float* sums,
-                                           int warp, int lane, u32 first_row, int tokens) {
-  const int group = warp % 4 * 4, pair = warp / 4;
-  const int a_token = group + lane % 4, a_stream = lane / 4 % 4;
-  const int b_token = group + lane % 8 / 2, b_stream = 2 * pair + lane % 2;
-  const unsigned char* a_row = total + (a_stream * TOKENS + a_token) * PITCH;
-  const unsigned char* b_row = stage + X + (b_stream * TOKENS + b_token) * PITCH;
-  const unsigned char* y_row = stage + Y + b_token * PITCH;
+struct Sums {
   u32 a[4][4], b[2][4], y[2][4];
+
+  __device__ __forceinline__ void load(const unsigned char* stage, const unsigned char* total, int warp, int lane) {
+    const int group = warp % 4 * 4;
+    const int a_token = group + lane % 4, a_stream = lane / 4 % 4;
+    const int b_token = group + lane % 8 / 2, b_stream = warp / 4 * 2 + lane % 2;
+    const unsigned char* a_row = total + (a_stream * TOKENS + a_token) * PITCH;
+    const unsigned char* b_row = stage + X + (b_stream * TOKENS + b_token) * PITCH;
+    const unsigned char* y_row = stage + Y + b_token * PITCH;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) load_matrices(a[k], a_row + (2 * k + lane / 16 ^ key(a_stream, a_token)) * 16);
+    for (int k = 0; k < 4; ++k) load_matrices(a[k], a_row + (2 * k + lane / 16 ^ key(a_stream, a_token)) * 16);
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    load_matrices(b[k], b_row + (4 * k + lane / 8 ^ key(b_stream, b_token)) * 16);
-    load_matrices(y[k], y_row + (4 * k + lane / 8 ^ key(0, b_token)) * 16);
+    for (int k = 0; k < 2; ++k) {
+      load_matrices(b[k], b_row + (4 * k + lane / 8 ^ key(b_stream, b_token)) * 16);
+      load_matrices(y[k], y_row + (4 * k + lane / 8 ^ key(0, b_token)) * 16);
+    }
   }
-  float res[4] = {}, post[4] = {};
+  __device__ __forceinline__ void store(float* sums, int warp, int lane, u32 first_row, int tokens) const {
+    float res[4] = {}, post[4] = {};
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    multiply_bf16(res, a[k], b[k / 2][k % 2 * 2], b[k / 2][k % 2 * 2 + 1]);
-    multiply_bf16(post, a[k], y[k / 2][k % 2 * 2], y[k / 2][k % 2 * 2 + 1]);
+    for (int k = 0; k < 4; ++k) {
+      multiply_bf16(res, a[k], b[k / 2][k % 2 * 2], b[k / 2][k % 2 * 2 + 1]);
+      multiply_bf16(post, a[k], y[k / 2][k % 2 * 2], y[k / 2][k % 2 * 2 + 1]);
+    }
+    // Lane 4 g + q holds row g: token g % 4, stream g / 4. Of use is the column of the same token, q.
+    const int token = warp % 4 * 4 + lane % 4, stream = lane / 16, pair = warp / 4;
+    if (lane % 4 == lane / 4 % 4 && token < tokens) {
+      const u32 at = (first_row + token) * (SUMS / 2);
+      float2* out = reinterpret_cast<float2*>(sums) + at + stream * 2 + pair;
+      out[0] = make_float2(res[0], res[1]);
+      out[4] = make_float2(res[2], res[3]);
+      float* out_post = sums + at * 2 + N * N + stream;
+      if (pair == 0) out_post[0] = post[0], out_post[2] = post[2];
+    }
   }
-  const int stream = lane / 16;  // lane = 4 g + q holds row g: token g % 4, stream g / 4
-  if (lane % 4 == lane / 4 % 4 && a_token < tokens) {
-    const u32 at = (first_row + a_token) * (SUMS / 2);
-    float2* out = reinterpret_cast<float2*>(sums) + at + stream * 2 + pair;
-    out[0] = make_float2(res[0], res[1]);
-    out[4] = make_float2(res[2], res[3]);
-    float* out_post = sums + at * 2 + N * N + stream;
-    if (pair == 0) out_post[0] = post[0], out_post[2] = post[2];
-  }
-}
+};
 
 // A lane's elements of 16 tokens x 8 columns: token g at columns 2q, 2q + 1, then token g + 8 (lane = 4 g + q).
 __device__ __forceinline__ void unpack(float (&v)[4], u32 first, u32 second) {
@@ -181,11 +186,10 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
                                              const float4* phi, float (&dphi)[2][3][4], int warp, int lane,
                                              int tokens) {
   const int g = lane / 4, q = lane % 4;
-  // Lane's row for load_matrices and store_matrices: half of the tokens, and one of two streams (or arrays), by
+  // Lane's row for load_matrices and store_matrices: half of the tokens, and one of two streams (or of y and d), by
   // matrix.
-  const int row = lane % 16 * PITCH, second = lane / 16 * TOKENS * PITCH;
-  const int streams_row = row + second + (warp ^ key(lane / 16, lane)) * 16;
-  const int single_row = row + second + (warp ^ key(0, lane)) * 16;
+  const int row = lane % 16 * PITCH + lane / 16 * TOKENS * PITCH;
+  const int streams_row = row + (warp ^ key(lane / 16, lane)) * 16, single_row = row + (warp ^ key(0, lane)) * 16;
   u32 word[4];
   float x[N][4], t[N][4], y[4], d[4];
 #pragma unroll
@@ -331,10 +335,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     copy_async_commit();
     if (first >= apart) {
       const unsigned char* before = shared + (current + STAGES - 1) % STAGES * STAGE;
-      const int tile = first - apart;
-      store_tile(before, share, dx, dy, tile, T);
-      if (MIX)
-        store_sums(before, shared + TOTAL + (parity ^ 1) * STREAMS, sums, warp, lane, slab * T + tile, T - tile);
+      Sums products;
+      if (MIX) products.load(before, shared + TOTAL + (parity ^ 1) * STREAMS, warp, lane);
+      store_tile(before, share, dx, dy, first - apart, T);
+      if (MIX) products.store(sums, warp, lane, slab * T + first - apart, T - first + apart);
     }
     if (first >= T) break;
     compute_tile(shared + current * STAGE, shared + OWNS + parity * OWN, shared + TOTAL + parity * STREAMS, own_phi,
