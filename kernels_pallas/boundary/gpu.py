@@ -1,13 +1,12 @@
 """`read` and `boundary` on GPUs: shared passes over the streams where that measured faster.
 
-Forward: the kernels of the parts, but one launch for the second stage of the projection and the mappings.
-(F_post,res and the next projection in one kernel, 9C instead of 13C, gained nothing: see
-experiments/kernel_speed/notes.md.) Backward: one reduction for dh_pre (5C), the mappings, and one pass
-that sums every cotangent of the streams while it makes dphi: 13C in `read`, 15C in `boundary`, where it
-undoes the write as well (backward.cu, in CUDA C++). What that kernel does not take (gpu_cuda.py) stays in
-Triton: `read` the same way, while in `boundary` the sum moves into F_post,res's backward, whose rows run
-at 95 % of the copy rate where Triton's tensor-core tiles reach 75 % (8C + 19C). Last one launch that
-finishes the sums.
+Forward: `boundary` writes the streams and multiplies them with phi in one kernel (forward.cu, 9C instead
+of 13C); one launch for the second stage of the projection and the mappings; F_pre. Backward: one reduction
+for dh_pre (5C), the mappings, and one pass that sums every cotangent of the streams while it makes dphi:
+13C in `read`, 15C in `boundary`, where it undoes the write as well (backward.cu). Last one launch that
+finishes the sums. What these kernels in CUDA C++ do not take (gpu_cuda.py) stays in Triton: the parts
+forward, `read` backward the same way, while in `boundary` the sum moves into F_post,res's backward, whose
+rows run at 95 % of the copy rate where Triton's tensor-core tiles reach 75 % (8C + 19C).
 """
 
 import jax
@@ -94,7 +93,7 @@ def read_backward(
     n, (K, m), T = static["n"], a.phi.shape, triton_call.num_tokens(a.r.shape)
     if not T:
         return streams, *_no_gradients(a)
-    cuda = gpu_cuda.takes(streams, n)
+    cuda = gpu_cuda.takes_backward(streams, n)
     d_input, cotangents, sums = _mappings_backward(streams, a, static, fragments=cuda * K)
     if cuda:
         launch = gpu_cuda.backward_launch(T, K // n, mix=False)
@@ -143,6 +142,13 @@ def forward(
     **static,
 ) -> tuple[jax.Array, ...]:
     """Returns new streams, then what `read_forward` returns for them."""
+    T, n = triton_call.num_tokens(streams.shape[:-1]), static["n"]
+    if T and gpu_cuda.takes_forward(streams, n):
+        launch = gpu_cuda.forward_launch(T, streams.shape[-1] // n)
+        fragments = gpu_cuda.phi_fragments(phi)
+        new_streams, parts = launch(streams, layer_output, h_post, h_res, fragments, T)
+        new_streams = new_streams.reshape(streams.shape)
+        return new_streams, *_finish_read(new_streams, parts, phi, bias, alpha, weight, static)
     new_streams = post_res.forward(streams, layer_output, h_post, h_res)
     return new_streams, *read_forward(new_streams, phi, bias, alpha, weight, **static)
 
@@ -163,7 +169,7 @@ def backward(
     if not T:
         return *update, *_no_gradients(a)
     n = static["n"]
-    cuda = gpu_cuda.takes(streams, n)
+    cuda = gpu_cuda.takes_backward(streams, n)
     d_input, cotangents, sums = _mappings_backward(new_streams, a, static, fragments=cuda * K)
     if cuda:
         launch = gpu_cuda.backward_launch(T, K // n, mix=True)

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 
 from kernels_pallas import cuda_call
 from kernels_pallas.cuda_call import CudaLaunch
+from kernels_pallas.precision import split_bf16
 from kernels_pallas.projection.gpu import MULTIPROCESSORS
 from kernels_pallas.triton_call import cdiv, struct
 
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
+# Two tiles of x and y for each of eight warps, and two of phi (forward.cu).
+_FORWARD_BYTES = 2 * 8 * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
 
 
 def _shared_bytes(mix: bool) -> int:
@@ -24,11 +27,19 @@ def _shared_bytes(mix: bool) -> int:
     return 3 * rows + 2 * own + phi + mix * 2 * total
 
 
-def takes(streams: jax.Array, n: int) -> bool:
-    """Whether the kernels take these streams and run on this device."""
+def takes_forward(streams: jax.Array, n: int) -> bool:
+    """Whether forward.cu takes these streams and runs on this device."""
+    return _fits(streams, n) and cuda_call.available(_FORWARD_BYTES)
+
+
+def takes_backward(streams: jax.Array, n: int) -> bool:
+    """Whether backward.cu takes these streams and runs on this device."""
+    return _fits(streams, n) and cuda_call.available(_shared_bytes(mix=True))
+
+
+def _fits(streams, n):
     C = streams.shape[-1] // n
-    fits = n == 4 and streams.dtype == jnp.bfloat16 and C % _COLUMNS == 0
-    return fits and cuda_call.available(_shared_bytes(mix=True))
+    return n == 4 and streams.dtype == jnp.bfloat16 and C % _COLUMNS == 0
 
 
 def backward_launch(T: int, C: int, *, mix: bool) -> CudaLaunch:
@@ -55,6 +66,38 @@ def backward_launch(T: int, C: int, *, mix: bool) -> CudaLaunch:
         num_warps=8,
         shared_bytes=_shared_bytes(mix),
     )
+
+
+def forward_launch(T: int, C: int) -> CudaLaunch:
+    """The launch of forward.cu.
+
+    Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], `phi_fragments`, T. Outputs: x', partial
+    sums of s and (column 24) of the squares of x' [splits, T, 28].
+    """
+    steps = C // _COLUMNS
+    splits = max(s for s in range(1, 9) if steps % s == 0)
+    return CudaLaunch(
+        kernel="boundary_forward",
+        source="boundary/forward.cu",
+        grid=(min(MULTIPROCESSORS, cdiv(T, 128) * splits),),
+        outputs=(struct((T, 4 * C), jnp.bfloat16), struct((splits, T, 28))),
+        constants={"C": C, "SPLITS": splits},
+        num_warps=8,
+        shared_bytes=_FORWARD_BYTES,
+    )
+
+
+def phi_fragments(phi: jax.Array) -> jax.Array:
+    """phi [4C, 24] as forward.cu reads it: exact bfloat16 terms [C / 64, 8, 2, 3, 32, 8].
+
+    By 64 columns of every stream, 8 columns, two streams, 8 of the 24 columns of phi, and lane 4 g + q. A
+    lane has, for column g of phi, the high terms of columns 2q, 2q + 1 of both streams, then the low ones.
+    """
+    terms = jnp.stack(split_bf16(phi))
+    terms = terms.reshape(
+        2, 2, 2, -1, 8, 4, 2, 3, 8
+    )  # term, pair, stream, 64, 8, q, column, 8 of phi, g
+    return terms.transpose(3, 4, 1, 7, 8, 5, 0, 2, 6).reshape(-1, 8, 2, 3, 32, 8)
 
 
 def _splits(slabs: int, tiles: int) -> int:

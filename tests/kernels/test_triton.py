@@ -21,6 +21,7 @@ import numpy as np
 
 import kernels_pallas as kp
 from kernels_pallas import triton_call, triton_sums
+from kernels_pallas.boundary import gpu_cuda
 
 if not triton_call.INTERPRET:
     pytest.skip("triton was imported before TRITON_INTERPRET=1", allow_module_level=True)
@@ -204,12 +205,17 @@ def test_boundary_is_the_composition_of_its_parts(T, C, n, dtype):
     truth = outputs + [*oracle.post_res_vjp(x, y, h_post, h_res, g), *d_parameters]
     f = read_options(n, with_norm=False)(kp.boundary)
     assert_as_good_as_xla(f, (x, y, h_post, h_res, *p), cotangent, truth)
-    # Bit for bit: the forward runs the kernels of the parts.
     fused = kp.boundary(x, y, h_post, h_res, *p, n=n, implementation="triton")
-    streams = kp.post_res(x, y, h_post, h_res, implementation="triton")
-    parts = kp.read(streams, *p, n=n, implementation="triton")
-    for a, b in zip(fused, parts):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    if gpu_cuda.takes_forward(x, n):  # the projection reads the streams as they were rounded
+        parts = kp.read(fused[-1], *p, n=n, implementation="triton")
+        for a, b in zip(fused[:3], parts[:3]):
+            np.testing.assert_allclose(np.asarray(a, F32), np.asarray(b, F32), rtol=1e-2, atol=1e-6)
+        np.testing.assert_allclose(fused[2], parts[2], rtol=1e-4)
+    else:  # bit for bit: the forward runs the kernels of the parts
+        streams = kp.post_res(x, y, h_post, h_res, implementation="triton")
+        parts = kp.read(streams, *p, n=n, implementation="triton")
+        for a, b in zip(fused, parts):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize("with_weight", [False, True])

@@ -1,0 +1,224 @@
+// The write of one sublayer and the projection of the next in one pass over the streams (n = 4, bfloat16):
+//
+//   x' = h_res x + h_post y,   s = x' phi,   and the sum of squares of x'
+//
+// Reads x (4C) and y, writes x' (4C): 9C for the 13C of two kernels. A warp owns 16 tokens and walks along their
+// rows, 64 columns of each stream a step, so that s stays in registers; only its own threads wait for its copies.
+// The eight warps of a program share the tile of phi. Programs that share a row (splits) run side by side and take
+// turns along it: memory likes rows to be read in pieces longer than 128 bytes. Programs stay, and take the next
+// tile's first step while they finish the last one's.
+//
+// x' is rounded to bfloat16 before it is multiplied; phi comes as exact bfloat16 terms, high + low, in the order of
+// the lanes. A product of x' with itself, 16 tokens x 8 tokens, has the squares on its diagonal.
+//
+// Constants: C, SPLITS (divides C / 64).
+#include "cuda/warp.cuh"
+
+namespace {
+
+constexpr int N = 4, M = N * N + 2 * N;
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int TOKENS = 16;                    // of a warp
+constexpr int COLUMNS = 64;                   // of a step, per stream
+constexpr int STEPS = C / COLUMNS / SPLITS;   // of a tile
+constexpr int PARTS = 28;                     // numbers a token in the result: s, sum of squares, 3 unused
+
+// A warp's tile in shared memory: rows of 128 bytes, x (then x') by stream and token, then y. The 16-byte chunks of
+// a row are permuted, chunk c to place c ^ key, so that 8 tokens of a stream do not meet in one bank.
+constexpr int PITCH = 2 * COLUMNS, STREAM = TOKENS * PITCH, Y = N * STREAM, TILE = Y + STREAM;
+constexpr int PHI = 2 * WARPS * TILE;         // by 8 columns, two streams, 8 of s and lane: 16 bytes
+constexpr int PHI_TILE = COLUMNS * N * M * 4;
+// In all 2 * WARPS * TILE + 2 * PHI_TILE bytes.
+
+__device__ __forceinline__ int key(int token) { return token % 8; }
+
+__device__ __forceinline__ const uint4* chunk(const void* array, u32 index) {
+  return static_cast<const uint4*>(array) + index;
+}
+
+// Of a program's work: which tile of 128 tokens, and which columns.
+struct Place {
+  int first, column;  // token; column in chunks of 8
+
+  __device__ __forceinline__ Place(int item, int step, int T) {
+    const int tiles = (T + WARPS * TOKENS - 1) / (WARPS * TOKENS);
+    // From the last tokens to the first: F_pre, which comes next, begins with the first.
+    first = (tiles - 1 - item / SPLITS) * WARPS * TOKENS + static_cast<int>(threadIdx.x) / 32 * TOKENS;
+    column = (step * SPLITS + item % SPLITS) * (COLUMNS / 8);
+  }
+};
+
+__device__ __forceinline__ void load_step(unsigned char* tile, unsigned char* phi_tile, const bf16* x, const bf16* y,
+                                          const bf16* phi, Place at, int lane, int T) {
+#pragma unroll
+  for (int k = 0; k < TOKENS / 4; ++k) {
+    const int token = k * 4 + lane / 8;
+    const bool inside = at.first + token < T;
+    unsigned char* to = tile + token * PITCH + (lane % 8 ^ key(token)) * 16;
+    const u32 row = at.first + token;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      copy_async_16(to + i * STREAM, chunk(x, (row * N + i) * (C / 8) + at.column + lane % 8), inside);
+    copy_async_16(to + Y, chunk(y, row * (C / 8) + at.column + lane % 8), inside);
+  }
+#pragma unroll
+  for (int k = 0; k < PHI_TILE / 16 / THREADS; ++k) {
+    const u32 part = k * THREADS + threadIdx.x;
+    copy_async_16(phi_tile + part * 16, chunk(phi, at.column / 8 * (PHI_TILE / 16) + part), true);
+  }
+}
+
+// A lane's elements of 16 tokens x 8 columns: token g at columns 2q, 2q + 1, then token g + 8 (lane = 4 g + q).
+__device__ __forceinline__ void unpack(float (&v)[4], u32 first, u32 second) {
+  v[0] = low(first), v[1] = high(first), v[2] = low(second), v[3] = high(second);
+}
+
+__device__ __forceinline__ float at(const float4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// h_res and h_post of the lane's two tokens.
+struct Mappings {
+  float4 res[2][N], post[2];
+
+  __device__ __forceinline__ void load(const float* all_res, const float* all_post, int first, int lane, int T) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int token = min(first + half * 8 + lane / 4, T - 1);
+      post[half] = reinterpret_cast<const float4*>(all_post)[token];
+#pragma unroll
+      for (int i = 0; i < N; ++i) res[half][i] = reinterpret_cast<const float4*>(all_res)[token * N + i];
+    }
+  }
+  // Element k of stream i of x'.
+  __device__ __forceinline__ float mix(const float (&x)[N][4], const float (&y)[4], int i, int k) const {
+    const float4& r = res[k / 2][i];
+    float v = r.x * x[0][k];
+    v = fmaf(r.y, x[1][k], v);
+    v = fmaf(r.z, x[2][k], v);
+    v = fmaf(r.w, x[3][k], v);
+    return fmaf(at(post[k / 2], i), y[k], v);
+  }
+};
+
+// What a warp sums up for its tokens: s, and x' x'^T of tokens 0-7 and 8-15, of which the diagonal is wanted.
+struct Sums {
+  float s[3][4], squares[2][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) s[0][k] = s[1][k] = s[2][k] = squares[0][k] = squares[1][k] = 0;
+  }
+  __device__ __forceinline__ void add(const Sums& other) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int m = 0; m < 3; ++m) s[m][k] += other.s[m][k];
+      squares[0][k] += other.squares[0][k], squares[1][k] += other.squares[1][k];
+    }
+  }
+  __device__ __forceinline__ void store(float* parts, int first, int lane, int T) const {
+    const int g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (first + half * 8 + g >= T) continue;
+      float* to = parts + static_cast<long long>(first + half * 8 + g) * PARTS;
+#pragma unroll
+      for (int m = 0; m < 3; ++m)
+        *reinterpret_cast<float2*>(to + m * 8 + q * 2) = make_float2(s[m][2 * half], s[m][2 * half + 1]);
+      if (q == g / 2) to[M] = g % 2 ? squares[half][2 * half + 1] : squares[half][2 * half];
+    }
+  }
+};
+
+// x' of 8 columns in place of x; adds to the sums.
+__device__ __forceinline__ void mix_columns(unsigned char* tile, const uint4* phi, const Mappings& mappings, Sums& sums,
+                                            int columns, int lane) {
+  const int row = lane % 16 * PITCH + (columns ^ key(lane)) * 16, pair_row = row + lane / 16 * STREAM;
+  u32 word[4];
+  float x[N][4], y[4];
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    load_matrices(word, tile + pair_row + i * STREAM);
+    unpack(x[i], word[0], word[1]);
+    unpack(x[i + 1], word[2], word[3]);
+  }
+  load_matrices(word, tile + row + Y);  // twice the same
+  unpack(y, word[0], word[1]);
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    const u32 a[4] = {pack_bf16(mappings.mix(x, y, i, 0), mappings.mix(x, y, i, 1)),
+                      pack_bf16(mappings.mix(x, y, i, 2), mappings.mix(x, y, i, 3)),
+                      pack_bf16(mappings.mix(x, y, i + 1, 0), mappings.mix(x, y, i + 1, 1)),
+                      pack_bf16(mappings.mix(x, y, i + 1, 2), mappings.mix(x, y, i + 1, 3))};
+    store_matrices(tile + pair_row + i * STREAM, a[0], a[1], a[2], a[3]);
+#pragma unroll
+    for (int m = 0; m < 3; ++m) {
+      const uint4 b = phi[((columns * 2 + i / 2) * 3 + m) * 32];
+      multiply_bf16(sums.s[m], a, b.x, b.y);
+      multiply_bf16(sums.s[m], a, b.z, b.w);
+    }
+    multiply_bf16(sums.squares[0], a, a[0], a[2]);
+    multiply_bf16(sums.squares[1], a, a[1], a[3]);
+  }
+}
+
+__device__ __forceinline__ void store_step(bf16* mixed, const unsigned char* tile, Place at, int lane, int T) {
+#pragma unroll
+  for (int k = 0; k < TOKENS / 4; ++k) {
+    const int token = k * 4 + lane / 8;
+    if (at.first + token >= T) continue;
+    const unsigned char* from = tile + token * PITCH + (lane % 8 ^ key(token)) * 16;
+    uint4* to = reinterpret_cast<uint4*>(mixed) + static_cast<u32>(at.first + token) * (N * C / 8) + at.column + lane % 8;
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i * (C / 8)] = *reinterpret_cast<const uint4*>(from + i * STREAM);
+  }
+}
+
+}  // namespace
+
+// Any grid. x, mixed = x' [T, 4 C]; y [T, C]; post [T, 4]; res [T, 16]; phi [C / 64, 8, 2, 3, 32, 8] (`phi_fragments`);
+// parts [SPLITS, T, 28].
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    boundary_forward(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* phi, int T,
+                     bf16* mixed, float* parts) {
+  SHARED_MEMORY(shared);
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = threadIdx.x % 32;
+  unsigned char* tiles = shared + warp * 2 * TILE;
+  const int items = (T + WARPS * TOKENS - 1) / (WARPS * TOKENS) * SPLITS;
+  int item = blockIdx.x, step = 0, parity = 0;
+  if (item < items) load_step(tiles, shared + PHI, x, y, phi, Place(item, 0, T), lane, T);
+  copy_async_commit();
+  Mappings mappings;
+  Sums total;
+  while (item < items) {
+    const Place at(item, step, T);
+    if (step == 0) {
+      total.clear();
+      mappings.load(res, post, at.first, lane, T);
+    }
+    copy_async_wait<0>();
+    __syncthreads();
+    const bool last = step == STEPS - 1;
+    const int next_item = last ? item + static_cast<int>(gridDim.x) : item, next_step = last ? 0 : step + 1;
+    if (next_item < items)
+      load_step(tiles + (parity ^ 1) * TILE, shared + PHI + (parity ^ 1) * PHI_TILE, x, y, phi,
+                Place(next_item, next_step, T), lane, T);
+    copy_async_commit();
+    unsigned char* tile = tiles + parity * TILE;
+    const uint4* own_phi = reinterpret_cast<const uint4*>(shared + PHI + parity * PHI_TILE) + lane;
+    // The tensor cores cut off what their sums lose: short chains, added in float32.
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      Sums sums;
+      sums.clear();
+#pragma unroll
+      for (int columns = 0; columns < 4; ++columns) mix_columns(tile, own_phi, mappings, sums, half * 4 + columns, lane);
+      total.add(sums);
+    }
+    __syncwarp();
+    store_step(mixed, tile, at, lane, T);
+    if (last) total.store(parts + static_cast<long long>(item % SPLITS) * T * PARTS, at.first, lane, T);
+    item = next_item, step = next_step, parity ^= 1;
+  }
+}
