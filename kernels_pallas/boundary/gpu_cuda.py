@@ -74,8 +74,7 @@ def forward_launch(T: int, C: int) -> CudaLaunch:
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], `phi_fragments`, T. Outputs: x', partial
     sums of s and (column 24) of the squares of x' [splits, T, 28].
     """
-    steps = C // _COLUMNS
-    splits = max(s for s in range(1, 9) if steps % s == 0)
+    splits = _forward_splits(C // _COLUMNS, cdiv(T, 128))
     return CudaLaunch(
         kernel="boundary_forward",
         source="boundary/forward.cu",
@@ -98,6 +97,21 @@ def phi_fragments(phi: jax.Array) -> jax.Array:
         2, 2, 2, -1, 8, 4, 2, 3, 8
     )  # term, pair, stream, 64, 8, q, column, 8 of phi, g
     return terms.transpose(3, 4, 1, 7, 8, 5, 0, 2, 6).reshape(-1, 8, 2, 3, 32, 8)
+
+
+def _forward_splits(steps: int, tiles: int) -> int:
+    """Programs that share the rows of a tile, a divisor of its steps: two or more where it has any.
+
+    H200, T 16384, C 2560 (T 8192, C 4096): 250 us (292 us) with one, 233 to 236 us (191 to 198 us) with two
+    to ten. Each further one costs the mappings' kernel, which adds up the partial sums, about 1 us.
+    """
+    divisors = [s for s in range(2, 9) if steps % s == 0]
+
+    def cost(splits: int) -> float:
+        items = tiles * splits
+        return cdiv(items, MULTIPROCESSORS) * MULTIPROCESSORS / items + 0.01 * splits
+
+    return min(divisors or [1], key=cost)
 
 
 def _splits(slabs: int, tiles: int) -> int:
