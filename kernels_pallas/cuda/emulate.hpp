@@ -2,7 +2,8 @@
 //
 // What the hardware leaves undefined is undefined here in a way that shows. Shared memory starts as NaNs. An
 // asynchronous copy leaves NaNs until its thread waits for it, and only then reads its source. load_matrices reads
-// a row when the lane that names it comes, so that rows that other lanes write need a __syncwarp() before.
+// a row when the lane that names it comes, store_matrices writes it when that lane goes on: before a lane reads what
+// another one wrote there must be a __syncwarp().
 // Not covered: weak memory order (all threads see one order), sums inside of the tensor cores (here in float64).
 #pragma once
 
@@ -13,29 +14,27 @@
 #include "launch.hpp"
 
 typedef unsigned int u32;
-typedef unsigned long long u64;
 typedef unsigned short bf16;  // its bits
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __align__(bytes) __attribute__((aligned(bytes)))
 
 // In a function, once.
 #define SHARED_MEMORY(name) unsigned char* const name = emulate::shared_memory()
-#define SPIN() emulate::spin(emulate::here())
 
-#define MHC_VECTOR(scalar, name, bytes)                                                              \
-  struct alignas(bytes) name##2 { scalar x, y; };                                                    \
-  struct alignas(2 * bytes) name##4 { scalar x, y, z, w; };                                          \
-  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }                               \
-  inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
-MHC_VECTOR(float, float, 8)
-MHC_VECTOR(int, int, 8)
-MHC_VECTOR(u32, uint, 8)
-#undef MHC_VECTOR
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  u32 x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulate {
 
@@ -108,61 +107,14 @@ inline void multiply_bf16_words(Warp& warp) {
       warp.word[lane][i] = bits<u32>(float(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]));
 }
 
-// Lanes' words: value, lane to read from.
-template <class T>
-inline T shuffle(const char* what, u32 mask, T value, u32 from, Site site) {
-  if (from > 31 || !(mask >> from & 1)) fail(what, site, "reads a lane outside of the mask");
-  u32* word = state.lane->warp->word[state.lane->thread % 32];
-  word[0] = bits<u32>(value);
-  word[1] = from;
-  meet(what, mask, site, [mask](Warp& warp) {
-    for (int lane = 0; lane < 32; ++lane)
-      if (mask >> lane & 1) warp.word[lane][2] = warp.word[warp.word[lane][1]][0];
-  });
-  return bits<T>(word[2]);
-}
-
-// Nothing reads and writes at the same time here; another warp may come before or after.
-template <class T>
-inline T atomic_add(T* p, T value) {
-  const T old = *p;
-  *p += value;
-  ++state.events;
-  pause();
-  return old;
-}
-
 }  // namespace emulate
 
-#define rsqrtf(x) (1.0f / sqrtf(x))
-#define __expf(x) expf(x)  // the C library has a function of this name
-#define __logf(x) logf(x)
-inline float __fdividef(float a, float b) { return a / b; }
-inline u32 __float_as_uint(float x) { return emulate::bits<u32>(x); }
-inline int __float_as_int(float x) { return emulate::bits<int>(x); }
 inline float __uint_as_float(u32 x) { return emulate::bits<float>(x); }
-inline float __int_as_float(int x) { return emulate::bits<float>(x); }
 template <class T>
-inline T __ldg(const T* p) {
-  return *p;
+inline T min(T a, T b) {
+  static_assert(std::is_integral_v<T>);
+  return b < a ? b : a;
 }
-template <class A, class B>
-inline std::common_type_t<A, B> min(A a, B b) {
-  using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>) return std::fmin(T(a), T(b));
-  return T(b) < T(a) ? T(b) : T(a);
-}
-template <class A, class B>
-inline std::common_type_t<A, B> max(A a, B b) {
-  using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>) return std::fmax(T(a), T(b));
-  return T(a) < T(b) ? T(b) : T(a);
-}
-
-inline int atomicAdd(int* p, int value) { return emulate::atomic_add(p, value); }
-inline u32 atomicAdd(u32* p, u32 value) { return emulate::atomic_add(p, value); }
-inline float atomicAdd(float* p, float value) { return emulate::atomic_add(p, value); }
-inline void __threadfence() {}
 
 inline void __syncthreads(emulate::Site site = emulate::here()) { emulate::meet_block(site); }
 inline void __syncwarp(u32 mask = ~0u, emulate::Site site = emulate::here()) {
@@ -170,11 +122,16 @@ inline void __syncwarp(u32 mask = ~0u, emulate::Site site = emulate::here()) {
 }
 template <class T>
 inline T __shfl_sync(u32 mask, T value, int lane, emulate::Site site = emulate::here()) {
-  return emulate::shuffle("__shfl_sync", mask, value, lane & 31, site);
-}
-template <class T>
-inline T __shfl_xor_sync(u32 mask, T value, int lane_mask, emulate::Site site = emulate::here()) {
-  return emulate::shuffle("__shfl_xor_sync", mask, value, emulate::state.lane->thread % 32 ^ lane_mask, site);
+  const u32 from = lane & 31;
+  if (!(mask >> from & 1)) emulate::fail("__shfl_sync", site, "reads a lane outside of the mask");
+  u32* own = emulate::state.lane->warp->word[emulate::state.lane->thread % 32];
+  own[0] = emulate::bits<u32>(value);
+  own[1] = from;
+  emulate::meet("__shfl_sync", mask, site, [mask](emulate::Warp& warp) {
+    for (int lane = 0; lane < 32; ++lane)
+      if (mask >> lane & 1) warp.word[lane][2] = warp.word[warp.word[lane][1]][0];
+  });
+  return emulate::bits<T>(own[2]);
 }
 
 inline u32 pack_bf16(float low, float high) { return emulate::round_bf16(low) | emulate::round_bf16(high) << 16; }
@@ -276,13 +233,4 @@ inline void multiply_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, emul
   own[8] = b0, own[9] = b1;
   emulate::meet("multiply_bf16", ~0u, site, emulate::multiply_bf16_words);
   memcpy(d, own, sizeof d);
-}
-
-inline float4 load_uncached(const float4* p) { return *p; }
-
-inline void signal(int* flag, int value) { emulate::atomic_add(flag, value); }
-inline int load_flag(const int* flag, emulate::Site site = emulate::here()) {
-  if (++emulate::state.polls > 100'000'000) emulate::fail("load_flag", site, "polled for ever without SPIN()");
-  emulate::pause();
-  return *static_cast<const volatile int*>(flag);
 }

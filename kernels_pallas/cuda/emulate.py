@@ -5,7 +5,7 @@ it on numpy arrays in place and raises EmulationError for what can be told to be
 of a warp that part, misaligned or foreign addresses, writes next to an array or to shared memory.
 Races show as NaNs or as bits that depend on `seed`, which chooses the order of threads.
 
-Loops without end that never call SPIN() are not interrupted.
+Loops without end are not interrupted.
 """
 
 import ctypes
@@ -28,9 +28,9 @@ _DRIVER = """
 static std::string mhc_text;
 extern "C" const char* mhc_signature() {{ return (mhc_text = emulate::signature({kernel})).c_str(); }}
 extern "C" const char* mhc_launch(const unsigned* grid, unsigned threads, size_t shared_bytes,
-                                  void** values, unsigned long long seed, size_t resident) {{
+                                  void** values, unsigned long long seed) {{
   return emulate::launch(emulate::bind_values({kernel}, values), {{grid[0], grid[1], grid[2]}}, threads,
-                         shared_bytes, seed, resident).c_str();
+                         shared_bytes, seed).c_str();
 }}
 """
 # The GPU's compiler assumes nothing about types of pointers; a misaligned access traps as on the GPU.
@@ -102,7 +102,6 @@ class Kernel:
         args: Sequence[np.ndarray | int | float],
         *,
         seed: int = 0,
-        resident: int | None = None,
     ) -> None:
         """Runs the kernel in place on the arrays of `args`.
 
@@ -112,7 +111,6 @@ class Kernel:
           shared_bytes: dynamic shared memory of a block.
           args: contiguous arrays for pointers, numbers for numbers. One array given twice is one memory.
           seed: of the order in which threads run; 0 is a regular order.
-          resident: how many blocks run at the same time; None: all.
 
         Raises:
           TypeError, ValueError: arguments that do not fit the kernel.
@@ -126,8 +124,8 @@ class Kernel:
             raise ValueError(f"{threads=}: a multiple of 32 up to 1024")
         if shared_bytes < 0 or shared_bytes % 16:
             raise ValueError(f"{shared_bytes=}: a multiple of 16")
-        if seed < 0 or (resident is not None and resident < 1):
-            raise ValueError(f"{seed=}, {resident=}")
+        if seed < 0:
+            raise ValueError(f"{seed=}: not negative")
         if len(args) != len(self.parameters):
             raise TypeError(
                 f"{self.name} takes {len(self.parameters)} arguments "
@@ -143,7 +141,6 @@ class Kernel:
             ctypes.c_size_t(shared_bytes),
             (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values)),
             ctypes.c_ulonglong(seed),
-            ctypes.c_size_t(resident or 0),
         )
         if error:
             raise EmulationError(f"{self.name}: {error.decode()}")

@@ -36,7 +36,6 @@ constexpr size_t kStack = 64 * 1024;
 constexpr size_t kZone = 1024;  // bytes around shared memory that nobody may write
 // What memory holds that nobody wrote: a NaN as bfloat16 and as float32.
 constexpr uint16_t kPoison = 0xffc0;
-constexpr int kIdleRounds = 1000;  // spins of every waiting warp in which nothing happens: a deadlock
 constexpr uint64_t kSwitchEvery = 16;  // mean number of chances per interruption of a warp
 
 inline void poison(void* p, size_t bytes) {
@@ -125,10 +124,10 @@ struct Lane {
   uint32_t bit() const { return 1u << thread % 32; }
 };
 
-// Every living lane is in one of `ready`, `spinning`, `arrived` (at an operation of the warp) and `at_barrier`.
+// Every living lane is in one of `ready`, `arrived` (at an operation of the warp) and `at_barrier`.
 struct Warp {
   struct Block* block;
-  uint32_t ready = ~0u, spinning = 0, arrived = 0, at_barrier = 0;
+  uint32_t ready = ~0u, arrived = 0, at_barrier = 0;
   Lane lanes[32];
   uint32_t word[32][12];  // operands, then results, of the lanes
 };
@@ -146,15 +145,12 @@ inline struct State {
   sigjmp_buf escape;
   std::string error;
   std::function<void()> kernel;
-  size_t shared_bytes, num_blocks, next_block, resident;
+  size_t shared_bytes, num_blocks, next_block;
   uint64_t random;  // 0: no random choices
   bool descending;
-  int polls, idle;
-  uint64_t events, events_seen;  // what may end a spin
   Lane* lane;
   std::vector<std::unique_ptr<Block>> blocks;
   std::deque<Warp*> ready;
-  std::vector<Warp*> spinning;
   std::vector<char*> free_stacks, all_stacks;
 } state;
 
@@ -175,8 +171,7 @@ inline std::string text(const Lane& lane) {
 inline std::string text(const Warp& warp) {
   auto status = [&](const Lane& lane) {
     if (warp.ready & lane.bit()) return std::string("ready");
-    const uint32_t waiting = warp.spinning | warp.arrived | warp.at_barrier;
-    return waiting & lane.bit() ? "at " + (lane.what + text(lane.site)) : "ended";
+    return (warp.arrived | warp.at_barrier) & lane.bit() ? "at " + (lane.what + text(lane.site)) : "ended";
   };
   std::string out = text(*warp.block) + " warp " + std::to_string(warp.lanes[0].thread / 32) + ":";
   for (int first = 0, last; first < 32; first = last + 1) {
@@ -194,16 +189,6 @@ inline std::string text(const Warp& warp) {
 }
 [[noreturn]] inline void fail(const char* what, Site site, const std::string& message) {
   fail(text(*state.lane) + ": " + what + text(site) + ": " + message);
-}
-[[noreturn]] inline void fail_deadlock() {
-  std::string message = "deadlock: every thread waits, " + std::to_string(state.next_block) + " of " +
-                        std::to_string(state.num_blocks) + " blocks have started";
-  int lines = 0;
-  for (auto& block : state.blocks)
-    for (auto& warp : block->warps)
-      if ((warp.spinning | warp.arrived | warp.at_barrier) && lines++ < 20) message += "\n  " + text(warp);
-  if (lines > 20) message += "\n  and " + std::to_string(lines - 20) + " more warps";
-  fail(message);
 }
 
 inline bool chance(uint64_t one_in) {
@@ -276,7 +261,6 @@ inline void release_barrier(Block& block) {
     if (&warp != state.lane->warp) state.ready.push_back(&warp);
   }
   block.waiting = 0;
-  ++state.events;
 }
 
 inline void meet_block(Site site) {
@@ -291,20 +275,11 @@ inline void meet_block(Site site) {
   reschedule();
 }
 
-inline void spin(Site site) {
-  Lane& lane = come_to("SPIN", site);
-  lane.warp->ready &= ~lane.bit();
-  lane.warp->spinning |= lane.bit();
-  state.polls = 0;
-  reschedule();
-}
-
 inline void run_lane() {
   state.kernel();
   Lane& lane = *state.lane;
   Block& block = *lane.warp->block;
   lane.warp->ready &= ~lane.bit();
-  ++state.events;
   if (--block.alive && block.waiting == block.alive) release_barrier(block);
   reschedule();
 }

@@ -19,7 +19,7 @@ inline void start_block() {
   if (state.free_stacks.empty()) {
     void* stacks = mmap(nullptr, blockDim.x * kStack, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stacks == MAP_FAILED) fail("no memory for the stacks of another block: give a smaller `resident`");
+    if (stacks == MAP_FAILED) fail("no memory for the stacks of another block");
     state.all_stacks.push_back(static_cast<char*>(stacks));
     state.free_stacks.push_back(static_cast<char*>(stacks));
   }
@@ -40,7 +40,6 @@ inline void start_block() {
   }
   for (Warp& warp : block->warps) state.ready.push_back(&warp);
   state.blocks.push_back(std::move(block));
-  ++state.events;
 }
 
 inline void end_block(Block& block) {
@@ -55,27 +54,11 @@ inline void end_block(Block& block) {
     }
 }
 
-inline void wake(size_t i) {
-  Warp* warp = state.spinning[i];
-  state.spinning[i] = state.spinning.back();
-  state.spinning.pop_back();
-  warp->ready |= warp->spinning;
-  warp->spinning = 0;
-  state.ready.push_back(warp);
-}
-
-// The warp to run next, or null at the end.
+// The warp to run next, or null at the end. One is ready until then: the last lane of a block to come to a barrier,
+// or to end, releases the others, and `run_warp` fails where lanes wait for lanes that do not come.
 inline Warp* next_warp() {
-  const bool may_start = state.next_block < state.num_blocks && state.blocks.size() < state.resident;
-  if (may_start && (state.ready.empty() || chance(2 * kSwitchEvery))) start_block();
-  if (!state.spinning.empty() && chance(kSwitchEvery)) wake(choose(state.spinning.size()));
-  if (state.ready.empty()) {
-    if (state.blocks.empty()) return nullptr;
-    state.idle = state.events == state.events_seen ? state.idle + 1 : 0;
-    state.events_seen = state.events;
-    if (state.spinning.empty() || state.idle > kIdleRounds) fail_deadlock();
-    while (!state.spinning.empty()) wake(0);
-  }
+  if (state.next_block < state.num_blocks && (state.ready.empty() || chance(2 * kSwitchEvery))) start_block();
+  if (state.ready.empty()) return nullptr;
   if (state.random) std::swap(state.ready.front(), state.ready[choose(state.ready.size())]);
   Warp* warp = state.ready.front();
   state.ready.pop_front();
@@ -90,8 +73,7 @@ inline void run_warp(Warp& warp) {
   switch_context(state.scheduler, state.lane->context);
   if (!warp.block->alive) return end_block(*warp.block);
   if (warp.ready) return state.ready.push_back(&warp);
-  if (warp.spinning) return state.spinning.push_back(&warp);
-  if (warp.arrived) fail("divergence: lanes wait for others of their warp that do not come: " + text(warp));
+  if (warp.arrived) fail("deadlock: lanes wait for others of their warp that do not come: " + text(warp));
 }
 
 inline void on_fault(int number, siginfo_t* info, void*) {
@@ -128,18 +110,15 @@ class FaultHandlers {
   struct sigaction old_[4];
 };
 
-// Returns the error, empty if there is none. `resident` 0: as many blocks at once as there are.
+// Returns the error, empty if there is none.
 inline const std::string& launch(std::function<void()> kernel, dim3 grid, unsigned threads, size_t shared_bytes,
-                                 uint64_t seed, size_t resident) {
+                                 uint64_t seed) {
   state.error.clear();
   state.kernel = std::move(kernel);
   state.shared_bytes = shared_bytes;
   state.num_blocks = size_t(grid.x) * grid.y * grid.z;
   state.next_block = 0;
-  state.resident = resident ? resident : state.num_blocks;
   state.random = seed * 0x9e3779b97f4a7c15u;  // spreads small seeds over all bits
-  state.polls = state.idle = 0;
-  state.events = state.events_seen = 0;
   gridDim = grid;
   blockDim = {threads, 1, 1};
   threadIdx = {0, 0, 0};
@@ -149,7 +128,6 @@ inline const std::string& launch(std::function<void()> kernel, dim3 grid, unsign
   for (auto& block : state.blocks) free(block->memory);
   state.blocks.clear();
   state.ready.clear();
-  state.spinning.clear();
   for (char* stacks : state.all_stacks) munmap(stacks, threads * kStack);
   state.all_stacks.clear();
   state.free_stacks.clear();

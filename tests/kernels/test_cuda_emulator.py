@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(32) primitives(
   __syncwarp();
   u32 word[4];
   load_matrices(word, &shared[lane % 8 + (3 - lane / 8) * 8]);  // matrices 3, 2, 1, 0
-  loaded[lane] = make_uint4(word[0], word[1], word[2], word[3]);
+  loaded[lane] = {word[0], word[1], word[2], word[3]};
   transposed[lane] = transpose(word[3]);
 
   const u32 two = halves[2 * lane] | u32(halves[2 * lane + 1]) << 16;
@@ -41,15 +41,12 @@ extern "C" __global__ void __launch_bounds__(32) primitives(
   widened[2 * lane + 1] = high(two);
   packed[lane] = pack_bf16(pairs[lane].x, pairs[lane].y);
 
-  shuffled[lane] = __shfl_xor_sync(~0u, a[lane], 5);
-  shuffled[32 + lane] = __shfl_sync(~0u, lane * lane, from);
+  shuffled[lane] = __shfl_sync(~0u, lane * lane, from);
   // Halves of a warp apart.
-  if (lane < 16) shuffled[64 + lane] = __shfl_xor_sync(0xffffu, a[lane], 8);
-  else shuffled[64 + lane] = __shfl_sync(0xffff0000u, -a[lane], 16);
+  if (lane < 16) shuffled[32 + lane] = __shfl_sync(0xffffu, a[lane], lane ^ 8);
+  else shuffled[32 + lane] = __shfl_sync(0xffff0000u, -a[lane], 16);
 
-  const float x = __ldg(a + lane);
-  computed[lane] = fmaf(x, scale, 1.0f) + rsqrtf(4.0f) + sqrtf(4.0f) + __fdividef(x, 4.0f) + __expf(0.0f);
-  computed[32 + lane] = fmaxf(x, min(max(lane, 3), 20));
+  computed[lane] = fmaf(a[lane], scale, min(lane, 20));
 }
 """
 
@@ -80,7 +77,7 @@ def test_primitives(build):
     )
     product, loaded, transposed = d.copy(), np.zeros((32, 4, 2), U16), np.zeros((8, 8), U16)
     widened, packed = np.zeros(64, F32), np.zeros(64, U16)
-    shuffled, computed = np.zeros((3, 32), F32), np.zeros((2, 32), F32)
+    shuffled, computed = np.zeros((2, 32), F32), np.zeros(32, F32)
     arrays = (a, b, product, rows, loaded, transposed, halves, widened, pairs, packed, shuffled)
     build(PRIMITIVES, "primitives")(1, 32, 512, [*arrays, computed, 7, 0.5])
 
@@ -92,11 +89,68 @@ def test_primitives(build):
     np.testing.assert_array_equal(widened, halves.astype(F32))
     np.testing.assert_array_equal(packed.view(BF16).astype(F32), pairs.astype(BF16).astype(F32))
     lanes, x = np.arange(32), a.reshape(-1)[:32]
-    np.testing.assert_array_equal(shuffled[0], x[lanes ^ 5])
-    np.testing.assert_array_equal(shuffled[1], np.full(32, 49))
-    np.testing.assert_array_equal(shuffled[2], np.where(lanes < 16, x[lanes ^ 8], -x[16]))
-    np.testing.assert_allclose(computed[0], 0.75 * x + 4.5, rtol=1e-6)
-    np.testing.assert_array_equal(computed[1], np.maximum(x, lanes.clip(3, 20)))
+    np.testing.assert_array_equal(shuffled[0], np.full(32, 49))
+    np.testing.assert_array_equal(shuffled[1], np.where(lanes < 16, x[lanes ^ 8], -x[16]))
+    np.testing.assert_allclose(computed, 0.5 * x + lanes.clip(max=20), rtol=1e-6, atol=1e-6)
+
+
+PIECES = """
+#include "warp.cuh"
+extern "C" __global__ void __launch_bounds__(32) pieces(
+    const u32* a, const u32* columns, float* d, const uint4* words, uint4* stored, uint4* loaded,
+    const float* numbers, float* copied) {
+  SHARED_MEMORY(memory);
+  const int lane = threadIdx.x, g = lane / 4, q = lane % 4;
+
+  float sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = d[(g + i / 2 * 8) * 8 + 2 * q + i % 2];
+  const u32 left[4] = {a[g * 8 + q], a[(g + 8) * 8 + q], a[g * 8 + q + 4], a[(g + 8) * 8 + q + 4]};
+  multiply_bf16(sum, left, columns[g * 8 + q], columns[g * 8 + q + 4]);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * q + i % 2] = sum[i];
+
+  uint4* rows = reinterpret_cast<uint4*>(memory);
+  const uint4 own = words[lane];
+  store_matrices(rows + (31 - lane), own.x, own.y, own.z, own.w);  // rows in reverse
+  __syncwarp();
+  stored[lane] = rows[lane];
+  u32 word[4];
+  load_matrices(word, rows + (31 - lane));
+  loaded[lane] = {word[0], word[1], word[2], word[3]};
+
+  float* buffer = reinterpret_cast<float*>(rows + 32);
+  copy_async_4(buffer + lane, numbers + 1 + lane, true);
+  copy_async_commit();
+  copy_async_4(buffer + 63 - lane, numbers + lane, lane != 5);
+  copy_async_commit();
+  copy_async_wait<1>();
+  copied[lane] = buffer[lane];
+  copied[32 + lane] = buffer[63 - lane];
+  copy_async_wait<0>();
+  copied[64 + lane] = buffer[63 - lane];
+}
+"""
+
+
+def test_primitives_of_halves_and_short_copies(build):
+    rng = np.random.default_rng(2)
+    a, b = (rng.standard_normal(s).astype(BF16) for s in ((16, 16), (16, 8)))
+    d, numbers = (rng.standard_normal(s).astype(F32) for s in ((16, 8), 33))
+    words = rng.integers(0, 2**16, (32, 4, 2), U16)  # of each lane, in halves
+    product, stored, loaded = d.copy(), np.zeros((32, 8), U16), np.zeros((32, 4, 2), U16)
+    copied = np.zeros((3, 32), F32)
+    arrays = (a, b.T.copy(), product, words, stored, loaded, numbers, copied)
+    build(PIECES, "pieces")(1, 32, 768, arrays)
+
+    exact = d + a.astype(np.float64) @ b.astype(np.float64)
+    np.testing.assert_allclose(product, exact, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(stored, words.swapaxes(0, 1).reshape(32, 8)[::-1])
+    np.testing.assert_array_equal(loaded, words)
+    np.testing.assert_array_equal(copied[0], numbers[1:])
+    assert np.isnan(copied[1]).all()  # not waited for
+    np.testing.assert_array_equal(copied[2], np.where(np.arange(32) == 5, 0, numbers[:32]))
+
+    build(PIECES.replace("__syncwarp();", ""), "pieces")(1, 32, 768, arrays)
+    assert (stored == 0xFFC0).all(1).any()  # read before another lane wrote it
 
 
 PIPELINE = """
@@ -152,42 +206,30 @@ def test_missing_waits_and_barriers_are_seen(build, mistake):
     assert mistake in (1, 2) or (len(set(results)) == 1) == (not mistake)
 
 
-HANDSHAKE = """
+BLOCKS = """
 #include "warp.cuh"
-// Block i reads what block i + 1 wrote, the last one writes 1. The last to end counts.
-extern "C" __global__ void handshake(int* flags, int* y, int* ended, int waits) {
-  const int block = blockIdx.x + gridDim.x * blockIdx.y, blocks = gridDim.x * gridDim.y, t = threadIdx.x;
-  int* own = y + block * blockDim.x;
-  if (waits && t == 0 && block + 1 < blocks)
-    while (load_flag(flags + block + 1) < 1) SPIN();
+// Blocks write where they are in the grid, and count themselves with no care for each other.
+extern "C" __global__ void blocks(int* places, int* counts) {
+  const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z), t = threadIdx.x;
+  places[block * blockDim.x + t] = blockIdx.x + 10 * blockIdx.y + 100 * blockIdx.z + 1000 * t;
+  const int before = counts[t];
   __syncthreads();
-  own[t] = block + 1 < blocks ? own[2 * blockDim.x - 1 - t] + 1 : 1;
-  __syncthreads();
-  if (t) return;
-  signal(flags + block, 1);
-  __threadfence();
-  if (atomicAdd(ended, 1) == blocks - 1) ended[1] = block + blockIdx.z + 100;
+  counts[t] = before + 1;
 }
 """
 
 
-def test_blocks_wait_for_each_other(build):
-    kernel = build(HANDSHAKE, "handshake")
-
-    def run(waits, **options):
-        flags, y, ended = np.zeros(6, I32), np.zeros((6, 64), I32), np.zeros(2, I32)
-        kernel((3, 2), 64, 0, [flags, y, ended, waits], **options)
-        assert flags.all()
-        assert ended[0] == 6
-        assert 100 <= ended[1] < 106
-        return (y == np.arange(6, 0, -1)[:, None]).all()
-
-    assert all(run(True, seed=seed) for seed in SEEDS)
-    assert not all(run(False, seed=seed) for seed in SEEDS)
-    with pytest.raises(emulate.EmulationError, match=r"deadlock.*2 of 6 blocks") as error:
-        run(True, resident=2)
-    place = "block (1, 0, 0) warp 0: lane 0 at SPIN (handshake.cu:8), lanes 1-31 at __syncthreads"
-    assert place in str(error.value)
+def test_blocks_run_side_by_side(build):
+    kernel = build(BLOCKS, "blocks")
+    z, y, x, t = np.indices((2, 2, 3, 64))
+    least = []
+    for seed in SEEDS:
+        places, counts = np.zeros((2, 2, 3, 64), I32), np.zeros(64, I32)
+        kernel((3, 2, 2), 64, 0, [places, counts], seed=seed)
+        np.testing.assert_array_equal(places, x + 10 * y + 100 * z + 1000 * t)
+        least.append(counts.min())
+    assert least[0] == 12  # seed 0: one after the other
+    assert min(least) < 12
 
 
 FAULTS = """
@@ -207,8 +249,8 @@ extern "C" __global__ void faults(float* out, int* numbers, int which) {
     case 0: if (t < 40) __syncwarp(); else __shfl_sync(~0u, 1, 0); break;
     case 1: if (t < 40) __syncwarp(); else __syncthreads(); break;
     case 2: if (t < 40) return; __syncwarp(); break;
-    case 3: while (load_flag(numbers) < 1) SPIN(); break;
-    case 4: while (load_flag(numbers) < 1); break;
+    case 3: store_matrices(shared + 4 * t, 0, 0, 0, 0); break;
+    case 4: copy_async_4(shared + t, reinterpret_cast<char*>(numbers) + 2, true); break;
     case 5: *reinterpret_cast<float4*>(shared + t) = make_float4(0, 0, 0, 0); break;
     case 6: numbers[0] = *reinterpret_cast<int*>(16 * numbers[0] + 64); break;
     case 7: numbers[0] = t / numbers[0]; break;
@@ -229,10 +271,10 @@ extern "C" __global__ void faults(float* out, int* numbers, int which) {
     ("which", "message"),
     [
         (0, "divergence.*warp 1: lanes 0-7 at __syncwarp .*, lanes 8-31 at __shfl_sync"),
-        (1, "divergence.*warp 1: lanes 0-7 at __syncwarp .*, lanes 8-31 at __syncthreads"),
-        (2, "divergence.*warp 1: lanes 0-7 ended, lanes 8-31 at __syncwarp"),
-        (3, "(?s)deadlock.*warp 0: lanes 0-31 at SPIN .*warp 1: lanes 0-31 at SPIN"),
-        (4, "polled for ever"),
+        (1, "deadlock.*warp 1: lanes 0-7 at __syncwarp .*, lanes 8-31 at __syncthreads"),
+        (2, r"deadlock.*block \(0, 0, 0\) warp 1: lanes 0-7 ended, lanes 8-31 at __syncwarp"),
+        (3, r"thread 32 .*: store_matrices \(faults.cu:18\): shared address 512 outside of 512"),
+        (4, "thread 0 .*copy_async_4.*the global address is not a multiple of 4"),
         (5, "thread 1 .*misaligned"),
         (6, "memory that is not there, 0x40"),
         (7, "division by zero"),
