@@ -1,4 +1,4 @@
-// What a warp can do, as functions: shared-memory matrices, tensor cores, asynchronous copies, flags.
+// What a warp can do, as functions: matrices in shared memory, tensor cores, asynchronous copies.
 //
 // A "fragment" is a matrix spread over the 32 lanes of a warp. Lane = 4 g + q below (g 0..7, q 0..3), the
 // convention of the PTX manual (section "Matrix fragments for mma.m16n8k8").
@@ -9,7 +9,6 @@
 #else
 
 typedef unsigned int u32;
-typedef unsigned long long u64;
 typedef unsigned short bf16;  // its bits
 
 #define SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
