@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import glob
 import importlib.util
+import logging
 import os
 import pathlib
 import re
@@ -25,8 +26,9 @@ from kernels_pallas.cuda import emulate
 from kernels_pallas.triton_call import INTERPRET, Launch
 
 _FOLDER = pathlib.Path(__file__).parent
-# Shared memory of a block, in bytes, and the oldest PTX version, by compute capability. Others (8.6, 8.9,
-# 12.0: 99 KB) keep to the Triton kernels.
+_log = logging.getLogger(__name__)
+# Shared memory of a block, in bytes, and the oldest PTX version, by compute capability. The kernels have
+# run on 90 alone and are compiled for the others. Cards with 99 KB (8.6, 8.9, 12.0) keep to Triton's.
 _DEVICES = {
     80: (163 << 10, "7.8"),
     90: (227 << 10, "8.0"),
@@ -96,19 +98,22 @@ def available(shared_bytes: int) -> bool:
     """Whether kernels with this much shared memory run here (or, with TRITON_INTERPRET=1, are emulated)."""
     if INTERPRET:
         return emulate.available()
-    most, _ = _DEVICES.get(triton_call.capability(), (0, ""))
-    return shared_bytes <= most and _nvrtc() is not None
+    capability = triton_call.capability()
+    most, _ = _DEVICES.get(capability, (0, ""))
+    return shared_bytes <= most and _nvrtc(capability) is not None
 
 
 @functools.cache
-def _nvrtc() -> ctypes.CDLL | None:
-    """NVRTC of the wheels beside jax, of an installed toolkit, or of the loader's path."""
+def _nvrtc(capability: int) -> ctypes.CDLL | None:
+    """NVRTC of the wheels beside jax, of an installed toolkit, or of the loader's path.
+
+    The first that compiles for `capability`; says so once in the log if there is none.
+    """
     patterns = []
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations if spec else ():
         patterns += [f"{folder}/cu*/lib/libnvrtc.so.*", f"{folder}/cuda_nvrtc/lib/libnvrtc.so.*"]
-    for folder in (os.environ.get("CUDA_HOME", "/usr/local/cuda"),):
-        patterns += [f"{folder}/lib64/libnvrtc.so*"]
+    patterns.append(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/lib64/libnvrtc.so*")
     found = [path for pattern in patterns for path in sorted(glob.glob(pattern))]
     for path in [*found, "libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"]:
         try:
@@ -116,21 +121,38 @@ def _nvrtc() -> ctypes.CDLL | None:
         except OSError:
             continue
         library.nvrtcGetErrorString.restype = ctypes.c_char_p
-        return library
+        if capability in _architectures(library):
+            return library
+    _log.warning(
+        "no NVRTC that knows compute capability %s (pip install -e '.[gpu]'): Triton's slower kernels "
+        "run for the boundary",
+        capability / 10,
+    )
     return None
+
+
+def _architectures(library: ctypes.CDLL) -> list[int]:
+    count = ctypes.c_int()
+    if library.nvrtcGetNumSupportedArchs(ctypes.byref(count)):
+        return []
+    array = (ctypes.c_int * count.value)()
+    return [] if library.nvrtcGetSupportedArchs(array) else list(array)
 
 
 @functools.cache
 def compile_ptx(source: str, constants: tuple[tuple[str, int], ...], capability: int) -> str:
-    """PTX of the file `source` for a compute capability (80, 90, 100, 103).
+    """PTX of the file `source` for a compute capability (80, 90, 100, 103), compiled once a process.
 
     Raises:
       RuntimeError: the compiler's message.
-      NotImplementedError: there is no NVRTC.
+      NotImplementedError: another capability, or there is no NVRTC for it.
     """
-    library = _nvrtc()
+    library = _nvrtc(capability) if capability in _DEVICES else None
     if library is None:
-        raise NotImplementedError("the CUDA kernels need NVRTC (pip install -e '.[gpu]')")
+        raise NotImplementedError(
+            f"compute capability {capability / 10}: the CUDA kernels take "
+            f"{', '.join(str(c / 10) for c in _DEVICES)}, where NVRTC (pip install -e '.[gpu]') knows it"
+        )
 
     def check(result: int) -> None:
         if result:

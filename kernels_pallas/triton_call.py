@@ -6,6 +6,7 @@ imported, the same call runs the kernel on the CPU with torch tensors, through `
 is how whole operations, their glue included, are tested without a GPU.
 """
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -98,10 +99,27 @@ def struct(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def _device():
+    """The first GPU, also where it is not the default platform; else whatever comes first."""
+    device = jax.local_devices()[0]
+    if not hasattr(device, "compute_capability"):
+        with contextlib.suppress(RuntimeError):  # no such platform
+            device = jax.local_devices(backend="cuda")[0]
+    return device
+
+
 def capability() -> int:
-    """10 x compute capability of this process's GPUs: 80, 90, 100. Without a GPU 90, the one tuned for."""
-    version = getattr(jax.local_devices()[0], "compute_capability", "9.0")
-    return round(10 * float(version))
+    """10 x compute capability of this process's GPUs: 80, 90, 100; all are taken to be alike.
+
+    Without a GPU 90, the one tuned for: a program lowered on a host without one is for a Hopper GPU.
+    """
+    return round(10 * float(getattr(_device(), "compute_capability", "9.0")))
+
+
+def multiprocessors() -> int:
+    """Multiprocessors of this process's GPUs; without a GPU 132, those of an H100 or H200."""
+    count = getattr(_device(), "core_count", None)
+    return count if count and hasattr(_device(), "compute_capability") else 132
 
 
 def num_tokens(lead: tuple[int, ...]) -> int:

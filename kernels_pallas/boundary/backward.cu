@@ -1,33 +1,33 @@
 // Backward of a boundary from the cotangents of its projection on, one pass over the streams (n = 4, bfloat16).
 //
-// A program owns 64 columns of all four streams and walks over tiles of 16 tokens, so that dphi stays in registers;
-// each of its warps owns 8 columns. With x' = h_res x + h_post y (recomputed: reading it costs 4C):
+// With x' = h_res x + h_post y, s = x' phi, r the root of the mean square of x', and the cotangents g of x' as the
+// next write has left it, d of the layer input h_pre x', ds and dr:
 //
 //   t   = g + h_pre d + ds phi^T + kappa x'     cotangent of x' in float32, kappa = dr / (n C r)
 //   dx  = h_res^T t,   dy = h_post^T t,   dh_res = t x^T,   dh_post = t y,   dphi = x'^T ds
 //
-// Reads x, g (4C each), y, d, writes dx, dy: 15C. Without MIX (the backward of `read`) x is x' and dx is t: 13C.
-// ds phi^T is a product of TF32 numbers and dphi of bfloat16 numbers (ds as high + low), exact operands. The sums
-// over columns in dh_res and dh_post are tensor-core products too, of t rounded to bfloat16: 4 tokens x 4 streams of
-// t against 4 tokens x 2 streams of x, of which a quarter, the same token, is kept. They leave as partial sums, one a
-// program and token.
+// x' is computed again (reading it costs 4C): rounded as it was for dphi, unrounded for t. Reads x, g (4C each), y,
+// d, writes dx, dy: 15C. Without MIX (the backward of `read`) x is x' and dx is t: 13C.
+//
+// A program owns 64 columns of all four streams and walks over tiles of 16 tokens, so that dphi stays in registers;
+// each of its warps owns 8 columns. ds phi^T is a product of TF32 numbers and dphi of bfloat16 numbers (ds as high
+// + low), exact operands. The sums over columns in dh_res and dh_post are tensor-core products too, of t rounded to
+// bfloat16: 4 tokens x 4 streams of t against 4 tokens x 2 streams of x, of which a quarter, the same token, is
+// kept. They leave as partial sums, one a program and token: 80 bytes for 64 columns, 0.6C.
 //
 // Constants: C, MIX (0 or 1).
-#include "cuda/warp.cuh"
+#include "boundary/tile.cuh"
 
 namespace {
 
-constexpr int N = 4, M = N * N + 2 * N, K = N * C;
-constexpr int TOKENS = 16;                    // of a tile
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int COLUMNS = 8 * WARPS;            // of a program, per stream
+constexpr int K = N * C;
 constexpr int SUMS = N * N + N;               // of a token: dh_res, dh_post
 constexpr int STAGES = 3;                     // tiles in shared memory: filled, computed in, written out
 
-// A tile in shared memory. Rows of 128 bytes: x and g by stream and token, then y, d; once read, each warp writes
+// A tile in shared memory. Rows of x and g by stream and token, then y, d; once read, each warp writes
 // dx over g and dy over d in its own columns. The 16-byte chunks of a row are permuted, chunk c to place c ^ key, so
 // that neither 8 tokens of a stream nor 4 tokens of 2 streams meet in one bank.
-constexpr int PITCH = 2 * COLUMNS, STREAMS = N * TOKENS * PITCH;
+constexpr int STREAMS = N * TOKENS * PITCH;
 constexpr int X = 0, G = STREAMS, Y = 2 * STREAMS, D = Y + TOKENS * PITCH, STAGE = D + TOKENS * PITCH;
 // What belongs to tokens: ds as the lanes want it in both products, h_res 80 bytes apart, h_post, h_pre, kappa.
 constexpr int DS = 0, DS_PAIRS = DS + TOKENS * M * 4;
@@ -48,12 +48,6 @@ struct Arrays {
   const bf16* ds_pairs;
   const float* kappa;
 };
-
-// Memory in units of 16 bytes: one register an index, and the address in one instruction.
-__device__ __forceinline__ const uint4* chunk(const void* array, u32 index) {
-  return static_cast<const uint4*>(array) + index;
-}
-__device__ __forceinline__ uint4* chunk(void* array, u32 index) { return static_cast<uint4*>(array) + index; }
 
 // The part of a tile that a thread moves: 16 bytes of five rows, streams `half` and `half + 2` of x, g, dx, and
 // y, dy (half 0) or d (half 1).
@@ -172,16 +166,7 @@ struct Sums {
   }
 };
 
-// A lane's elements of 16 tokens x 8 columns: token g at columns 2q, 2q + 1, then token g + 8 (lane = 4 g + q).
-__device__ __forceinline__ void unpack(float (&v)[4], u32 first, u32 second) {
-  v[0] = low(first), v[1] = high(first), v[2] = low(second), v[3] = high(second);
-}
-
 __device__ __forceinline__ float4 load4(const unsigned char* p) { return *reinterpret_cast<const float4*>(p); }
-__device__ __forceinline__ float at(const float4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
 __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigned char* own, unsigned char* total,
                                              const float4* phi, float (&dphi)[2][3][4], int warp, int lane,
                                              int tokens) {
@@ -236,11 +221,8 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
     for (int k = 0; k < 4; ++k) {
       const float4& res = k < 2 ? res0 : res1;
       if (MIX) {
-        mixed[k] = res.x * x[0][k];
-        mixed[k] = fmaf(res.y, x[1][k], mixed[k]);
-        mixed[k] = fmaf(res.z, x[2][k], mixed[k]);
-        mixed[k] = fmaf(res.w, x[3][k], mixed[k]);
-        mixed[k] = fmaf(at(k < 2 ? post0 : post1, i), y[k], mixed[k]);
+        const float post = at(k < 2 ? post0 : post1, i);
+        mixed[k] = mix(res, post, x[0][k], x[1][k], x[2][k], x[3][k], y[k]);
       } else {
         mixed[k] = x[i][k];
       }
@@ -264,7 +246,7 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     uint4 b = *reinterpret_cast<const uint4*>(own + DS_PAIRS + (s * 32 + lane) * 16);  // high, low; high, low
-    if (tokens < TOKENS) {  // nobody wrote ds of tokens that do not exist
+    if (tokens < TOKENS) {  // nobody wrote ds of tokens that do not exist (in t it stays in rows not stored)
       const u32 mask[2] = {2 * q < tokens ? 2 * q + 1 < tokens ? 0xffffffffu : 0xffffu : 0u,
                            2 * q + 8 < tokens ? 2 * q + 9 < tokens ? 0xffffffffu : 0xffffu : 0u};
       b.x &= mask[0], b.y &= mask[0], b.z &= mask[1], b.w &= mask[1];
@@ -333,11 +315,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       load_tile(shared + (current + 1) % STAGES * STAGE, shared + OWNS + (parity ^ 1) * OWN, a, share, coefficients,
                 first + apart, T);
     copy_async_commit();
+    __syncwarp();
     if (first >= apart) {
       const unsigned char* before = shared + (current + STAGES - 1) % STAGES * STAGE;
       Sums products;
       if (MIX) products.load(before, shared + TOTAL + (parity ^ 1) * STREAMS, warp, lane);
       store_tile(before, share, dx, dy, first - apart, T);
+      __syncwarp();
       if (MIX) products.store(sums, warp, lane, slab * T + first - apart, T - first + apart);
     }
     if (first >= T) break;

@@ -3,38 +3,29 @@
 //   x' = h_res x + h_post y,   s = x' phi,   and the sum of squares of x'
 //
 // Reads x (4C) and y, writes x' (4C): 9C for the 13C of two kernels. A warp owns 16 tokens and walks along their
-// rows, 64 columns of each stream a step, so that s stays in registers; only its own threads wait for its copies.
-// The eight warps of a program share the tile of phi. Programs that share a row (splits) run side by side and take
-// turns along it: memory likes rows to be read in pieces longer than 128 bytes. Programs stay, and take the next
-// tile's first step while they finish the last one's.
+// rows, 64 columns of each stream a step, so that s stays in registers. The eight warps of a program share phi.
+// Programs that share a row (splits) run side by side and take turns along it: memory likes rows to be read in
+// pieces longer than 128 bytes. Programs stay, and take the next tile's first step while they finish the last one's.
 //
 // x' is rounded to bfloat16 before it is multiplied; phi comes as exact bfloat16 terms, high + low, in the order of
 // the lanes. A product of x' with itself, 16 tokens x 8 tokens, has the squares on its diagonal.
 //
 // Constants: C, SPLITS (divides C / 64).
-#include "cuda/warp.cuh"
+#include "boundary/tile.cuh"
 
 namespace {
 
-constexpr int N = 4, M = N * N + 2 * N;
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int TOKENS = 16;                    // of a warp
-constexpr int COLUMNS = 64;                   // of a step, per stream
 constexpr int STEPS = C / COLUMNS / SPLITS;   // of a tile
 constexpr int PARTS = 28;                     // numbers a token in the result: s, sum of squares, 3 unused
 
-// A warp's tile in shared memory: rows of 128 bytes, x (then x') by stream and token, then y. The 16-byte chunks of
+// A warp's tile in shared memory: rows of x (then x') by stream and token, then y. The 16-byte chunks of
 // a row are permuted, chunk c to place c ^ key, so that 8 tokens of a stream do not meet in one bank.
-constexpr int PITCH = 2 * COLUMNS, STREAM = TOKENS * PITCH, Y = N * STREAM, TILE = Y + STREAM;
+constexpr int STREAM = TOKENS * PITCH, Y = N * STREAM, TILE = Y + STREAM;
 constexpr int PHI = 2 * WARPS * TILE;         // by 8 columns, two streams, 8 of s and lane: 16 bytes
 constexpr int PHI_TILE = COLUMNS * N * M * 4;
 // In all 2 * WARPS * TILE + 2 * PHI_TILE bytes.
 
 __device__ __forceinline__ int key(int token) { return token % 8; }
-
-__device__ __forceinline__ const uint4* chunk(const void* array, u32 index) {
-  return static_cast<const uint4*>(array) + index;
-}
 
 // Of a program's work: which tile of 128 tokens, and which columns.
 struct Place {
@@ -68,15 +59,6 @@ __device__ __forceinline__ void load_step(unsigned char* tile, unsigned char* ph
   }
 }
 
-// A lane's elements of 16 tokens x 8 columns: token g at columns 2q, 2q + 1, then token g + 8 (lane = 4 g + q).
-__device__ __forceinline__ void unpack(float (&v)[4], u32 first, u32 second) {
-  v[0] = low(first), v[1] = high(first), v[2] = low(second), v[3] = high(second);
-}
-
-__device__ __forceinline__ float at(const float4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
 // h_res and h_post of the lane's two tokens.
 struct Mappings {
   float4 res[2][N], post[2];
@@ -92,12 +74,7 @@ struct Mappings {
   }
   // Element k of stream i of x'.
   __device__ __forceinline__ float mix(const float (&x)[N][4], const float (&y)[4], int i, int k) const {
-    const float4& r = res[k / 2][i];
-    float v = r.x * x[0][k];
-    v = fmaf(r.y, x[1][k], v);
-    v = fmaf(r.z, x[2][k], v);
-    v = fmaf(r.w, x[3][k], v);
-    return fmaf(at(post[k / 2], i), y[k], v);
+    return ::mix(res[k / 2][i], at(post[k / 2], i), x[0][k], x[1][k], x[2][k], x[3][k], y[k]);
   }
 };
 
@@ -132,8 +109,8 @@ struct Sums {
 };
 
 // x' of 8 columns in place of x; adds to the sums.
-__device__ __forceinline__ void mix_columns(unsigned char* tile, const uint4* phi, const Mappings& mappings, Sums& sums,
-                                            int columns, int lane) {
+__device__ __forceinline__ void mix_columns(unsigned char* tile, const uint4* phi, const Mappings& mappings,
+                                            Sums& sums, int columns, int lane) {
   const int row = lane % 16 * PITCH + (columns ^ key(lane)) * 16, pair_row = row + lane / 16 * STREAM;
   u32 word[4];
   float x[N][4], y[4];
@@ -145,6 +122,7 @@ __device__ __forceinline__ void mix_columns(unsigned char* tile, const uint4* ph
   }
   load_matrices(word, tile + row + Y);  // twice the same
   unpack(y, word[0], word[1]);
+  __syncwarp();
 #pragma unroll
   for (int i = 0; i < N; i += 2) {
     const u32 a[4] = {pack_bf16(mappings.mix(x, y, i, 0), mappings.mix(x, y, i, 1)),
@@ -169,7 +147,7 @@ __device__ __forceinline__ void store_step(bf16* mixed, const unsigned char* til
     const int token = k * 4 + lane / 8;
     if (at.first + token >= T) continue;
     const unsigned char* from = tile + token * PITCH + (lane % 8 ^ key(token)) * 16;
-    uint4* to = reinterpret_cast<uint4*>(mixed) + static_cast<u32>(at.first + token) * (N * C / 8) + at.column + lane % 8;
+    uint4* to = chunk(mixed, static_cast<u32>(at.first + token) * (N * C / 8) + at.column + lane % 8);
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i * (C / 8)] = *reinterpret_cast<const uint4*>(from + i * STREAM);
   }
@@ -177,8 +155,8 @@ __device__ __forceinline__ void store_step(bf16* mixed, const unsigned char* til
 
 }  // namespace
 
-// Any grid. x, mixed = x' [T, 4 C]; y [T, C]; post [T, 4]; res [T, 16]; phi [C / 64, 8, 2, 3, 32, 8] (`phi_fragments`);
-// parts [SPLITS, T, 28].
+// Any grid. x, mixed = x' [T, 4 C]; y [T, C]; post [T, 4]; res [T, 16]; phi [C / 64, 8, 2, 3, 32, 8]
+// (`phi_fragments`); parts [SPLITS, T, 28].
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     boundary_forward(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* phi, int T,
                      bf16* mixed, float* parts) {
@@ -213,7 +191,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       Sums sums;
       sums.clear();
 #pragma unroll
-      for (int columns = 0; columns < 4; ++columns) mix_columns(tile, own_phi, mappings, sums, half * 4 + columns, lane);
+      for (int columns = 0; columns < 4; ++columns)
+        mix_columns(tile, own_phi, mappings, sums, half * 4 + columns, lane);
       total.add(sums);
     }
     __syncwarp();

@@ -94,7 +94,7 @@ def read_backward(
     if not T:
         return streams, *_no_gradients(a)
     cuda = gpu_cuda.takes_backward(streams, n)
-    d_input, cotangents, sums = _mappings_backward(streams, a, static, fragments=cuda * K)
+    d_input, cotangents, sums = _mappings_backward(streams, a, static, fragments=K if cuda else 0)
     if cuda:
         launch = gpu_cuda.backward_launch(T, K // n, mix=False)
         unused = (d_input, a.h_pre, a.dh_res)
@@ -170,7 +170,9 @@ def backward(
         return *update, *_no_gradients(a)
     n = static["n"]
     cuda = gpu_cuda.takes_backward(streams, n)
-    d_input, cotangents, sums = _mappings_backward(new_streams, a, static, fragments=cuda * K)
+    d_input, cotangents, sums = _mappings_backward(
+        new_streams, a, static, fragments=K if cuda else 0
+    )
     if cuda:
         launch = gpu_cuda.backward_launch(T, K // n, mix=True)
         read = (a.d_streams, d_input, a.h_pre, a.phi, *cotangents)

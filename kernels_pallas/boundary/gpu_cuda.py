@@ -1,6 +1,7 @@
 """Launches of the CUDA kernels behind `read` and `boundary`, where they are faster than Triton's.
 
-They take n = 4, bfloat16 streams and C in multiples of 64; gpu.py uses its Triton kernels for the rest.
+They take n = 4, bfloat16 streams and C in multiples of 64, on GPUs of compute capability 9.0 and 10 (and
+backward.cu 8.0); gpu.py uses its Triton kernels for the rest.
 """
 
 import jax
@@ -9,8 +10,7 @@ import jax.numpy as jnp
 from kernels_pallas import cuda_call
 from kernels_pallas.cuda_call import CudaLaunch
 from kernels_pallas.precision import split_bf16
-from kernels_pallas.projection.gpu import MULTIPROCESSORS
-from kernels_pallas.triton_call import cdiv, struct
+from kernels_pallas.triton_call import cdiv, multiprocessors, num_tokens, struct
 
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
@@ -38,8 +38,10 @@ def takes_backward(streams: jax.Array, n: int) -> bool:
 
 
 def _fits(streams, n):
-    C = streams.shape[-1] // n
-    return n == 4 and streams.dtype == jnp.bfloat16 and C % _COLUMNS == 0
+    # The kernels count 16 bytes of the streams in 32 bits, with a sign.
+    T, C = num_tokens(streams.shape[:-1]), streams.shape[-1] // n
+    fits = n == 4 and C % _COLUMNS == 0 and T * C < 1 << 32
+    return fits and streams.dtype == jnp.bfloat16
 
 
 def backward_launch(T: int, C: int, *, mix: bool) -> CudaLaunch:
@@ -78,7 +80,7 @@ def forward_launch(T: int, C: int) -> CudaLaunch:
     return CudaLaunch(
         kernel="boundary_forward",
         source="boundary/forward.cu",
-        grid=(min(MULTIPROCESSORS, cdiv(T, 128) * splits),),
+        grid=(min(multiprocessors(), cdiv(T, 128) * splits),),
         outputs=(struct((T, 4 * C), jnp.bfloat16), struct((splits, T, 28))),
         constants={"C": C, "SPLITS": splits},
         num_warps=8,
@@ -105,11 +107,11 @@ def _forward_splits(steps: int, tiles: int) -> int:
     H200, T 16384, C 2560 (T 8192, C 4096): 250 us (292 us) with one, 233 to 236 us (191 to 198 us) with two
     to ten. Each further one costs the mappings' kernel, which adds up the partial sums, about 1 us.
     """
-    divisors = [s for s in range(2, 9) if steps % s == 0]
+    divisors, slots = [s for s in range(2, 9) if steps % s == 0], multiprocessors()
 
     def cost(splits: int) -> float:
         items = tiles * splits
-        return cdiv(items, MULTIPROCESSORS) * MULTIPROCESSORS / items + 0.01 * splits
+        return cdiv(items, slots) * slots / items + 0.01 * splits
 
     return min(divisors or [1], key=cost)
 
@@ -119,7 +121,7 @@ def _splits(slabs: int, tiles: int) -> int:
 
     H200, T 16384, C 2560: 469 us with 6 splits (one wave, 91 % full), 435 us with 13 (two, 98 % full).
     """
-    slots = 2 * MULTIPROCESSORS
+    slots = 2 * multiprocessors()
 
     def cost(splits: int) -> float:
         # Full waves over ideal time, and 0.5 % for each further partial sum of dphi.

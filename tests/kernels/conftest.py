@@ -1,4 +1,9 @@
-"""Fixtures of the kernel tests."""
+"""Settings and fixtures of the kernel tests."""
+
+import os
+
+# Triton chooses its interpreter when it is imported, by whichever test comes first.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 from jax.experimental.pallas import tpu as pltpu

@@ -87,7 +87,7 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.skipif(cuda_call._nvrtc() is None, reason="no NVRTC (extra 'parity')")
+@pytest.mark.skipif(cuda_call._nvrtc(90) is None, reason="no NVRTC (extra 'parity')")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_compiles_without_spills(tmp_path, capability, name):
@@ -116,12 +116,17 @@ def test_compiles_without_spills(tmp_path, capability, name):
 def test_a_compiler_error_names_file_and_line(tmp_path):
     path = tmp_path / "broken.cu"
     path.write_text('extern "C" __global__ void f(int* p) { *p = missing; }')
-    if cuda_call._nvrtc() is not None:
+    if cuda_call._nvrtc(90) is not None:
         with pytest.raises(RuntimeError, match=r"broken\.cu.*\n.*missing"):
             cuda_call.compile_ptx(str(path), (), 90)
     if emulate.available():
         with pytest.raises(emulate.CompilationError, match="missing"):
             emulate.compile(path, "f", {})
+
+
+def test_a_device_that_is_not_supported_is_named():
+    with pytest.raises(NotImplementedError, match=r"8\.6"):
+        cuda_call.compile_ptx("boundary/backward.cu", (), 86)
 
 
 def test_what_the_kernels_take():

@@ -3,9 +3,8 @@
 The error of every output and cotangent may be at most twice that of implementation "xla".
 """
 
-# ruff: noqa: E402 (the interpreter is chosen before triton is imported)
+# ruff: noqa: E402 (imported once the packages are known to be there)
 import importlib.util
-import os
 import pathlib
 
 import pytest
@@ -13,7 +12,6 @@ import pytest
 for package in ("triton", "torch", "jax_triton"):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed (extra 'parity')", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +20,9 @@ import numpy as np
 import kernels_pallas as kp
 from kernels_pallas import triton_call, triton_sums
 from kernels_pallas.boundary import gpu_cuda
+from kernels_pallas.cuda import emulate
 
-if not triton_call.INTERPRET:
-    pytest.skip("triton was imported before TRITON_INTERPRET=1", allow_module_level=True)
+assert triton_call.INTERPRET, "conftest.py sets TRITON_INTERPRET before triton is imported"
 
 _spec = importlib.util.spec_from_file_location(
     "kernel_oracle", pathlib.Path(__file__).with_name("oracle.py")
@@ -33,6 +31,7 @@ oracle = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(oracle)
 
 BF16, F32 = jnp.bfloat16, jnp.float32
+needs_gcc = pytest.mark.skipif(not emulate.available(), reason="no g++")
 EPS = 1e-6
 # (T, C, n, dtype). The interpreter needs 0.1 s a program, hence the few tokens.
 CASES = [
@@ -44,7 +43,8 @@ CASES = [
 FEW = [
     pytest.param(9, 136, 4, BF16, id="n4-bf16"),
     pytest.param(3, 200, 2, F32, id="n2-f32"),
-    pytest.param(37, 128, 4, BF16, id="cuda"),  # what the kernels in CUDA C++ take
+    pytest.param(37, 128, 4, BF16, id="cuda", marks=needs_gcc),  # what the CUDA C++ kernels take
+    pytest.param(3, 64, 4, BF16, id="cuda-small", marks=needs_gcc),
 ]
 
 

@@ -28,7 +28,7 @@ def test_compiles_without_spills(capability):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.strip().splitlines()
-    assert len(lines) >= 27
+    assert len(lines) >= 30
     spilling = [line for line in lines if not line.endswith("stack 0")]
     assert not spilling, spilling
 
@@ -53,7 +53,12 @@ def launches(capability: int):
     yield "mappings of parts", parts, [f, f, f, f, i]
     yield "mappings backward", mappings.backward_launch(T, n, 20, round_ds=True), [f] * 7 + [i]
     yield "finish", projection.finish_launch(T, K, m, 2, 1e-20), [f, i]
-    yield "sums", triton_sums.launch(16, K, n, 512, (2112, C)), [f, f, f]
+    yield "sums", triton_sums.launch(16, K, n, 512, (2112, C)), [f] * 4
+    yield "sums with mappings", triton_sums.launch(13, K, n, 512, (2112, C), 40, T), [f] * 4
+    parts = mappings.forward_launch(T, n, 20, K=K, eps=1e-20, splits=2, stride=28)
+    yield "mappings of forward.cu", parts, [f, f, f, f, i]
+    launch = mappings.backward_launch(T, n, 20, round_ds=True, fragments=K)
+    yield "mappings backward, fragments", launch, [f] * 7 + [i]
     for b, dtype in (("*bf16", jnp.dtype(jnp.bfloat16)), (f, jnp.dtype(jnp.float32))):
         yield f"post_res {b}", post_res.forward_launch(T, C, n, dtype), [b, b, f, f]
         for add in (False, True):
