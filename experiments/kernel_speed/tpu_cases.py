@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.boundary import tpu as boundary
 from kernels_pallas.boundary import tpu_blocks as blocks
+from kernels_pallas.boundary import tpu_mix
 from kernels_pallas.mappings import tpu as mappings
 from kernels_pallas.post_res import tpu as post_res
 from kernels_pallas.pre import tpu as pre
@@ -70,6 +71,8 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
 
     update, cotangents = (x, y, h, h_res), (*parameters, h, s, r, y, h, h_res, x)
     rows, input_rows = ("step", "rows"), ("step", "input rows")
+    block = blocks.forward_tokens(n * C, n, dtype, fused=True)
+    mixed_rows = ("step", block // (tpu_mix.group_tokens(block, n, dtype) or MIN_TOKENS))
     step, window = ("step",), ("window",)
     project, transpose = ("window", again), ("window", again, again)
     table += [
@@ -83,7 +86,7 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
         ),
         (
             *("boundary", "forward", boundary, (*update, *parameters), fused),
-            forward_steps(window, window, rows, input_rows, project, fused=True),
+            forward_steps(window, window, mixed_rows, input_rows, project, fused=True),
         ),
         (
             *("boundary", "backward", boundary, (*update, x, *cotangents), fused),

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import pallas_call, pallas_math
+from kernels_pallas.boundary import tpu_mix
 from kernels_pallas.boundary.tpu_blocks import (
     SCALARS,
     columns_of,
@@ -69,28 +70,39 @@ def _read_kernel(x_ref, *refs, **static):
 
 def _boundary_kernel(x_ref, y_ref, h_post_ref, h_res_ref, *refs, tiles, n, **static):
     count = 3 if static["input_norm_eps"] is None else 4
-    parameters, (new_ref, *outputs, post_rows_ref, res_rows_ref, spread_ref) = (
-        refs[:count],
-        refs[count:],
-    )
+    parameters, (new_ref, *outputs) = refs[:count], refs[count:]
+    tokens = tpu_mix.group_tokens(tiles.block, n, x_ref.dtype)
+    matrices_ref = outputs.pop() if tokens else None
+    *outputs, post_rows_ref, res_rows_ref, spread_ref = outputs
     post_res.load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
-    rows_refs = post_rows_ref, res_rows_ref
     next_rows = tiles.next_rows()
 
-    @pl.when(tiles.first_of_window())
-    def _():
-        post_res.spread_coefficients(*rows_refs, pl.ds(0, tiles.block), n, spread_ref)
+    def prepare(rows):
+        post_res.spread_coefficients(post_rows_ref, res_rows_ref, rows, n, spread_ref)
+        if tokens:
+            tpu_mix.store_matrices(spread_ref, matrices_ref, tokens, n)
 
-    @tiles.row_groups
-    def _(rows, window_rows):
-        del window_rows
-        h = post_res.spread_rows(spread_ref, rows, n)
-        post_res.write_rows(x_ref, y_ref, new_ref, rows, *h)
+    pl.when(tiles.first_of_window())(lambda: prepare(pl.ds(0, tiles.block)))
+    if tokens:
+        tiles.zero_past_end(x_ref)
 
-    def spread_next():
-        post_res.spread_coefficients(*rows_refs, next_rows, n, spread_ref)
+        @pl.when(tiles.in_range())
+        def _():
+            @pl.loop(0, tiles.block // tokens)
+            def _(group):
+                refs = x_ref, y_ref, new_ref, spread_ref, matrices_ref
+                tpu_mix.write_group(*refs, group, tokens, n)
 
-    _read_block(new_ref, (*parameters, *outputs), tiles, n, **static, beside=spread_next)
+    else:
+
+        @tiles.row_groups
+        def _(rows, window_rows):
+            del window_rows
+            h = post_res.spread_rows(spread_ref, rows, n)
+            post_res.write_rows(x_ref, y_ref, new_ref, rows, *h)
+
+    beside = functools.partial(prepare, next_rows)
+    _read_block(new_ref, (*parameters, *outputs), tiles, n, **static, beside=beside)
 
 
 def _forward(update, phi, bias, alpha, weight, *, n, **static):
@@ -103,6 +115,7 @@ def _forward(update, phi, bias, alpha, weight, *, n, **static):
     tiles = TokenTiles(num_tokens, block, min_window=sinkhorn_window(num_tokens))
     update_specs = [tiles.rows(width), tiles.columns(n), tiles.columns(n * n)] if fused else []
     rows_scratch = pltpu.VMEM((tiles.window, LANES), jnp.float32)
+    on_mxu = fused and tpu_mix.group_tokens(block, n, x.dtype)
     columns = (n, n, n * n, m, 1)
     normed = static["input_norm_eps"] is not None
     weight = [weight.reshape(1, width)] if normed else []
@@ -139,6 +152,7 @@ def _forward(update, phi, bias, alpha, weight, *, n, **static):
             pltpu.VMEM(spread_shape(m, tiles.window), jnp.float32),
             *([rows_scratch] * 2 if fused else []),
             *([pltpu.VMEM((n + n * n, tiles.block, LANES), jnp.float32)] if fused else []),
+            *([pltpu.VMEM(tpu_mix.matrices_shape(block, n), x.dtype)] if on_mxu else []),
         ],
         flops=2 * (m + n + 2) * x.size,
         transcendentals=3 * m * num_tokens,
