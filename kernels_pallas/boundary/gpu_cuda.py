@@ -94,10 +94,8 @@ def phi_fragments(phi: jax.Array) -> jax.Array:
     By 64 columns of every stream, 8 columns, two streams, 8 of the 24 columns of phi, and lane 4 g + q. A
     lane has, for column g of phi, the high terms of columns 2q, 2q + 1 of both streams, then the low ones.
     """
-    terms = jnp.stack(split_bf16(phi))
-    terms = terms.reshape(
-        2, 2, 2, -1, 8, 4, 2, 3, 8
-    )  # term, pair, stream, 64, 8, q, column, 8 of phi, g
+    # term, pair of streams, stream, 64 columns, 8 of them, q, one of two; 8 columns of phi, g
+    terms = jnp.stack(split_bf16(phi)).reshape(2, 2, 2, -1, 8, 4, 2, 3, 8)
     return terms.transpose(3, 4, 1, 7, 8, 5, 0, 2, 6).reshape(-1, 8, 2, 3, 32, 8)
 
 
