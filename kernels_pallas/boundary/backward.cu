@@ -24,9 +24,9 @@ constexpr int K = N * C;
 constexpr int SUMS = N * N + N;               // of a token: dh_res, dh_post
 constexpr int STAGES = 3;                     // tiles in shared memory: filled, computed in, written out
 
-// A tile in shared memory. Rows of x and g by stream and token, then y, d; once read, each warp writes
-// dx over g and dy over d in its own columns. The 16-byte chunks of a row are permuted, chunk c to place c ^ key, so
-// that neither 8 tokens of a stream nor 4 tokens of 2 streams meet in one bank.
+// A tile in shared memory. Rows of x and g by stream and token, then y, d; once read, each warp writes dx over g
+// and dy over d in its own columns. The 16-byte chunks of a row are permuted, chunk c to place c ^ key, so that
+// neither 8 tokens of a stream nor 4 tokens of 2 streams meet in one bank.
 constexpr int STREAMS = N * TOKENS * PITCH;
 constexpr int X = 0, G = STREAMS, Y = 2 * STREAMS, D = Y + TOKENS * PITCH, STAGE = D + TOKENS * PITCH;
 // What belongs to tokens: ds as the lanes want it in both products, h_res 80 bytes apart, h_post, h_pre, kappa.
@@ -91,7 +91,7 @@ struct Coefficients {
   }
 };
 
-__device__ __forceinline__ void load_tile(unsigned char* stage, unsigned char* own, const Arrays& a, 
+__device__ __forceinline__ void load_tile(unsigned char* stage, unsigned char* own, const Arrays& a,
                                           const Share& share, const Coefficients& c, int first, int T) {
   const bool inside = first + share.token < T;
   const u32 stream = share.stream(first);
