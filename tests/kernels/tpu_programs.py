@@ -116,6 +116,16 @@ def compile_kernels(topology):
         print("compiled", width, flush=True)
 
 
+def compile_other_n(topology):
+    """Every kernel at the narrowest width for 2 and 8 streams."""
+    for n in (2, 8):
+        for program, width in ((narrow_kernels, 128), (wide_kernels, WIDTHS[0])):
+            lowered = lower(program("pallas"), topology, width, n=n)
+            assert kernels_of(lowered) == (NARROW if width == 128 else WIDE), kernels_of(lowered)
+            lowered.compile()
+        print("compiled", n, flush=True)
+
+
 def choose_kernels(topology):
     """implementation=None takes the kernels when it is lowered for a TPU, "xla" takes none."""
     for program, names in ((wide_kernels, WIDE), (narrow_kernels, NARROW)):
