@@ -111,8 +111,9 @@ def _forward(update, phi, bias, alpha, weight, *, n, **static):
     (num_tokens, row), m = x.shape, num_columns(n)
     width, fused = row // n, bool(rest)
     operand = projection.phi_operand(phi, x.dtype)
-    block = forward_tokens(row, n, x.dtype, fused=fused)
-    tiles = TokenTiles(num_tokens, block, min_window=sinkhorn_window(num_tokens))
+    window = sinkhorn_window(num_tokens)
+    block = min(forward_tokens(row, n, x.dtype, fused=fused), window)
+    tiles = TokenTiles(num_tokens, block, min_window=window)
     update_specs = [tiles.rows(width), tiles.columns(n), tiles.columns(n * n)] if fused else []
     rows_scratch = pltpu.VMEM((tiles.window, LANES), jnp.float32)
     on_mxu = fused and tpu_mix.group_tokens(block, n, x.dtype)

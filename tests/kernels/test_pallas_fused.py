@@ -12,8 +12,8 @@ from interpreted import BF16, F32, QUICK, UNFUSED, assert_as_exact_as_xla, norma
 import kernels_pallas as kp
 
 EPS, ITERATIONS, DRAWS = 1e-6, 4, 4  # 4 iterations run the same code as 20
-# 300 tokens are three windows of one block in two parts, 1000 two of 512 tokens in blocks of 128; 8 streams
-# are slow to compile, so they stand here once.
+# 300 tokens are three windows of one block in two parts, 1000 two of 512 tokens in blocks of 128 (forward of
+# 256); 8 streams are slow to compile, so they stand here once.
 CASES = [
     pytest.param("read", 4, 136, 37, BF16, True, id="read-n4-bf16-norm"),
     pytest.param("read", 4, 200, 37, F32, False, id="read-n4-f32"),
