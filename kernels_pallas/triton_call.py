@@ -72,10 +72,14 @@ class Launch:
         def run(*arrays):
             full = list(args)
             for position, array in zip(positions, arrays):
-                full[position] = _to_torch(np.asarray(array))
-            return self.run_torch(*full, convert=_from_torch)
+                full[position] = np.ascontiguousarray(array)
+            return self._run_numpy(full)
 
         return jax.pure_callback(run, self.outputs, *[args[i] for i in positions])
+
+    def _run_numpy(self, args: list) -> tuple[np.ndarray, ...]:
+        args = [a if isinstance(a, int) else _to_torch(a) for a in args]
+        return self.run_torch(*args, convert=_from_torch)
 
     def run_torch(self, *args, convert=lambda tensor, dtype: tensor) -> tuple:
         """Runs the kernel on torch tensors (of a GPU, or of the CPU when interpreting)."""
@@ -118,8 +122,9 @@ def capability() -> int:
 
 def multiprocessors() -> int:
     """Multiprocessors of this process's GPUs; without a GPU 132, those of an H100 or H200."""
-    count = getattr(_device(), "core_count", None)
-    return count if count and hasattr(_device(), "compute_capability") else 132
+    device = _device()
+    is_gpu = hasattr(device, "compute_capability")
+    return (is_gpu and getattr(device, "core_count", None)) or 132
 
 
 def num_tokens(lead: tuple[int, ...]) -> int:

@@ -9,15 +9,9 @@ import numpy as np
 import kernels_pallas as kp
 from kernels_pallas.precision import round_to_tf32
 
-# (leading shape, C, n): odd, tiny, the fast path, batch axes.
-SHAPES = (
-    *(((37,), 200, 4), ((5,), 136, 2), ((33,), 129, 8)),
-    *(
-        ((37,), 128, 4),
-        ((2, 256), 2560, 4),
-        ((1,), 1280, 4),
-    ),  # in bfloat16 the CUDA kernels take these
-)
+# (leading shape, C, n): odd, tiny, the fast path, batch axes; the last three for the CUDA kernels too.
+ODD = (((37,), 200, 4), ((5,), 136, 2), ((33,), 129, 8))
+SHAPES = (*ODD, ((37,), 128, 4), ((2, 256), 2560, 4), ((1,), 1280, 4))
 
 
 def _cases(lead, C, n) -> dict[str, tuple[Callable, list]]:

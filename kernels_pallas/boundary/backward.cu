@@ -167,6 +167,7 @@ struct Sums {
 };
 
 __device__ __forceinline__ float4 load4(const unsigned char* p) { return *reinterpret_cast<const float4*>(p); }
+
 __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigned char* own, unsigned char* total,
                                              const float4* phi, float (&dphi)[2][3][4], int warp, int lane,
                                              int tokens) {

@@ -99,6 +99,11 @@ def phi_fragments(phi: jax.Array) -> jax.Array:
     return terms.transpose(3, 4, 1, 7, 8, 5, 0, 2, 6).reshape(-1, 8, 2, 3, 32, 8)
 
 
+def _full_waves(items: int, slots: int) -> float:
+    """Time of `items` programs in full waves of the card over the ideal time."""
+    return cdiv(items, slots) * slots / items
+
+
 def _forward_splits(steps: int, tiles: int) -> int:
     """Programs that share the rows of a tile, a divisor of its steps: two or more where it has any.
 
@@ -108,8 +113,7 @@ def _forward_splits(steps: int, tiles: int) -> int:
     divisors, slots = [s for s in range(2, 9) if steps % s == 0], multiprocessors()
 
     def cost(splits: int) -> float:
-        items = tiles * splits
-        return cdiv(items, slots) * slots / items + 0.01 * splits
+        return _full_waves(tiles * splits, slots) + 0.01 * splits
 
     return min(divisors or [1], key=cost)
 
@@ -122,7 +126,7 @@ def _splits(slabs: int, tiles: int) -> int:
     slots = 2 * multiprocessors()
 
     def cost(splits: int) -> float:
-        # Full waves over ideal time, and 0.5 % for each further partial sum of dphi.
-        return cdiv(slabs * splits, slots) * slots / (slabs * splits) + 0.005 * splits
+        # And 0.5 % for each further partial sum of dphi.
+        return _full_waves(slabs * splits, slots) + 0.005 * splits
 
     return min(range(1, min(tiles, 64) + 1), key=cost)

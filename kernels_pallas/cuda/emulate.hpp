@@ -63,48 +63,41 @@ inline u32 round_bf16(float x) {
 
 inline double drop_tf32(u32 word) { return bits<float>(word & 0xffffe000u); }
 
-// Lanes' words: d (4), a (4), b (2).
-inline void multiply_tf32_words(Warp& warp) {
+// A product d += a b for a [16, K], b [K, 8]; lanes' words: d (4), a (4), b (2). `load(words, g, q, a, b)` places a
+// lane's words of a and b.
+template <int K, class Load>
+inline void multiply_words(Warp& warp, Load load) {
   typedef double Row __attribute__((vector_size(64)));
-  double a[16][8];
-  Row b[8], d[16];
+  double a[16][K];
+  Row b[K], d[16];
   for (int lane = 0; lane < 32; ++lane) {
     const u32* word = warp.word[lane];
     const int g = lane / 4, q = lane % 4;
-    for (int i = 0; i < 4; ++i) {
-      d[g + i / 2 * 8][2 * q + i % 2] = bits<float>(word[i]);
-      a[g + i % 2 * 8][q + i / 2 * 4] = drop_tf32(word[4 + i]);
-    }
-    for (int i = 0; i < 2; ++i) b[q + 4 * i][g] = drop_tf32(word[8 + i]);
+    for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * q + i % 2] = bits<float>(word[i]);
+    load(word + 4, g, q, a, b);
   }
   for (int row = 0; row < 16; ++row)
-    for (int k = 0; k < 8; ++k) d[row] += a[row][k] * b[k];
+    for (int k = 0; k < K; ++k) d[row] += a[row][k] * b[k];
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i)
       warp.word[lane][i] = bits<u32>(float(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]));
 }
 
-// Lanes' words: four of d, four of a, two of b.
+inline void multiply_tf32_words(Warp& warp) {
+  multiply_words<8>(warp, [](const u32* word, int g, int q, auto& a, auto& b) {
+    for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][q + i / 2 * 4] = drop_tf32(word[i]);
+    for (int i = 0; i < 2; ++i) b[q + 4 * i][g] = drop_tf32(word[4 + i]);
+  });
+}
+
 inline void multiply_bf16_words(Warp& warp) {
-  typedef double Row __attribute__((vector_size(64)));
-  double a[16][16];
-  Row b[16], d[16];
-  for (int lane = 0; lane < 32; ++lane) {
-    const u32* word = warp.word[lane];
-    const int g = lane / 4, q = lane % 4;
-    for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * q + i % 2] = bits<float>(word[i]);
-    for (int i = 0; i < 4; ++i)
-      for (int half = 0; half < 2; ++half)
-        a[g + i % 2 * 8][2 * q + half + i / 2 * 8] = bits<float>(half ? word[4 + i] & 0xffff0000u : word[4 + i] << 16);
-    for (int i = 0; i < 2; ++i)
-      for (int half = 0; half < 2; ++half)
-        b[2 * q + half + 8 * i][g] = bits<float>(half ? word[8 + i] & 0xffff0000u : word[8 + i] << 16);
-  }
-  for (int row = 0; row < 16; ++row)
-    for (int k = 0; k < 16; ++k) d[row] += a[row][k] * b[k];
-  for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 4; ++i)
-      warp.word[lane][i] = bits<u32>(float(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]));
+  multiply_words<16>(warp, [](const u32* word, int g, int q, auto& a, auto& b) {
+    for (int half = 0; half < 2; ++half) {
+      auto number = [&](int i) { return bits<float>(half ? word[i] & 0xffff0000u : word[i] << 16); };
+      for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][2 * q + half + i / 2 * 8] = number(i);
+      for (int i = 0; i < 2; ++i) b[2 * q + half + 8 * i][g] = number(4 + i);
+    }
+  });
 }
 
 }  // namespace emulate
