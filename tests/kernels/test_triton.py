@@ -20,7 +20,7 @@ import numpy as np
 import kernels_pallas as kp
 from kernels_pallas import triton_call, triton_sums
 from kernels_pallas.boundary import gpu_cuda
-from kernels_pallas.cuda import emulate
+from kernels_pallas.testing import emulate
 
 assert triton_call.INTERPRET, "conftest.py sets TRITON_INTERPRET before triton is imported"
 
