@@ -57,7 +57,7 @@ def sinkhorn(
     Args:
       logits: `[..., n, n]`, any floating dtype; entry (i, j) is from stream j into stream i.
       num_iterations: t_max of the paper, at least 1.
-      implementation: None (best of the platform), "xla", "pallas" or "triton".
+      implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
       `h_res` `[..., n, n]` in float32 (float64 for float64 logits). The gradient recomputes the iterates

@@ -19,7 +19,6 @@ import numpy as np
 
 import kernels_pallas as kp
 from kernels_pallas import triton_call, triton_sums
-from kernels_pallas.boundary import gpu_cuda
 from kernels_pallas.cuda import emulate
 
 assert triton_call.INTERPRET, "conftest.py sets TRITON_INTERPRET before triton is imported"
@@ -43,8 +42,13 @@ CASES = [
 FEW = [
     pytest.param(9, 136, 4, BF16, id="n4-bf16"),
     pytest.param(3, 200, 2, F32, id="n2-f32"),
-    pytest.param(37, 128, 4, BF16, id="cuda", marks=needs_gcc),  # what the CUDA C++ kernels take
-    pytest.param(3, 64, 4, BF16, id="cuda-small", marks=needs_gcc),
+]
+# With the implementation. 128: what the CUDA C++ kernels take, too.
+FUSED = [
+    *(pytest.param("triton", *case.values, id=case.id) for case in FEW),
+    pytest.param("triton", 5, 128, 4, BF16, id="triton-where-cuda-fits"),
+    pytest.param("cuda", 37, 128, 4, BF16, id="cuda", marks=needs_gcc),
+    pytest.param("cuda", 3, 64, 4, BF16, id="cuda-small", marks=needs_gcc),
 ]
 
 
@@ -67,8 +71,8 @@ def error(actual, expected):
     return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
-def assert_as_good_as_xla(f, args, cotangent, truth):
-    ours = value_and_vjp(f, "triton", args, cotangent)
+def assert_as_good_as_xla(f, args, cotangent, truth, implementation="triton"):
+    ours = value_and_vjp(f, implementation, args, cotangent)
     xla = value_and_vjp(f, "xla", args, cotangent)
     assert len(ours) == len(xla) == len(truth)
     for k, (a, b, t) in enumerate(zip(ours, xla, truth)):
@@ -181,8 +185,8 @@ def read_options(n, with_norm):
 
 
 @pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize(("T", "C", "n", "dtype"), FEW)
-def test_read(T, C, n, dtype, with_norm):
+@pytest.mark.parametrize(("implementation", "T", "C", "n", "dtype"), FUSED)
+def test_read(implementation, T, C, n, dtype, with_norm):
     x, p = normal(0, T, n * C, dtype=dtype), parameters(n, C)
     w = normal(5, C) if with_norm else None
     cotangent = (normal(6, T, C, dtype=dtype), normal(7, T, n), normal(8, T, n, n))
@@ -190,11 +194,11 @@ def test_read(T, C, n, dtype, with_norm):
     outputs, cotangents = read_truth(x, *p, w, n, cotangent)
     args = (x, *p, w) if with_norm else (x, *p)
     f = read_options(n, with_norm)(kp.read)
-    assert_as_good_as_xla(f, args, cotangent, outputs + cotangents)
+    assert_as_good_as_xla(f, args, cotangent, outputs + cotangents, implementation)
 
 
-@pytest.mark.parametrize(("T", "C", "n", "dtype"), FEW)
-def test_boundary_is_the_composition_of_its_parts(T, C, n, dtype):
+@pytest.mark.parametrize(("implementation", "T", "C", "n", "dtype"), FUSED)
+def test_boundary_is_the_composition_of_its_parts(implementation, T, C, n, dtype):
     x, y = normal(0, T, n * C, dtype=dtype), normal(10, T, C, dtype=dtype)
     h_post, h_res, p = normal(11, T, n), normal(12, T, n, n), parameters(n, C)
     cotangent = (normal(6, T, C, dtype=dtype), normal(7, T, n), normal(8, T, n, n))
@@ -204,9 +208,9 @@ def test_boundary_is_the_composition_of_its_parts(T, C, n, dtype):
     outputs[-1] = oracle.post_res(x, y, h_post, h_res)
     truth = outputs + [*oracle.post_res_vjp(x, y, h_post, h_res, g), *d_parameters]
     f = read_options(n, with_norm=False)(kp.boundary)
-    assert_as_good_as_xla(f, (x, y, h_post, h_res, *p), cotangent, truth)
-    fused = kp.boundary(x, y, h_post, h_res, *p, n=n, implementation="triton")
-    if gpu_cuda.takes_forward(x, n):  # the projection reads the streams as they were rounded
+    assert_as_good_as_xla(f, (x, y, h_post, h_res, *p), cotangent, truth, implementation)
+    fused = kp.boundary(x, y, h_post, h_res, *p, n=n, implementation=implementation)
+    if implementation == "cuda":  # the projection reads the streams as they were rounded
         parts = kp.read(fused[-1], *p, n=n, implementation="triton")
         for a, b in zip(fused[:3], parts[:3]):
             np.testing.assert_allclose(np.asarray(a, F32), np.asarray(b, F32), rtol=1e-2, atol=1e-6)

@@ -1,7 +1,7 @@
-"""Launches of the CUDA kernels behind `read` and `boundary`, where they are faster than Triton's.
+"""Launches of forward.cu and backward.cu, and what these kernels take.
 
 They take n = 4, bfloat16 streams and C in multiples of 64, on GPUs of compute capability 9.0 and 10 (and
-backward.cu 8.0); gpu.py uses its Triton kernels for the rest.
+backward.cu 8.0).
 """
 
 import jax
@@ -15,7 +15,7 @@ from kernels_pallas.triton_call import cdiv, multiprocessors, num_tokens, struct
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
 # Two tiles of x and y for each of eight warps, and two of phi (forward.cu).
-_FORWARD_BYTES = 2 * 8 * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
+FORWARD_BYTES = 2 * 8 * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
 
 
 def _shared_bytes(mix: bool) -> int:
@@ -27,21 +27,30 @@ def _shared_bytes(mix: bool) -> int:
     return 3 * rows + 2 * own + phi + mix * 2 * total
 
 
-def takes_forward(streams: jax.Array, n: int) -> bool:
-    """Whether forward.cu takes these streams and runs on this device."""
-    return _fits(streams, n) and cuda_call.available(_FORWARD_BYTES)
+BACKWARD_BYTES = _shared_bytes(mix=True)
 
 
-def takes_backward(streams: jax.Array, n: int) -> bool:
-    """Whether backward.cu takes these streams and runs on this device."""
-    return _fits(streams, n) and cuda_call.available(_shared_bytes(mix=True))
+def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
+    """Raises NotImplementedError for streams that the kernels do not take, or where they cannot run.
 
-
-def _fits(streams, n):
-    # The kernels count 16 bytes of the streams in 32 bits, with a sign.
+    Args:
+      streams: shape and dtype count; of one device, since the kernels count 16 bytes of the streams in 32
+        bits, with a sign.
+      n: number of streams.
+      shared_bytes: `FORWARD_BYTES` or `BACKWARD_BYTES`.
+    """
     T, C = num_tokens(streams.shape[:-1]), streams.shape[-1] // n
-    fits = n == 4 and C % _COLUMNS == 0 and T * C < 1 << 32
-    return fits and streams.dtype == jnp.bfloat16
+    if n != 4:
+        raise NotImplementedError(f"n={n}: the CUDA kernels take n = 4")
+    if streams.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"{streams.dtype} streams: the CUDA kernels take bfloat16")
+    if C % _COLUMNS:
+        raise NotImplementedError(f"C={C}: the CUDA kernels take multiples of {_COLUMNS}")
+    if T * C >= 1 << 32:
+        raise NotImplementedError(f"T*C={T * C} on a device: the CUDA kernels take less than 2**32")
+    missing = cuda_call.missing(shared_bytes)
+    if missing:
+        raise NotImplementedError(missing)
 
 
 def backward_launch(T: int, C: int, *, mix: bool) -> CudaLaunch:
@@ -84,7 +93,7 @@ def forward_launch(T: int, C: int) -> CudaLaunch:
         outputs=(struct((T, 4 * C), jnp.bfloat16), struct((splits, T, 28))),
         constants={"C": C, "SPLITS": splits},
         num_warps=8,
-        shared_bytes=_FORWARD_BYTES,
+        shared_bytes=FORWARD_BYTES,
     )
 
 
