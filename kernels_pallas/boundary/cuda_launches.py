@@ -14,6 +14,9 @@ from kernels_pallas.triton_call import cdiv, multiprocessors, num_tokens, struct
 
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
+# bfloat16 numbers for one of the cotangent of the new streams in the products for dh_res and dh_post; what 1
+# costs and saves stands in backward.cu.
+TERMS = 2
 # Two tiles of x and y for each of eight warps, and two of phi (forward.cu).
 FORWARD_BYTES = 2 * 8 * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
 
@@ -53,8 +56,8 @@ def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
         raise NotImplementedError(missing)
 
 
-def backward_launch(T: int, C: int, *, mix: bool) -> CudaLaunch:
-    """The launch of backward.cu.
+def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLaunch:
+    """The launch of backward.cu; `terms`: bfloat16 numbers for one of t in dh_res and dh_post.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
     phi [4C, 24], fragments of ds and kappa (`mappings.gpu.backward_launch`), T; without `mix`, y, h_post and
@@ -73,7 +76,7 @@ def backward_launch(T: int, C: int, *, mix: bool) -> CudaLaunch:
             struct((slabs, T, 20) if mix else (1,)),
             struct((splits, 4 * C, 24)),
         ),
-        constants={"C": C, "MIX": int(mix)},
+        constants={"C": C, "MIX": int(mix), "TERMS": terms},
         num_warps=8,
         shared_bytes=_shared_bytes(mix),
     )

@@ -3,8 +3,9 @@
 Forward: F_post,res (`boundary`), the projection, one launch for its second stage and the mappings, F_pre.
 Backward: one reduction for dh_pre (5C) and the mappings. `read` then has one pass that sums every cotangent
 of the streams while it makes dphi (13C). In `boundary` the sum moves into F_post,res's backward, whose rows
-run at 95 % of the copy rate where Triton's tensor-core tiles reach 75 % (8C + 19C). Last one launch that
-finishes the sums. cuda.py has the same operations with the large passes in CUDA C++.
+run at 95 % of the copy rate where Triton's tensor-core tiles reach 75 % (8C + 19C). What comes through the
+projection is rounded to the dtype of the streams between the two: one rounding more than the definition has.
+Last one launch that finishes the sums. cuda.py has the same operations with the large passes in CUDA C++.
 """
 
 import jax

@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import pytest
 
 import kernels_pallas as kp
 from kernels_pallas import dispatch
-from kernels_pallas.precision import round_to_tf32, split_bf16
+from kernels_pallas.boundary import reference as boundary_reference
+from kernels_pallas.precision import round_to, round_to_tf32, split_bf16
 
 _spec = importlib.util.spec_from_file_location(
     "kernel_oracle", pathlib.Path(__file__).with_name("oracle.py")
@@ -258,6 +260,60 @@ def test_boundary_equals_its_parts():
     got, want = (value_and_vjp(f, args, cotangents) for f in (fused, parts))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         float32_close(a, b, 100)
+
+
+def fused_case(T, C, n, dtype):
+    """A call of `boundary` with norm, its arguments and cotangents, and what the oracle says of it."""
+    m, f32 = n * n + 2 * n, jnp.float32
+    update = normal(0, T, n * C, dtype=dtype), normal(1, T, C, dtype=dtype)
+    update += normal(2, T, n), normal(3, T, n, n)
+    phi = jnp.asarray(oracle.round_tf32(normal(4, n * C, m, scale=0.05)))
+    parameters = phi, normal(5, m), normal(6, 3), normal(7, C)
+    shapes = (((T, C), dtype), ((T, n), f32), ((T, n, n), f32), ((T, n * C), dtype))
+    cotangents = tuple(normal(8 + k, *s, dtype=d) for k, (s, d) in enumerate(shapes))
+
+    def call(*args):
+        *args, weight = args
+        norm = {"input_norm_weight": weight, "input_norm_eps": 1e-6}
+        return kp.boundary(*args, n=n, implementation="xla", **norm)
+
+    def truths(new_streams):
+        args, options = (update, *parameters), {"seen": new_streams, "eps": 1e-6}
+        vjp = oracle.boundary_vjp(*args, cotangents, n, **options)
+        return [*oracle.boundary(*args, n, **options), *vjp]
+
+    return call, (*update, *parameters), cotangents, truths
+
+
+def beyond_limits(case, results, truths):
+    judged = oracle.judge(case, results, truths)
+    return {leaf: pair for leaf, pair in judged.items() if not pair[0] <= pair[1]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "C", "n"), [(6, 72, 8), (37, 200, 4), (1, 320, 2)])
+def test_boundary_against_the_oracle(T, C, n, dtype):
+    call, args, cotangents, truths = fused_case(T, C, n, dtype)
+    results = jax.tree.leaves(value_and_vjp(call, args, cotangents))
+    assert not beyond_limits("boundary+norm", results, truths(results[3]))
+
+
+def test_the_limits_see_a_rounding_too_many_or_too_few(monkeypatch):
+    call, args, cotangents, truths = fused_case(37, 200, 4, jnp.bfloat16)
+    write = boundary_reference.post_res
+
+    def backward(x, y, h_post, h_res, g):
+        return write.backward(x, y, h_post, h_res, round_to(g, jnp.bfloat16))
+
+    rounded = types.SimpleNamespace(forward=write.forward, backward=backward)
+    for name, value, leaves in (
+        ("post_res", rounded, {"dx", "dy", "dh_post", "dh_res"}),
+        ("round_to_tf32", lambda ds: ds, {"dphi"}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(boundary_reference, name, value)
+            results = jax.tree.leaves(value_and_vjp(call, args, cotangents))
+        assert set(beyond_limits("boundary+norm", results, truths(results[3]))) == leaves
 
 
 @pytest.mark.parametrize("transform", ["vmap", "remat", "scan", "empty", "lead"])
