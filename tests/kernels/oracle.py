@@ -250,7 +250,7 @@ SUMS = 1e-5
 CANCELLING = 3e-5
 """dalpha, three sums of products that cancel: at most 7e-6 wherever it was measured."""
 TIES = 1e-4
-"""Behind ds and the cotangent behind the norm, which near the middle of two numbers may be rounded either way:
+"""Behind ds and the cotangent behind the norm, which near the middle of two numbers are rounded either way:
 at most 5e-5 wherever it was measured. Without the rounding of ds it would be 2e-4."""
 ROUNDED = 3e-3
 """One rounding to bfloat16 more than the definition has: 2e-3 where it was measured."""
