@@ -15,6 +15,9 @@ written as text: "boundary=cuda,sinkhorn=triton" (operations that are not in the
 A backend file has functions with the names and signatures of the reference's (`forward`, `backward`), and
 `check(*args, **static)`, which raises NotImplementedError with the offending number for what its kernels do
 not take. A direction that takes less has a `check_<direction>` instead.
+
+Kernels are called `mhc_<op>_<direction>` on every platform, with what they do in addition behind it:
+`mhc_pre_forward_normed`, `mhc_read_backward_sums`. Profiles find them by that.
 """
 
 import contextlib

@@ -20,6 +20,12 @@
 // of 2e-3 into dh_res and dh_post and of 1e-6 into dx and dy, for some 70 instructions and one barrier a tile less.
 #include "boundary/tile.cuh"
 
+#if MIX
+#define KERNEL mhc_boundary_backward
+#else
+#define KERNEL mhc_read_backward
+#endif
+
 namespace {
 
 constexpr int K = N * C;
@@ -304,9 +310,9 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 // x, g, dx [T, 4 C]; y, d, dy [T, C]; post, pre [T, 4]; res [T, 16]; phi [4 C, 24]; ds [tiles, 3, 32, 4] and
 // ds_pairs [tiles, 3, 32, 8] as the lanes want them; kappa [T]; sums [C / 64, T, 20]; dphi [splits, 4 C, 24].
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    boundary_backward(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* g,
-                      const bf16* d, const float* pre, const float* phi, const float* ds, const bf16* ds_pairs,
-                      const float* kappa, int T, bf16* dx, bf16* dy, float* sums, float* dphi_out) {
+    KERNEL(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* g, const bf16* d,
+           const float* pre, const float* phi, const float* ds, const bf16* ds_pairs, const float* kappa, int T,
+           bf16* dx, bf16* dy, float* sums, float* dphi_out) {
   SHARED_MEMORY(shared);
   const Arrays a = {x, y, post, res, g, d, pre, ds, ds_pairs, kappa};
   const u32 thread = threadIdx.x;

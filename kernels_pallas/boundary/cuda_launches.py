@@ -67,7 +67,7 @@ def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLau
     slabs = C // _COLUMNS
     splits = _splits(slabs, cdiv(T, _TOKENS))
     return CudaLaunch(
-        kernel="boundary_backward",
+        kernel="mhc_boundary_backward" if mix else "mhc_read_backward",
         source="boundary/backward.cu",
         grid=(slabs, splits),
         outputs=(
@@ -90,7 +90,7 @@ def forward_launch(T: int, C: int) -> CudaLaunch:
     """
     splits = _forward_splits(C // _COLUMNS, cdiv(T, 128))
     return CudaLaunch(
-        kernel="boundary_forward",
+        kernel="mhc_boundary_forward",
         source="boundary/forward.cu",
         grid=(min(multiprocessors(), cdiv(T, 128) * splits),),
         outputs=(struct((T, 4 * C), jnp.bfloat16), struct((splits, T, 28))),

@@ -51,7 +51,7 @@ def _root_mean_square(
 
 
 @triton.jit
-def mappings_kernel(
+def mhc_coefficients_forward(
     s_ptr,
     r_ptr,
     bias_ptr,
@@ -107,7 +107,7 @@ def forward_launch(
     m = n * n + 2 * n
     tokens = sinkhorn.tokens_per_program(n)
     return Launch(
-        kernel=mappings_kernel,
+        kernel=mhc_coefficients_forward,
         grid=(triton_call.cdiv(T, tokens),),
         outputs=(
             struct((T, n)),

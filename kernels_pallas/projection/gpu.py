@@ -22,7 +22,7 @@ MULTIPROCESSORS = 132
 
 
 @triton.jit
-def projection_kernel(
+def mhc_projection_forward(
     x_ptr,
     phi_ptr,
     T,
@@ -71,7 +71,7 @@ def projection_kernel(
 
 
 @triton.jit
-def finish_kernel(
+def mhc_projection_forward_sums(
     parts_ptr,
     T,
     s_ptr,
@@ -97,7 +97,7 @@ def finish_kernel(
 
 
 @triton.jit
-def projection_backward_kernel(
+def mhc_projection_backward(
     x_ptr,
     phi_ptr,
     r_ptr,
@@ -192,7 +192,7 @@ def forward_launch(T: int, K: int, m: int, dtype) -> Launch:
     splits = _forward_splits(cdiv(T, block_t), cdiv(K, block_k))
     k_split = cdiv(cdiv(K, block_k), splits) * block_k
     return Launch(
-        kernel=projection_kernel,
+        kernel=mhc_projection_forward,
         grid=(splits, cdiv(T, block_t)),
         outputs=(struct((splits, T, columns)),),
         constants={
@@ -228,7 +228,7 @@ def phi_terms(phi: jax.Array, rows: int, columns: int, pair: bool) -> jax.Array:
 def finish_launch(T: int, K: int, m: int, splits: int, norm_eps: float) -> Launch:
     """The launch of the second stage."""
     return Launch(
-        kernel=finish_kernel,
+        kernel=mhc_projection_forward_sums,
         grid=(cdiv(T, 64),),
         outputs=(struct((T, m)), struct((T,))),
         constants={
@@ -273,7 +273,7 @@ def backward_launch(
     tiles = cdiv(T, block_t)
     splits = _backward_splits(blocks, tiles, resident)
     return Launch(
-        kernel=projection_backward_kernel,
+        kernel=mhc_projection_backward,
         grid=(blocks, splits),
         outputs=(struct((T, K), dtype), struct((splits, K, m))),
         constants={

@@ -207,7 +207,7 @@ def test_triton_is_triton_alone_and_cuda_raises_where_it_cannot_run(monkeypatch)
         return jax.eval_shape(lambda *a: jax.vjp(f, *a)[1](f(*a)), *args)
 
     boundary("triton")
-    with pytest.raises(AssertionError, match="boundary_forward in CUDA"):
+    with pytest.raises(AssertionError, match="mhc_boundary_forward in CUDA"):
         boundary("cuda")
     monkeypatch.setattr(cuda_call, "missing", lambda shared_bytes: "there is no NVRTC")
     with pytest.raises(NotImplementedError, match="'cuda' cannot run: there is no NVRTC"):
