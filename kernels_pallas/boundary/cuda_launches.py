@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from kernels_pallas import cuda_call
 from kernels_pallas.cuda_call import CudaLaunch
 from kernels_pallas.precision import split_bf16
-from kernels_pallas.triton_call import cdiv, multiprocessors, num_tokens, struct
+from kernels_pallas.triton_call import cdiv, full_waves, multiprocessors, num_tokens, struct
 
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
@@ -111,11 +111,6 @@ def phi_fragments(phi: jax.Array) -> jax.Array:
     return terms.transpose(3, 4, 1, 7, 8, 5, 0, 2, 6).reshape(-1, 8, 2, 3, 32, 8)
 
 
-def _full_waves(items: int, slots: int) -> float:
-    """Time of `items` programs in full waves of the card over the ideal time."""
-    return cdiv(items, slots) * slots / items
-
-
 def _forward_splits(steps: int, tiles: int) -> int:
     """Programs that share the rows of a tile, a divisor of its steps: two or more where it has any.
 
@@ -125,7 +120,7 @@ def _forward_splits(steps: int, tiles: int) -> int:
     divisors, slots = [s for s in range(2, 9) if steps % s == 0], multiprocessors()
 
     def cost(splits: int) -> float:
-        return _full_waves(tiles * splits, slots) + 0.01 * splits
+        return full_waves(tiles * splits, slots) + 0.01 * splits
 
     return min(divisors or [1], key=cost)
 
@@ -139,6 +134,6 @@ def _splits(slabs: int, tiles: int) -> int:
 
     def cost(splits: int) -> float:
         # And 0.5 % for each further partial sum of dphi.
-        return _full_waves(slabs * splits, slots) + 0.005 * splits
+        return full_waves(slabs * splits, slots) + 0.005 * splits
 
     return min(range(1, min(tiles, 64) + 1), key=cost)

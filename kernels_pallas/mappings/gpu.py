@@ -1,7 +1,8 @@
 """Coefficients from the projection in Triton: a few floats a token, one thread a row of h_res.
 
-Both kernels also serve the fused operations: the forward can begin with the partial sums of a projection
-that was split over K, and the backward can end with the operands of the projection's backward.
+The kernels (the backward's stands in gpu_backward.py) serve the fused operations too. The forward can begin
+with the partial sums of a projection that was split over K; the backward can end with the operands of the
+projection's backward.
 """
 
 import jax

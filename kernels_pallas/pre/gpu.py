@@ -255,9 +255,9 @@ def forward_normed_launch(T: int, C: int, n: int, dtype, eps: float) -> Launch:
 def backward_normed_launch(T: int, C: int, n: int, dtype, eps: float, *, write_dx: bool) -> Launch:
     """The launch for x, h_pre, weight as above and d [T, C]: dh_pre, dweight parts, dx or dh."""
     # A row and its part of dweight: 16 registers a step. Four tokens a program and more: the parts of
-    # dweight then cost at most an eighth of the streams' traffic.
+    # dweight then cost at most an eighth of the streams' traffic. At most 16 programs a multiprocessor.
     blocks, warps = _row_blocks(C, dtype.itemsize, most_steps=5)
-    tokens = max(4, triton_call.cdiv(T, 132 * 16))
+    tokens = max(4, triton_call.cdiv(T, triton_call.multiprocessors() * 16))
     programs = triton_call.cdiv(T, tokens)
     return Launch(
         kernel=mhc_pre_backward_normed,

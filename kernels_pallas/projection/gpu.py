@@ -14,11 +14,8 @@ import triton.language as tl
 
 from kernels_pallas import triton_call
 from kernels_pallas.precision import split_bf16
-from kernels_pallas.triton_call import Launch, cdiv, struct
+from kernels_pallas.triton_call import Launch, cdiv, full_waves, multiprocessors, struct
 from kernels_pallas.triton_math import dot, dot_tf32, load_tile, opaque, store_tile
-
-# The card that block counts are fitted to; an H200 has 132 multiprocessors.
-MULTIPROCESSORS = 132
 
 
 @triton.jit
@@ -216,7 +213,7 @@ def _forward_splits(tiles: int, steps: int) -> int:
 
     H200, T 16384, C 2560: 90 us with one program, 95 with two; T 8192, C 4096: 118 with one, 72 with two.
     """
-    return max(1, min(cdiv(steps, 4), MULTIPROCESSORS // tiles, 32))
+    return max(1, min(cdiv(steps, 4), multiprocessors() // tiles, 32))
 
 
 def phi_terms(phi: jax.Array, rows: int, columns: int, pair: bool) -> jax.Array:
@@ -295,14 +292,12 @@ def backward_launch(
 
 def _backward_splits(blocks: int, tiles: int, per_multiprocessor: int) -> int:
     """Splits of the tokens: full waves of the card with the fewest partial sums of dphi."""
-    slots = per_multiprocessor * MULTIPROCESSORS
+    slots = per_multiprocessor * multiprocessors()
 
     def cost(splits: int) -> float:
-        waves = cdiv(blocks * splits, slots)
-        # Time in full waves over ideal time, 0.5 % for each further partial sum of dphi, and 10 % for the
-        # masks that uneven splits need.
+        # And 0.5 % for each further partial sum of dphi, and 10 % for the masks that uneven splits need.
         uneven = tiles % splits != 0
-        return waves * slots / (blocks * splits) + 0.005 * splits + 0.1 * uneven
+        return full_waves(blocks * splits, slots) + 0.005 * splits + 0.1 * uneven
 
     return min(range(1, min(tiles, 64) + 1), key=cost)
 

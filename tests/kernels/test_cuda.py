@@ -50,6 +50,28 @@ def test_results_do_not_depend_on_the_order_of_threads(mix):
 
 
 @pytest.mark.skipif(not emulate.available(), reason="no g++")
+@pytest.mark.parametrize(("terms", "least", "most"), [(1, 1e-3, 3e-3), (2, 0, 5e-6)])
+def test_terms_of_the_sums_over_columns(terms, least, most):
+    """dh_res and dh_post without the projection's part: t = g + h_pre d."""
+    T, C = 19, 128
+    x, y, post, res, g, d, pre, phi, ds, pairs, kappa, T = arguments(T, C)
+    launch = cuda_launches.backward_launch(T, C, mix=True, terms=terms)
+    zeros = (np.zeros_like(a) for a in (ds, pairs, kappa))
+    parts = launch.emulate(x, y, post, res, g, d, pre, phi, *zeros, T)[2].sum(0)
+    g, x = (a.astype(np.float64).reshape(T, 4, C) for a in (g, x))
+    t = g + np.einsum("ti,tc->tic", pre.astype(np.float64), d.astype(np.float64))
+    truth = np.concatenate(
+        [
+            np.einsum("tic,tjc->tij", t, x).reshape(T, 16),
+            np.einsum("tic,tc->ti", t, y.astype(np.float64)),
+        ],
+        axis=1,
+    )
+    error = np.linalg.norm(parts - truth) / np.linalg.norm(truth)
+    assert least <= error <= most
+
+
+@pytest.mark.skipif(not emulate.available(), reason="no g++")
 @pytest.mark.parametrize("programs", [1, 3])
 def test_forward_is_the_same_for_any_order_and_number_of_programs(programs):
     T, C = 300, 320  # 3 tiles of 128 tokens in 5 splits
@@ -84,6 +106,7 @@ def test_a_missing_barrier_is_seen(tmp_path):
 LAUNCHES = {
     "forward": cuda_launches.forward_launch(4096, 2560),
     "backward": cuda_launches.backward_launch(4096, 2560, mix=True),
+    "backward, one term": cuda_launches.backward_launch(4096, 2560, mix=True, terms=1),
     "backward of read": cuda_launches.backward_launch(4096, 2560, mix=False),
 }
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import sys
 import types
 
@@ -117,6 +118,24 @@ def test_sinkhorn_normalises_columns_first_and_rows_last():
     h_res = kp.sinkhorn(normal(0, 4, 4, scale=3.0), num_iterations=1, implementation="xla")
     np.testing.assert_allclose(h_res.sum(-1), 1, atol=1e-6)
     assert np.abs(h_res.sum(-2) - 1).max() > 1e-2
+
+
+SAID = re.findall(r"n = (\d): (\S+) in 99 % of the matrices, (\S+) in all of", kp.sinkhorn.__doc__)
+
+
+@pytest.mark.parametrize(("n", "most", "worst"), [(int(n), *map(float, s)) for n, *s in SAID])
+def test_column_sums_are_as_near_to_one_as_the_docstring_says(n, most, worst):
+    draws = [np.random.default_rng(seed).standard_normal((400, n, n)) for seed in range(30)]
+    logits = jnp.asarray(np.concatenate(draws), jnp.float32)
+    h_res = np.asarray(jax.jit(lambda x: kp.sinkhorn(x, implementation="xla"))(logits), np.float64)
+    off = np.abs(h_res.sum(-2) - 1).max(-1)
+    # Neither promised too much nor with more than a margin of 10.
+    assert most / 10 < np.quantile(off, 0.99) <= most
+    assert worst / 10 < off.max() <= worst
+
+
+def test_the_docstring_speaks_of_the_usual_numbers_of_streams():
+    assert [int(n) for n, *_ in SAID] == [2, 3, 4, 8]
 
 
 def test_sinkhorn_keeps_no_iterates():
@@ -383,6 +402,9 @@ def test_tf32_rounding_and_bf16_split():
     np.testing.assert_array_equal(rounded, oracle.round_tf32(x))
     high, low = split_bf16(rounded)
     np.testing.assert_array_equal(high.astype(jnp.float32) + low.astype(jnp.float32), rounded)
+    tiny = round_to_tf32(x / jnp.abs(x).min() * 2.0**-116)  # from here on low does not underflow
+    high, low = split_bf16(tiny)
+    np.testing.assert_array_equal(high.astype(jnp.float32) + low.astype(jnp.float32), tiny)
 
 
 def test_bad_arguments_name_the_number():

@@ -1,6 +1,7 @@
 """The fused Pallas kernels against the float64 oracle, every leaf within its limit."""
 
 import functools
+import math
 import re
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from interpreted import BF16, F32, QUICK, UNFUSED, assert_as_exact_as_xla, normal, value_and_vjp
 
 import kernels_pallas as kp
+from kernels_pallas.boundary import tpu_blocks
+from kernels_pallas.sinkhorn import tpu as sinkhorn
 
 EPS, ITERATIONS, DRAWS = 1e-6, 4, 4  # 4 iterations run the same code as 20
 # 300 tokens are three windows of one block in two parts, 1000 two of 512 tokens in blocks of 128 (forward of
@@ -134,6 +137,18 @@ def test_wide_rows_go_through_two_kernels_backward():
     assert kernels(10240) == {
         *("mhc_boundary_forward", "mhc_read_backward", "mhc_post_res_backward")
     }
+
+
+def test_blocks_and_scratch_are_as_the_docstrings_say():
+    for C in (1280, 2560):
+        width, bf16 = 4 * C, jnp.dtype(BF16)
+        assert tpu_blocks.forward_tokens(width, 4, bf16, fused=True) == 256
+        assert tpu_blocks.backward_tokens(width, 4, bf16, 20, fused=True) == 128
+    assert "At most 128 tokens a grid step backward" in tpu_blocks.__doc__
+    assert "and 256 forward" in tpu_blocks.__doc__
+    iterates = math.prod(sinkhorn.iterates_shape(4, 20, sinkhorn.TOKENS)) * 4
+    assert iterates == pytest.approx(2.4e6, rel=0.05)
+    assert "2.4 MB at n = 4 and 20 iterations" in sinkhorn.__doc__
 
 
 def test_no_tokens_launch_no_kernel():

@@ -5,6 +5,8 @@ The error of every output and cotangent may be at most twice that of implementat
 
 # ruff: noqa: E402 (imported once the packages are known to be there)
 import importlib.util
+import inspect
+import math
 import pathlib
 
 import pytest
@@ -16,10 +18,14 @@ for package in ("triton", "torch", "jax_triton"):
 import jax
 import jax.numpy as jnp
 import numpy as np
+import triton
+import triton.language as tl
 
 import kernels_pallas as kp
-from kernels_pallas import triton_call, triton_sums
+from kernels_pallas import triton_call, triton_math, triton_sums
 from kernels_pallas.cuda import emulate
+from kernels_pallas.pre import gpu as pre
+from kernels_pallas.projection import gpu as projection
 
 assert triton_call.INTERPRET, "conftest.py sets TRITON_INTERPRET before triton is imported"
 
@@ -219,6 +225,60 @@ def test_boundary(implementation, T, C, n, dtype):
         parts = kp.read(streams, *p, n=n, implementation="triton")
         for a, b in zip(fused, parts):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@triton.jit
+def exp_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, triton_math.exp(tl.load(x_ptr + at)))
+
+
+def test_exp_is_as_exact_as_its_docstring_says():
+    x = np.linspace(-87, 88, 4096, dtype=np.float32)  # below -87.3 results are subnormal
+    outputs = (triton_call.struct(x.shape),)
+    (y,) = triton_call.Launch(exp_kernel, (1,), outputs, {"N": x.size})(jnp.asarray(x))
+    truth = np.exp(x.astype(np.float64))
+    assert np.abs(np.asarray(y) / truth - 1).max() < 2e-7
+    assert "to about 1e-7 for x in [-110, 88]" in inspect.getdoc(triton_math.exp.fn)
+
+
+CARDS = {  # multiprocessors -> grids of the launches in `grids`
+    132: {"forward": (2, 64), "accumulate": (256, 16), "backward": (128, 2), "dweight": 2048},
+    148: {"forward": (2, 64), "accumulate": (256, 8), "backward": (128, 16), "dweight": 2048},
+}
+
+
+def grids():
+    T, C, n, bf16 = 8192, 4096, 4, jnp.dtype(BF16)
+    backward = {"capability": 90, "accumulate": True}
+    return {
+        "forward": projection.forward_launch(T, n * C, 24, bf16).grid,
+        "accumulate": projection.backward_launch(T, n * C, n, 24, bf16, **backward).grid,
+        "backward": projection.backward_launch(
+            T, n * C, 1, 24, bf16, **backward | {"accumulate": False}
+        ).grid,
+        "dweight": pre.backward_normed_launch(T, C, n, bf16, EPS, write_dx=True).grid[0],
+    }
+
+
+@pytest.mark.parametrize("count", [16, 78, 108, 132, 148])
+def test_programs_fill_the_waves_of_the_card_at_hand(monkeypatch, count):
+    monkeypatch.setattr(triton_call, "_device", lambda: _Card(count))
+    found = grids()
+    if count in CARDS:
+        assert found == CARDS[count]
+    for name, resident in (("accumulate", 3), ("backward", 2)):
+        programs = math.prod(found[name])
+        assert triton_call.full_waves(programs, resident * count) < 1.2
+    assert math.prod(found["forward"]) <= max(count, 64)  # tiles of tokens
+    assert found["dweight"] <= 16 * count
+
+
+class _Card:
+    compute_capability = "9.0"
+
+    def __init__(self, core_count):
+        self.core_count = core_count
 
 
 @pytest.mark.parametrize("with_weight", [False, True])
