@@ -24,7 +24,7 @@ def round_to(x: jax.Array, dtype) -> jax.Array:
 def split_bf16(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Splits TF32-rounded float32 `x` into bfloat16 (high, low) with high + low == x exactly.
 
-    High carries 8 of the 11 significant bits, the rest fits into low (unless low underflows, below 2^-116 = 1.2e-35).
+    High carries 8 of the 11 significant bits, the rest fits into low (unless low underflows: below 2^-116).
     """
     high = round_to(x, jnp.bfloat16)
     return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
