@@ -43,7 +43,7 @@ def _flags() -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="only compare with float64")
     parser.add_argument("--trace", action="store_true", help="only list the kernels of a sublayer")
-    parser.add_argument("--tpu_schedule", metavar="KIND", help="v5e, v5p, v6e or tpu7x")
+    parser.add_argument("--tpu_schedule", choices=("v5e", "v5p", "v6e", "tpu7x"), metavar="KIND")
     parser.add_argument("--shapes", help="T,C pairs, as 16384,2560:8192,4096 (default: all)")
     parser.add_argument("--baselines", type=int, default=1, help="0: neither xla nor PyTorch")
     parser.add_argument("--out", default=str(RESULTS), help="folder for the JSON and the chart")
