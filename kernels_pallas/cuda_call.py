@@ -3,7 +3,7 @@
 For what Triton cannot say: which register of which lane holds which element. The sources (`*.cu`) are
 compiled by NVRTC, the run-time compiler of CUDA that `jax[cuda13]` brings along, when a program is traced;
 the custom call of jaxlib that launches Triton's kernels launches their PTX. With `TRITON_INTERPRET=1` the
-same call runs `kernels_pallas.cuda.emulate` (needs g++), as Triton's kernels run in its interpreter.
+same call runs `kernels_pallas.testing.emulate` (in a clone, with g++), as Triton's run in its interpreter.
 """
 
 import ctypes
@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import triton_call
-from kernels_pallas.cuda import emulate
 from kernels_pallas.triton_call import INTERPRET, Launch
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -79,6 +78,8 @@ class CudaLaunch(Launch):
 
     def emulate(self, *args, seed: int = 0) -> tuple[np.ndarray, ...]:
         """Runs the kernel on numpy arrays; outputs begin as NaNs, so that a forgotten element is seen."""
+        from kernels_pallas.testing import emulate  # not in the wheel, hence only here
+
         outputs = [np.full(o.shape, jnp.nan, o.dtype) for o in self.outputs]
         kernel = emulate.compile(_FOLDER / self.source, self.kernel, self.constants)
         threads = 32 * self.num_warps
@@ -92,6 +93,10 @@ def missing(shared_bytes: int) -> str | None:
     With TRITON_INTERPRET=1: whether they can be emulated.
     """
     if INTERPRET:
+        try:
+            from kernels_pallas.testing import emulate
+        except ModuleNotFoundError:  # installed from the wheel
+            return "the CUDA kernels' emulator is in a clone alone"
         return None if emulate.available() else "the CUDA kernels' emulator needs g++"
     capability = triton_call.capability()
     if capability not in _DEVICES:

@@ -19,8 +19,8 @@ if importlib.util.find_spec("triton") is None:
 
 from kernels_pallas import cuda_call
 from kernels_pallas.boundary import cuda_launches
-from kernels_pallas.cuda import emulate
 from kernels_pallas.precision import round_to_tf32
+from kernels_pallas.testing import emulate
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 

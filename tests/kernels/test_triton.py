@@ -23,9 +23,9 @@ import triton.language as tl
 
 import kernels_pallas as kp
 from kernels_pallas import triton_call, triton_math, triton_sums
-from kernels_pallas.cuda import emulate
 from kernels_pallas.pre import gpu as pre
 from kernels_pallas.projection import gpu as projection
+from kernels_pallas.testing import emulate
 
 assert triton_call.INTERPRET, "conftest.py sets TRITON_INTERPRET before triton is imported"
 

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 _HERE = pathlib.Path(__file__).parent
+_PACKAGE = _HERE.parent  # the paths that sources include each other by begin here
 _DRIVER = """
 #define MHC_EMULATE
 #include "{source}"
@@ -199,7 +200,7 @@ def compile(source: pathlib.Path, kernel: str, defines: Mapping[str, object]) ->
       CompilationError: with g++'s messages.
     """
     driver = _DRIVER.format(source=pathlib.Path(source).resolve(), kernel=kernel)
-    command = ["g++", *_FLAGS, f"-I{_HERE}", f"-I{_HERE.parent}", f"-I{_HERE.parents[1]}"]
+    command = ["g++", *_FLAGS, f"-I{_HERE}", f"-I{_PACKAGE}", f"-I{_PACKAGE / 'cuda'}"]
     command += [f"-D{name}={value}" for name, value in defines.items()]
     # Preprocessed text holds all that the library depends on, included files too.
     text = _run([*command, "-E", "-x", "c++", "-"], driver)
