@@ -1,8 +1,5 @@
 """Every operation through JAX on this device against the float64 oracle of the tests, leaf by leaf."""
 
-import functools
-import importlib.util
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -10,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas as kp
+from kernels_pallas.testing import oracle  # in a clone
 
 EPS = 1e-6
 # (leading shape, C, n): odd, tiny, the fast path, batch axes; from 128 on for the CUDA kernels too.
@@ -17,16 +15,6 @@ ODD = (((37,), 200, 4), ((5,), 136, 2), ((33,), 129, 8), ((6,), 72, 8))
 SHAPES = (*ODD, ((37,), 128, 4), ((2, 256), 2560, 4), ((1,), 1280, 4))
 # Of boundary+norm in bfloat16 alone.
 WIDE = (((1000,), 1536, 4), ((129,), 1920, 4), ((257,), 3072, 4), ((4099,), 1280, 4))
-
-
-@functools.cache
-def load_oracle():
-    """tests/kernels/oracle.py of this clone."""
-    path = pathlib.Path(__file__).parents[2] / "tests/kernels/oracle.py"
-    spec = importlib.util.spec_from_file_location("kernel_oracle", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _arguments(case: str, lead: tuple[int, ...], C: int, n: int) -> list[tuple[str, tuple]]:
@@ -67,7 +55,6 @@ def _call(case: str, n: int, implementation: str) -> Callable:
 
 def _truth(case: str, arrays, cotangents, n: int, new_streams) -> list[np.ndarray]:
     """Outputs and cotangents; arrays and cotangents [T, ...]."""
-    oracle = load_oracle()
     op, _, norm = case.partition("+")
     weight = arrays[-1] if norm else None
     if norm:
@@ -112,7 +99,7 @@ def draw(rng: np.random.Generator, kind: str, shape, dtype) -> jax.Array:
     if kind == "r":
         values = 0.5 + np.abs(values)
     if kind == "phi":
-        values = load_oracle().round_tf32(0.05 * values)
+        values = oracle.round_tf32(0.05 * values)
     return jnp.asarray(values, dtype if kind == "x" else jnp.float32)
 
 
@@ -148,7 +135,6 @@ def _takes(choice, name: str) -> bool:
 
 def check_case(case, lead, C, n, dtype, implementation) -> str | None:
     """Prints one line; returns what is wrong."""
-    oracle = load_oracle()
     rng = np.random.default_rng(0)
     arguments = _arguments(case, lead, C, n)
     arrays = tuple(draw(rng, kind, shape, dtype) for kind, shape in arguments)
@@ -186,7 +172,7 @@ def check_case(case, lead, C, n, dtype, implementation) -> str | None:
 
 def run(shapes=SHAPES, wide=WIDE, dtypes=(jnp.bfloat16, jnp.float32)) -> bool:
     """Prints one line a case; returns whether every leaf is within its limit and the bits stay the same."""
-    cases = [(c, *s, d) for s in shapes for d in dtypes for c in load_oracle().LEAVES]
+    cases = [(c, *s, d) for s in shapes for d in dtypes for c in oracle.LEAVES]
     cases += [("boundary+norm", *s, jnp.bfloat16) for s in wide]
     bad = [
         check_case(*case, implementation)
@@ -230,7 +216,7 @@ def _transformations() -> bool:
     }
     good = True
     for name, (dx, dphi) in variants.items():
-        error = max(map(load_oracle().error, (dx, dphi), plain))
+        error = max(map(oracle.error, (dx, dphi), plain))
         good &= bool(error < 1e-2)
         print(f"{'ok  ' if error < 1e-2 else 'FAIL'} {name}: {error:.1e}", flush=True)
     return good

@@ -1,7 +1,5 @@
 """The operations and their gradients (implementation "xla") against the float64 oracle."""
 
-import importlib.util
-import pathlib
 import re
 import sys
 import types
@@ -15,12 +13,7 @@ import kernels_pallas as kp
 from kernels_pallas import dispatch
 from kernels_pallas.boundary import reference as boundary_reference
 from kernels_pallas.precision import round_to, round_to_tf32, split_bf16
-
-_spec = importlib.util.spec_from_file_location(
-    "kernel_oracle", pathlib.Path(__file__).with_name("oracle.py")
-)
-oracle = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(oracle)
+from kernels_pallas.testing import oracle
 
 T, C = 37, 201  # odd on purpose
 DTYPES = [jnp.float32, jnp.bfloat16]

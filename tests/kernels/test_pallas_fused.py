@@ -6,13 +6,13 @@ import re
 
 import jax
 import jax.numpy as jnp
-import oracle
 import pytest
 from interpreted import BF16, F32, QUICK, UNFUSED, assert_as_exact_as_xla, normal, value_and_vjp
 
 import kernels_pallas as kp
 from kernels_pallas.boundary import tpu_blocks
 from kernels_pallas.sinkhorn import tpu as sinkhorn
+from kernels_pallas.testing import oracle
 
 EPS, ITERATIONS, DRAWS = 1e-6, 4, 4  # 4 iterations run the same code as 20
 # 300 tokens are three windows of one block in two parts, 1000 two of 512 tokens in blocks of 128 (forward of

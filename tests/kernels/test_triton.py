@@ -7,7 +7,6 @@ The error of every output and cotangent may be at most twice that of implementat
 import importlib.util
 import inspect
 import math
-import pathlib
 
 import pytest
 
@@ -25,15 +24,9 @@ import kernels_pallas as kp
 from kernels_pallas import triton_call, triton_math, triton_sums
 from kernels_pallas.pre import gpu as pre
 from kernels_pallas.projection import gpu as projection
-from kernels_pallas.testing import emulate
+from kernels_pallas.testing import emulate, oracle
 
 assert triton_call.INTERPRET, "conftest.py sets TRITON_INTERPRET before triton is imported"
-
-_spec = importlib.util.spec_from_file_location(
-    "kernel_oracle", pathlib.Path(__file__).with_name("oracle.py")
-)
-oracle = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(oracle)
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 needs_gcc = pytest.mark.skipif(not emulate.available(), reason="no g++")
