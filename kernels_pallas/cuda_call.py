@@ -87,17 +87,38 @@ class CudaLaunch(Launch):
         return tuple(outputs)
 
 
-def available(shared_bytes: int) -> bool:
-    """Whether kernels with this much shared memory run here (or, with TRITON_INTERPRET=1, are emulated)."""
+def missing(shared_bytes: int) -> str | None:
+    """Why kernels with this much shared memory cannot run here, or None if they can.
+
+    With TRITON_INTERPRET=1: whether they can be emulated.
+    """
     if INTERPRET:
         try:
             from kernels_pallas.testing import emulate
         except ModuleNotFoundError:  # installed from the wheel
-            return False
-        return emulate.available()
+            return "the CUDA kernels' emulator is in a clone alone"
+        return None if emulate.available() else "the CUDA kernels' emulator needs g++"
     capability = triton_call.capability()
-    most, _ = _DEVICES.get(capability, (0, ""))
-    return shared_bytes <= most and _nvrtc(capability) is not None
+    if capability not in _DEVICES:
+        return _unknown(capability)
+    most, _ = _DEVICES[capability]
+    if shared_bytes > most:
+        return (
+            f"the CUDA kernel needs {shared_bytes >> 10} KiB of shared memory, a GPU of compute "
+            f"capability {capability / 10} has {most >> 10}"
+        )
+    if _nvrtc(capability) is None:
+        return _no_nvrtc(capability)
+    return None
+
+
+def _no_nvrtc(capability: int) -> str:
+    return f"there is no NVRTC for compute capability {capability / 10} (pip install -e '.[gpu]')"
+
+
+def _unknown(capability: int) -> str:
+    known = ", ".join(str(c / 10) for c in _DEVICES)
+    return f"the GPU has compute capability {capability / 10}: the CUDA kernels take {known}"
 
 
 @functools.cache
@@ -121,8 +142,8 @@ def _nvrtc(capability: int) -> ctypes.CDLL | None:
         if capability in _architectures(library):
             return library
     _log.warning(
-        "no NVRTC that knows compute capability %s (pip install -e '.[gpu]'): Triton's slower kernels "
-        "run for the boundary",
+        "no NVRTC that knows compute capability %s (pip install -e '.[gpu]'): where no implementation is "
+        "named, `read` and `boundary` run Triton's slower kernels",
         capability / 10,
     )
     return None
@@ -144,12 +165,11 @@ def compile_ptx(source: str, constants: tuple[tuple[str, int], ...], capability:
       RuntimeError: the compiler's message.
       NotImplementedError: another capability, or there is no NVRTC for it.
     """
-    library = _nvrtc(capability) if capability in _DEVICES else None
+    if capability not in _DEVICES:
+        raise NotImplementedError(_unknown(capability))
+    library = _nvrtc(capability)
     if library is None:
-        raise NotImplementedError(
-            f"compute capability {capability / 10}: the CUDA kernels take "
-            f"{', '.join(str(c / 10) for c in _DEVICES)}, where NVRTC (pip install -e '.[gpu]') knows it"
-        )
+        raise NotImplementedError(_no_nvrtc(capability))
 
     def check(result: int) -> None:
         if result:

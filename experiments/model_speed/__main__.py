@@ -32,8 +32,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 import jax
 import numpy as np
 
+from experiments.hardware import CHIPS
 from experiments.model_speed import profile
-from experiments.model_speed.flops import PEAK, attention_flops, parameter_flops
+from experiments.model_speed.flops import attention_flops, parameter_flops
 from experiments.timing import random_batch
 from mhc_jax.config import Config, from_dict
 from mhc_jax.train_step import abstract_batch, abstract_state, init_state, jit_train_step
@@ -205,7 +206,7 @@ class Arm:
     def finish(self, kind: str) -> None:
         """Adds to the result what follows from the times."""
         seconds = statistics.mean(self.ms) / 1e3
-        peak = PEAK.get(kind)
+        peak = CHIPS[kind].flops if kind in CHIPS else None
         one = self.result["tflop_of_parameters"] * 1e12
         both = one + self.result["tflop_of_attention"] * 1e12
         self.result |= {
@@ -283,10 +284,8 @@ def main(arguments: list[str] | None = None) -> None:
     for arm in fitting:
         arm.finish(device.device_kind)
     print(table([arm.result for arm in fitting]), flush=True)
-    if device.device_kind not in PEAK:
-        print(
-            f"no MFU: the peak of {device.device_kind!r} is not in experiments/model_speed/flops.py"
-        )
+    if device.device_kind not in CHIPS:
+        print(f"no MFU: the peak of {device.device_kind!r} is not in experiments/hardware.py")
     if limit:
         peak = device.memory_stats()["peak_bytes_in_use"] / 2**30
         print(f"most memory in use at any time, all arms: {peak:.1f} GiB", flush=True)

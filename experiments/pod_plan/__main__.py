@@ -34,7 +34,8 @@ from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from experiments.pod_plan.chips import Chip, chip_of, more_shares, pick_mesh
+from experiments.hardware import Chip
+from experiments.pod_plan.chips import chip_of, more_shares, pick_mesh
 from experiments.pod_plan.hlo import Costs, Program
 from mhc_jax import sharding
 from mhc_jax.config import Config, MeshConfig, from_dict

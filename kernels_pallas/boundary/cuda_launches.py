@@ -1,7 +1,7 @@
-"""Launches of the CUDA kernels behind `read` and `boundary`, where they are faster than Triton's.
+"""Launches of forward.cu and backward.cu, and what these kernels take.
 
 They take n = 4, bfloat16 streams and C in multiples of 64, on GPUs of compute capability 9.0 and 10 (and
-backward.cu 8.0); gpu.py uses its Triton kernels for the rest.
+backward.cu 8.0).
 """
 
 import jax
@@ -10,12 +10,15 @@ import jax.numpy as jnp
 from kernels_pallas import cuda_call
 from kernels_pallas.cuda_call import CudaLaunch
 from kernels_pallas.precision import split_bf16
-from kernels_pallas.triton_call import cdiv, multiprocessors, num_tokens, struct
+from kernels_pallas.triton_call import cdiv, full_waves, multiprocessors, num_tokens, struct
 
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
+# bfloat16 numbers for one of the cotangent of the new streams in the products for dh_res and dh_post; what 1
+# costs and saves stands in backward.cu.
+TERMS = 2
 # Two tiles of x and y for each of eight warps, and two of phi (forward.cu).
-_FORWARD_BYTES = 2 * 8 * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
+FORWARD_BYTES = 2 * 8 * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
 
 
 def _shared_bytes(mix: bool) -> int:
@@ -27,25 +30,34 @@ def _shared_bytes(mix: bool) -> int:
     return 3 * rows + 2 * own + phi + mix * 2 * total
 
 
-def takes_forward(streams: jax.Array, n: int) -> bool:
-    """Whether forward.cu takes these streams and runs on this device."""
-    return _fits(streams, n) and cuda_call.available(_FORWARD_BYTES)
+BACKWARD_BYTES = _shared_bytes(mix=True)
 
 
-def takes_backward(streams: jax.Array, n: int) -> bool:
-    """Whether backward.cu takes these streams and runs on this device."""
-    return _fits(streams, n) and cuda_call.available(_shared_bytes(mix=True))
+def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
+    """Raises NotImplementedError for streams that the kernels do not take, or where they cannot run.
 
-
-def _fits(streams, n):
-    # The kernels count 16 bytes of the streams in 32 bits, with a sign.
+    Args:
+      streams: shape and dtype count; of one device, since the kernels count 16 bytes of the streams in 32
+        bits, with a sign.
+      n: number of streams.
+      shared_bytes: `FORWARD_BYTES` or `BACKWARD_BYTES`.
+    """
     T, C = num_tokens(streams.shape[:-1]), streams.shape[-1] // n
-    fits = n == 4 and C % _COLUMNS == 0 and T * C < 1 << 32
-    return fits and streams.dtype == jnp.bfloat16
+    if n != 4:
+        raise NotImplementedError(f"n={n}: the CUDA kernels take n = 4")
+    if streams.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"{streams.dtype} streams: the CUDA kernels take bfloat16")
+    if C % _COLUMNS:
+        raise NotImplementedError(f"C={C}: the CUDA kernels take multiples of {_COLUMNS}")
+    if T * C >= 1 << 32:
+        raise NotImplementedError(f"T*C={T * C} on a device: the CUDA kernels take less than 2**32")
+    missing = cuda_call.missing(shared_bytes)
+    if missing:
+        raise NotImplementedError(missing)
 
 
-def backward_launch(T: int, C: int, *, mix: bool) -> CudaLaunch:
-    """The launch of backward.cu.
+def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLaunch:
+    """The launch of backward.cu; `terms`: bfloat16 numbers for one of t in dh_res and dh_post.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
     phi [4C, 24], fragments of ds and kappa (`mappings.gpu.backward_launch`), T; without `mix`, y, h_post and
@@ -55,7 +67,7 @@ def backward_launch(T: int, C: int, *, mix: bool) -> CudaLaunch:
     slabs = C // _COLUMNS
     splits = _splits(slabs, cdiv(T, _TOKENS))
     return CudaLaunch(
-        kernel="boundary_backward",
+        kernel="mhc_boundary_backward" if mix else "mhc_read_backward",
         source="boundary/backward.cu",
         grid=(slabs, splits),
         outputs=(
@@ -64,7 +76,7 @@ def backward_launch(T: int, C: int, *, mix: bool) -> CudaLaunch:
             struct((slabs, T, 20) if mix else (1,)),
             struct((splits, 4 * C, 24)),
         ),
-        constants={"C": C, "MIX": int(mix)},
+        constants={"C": C, "MIX": int(mix), "TERMS": terms},
         num_warps=8,
         shared_bytes=_shared_bytes(mix),
     )
@@ -78,13 +90,13 @@ def forward_launch(T: int, C: int) -> CudaLaunch:
     """
     splits = _forward_splits(C // _COLUMNS, cdiv(T, 128))
     return CudaLaunch(
-        kernel="boundary_forward",
+        kernel="mhc_boundary_forward",
         source="boundary/forward.cu",
         grid=(min(multiprocessors(), cdiv(T, 128) * splits),),
         outputs=(struct((T, 4 * C), jnp.bfloat16), struct((splits, T, 28))),
         constants={"C": C, "SPLITS": splits},
         num_warps=8,
-        shared_bytes=_FORWARD_BYTES,
+        shared_bytes=FORWARD_BYTES,
     )
 
 
@@ -99,11 +111,6 @@ def phi_fragments(phi: jax.Array) -> jax.Array:
     return terms.transpose(3, 4, 1, 7, 8, 5, 0, 2, 6).reshape(-1, 8, 2, 3, 32, 8)
 
 
-def _full_waves(items: int, slots: int) -> float:
-    """Time of `items` programs in full waves of the card over the ideal time."""
-    return cdiv(items, slots) * slots / items
-
-
 def _forward_splits(steps: int, tiles: int) -> int:
     """Programs that share the rows of a tile, a divisor of its steps: two or more where it has any.
 
@@ -113,7 +120,7 @@ def _forward_splits(steps: int, tiles: int) -> int:
     divisors, slots = [s for s in range(2, 9) if steps % s == 0], multiprocessors()
 
     def cost(splits: int) -> float:
-        return _full_waves(tiles * splits, slots) + 0.01 * splits
+        return full_waves(tiles * splits, slots) + 0.01 * splits
 
     return min(divisors or [1], key=cost)
 
@@ -127,6 +134,6 @@ def _splits(slabs: int, tiles: int) -> int:
 
     def cost(splits: int) -> float:
         # And 0.5 % for each further partial sum of dphi.
-        return _full_waves(slabs * splits, slots) + 0.005 * splits
+        return full_waves(slabs * splits, slots) + 0.005 * splits
 
     return min(range(1, min(tiles, 64) + 1), key=cost)
