@@ -11,7 +11,7 @@ from jax.interpreters import batching, mlir
 _NEEDS = {"pallas": "tpu", "triton": "cuda", "cuda": "cuda"}
 _NAMES = {"cuda": "an NVIDIA GPU", "rocm": "an AMD GPU", "tpu": "a TPU", "cpu": "a CPU"}
 
-_require_p = Primitive("mhc_require_platform")
+_require_p = Primitive("require_platform")
 
 
 def require_platform(op: str, implementation: str, args: tuple) -> tuple:

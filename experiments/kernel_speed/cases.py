@@ -69,7 +69,7 @@ def _case(name, units, floats_per_token, inputs, run, parameter_copies=0) -> Cas
     return Case(name, units, extra, functools.partial(_inputs, inputs), run)
 
 
-def sublayers(implementation: str, count: int, mode: str, x, g, *parameters) -> tuple:
+def sublayers(implementation: str | None, count: int, mode: str, x, g, *parameters) -> tuple:
     """Forward and backward of `count` sublayers whose F is nothing (a barrier to XLA's fusions)."""
 
     def chain(x, parameters):

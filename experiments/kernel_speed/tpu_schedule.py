@@ -16,15 +16,12 @@ Nothing here is a measurement. Expected: every kernel but mappings and sinkhorn 
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
 import tempfile
 
 from experiments.hardware import CHIPS
-
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +201,12 @@ def print_table(kind: str, num_tokens: int, width: int, rows: list[dict]) -> Non
 
 
 def main(
-    kind: str, shapes: tuple[tuple[int, int], ...] = ((16384, 2560),), only: tuple[str, ...] = ()
+    kind: str,
+    shapes: tuple[tuple[int, int], ...] = ((16384, 2560),),
+    only: tuple[str, ...] = (),
+    folder: pathlib.Path | None = None,
 ) -> list[dict]:
-    """Prints the table for one kind of TPU and writes results/tpu_schedule_<kind>.json.
+    """Prints the table for one kind of TPU; keeps all kernels in results/tpu_<kind>.json, "schedule".
 
     Must be the first to import jax in its process, since libtpu reads its flags once.
     """
@@ -225,9 +225,14 @@ def main(
             ]
             print_table(kind, num_tokens, width, rows)
             results.append({"T": num_tokens, "C": width, "kernels": rows})
-    RESULTS.mkdir(exist_ok=True)
-    content = {"kind": kind, "what": "estimate", **dataclasses.asdict(cores), "shapes": results}
-    (RESULTS / f"tpu_schedule_{kind}.json").write_text(json.dumps(content, indent=1) + "\n")
+    if not only:
+        peaks = {"bandwidth": CHIPS[kind].bandwidth, **dataclasses.asdict(cores)}
+        content = {"what": "estimate", **peaks, "shapes": results}
+        from experiments import record  # imports jax
+
+        device = record.device_slug(f"TPU {kind}")
+        path = record.update("kernel_speed", "schedule", content, device=device, folder=folder)
+        print(f"wrote {path}")
     return results
 
 

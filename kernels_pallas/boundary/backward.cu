@@ -335,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   float dphi[2][3][4] = {};
 
   // Between two barriers one tile is filled, one computed in, and the one before written out. With two terms a
-  // third barrier keeps t of the tile before until all warps have it.
+  // second barrier keeps t of the tile before until all warps have it.
   int current = 0, parity = 0;
   for (; first - apart < T; first += apart) {
     copy_async_wait<0>();

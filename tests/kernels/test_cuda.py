@@ -35,11 +35,19 @@ def arguments(T, C):
     return [*(rng.standard_normal(s).astype(d) for s, d in zip(shapes, dtypes)), T]
 
 
+def long_backward(T, C, **options):
+    """The backward's launch with two programs a slab, so that each walks over several tiles."""
+    launch = cuda_launches.backward_launch(T, C, **options)
+    *outputs, dphi = launch.outputs
+    outputs.append(dphi.update(shape=(2, *dphi.shape[1:])))
+    return dataclasses.replace(launch, grid=(launch.grid[0], 2), outputs=tuple(outputs))
+
+
 @pytest.mark.skipif(not emulate.available(), reason="no g++")
-@pytest.mark.parametrize("mix", [False, True])
-def test_results_do_not_depend_on_the_order_of_threads(mix):
+@pytest.mark.parametrize(("mix", "terms"), [(False, 2), (True, 1), (True, 2)])
+def test_results_do_not_depend_on_the_order_of_threads(mix, terms):
     T, C = 16 * 7 + 5, 128
-    launch = cuda_launches.backward_launch(T, C, mix=mix)
+    launch = long_backward(T, C, mix=mix, terms=terms)
     first, *others = (launch.emulate(*arguments(T, C), seed=seed) for seed in (0, 1, 2))
     used = first if mix else [first[0], first[3]]  # a read has no y
     for out in used:
@@ -89,18 +97,21 @@ def test_forward_is_the_same_for_any_order_and_number_of_programs(programs):
 
 
 @pytest.mark.skipif(not emulate.available(), reason="no g++")
-def test_a_missing_barrier_is_seen(tmp_path):
-    """The test above can fail: without the barrier of its loop the kernel is wrong."""
+@pytest.mark.parametrize(
+    ("barrier", "output"),
+    [("    __syncthreads();\n", 0), ("if (TERMS == 2) __syncthreads();\n", 2)],
+)
+def test_a_missing_barrier_is_seen(tmp_path, barrier, output):
+    """The test above can fail: without a barrier of its loop the kernel is wrong."""
     source = (pathlib.Path(cuda_call.__file__).parent / "boundary/backward.cu").read_text()
-    broken = source.replace("__syncthreads();", "")
-    assert broken != source
+    assert source.count(barrier) == 1
     path = tmp_path / "backward.cu"
-    path.write_text(broken)
+    path.write_text(source.replace(barrier, "\n"))
     T, C = 16 * 7 + 5, 128
-    launch = cuda_launches.backward_launch(T, C, mix=True)
+    launch = long_backward(T, C, mix=True, terms=2)
     right = launch.emulate(*arguments(T, C))
     wrong = dataclasses.replace(launch, source=str(path)).emulate(*arguments(T, C), seed=1)
-    assert not np.array_equal(right[0].view(np.uint8), wrong[0].view(np.uint8))
+    assert not np.array_equal(right[output].view(np.uint8), wrong[output].view(np.uint8))
 
 
 LAUNCHES = {
