@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
@@ -192,3 +193,21 @@ def test_public_names_exist():
     for package in (kernels_pallas, mhc_jax):
         assert all(hasattr(package, name) for name in package.__all__)
     assert {"token_sharding", "IMPLEMENTATIONS", "__version__"} <= set(kernels_pallas.__all__)
+
+
+def test_contributing_names_files_and_markers_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    # Of a new thing's own files the place is a pattern, with <...> in it.
+    paths = {p for p in re.findall(r"`([\w./]+/[\w./]*)`", text) if "<" not in p}
+    missing = sorted(p for p in paths if not (ROOT / p).exists())
+    assert len(paths) > 30
+    assert not missing
+    for name in re.findall(r"`([A-Z_]{3,})` (?:of|in) `([\w./]+)`", text):
+        assert re.search(rf"^{name[0]}\b", (ROOT / name[1]).read_text(), re.MULTILINE), name
+    markers = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    assert markers == {
+        line.split(":")[0]
+        for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"][
+            "ini_options"
+        ]["markers"]
+    }

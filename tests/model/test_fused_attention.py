@@ -108,7 +108,7 @@ lowered.compile()
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", pytest.param("v6e:2x2", marks=pytest.mark.slow)])
 def test_compiles_for_tpu(topology):
     """Latent attention of the 27B model, 192 and 128 wide, heads and sequence split."""
     in_a_process(COMPILE_FOR_TPU, topology, TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")

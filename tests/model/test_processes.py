@@ -87,13 +87,16 @@ def test_stopped_and_resumed_by_other_numbers_of_processes(tmp_path):
     first = stop(start(workdir, 2, 2, mesh), workdir, 3, signalled=1)
     # Four processes, of which two read the same rows each.
     second = stop(start(workdir, 4, 1, mesh), workdir, first + 3, signalled=2)
-    last = stop(start(workdir, 1, 1, {}), workdir, second + 3, signalled=0)
+    # One process, which is this one; then all steps again without a stop.
+    last = second + 3
     values = default.get_config()
     values.update_from_flattened_dict(TINY)
-    straight = train_module.Run(from_dict(values), tmp_path / "straight")
-    with pytest.raises(train_module.Interrupted):
-        straight.loop(lambda step: step == last, "straight")
-    straight.close()
+    for folder in (workdir, tmp_path / "straight"):
+        run = train_module.Run(from_dict(values), folder)
+        assert run.step == (second if folder == workdir else 0)
+        with pytest.raises(train_module.Interrupted):
+            run.loop(lambda step: step == last, "alone")
+        run.close()
     assert losses(workdir) == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
     assert sorted(losses(workdir)) == list(range(1, last + 1))
 
