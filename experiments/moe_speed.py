@@ -218,6 +218,7 @@ def main() -> None:
             "jax": jax.__version__,
             "commit": _run("git", "rev-parse", "--short", "HEAD"),
         }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**about, "layers": rows, "parts_ms": parts}, indent=1)
         options.output.write_text(text + "\n")
 
