@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from kernels_pallas.dispatch import IMPLEMENTATIONS
 from mhc_jax import remat
 from mhc_jax.data.config import DataConfig
+from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.manifolds import MANIFOLDS
 from mhc_jax.readout import READOUTS
 
@@ -65,7 +66,7 @@ class ModelConfig:
     connection: str
     n: int
     readout: str
-    alpha_init: float
+    alpha_init: float | str
     manifold: str
     sinkhorn_iterations: int
     pre_init_gap: float
@@ -96,6 +97,7 @@ class ModelConfig:
         _at_least("model.rope_theta", self.rope_theta, 1)
         self._check_attention()
         self._check_experts()
+        self._resolve_alpha()
         self.blocks_per_group  # noqa: B018 - refuses a bad model.recompute_block
 
     def _check_attention(self):
@@ -136,6 +138,14 @@ class ModelConfig:
                 f"model.leading_dense_blocks={self.leading_dense_blocks} leaves none of the "
                 f"model.num_blocks={self.num_blocks} to the experts: lower it, or set model.num_experts=0"
             )
+
+    def _resolve_alpha(self):
+        """Puts the number for "auto", so that a run's config.json holds what it started from."""
+        if self.connection == "hc":
+            alpha = hc_alpha(self.alpha_init)
+        else:
+            alpha = mhc_alpha(self.alpha_init, self.streams, self.width)
+        object.__setattr__(self, "alpha_init", alpha)
 
     @property
     def blocks_per_group(self) -> int:
