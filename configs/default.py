@@ -50,7 +50,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.connection = "mhc"  # residual | hc | mhc
     model.n = 4  # streams, >= 1; ignored by residual
     model.readout = "sum"  # of the streams at the end: sum | mean | head
-    # Gating factors at the start: a number (Table 5: 0.01), or auto: by n and width, see mhc_jax/initialisation.py.
+    # Gating factors at the start: a number (Table 5: 0.01), or auto: by n and width, see
+    # mhc_jax/initialisation.py. config.json holds the number.
     model.alpha_init = config_dict.FieldReference("auto", field_type=object)
     model.manifold = "birkhoff"  # of mhc: birkhoff | identity
     model.sinkhorn_iterations = 20  # t_max of Eq. 9, >= 1

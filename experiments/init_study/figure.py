@@ -45,7 +45,7 @@ def format_table(payload: dict) -> str:
 
 
 def draw(payload: dict, path: pathlib.Path) -> pathlib.Path:
-    """Loss against alpha * n*C, paired with Table 5's alpha: do the minima of the widths meet? Writes a PNG."""
+    """Loss against alpha * n*C, paired with Table 5's alpha: do the minima of the widths meet?"""
     found = losses(payload["runs"])
     with matplotlib.rc_context(STYLE):
         figure = new_figure(3.6)

@@ -1,7 +1,7 @@
 """Does mHC beat residual and HC, and is it the mixing? Paired comparisons with seeds.
 
-    python -m experiments.reproduction --data 'corpus/train/**'        # all settings, several GPUs side by side
-    python -m experiments.reproduction --summary                       # tables and figures from the stored results
+    python -m experiments.reproduction --data 'corpus/text/**'
+    python -m experiments.reproduction --summary    # the tables from the stored results; --figures draws anew
 
 Each arm's learning rate is chosen on a seed that is not counted; then every arm is trained on the same seeds,
 with the same weights and the same order of the data. Give the command again to go on where it was cut.
@@ -41,7 +41,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--per_gpu", type=int, default=2, help="runs that share a GPU (2)")
     parser.add_argument("--minutes", type=float, help="stop after so long, to go on later")
     parser.add_argument("--summary", action="store_true",
-                        help="print the tables and draw the figures from the stored results")  # fmt: skip
+                        help="print the tables from the stored results")  # fmt: skip
+    parser.add_argument("--figures", action="store_true",
+                        help="draw the figures from the stored results")  # fmt: skip
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, started by the study itself
     return parser.parse_args(arguments)
 
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = Run.from_key(options.run).config(options.data, options.steps, fields)
         sweep.run_one(config, options.output, options.run)
         return
-    if options.summary:
+    if options.summary or options.figures:
         path = record.newest(QUESTION)
         payload = record.read(path)
     else:
@@ -103,9 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if payload is None:
             sys.exit(1)
         path = record.write(QUESTION, payload)
-    print(tables.format_all(payload))
-    for figure in figures.draw_all(payload, path.parent):
-        print(figure)
+    if options.summary or not options.figures:
+        print(tables.format_all(payload))
+    if options.figures or not options.summary:
+        for figure in figures.draw_all(payload, path.parent):
+            print(figure)
 
 
 if __name__ == "__main__":
