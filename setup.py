@@ -8,8 +8,10 @@ setup(
     description="Manifold-Constrained Hyper-Connections in JAX: models, kernels, experiments",
     license="Apache-2.0",
     python_requires=">=3.11",  # oldest Python that jax 0.10 has wheels for and CI runs
-    packages=find_packages(include=["mhc_jax*", "kernels_pallas*"]),
-    package_data={"kernels_pallas": ["**/*.cu", "**/*.cuh", "**/*.hpp"]},
+    packages=find_packages(
+        include=["mhc_jax*", "kernels_pallas*"], exclude=["kernels_pallas.testing*"]
+    ),
+    package_data={"kernels_pallas": ["**/*.cu", "**/*.cuh"]},
     install_requires=[
         "jax>=0.10",  # AxisType meshes and platform_dependent as used here; 0.10.2 and 0.11.2 work
         "flax>=0.12",  # nnx.Variable indexing x[...], pure dicts in nnx.merge

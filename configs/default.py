@@ -60,7 +60,9 @@ def get_config() -> ml_collections.ConfigDict:
     model.hc_use_pre = True  # hc: learn h_pre, else 1/n (Table 1)
     model.hc_use_post = True  # hc: learn h_post, else ones
     model.hc_use_res = True  # hc: learn h_res, else the identity
-    # Of the mHC kernels: xla | pallas | triton, None: the best of the platform.
+    # Of the mHC kernels: xla | pallas | triton, or names by operation as in "read=cuda,boundary=cuda". None,
+    # and what the names leave out: the best of the platform (`kernels_pallas.explain`). May change when a run
+    # is resumed.
     model.implementation = config_dict.placeholder(str)
     # What the backward pass computes again: none | mhc (streams and mappings, not F) | full | offload
     # (full, with what is stored in the host's memory). May change when a run is resumed.

@@ -2,9 +2,23 @@
 
 `streams` is the widened residual state of the paper, kept flat: `[..., n*C]`, stream i in columns
 `i*C:(i+1)*C`. Coefficients (`h_pre`, `h_post`, `h_res`) are float32 whatever the dtype of the streams.
+
+Every operation takes `implementation`: None, the best that the platform has, or one of `IMPLEMENTATIONS`.
+
+- "xla": plain jnp, the definition. Runs everywhere.
+- "pallas": Pallas kernels for TPUs.
+- "triton": Triton kernels for NVIDIA GPUs, Triton alone.
+- "cuda": `read` and `boundary` on NVIDIA GPUs, with their large passes in CUDA C++ and their small kernels in
+  Triton.
+
+A named one runs or raises NotImplementedError; it never means another. Names by operation are text, as a
+configuration holds it: "boundary=cuda,sinkhorn=triton"; operations that it leaves out take None. `explain`
+says which one None takes, and why not the others.
 """
 
 from kernels_pallas.boundary import boundary, read
+from kernels_pallas.dispatch import IMPLEMENTATIONS
+from kernels_pallas.explain import explain
 from kernels_pallas.mappings import coefficients, mappings
 from kernels_pallas.post_res import post_res
 from kernels_pallas.pre import pre
@@ -12,8 +26,10 @@ from kernels_pallas.projection import projection
 from kernels_pallas.sinkhorn import sinkhorn
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "boundary",
     "coefficients",
+    "explain",
     "mappings",
     "post_res",
     "pre",

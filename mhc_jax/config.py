@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kernels_pallas.dispatch import IMPLEMENTATIONS
+from kernels_pallas import dispatch
 from mhc_jax import remat
 from mhc_jax.data.config import DataConfig
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
@@ -85,7 +85,10 @@ class ModelConfig:
         _one_of("model.manifold", self.manifold, MANIFOLDS)
         _one_of("model.readout", self.readout, READOUTS)
         _one_of("model.dtype", self.dtype, DTYPES)
-        _one_of("model.implementation", self.implementation, (None, *IMPLEMENTATIONS))
+        try:
+            dispatch.check_model(self.implementation)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
         _one_of("model.attention", self.attention, ATTENTIONS)
         _one_of("model.remat", self.remat, remat.POLICIES)
         for name in ("vocab_size", "num_blocks", "width", "num_heads", "ffn_width", "n"):
@@ -258,6 +261,7 @@ class Config:
 # Fields that say where and how a run is computed, not what; beginnings of dotted names.
 MAY_CHANGE = (
     "mesh",
+    "model.implementation",
     "model.remat",
     "model.recompute_block",
     "model.scan_blocks",

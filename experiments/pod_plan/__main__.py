@@ -34,7 +34,9 @@ from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from experiments.pod_plan.chips import Chip, chip_of, more_shares, pick_mesh
+from experiments import record
+from experiments.hardware import Chip
+from experiments.pod_plan.chips import chip_of, more_shares, pick_mesh
 from experiments.pod_plan.hlo import Costs, Program
 from mhc_jax import sharding
 from mhc_jax.config import Config, MeshConfig, from_dict
@@ -51,6 +53,9 @@ _BASELINE = flags.DEFINE_boolean(
     "baseline", True, "Compile the residual model too, for mHC's share: doubles the time."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
+_RECORD = flags.DEFINE_string(
+    "record", None, "Name under which experiments/pod_plan/results/<topology>.json gets the result."
+)
 _HLO = flags.DEFINE_string("hlo", None, "Folder for the text of the compiled programs.")
 
 
@@ -254,7 +259,6 @@ def main(argv):
         "mesh": sizes,
         "config": [argument for argument in sys.argv if argument.startswith("--config")],
         "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
-        "jax": jax.__version__,
         config.model.connection: summary(plan),
     }
     if _BASELINE.value and config.model.connection != "residual" and plan.costs:
@@ -274,7 +278,11 @@ def main(argv):
     if _OUTPUT.value:
         path = pathlib.Path(_OUTPUT.value)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        content = {"environment": record.environment(), **result}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    if _RECORD.value:
+        device = topology.replace(":", "_")
+        print(f"wrote {record.update('pod_plan', _RECORD.value, result, device=device)}")
     print(f"fits: {'yes' if result['fits'] else 'no'}")
 
 

@@ -158,8 +158,8 @@ __device__ __forceinline__ void store_step(bf16* mixed, const unsigned char* til
 // Any grid. x, mixed = x' [T, 4 C]; y [T, C]; post [T, 4]; res [T, 16]; phi [C / 64, 8, 2, 3, 32, 8]
 // (`phi_fragments`); parts [SPLITS, T, 28].
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    boundary_forward(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* phi, int T,
-                     bf16* mixed, float* parts) {
+    mhc_boundary_forward(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* phi, int T,
+                         bf16* mixed, float* parts) {
   SHARED_MEMORY(shared);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = threadIdx.x % 32;
   unsigned char* tiles = shared + warp * 2 * TILE;
