@@ -328,6 +328,20 @@ def test_the_limits_see_a_rounding_too_many_or_too_few(monkeypatch):
         assert set(beyond_limits("boundary+norm", results, truths(results[3]))) == leaves
 
 
+def test_new_streams_are_rounded_by_what_xla_does_not_drop():
+    """A pair of conversions may vanish in a fusion; what is read is then not what was written."""
+    x, y = normal(0, 2, 16, dtype=jnp.bfloat16), normal(1, 2, 4, dtype=jnp.bfloat16)
+    args = x, y, normal(2, 2, 4), normal(3, 2, 4, 4)
+    traced = jax.make_jaxpr(boundary_reference.post_res.forward)(*args)
+    rounding = "reduce_precision[exponent_bits=8 mantissa_bits=7]"
+    assert str(traced).count(rounding) == 1
+    assert rounding not in str(jax.make_jaxpr(boundary_reference.post_res.forward)(*_wide(args)))
+
+
+def _wide(args):
+    return [x.astype(jnp.float32) for x in args]
+
+
 @pytest.mark.parametrize("transform", ["vmap", "remat", "scan", "empty", "lead"])
 def test_transformations(transform):
     n = 4
