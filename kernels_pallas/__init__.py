@@ -14,6 +14,9 @@ Every operation takes `implementation`: None, the best that the platform has, or
 A named one runs or raises NotImplementedError; it never means another. Names by operation are text, as a
 configuration holds it: "boundary=cuda,sinkhorn=triton"; operations that it leaves out take None. `explain`
 says which one None takes, and why not the others.
+
+On a mesh, trace the program inside `token_sharding(mesh, "data")`: every kernel then runs per device on its
+own tokens, and gradients of parameters are summed over the axes that split tokens.
 """
 
 from kernels_pallas.boundary import boundary, read
@@ -23,10 +26,13 @@ from kernels_pallas.mappings import coefficients, mappings
 from kernels_pallas.post_res import post_res
 from kernels_pallas.pre import pre
 from kernels_pallas.projection import projection
+from kernels_pallas.sharding import token_sharding
 from kernels_pallas.sinkhorn import sinkhorn
+from kernels_pallas.version import __version__
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "__version__",
     "boundary",
     "coefficients",
     "explain",
@@ -36,4 +42,5 @@ __all__ = [
     "projection",
     "read",
     "sinkhorn",
+    "token_sharding",
 ]

@@ -35,6 +35,7 @@ from experiments.hardware import CHIPS
 from experiments.model_speed import profile
 from experiments.model_speed.flops import attention_flops, parameter_flops
 from experiments.timing import random_batch
+from mhc_jax.command_line import check_file
 from mhc_jax.config import Config, from_dict
 from mhc_jax.train_step import abstract_batch, abstract_state, init_state, jit_train_step
 
@@ -85,8 +86,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def load_config(written: str):
     """The ConfigDict of FILE or FILE:ARM."""
     name, _, arm = written.partition(":")
-    if not pathlib.Path(name).is_file():
-        raise ValueError(f"--config={written}: there is no file {name}")
+    check_file(name)
     spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
