@@ -3,8 +3,8 @@
     python -m experiments.init_study --data 'corpus/text/**'
     python -m experiments.init_study --summary    # the table from the stored results; --figures draws anew
 
-Trains 110 small decoders, one process a run, three a GPU: about 12 minutes on four H200. Give the command again
-to go on where it was cut.
+Trains 110 small decoders, one process a run, three a GPU: about 12 minutes on four H200. Give the command
+again to go on where it was cut.
 """
 
 import argparse
