@@ -316,13 +316,13 @@ def _convert(path: str, value: Any, type_: Any):
 
 
 def conflicts(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple]:
-    """As `differences` of two runs, without what `MAY_CHANGE`."""
+    """Returns the `differences` of two runs that a resumed run may not have (see `MAY_CHANGE`)."""
     found = differences(a, b)
     return {name: pair for name, pair in found.items() if not name.startswith(MAY_CHANGE)}
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple]:
-    """Dotted names of the fields in which two nested mappings differ, with both values."""
+    """Returns the dotted names of the fields in which two nested mappings differ, with both values."""
     found = {}
     for name in sorted({*a, *b}):
         left, right = a.get(name), b.get(name)
