@@ -44,10 +44,10 @@ def check_file(path: str) -> None:
     file = pathlib.Path(path.split(":", 1)[0])
     if file.is_file():
         return
-    names = sorted(str(file.parent / found.name) for found in file.parent.glob("*.py"))
-    near = difflib.get_close_matches(str(file), names, n=1)
+    names = sorted(found.name for found in file.parent.glob("*.py"))
+    near = difflib.get_close_matches(file.name, names, n=1, cutoff=0.7)
     if near:
-        hint = f"did you mean {near[0]}?"
+        hint = f"did you mean {file.parent / near[0]}?"
     elif pathlib.Path("configs/default.py").is_file():
         hint = f"configs/ has {', '.join(sorted(f.name for f in pathlib.Path('configs').glob('*.py')))}"
     else:
@@ -66,13 +66,14 @@ def _without_arguments(main):
     return checked
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     try:
         for argument, following in zip(argv, [*argv[1:], ""]):
             given = re.fullmatch(r"--?config(=(.*))?", argument)
-            if given:
-                check_file(given[2] or following)
-        return flags.FLAGS(argv)
+            path = given and (given[2] or following)
+            if path:
+                check_file(path)
+        return values(argv)
     except SyntaxError as error:
         sys.exit(f"bad --config: {error.filename}, line {error.lineno}: {error.msg}")
     except ImportError as error:
@@ -81,8 +82,17 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         sys.exit(f"bad --config: it imports {error.name}, and {CLONE}")
     except flags.Error as error:
         sys.exit(f"bad flags: {_one_line(error)}")
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(f"bad --config or --config.<field>: {_one_line(error)}")
+    except (AttributeError, KeyError) as error:  # how ml_collections says it
+        text = _one_line(error)
+        name = (re.findall(r"[\"'](\w+)[\"']", text) or [""])[-1]
+        given = next(
+            (argument for argument in argv if name in re.split(r"[.=]", argument)), "--config"
+        )
+        if text == f"'{name}'":
+            text = "configs/default.py has no such field"
+        sys.exit(f"bad {given}: {text}")
+    except (TypeError, ValueError, OSError) as error:
+        sys.exit(f"bad --config: {_one_line(error)}")
 
 
 def _one_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ import pathlib
 import re
 import tempfile
 
+from experiments import libtpu
 from experiments.hardware import CHIPS
 
 
@@ -60,12 +61,8 @@ class Kernel:
 
 def _set_up_compiler(dump: str) -> None:
     """Environment for libtpu without a TPU; must run before jax is imported."""
-    os.environ.update(
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-    )
+    os.environ.update(libtpu.ENVIRONMENT)
+    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
 
 
 def _traffic(args, out) -> int:

@@ -13,14 +13,9 @@ background only what exceeds the products of the same loop body; nothing else is
 
 import os
 
-# What libtpu needs on a host without TPUs; before jax is imported.
-os.environ.update(
-    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TF_CPP_MIN_LOG_LEVEL="3",
-    TPU_STDERR_LOG_LEVEL="3", TPU_MIN_LOG_LEVEL="3",
-)  # fmt: skip
-# It looks for the host's own TPU, whatever slice it compiles for, and prints alarms if there is none.
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+from experiments import libtpu
+
+os.environ.update(libtpu.ENVIRONMENT)  # before jax is imported
 
 import dataclasses
 import importlib.util

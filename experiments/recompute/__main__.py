@@ -12,6 +12,8 @@ import os
 import pathlib
 import sys
 
+from experiments import libtpu
+
 FOLDER = pathlib.Path(__file__).parents[1]
 
 
@@ -47,8 +49,7 @@ def _device(topology: str | None):
         import jax
 
         return jax.devices()[0], jax.devices()[0].device_kind
-    # libtpu reads these when it is loaded: no TPU is looked for, and several processes may load it.
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    os.environ.update(libtpu.ENVIRONMENT)
     from jax.experimental import topologies
 
     try:
