@@ -1,15 +1,66 @@
 """Packaging of mhc_jax. Lower bounds are the oldest versions that the code is known to work with."""
 
+import pathlib
+import re
+import runpy
+
 from setuptools import find_packages, setup
+
+_ROOT = pathlib.Path(__file__).parent
+# Where the repository is published. While this is empty the metadata has no links to it, and the long
+# description leaves out what the README only shows beside its files.
+_REPOSITORY = ""
+_PAPER = "https://arxiv.org/abs/2512.24880"
+
+
+def _long_description() -> str:
+    """The README with links that work on a page of its own."""
+    text = (_ROOT / "README.md").read_text(encoding="utf-8")
+    relative = r"\]\((?!https?://|#)([^)\s]+)\)"
+    if _REPOSITORY:
+        text = re.sub(r"!\[([^\]]*)" + relative, rf"![\1]({_REPOSITORY}/raw/main/\2)", text)
+        return re.sub(relative, rf"]({_REPOSITORY}/blob/main/\1)", text)
+    text = re.sub(r"!\[[^\]]*" + relative + r"\n?", "", text)
+    return re.sub(r"\[([^\]]*)" + relative, r"\1", text)
+
 
 setup(
     name="mhc_jax",
-    version="0.1.0",
-    description="Manifold-Constrained Hyper-Connections in JAX: models, kernels, experiments",
+    version=runpy.run_path(str(_ROOT / "kernels_pallas" / "version.py"))["__version__"],
+    description="Manifold-Constrained Hyper-Connections (mHC) in JAX and Flax, with kernels for TPU and GPU",
+    long_description=_long_description(),
+    long_description_content_type="text/markdown",
+    project_urls={"Paper": _PAPER}
+    | (
+        {
+            "Source": _REPOSITORY,
+            "Issues": f"{_REPOSITORY}/issues",
+            "Changelog": f"{_REPOSITORY}/blob/main/CHANGELOG.md",
+        }
+        if _REPOSITORY
+        else {}
+    ),
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["jax", "flax", "hyper-connections", "residual connections", "pallas", "triton"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",  # oldest Python that jax 0.10 has wheels for and CI runs
-    packages=find_packages(include=["mhc_jax*", "kernels_pallas*"]),
-    package_data={"kernels_pallas": ["**/*.cu", "**/*.cuh", "**/*.hpp"]},
+    # The wheel is the library. Configs and experiments are run from a clone; the emulator is for the tests.
+    packages=find_packages(
+        include=["mhc_jax*", "kernels_pallas*"], exclude=["kernels_pallas.testing*"]
+    ),
+    package_data={
+        "kernels_pallas": ["py.typed", "**/*.cu", "**/*.cuh"],
+        "mhc_jax": ["py.typed"],
+    },
     install_requires=[
         "jax>=0.10",  # AxisType meshes and platform_dependent as used here; 0.10.2 and 0.11.2 work
         "flax>=0.12",  # nnx.Variable indexing x[...], pure dicts in nnx.merge

@@ -50,7 +50,9 @@ def get_config() -> ml_collections.ConfigDict:
     model.connection = "mhc"  # residual | hc | mhc
     model.n = 4  # streams, >= 1; ignored by residual
     model.readout = "sum"  # of the streams at the end: sum | mean | head
-    model.alpha_init = 0.01  # gating factors at the start (Table 5)
+    # Gating factors at the start: a number (Table 5: 0.01), or auto: by n and width, see
+    # mhc_jax/initialisation.py. config.json holds the number.
+    model.alpha_init = config_dict.FieldReference("auto", field_type=object)
     model.manifold = "birkhoff"  # of mhc: birkhoff | identity
     model.sinkhorn_iterations = 20  # t_max of Eq. 9, >= 1
     model.pre_init_gap = 4.0  # logit gap of h_pre at the start, > 0
@@ -58,7 +60,9 @@ def get_config() -> ml_collections.ConfigDict:
     model.hc_use_pre = True  # hc: learn h_pre, else 1/n (Table 1)
     model.hc_use_post = True  # hc: learn h_post, else ones
     model.hc_use_res = True  # hc: learn h_res, else the identity
-    # Of the mHC kernels: xla | pallas | triton, None: the best of the platform.
+    # Of the mHC kernels: xla | pallas | triton, or names by operation as in "read=cuda,boundary=cuda". None,
+    # and what the names leave out: the best of the platform (`kernels_pallas.explain`). May change when a run
+    # is resumed.
     model.implementation = config_dict.placeholder(str)
     # What the backward pass computes again: none | mhc (streams and mappings, not F) | full | offload
     # (full, with what is stored in the host's memory). May change when a run is resumed.

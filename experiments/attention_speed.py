@@ -1,7 +1,7 @@
 """How fast is the fused causal attention of the paper's models, against XLA's plain one at the same shape?
 
 Command:  python -m experiments.attention_speed            (one GPU with 60 GiB free; about 1 minute)
-Result:   milliseconds and TFLOP/s, forward and forward + backward, also as JSON with --output.
+Result:   milliseconds and TFLOP/s, forward and forward + backward, also as JSON with --output or --record.
 
 Heads of MLA at 27B (32) and 3B (16): queries and keys of 192 entries, values of 128, bfloat16, 4 sequences of
 4096 tokens. TFLOP/s are those of the causal half with values of 128, 2 S (S + 1) / 2 (192 + 128) a head and
@@ -12,13 +12,12 @@ with zeros for it; `cudnn, unpadded` asks cuDNN through a function that JAX keep
 
 import argparse
 import functools
-import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 
+from experiments import output
 from experiments.timing import time_ms
 from mhc_jax.fused_attention import causal_attention, padded_cudnn, unpadded_cudnn
 
@@ -37,7 +36,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--value_width", type=int, default=128, help="of a head")
     parser.add_argument("--repeats", type=int, default=10, help="calls timed together, 5 times")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file for the result")
+    output.add_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -122,11 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{heads:>5} {row['attention']:18}{row['forward_ms']:>11.3f}"
                   f"{row['forward_tflops']:>9.0f}{row['both_ms']:>10.3f}{row['both_tflops']:>9.0f}"
                   f"{row['largest_difference']:>12.1e}", flush=True)  # fmt: skip
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        shape = {key: value for key, value in vars(options).items() if key != "output"}
-        about = {"device": device.device_kind, "jax": jax.__version__, "options": shape}
-        options.output.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    output.write(options, "attention_speed", {"options": output.shape_of(options), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Do experts stay evenly loaded on real text without an auxiliary loss? With and without the balance bias.
 
 Command:  python -m experiments.balance                    (about 10 minutes on 2 CPU cores)
-Result:   a table, balance.json and balance.png in the output folder: load of the busiest expert over the
-          mean load, of the worst block: at every step, and of the final model over 131 thousand tokens of
-          training and of validation text.
+          python -m experiments.balance --chart=FILE       (draws the chart of such a result again)
+Result:   a table, and balance/results/<device>.json and .png in the output folder (with --record those of the
+          repository): load of the busiest expert over the mean load, of the worst block: at every step, and
+          of the final model over 131 thousand tokens of training and of validation text.
 
 A small model of the paper's kind (latent attention, sigmoid router, a leading dense block) on the bytes of
 the Python standard library. Both arms share seed and batches; one moves the bias by `--balance_rate` a step
@@ -12,9 +13,7 @@ against each expert's load (Wang et al., 2024), the other never.
 
 import argparse
 import dataclasses
-import json
 import pathlib
-import platform
 import sys
 
 import jax
@@ -23,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from configs import small_30m
-from experiments import plotting
+from experiments import plotting, record
 from mhc_jax.config import Config, from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
@@ -47,6 +46,10 @@ def parse_arguments() -> argparse.Namespace:
         "--balance_rate", type=float, default=5e-3, help="step of the bias in the balanced arm"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    parser.add_argument(
+        "--record", action="store_true", help="result into experiments/balance/results"
+    )
+    parser.add_argument("--chart", type=pathlib.Path, metavar="FILE", help="only draw this result")
     return parser.parse_args()
 
 
@@ -85,7 +88,12 @@ def final_load(workdir: pathlib.Path, split: str) -> np.ndarray:
     return np.asarray(total / total.mean(1, keepdims=True))
 
 
-def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: pathlib.Path) -> None:
+def draw(path: pathlib.Path) -> None:
+    """Draws the curves of a result file beside it, as PNG."""
+    curves = {
+        name: tuple(np.asarray(values, float) for values in arm["busiest_over_mean_by_step"])
+        for name, arm in record.read(path)["arms"].items()
+    }
     colours = {"balanced": plotting.COLOURS["mhc"][0], "not balanced": plotting.COLOURS["hc"][0]}
     with matplotlib.rc_context(plotting.STYLE):
         figure = plotting.new_figure(3.2)
@@ -103,7 +111,10 @@ def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: pathlib.Path) -
 
 def main() -> None:
     options = parse_arguments()
-    arms, curves = {}, {}
+    if options.chart:
+        draw(options.chart)
+        return
+    arms = {}
     for name, rate in (("balanced", options.balance_rate), ("not balanced", 0.0)):
         workdir = options.output / name.replace(" ", "_")
         config = make_config(options, rate)
@@ -112,32 +123,33 @@ def main() -> None:
         except (BadInput, NonFiniteError, Interrupted) as error:
             sys.exit(f"{type(error).__name__}: {error}")
         metrics = plotting.read_metrics(workdir / "metrics.jsonl")
-        curves[name] = metrics["moe/max_load"]
+        steps, busiest = metrics["moe/max_load"]
         loads = {split: final_load(workdir, split) for split in ("train", "validation")}
         arms[name] = {
             "balance_rate": rate,
             "busiest_over_mean_train_text": round(float(loads["train"].max()), 4),
             "idlest_over_mean_train_text": round(float(loads["train"].min()), 4),
             "busiest_over_mean_validation": round(float(loads["validation"].max()), 4),
-            "busiest_over_mean_last_20_batches": round(float(curves[name][1][-20:].mean()), 4),
+            "busiest_over_mean_last_20_batches": round(float(busiest[-20:].mean()), 4),
             "train_loss_last_20": round(float(metrics["train/loss"][1][-20:].mean()), 4),
             "validation_loss": round(float(metrics["validation/loss"][1][-1]), 4),
             "load_over_mean": {
                 split: np.round(x.astype(float), 4).tolist() for split, x in loads.items()
             },
+            "busiest_over_mean_by_step": [
+                np.asarray(steps).tolist(),
+                np.round(np.asarray(busiest, float), 4).tolist(),
+            ],
         }
-    columns = [key for key in arms["balanced"] if key != "load_over_mean"]
+    columns = [key for key, value in arms["balanced"].items() if not isinstance(value, dict | list)]
     print(f"{'':36}" + "".join(f"{name:>16}" for name in arms))
     for key in columns:
         print(f"{key:36}" + "".join(f"{arm[key]:>16}" for arm in arms.values()))
-    draw(curves, options.output / "balance")
-    about = {"command": f"python -m experiments.balance --steps={options.steps} "
-             f"--balance_rate={options.balance_rate} --seed={options.seed}",
-             "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-             "python": platform.python_version(), "target": TARGET}  # fmt: skip
-    path = options.output / "balance.json"
-    path.write_text(json.dumps(about | {"arms": arms}) + "\n")
-    print(f"written: {path} and {path.with_suffix('.png')}")
+    folder = None if options.record else options.output
+    payload = {"target": TARGET, "arms": arms}
+    path = record.write("balance", payload, seed=options.seed, folder=folder)
+    draw(path)
+    print(f"wrote {path} and {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

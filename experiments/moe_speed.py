@@ -1,7 +1,7 @@
 """How near does the MoE layer come to dense matmuls of the same FLOPs, forward and backward?
 
 Command:  python -m experiments.moe_speed                  (one GPU with 60 GiB free; about 1 minute)
-Result:   a table of milliseconds and of the share of the dense rate, also as JSON with --output.
+Result:   a table of milliseconds and of the share of the dense rate, also as JSON with --output or --record.
 
 The layer of the paper's 27B model on 16384 tokens: width 2560, 72 experts of width 1536, 6 a token and 2
 shared; bfloat16 products, float32 parameters and gradients, router and casts included. FLOPs are those of
@@ -10,10 +10,7 @@ the active experts' matrices, 3 x 6 C F for each of a token's 8. Routing is that
 
 import argparse
 import functools
-import json
-import pathlib
 import statistics
-import subprocess
 import time
 
 import jax
@@ -21,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs import default
+from experiments import output
 from mhc_jax.config import ModelConfig, from_dict
 from mhc_jax.moe import MoE, dispatch, router
 from mhc_jax.moe.experts import ExpertWeights, expert_ffn
@@ -45,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--expert_width", type=int, default=1536, help="F")
     parser.add_argument("--capacity_factors", type=float, nargs="*", default=[1.0, 1.25, 1.5])
     parser.add_argument("--repeats", type=int, default=10, help="timed calls, after 3 others")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file for the result")
+    output.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -209,25 +207,8 @@ def main() -> None:
     print("parts, ms (router and experts forward + backward)")
     for name, ms in parts.items():
         print(f"  {name:36}{ms:8.2f}")
-    if options.output:
-        about = {
-            "command": "python -m experiments.moe_speed",
-            "options": {k: v for k, v in vars(options).items() if k != "output"},
-            "device": device.device_kind,
-            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "jax": jax.__version__,
-            "commit": _run("git", "rev-parse", "--short", "HEAD"),
-        }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**about, "layers": rows, "parts_ms": parts}, indent=1)
-        options.output.write_text(text + "\n")
-
-
-def _run(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    payload = {"options": output.shape_of(options), "layers": rows, "parts_ms": parts}
+    output.write(options, "moe_speed", payload)
 
 
 if __name__ == "__main__":

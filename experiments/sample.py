@@ -8,11 +8,11 @@ import logging
 import sys
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from mhc_jax.config import from_dict
+from mhc_jax import command_line
 from mhc_jax.data import load_tokenizer
 from mhc_jax.sampling import for_sampling, generate
 from mhc_jax.trained import load
@@ -22,7 +22,7 @@ _PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.", required=Tr
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to generate at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the random draws.")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/ whose model the workdir must hold; not needed."
 )
@@ -45,10 +45,8 @@ def stream(ids, tokenizer, write) -> None:
 def main(argv) -> None:
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("mhc_jax").setLevel(logging.WARNING)
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    expected = None if _CONFIG.value is None else command_line.load_config(_CONFIG).model
     try:
-        expected = None if _CONFIG.value is None else from_dict(_CONFIG.value).model
         config, variables, _ = load(_WORKDIR.value, expected)
         if config.data.source == "synthetic":
             raise ValueError(f"{_WORKDIR.value} was trained on synthetic tokens, which are no text")
@@ -74,4 +72,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

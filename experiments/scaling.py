@@ -2,7 +2,7 @@
 
 Command:  python -m experiments.scaling                (2 GPUs with 100 GiB free each; about 3 minutes)
 Result:   tokens a second of one device and of all, batches split (data) or parameters too (fsdp), residual
-          and mHC, also as JSON with --output.
+          and mHC, also as JSON with --output or --record.
 
 A dense decoder of 1.06 billion parameters (18 blocks of width 2048), 8 sequences of 2048 tokens a device and
 step, bfloat16 activations, AdamW included, no recomputation. Every device gets as much work as the one alone.
@@ -11,10 +11,7 @@ step, bfloat16 activations, AdamW included, no recomputation. Every device gets 
 import argparse
 import concurrent.futures
 import functools
-import json
 import os
-import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -28,6 +25,7 @@ import jax
 import numpy as np
 
 from configs import default
+from experiments import output
 from experiments.timing import random_batch
 from mhc_jax import sharding
 from mhc_jax.config import Config, from_dict
@@ -51,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequence_length", type=int, default=2048, help="tokens")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a step and device")
     parser.add_argument("--vocab_size", type=int, default=32768, help="of random tokens")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file for the result")
+    output.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -157,13 +155,8 @@ def main() -> None:
         print(f"{row['connection']:12}{row['placement']:10}{row['devices']:>8}{times:>22}"
               f"{row['tokens_per_second']:>11}{row['speedup']:>9.3f}"
               f"{row['over_residual_percent']:>14.1f}%{row['temporaries_GiB']:>8.2f}")  # fmt: skip
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        shape = {key: value for key, value in vars(options).items() if key != "output"}
-        about = {"device": f"{jax.device_count()} x {kind}", "jax": jax.__version__,
-                 "python": platform.python_version(), "XLA_FLAGS": os.environ["XLA_FLAGS"],
-                 "shape": shape}  # fmt: skip
-        options.output.write_text(json.dumps(about | {"arms": rows}, indent=2) + "\n")
+    flags, shape = os.environ["XLA_FLAGS"], output.shape_of(options)
+    output.write(options, "scaling", {"XLA_FLAGS": flags, "shape": shape, "arms": rows})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What does mHC cost in a whole train step? Residual, HC and mHC on this machine's accelerator.
 
 Command:  python -m experiments.step_time                 (one GPU with 50 GiB free; about 2 minutes)
-Result:   milliseconds a step and the overhead over the residual connection, also as JSON with --output.
+Result:   milliseconds a step and the overhead over the residual connection; JSON with --output or --record.
 
 Dense blocks with the layer shape of the paper's 27B model (width 2560, sequences of 4096, 16384 tokens a
 step), bfloat16 activations, AdamW included, no recomputation, blocks written out (and once scanned). The
@@ -11,9 +11,6 @@ paper reports +6.7 % at n = 4.
 import argparse
 import concurrent.futures
 import functools
-import json
-import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +21,7 @@ import jax
 import numpy as np
 
 from configs import default
+from experiments import output
 from experiments.timing import random_batch
 from mhc_jax.config import Config, from_dict
 from mhc_jax.train_step import abstract_batch, init_state, jit_train_step
@@ -62,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequence_length", type=int, default=4096, help="tokens")
     parser.add_argument("--batch_size", type=int, default=4, help="sequences a step")
     parser.add_argument("--vocab_size", type=int, default=32768, help="of random tokens")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file for the result")
+    output.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -158,12 +156,7 @@ def main() -> None:
         blocks = "scanned" if row["scan_blocks"] else "written out"
         print(f"{row['connection']:12}{row['implementation']:10}{blocks:12}{times:24}"
               f"{row['overhead_percent']:>13.1f}%{row['temporaries_GiB']:>8.2f}")  # fmt: skip
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        shape = {key: value for key, value in vars(options).items() if key != "output"}
-        about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__,
-                 "python": platform.python_version(), "shape": shape}  # fmt: skip
-        options.output.write_text(json.dumps(about | {"arms": rows}, indent=2) + "\n")
+    output.write(options, "step_time", {"shape": output.shape_of(options), "arms": rows})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ described in `mhc_jax/data/records.py`.
 
 import argparse
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from mhc_jax.data import files, records
@@ -100,4 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"write_array_record: {error}")

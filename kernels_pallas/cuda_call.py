@@ -3,7 +3,7 @@
 For what Triton cannot say: which register of which lane holds which element. The sources (`*.cu`) are
 compiled by NVRTC, the run-time compiler of CUDA that `jax[cuda13]` brings along, when a program is traced;
 the custom call of jaxlib that launches Triton's kernels launches their PTX. With `TRITON_INTERPRET=1` the
-same call runs `kernels_pallas.cuda.emulate` (needs g++), as Triton's kernels run in its interpreter.
+same call runs `kernels_pallas.testing.emulate` (in a clone, with g++), as Triton's run in its interpreter.
 """
 
 import ctypes
@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import triton_call
-from kernels_pallas.cuda import emulate
 from kernels_pallas.triton_call import INTERPRET, Launch
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -79,6 +78,8 @@ class CudaLaunch(Launch):
 
     def emulate(self, *args, seed: int = 0) -> tuple[np.ndarray, ...]:
         """Runs the kernel on numpy arrays; outputs begin as NaNs, so that a forgotten element is seen."""
+        from kernels_pallas.testing import emulate  # not in the wheel, hence only here
+
         outputs = [np.full(o.shape, jnp.nan, o.dtype) for o in self.outputs]
         kernel = emulate.compile(_FOLDER / self.source, self.kernel, self.constants)
         threads = 32 * self.num_warps
@@ -86,13 +87,38 @@ class CudaLaunch(Launch):
         return tuple(outputs)
 
 
-def available(shared_bytes: int) -> bool:
-    """Whether kernels with this much shared memory run here (or, with TRITON_INTERPRET=1, are emulated)."""
+def missing(shared_bytes: int) -> str | None:
+    """Why kernels with this much shared memory cannot run here, or None if they can.
+
+    With TRITON_INTERPRET=1: whether they can be emulated.
+    """
     if INTERPRET:
-        return emulate.available()
+        try:
+            from kernels_pallas.testing import emulate
+        except ModuleNotFoundError:  # installed from the wheel
+            return "the CUDA kernels' emulator is in a clone alone"
+        return None if emulate.available() else "the CUDA kernels' emulator needs g++"
     capability = triton_call.capability()
-    most, _ = _DEVICES.get(capability, (0, ""))
-    return shared_bytes <= most and _nvrtc(capability) is not None
+    if capability not in _DEVICES:
+        return _unknown(capability)
+    most, _ = _DEVICES[capability]
+    if shared_bytes > most:
+        return (
+            f"the CUDA kernel needs {shared_bytes >> 10} KiB of shared memory, a GPU of compute "
+            f"capability {capability / 10} has {most >> 10}"
+        )
+    if _nvrtc(capability) is None:
+        return _no_nvrtc(capability)
+    return None
+
+
+def _no_nvrtc(capability: int) -> str:
+    return f"there is no NVRTC for compute capability {capability / 10} (pip install -e '.[gpu]')"
+
+
+def _unknown(capability: int) -> str:
+    known = ", ".join(str(c / 10) for c in _DEVICES)
+    return f"the GPU has compute capability {capability / 10}: the CUDA kernels take {known}"
 
 
 @functools.cache
@@ -116,8 +142,8 @@ def _nvrtc(capability: int) -> ctypes.CDLL | None:
         if capability in _architectures(library):
             return library
     _log.warning(
-        "no NVRTC that knows compute capability %s (pip install -e '.[gpu]'): Triton's slower kernels "
-        "run for the boundary",
+        "no NVRTC that knows compute capability %s (pip install -e '.[gpu]'): where no implementation is "
+        "named, `read` and `boundary` run Triton's slower kernels",
         capability / 10,
     )
     return None
@@ -139,12 +165,11 @@ def compile_ptx(source: str, constants: tuple[tuple[str, int], ...], capability:
       RuntimeError: the compiler's message.
       NotImplementedError: another capability, or there is no NVRTC for it.
     """
-    library = _nvrtc(capability) if capability in _DEVICES else None
+    if capability not in _DEVICES:
+        raise NotImplementedError(_unknown(capability))
+    library = _nvrtc(capability)
     if library is None:
-        raise NotImplementedError(
-            f"compute capability {capability / 10}: the CUDA kernels take "
-            f"{', '.join(str(c / 10) for c in _DEVICES)}, where NVRTC (pip install -e '.[gpu]') knows it"
-        )
+        raise NotImplementedError(_no_nvrtc(capability))
 
     def check(result: int) -> None:
         if result:

@@ -1,54 +1,163 @@
 """Which backend runs an operation: one file a backend, one rule for choosing.
 
-Every folder of an operation holds `reference.py` ("xla", the definition) and may hold `tpu.py` ("pallas")
-and `gpu.py` ("triton"). A backend file has functions with the names and signatures of the reference's
-(`forward`, `backward`), and `check(*args, **static)` that raises NotImplementedError with the offending
-number for what the kernel does not take.
+| implementation | file of an operation | |
+|---|---|---|
+| "xla" | `reference.py` | plain jnp, the definition; runs everywhere |
+| "pallas" | `tpu.py` | Pallas for TPUs |
+| "triton" | `gpu.py` | Triton alone |
+| "cuda" | `cuda.py` | passes over the streams in CUDA C++, the operation's small kernels in Triton |
+
+None takes the best one that the platform has for the operation and its arguments, and says so once in the
+log. A named one runs or raises NotImplementedError; it never means another. Names may differ by operation,
+written as text: "boundary=cuda,sinkhorn=triton" (operations that are not in the text take None).
+`kernels_pallas.explain` says what None takes, and why not the others.
+
+A backend file has functions with the names and signatures of the reference's (`forward`, `backward`), and
+`check(*args, **static)`, which raises NotImplementedError with the offending number for what its kernels do
+not take. A direction that takes less has a `check_<direction>` instead.
+
+Kernels are called `mhc_<op>_<direction>` on every platform, with what they do in addition behind it:
+`mhc_pre_forward_normed`, `mhc_read_backward_sums`. Profiles find them by that.
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 
 from kernels_pallas import sharding
+from kernels_pallas.platform_guard import require_platform
 
-IMPLEMENTATIONS = ("xla", "pallas", "triton")
-_FILES = {"xla": "reference", "pallas": "tpu", "triton": "gpu"}
-_PLATFORMS = {"pallas": "tpu", "triton": "cuda"}
+IMPLEMENTATIONS = ("xla", "pallas", "triton", "cuda")
+_FILES = {"xla": "reference", "pallas": "tpu", "triton": "gpu", "cuda": "cuda"}
+# Kernels by the platform of a device ("gpu") and of a lowering ("cuda"), the best first.
+KERNELS = {"tpu": ("pallas",), "gpu": ("cuda", "triton")}
+_LOWERING = {"tpu": "tpu", "gpu": "cuda"}
+# Operation -> the folder that holds it.
+OPS = {
+    "projection": "projection",
+    "coefficients": "mappings",
+    "sinkhorn": "sinkhorn",
+    "pre": "pre",
+    "post_res": "post_res",
+    "read": "boundary",
+    "boundary": "boundary",
+}
 
 _log = logging.getLogger(__name__)
 
 
-def validate(implementation: str | None) -> None:
-    """Raises ValueError unless `implementation` is None or a known name."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        names = ", ".join(IMPLEMENTATIONS)
+class Decision(NamedTuple):
+    """What `run` decided for `implementation=None`.
+
+    Attributes:
+      op, direction: as `OPS` and the functions of a backend name them.
+      why_not: implementation -> why it cannot run, None if it can; without its platform.
+    """
+
+    op: str
+    direction: str
+    why_not: dict[str, str | None]
+
+
+_decisions: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar(
+    "decisions", default=None
+)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Decision]]:
+    """The decisions of all operations that are traced inside."""
+    decisions: list[Decision] = []
+    token = _decisions.set(decisions)
+    try:
+        yield decisions
+    finally:
+        _decisions.reset(token)
+
+
+@functools.cache
+def implementations(op: str) -> tuple[str, ...]:
+    """The implementations of an operation of `OPS`."""
+    folder = f"kernels_pallas.{OPS[op]}"
+    return tuple(
+        name for name in IMPLEMENTATIONS if importlib.util.find_spec(f"{folder}.{_FILES[name]}")
+    )
+
+
+@functools.cache
+def by_op(implementation: str | None) -> dict[str, str | None]:
+    """The name for each operation of `OPS`, from None, one name, or "op=name,op=name".
+
+    Raises:
+      ValueError: no such operation or implementation, or an operation named twice or without a kernel of that
+        name. One name for all may be one that some operations do not have: they raise when they are called.
+    """
+    if implementation is None or implementation in IMPLEMENTATIONS:
+        return dict.fromkeys(OPS, implementation)
+    if not isinstance(implementation, str):
+        raise ValueError(f"implementation={implementation!r} is unknown: it must be None or text")
+    names: dict[str, str | None] = {}
+    given = f"implementation={implementation!r}"
+    for part in implementation.split(","):
+        op, equals, name = (text.strip() for text in part.partition("="))
+        if not equals:
+            raise ValueError(
+                f"{given} is unknown: use None, one of {', '.join(IMPLEMENTATIONS)}, or names by "
+                "operation as in 'boundary=cuda,sinkhorn=triton'"
+            )
+        if op not in OPS:
+            raise ValueError(f"{given}: {op!r} is no operation, use {', '.join(OPS)}")
+        if op in names:
+            raise ValueError(f"{given} names {op} twice")
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"{given}: {name!r} is unknown, use {', '.join(IMPLEMENTATIONS)}")
+        if name not in implementations(op):
+            raise ValueError(f"{given}: {_has_none(op, name)}")
+        names[op] = name
+    return dict.fromkeys(OPS) | names
+
+
+def _has_none(op: str, name: str) -> str:
+    return f"{op} has no {name!r} kernel, it has {', '.join(implementations(op))}"
+
+
+def check_model(implementation: str | None) -> None:
+    """Raises ValueError for an `implementation` that the operations of a whole model cannot have."""
+    names = by_op(implementation)
+    without = [op for op, name in names.items() if name and name not in implementations(op)]
+    if without:
+        some = ",".join(f"{op}={implementation}" for op in OPS if op not in without)
         raise ValueError(
-            f"implementation={implementation!r} is unknown: use None or one of {names}"
+            f"implementation={implementation!r}: {', '.join(without)} have no such kernel; name the "
+            f"operations that have: {some!r}"
         )
 
 
 def check_platform(implementation: str | None, platform: str) -> None:
-    """Raises NotImplementedError if kernels named `implementation` cannot run on devices of `platform`.
+    """Raises NotImplementedError if kernels that `implementation` names cannot run on these devices.
 
     Args:
       implementation: as in `run`.
       platform: of the devices, `jax.Device.platform`: "cpu", "gpu" or "tpu".
     """
-    validate(implementation)
-    needs = {"pallas": "tpu", "triton": "gpu"}.get(implementation, platform)
-    if needs != platform:
-        raise NotImplementedError(
-            f"implementation={implementation!r} needs a {needs.upper()}, the devices here are "
-            f"{platform.upper()}s: use None, the best of the platform, or 'xla'"
-        )
-    if implementation == "triton" and _missing_package():
-        raise NotImplementedError(f"implementation='triton' cannot run: {_missing_package()}")
+    for op, name in by_op(implementation).items():
+        for needs, kernels in KERNELS.items():
+            if name in kernels and needs != platform:
+                raise NotImplementedError(
+                    f"implementation={implementation!r}: {name} needs a {needs.upper()}, the devices "
+                    f"here are {platform.upper()}s: use None, the best of the platform, or 'xla'"
+                )
+        why_not = name and _unavailable(op, None, name)
+        if why_not:
+            raise NotImplementedError(f"implementation={implementation!r} cannot run: {why_not}")
 
 
 @functools.cache
@@ -65,74 +174,109 @@ def _missing_package() -> str | None:
 
 
 @functools.cache
-def _has_compiler(implementation: str) -> bool:
-    """Whether programs can be compiled here for the platform of this implementation.
+def _missing_compiler(implementation: str) -> str | None:
+    """Why no program can be compiled here for the platform of this implementation.
 
     Tracing kernels that could never be compiled would only slow `implementation=None` down.
     """
-    return implementation != "pallas" or importlib.util.find_spec("libtpu") is not None
+    if implementation == "pallas" and importlib.util.find_spec("libtpu") is None:
+        return "libtpu is not installed (pip install -e '.[tpu]')"
+    return None
 
 
 @functools.cache
-def _unavailable(op: str, direction: str, implementation: str) -> str | None:
+def _unavailable(op: str, direction: str | None, implementation: str) -> str | None:
     """Why this backend of this operation cannot run on this installation, or None if it can."""
-    if importlib.util.find_spec(f"kernels_pallas.{op}.{_FILES[implementation]}") is None:
-        return f"{op} has no {implementation!r} kernel yet"
-    if implementation == "triton" and _missing_package():
+    if implementation not in implementations(op):
+        return _has_none(op, implementation)
+    if implementation in KERNELS["gpu"] and _missing_package():
         return _missing_package()
-    if not hasattr(_backend(op, implementation), direction):
-        return f"{op} has no {implementation!r} kernel for {direction!r} yet"
+    if direction and not hasattr(_backend(op, implementation), direction):
+        return f"{op} has no {implementation!r} kernel for {direction!r}"
+    return None
+
+
+def _why_not(op: str, direction: str, implementation: str, args, static: dict) -> str | None:
+    """Why this backend cannot run with these arguments, or None if it can; the platform not counted."""
+    why_not = _unavailable(op, direction, implementation)
+    if why_not:
+        return why_not
+    backend = _backend(op, implementation)
+    check = getattr(backend, f"check_{direction}", backend.check)
+    try:
+        check(*sharding.on_device(_definition(op, direction), args), **static)
+    except NotImplementedError as error:
+        return str(error)
     return None
 
 
 def _backend(op: str, implementation: str):
-    return importlib.import_module(f"kernels_pallas.{op}.{_FILES[implementation]}")
+    return importlib.import_module(f"kernels_pallas.{OPS[op]}.{_FILES[implementation]}")
 
 
-def _kernel(op: str, direction: str, backend, static: dict) -> Callable:
+def _definition(op: str, direction: str) -> Callable:
+    return getattr(_backend(op, "xla"), direction)
+
+
+def _kernel(op: str, direction: str, implementation: str, static: dict) -> Callable:
     """The function of a kernel backend, per device if tokens are sharded."""
-    function = functools.partial(getattr(backend, direction), **static)
-    return sharding.per_device(getattr(_backend(op, "xla"), direction), function)
+    function = functools.partial(getattr(_backend(op, implementation), direction), **static)
+    return sharding.per_device(_definition(op, direction), function)
 
 
 @functools.cache
-def _say_once(op: str, names: tuple[str, ...]) -> None:
-    _log.info("%s: implementation %s", op, " or ".join(names) + " (by platform)" * (len(names) > 1))
+def _say_once(op: str, direction: str, taken: tuple[tuple[str, str], ...]) -> None:
+    kernels = "".join(f"{name} on {platform.upper()}s, " for platform, name in taken)
+    _log.info("%s, %s: %sxla%s", op, direction, kernels, " elsewhere" * bool(taken))
+
+
+@functools.cache
+def _say_why_once(op: str, direction: str, implementation: str, why_not: str) -> None:
+    _log.info("%s, %s: not %s (%s)", op, direction, implementation, why_not)
 
 
 def run(op: str, direction: str, implementation: str | None, *args, **static):
-    """Calls `direction` ("forward", "backward", ...) of operation `op` on the chosen backend.
+    """Calls a function of operation `op` on the chosen backend.
 
     With `implementation=None` the choice falls when the program is lowered, on the platform that it is
     lowered for: `jax.default_backend()` is "cpu" while a program is compiled for a TPU.
 
+    Args:
+      op: a name of `OPS`.
+      direction: the function, "forward", "backward", ...
+      implementation: see the module.
+      *args, **static: of the function.
+
     Raises:
-      NotImplementedError: a named implementation cannot run here or does not take these arguments.
+      ValueError: an implementation that does not exist.
+      NotImplementedError: a named one cannot run here or does not take these arguments; for a program of
+        another platform this is raised when it is lowered.
     """
-    validate(implementation)
-    if implementation is not None:
-        why_not = _unavailable(op, direction, implementation)
+    name = by_op(implementation)[op]
+    default = functools.partial(_definition(op, direction), **static)
+    if name == "xla":
+        return default(*args)
+    if name is not None:
+        why_not = _why_not(op, direction, name, args, static)
         if why_not:
             raise NotImplementedError(f"implementation={implementation!r} cannot run: {why_not}")
-        backend = _backend(op, implementation)
-        if implementation == "xla":
-            return getattr(backend, direction)(*args, **static)
-        backend.check(*args, **static)
-        return _kernel(op, direction, backend, static)(*args)
+        return _kernel(op, direction, name, static)(*require_platform(op, name, args))
 
+    decision = Decision(op, direction, {})
     branches: dict[str, Callable] = {}
-    for name, platform in _PLATFORMS.items():
-        if not _has_compiler(name) or _unavailable(op, direction, name) is not None:
-            continue
-        backend = _backend(op, name)
-        try:
-            backend.check(*args, **static)
-        except NotImplementedError as error:
-            _log.info("%s: %s does not take these arguments (%s); xla runs", op, name, error)
-            continue
-        branches[platform] = _kernel(op, direction, backend, static)
-    default = functools.partial(getattr(_backend(op, "xla"), direction), **static)
-    _say_once(op, tuple(name for name in _PLATFORMS if _PLATFORMS[name] in branches) + ("xla",))
+    taken = []
+    for platform, names in KERNELS.items():
+        for name in names:
+            why_not = _why_not(op, direction, name, args, static) or _missing_compiler(name)
+            decision.why_not[name] = why_not
+            if why_not is None and _LOWERING[platform] not in branches:
+                branches[_LOWERING[platform]] = _kernel(op, direction, name, static)
+                taken.append((platform, name))
+            elif why_not and _unavailable(op, direction, name) is None:
+                _say_why_once(op, direction, name, why_not)
+    _say_once(op, direction, tuple(taken))
+    if _decisions.get() is not None:
+        _decisions.get().append(decision)
     if not branches:
         return default(*args)
     return jax.lax.platform_dependent(*args, default=default, **branches)

@@ -13,11 +13,18 @@ def round_to_tf32(x: jax.Array) -> jax.Array:
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
 
 
+def round_to(x: jax.Array, dtype) -> jax.Array:
+    """Rounds float32 to what `dtype` (bfloat16 or float32) can hold, still stored as float32.
+
+    For a rounding that belongs to a definition: XLA may drop a pair of conversions, and this not.
+    """
+    return jax.lax.reduce_precision(x, 8, 7) if dtype == jnp.bfloat16 else x
+
+
 def split_bf16(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Splits TF32-rounded float32 `x` into bfloat16 (high, low) with high + low == x exactly.
 
-    High carries 8 of the 11 significant bits, the rest fits into low (unless low underflows, below 1e-36).
+    High carries 8 of the 11 significant bits, the rest fits into low (unless low underflows: below 2^-116).
     """
-    # reduce_precision, not a round trip through bfloat16: XLA may cancel a pair of conversions.
-    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    high = round_to(x, jnp.bfloat16)
     return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)

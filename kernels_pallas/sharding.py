@@ -91,6 +91,33 @@ def layout(text: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def on_device(definition: Callable, args: tuple) -> tuple:
+    """Shapes and dtypes of `args` (None for what is not there) as `per_device` passes them on.
+
+    Args:
+      definition: the function of `reference.py` that takes them, with its `layout`.
+      args: arrays.
+    """
+    sharding = current()
+    if sharding is None or sharding.mesh.size == 1:
+        return args
+    shapes, _ = definition.layout
+    lead = args[0].shape[: args[0].ndim - len(shapes[0].removeprefix("..."))]
+    used = divisible(*sharding, lead)
+    local = tuple(
+        size // math.prod(sharding.mesh.shape[name] for name in axis_names((group,)))
+        for group, size in zip(used, lead)
+    )
+    local += lead[len(local) :]
+
+    def struct(shape, x):
+        if x is None or not shape.startswith("..."):
+            return x
+        return jax.ShapeDtypeStruct((*local, *x.shape[len(lead) :]), x.dtype)
+
+    return tuple(map(struct, shapes, args))
+
+
 def per_device(definition: Callable, function: Callable) -> Callable:
     """`function` as it has to be called under the current token sharding.
 

@@ -127,6 +127,11 @@ def multiprocessors() -> int:
     return (is_gpu and getattr(device, "core_count", None)) or 132
 
 
+def full_waves(items: int, slots: int) -> float:
+    """Time of `items` equal programs over the ideal time, where `slots` of them run at once."""
+    return cdiv(items, slots) * slots / items
+
+
 def num_tokens(lead: tuple[int, ...]) -> int:
     """T: the product of the leading axes."""
     return math.prod(lead)

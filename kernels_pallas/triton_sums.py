@@ -84,7 +84,7 @@ def _sum_mappings(
 
 
 @triton.jit
-def sums_kernel(
+def mhc_read_backward_sums(
     dphi_ptr,
     gates_ptr,
     weight_ptr,
@@ -141,7 +141,7 @@ def launch(
     weight_rows, C = weight
     mappings = T * (n * n + n) if slabs else 0
     return Launch(
-        kernel=sums_kernel,
+        kernel=mhc_read_backward_sums,
         grid=(3 + m + cdiv(K * m, _ENTRIES) + cdiv(C, _COLUMNS) + cdiv(mappings, _SUMS),),
         outputs=(
             struct((K, m)),

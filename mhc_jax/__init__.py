@@ -1,5 +1,6 @@
 """Manifold-Constrained Hyper-Connections (mHC, arXiv 2512.24880) in JAX and Flax."""
 
+from kernels_pallas import __version__
 from mhc_jax.connections import (
     HyperConnections,
     ManifoldHyperConnections,
@@ -21,5 +22,6 @@ __all__ = [
     "Pending",
     "Readout",
     "Residual",
+    "__version__",
     "expand",
 ]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from mhc_jax import units
 from mhc_jax.config import Config, ModelConfig
 from mhc_jax.train_step import init_params
 
@@ -66,22 +67,13 @@ def describe(config: Config) -> str:
     lines += [f"{part:<18}{c.total:>18,}{c.active:>18,}" for part, c in counts.items()]
     whole = sums(counts)
     lines.append(f"{'all':<18}{whole.total:>18,}{whole.active:>18,}")
-    lines.append(f"{'':<18}{_short(whole.total):>18}{_short(whole.active):>18}")
+    lines.append(f"{'':<18}{units.count(whole.total):>18}{units.count(whole.active):>18}")
     streams = "" if model.connection == "residual" else f", n = {model.n} streams"
     tokens = config.batch_size * config.data.sequence_length
     lines += [
         "",
         f"{model.num_blocks} blocks of width {model.width}, connection {model.connection}{streams}",
         f"{config.steps:,} steps of {config.batch_size} x {config.data.sequence_length} tokens: "
-        f"{_short(config.steps * tokens)} tokens",
+        f"{units.count(config.steps * tokens)} tokens",
     ]
     return "\n".join(lines)
-
-
-def _short(number: int) -> str:
-    """Three digits: 2.97B, 612M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            value = number / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{letter}"
-    return str(number)

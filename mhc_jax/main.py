@@ -9,16 +9,15 @@ import logging
 import sys
 
 import jax
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from mhc_jax import distributed
-from mhc_jax.config import from_dict
+from mhc_jax import command_line, distributed
 from mhc_jax.describe import describe
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; resumed if it has a checkpoint."
 )
@@ -44,17 +43,12 @@ def main(argv):
         absl_logging.set_verbosity(absl_logging.WARNING)
         for package in ("mhc_jax", "kernels_pallas"):
             logging.getLogger(package).setLevel(logging.INFO)
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected arguments {argv[1:]}: fields are set with --config.<name>="
-        )
-    try:
-        config = from_dict(_CONFIG.value)
-    except (ValueError, TypeError) as error:
-        sys.exit(f"bad config: {error}")
+    config = command_line.load_config(_CONFIG)
     if _DESCRIBE.value:
         print(describe(config))
         return
+    if _WORKDIR.value is None:
+        sys.exit("--workdir is missing: give the folder of the run, as in --workdir=runs/mhc")
     try:
         distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     except ValueError as error:
@@ -71,22 +65,5 @@ def main(argv):
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def _parse_flags(argv):
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # ml_collections wraps the KeyError of an unknown field, message and all.
-        while error.args and isinstance(error.args[0], Exception):
-            error = error.args[0]
-        text = str(error.args[0]) if error.args else type(error).__name__
-        sys.exit(f"bad --config or --config.<field>: {text}")
-
-
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    flags.register_multi_flags_validator(
-        ["workdir", "describe"],
-        lambda values: values["describe"] or values["workdir"],
-        "--workdir must be given (or --describe)",
-    )
-    app.run(main, flags_parser=_parse_flags)
+    command_line.run(main)

@@ -1,26 +1,31 @@
 """Question: how far are the GPU kernels from the speed of memory, and from what others have?
 
     python -m experiments.kernel_speed            # NVIDIA GPU with jax-triton; 8 minutes
-    python -m experiments.kernel_speed --check    # correctness only, 3 minutes
+    python -m experiments.kernel_speed --check    # every leaf against float64, 3 minutes
     python -m experiments.kernel_speed --trace    # every kernel inside a program, needs PyTorch; 1 minute
+    python -m experiments.kernel_speed --terms    # cost of exact sums in the boundary's backward; 1 minute
+    python -m experiments.kernel_speed --chart    # draws the charts of all results again, needs no GPU
     python -m experiments.kernel_speed --tpu_schedule=v5p    # estimate for a TPU, needs none
 
-Prints a table and writes it with device, driver, versions, commit and command to results/*.json, and a bar
-chart of the sublayer to results/*.png. 1C is the time to copy-stream 2TC bytes at the copy rate measured in
-the same run (which counts bytes read and written). Times are medians of many asynchronous calls on rotating
-random inputs beyond L2 (coefficients alone: in L2, as in a model). Short operations and the sublayer run
-several calls in one program, as a model does. Nothing is subtracted.
+Prints a table and keeps it in results/<device>.json: our own kernels under "table", xla and PyTorch programs
+under "baselines", each with device, driver, versions, commit and command; and a bar chart of the sublayer in
+results/<device>.png. 1 τ is the time to move 2TC bytes at the copy rate measured in the same run (which
+counts bytes read and written). Times are medians of many asynchronous calls on rotating random inputs beyond
+L2 (coefficients alone: in L2, as in a model). Short operations and the sublayer run several calls in one
+program, as a model does. Nothing is subtracted.
 
 Expected on an H200 at T 16384, C 2560: see results/ and notes.md.
 """
 
 import argparse
-import json
+import functools
 import os
 import pathlib
 import subprocess
 import sys
 
+QUESTION = "kernel_speed"
+FOLDER = pathlib.Path(__file__).parents[1]
 SHAPES = (
     (16384, 2560),
     (8192, 4096),
@@ -31,7 +36,6 @@ SHAPES = (
     (1, 2560),
 )
 BASELINE_SHAPES = SHAPES[:2]  # where xla, Liger-Kernel and torch.compile are measured too
-RESULTS = pathlib.Path(__file__).parent / "results"
 SUBLAYERS = 5  # the chain from which the cost of one more sublayer is taken
 
 
@@ -43,30 +47,14 @@ def _flags() -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="only compare with float64")
     parser.add_argument("--trace", action="store_true", help="only list the kernels of a sublayer")
-    parser.add_argument("--tpu_schedule", metavar="KIND", help="v5e, v5p, v6e or tpu7x")
+    parser.add_argument("--terms", action="store_true", help="only time both forms of backward.cu")
+    parser.add_argument("--chart", action="store_true", help="only draw the charts of all results")
+    parser.add_argument("--tpu_schedule", choices=("v5e", "v5p", "v6e", "tpu7x"), metavar="KIND")
     parser.add_argument("--shapes", help="T,C pairs, as 16384,2560:8192,4096 (default: all)")
     parser.add_argument("--baselines", type=int, default=1, help="0: neither xla nor PyTorch")
-    parser.add_argument("--out", default=str(RESULTS), help="folder for the JSON and the chart")
+    parser.add_argument("--out", type=pathlib.Path, default=FOLDER,
+                        help="folder of kernel_speed/results")  # fmt: skip
     return parser.parse_args()
-
-
-def _command(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _environment() -> dict:
-    import jax
-    import triton
-
-    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "device": jax.devices()[0].device_kind,
-        "driver": _command(*query).split("\n")[0],
-        "jax": jax.__version__,
-        "triton": triton.__version__,
-        "commit": _command("git", "rev-parse", "--short", "HEAD"),
-        "command": " ".join(["python -m experiments.kernel_speed", *sys.argv[1:]]),
-    }
 
 
 def _row(name, implementation, T, C, seconds, least_bytes, rate) -> dict:
@@ -89,7 +77,7 @@ def _row(name, implementation, T, C, seconds, least_bytes, rate) -> dict:
     return row
 
 
-def _operations(T: int, C: int, rate: float, implementations: tuple[str, ...]) -> list[dict]:
+def _operations(T: int, C: int, rate: float, implementation: str) -> list[dict]:
     import jax
 
     from experiments.kernel_speed import measure
@@ -103,53 +91,60 @@ def _operations(T: int, C: int, rate: float, implementations: tuple[str, ...]) -
             inputs = [case.make(jax.random.key(k), T, C) for k in range(2)]
         else:
             inputs = measure.inputs_beyond_l2(lambda key, c=case: c.make(key, T, C), size, copies)
-        for implementation in implementations:
-
-            def run(*args, case=case, implementation=implementation):
-                return case.run(implementation, *args)
-
-            seconds = measure.seconds(run, inputs, copies)
-            rows.append(_row(case.name, implementation, T, C, seconds, size, rate))
+        seconds = measure.seconds(functools.partial(case.run, implementation), inputs, copies)
+        rows.append(_row(case.name, implementation, T, C, seconds, size, rate))
     return rows
 
 
-def _sublayer(T: int, C: int, rate: float, with_xla: bool) -> list[dict]:
-    import functools
-
-    import jax
-
+def _timed(implementation: str | None, count: int, mode: str, T: int, C: int, copies: int):
+    """Seconds and temporary bytes of `count` sublayers."""
     from experiments.kernel_speed import measure
     from experiments.kernel_speed.cases import sublayer_inputs, sublayers
 
-    def timed(implementation, count, mode, copies):
-        make = functools.partial(sublayer_inputs, count)
-        inputs = measure.inputs_beyond_l2(lambda key: make(key, T, C), 36 * T * C, copies)
-        step = functools.partial(sublayers, implementation, count, mode)
-        seconds = measure.seconds(step, inputs, copies)
-        return seconds, measure.temporary_bytes(step, inputs[0])
+    make = functools.partial(sublayer_inputs, count)
+    inputs = measure.inputs_beyond_l2(lambda key: make(key, T, C), 36 * T * C, copies)
+    step = functools.partial(sublayers, implementation, count, mode)
+    return measure.seconds(step, inputs, copies), measure.temporary_bytes(step, inputs[0])
 
-    # Least traffic in C: DESIGN 6, with one pass that sums all cotangents of the streams.
-    rows = []
-    parameters = 12 * 4 * 24 * C
-    unfused, memory = timed("triton", 1, "read", copies=4)
-    rows.append(_row("sublayer", "triton", T, C, unfused, 90 * T * C + parameters, rate))
+
+def taken(op: str, T: int, C: int) -> str:
+    """The implementation that an operation takes here, that of its backward where the two differ."""
+    import kernels_pallas as kp
+
+    return kp.explain(op, n=4, T=T, C=C).choices[-1].implementation
+
+
+def _sublayer(T: int, C: int, rate: float) -> list[dict]:
+    """The best kernels of this device, however they are called."""
+    # Least traffic of the separate passes: forward projection 4C, F_pre 5C, F_post,res 9C; backward
+    # F_post,res 14C and one pass of 13C that sums all cotangents of the streams. 45C are 90 T C bytes.
+    rows, parameters = [], 12 * 4 * 24 * C
+    unfused, memory = _timed(None, 1, "read", T, C, copies=4)
+    size = 90 * T * C + parameters
+    rows.append(_row("sublayer", taken("read", T, C), T, C, unfused, size, rate))
     rows[-1]["temporary bytes"] = memory
     if T <= 512:  # the difference of two chains would be noise
         return rows
     # Each with the cost of launching one program, which the difference does not have.
-    chain, _ = timed("triton", SUBLAYERS, "boundary", copies=1)
-    first, _ = timed("triton", 1, "boundary", copies=1)
+    chain, _ = _timed(None, SUBLAYERS, "boundary", T, C, copies=1)
+    first, _ = _timed(None, 1, "boundary", T, C, copies=1)
     fused = (chain - first) / (SUBLAYERS - 1)
-    rows.append(_row("sublayer, boundary", "triton", T, C, fused, 90 * T * C + parameters, rate))
-    separate, memory = timed("triton", 1, "separate", copies=4)
-    rows.append(_row("sublayer, separate ops", "triton", T, C, separate, 90 * T * C, rate))
+    rows.append(_row("sublayer, boundary", taken("boundary", T, C), T, C, fused, size, rate))
+    separate, memory = _timed(None, 1, "separate", T, C, copies=4)
+    rows.append(
+        _row("sublayer, separate ops", taken("pre", T, C), T, C, separate, 90 * T * C, rate)
+    )
     rows[-1]["temporary bytes"] = memory
-    if with_xla:
-        seconds, memory = timed("xla", 1, "separate", copies=4)
-        rows.append(_row("sublayer", "xla", T, C, seconds, 90 * T * C, rate))
-        rows[-1]["temporary bytes"] = memory
-    jax.clear_caches()
     return rows
+
+
+def _baselines(T: int, C: int, rate: float) -> list[dict]:
+    """XLA, operation by operation and the sublayer, and PyTorch programs."""
+    rows = _operations(T, C, rate, "xla")
+    seconds, memory = _timed("xla", 1, "separate", T, C, copies=4)
+    rows.append(_row("sublayer", "xla", T, C, seconds, 90 * T * C, rate))
+    rows[-1]["temporary bytes"] = memory
+    return rows + _pytorch(T, C, rate)
 
 
 def _pytorch(T: int, C: int, rate: float) -> list[dict]:
@@ -173,36 +168,26 @@ def _pytorch(T: int, C: int, rate: float) -> list[dict]:
     return rows
 
 
-_OURS = {
-    "sublayer": "read + post_res",
-    "sublayer, boundary": "boundary",
-    "sublayer, separate ops": "separate ops",
-}
+def _table(shapes, with_baselines: bool, out: pathlib.Path) -> None:
+    """Measures, prints and keeps all rows; after each shape, so that a run that is cut leaves the others."""
+    import jax
 
+    from experiments import record
+    from experiments.kernel_speed import chart, measure
 
-def chart(rows: list[dict], path: pathlib.Path) -> None:
-    """Bars of the whole sublayer, the fastest on top; ours in colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shapes = [s for s in BASELINE_SHAPES if any((r["T"], r["C"]) == s for r in rows)]
-    figure, axes = pyplot.subplots(1, max(1, len(shapes)), figsize=(6 * max(1, len(shapes)), 3.5))
-    for (T, C), axis in zip(shapes, [axes] if len(shapes) < 2 else axes):
-        bars = [r for r in rows if r["name"].startswith("sublayer") and (r["T"], r["C"]) == (T, C)]
-        bars.sort(key=lambda r: -r["C units"])
-        ours = [r["implementation"] == "triton" for r in bars]
-        labels = [_OURS[r["name"]] if o else r["implementation"] for r, o in zip(bars, ours)]
-        axis.barh(labels, [r["C units"] for r in bars], color=["C0" if o else "0.6" for o in ours])
-        axis.margins(x=0.15)
-        axis.set_xlabel("time in C (1C: 2TC bytes at the copy rate)")
-        axis.set_title(f"mHC sublayer, forward + backward\nT {T}, C {C}", fontsize=10)
-        for i, r in enumerate(bars):
-            axis.text(r["C units"], i, f" {r['C units']:.1f}", va="center")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    rate = measure.copy_rate()
+    print(f"copy rate {rate / 1e12:.3f} TB/s", flush=True)
+    found = {"table": [], "baselines": []}
+    for T, C in shapes:
+        found["table"] += _operations(T, C, rate, "triton") + _sublayer(T, C, rate)
+        if with_baselines and (T, C) in BASELINE_SHAPES:
+            found["baselines"] += _baselines(T, C, rate)
+        jax.clear_caches()
+        for key, rows in found.items():
+            if rows:
+                content = {"copy rate": rate, "rows": rows}
+                path = record.update(QUESTION, key, content, folder=out)
+    print(f"wrote {path} and {chart.draw(path)}")
 
 
 def main() -> None:
@@ -210,44 +195,41 @@ def main() -> None:
     if flags.tpu_schedule:
         from experiments.kernel_speed import tpu_schedule
 
-        tpu_schedule.main(flags.tpu_schedule)
+        tpu_schedule.main(flags.tpu_schedule, folder=flags.out)
+        return
+    if flags.chart:
+        from experiments.kernel_speed import chart
+
+        chart.draw_all(flags.out / QUESTION / "results")
         return
     import jax
+
+    from experiments import record  # imports jax, which tpu_schedule has to do itself
 
     if jax.default_backend() != "gpu":
         sys.exit(
             f"kernel_speed needs an NVIDIA GPU, jax has {jax.devices()[0].platform!r};"
-            " --tpu_schedule=KIND and --help need none"
+            " --tpu_schedule=KIND, --chart and --help need none"
         )
     if flags.check:
         from experiments.kernel_speed import check
 
         sys.exit(0 if check.run() else 1)
-    shapes = BASELINE_SHAPES if flags.trace else SHAPES
+    shapes = BASELINE_SHAPES if flags.trace or flags.terms else SHAPES
     if flags.shapes:
         shapes = tuple(tuple(map(int, pair.split(","))) for pair in flags.shapes.split(":"))
     if flags.trace:
         from experiments.kernel_speed import trace
 
-        trace.run(shapes)
-        return
-    from experiments.kernel_speed import measure
+        programs = trace.run(shapes)
+        print(f"wrote {record.update(QUESTION, 'trace', {'programs': programs}, folder=flags.out)}")
+    elif flags.terms:
+        from experiments.kernel_speed import terms
 
-    rate = measure.copy_rate()
-    print(f"copy rate {rate / 1e12:.3f} TB/s", flush=True)
-    out = pathlib.Path(flags.out)
-    out.mkdir(parents=True, exist_ok=True)
-    result = {**_environment(), "copy rate": rate, "rows": []}
-    name = result["device"].lower().replace(" ", "_")
-    for T, C in shapes:
-        full = bool(flags.baselines) and (T, C) in BASELINE_SHAPES
-        rows = _operations(T, C, rate, ("triton", "xla") if full else ("triton",))
-        rows += _sublayer(T, C, rate, with_xla=full)
-        if full:
-            rows += _pytorch(T, C, rate)
-        result["rows"] += rows
-        (out / f"{name}.json").write_text(json.dumps(result, indent=1))
-    chart(result["rows"], out / f"{name}.png")
+        found = terms.run(shapes)
+        print(f"wrote {record.update(QUESTION, 'terms', found, folder=flags.out)}")
+    else:
+        _table(shapes, bool(flags.baselines), flags.out)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def _case(name, units, floats_per_token, inputs, run, parameter_copies=0) -> Cas
     return Case(name, units, extra, functools.partial(_inputs, inputs), run)
 
 
-def sublayers(implementation: str, count: int, mode: str, x, g, *parameters) -> tuple:
+def sublayers(implementation: str | None, count: int, mode: str, x, g, *parameters) -> tuple:
     """Forward and backward of `count` sublayers whose F is nothing (a barrier to XLA's fusions)."""
 
     def chain(x, parameters):
@@ -110,14 +110,14 @@ CASES = (
         0,
         2 * M + 1,
         "s r bias alpha",
-        _op("mappings", "forward", n=N, num_iterations=ITERATIONS),
+        _op("coefficients", "forward", n=N, num_iterations=ITERATIONS),
     ),
     _case(
         "mappings bwd",
         0,
         3 * M + 2,
         "s r bias alpha h h hh",
-        _op("mappings", "backward", n=N, num_iterations=ITERATIONS),
+        _op("coefficients", "backward", n=N, num_iterations=ITERATIONS),
     ),
     _case("pre fwd", 5, N, "x h", _op("pre", "forward")),
     _case("pre bwd", 9, 2 * N, "x h y", _op("pre", "backward")),

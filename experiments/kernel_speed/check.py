@@ -1,4 +1,4 @@
-"""Every operation through JAX on this GPU against float64 on the CPU, next to "xla" on this GPU."""
+"""Every operation through JAX on this device against the float64 oracle of the tests, leaf by leaf."""
 
 from collections.abc import Callable
 
@@ -7,139 +7,196 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas as kp
-from kernels_pallas.precision import round_to_tf32
+from kernels_pallas.testing import oracle  # in a clone
 
-# (leading shape, C, n): odd, tiny, the fast path, batch axes; the last three for the CUDA kernels too.
-ODD = (((37,), 200, 4), ((5,), 136, 2), ((33,), 129, 8))
+EPS = 1e-6
+# (leading shape, C, n): odd, tiny, the fast path, batch axes; from 128 on for the CUDA kernels too.
+ODD = (((37,), 200, 4), ((5,), 136, 2), ((33,), 129, 8), ((6,), 72, 8))
 SHAPES = (*ODD, ((37,), 128, 4), ((2, 256), 2560, 4), ((1,), 1280, 4))
+# Of boundary+norm in bfloat16 alone.
+WIDE = (((1000,), 1536, 4), ((129,), 1920, 4), ((257,), 3072, 4), ((4099,), 1280, 4))
 
 
-def _cases(lead, C, n) -> dict[str, tuple[Callable, list]]:
-    """name -> (function of (implementation, *arrays), shapes and kinds of its arrays)."""
+def _arguments(case: str, lead: tuple[int, ...], C: int, n: int) -> list[tuple[str, tuple]]:
+    """Kind and shape of the arrays of a case."""
     m = n * n + 2 * n
-    x, y, h = (*lead, n * C), (*lead, C), (*lead, n)
-    hh, s, r = (*lead, n, n), (*lead, m), lead
+    streams, output, h = ("x", (*lead, n * C)), ("x", (*lead, C)), ("f", (*lead, n))
+    update = [streams, output, h, ("f", (*lead, n, n))]
     parameters = [("phi", (n * C, m)), ("f", (m,)), ("f", (3,))]
-    norm = {"input_norm_eps": 1e-6}
-    return {
-        "projection": (
-            lambda i, *a: kp.projection(*a, implementation=i),
-            [("x", x), parameters[0]],
-        ),
-        "coefficients": (
-            lambda i, *a: kp.coefficients(*a, n=n, implementation=i),
-            [("f", s), ("r", r), *parameters[1:]],
-        ),
-        "sinkhorn": (lambda i, a: kp.sinkhorn(a, implementation=i), [("wide", hh)]),
-        "pre": (lambda i, *a: kp.pre(*a, implementation=i), [("x", x), ("f", h)]),
-        "pre+norm": (
-            lambda i, a, b, w: kp.pre(a, b, norm_weight=w, norm_eps=1e-6, implementation=i),
-            [("x", x), ("f", h), ("f", (C,))],
-        ),
-        "post_res": (
-            lambda i, *a: kp.post_res(*a, implementation=i),
-            [("x", x), ("x", y), ("f", h), ("f", hh)],
-        ),
-        "read": (lambda i, *a: kp.read(*a, n=n, implementation=i), [("x", x), *parameters]),
-        "read+norm": (
-            lambda i, *a: kp.read(*a[:-1], input_norm_weight=a[-1], n=n, implementation=i, **norm),
-            [("x", x), *parameters, ("f", (C,))],
-        ),
-        "boundary": (
-            lambda i, *a: kp.boundary(*a, n=n, implementation=i),
-            [("x", x), ("x", y), ("f", h), ("f", hh), *parameters],
-        ),
-        "boundary+norm": (
-            lambda i, *a: kp.boundary(
-                *a[:-1], input_norm_weight=a[-1], n=n, implementation=i, **norm
-            ),
-            [("x", x), ("x", y), ("f", h), ("f", hh), *parameters, ("f", (C,))],
-        ),
-    }
+    op, _, norm = case.partition("+")
+    arrays = {
+        "projection": [streams, parameters[0]],
+        "coefficients": [("f", (*lead, m)), ("r", lead), *parameters[1:]],
+        "sinkhorn": [("wide", (*lead, n, n))],
+        "pre": [streams, h],
+        "post_res": update,
+        "read": [streams, *parameters],
+        "boundary": [*update, *parameters],
+    }[op]
+    return [*arrays, ("f", (C,))] if norm else arrays
 
 
-def _draw(rng, kind: str, shape, dtype) -> jax.Array:
+def _call(case: str, n: int, implementation: str) -> Callable:
+    op, _, norm = case.partition("+")
+    options = {"implementation": implementation}
+    if op in ("coefficients", "read", "boundary"):
+        options["n"] = n
+
+    def call(*arrays):
+        if not norm:
+            return getattr(kp, op)(*arrays, **options)
+        *arrays, weight = arrays
+        prefix = "" if op == "pre" else "input_"
+        names = {f"{prefix}norm_weight": weight, f"{prefix}norm_eps": EPS}
+        return getattr(kp, op)(*arrays, **options, **names)
+
+    return call
+
+
+def _truth(case: str, arrays, cotangents, n: int, new_streams) -> list[np.ndarray]:
+    """Outputs and cotangents; arrays and cotangents [T, ...]."""
+    op, _, norm = case.partition("+")
+    weight = arrays[-1] if norm else None
+    if norm:
+        arrays = arrays[:-1]
+    if op == "projection":
+        ds, dr = cotangents
+        ds = oracle.round_bits(ds, 11) if oracle.is_bf16(arrays[0]) else ds
+        return [*oracle.projection(*arrays), *oracle.projection_vjp(*arrays, ds, dr)]
+    if op == "coefficients":
+        return [
+            *oracle.coefficients(*arrays, n),
+            *oracle.coefficients_vjp(*arrays, *cotangents, n),
+        ]
+    if op == "sinkhorn":
+        return [oracle.sinkhorn(*arrays), oracle.sinkhorn_vjp(*arrays, *cotangents)]
+    if op == "pre" and not norm:
+        return [oracle.pre(*arrays), *oracle.pre_vjp(*arrays, *cotangents)]
+    if op == "pre":
+        h = oracle.pre(*arrays)
+        dh, dweight = oracle.rms_norm_vjp(h, weight, *cotangents, EPS)
+        return [oracle.rms_norm(h, weight, EPS), *oracle.pre_vjp(*arrays, dh), dweight]
+    if op == "post_res":
+        return [oracle.post_res(*arrays), *oracle.post_res_vjp(*arrays, *cotangents)]
+    if op == "read":
+        args = (*arrays, weight)
+        return [
+            *oracle.read(*args, n, eps=EPS),
+            *oracle.read_vjp(*args, cotangents, n, eps=EPS),
+        ]
+    args, options = (arrays[:4], *arrays[4:], weight), {"seen": new_streams, "eps": EPS}
+    return [
+        *oracle.boundary(*args, n, **options),
+        *oracle.boundary_vjp(*args, cotangents, n, **options),
+    ]
+
+
+def draw(rng: np.random.Generator, kind: str, shape, dtype) -> jax.Array:
+    """Random numbers: "x" in `dtype`, the others float32."""
     values = rng.standard_normal(shape).astype(np.float32)
     if kind == "wide":
         values = 10 * values
     if kind == "r":
         values = 0.5 + np.abs(values)
     if kind == "phi":
-        return round_to_tf32(jnp.asarray(0.05 * values))
+        values = oracle.round_tf32(0.05 * values)
     return jnp.asarray(values, dtype if kind == "x" else jnp.float32)
 
 
-def value_and_cotangents(f: Callable, arrays: tuple, cotangents) -> list:
-    """Leaves of f(*arrays) and of its vjp."""
+def value_and_cotangents(f: Callable) -> Callable:
+    """Compiled function of (arrays, cotangents): leaves of f(*arrays) and of its vjp."""
 
     def both(arrays, cotangents):
         value, vjp = jax.vjp(f, *arrays)
-        return value, vjp(cotangents)
+        return jax.tree.leaves((value, vjp(cotangents)))
 
-    return jax.tree.leaves(jax.jit(both)(arrays, cotangents))
-
-
-def _truth(f, arrays, cotangents) -> list:
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        wide = jax.tree.map(lambda a: np.asarray(a).astype(np.float64), (arrays, cotangents))
-        return [np.asarray(leaf) for leaf in value_and_cotangents(lambda *a: f("xla", *a), *wide)]
+    return jax.jit(both)
 
 
-def _errors(leaves: list, truth: list) -> np.ndarray:
-    return np.array(
-        [
-            np.linalg.norm(np.asarray(a).astype(np.float64) - t) / max(np.linalg.norm(t), 1e-30)
-            for a, t in zip(leaves, truth)
-        ]
+def _flat(x: jax.Array, lead: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """[*lead, ...] -> [T, ...]; parameters as they are."""
+    x = np.asarray(x)
+    return x.reshape(-1, *shape[len(lead) :]) if shape[: len(lead)] == lead else x
+
+
+def implementations(case: str, lead, C: int, n: int, dtype) -> tuple[str, ...]:
+    """Those of this device's platform, "xla" too, that take these arguments."""
+    op, _, norm = case.partition("+")
+    T = int(np.prod(lead))
+    platform = jax.devices()[0].platform
+    found = kp.explain(op, n=n, C=C, T=T, dtype=dtype, norm=bool(norm), platform=platform).choices
+    names = [name for name in kp.IMPLEMENTATIONS if all(_takes(c, name) for c in found)]
+    return tuple(names)
+
+
+def _takes(choice, name: str) -> bool:
+    return choice.implementation == name or choice.why_not[name].startswith("could run")
+
+
+def check_case(case, lead, C, n, dtype, implementation) -> str | None:
+    """Prints one line; returns what is wrong."""
+    rng = np.random.default_rng(0)
+    arguments = _arguments(case, lead, C, n)
+    arrays = tuple(draw(rng, kind, shape, dtype) for kind, shape in arguments)
+    f = _call(case, n, implementation)
+    outputs = jax.eval_shape(f, *arrays)
+    cotangents = jax.tree.map(lambda o: draw(rng, "x", o.shape, o.dtype), outputs)
+    both = value_and_cotangents(f)
+    leaves, again = (both(arrays, cotangents) for _ in range(2))
+    same = all(
+        np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True) for a, b in zip(leaves, again)
     )
+    shapes = [o.shape for o in jax.tree.leaves(outputs)] + [shape for _, shape in arguments]
+    flat = [_flat(x, lead, shape) for x, shape in zip(leaves, shapes)]
+    truths = _truth(
+        case,
+        tuple(_flat(x, lead, shape) for x, (_, shape) in zip(arrays, arguments)),
+        tuple(_flat(x, lead, x.shape) for x in jax.tree.leaves(cotangents)),
+        n,
+        flat[3] if case.startswith("boundary") else None,
+    )
+    found = oracle.judge(case, flat, truths, implementation)
+    shares = {leaf: error / limit for leaf, (error, limit) in found.items()}
+    wrong = [leaf for leaf, share in shares.items() if not share <= 1]
+    worst = max(shares, key=lambda leaf: shares[leaf])
+    text = f"{case:14s} {implementation:6s} {lead} C={C} n={n} {jnp.dtype(dtype)}"
+    print(
+        f"{'FAIL' if wrong or not same else 'ok  '} {text}: {worst} {found[worst][0]:.1e} of "
+        f"{found[worst][1]:.0e}"
+        + "".join(f", {k} {found[k][0]:.1e}" for k in ("dh_post", "dh_res") if k in found)
+        + "".join(f", WRONG {k} {found[k][0]:.1e}" for k in wrong)
+        + ("" if same else ", DIFFERENT BITS IN A SECOND RUN"),
+        flush=True,
+    )
+    return text if wrong or not same else None
 
 
-def run(shapes=SHAPES) -> bool:
-    """Prints one line a case; returns whether all errors are at most twice those of "xla"."""
-    good = True
-    for lead, C, n in shapes:
-        for dtype in (jnp.bfloat16, jnp.float32):
-            for name, (f, arguments) in _cases(lead, C, n).items():
-                rng = np.random.default_rng(0)
-                arrays = tuple(_draw(rng, kind, shape, dtype) for kind, shape in arguments)
-                outputs = jax.eval_shape(lambda *a, f=f: f("xla", *a), *arrays)
-                cotangents = jax.tree.map(
-                    lambda o, rng=rng: _draw(rng, "x", o.shape, o.dtype), outputs
-                )
-                truth = _truth(f, arrays, cotangents)
-                leaves = {
-                    i: value_and_cotangents(lambda *a, f=f, i=i: f(i, *a), arrays, cotangents)
-                    for i in ("xla", "triton")
-                }
-                again = value_and_cotangents(lambda *a, f=f: f("triton", *a), arrays, cotangents)
-                same = all(
-                    np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True)
-                    for a, b in zip(leaves["triton"], again)
-                )
-                ours, xla = (_errors(leaves[i], truth) for i in ("triton", "xla"))
-                # 8 float32 roundings of leeway: of 3 or 8 numbers "xla" may be right by chance.
-                fine = bool(same and np.all(ours <= 2 * xla + 4.8e-7))
-                good &= fine
-                worst = int(np.argmax(ours / (xla + 1e-7)))
-                print(
-                    f"{'ok  ' if fine else 'FAIL'} {name:14s} {lead} C={C} n={n} {dtype.__name__}:"
-                    f" largest {ours.max():.1e}, worst against xla {ours[worst]:.1e} / {xla[worst]:.1e}"
-                    f"{'' if same else ', DIFFERENT BITS IN A SECOND RUN'}",
-                    flush=True,
-                )
-    return good & _transformations()
+def run(
+    shapes=SHAPES, wide=WIDE, dtypes=(jnp.bfloat16, jnp.float32), transformations: bool = True
+) -> bool:
+    """Prints one line a case; returns whether every leaf is within its limit and the bits stay the same."""
+    cases = [(c, *s, d) for s in shapes for d in dtypes for c in oracle.LEAVES]
+    cases += [("boundary+norm", *s, jnp.bfloat16) for s in wide]
+    bad = [
+        check_case(*case, implementation)
+        for case in cases
+        for implementation in implementations(*case)
+    ]
+    found = [text for text in bad if text]
+    print(f"{len(bad) - len(found)} of {len(bad)} cases within the limits of every leaf")
+    return not found and (not transformations or _transformations())
 
 
 def _transformations() -> bool:
     """vmap, jax.checkpoint and lax.scan around `boundary` give what a plain loop gives."""
     T, C, n, m = 64, 256, 4, 24
     rng = np.random.default_rng(1)
-    x, y = (_draw(rng, "x", (3, T, k), jnp.bfloat16) for k in (n * C, C))
-    h, hh = _draw(rng, "f", (3, T, n), None), _draw(rng, "f", (3, T, n, n), None)
-    p = [_draw(rng, kind, s, None) for kind, s in (("phi", (n * C, m)), ("f", (m,)), ("f", (3,)))]
+    x, y = (draw(rng, "x", (3, T, k), jnp.bfloat16) for k in (n * C, C))
+    h, hh = draw(rng, "f", (3, T, n), None), draw(rng, "f", (3, T, n, n), None)
+    p = [draw(rng, kind, s, None) for kind, s in (("phi", (n * C, m)), ("f", (m,)), ("f", (3,)))]
 
     def loss(x, y, h, hh, *p):
-        outputs = kp.boundary(x, y, h, hh, *p, n=n, implementation="triton")
+        outputs = kp.boundary(x, y, h, hh, *p, n=n)
         return sum((o.astype(jnp.float32) ** 2).sum() for o in outputs)
 
     gradient = jax.grad(loss, argnums=(0, 4))
@@ -162,7 +219,7 @@ def _transformations() -> bool:
     }
     good = True
     for name, (dx, dphi) in variants.items():
-        error = max(_errors([dx, dphi], [np.asarray(a, np.float64) for a in plain]))
+        error = max(map(oracle.error, (dx, dphi), plain))
         good &= bool(error < 1e-2)
         print(f"{'ok  ' if error < 1e-2 else 'FAIL'} {name}: {error:.1e}", flush=True)
     return good

@@ -37,8 +37,15 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
     table = [
         ("projection", "forward", projection, (x, phi), {"norm_eps": 1e-20}, steps(p_block)),
         ("projection", "backward", projection, (x, phi, r, s, r), {}, steps(b_block)),
-        ("mappings", "forward", mappings, (s, r, bias, alpha), coefficients, once),
-        ("mappings", "backward", mappings, (s, r, bias, alpha, h, h, h_res), coefficients, twice),
+        ("coefficients", "forward", mappings, (s, r, bias, alpha), coefficients, once),
+        (
+            "coefficients",
+            "backward",
+            mappings,
+            (s, r, bias, alpha, h, h, h_res),
+            coefficients,
+            twice,
+        ),
         ("sinkhorn", "forward", sinkhorn, (h_res,), iterations, once),
         ("sinkhorn", "backward", sinkhorn, (h_res, h_res), iterations, twice),
         ("pre", "forward", pre, (x, h), {}, rows(pre.block_tokens(n * C, n, dtype))),

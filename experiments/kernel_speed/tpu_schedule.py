@@ -16,36 +16,33 @@ Nothing here is a measurement. Expected: every kernel but mappings and sinkhorn 
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
 import tempfile
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+from experiments import libtpu
+from experiments.hardware import CHIPS
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """What an estimate needs. Bandwidth is that of the chip's public datasheet, shared by its cores."""
+class Cores:
+    """What an estimate needs beside the peaks of experiments/hardware.py."""
 
     topology: str
     clock: float  # Hz
-    bandwidth: float  # bytes / s of a chip
     cores: int  # that share a grid: v5p runs one kernel on both cores, TPU7x shows two devices
     bandwidth_share: float = 1.0  # of the chip's bandwidth, for one device
 
 
 # Clocks: peak bfloat16 FLOP/s of the datasheets / (2 * MXUs * side^2) for v5e (197e12, 4 of 128) and v5p
 # (459e12, 2 cores of 4 of 128). For v6e and TPU7x that quotient depends on an unpublished rate of the MXU:
-# 1.75 GHz, the clock of v5p, is assumed, which if anything makes compute look slow. Bandwidths: Google Cloud
-# documentation, the same figures as in jax.experimental.pallas.tpu.get_tpu_info (v5p there 2.46 TB/s usable
-# of the 2.76 of the datasheet: the lower one is taken).
-CHIPS = {
-    "v5e": Chip("v5e:2x2", 1.5e9, 0.82e12, 1),
-    "v5p": Chip("v5p:2x2x1", 1.75e9, 2.46e12, 2),
-    "v6e": Chip("v6e:2x2", 1.75e9, 1.64e12, 1),
-    "tpu7x": Chip("tpu7x:2x2x1", 1.75e9, 7.4e12, 1, bandwidth_share=0.5),
+# 1.75 GHz, the clock of v5p, is assumed, which if anything makes compute look slow.
+CORES = {
+    "v5e": Cores("v5e:2x2", 1.5e9, 1),
+    "v5p": Cores("v5p:2x2x1", 1.75e9, 2),
+    "v6e": Cores("v6e:2x2", 1.75e9, 1),
+    "tpu7x": Cores("tpu7x:2x2x1", 1.75e9, 1, bandwidth_share=0.5),
 }
 
 
@@ -64,12 +61,8 @@ class Kernel:
 
 def _set_up_compiler(dump: str) -> None:
     """Environment for libtpu without a TPU; must run before jax is imported."""
-    os.environ.update(
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-    )
+    os.environ.update(libtpu.ENVIRONMENT)
+    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
 
 
 def _traffic(args, out) -> int:
@@ -78,7 +71,7 @@ def _traffic(args, out) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((args, out)))
 
 
-def compile_kernels(chip: Chip, num_tokens: int, width: int, dtype, only=None) -> list[Kernel]:
+def compile_kernels(cores: Cores, num_tokens: int, width: int, dtype, only=None) -> list[Kernel]:
     """Compiles every kernel for the chip; the dump then holds its bundles."""
     import functools
 
@@ -87,7 +80,7 @@ def compile_kernels(chip: Chip, num_tokens: int, width: int, dtype, only=None) -
 
     from experiments.kernel_speed.tpu_cases import cases
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=cores.topology).devices
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
     kernels = []
     for op, direction, function, args, static, schedule in cases(num_tokens, width, dtype):
@@ -164,11 +157,11 @@ def bundles_of_step(text: str, trips: tuple[int, ...], shares: tuple[float, ...]
     return round(sum(weights))
 
 
-def estimate(kernel: Kernel, bundles: int, chip: Chip) -> dict:
-    """Times in microseconds from bundles and bytes."""
-    steps = -(-kernel.steps // chip.cores)
-    compute = steps * bundles / chip.clock
-    memory = kernel.bytes / (chip.bandwidth * chip.bandwidth_share)
+def estimate(kernel: Kernel, bundles: int, kind: str) -> dict:
+    """Times in microseconds from bundles and bytes, for a key of `CORES`."""
+    cores = CORES[kind]
+    compute = -(-kernel.steps // cores.cores) * bundles / cores.clock
+    memory = kernel.bytes / (CHIPS[kind].bandwidth * cores.bandwidth_share)
     return {
         "op": kernel.op,
         "direction": kernel.direction,
@@ -205,13 +198,16 @@ def print_table(kind: str, num_tokens: int, width: int, rows: list[dict]) -> Non
 
 
 def main(
-    kind: str, shapes: tuple[tuple[int, int], ...] = ((16384, 2560),), only: tuple[str, ...] = ()
+    kind: str,
+    shapes: tuple[tuple[int, int], ...] = ((16384, 2560),),
+    only: tuple[str, ...] = (),
+    folder: pathlib.Path | None = None,
 ) -> list[dict]:
-    """Prints the table for one kind of TPU and writes results/tpu_schedule_<kind>.json.
+    """Prints the table for one kind of TPU; keeps all kernels in results/tpu_<kind>.json, "schedule".
 
     Must be the first to import jax in its process, since libtpu reads its flags once.
     """
-    chip = CHIPS[kind]
+    cores = CORES[kind]
     results = []
     with contextlib.ExitStack() as stack:
         dump = stack.enter_context(tempfile.TemporaryDirectory())
@@ -219,16 +215,21 @@ def main(
         import jax.numpy as jnp
 
         for num_tokens, width in shapes:
-            kernels = compile_kernels(chip, num_tokens, width, jnp.bfloat16, only)
+            kernels = compile_kernels(cores, num_tokens, width, jnp.bfloat16, only)
             rows = [
-                estimate(k, bundles_of_step(_final_bundles(dump, k.name), k.trips, k.shares), chip)
+                estimate(k, bundles_of_step(_final_bundles(dump, k.name), k.trips, k.shares), kind)
                 for k in kernels
             ]
             print_table(kind, num_tokens, width, rows)
             results.append({"T": num_tokens, "C": width, "kernels": rows})
-    RESULTS.mkdir(exist_ok=True)
-    content = {"kind": kind, "what": "estimate", **dataclasses.asdict(chip), "shapes": results}
-    (RESULTS / f"tpu_schedule_{kind}.json").write_text(json.dumps(content, indent=1) + "\n")
+    if not only:
+        peaks = {"bandwidth": CHIPS[kind].bandwidth, **dataclasses.asdict(cores)}
+        content = {"what": "estimate", **peaks, "shapes": results}
+        from experiments import record  # imports jax
+
+        device = record.device_slug(f"TPU {kind}")
+        path = record.update("kernel_speed", "schedule", content, device=device, folder=folder)
+        print(f"wrote {path}")
     return results
 
 
@@ -239,7 +240,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tpu_schedule", choices=CHIPS, default="v5p", metavar="KIND")
+    parser.add_argument("--tpu_schedule", choices=CORES, default="v5p", metavar="KIND")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=((16384, 2560),), metavar="TxC")
     parser.add_argument("--only", nargs="+", default=(), metavar="OP.DIRECTION")
     arguments = parser.parse_args()

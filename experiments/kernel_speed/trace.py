@@ -33,16 +33,21 @@ def _kernels(f, args) -> list:
     return events[2 * count : 3 * count]
 
 
-def run(shapes: tuple[tuple[int, int], ...]) -> None:
-    """Prints one line a kernel for every program and (T, C)."""
+def run(shapes: tuple[tuple[int, int], ...]) -> list[dict]:
+    """Prints and returns the kernels, in order, of every program and (T, C)."""
+    programs = []
     torch.zeros(1, device="cuda")  # the profiler needs torch's context
     for T, C in shapes:
         for mode, count in PROGRAMS:
             args = sublayer_inputs(count, jax.random.key(0), T, C)
-            events = _kernels(jax.jit(functools.partial(sublayers, "triton", count, mode)), args)
+            events = _kernels(jax.jit(functools.partial(sublayers, None, count, mode)), args)
             start, end = events[0].time_range.start, events[-1].time_range.end
             print(f"T {T} C {C}: {count} sublayer(s), {mode}, {end - start:.1f} us")
+            programs.append({"T": T, "C": C, "sublayers": count, "mode": mode, "us": end - start})
+            kernels = programs[-1]["kernels"] = []
             for before, event in zip([None, *events], events):
                 gap = event.time_range.start - before.time_range.end if before else 0
                 us = event.time_range.end - event.time_range.start
                 print(f"  {event.name[:60]:60s} {us:8.1f} us, {gap:5.1f} us after the one before")
+                kernels.append({"name": event.name, "us": us, "gap_us": gap})
+    return programs

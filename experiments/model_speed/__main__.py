@@ -2,7 +2,7 @@
 
 Command:  python -m experiments.model_speed --profile      (one H200; several minutes, most of it compiling)
 Result:   tokens/s, milliseconds a step, memory and MFU of each config; with --profile the kernels of a step,
-          grouped; all as JSON with --output.
+          grouped; all as JSON with --output or --record.
 
 The whole train step, optimizer included, on fresh random tokens, dispatched as `mhc_jax.train` does: a step
 is waited for while the next one runs. MFU counts 6 FLOPs a token and active parameter (input embedding
@@ -18,10 +18,8 @@ fit is said so after it was compiled.
 import argparse
 import functools
 import importlib.util
-import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -32,9 +30,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 import jax
 import numpy as np
 
+from experiments import output
+from experiments.hardware import CHIPS
 from experiments.model_speed import profile
-from experiments.model_speed.flops import PEAK, attention_flops, parameter_flops
+from experiments.model_speed.flops import attention_flops, parameter_flops
 from experiments.timing import random_batch
+from mhc_jax.command_line import check_file
 from mhc_jax.config import Config, from_dict
 from mhc_jax.train_step import abstract_batch, abstract_state, init_state, jit_train_step
 
@@ -75,7 +76,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_steps", type=int, default=10, help="timed a round (%(default)s)")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     parser.add_argument("--hlo", type=pathlib.Path, help="folder for the compiled programs' text")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file for the result")
+    output.add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.num_steps < 1:
         parser.error(f"--num_steps={options.num_steps} must be at least 1")
@@ -85,8 +86,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def load_config(written: str):
     """The ConfigDict of FILE or FILE:ARM."""
     name, _, arm = written.partition(":")
-    if not pathlib.Path(name).is_file():
-        raise ValueError(f"--config={written}: there is no file {name}")
+    check_file(name)
     spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -205,7 +205,7 @@ class Arm:
     def finish(self, kind: str) -> None:
         """Adds to the result what follows from the times."""
         seconds = statistics.mean(self.ms) / 1e3
-        peak = PEAK.get(kind)
+        peak = CHIPS[kind].flops if kind in CHIPS else None
         one = self.result["tflop_of_parameters"] * 1e12
         both = one + self.result["tflop_of_attention"] * 1e12
         self.result |= {
@@ -283,33 +283,25 @@ def main(arguments: list[str] | None = None) -> None:
     for arm in fitting:
         arm.finish(device.device_kind)
     print(table([arm.result for arm in fitting]), flush=True)
-    if device.device_kind not in PEAK:
-        print(
-            f"no MFU: the peak of {device.device_kind!r} is not in experiments/model_speed/flops.py"
-        )
+    if device.device_kind not in CHIPS:
+        print(f"no MFU: the peak of {device.device_kind!r} is not in experiments/hardware.py")
     if limit:
         peak = device.memory_stats()["peak_bytes_in_use"] / 2**30
         print(f"most memory in use at any time, all arms: {peak:.1f} GiB", flush=True)
-    _write(options, device, limit, arms)
+    _write(options, limit, arms)
     if options.profile:
         for arm in fitting:
             print(f"\n{arm.name}\n{arm.profile(rng)}", flush=True)
-            _write(options, device, limit, arms)
+            _write(options, limit, arms)
 
 
-def _write(options, device, limit, arms) -> None:
-    if not options.output:
-        return
-    about = {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+def _write(options, limit, arms) -> None:
+    payload = {
         "bytes_limit": limit,
         "num_steps": options.num_steps,
+        "arms": [arm.result for arm in arms],
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(about | {"arms": [arm.result for arm in arms]}, indent=1)
-    options.output.write_text(text + "\n")
+    output.write(options, "model_speed", payload)
 
 
 if __name__ == "__main__":

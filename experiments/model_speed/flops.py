@@ -1,16 +1,7 @@
-"""What a train step must compute at the least, and what a device could."""
+"""What a train step must compute at the least."""
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.describe import count_parameters, sums
-
-# Dense bfloat16 FLOP/s by device kind, from NVIDIA's data sheets (A100, H100, H200; SXM), half of what they
-# state with sparsity. A kind that is not here has no MFU.
-PEAK = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def parameter_flops(config: ModelConfig) -> float:

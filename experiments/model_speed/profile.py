@@ -50,7 +50,7 @@ _BY_KERNEL = (
     ("collectives", r"nccl|all-?reduce|all-?gather|reduce-?scatter"),
     ("attention kernel", r"fmha|cudnn|flash|sdpa"),
     ("expert matmuls", r"ragged_dot|mosaic_gpu"),
-    ("mHC kernels", r"(mappings|post_res|pre|projection|finish|sinkhorn|sums)\w*_kernel"),
+    ("mHC kernels", r"mhc_[a-z_]+_(forward|backward)"),
     ("copies", r"memcpy|memset"),
 )
 _MATMUL = r"gemm|nvjet|cublas|cutlass|xmma|dot_general|^dot"

@@ -13,11 +13,9 @@ background only what exceeds the products of the same loop body; nothing else is
 
 import os
 
-# What libtpu needs on a host without TPUs; before jax is imported.
-os.environ.update(
-    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TF_CPP_MIN_LOG_LEVEL="3",
-    TPU_STDERR_LOG_LEVEL="3", TPU_MIN_LOG_LEVEL="3",
-)  # fmt: skip
+from experiments import libtpu
+
+os.environ.update(libtpu.ENVIRONMENT)  # before jax is imported
 
 import dataclasses
 import importlib.util
@@ -30,17 +28,20 @@ import time
 from collections.abc import Iterator
 
 import jax
-from absl import app, flags
+from absl import flags
+from absl import logging as absl_logging
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from experiments.pod_plan.chips import Chip, chip_of, more_shares, pick_mesh
+from experiments import record
+from experiments.hardware import Chip
+from experiments.pod_plan.chips import chip_of, more_shares, pick_mesh
 from experiments.pod_plan.hlo import Costs, Program
-from mhc_jax import sharding
-from mhc_jax.config import Config, MeshConfig, from_dict
+from mhc_jax import command_line, sharding, units
+from mhc_jax.config import Config, MeshConfig
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the slice, such as v5p:8x8x8.")
 _MESH = flags.DEFINE_string(
     "mesh",
@@ -51,6 +52,9 @@ _BASELINE = flags.DEFINE_boolean(
     "baseline", True, "Compile the residual model too, for mHC's share: doubles the time."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
+_RECORD = flags.DEFINE_string(
+    "record", None, "Name under which experiments/pod_plan/results/<topology>.json gets the result."
+)
 _HLO = flags.DEFINE_string("hlo", None, "Folder for the text of the compiled programs.")
 
 
@@ -134,9 +138,12 @@ def meshes_of(written: str | None, config: Config, num_devices: int) -> Iterator
 def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
     """Compiles the train step of `config` for `devices`."""
     mesh, start = sharding.make_mesh(config.mesh, devices), time.perf_counter()
+    connection = config.model.connection
+    _progress(f"{connection}: tracing and lowering the train step")
     lowered = jit_train_step(config, mesh).lower(
         abstract_state(config, mesh), abstract_batch(config)
     )
+    _progress(f"{connection}: compiling for {len(devices)} chips, minutes for a large model")
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -174,6 +181,11 @@ def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
     )
 
 
+def _progress(text: str) -> None:
+    """What happens now, beside the result."""
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
 def summary(plan: Plan) -> dict:
     """The plan as JSON can hold it."""
     values = {name: getattr(plan, name) for name in ("arguments", "temporaries", "peak", "message")}
@@ -190,28 +202,27 @@ def seconds(costs: Costs) -> float:
 
 def show(plan: Plan, chip: Chip) -> None:
     """Prints what `Plan` holds."""
-    gib = 2**30
     if plan.costs is None:
         print(f"memory     {plan.message}")
         return
     print(
-        f"memory     arguments {plan.arguments / gib:.2f} GiB, temporaries {plan.temporaries / gib:.2f} GiB, "
-        f"peak {plan.peak / gib:.2f} of {chip.hbm} GiB per chip"
+        f"memory     arguments {units.size(plan.arguments)}, temporaries {units.size(plan.temporaries)}, "
+        f"peak {units.size(plan.peak)} of {chip.hbm} GiB per chip"
     )
     costs = plan.costs
     print(
-        f"step       {costs.flops / 1e12:.2f} TFLOP, {costs.bytes / gib:.1f} GiB of HBM traffic per chip"
+        f"step       {units.flops(costs.flops)}, {units.size(costs.bytes)} of HBM traffic per chip"
     )
     for kind, c in sorted(costs.collectives.items()):
         share = 100 * c.async_bytes / c.bytes if c.bytes else 0
         print(
-            f"  {kind:20} {c.count:6} x, {c.bytes / gib:8.3f} GiB, {share:3.0f} % in the background"
+            f"  {kind:20} {c.count:6} x, {units.size(c.bytes):>9}, {share:3.0f} % in the background"
         )
     if costs.unknown_loops:
         print(f"  {costs.unknown_loops} loops of unknown length are counted once")
     print(
-        f"estimate   {1e3 * seconds(costs):.0f} ms a step: {1e3 * costs.seconds_compute:.0f} compute and "
-        f"memory, {1e3 * costs.seconds_waiting:.0f} waiting for transfers; "
+        f"estimate   {units.duration(seconds(costs))} a step: {units.duration(costs.seconds_compute)} "
+        f"compute and memory, {units.duration(costs.seconds_waiting)} waiting for transfers; "
         f"{100 * costs.flops / chip.flops / seconds(costs):.0f} % of the peak FLOP/s"
     )
 
@@ -228,11 +239,13 @@ def compare(plan: Plan, baseline: Plan) -> dict[str, float]:
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    topology = _TOPOLOGY.value
+    if not flags.FLAGS["verbosity"].present:
+        absl_logging.set_verbosity(absl_logging.WARNING)
+    config, topology = command_line.load_config(_CONFIG), _TOPOLOGY.value
+    if topology is None:
+        sys.exit("--topology is missing: give the slice, as in --topology=v5p:8x8x8")
     try:
-        config, chip = from_dict(_CONFIG.value), chip_of(topology)
+        chip = chip_of(topology)
         devices = devices_of(topology)
         meshes = list(meshes_of(_MESH.value, config, len(devices)))
         for mesh in meshes:
@@ -254,7 +267,6 @@ def main(argv):
         "mesh": sizes,
         "config": [argument for argument in sys.argv if argument.startswith("--config")],
         "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
-        "jax": jax.__version__,
         config.model.connection: summary(plan),
     }
     if _BASELINE.value and config.model.connection != "residual" and plan.costs:
@@ -274,10 +286,13 @@ def main(argv):
     if _OUTPUT.value:
         path = pathlib.Path(_OUTPUT.value)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        content = {"environment": record.environment(), **result}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    if _RECORD.value:
+        device = topology.replace(":", "_")
+        print(f"wrote {record.update('pod_plan', _RECORD.value, result, device=device)}")
     print(f"fits: {'yes' if result['fits'] else 'no'}")
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    command_line.run(main)

@@ -1,47 +1,22 @@
-"""The one table of peaks that estimates divide by, and the slices of which libtpu knows the topology."""
+"""The chip of a slice, and meshes that divide its devices."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Peaks of one chip.
-
-    Attributes:
-      flops: bfloat16 FLOP/s.
-      bandwidth: of HBM, bytes/s.
-      hbm: GiB.
-      link: bytes/s of both directions of one torus axis: what a ring over one mesh axis can use.
-    """
-
-    flops: float
-    bandwidth: float
-    hbm: float
-    link: float
-
-
-# docs.cloud.google.com/tpu/docs/v5e, v5p-training and v6e (2025): peak compute, HBM capacity and bandwidth.
-# Links: interconnect of a chip (v5e 1600 Gb/s, v6e 3200 Gb/s one way over 4 links; v5p 1200 GB/s both ways
-# over 6), that is 50, 100 and 100 GB/s one way a link, and two links to an axis.
-CHIPS = {
-    "v5e": Chip(197e12, 0.8e12, 16, 1e11),
-    "v5p": Chip(459e12, 2.765e12, 95, 2e11),
-    "v6e": Chip(918e12, 1.6e12, 32, 2e11),
-}
+from experiments.hardware import CHIPS, Chip
 
 
 def chip_of(topology: str) -> Chip:
     """The chip of a topology such as "v5p:8x8x8".
 
     Raises:
-      ValueError: a kind that the table does not have.
+      ValueError: a kind of which the table does not have the links.
     """
     kind, _, shape = topology.partition(":")
-    if kind not in CHIPS or not shape:
+    known = [name for name, chip in CHIPS.items() if chip.link]
+    if kind not in known or not shape:
         raise ValueError(
-            f"--topology={topology} is unknown: use KIND:SHAPE with KIND one of {', '.join(CHIPS)}, such as "
+            f"--topology={topology} is unknown: use KIND:SHAPE with KIND one of {', '.join(known)}, such as "
             "v5p:8x8x8 or v6e:16x16"
         )
     return CHIPS[kind]

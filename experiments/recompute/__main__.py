@@ -8,13 +8,13 @@ Result:   JSON and PNG in experiments/recompute/results.
 """
 
 import argparse
-import json
 import os
 import pathlib
-import platform
 import sys
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+from experiments import libtpu
+
+FOLDER = pathlib.Path(__file__).parents[1]
 
 
 def _numbers(text: str) -> list[int]:
@@ -38,7 +38,8 @@ def parse_arguments() -> argparse.Namespace:
     commands.add_parser("step_time", help="milliseconds of a train step for each policy")
     commands.add_parser("figure", help="draws all results")
     for command in commands.choices.values():
-        command.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder")
+        command.add_argument("--results", type=pathlib.Path, default=FOLDER,
+                             help="folder of recompute/results")  # fmt: skip
     return parser.parse_args()
 
 
@@ -48,8 +49,7 @@ def _device(topology: str | None):
         import jax
 
         return jax.devices()[0], jax.devices()[0].device_kind
-    # libtpu reads these when it is loaded: no TPU is looked for, and several processes may load it.
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    os.environ.update(libtpu.ENVIRONMENT)
     from jax.experimental import topologies
 
     try:
@@ -59,41 +59,35 @@ def _device(topology: str | None):
     return found.devices[0], "TPU " + topology.split(":")[0]
 
 
-def _write(folder: pathlib.Path, name: str, result: dict) -> None:
-    """Adds to what the file has: the parts of a measurement may be taken one by one."""
-    import jax
-
-    about = {"jax": jax.__version__, "python": platform.python_version()}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    there = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(there | about | result, indent=2) + "\n")
-    print(f"wrote {path}")
-
-
 def main() -> None:
     options = parse_arguments()
     if options.command == "figure":
         from experiments.recompute import figure
 
-        figure.draw_all(options.results)
+        figure.draw_all(options.results / "recompute" / "results")
         return
+    where = {"folder": options.results}
     if options.command == "step_time":
+        from experiments import record
         from experiments.recompute import step_time
 
-        _write(options.results, "step_time", step_time.measure())
+        result = step_time.measure()
+        print(f"wrote {record.update('recompute', 'step_time', result, **where)}")
         return
     device, name = _device(options.topology)
+    from experiments import record  # imports jax, after `_device`
     from experiments.recompute import memory
 
-    file_name = "memory_" + name.lower().replace(" ", "_")
-    result = {"device": name}
+    where["device"] = record.device_slug(name)
+    # One by one: the parts of a measurement may be taken apart.
     for part, blocks in (("synthetic", options.synthetic), ("decoder", options.decoder)):
         if blocks:
             shape = {"synthetic": memory.SYNTHETIC, "decoder": memory.DECODER}[part]
             print(f"{part} {shape} for {name}", flush=True)
-            result[part] = getattr(memory, part)(device, blocks, options.threads, shape)
-            _write(options.results, file_name, result)
+            result = {"device": name} | getattr(memory, part)(
+                device, blocks, options.threads, shape
+            )
+            print(f"wrote {record.update('recompute', f'memory/{part}', result, **where)}")
 
 
 if __name__ == "__main__":

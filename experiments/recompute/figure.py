@@ -1,10 +1,10 @@
 """Measured activation memory against the recompute block, beside the formula's: one figure a result file."""
 
-import json
 import pathlib
 
 from matplotlib.axes import Axes
 
+from experiments import record
 from experiments.plotting import COLOURS, STYLE, new_figure
 
 GIB = 2**30
@@ -12,16 +12,16 @@ MEASURED, FORMULA = COLOURS["mhc"][0], "#333333"
 
 
 def draw_all(folder: pathlib.Path) -> None:
-    """Draws `memory_*.json` of a folder into PNG files of the same names."""
+    """Draws what `<device>.json` of a folder has of memory into `memory_<device>.png`."""
     import matplotlib
 
-    paths = sorted(folder.glob("memory_*.json"))
-    if not paths:
+    found = {path: record.read(path).get("memory") for path in sorted(folder.glob("*.json"))}
+    found = {path: result for path, result in found.items() if result}
+    if not found:
         raise SystemExit(
-            f"{folder} has no memory_*.json: run `python -m experiments.recompute memory`"
+            f"no file of {folder} has memory: run `python -m experiments.recompute memory`"
         )
-    for path in paths:
-        result = json.loads(path.read_text())
+    for path, result in found.items():
         parts = [part for part in ("synthetic", "decoder") if part in result]
         with matplotlib.rc_context(STYLE):
             figure = new_figure(3.4)
@@ -31,11 +31,11 @@ def draw_all(folder: pathlib.Path) -> None:
                 axes.set_xlabel("recompute block $L_r$, sublayers")
                 axes.set_ylabel("GiB")
                 axes.set_ylim(bottom=0)
-            figure.suptitle(
-                f"Activation memory, {result['device']}", x=0.01, ha="left", fontsize=11
-            )
-            figure.savefig(path.with_suffix(".png"), dpi=150)
-        print(f"wrote {path.with_suffix('.png')}")
+            device = result[parts[0]]["device"]
+            figure.suptitle(f"Activation memory, {device}", x=0.01, ha="left", fontsize=11)
+            chart = path.with_name(f"memory_{path.stem}.png")
+            figure.savefig(chart, dpi=150)
+        print(f"wrote {chart}")
 
 
 def _mark_least(axes: Axes, blocks: list[int], values: list[float], colour: str) -> None:

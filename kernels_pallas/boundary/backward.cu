@@ -6,17 +6,25 @@
 //   t   = g + h_pre d + ds phi^T + kappa x'     cotangent of x' in float32, kappa = dr / (n C r)
 //   dx  = h_res^T t,   dy = h_post^T t,   dh_res = t x^T,   dh_post = t y,   dphi = x'^T ds
 //
-// x' is computed again (reading it costs 4C): rounded as it was for dphi, unrounded for t. Reads x, g (4C each), y,
-// d, writes dx, dy: 15C. Without MIX (the backward of `read`) x is x' and dx is t: 13C.
+// x' is computed again (reading it costs 4C) and rounded as it was. Reads x, g (4C each), y, d, writes dx, dy: 15C.
+// Without MIX (the backward of `read`) x is x' and dx is t: 13C.
 //
 // A program owns 64 columns of all four streams and walks over tiles of 16 tokens, so that dphi stays in registers;
 // each of its warps owns 8 columns. ds phi^T is a product of TF32 numbers and dphi of bfloat16 numbers (ds as high
-// + low), exact operands. The sums over columns in dh_res and dh_post are tensor-core products too, of t rounded to
-// bfloat16: 4 tokens x 4 streams of t against 4 tokens x 2 streams of x, of which a quarter, the same token, is
+// + low), exact operands. The sums over columns in dh_res and dh_post are tensor-core products too, of t as bfloat16
+// numbers: 4 tokens x 4 streams of t against 4 tokens x 2 streams of x, of which a quarter, the same token, is
 // kept. They leave as partial sums, one a program and token: 80 bytes for 64 columns, 0.6C.
 //
-// Constants: C, MIX (0 or 1).
+// Constants: C; MIX (0 or 1); TERMS, the bfloat16 numbers that stand for one of t in these sums. 2: high + low, as
+// the definition has it but for 2^-17 (errors of 2e-6). 1: t is rounded, and x' in kappa x' is not, which puts errors
+// of 2e-3 into dh_res and dh_post and of 1e-6 into dx and dy, for some 70 instructions and one barrier a tile less.
 #include "boundary/tile.cuh"
+
+#if MIX
+#define KERNEL mhc_boundary_backward
+#else
+#define KERNEL mhc_read_backward
+#endif
 
 namespace {
 
@@ -34,8 +42,8 @@ constexpr int DS = 0, DS_PAIRS = DS + TOKENS * M * 4;
 constexpr int RES = DS_PAIRS + TOKENS * M * 4, RES_PITCH = 80;
 constexpr int POST = RES + TOKENS * RES_PITCH, PRE = POST + TOKENS * 16, KAPPA = PRE + TOKENS * 16;
 constexpr int OWN = KAPPA + TOKENS * 4;
-// Shared memory: rows of STAGES tiles, what belongs to the tokens of two, phi (6 float4 a thread) and, if MIX, t of
-// two tiles in bfloat16, laid out as x.
+// Shared memory: rows of STAGES tiles, what belongs to the tokens of two, phi (6 float4 a thread) and, if MIX, t in
+// bfloat16, laid out as x: of two tiles in turn, or (TERMS 2) high and low terms of one.
 constexpr int OWNS = STAGES * STAGE, PHI = OWNS + 2 * OWN, TOTAL = PHI + 6 * 16 * THREADS;
 
 __device__ __forceinline__ int key(int stream, int token) { return token % 8 ^ stream % 2 * 4; }
@@ -129,17 +137,22 @@ __device__ __forceinline__ void store_tile(const unsigned char* stage, const Sha
 // dh_res and dh_post of 4 tokens over the program's columns: rows token + 4 stream of t, columns 2 token + j of x
 // or of y (twice). Warps 0-3 take streams 0, 1 of x, warps 4-7 streams 2, 3.
 struct Sums {
-  u32 a[4][4], b[2][4], y[2][4];
+  u32 a[TERMS][4][4], b[2][4], y[2][4];
 
-  __device__ __forceinline__ void load(const unsigned char* stage, const unsigned char* total, int warp, int lane) {
-    const int group = warp % 4 * 4;
-    const int a_token = group + lane % 4, a_stream = lane / 4 % 4;
-    const int b_token = group + lane % 8 / 2, b_stream = warp / 4 * 2 + lane % 2;
+  __device__ __forceinline__ void load_total(const unsigned char* total, int warp, int lane) {
+    const int a_token = warp % 4 * 4 + lane % 4, a_stream = lane / 4 % 4;
     const unsigned char* a_row = total + (a_stream * TOKENS + a_token) * PITCH;
+#pragma unroll
+    for (int term = 0; term < TERMS; ++term) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        load_matrices(a[term][k], a_row + term * STREAMS + (2 * k + lane / 16 ^ key(a_stream, a_token)) * 16);
+    }
+  }
+  __device__ __forceinline__ void load_update(const unsigned char* stage, int warp, int lane) {
+    const int b_token = warp % 4 * 4 + lane % 8 / 2, b_stream = warp / 4 * 2 + lane % 2;
     const unsigned char* b_row = stage + X + (b_stream * TOKENS + b_token) * PITCH;
     const unsigned char* y_row = stage + Y + b_token * PITCH;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) load_matrices(a[k], a_row + (2 * k + lane / 16 ^ key(a_stream, a_token)) * 16);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       load_matrices(b[k], b_row + (4 * k + lane / 8 ^ key(b_stream, b_token)) * 16);
@@ -149,11 +162,14 @@ struct Sums {
   __device__ __forceinline__ void store(float* sums, int warp, int lane, u32 first_row, int tokens) const {
     float res[4] = {}, post[4] = {};
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      multiply_bf16(res, a[k], b[k / 2][k % 2 * 2], b[k / 2][k % 2 * 2 + 1]);
-      multiply_bf16(post, a[k], y[k / 2][k % 2 * 2], y[k / 2][k % 2 * 2 + 1]);
+    for (int term = 0; term < TERMS; ++term) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        multiply_bf16(res, a[term][k], b[k / 2][k % 2 * 2], b[k / 2][k % 2 * 2 + 1]);
+        multiply_bf16(post, a[term][k], y[k / 2][k % 2 * 2], y[k / 2][k % 2 * 2 + 1]);
+      }
     }
-    // Lane 4 g + q holds row g: token g % 4, stream g / 4. Of use is the column of the same token, q.
+    // Lane 4 g + q holds row g: token g % 4, stream g / 4. It keeps the column of the same token, q.
     const int token = warp % 4 * 4 + lane % 4, stream = lane / 16, pair = warp / 4;
     if (lane % 4 == lane / 4 % 4 && token < tokens) {
       const u32 at = (first_row + token) * (SUMS / 2);
@@ -220,13 +236,14 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
+      const float post = MIX ? at(k < 2 ? post0 : post1, i) : 0;
+      mixed[k] = MIX ? mix(k < 2 ? res0 : res1, post, x[0][k], x[1][k], x[2][k], x[3][k], y[k]) : x[i][k];
+    }
+    const u32 rounded[2] = {pack_bf16(mixed[0], mixed[1]), pack_bf16(mixed[2], mixed[3])};
+    if (MIX && TERMS == 2) unpack(mixed, rounded[0], rounded[1]);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
       const float4& res = k < 2 ? res0 : res1;
-      if (MIX) {
-        const float post = at(k < 2 ? post0 : post1, i);
-        mixed[k] = mix(res, post, x[0][k], x[1][k], x[2][k], x[3][k], y[k]);
-      } else {
-        mixed[k] = x[i][k];
-      }
       t[i][k] = fmaf(at(k < 2 ? pre0 : pre1, i), d[k], t[i][k]);
       t[i][k] = fmaf(k < 2 ? kappa0 : kappa1, mixed[k], t[i][k]);
       if (MIX) {
@@ -239,15 +256,15 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
         dx[i][k] = t[i][k];
       }
     }
-    across[i][0] = transpose(pack_bf16(mixed[0], mixed[1]));
-    across[i][1] = transpose(pack_bf16(mixed[2], mixed[3]));
+    across[i][0] = transpose(rounded[0]);
+    across[i][1] = transpose(rounded[1]);
   }
 
   // dphi += x'^T ds: two streams' columns as rows, the tokens as inner index.
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     uint4 b = *reinterpret_cast<const uint4*>(own + DS_PAIRS + (s * 32 + lane) * 16);  // high, low; high, low
-    if (tokens < TOKENS) {  // nobody wrote ds of tokens that do not exist (in t it stays in rows not stored)
+    if (tokens < TOKENS) {  // ds of tokens beyond T was never written: zero it (t's rows of them are not stored)
       const u32 mask[2] = {2 * q < tokens ? 2 * q + 1 < tokens ? 0xffffffffu : 0xffffu : 0u,
                            2 * q + 8 < tokens ? 2 * q + 9 < tokens ? 0xffffffffu : 0xffffu : 0u};
       b.x &= mask[0], b.y &= mask[0], b.z &= mask[1], b.w &= mask[1];
@@ -266,9 +283,19 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
     const int to = streams_row + i * TOKENS * PITCH;
     store_matrices(stage + G + to, pack_bf16(dx[i][0], dx[i][1]), pack_bf16(dx[i][2], dx[i][3]),
                    pack_bf16(dx[i + 1][0], dx[i + 1][1]), pack_bf16(dx[i + 1][2], dx[i + 1][3]));
-    if (MIX)
-      store_matrices(total + to, pack_bf16(t[i][0], t[i][1]), pack_bf16(t[i][2], t[i][3]),
-                     pack_bf16(t[i + 1][0], t[i + 1][1]), pack_bf16(t[i + 1][2], t[i + 1][3]));
+    if (MIX) {
+      u32 term[4] = {pack_bf16(t[i][0], t[i][1]), pack_bf16(t[i][2], t[i][3]),
+                     pack_bf16(t[i + 1][0], t[i + 1][1]), pack_bf16(t[i + 1][2], t[i + 1][3])};
+      store_matrices(total + to, term[0], term[1], term[2], term[3]);
+      if (TERMS == 2) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float* from = t[i + k / 2] + k % 2 * 2;
+          term[k] = pack_bf16(from[0] - low(term[k]), from[1] - high(term[k]));
+        }
+        store_matrices(total + STREAMS + to, term[0], term[1], term[2], term[3]);
+      }
+    }
   }
   if (MIX) {
     unsigned char* to = stage + D + g * PITCH + (warp ^ key(0, g)) * 16 + q * 4;
@@ -283,9 +310,9 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 // x, g, dx [T, 4 C]; y, d, dy [T, C]; post, pre [T, 4]; res [T, 16]; phi [4 C, 24]; ds [tiles, 3, 32, 4] and
 // ds_pairs [tiles, 3, 32, 8] as the lanes want them; kappa [T]; sums [C / 64, T, 20]; dphi [splits, 4 C, 24].
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    boundary_backward(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* g,
-                      const bf16* d, const float* pre, const float* phi, const float* ds, const bf16* ds_pairs,
-                      const float* kappa, int T, bf16* dx, bf16* dy, float* sums, float* dphi_out) {
+    KERNEL(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* g, const bf16* d,
+           const float* pre, const float* phi, const float* ds, const bf16* ds_pairs, const float* kappa, int T,
+           bf16* dx, bf16* dy, float* sums, float* dphi_out) {
   SHARED_MEMORY(shared);
   const Arrays a = {x, y, post, res, g, d, pre, ds, ds_pairs, kappa};
   const u32 thread = threadIdx.x;
@@ -307,7 +334,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   }
   float dphi[2][3][4] = {};
 
-  // Between two barriers one tile is filled, one computed in, and the one before written out.
+  // Between two barriers one tile is filled, one computed in, and the one before written out. With two terms a
+  // second barrier keeps t of the tile before until all warps have it.
   int current = 0, parity = 0;
   for (; first - apart < T; first += apart) {
     copy_async_wait<0>();
@@ -320,14 +348,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     if (first >= apart) {
       const unsigned char* before = shared + (current + STAGES - 1) % STAGES * STAGE;
       Sums products;
-      if (MIX) products.load(before, shared + TOTAL + (parity ^ 1) * STREAMS, warp, lane);
+      if (MIX) {
+        products.load_total(shared + TOTAL + (TERMS == 1 ? (parity ^ 1) * STREAMS : 0), warp, lane);
+        if (TERMS == 2) __syncthreads();
+        products.load_update(before, warp, lane);
+      }
       store_tile(before, share, dx, dy, first - apart, T);
       __syncwarp();
       if (MIX) products.store(sums, warp, lane, slab * T + first - apart, T - first + apart);
     }
     if (first >= T) break;
-    compute_tile(shared + current * STAGE, shared + OWNS + parity * OWN, shared + TOTAL + parity * STREAMS, own_phi,
-                 dphi, warp, lane, T - first);
+    compute_tile(shared + current * STAGE, shared + OWNS + parity * OWN,
+                 shared + TOTAL + (TERMS == 1 ? parity * STREAMS : 0), own_phi, dphi, warp, lane, T - first);
     current = (current + 1) % STAGES;
     parity ^= 1;
   }

@@ -27,7 +27,7 @@ constexpr int PHI_TILE = COLUMNS * N * M * 4;
 
 __device__ __forceinline__ int key(int token) { return token % 8; }
 
-// Of a program's work: which tile of 128 tokens, and which columns.
+// One item of a program's work: a tile of 128 tokens and a range of columns.
 struct Place {
   int first, column;  // token; column in chunks of 8
 
@@ -78,7 +78,7 @@ struct Mappings {
   }
 };
 
-// What a warp sums up for its tokens: s, and x' x'^T of tokens 0-7 and 8-15, of which the diagonal is wanted.
+// The sums of a warp over the columns: s, and x' x'^T of tokens 0-7 and 8-15. Only the diagonal of x' x'^T is used.
 struct Sums {
   float s[3][4], squares[2][4];
 
@@ -158,8 +158,8 @@ __device__ __forceinline__ void store_step(bf16* mixed, const unsigned char* til
 // Any grid. x, mixed = x' [T, 4 C]; y [T, C]; post [T, 4]; res [T, 16]; phi [C / 64, 8, 2, 3, 32, 8]
 // (`phi_fragments`); parts [SPLITS, T, 28].
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    boundary_forward(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* phi, int T,
-                     bf16* mixed, float* parts) {
+    mhc_boundary_forward(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* phi, int T,
+                         bf16* mixed, float* parts) {
   SHARED_MEMORY(shared);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = threadIdx.x % 32;
   unsigned char* tiles = shared + warp * 2 * TILE;
@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     copy_async_commit();
     unsigned char* tile = tiles + parity * TILE;
     const uint4* own_phi = reinterpret_cast<const uint4*>(shared + PHI + parity * PHI_TILE) + lane;
-    // The tensor cores cut off what their sums lose: short chains, added in float32.
+    // Tensor cores truncate when they accumulate, so four steps are accumulated there and added in float32.
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       Sums sums;

@@ -1,19 +1,17 @@
-"""`read` and `boundary` on GPUs: shared passes over the streams where that measured faster.
+"""`read` and `boundary` in Triton: shared passes over the streams where that measured faster.
 
-Forward: `boundary` writes the streams and multiplies them with phi in one kernel (forward.cu, 9C instead
-of 13C); one launch for the second stage of the projection and the mappings; F_pre. Backward: one reduction
-for dh_pre (5C), the mappings, and one pass that sums every cotangent of the streams while it makes dphi:
-13C in `read`, 15C in `boundary`, where it undoes the write as well (backward.cu). Last one launch that
-finishes the sums. What these kernels in CUDA C++ do not take (gpu_cuda.py) stays in Triton: the parts
-forward, `read` backward the same way, while in `boundary` the sum moves into F_post,res's backward, whose
-rows run at 95 % of the copy rate where Triton's tensor-core tiles reach 75 % (8C + 19C).
+Forward: F_post,res (`boundary`), the projection, one launch for its second stage and the mappings, F_pre.
+Backward: one reduction for dh_pre (5C) and the mappings. `read` then has one pass that sums every cotangent
+of the streams while it makes dphi (13C). In `boundary` the sum moves into F_post,res's backward, whose rows
+run at 95 % of the copy rate where Triton's tensor-core tiles reach 75 % (8C + 19C). What comes through the
+projection is rounded to the dtype of the streams between the two: one rounding more than the definition has.
+Last one launch that finishes the sums. cuda.py has the same operations with the large passes in CUDA C++.
 """
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas import triton_call, triton_sums
-from kernels_pallas.boundary import gpu_cuda
 from kernels_pallas.boundary.arguments import ReadBackward
 from kernels_pallas.mappings import gpu as mappings
 from kernels_pallas.post_res import gpu as post_res
@@ -28,7 +26,7 @@ def check(streams: jax.Array, *_, n: int, num_iterations: int, **__) -> None:
     mappings.sinkhorn.check_iterations(num_iterations)
 
 
-def _finish_read(streams, parts, phi, bias, alpha, weight, static):
+def finish_read(streams, parts, phi, bias, alpha, weight, static):
     """From the projection's partial sums to what `read_forward` returns."""
     n, lead, (K, m) = static["n"], streams.shape[:-1], phi.shape
     T = triton_call.num_tokens(lead)
@@ -57,7 +55,8 @@ def _finish_read(streams, parts, phi, bias, alpha, weight, static):
     )
 
 
-def _empty_read(streams, n):
+def empty_read(streams, n):
+    """What `read_forward` returns where there are no tokens."""
     lead, C = streams.shape[:-1], streams.shape[-1] // n
     shapes = ((n,), (n, n), (n,), (n * n + 2 * n,), ())
     rest = triton_call.empty_like(*(((*lead, *shape), jnp.float32) for shape in shapes))
@@ -74,12 +73,12 @@ def read_forward(
 ) -> tuple[jax.Array, ...]:
     """Returns layer_input, h_post, h_res, h_pre, s, r."""
     if not triton_call.num_tokens(streams.shape[:-1]):
-        return _empty_read(streams, static["n"])
+        return empty_read(streams, static["n"])
     parts = projection.partial_sums(streams, phi)
-    return _finish_read(streams, parts, phi, bias, alpha, weight, static)
+    return finish_read(streams, parts, phi, bias, alpha, weight, static)
 
 
-def _no_gradients(a: ReadBackward) -> tuple[jax.Array | None, ...]:
+def no_gradients(a: ReadBackward) -> tuple[jax.Array | None, ...]:
     """Cotangents of the parameters where there are no tokens."""
     parameters = (a.phi, a.bias, a.alpha, a.weight)
     return tuple(None if p is None else jnp.zeros_like(p) for p in parameters)
@@ -92,24 +91,17 @@ def read_backward(
     a = ReadBackward(*arrays)
     n, (K, m), T = static["n"], a.phi.shape, triton_call.num_tokens(a.r.shape)
     if not T:
-        return streams, *_no_gradients(a)
-    cuda = gpu_cuda.takes_backward(streams, n)
-    d_input, cotangents, sums = _mappings_backward(streams, a, static, fragments=K if cuda else 0)
-    if cuda:
-        launch = gpu_cuda.backward_launch(T, K // n, mix=False)
-        unused = (d_input, a.h_pre, a.dh_res)
-        read = (a.d_streams, d_input, a.h_pre, a.phi, *cotangents)
-        dx, _, _, dphi = launch(streams, *unused, *read, T)
-    else:
-        launch = projection.backward_launch(T, K, n, m, streams.dtype, accumulate=True)
-        dx, dphi = launch(streams, a.phi, a.r, *cotangents, a.d_streams, d_input, a.h_pre, T)
+        return streams, *no_gradients(a)
+    d_input, cotangents, sums = mappings_backward(streams, a, static)
+    launch = projection.backward_launch(T, K, n, m, streams.dtype, accumulate=True)
+    dx, dphi = launch(streams, a.phi, a.r, *cotangents, a.d_streams, d_input, a.h_pre, T)
     return dx.reshape(streams.shape), *triton_sums.parameter_gradients(dphi, *sums, n)
 
 
-def _mappings_backward(streams: jax.Array, a: ReadBackward, static, fragments: int):
+def mappings_backward(streams: jax.Array, a: ReadBackward, static, fragments: int = 0):
     """From the layer input and the mappings to the projection.
 
-    Returns the cotangent of the weighted sum, (ds, dr) or with `fragments` the operands of the CUDA kernel
+    Returns the cotangent of the weighted sum, (ds, dr) or with `fragments` the operands of backward.cu
     (`mappings.backward_launch`), partial sums for (dbias and dalpha, dweight).
     """
     n, T, C = static["n"], triton_call.num_tokens(a.r.shape), a.d_input.shape[-1]
@@ -142,13 +134,6 @@ def forward(
     **static,
 ) -> tuple[jax.Array, ...]:
     """Returns new streams, then what `read_forward` returns for them."""
-    T, n = triton_call.num_tokens(streams.shape[:-1]), static["n"]
-    if T and gpu_cuda.takes_forward(streams, n):
-        launch = gpu_cuda.forward_launch(T, streams.shape[-1] // n)
-        fragments = gpu_cuda.phi_fragments(phi)
-        new_streams, parts = launch(streams, layer_output, h_post, h_res, fragments, T)
-        new_streams = new_streams.reshape(streams.shape)
-        return new_streams, *_finish_read(new_streams, parts, phi, bias, alpha, weight, static)
     new_streams = post_res.forward(streams, layer_output, h_post, h_res)
     return new_streams, *read_forward(new_streams, phi, bias, alpha, weight, **static)
 
@@ -167,19 +152,9 @@ def backward(
     update = (streams, layer_output, h_post, h_res)
     (K, m), T = a.phi.shape, triton_call.num_tokens(a.r.shape)
     if not T:
-        return *update, *_no_gradients(a)
+        return *update, *no_gradients(a)
     n = static["n"]
-    cuda = gpu_cuda.takes_backward(streams, n)
-    d_input, cotangents, sums = _mappings_backward(
-        new_streams, a, static, fragments=K if cuda else 0
-    )
-    if cuda:
-        launch = gpu_cuda.backward_launch(T, K // n, mix=True)
-        read = (a.d_streams, d_input, a.h_pre, a.phi, *cotangents)
-        dx, dy, mappings_sums, dphi = launch(*update, *read, T)
-        *d_parameters, dres, dpost = triton_sums.all_gradients(dphi, *sums, mappings_sums, n)
-        d_update = (dx, dy, dpost, dres)
-        return *(d.reshape(u.shape) for d, u in zip(d_update, update)), *d_parameters
+    d_input, cotangents, sums = mappings_backward(new_streams, a, static)
     launch = projection.backward_launch(T, K, 1, m, streams.dtype, accumulate=False)
     unused = (new_streams, new_streams, a.r)
     d_projection, dphi = launch(new_streams, a.phi, a.r, *cotangents, *unused, T)

@@ -1,6 +1,8 @@
 """The fused operations as compositions in plain jnp: implementation "xla" and the definition.
 
-One rounding where a fused kernel has one: the cotangents of the streams are summed in float32.
+Their roundings, where the streams are bfloat16: the new streams before they are read, ds to TF32, the
+cotangent behind the norm of the layer input before it is multiplied with h_pre, and each result once. The
+cotangent of the new streams is summed in float32 and used so, in the write's backward too.
 """
 
 import jax
@@ -10,7 +12,7 @@ from kernels_pallas.boundary.arguments import ReadBackward
 from kernels_pallas.mappings import reference as mappings
 from kernels_pallas.post_res import reference as post_res
 from kernels_pallas.pre import reference as pre
-from kernels_pallas.precision import round_to_tf32
+from kernels_pallas.precision import round_to, round_to_tf32
 from kernels_pallas.projection import reference as projection
 from kernels_pallas.sharding import layout
 
@@ -48,6 +50,13 @@ def read_backward(
     input_norm_eps: float | None,
 ) -> tuple[jax.Array, ...]:
     """Cotangents (dx, dphi, dbias, dalpha, dweight); `d_streams` has already arrived for the streams."""
+    static = {"n": n, "num_iterations": num_iterations, "input_norm_eps": input_norm_eps}
+    dx, *d_parameters = _unrounded_read_backward(streams, *arrays, **static)
+    return dx.astype(streams.dtype), *d_parameters
+
+
+def _unrounded_read_backward(streams, *arrays, n, num_iterations, input_norm_eps):
+    """The same with dx in float32."""
     a = ReadBackward(*arrays)
     d_input, d_weight = a.d_input, None
     if input_norm_eps is not None:
@@ -69,10 +78,10 @@ def read_backward(
     if streams.dtype == jnp.bfloat16:
         ds = round_to_tf32(ds)
     dx, dphi = projection.unrounded_backward(streams, a.phi, a.r, ds, dr)
-    d = d_input.astype(streams.dtype).astype(dx.dtype)  # an array of its own in the kernels
+    d = round_to(d_input.astype(dx.dtype), streams.dtype)  # an array of its own in the kernels
     dx = dx + jnp.concatenate([a.h_pre[..., i, None] * d for i in range(n)], axis=-1)
     dx = dx + a.d_streams.astype(dx.dtype)
-    return dx.astype(streams.dtype), dphi, dbias, dalpha, d_weight
+    return dx, dphi, dbias, dalpha, d_weight
 
 
 @layout("...k, ...c, ...n, ...nn, km, m, g, c -> ...k, ...c, ...n, ...nn, ...n, ...m, ...")
@@ -100,8 +109,12 @@ def backward(
     h_res: jax.Array,
     new_streams: jax.Array,
     *read_residuals_and_cotangents: jax.Array | None,
+    norm_eps: float,
     **static,
 ) -> tuple[jax.Array, ...]:
     """Cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
-    g, *d_parameters = read_backward(new_streams, *read_residuals_and_cotangents, **static)
+    del norm_eps  # r is there
+    g, *d_parameters = _unrounded_read_backward(
+        new_streams, *read_residuals_and_cotangents, **static
+    )
     return *post_res.backward(streams, layer_output, h_post, h_res, g), *d_parameters

@@ -1,1 +1,1 @@
-"""What the CUDA kernels share, and their emulation on a CPU."""
+"""What the CUDA kernels share."""

@@ -13,7 +13,15 @@ from kernels_pallas.sinkhorn import check_num_iterations
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _coefficients(s, r, bias, alpha, n, num_iterations, implementation):
     return dispatch.run(
-        "mappings", "forward", implementation, s, r, bias, alpha, n=n, num_iterations=num_iterations
+        "coefficients",
+        "forward",
+        implementation,
+        s,
+        r,
+        bias,
+        alpha,
+        n=n,
+        num_iterations=num_iterations,
     )
 
 
@@ -24,7 +32,7 @@ def _forward(s, r, bias, alpha, n, num_iterations, implementation):
 
 def _backward(n, num_iterations, implementation, residuals, cotangents):
     return dispatch.run(
-        "mappings",
+        "coefficients",
         "backward",
         implementation,
         *residuals,
@@ -63,7 +71,7 @@ def coefficients(
       alpha: `[3]` float32, gating factors of pre, post, res.
       n: number of streams.
       num_iterations: t_max of Eq. 9.
-      implementation: None (best of the platform), "xla", "pallas" or "triton".
+      implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
       h_pre `[..., n]`, h_post `[..., n]`, h_res `[..., n, n]`, float32.
@@ -100,7 +108,7 @@ def mappings(
       n: number of streams.
       num_iterations: t_max of Eq. 9.
       norm_eps: added to the mean square of the streams.
-      implementation: None (best of the platform), "xla", "pallas" or "triton".
+      implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
       h_pre `[..., n]` in (0, 1), h_post `[..., n]` in (0, 2), h_res `[..., n, n]` with rows summing to 1;

@@ -1,7 +1,8 @@
 """Coefficients from the projection in Triton: a few floats a token, one thread a row of h_res.
 
-Both kernels also serve the fused operations: the forward can begin with the partial sums of a projection
-that was split over K, and the backward can end with the operands of the projection's backward.
+The kernels (the backward's stands in gpu_backward.py) serve the fused operations too. The forward can begin
+with the partial sums of a projection that was split over K; the backward can end with the operands of the
+projection's backward.
 """
 
 import jax
@@ -51,7 +52,7 @@ def _root_mean_square(
 
 
 @triton.jit
-def mappings_kernel(
+def mhc_coefficients_forward(
     s_ptr,
     r_ptr,
     bias_ptr,
@@ -107,7 +108,7 @@ def forward_launch(
     m = n * n + 2 * n
     tokens = sinkhorn.tokens_per_program(n)
     return Launch(
-        kernel=mappings_kernel,
+        kernel=mhc_coefficients_forward,
         grid=(triton_call.cdiv(T, tokens),),
         outputs=(
             struct((T, n)),

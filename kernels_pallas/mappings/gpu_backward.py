@@ -75,7 +75,7 @@ def _gate_backward(
 
 
 @triton.jit
-def mappings_backward_kernel(
+def mhc_coefficients_backward(
     s_ptr,
     r_ptr,
     bias_ptr,
@@ -179,7 +179,7 @@ def backward_launch(
     tokens = sinkhorn.tokens_per_program(n)
     programs, tiles = triton_call.cdiv(T, tokens), triton_call.cdiv(T, 16)
     return Launch(
-        kernel=mappings_backward_kernel,
+        kernel=mhc_coefficients_backward,
         grid=(programs,),
         outputs=(
             struct((tiles, 3, 32, 4) if fragments else (T, m)),

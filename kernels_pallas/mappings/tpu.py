@@ -178,7 +178,7 @@ def forward(
     h_pre, h_post, h_res = pallas_call.call(
         functools.partial(write_coefficients, n=n, num_iterations=num_iterations),
         *(pallas_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
-        name="mhc_mappings_forward",
+        name="mhc_coefficients_forward",
         grid=tiles.grid,
         in_specs=[tiles.columns(m), tiles.columns(1), _SCALARS, _SCALARS],
         out_specs=[tiles.columns(n), tiles.columns(n), tiles.columns(n * n)],
@@ -218,7 +218,7 @@ def backward(
         *(pallas_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
         *(pallas_call.tokens_last(dh_pre), pallas_call.tokens_last(dh_post)),
         pallas_call.tokens_last(dh_res, 2),
-        name="mhc_mappings_backward",
+        name="mhc_coefficients_backward",
         grid=tiles.grid,
         in_specs=[
             *(tiles.columns(m), tiles.columns(1), _SCALARS, _SCALARS),

@@ -45,7 +45,7 @@ def post_res(
       layer_output: `[..., C]`, the dtype of the streams.
       h_post: `[..., n]` float32.
       h_res: `[..., n, n]` float32, entry (i, j) from stream j into stream i.
-      implementation: None (best of the platform), "xla", "pallas" or "triton".
+      implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
       new streams `[..., n*C]` in the dtype of the old.

@@ -10,7 +10,7 @@ from kernels_pallas.triton_math import columns, load, store
 
 
 @triton.jit
-def post_res_kernel(
+def mhc_post_res_forward(
     x_ptr,
     y_ptr,
     post_ptr,
@@ -40,7 +40,7 @@ def post_res_kernel(
 
 
 @triton.jit
-def post_res_backward_kernel(
+def mhc_post_res_backward(
     x_ptr,
     y_ptr,
     post_ptr,
@@ -124,7 +124,7 @@ def forward_launch(T: int, C: int, n: int, dtype) -> Launch:
     """The launch for x [T, n*C], y [T, C], h_post [T, n], h_res [T, n, n]."""
     blocks = _forward_blocks(C, dtype.itemsize)
     return Launch(
-        kernel=post_res_kernel,
+        kernel=mhc_post_res_forward,
         grid=(T, triton_call.cdiv(C, blocks["ROWS"] * blocks["VEC"])),
         outputs=(struct((T, n * C), dtype),),
         constants={"C": C, "N": n, **blocks},
@@ -135,7 +135,7 @@ def forward_launch(T: int, C: int, n: int, dtype) -> Launch:
 def backward_launch(T: int, C: int, n: int, dtype, *, add: bool = False) -> Launch:
     """The launch for x, y, h_post, h_res as above, g, g_add [T, n*C], d [T, C], h_pre [T, n]."""
     return Launch(
-        kernel=post_res_backward_kernel,
+        kernel=mhc_post_res_backward,
         grid=(T,),
         outputs=(
             struct((T, n * C), dtype),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.pre.reference import split_streams
+from kernels_pallas.precision import round_to
 from kernels_pallas.sharding import layout
 
 
@@ -19,7 +20,7 @@ def forward(
         sum(h_res[..., i, j, None] * x[j] for j in range(n)) + h_post[..., i, None] * y
         for i in range(n)
     ]
-    return jnp.concatenate(rows, axis=-1).astype(streams.dtype)
+    return round_to(jnp.concatenate(rows, axis=-1), streams.dtype).astype(streams.dtype)
 
 
 @layout("...k, ...c, ...n, ...nn, ...k -> ...k, ...c, ...n, ...nn")
@@ -30,7 +31,10 @@ def backward(
     h_res: jax.Array,
     d_streams: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cotangents (dx [..., n*C], dy [..., C], dh_post [..., n], dh_res [..., n, n])."""
+    """Cotangents (dx [..., n*C], dy [..., C], dh_post [..., n], dh_res [..., n, n]).
+
+    `d_streams` may be float32 where the streams are bfloat16.
+    """
     n = h_post.shape[-1]
     x = split_streams(streams, n, h_post.dtype)
     g = split_streams(d_streams, n, h_post.dtype)

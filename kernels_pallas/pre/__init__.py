@@ -64,7 +64,7 @@ def pre(
       h_pre: `[..., n]` float32.
       norm_weight: `[C]`, weight of the RMSNorm; None: ones.
       norm_eps: eps of the RMSNorm; None: no norm, and then no `norm_weight`.
-      implementation: None (best of the platform), "xla", "pallas" or "triton".
+      implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
       layer input `[..., C]` in the dtype of the streams.

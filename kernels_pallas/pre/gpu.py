@@ -11,7 +11,7 @@ from kernels_pallas.triton_math import cast, columns, load, store
 
 
 @triton.jit
-def pre_kernel(
+def mhc_pre_forward(
     x_ptr,
     pre_ptr,
     out_ptr,
@@ -32,7 +32,7 @@ def pre_kernel(
 
 
 @triton.jit
-def pre_backward_kernel(
+def mhc_pre_backward(
     x_ptr,
     pre_ptr,
     d_ptr,
@@ -75,7 +75,7 @@ def _weighted_sum(x_ptr, pre_ptr, cols, C: tl.constexpr, N: tl.constexpr, EVEN: 
 
 
 @triton.jit
-def pre_normed_kernel(
+def mhc_pre_forward_normed(
     x_ptr,
     pre_ptr,
     weight_ptr,
@@ -105,7 +105,7 @@ def pre_normed_kernel(
 
 
 @triton.jit
-def pre_normed_backward_kernel(
+def mhc_pre_backward_normed(
     x_ptr,
     pre_ptr,
     weight_ptr,
@@ -211,7 +211,7 @@ def forward_launch(T: int, C: int, n: int, dtype) -> Launch:
     """The launch for x [T, n*C], h_pre [T, n]."""
     blocks = _blocks(C, dtype.itemsize, rows=128)
     return Launch(
-        kernel=pre_kernel,
+        kernel=mhc_pre_forward,
         grid=(T, triton_call.cdiv(C, blocks["ROWS"] * blocks["VEC"])),
         outputs=(struct((T, C), dtype),),
         constants={"C": C, "N": n, **blocks},
@@ -223,7 +223,7 @@ def backward_launch(T: int, C: int, n: int, dtype, *, write_dx: bool = True) -> 
     """The launch for x, h_pre as above and d [T, C]: dh_pre [T, n], dx [T, n*C] (or nothing, [1])."""
     # One warp a token: the sums end in shuffles, no shared memory, no barrier.
     return Launch(
-        kernel=pre_backward_kernel,
+        kernel=mhc_pre_backward,
         grid=(T,),
         outputs=(struct((T, n)), struct((T, n * C) if write_dx else (1,), dtype)),
         constants={"C": C, "N": n, **_blocks(C, dtype.itemsize, rows=32), "WRITE_DX": write_dx},
@@ -244,7 +244,7 @@ def forward_normed_launch(T: int, C: int, n: int, dtype, eps: float) -> Launch:
     """The launch for x [T, n*C], h_pre [T, n], weight [C]."""
     blocks, warps = _row_blocks(C, dtype.itemsize, most_steps=8)
     return Launch(
-        kernel=pre_normed_kernel,
+        kernel=mhc_pre_forward_normed,
         grid=(T,),
         outputs=(struct((T, C), dtype),),
         constants={"C": C, "N": n, "EPS": eps, **blocks},
@@ -255,12 +255,12 @@ def forward_normed_launch(T: int, C: int, n: int, dtype, eps: float) -> Launch:
 def backward_normed_launch(T: int, C: int, n: int, dtype, eps: float, *, write_dx: bool) -> Launch:
     """The launch for x, h_pre, weight as above and d [T, C]: dh_pre, dweight parts, dx or dh."""
     # A row and its part of dweight: 16 registers a step. Four tokens a program and more: the parts of
-    # dweight then cost at most an eighth of the streams' traffic.
+    # dweight then cost at most an eighth of the streams' traffic. At most 16 programs a multiprocessor.
     blocks, warps = _row_blocks(C, dtype.itemsize, most_steps=5)
-    tokens = max(4, triton_call.cdiv(T, 132 * 16))
+    tokens = max(4, triton_call.cdiv(T, triton_call.multiprocessors() * 16))
     programs = triton_call.cdiv(T, tokens)
     return Launch(
-        kernel=pre_normed_backward_kernel,
+        kernel=mhc_pre_backward_normed,
         grid=(programs,),
         outputs=(
             struct((T, n)),

@@ -62,7 +62,7 @@ def projection(
       streams: `[..., K]` bfloat16 or float32, K = n*C.
       phi: `[K, m]` float32.
       norm_eps: added to the mean square, float32.
-      implementation: None (best of the platform), "xla", "pallas" or "triton".
+      implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
       s: `[..., m]` float32.

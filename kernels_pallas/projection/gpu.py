@@ -14,15 +14,12 @@ import triton.language as tl
 
 from kernels_pallas import triton_call
 from kernels_pallas.precision import split_bf16
-from kernels_pallas.triton_call import Launch, cdiv, struct
+from kernels_pallas.triton_call import Launch, cdiv, full_waves, multiprocessors, struct
 from kernels_pallas.triton_math import dot, dot_tf32, load_tile, opaque, store_tile
-
-# The card that block counts are fitted to; an H200 has 132 multiprocessors.
-MULTIPROCESSORS = 132
 
 
 @triton.jit
-def projection_kernel(
+def mhc_projection_forward(
     x_ptr,
     phi_ptr,
     T,
@@ -71,7 +68,7 @@ def projection_kernel(
 
 
 @triton.jit
-def finish_kernel(
+def mhc_projection_forward_sums(
     parts_ptr,
     T,
     s_ptr,
@@ -97,7 +94,7 @@ def finish_kernel(
 
 
 @triton.jit
-def projection_backward_kernel(
+def mhc_projection_backward(
     x_ptr,
     phi_ptr,
     r_ptr,
@@ -192,7 +189,7 @@ def forward_launch(T: int, K: int, m: int, dtype) -> Launch:
     splits = _forward_splits(cdiv(T, block_t), cdiv(K, block_k))
     k_split = cdiv(cdiv(K, block_k), splits) * block_k
     return Launch(
-        kernel=projection_kernel,
+        kernel=mhc_projection_forward,
         grid=(splits, cdiv(T, block_t)),
         outputs=(struct((splits, T, columns)),),
         constants={
@@ -216,7 +213,7 @@ def _forward_splits(tiles: int, steps: int) -> int:
 
     H200, T 16384, C 2560: 90 us with one program, 95 with two; T 8192, C 4096: 118 with one, 72 with two.
     """
-    return max(1, min(cdiv(steps, 4), MULTIPROCESSORS // tiles, 32))
+    return max(1, min(cdiv(steps, 4), multiprocessors() // tiles, 32))
 
 
 def phi_terms(phi: jax.Array, rows: int, columns: int, pair: bool) -> jax.Array:
@@ -228,7 +225,7 @@ def phi_terms(phi: jax.Array, rows: int, columns: int, pair: bool) -> jax.Array:
 def finish_launch(T: int, K: int, m: int, splits: int, norm_eps: float) -> Launch:
     """The launch of the second stage."""
     return Launch(
-        kernel=finish_kernel,
+        kernel=mhc_projection_forward_sums,
         grid=(cdiv(T, 64),),
         outputs=(struct((T, m)), struct((T,))),
         constants={
@@ -273,7 +270,7 @@ def backward_launch(
     tiles = cdiv(T, block_t)
     splits = _backward_splits(blocks, tiles, resident)
     return Launch(
-        kernel=projection_backward_kernel,
+        kernel=mhc_projection_backward,
         grid=(blocks, splits),
         outputs=(struct((T, K), dtype), struct((splits, K, m))),
         constants={
@@ -295,14 +292,12 @@ def backward_launch(
 
 def _backward_splits(blocks: int, tiles: int, per_multiprocessor: int) -> int:
     """Splits of the tokens: full waves of the card with the fewest partial sums of dphi."""
-    slots = per_multiprocessor * MULTIPROCESSORS
+    slots = per_multiprocessor * multiprocessors()
 
     def cost(splits: int) -> float:
-        waves = cdiv(blocks * splits, slots)
-        # Time in full waves over ideal time, 0.5 % for each further partial sum of dphi, and 10 % for the
-        # masks that uneven splits need.
+        # And 0.5 % for each further partial sum of dphi, and 10 % for the masks that uneven splits need.
         uneven = tiles % splits != 0
-        return waves * slots / (blocks * splits) + 0.005 * splits + 0.1 * uneven
+        return full_waves(blocks * splits, slots) + 0.005 * splits + 0.1 * uneven
 
     return min(range(1, min(tiles, 64) + 1), key=cost)
 

@@ -51,13 +51,19 @@ def sinkhorn(
             m = m / m.sum(axis=-2, keepdims=True)  # columns first
             m = m / m.sum(axis=-1, keepdims=True)  # rows last: forward gains are exact
 
-    Rows sum to 1 within rounding. Column sums carry the truncation error of the iteration: at most n,
-    and within 1e-5 of 1 at 20 iterations for logits of standard deviation 1.
+    Rows sum to 1 within rounding. Column sums carry the truncation error of the iteration; they are at most
+    n. How far they are from 1 has a long tail. After 20 iterations, random matrices with logits of standard
+    deviation 1 are off by at most
+
+        n = 2: 3e-4 in 99 % of the matrices, 2e-2 in all of 12000
+        n = 3: 2e-5 in 99 % of the matrices, 5e-3 in all of 12000
+        n = 4: 3e-6 in 99 % of the matrices, 5e-4 in all of 12000
+        n = 8: 1e-6 in 99 % of the matrices, 1e-4 in all of 12000
 
     Args:
       logits: `[..., n, n]`, any floating dtype; entry (i, j) is from stream j into stream i.
       num_iterations: t_max of the paper, at least 1.
-      implementation: None (best of the platform), "xla", "pallas" or "triton".
+      implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
       `h_res` `[..., n, n]` in float32 (float64 for float64 logits). The gradient recomputes the iterates

@@ -97,7 +97,7 @@ def _tile(T, N: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def sinkhorn_kernel(
+def mhc_sinkhorn_forward(
     logits_ptr,
     T,
     out_ptr,
@@ -117,7 +117,7 @@ def sinkhorn_kernel(
 
 
 @triton.jit
-def sinkhorn_backward_kernel(
+def mhc_sinkhorn_backward(
     logits_ptr,
     d_ptr,
     T,
@@ -195,9 +195,9 @@ def _run(kernel, logits, *rest, num_iterations):
 
 def forward(logits: jax.Array, *, num_iterations: int) -> jax.Array:
     """[..., n, n] logits -> [..., n, n]."""
-    return _run(sinkhorn_kernel, logits, num_iterations=num_iterations)
+    return _run(mhc_sinkhorn_forward, logits, num_iterations=num_iterations)
 
 
 def backward(logits: jax.Array, d_h_res: jax.Array, *, num_iterations: int) -> jax.Array:
     """Cotangent of the logits; iterates in registers, no scratch memory."""
-    return _run(sinkhorn_backward_kernel, logits, d_h_res, num_iterations=num_iterations)
+    return _run(mhc_sinkhorn_backward, logits, d_h_res, num_iterations=num_iterations)

@@ -16,9 +16,17 @@ state = train.get_state()  # a small JSON-able dict: the position and what it be
 ```
 """
 
+import importlib
+
 from mhc_jax.data.config import SOURCES, SPLITS, DataConfig
-from mhc_jax.data.pipeline import make_iterator, num_windows, vocab_size
-from mhc_jax.data.tokenizer import load_tokenizer
+
+# Read when they are asked for: these files need grain and array_record, a model's config does not.
+_LAZY = {
+    "load_tokenizer": "tokenizer",
+    "make_iterator": "pipeline",
+    "num_windows": "pipeline",
+    "vocab_size": "pipeline",
+}
 
 __all__ = [
     "SOURCES",
@@ -29,3 +37,15 @@ __all__ = [
     "num_windows",
     "vocab_size",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

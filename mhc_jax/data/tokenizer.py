@@ -66,7 +66,12 @@ class FileTokenizer:
 
     def __init__(self, path: str):
         # Imported here: bytes, the default, need no such library.
-        import tokenizers
+        try:
+            import tokenizers
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"tokenizer={path!r} needs the package tokenizers: pip install tokenizers"
+            ) from error
 
         content = pathlib.Path(path).read_bytes()
         try:
@@ -109,7 +114,7 @@ def load_tokenizer(name: str) -> Tokenizer:
       name: "byte" or the path of a `tokenizers` JSON file.
 
     Raises:
-      ValueError: no such file, not a tokenizer, or no separator token in it.
+      ValueError: no such file, not a tokenizer, no separator token in it, or no package tokenizers.
     """
     if name == "byte":
         return ByteTokenizer()

@@ -6,13 +6,13 @@ python -m mhc_jax.remat --num_sublayers=60 --n=4 --width=2560
 
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from mhc_jax.config import from_dict
+from mhc_jax import command_line
 from mhc_jax.remat.cost import plan
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
 _SUBLAYERS = flags.DEFINE_integer("num_sublayers", None, "L, two a block; instead of a config.")
 _N = flags.DEFINE_integer("n", None, "Streams; instead of a config.")
 _WIDTH = flags.DEFINE_integer("width", None, "C; instead of a config.")
@@ -21,10 +21,15 @@ _ITEMSIZE = flags.DEFINE_integer("itemsize", 2, "Bytes of an element; bfloat16 h
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    numbers = (_SUBLAYERS, _N, _WIDTH)
+    missing = [f"--{flag.name}" for flag in numbers if flag.value is None]
+    if _CONFIG.value is not None or len(missing) == len(numbers):
+        config = command_line.load_config(_CONFIG)
+    elif missing:
+        sys.exit(f"{' and '.join(missing)} missing: give all three numbers, or --config")
+    else:
+        config = None
     try:
-        config = None if _CONFIG.value is None else from_dict(_CONFIG.value)
         print(
             plan(
                 config,
@@ -36,8 +41,8 @@ def main(argv):
             )
         )
     except (ValueError, TypeError) as error:
-        sys.exit(f"bad config or numbers: {error}")
+        sys.exit(f"bad numbers: {error}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

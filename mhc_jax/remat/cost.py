@@ -6,6 +6,8 @@ Counts are elements a token; L sublayers (attention or FFN), n streams of width 
 import dataclasses
 import math
 
+from mhc_jax import units
+
 
 def elements(num_sublayers: int, n: int, width: int, block: int) -> int:
     """Elements a token that depend on the recompute block (Eq. 20).
@@ -199,23 +201,19 @@ def _activations(num_sublayers: int, n: int, c: int, block: int) -> tuple[Activa
 
 
 def _format(plan: Plan) -> str:
-    gib = 2**30
-
     def size(count):
-        return f"{plan.bytes(count) / gib:9.3f} GiB"
+        return f"{units.size(plan.bytes(count)):>13}"
 
     lines = [
         f"L = {plan.num_sublayers} sublayers, n = {plan.n}, C = {plan.width}; "
         f"bytes for T = {plan.num_tokens} tokens of {plan.itemsize}-byte elements",
         "",
         "Table 2: elements read and written by a token and sublayer, forward",
-        f"  {'method':10}{'operation':34}{'read':>10}{'write':>10}{'GiB a sublayer':>17}",
+        f"  {'method':10}{'operation':34}{'read':>10}{'write':>10}{'a sublayer':>15}",
     ]
     for row in plan.traffic:
-        both = plan.bytes(row.read + row.write) / gib
-        lines.append(
-            f"  {row.method:10}{row.operation:34}{row.read:>10}{row.write:>10}{both:>17.3f}"
-        )
+        both = units.size(plan.bytes(row.read + row.write))
+        lines.append(f"  {row.method:10}{row.operation:34}{row.read:>10}{row.write:>10}{both:>15}")
     lines += [
         "",
         f"Table 3: elements a token for the backward pass at L_r = {plan.best}",

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -202,3 +203,9 @@ def test_faults_of_the_tokenizer_are_named(tmp_path, text_config):
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(bare))
     with pytest.raises(ValueError, match=r"bare.json has no token that ends .*endoftext"):
         vocab_size(text_config(tokenizer=str(bare)))
+
+
+def test_a_missing_package_is_named(tokenizer_file, text_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"tokenizer\.json' needs .* pip install tokenizers$"):
+        open_windows(text_config(tokenizer=str(tokenizer_file)), "train")

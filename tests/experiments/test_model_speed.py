@@ -1,6 +1,8 @@
 """model_speed: FLOPs against the parameter table and by hand, groups of kernels, one run at toy size."""
 
 import json
+import pathlib
+import re
 
 import pytest
 
@@ -8,9 +10,11 @@ from configs import paper_3b
 from experiments.model_speed import __main__ as model_speed
 from experiments.model_speed import profile
 from experiments.model_speed.flops import attention_flops, parameter_flops
+from kernels_pallas import dispatch
 from mhc_jax.config import from_dict
 from mhc_jax.describe import count_parameters, sums
 
+PACKAGE = pathlib.Path(dispatch.__file__).parent
 TINY = """
 from configs import paper_3b
 
@@ -41,12 +45,52 @@ def test_kernels_go_to_the_part_they_work_for():
         ("mosaic_gpu_ragged_dot_kernel", experts + "pallas_call", "expert matmuls"),
         ("sort_7", experts + "sort", "experts: the rest"),
         ("loop_multiply_fusion", "jit(train_step)/optimizer/mul", "optimizer: the rest"),
-        ("projection_backward_kernel", "jit(train_step)/jvp()/connection/call", "mHC kernels"),
+        ("mhc_boundary_backward", "jit(train_step)/jvp()/connection/call", "mHC kernels"),
         ("loop_dynamic_update_slice_fusion_3", "", "scan: stacking and slicing"),
         ("nvjet_hsh", "", "other matmuls"),
         ("MemcpyD2D", "", "copies"),
     ):
         assert profile.group_of(kernel, source) == group
+
+
+def kernel_names():
+    """What the kernels of every platform are called, from their sources."""
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        yield from re.findall(r'\bname="(\w+)"', text)  # Pallas
+        yield from re.findall(r'name="(\w+)" if \w[^\n]*? else "(?:\w+)"', text)
+        yield from re.findall(r'name="\w+" if \w[^\n]*? else "(\w+)"', text)
+        # Triton: entries take pointers, the functions that they call are private or take none first.
+        yield from re.findall(r"@triton\.jit\ndef ([a-z]\w+)\(\s*\w+_ptr\b", text)
+    for path in PACKAGE.rglob("*.cu"):
+        text = path.read_text()
+        entry = re.search(r"__global__ void [^\n]*\n\s*(\w+)\(", text)[1]
+        yield from re.findall(rf"#define {entry} (\w+)", text) or [entry]
+
+
+def test_kernels_of_all_platforms_have_one_naming_scheme():
+    names = set(kernel_names())
+    assert {"mhc_boundary_forward", "mhc_boundary_backward", "mhc_read_backward"} <= names
+    assert len(names) >= 16
+    for name in names:
+        assert re.fullmatch(rf"mhc_({'|'.join(dispatch.OPS)})_(forward|backward)(_[a-z]+)?", name)
+        # Also where a platform adds a number, and inside of any scope of the model.
+        for source in ("", "jit(step)/transpose(jvp())/connection/shard_map/call"):
+            assert profile.group_of(f"{name} {name}.3", source) == "mHC kernels"
+
+
+def test_a_recorded_trace():
+    recorded = json.loads(pathlib.Path(__file__).with_name("boundary_trace.json").read_text())
+    events, source = [], "jit(step)/connection/add"
+    for kernel, us in recorded["kernels"]:
+        events.append(profile.Event(kernel, f"{kernel}.1", 0, us))
+    op_names = {event.instruction: source for event in events}
+    groups = profile.by_group(profile.rows(events, op_names, steps=1))
+    # Of 2852 us; 40 are gaps, the rest are the rounding and the layout of phi.
+    assert groups == {
+        "mHC kernels": pytest.approx(2.7998),
+        "connections: the rest": pytest.approx(0.0124),
+    }
 
 
 def test_times_of_events_are_summed():

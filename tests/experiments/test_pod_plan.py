@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from experiments.pod_plan.chips import CHIPS, chip_of, more_shares, pick_mesh
+from experiments.hardware import CHIPS
+from experiments.pod_plan.chips import chip_of, more_shares, pick_mesh
 from experiments.pod_plan.flops import attention_flops, convolution_flops
 from experiments.pod_plan.hlo import Program
 from experiments.pod_plan.text import parse

@@ -9,6 +9,7 @@ import pathlib
 import re
 import subprocess
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed (extra 'parity')", allow_module_level=True)
 
 from kernels_pallas import cuda_call
-from kernels_pallas.boundary import gpu_cuda
-from kernels_pallas.cuda import emulate
+from kernels_pallas.boundary import cuda_launches
 from kernels_pallas.precision import round_to_tf32
+from kernels_pallas.testing import emulate
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -34,11 +35,19 @@ def arguments(T, C):
     return [*(rng.standard_normal(s).astype(d) for s, d in zip(shapes, dtypes)), T]
 
 
+def long_backward(T, C, **options):
+    """The backward's launch with two programs a slab, so that each walks over several tiles."""
+    launch = cuda_launches.backward_launch(T, C, **options)
+    *outputs, dphi = launch.outputs
+    outputs.append(dphi.update(shape=(2, *dphi.shape[1:])))
+    return dataclasses.replace(launch, grid=(launch.grid[0], 2), outputs=tuple(outputs))
+
+
 @pytest.mark.skipif(not emulate.available(), reason="no g++")
-@pytest.mark.parametrize("mix", [False, True])
-def test_results_do_not_depend_on_the_order_of_threads(mix):
+@pytest.mark.parametrize(("mix", "terms"), [(False, 2), (True, 1), (True, 2)])
+def test_results_do_not_depend_on_the_order_of_threads(mix, terms):
     T, C = 16 * 7 + 5, 128
-    launch = gpu_cuda.backward_launch(T, C, mix=mix)
+    launch = long_backward(T, C, mix=mix, terms=terms)
     first, *others = (launch.emulate(*arguments(T, C), seed=seed) for seed in (0, 1, 2))
     used = first if mix else [first[0], first[3]]  # a read has no y
     for out in used:
@@ -49,12 +58,34 @@ def test_results_do_not_depend_on_the_order_of_threads(mix):
 
 
 @pytest.mark.skipif(not emulate.available(), reason="no g++")
+@pytest.mark.parametrize(("terms", "least", "most"), [(1, 1e-3, 3e-3), (2, 0, 5e-6)])
+def test_terms_of_the_sums_over_columns(terms, least, most):
+    """dh_res and dh_post without the projection's part: t = g + h_pre d."""
+    T, C = 19, 128
+    x, y, post, res, g, d, pre, phi, ds, pairs, kappa, T = arguments(T, C)
+    launch = cuda_launches.backward_launch(T, C, mix=True, terms=terms)
+    zeros = (np.zeros_like(a) for a in (ds, pairs, kappa))
+    parts = launch.emulate(x, y, post, res, g, d, pre, phi, *zeros, T)[2].sum(0)
+    g, x = (a.astype(np.float64).reshape(T, 4, C) for a in (g, x))
+    t = g + np.einsum("ti,tc->tic", pre.astype(np.float64), d.astype(np.float64))
+    truth = np.concatenate(
+        [
+            np.einsum("tic,tjc->tij", t, x).reshape(T, 16),
+            np.einsum("tic,tc->ti", t, y.astype(np.float64)),
+        ],
+        axis=1,
+    )
+    error = np.linalg.norm(parts - truth) / np.linalg.norm(truth)
+    assert least <= error <= most
+
+
+@pytest.mark.skipif(not emulate.available(), reason="no g++")
 @pytest.mark.parametrize("programs", [1, 3])
 def test_forward_is_the_same_for_any_order_and_number_of_programs(programs):
     T, C = 300, 320  # 3 tiles of 128 tokens in 5 splits
     x, y, post, res, *_ = arguments(T, C)
-    phi = np.asarray(gpu_cuda.phi_fragments(round_to_tf32(jnp.asarray(arguments(T, C)[7]))))
-    launch = gpu_cuda.forward_launch(T, C)
+    phi = np.asarray(cuda_launches.phi_fragments(round_to_tf32(jnp.asarray(arguments(T, C)[7]))))
+    launch = cuda_launches.forward_launch(T, C)
     assert launch.constants["SPLITS"] == 5
     mixed, parts = launch.emulate(x, y, post, res, phi, T)
     assert not np.isnan(mixed.astype(np.float32)).any()
@@ -66,24 +97,28 @@ def test_forward_is_the_same_for_any_order_and_number_of_programs(programs):
 
 
 @pytest.mark.skipif(not emulate.available(), reason="no g++")
-def test_a_missing_barrier_is_seen(tmp_path):
-    """The test above can fail: without the barrier of its loop the kernel is wrong."""
+@pytest.mark.parametrize(
+    ("barrier", "output"),
+    [("    __syncthreads();\n", 0), ("if (TERMS == 2) __syncthreads();\n", 2)],
+)
+def test_a_missing_barrier_is_seen(tmp_path, barrier, output):
+    """The test above can fail: without a barrier of its loop the kernel is wrong."""
     source = (pathlib.Path(cuda_call.__file__).parent / "boundary/backward.cu").read_text()
-    broken = source.replace("__syncthreads();", "")
-    assert broken != source
+    assert source.count(barrier) == 1
     path = tmp_path / "backward.cu"
-    path.write_text(broken)
+    path.write_text(source.replace(barrier, "\n"))
     T, C = 16 * 7 + 5, 128
-    launch = gpu_cuda.backward_launch(T, C, mix=True)
+    launch = long_backward(T, C, mix=True, terms=2)
     right = launch.emulate(*arguments(T, C))
     wrong = dataclasses.replace(launch, source=str(path)).emulate(*arguments(T, C), seed=1)
-    assert not np.array_equal(right[0].view(np.uint8), wrong[0].view(np.uint8))
+    assert not np.array_equal(right[output].view(np.uint8), wrong[output].view(np.uint8))
 
 
 LAUNCHES = {
-    "forward": gpu_cuda.forward_launch(4096, 2560),
-    "backward": gpu_cuda.backward_launch(4096, 2560, mix=True),
-    "backward of read": gpu_cuda.backward_launch(4096, 2560, mix=False),
+    "forward": cuda_launches.forward_launch(4096, 2560),
+    "backward": cuda_launches.backward_launch(4096, 2560, mix=True),
+    "backward, one term": cuda_launches.backward_launch(4096, 2560, mix=True, terms=1),
+    "backward of read": cuda_launches.backward_launch(4096, 2560, mix=False),
 }
 
 
@@ -129,9 +164,42 @@ def test_a_device_that_is_not_supported_is_named():
         cuda_call.compile_ptx("boundary/backward.cu", (), 86)
 
 
-def test_what_the_kernels_take():
-    fits = jnp.zeros((3, 4 * 128), BF16)
-    for takes in (gpu_cuda.takes_forward, gpu_cuda.takes_backward):
-        assert not takes(jnp.zeros((3, 4 * 136), BF16), 4)  # Triton's kernels take these
-        assert not takes(fits, 2)
-        assert not takes(fits.astype(F32), 4)
+@pytest.mark.parametrize(
+    ("shape", "n", "dtype", "number"),
+    [
+        ((3, 4 * 136), 4, BF16, "C=136"),
+        ((3, 4 * 128), 2, BF16, "n=2"),
+        ((3, 4 * 128), 4, F32, "float32"),
+        ((1 << 26, 4 * 64), 4, BF16, r"T\*C=4294967296"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_named(shape, n, dtype, number):
+    for shared_bytes in (cuda_launches.FORWARD_BYTES, cuda_launches.BACKWARD_BYTES):
+        with pytest.raises(NotImplementedError, match=number):
+            cuda_launches.check(jax.ShapeDtypeStruct(shape, dtype), n, shared_bytes)
+
+
+@pytest.mark.parametrize(
+    ("capability", "nvrtc", "forward", "backward"),
+    [
+        (90, True, None, None),
+        (90, False, "no NVRTC for compute capability 9.0", "no NVRTC for compute capability 9.0"),
+        (80, True, "208 KiB of shared memory.* 8.0 has 163", None),
+        (86, True, "compute capability 8.6: the CUDA kernels take 8.0, 9.0", "8.6"),
+    ],
+)
+def test_what_a_gpu_lacks_is_named(monkeypatch, capability, nvrtc, forward, backward):
+    monkeypatch.setattr(cuda_call, "INTERPRET", False)
+    monkeypatch.setattr(cuda_call.triton_call, "capability", lambda: capability)
+    monkeypatch.setattr(cuda_call, "_nvrtc", lambda capability: nvrtc or None)
+    for shared_bytes, message in (
+        (cuda_launches.FORWARD_BYTES, forward),
+        (cuda_launches.BACKWARD_BYTES, backward),
+    ):
+        missing = cuda_call.missing(shared_bytes)
+        assert missing is None if message is None else re.search(message, missing)
+
+
+def test_without_a_compiler_the_emulator_is_named(monkeypatch):
+    monkeypatch.setattr(emulate.shutil, "which", lambda name: None)
+    assert "g++" in cuda_call.missing(0)

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas.cuda import emulate
+from kernels_pallas.testing import emulate
 
 if not emulate.available():
     pytest.skip("the emulator needs g++", allow_module_level=True)

@@ -47,7 +47,7 @@ def launches(capability: int):
     T, C, n = 4096, 2560, 4
     K, m = n * C, n * n + 2 * n
     f, i = "*fp32", "i32"
-    yield "sinkhorn", sinkhorn.launch(sinkhorn.sinkhorn_kernel, T, n, 20), [f, i]
+    yield "sinkhorn", sinkhorn.launch(sinkhorn.mhc_sinkhorn_forward, T, n, 20), [f, i]
     yield "mappings", mappings.forward_launch(T, n, 20), [f, f, f, f, i]
     parts = mappings.forward_launch(T, n, 20, K=K, eps=1e-20, splits=2, stride=32)
     yield "mappings of parts", parts, [f, f, f, f, i]

@@ -25,7 +25,7 @@ TRAIN = {
 WIDTHS = (1280, 2560, 4096, 7168)
 BOTH = ("forward", "backward")
 # mappings and sinkhorn do not see the width.
-NARROW = {f"mhc_{op}_{direction}" for op in ("mappings", "sinkhorn") for direction in BOTH}
+NARROW = {f"mhc_{op}_{direction}" for op in ("coefficients", "sinkhorn") for direction in BOTH}
 WIDE = {f"mhc_{op}_{direction}" for op in ("projection", "pre", "post_res") for direction in BOTH}
 WIDE |= {f"mhc_pre_{direction}_normed" for direction in BOTH}
 WIDE |= {f"mhc_{op}_{direction}" for op in ("read", "boundary") for direction in BOTH}

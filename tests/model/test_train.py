@@ -340,7 +340,7 @@ BAD = {
     "model.n": (0, "model.n=0 must be at least 1"),
     "model.width": (18, "the width of a head"),
     "model.readout": ("last", "sum, mean, head"),
-    "model.implementation": ("cuda", "xla, pallas, triton"),
+    "model.implementation": ("rocm", "model.implementation='rocm' is unknown"),
     "optimizer.schedule": ("linear", "cosine"),
     "optimizer.learning_rate": (float("nan"), "must be at least 0"),
     "optimizer.accumulate_steps": (3, "batch_size=4 is not divisible"),

@@ -1,0 +1,139 @@
+"""Launches of forward.cu and backward.cu, and what these kernels take.
+
+They take n = 4, bfloat16 streams and C in multiples of 64, on GPUs of compute capability 9.0 and 10 (and
+backward.cu 8.0).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import cuda_call
+from kernels_pallas.cuda_call import CudaLaunch
+from kernels_pallas.precision import split_bf16
+from kernels_pallas.triton_call import cdiv, full_waves, multiprocessors, num_tokens, struct
+
+_COLUMNS = 64  # of a program, per stream
+_TOKENS = 16  # of a tile
+# bfloat16 numbers for one of the cotangent of the new streams in the products for dh_res and dh_post; what 1
+# costs and saves stands in backward.cu.
+TERMS = 2
+# Two tiles of x and y for each of eight warps, and two of phi (forward.cu).
+FORWARD_BYTES = 2 * 8 * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
+
+
+def _shared_bytes(mix: bool) -> int:
+    """As laid out in backward.cu: three tiles of rows, what belongs to tokens of two, phi, t of two tiles."""
+    rows = 10 * _TOKENS * 2 * _COLUMNS
+    own = _TOKENS * (2 * 24 * 4 + 80 + 2 * 16 + 4)
+    phi = 24 * 4 * 256
+    total = 4 * _TOKENS * 2 * _COLUMNS
+    return 3 * rows + 2 * own + phi + mix * 2 * total
+
+
+BACKWARD_BYTES = _shared_bytes(mix=True)
+
+
+def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
+    """Raises NotImplementedError for streams that the kernels do not take, or where they cannot run.
+
+    Args:
+      streams: shape and dtype count; of one device, since the kernels count 16 bytes of the streams in 32
+        bits, with a sign.
+      n: number of streams.
+      shared_bytes: `FORWARD_BYTES` or `BACKWARD_BYTES`.
+    """
+    T, C = num_tokens(streams.shape[:-1]), streams.shape[-1] // n
+    if n != 4:
+        raise NotImplementedError(f"n={n}: the CUDA kernels take n = 4")
+    if streams.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"{streams.dtype} streams: the CUDA kernels take bfloat16")
+    if C % _COLUMNS:
+        raise NotImplementedError(f"C={C}: the CUDA kernels take multiples of {_COLUMNS}")
+    if T * C >= 1 << 32:
+        raise NotImplementedError(f"T*C={T * C} on a device: the CUDA kernels take less than 2**32")
+    missing = cuda_call.missing(shared_bytes)
+    if missing:
+        raise NotImplementedError(missing)
+
+
+def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLaunch:
+    """The launch of backward.cu; `terms`: bfloat16 numbers for one of t in dh_res and dh_post.
+
+    Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
+    phi [4C, 24], fragments of ds and kappa (`mappings.gpu.backward_launch`), T; without `mix`, y, h_post and
+    h_res are not read. Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi
+    [splits, 4C, 24].
+    """
+    slabs = C // _COLUMNS
+    splits = _splits(slabs, cdiv(T, _TOKENS))
+    return CudaLaunch(
+        kernel="mhc_boundary_backward" if mix else "mhc_read_backward",
+        source="boundary/backward.cu",
+        grid=(slabs, splits),
+        outputs=(
+            struct((T, 4 * C), jnp.bfloat16),
+            struct((T, C) if mix else (1,), jnp.bfloat16),
+            struct((slabs, T, 20) if mix else (1,)),
+            struct((splits, 4 * C, 24)),
+        ),
+        constants={"C": C, "MIX": int(mix), "TERMS": terms},
+        num_warps=8,
+        shared_bytes=_shared_bytes(mix),
+    )
+
+
+def forward_launch(T: int, C: int) -> CudaLaunch:
+    """The launch of forward.cu.
+
+    Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], `phi_fragments`, T. Outputs: x', partial
+    sums of s and (column 24) of the squares of x' [splits, T, 28].
+    """
+    splits = _forward_splits(C // _COLUMNS, cdiv(T, 128))
+    return CudaLaunch(
+        kernel="mhc_boundary_forward",
+        source="boundary/forward.cu",
+        grid=(min(multiprocessors(), cdiv(T, 128) * splits),),
+        outputs=(struct((T, 4 * C), jnp.bfloat16), struct((splits, T, 28))),
+        constants={"C": C, "SPLITS": splits},
+        num_warps=8,
+        shared_bytes=FORWARD_BYTES,
+    )
+
+
+def phi_fragments(phi: jax.Array) -> jax.Array:
+    """phi [4C, 24] as forward.cu reads it: exact bfloat16 terms [C / 64, 8, 2, 3, 32, 8].
+
+    By 64 columns of every stream, 8 columns, two streams, 8 of the 24 columns of phi, and lane 4 g + q. A
+    lane has, for column g of phi, the high terms of columns 2q, 2q + 1 of both streams, then the low ones.
+    """
+    # term, pair of streams, stream, 64 columns, 8 of them, q, one of two; 8 columns of phi, g
+    terms = jnp.stack(split_bf16(phi)).reshape(2, 2, 2, -1, 8, 4, 2, 3, 8)
+    return terms.transpose(3, 4, 1, 7, 8, 5, 0, 2, 6).reshape(-1, 8, 2, 3, 32, 8)
+
+
+def _forward_splits(steps: int, tiles: int) -> int:
+    """Programs that share the rows of a tile, a divisor of its steps: two or more where it has any.
+
+    H200, T 16384, C 2560 (T 8192, C 4096): 250 us (292 us) with one, 233 to 236 us (191 to 198 us) with two
+    to ten. Each further one costs the mappings' kernel, which adds up the partial sums, about 1 us.
+    """
+    divisors, slots = [s for s in range(2, 9) if steps % s == 0], multiprocessors()
+
+    def cost(splits: int) -> float:
+        return full_waves(tiles * splits, slots) + 0.01 * splits
+
+    return min(divisors or [1], key=cost)
+
+
+def _splits(slabs: int, tiles: int) -> int:
+    """Programs that share the tokens: full waves of the card, two programs a multiprocessor.
+
+    H200, T 16384, C 2560: 469 us with 6 splits (one wave, 91 % full), 435 us with 13 (two, 98 % full).
+    """
+    slots = 2 * multiprocessors()
+
+    def cost(splits: int) -> float:
+        # And 0.5 % for each further partial sum of dphi.
+        return full_waves(slabs * splits, slots) + 0.005 * splits
+
+    return min(range(1, min(tiles, 64) + 1), key=cost)

@@ -1,0 +1,155 @@
+"""Which implementation `implementation=None` takes for an operation, and why not the others."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import dispatch
+from kernels_pallas.boundary import boundary, read
+from kernels_pallas.mappings import coefficients, mappings
+from kernels_pallas.post_res import post_res
+from kernels_pallas.pre import pre
+from kernels_pallas.projection import projection
+from kernels_pallas.shapes import num_columns
+from kernels_pallas.sinkhorn import sinkhorn
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+_NEEDS = {name: platform for platform, names in dispatch.KERNELS.items() for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One function of an operation.
+
+    Attributes:
+      op: the operation; `mappings` is made of two.
+      direction: "forward", "backward"; with the norm of the layer input in `pre` "forward_normed", ...
+      implementation: what None takes.
+      why_not: why each of the others is not taken.
+    """
+
+    op: str
+    direction: str
+    implementation: str
+    why_not: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; `str` of it is a text to read."""
+
+    question: str
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        lines = [self.question]
+        for choice in self.choices:
+            lines.append(f"  {choice.op}, {choice.direction}: {choice.implementation}")
+            lines += [f"    not {name}: {why}" for name, why in choice.why_not.items()]
+        return "\n".join(lines)
+
+
+def explain(
+    op: str | Callable,
+    *,
+    n: int = 4,
+    C: int = 2560,
+    T: int = 4096,
+    dtype=jnp.bfloat16,
+    num_iterations: int = 20,
+    norm: bool = False,
+    platform: str | None = None,
+) -> Explanation:
+    """Which implementation an operation runs with `implementation=None`, and why not the others.
+
+    The operation is traced on abstract arrays of these sizes, forward and backward; nothing is computed.
+
+        print(kernels_pallas.explain("boundary", n=4, C=2560))
+
+    Args:
+      op: name of an operation of this package, or the function.
+      n: number of streams.
+      C: width of one stream.
+      T: number of tokens.
+      dtype: of the streams.
+      num_iterations: t_max of Eq. 9.
+      norm: whether the layer input is normed (`pre`, `read`, `boundary`).
+      platform: "cpu", "gpu" or "tpu"; None: that of this process's devices.
+
+    Raises:
+      ValueError: an operation or a platform that does not exist, or sizes that do not fit.
+    """
+    op = getattr(op, "__name__", op)
+    functions = {
+        f.__name__: f
+        for f in (projection, coefficients, mappings, sinkhorn, pre, post_res, read, boundary)
+    }
+    if op not in functions:
+        raise ValueError(f"op={op!r} is no operation: use one of {', '.join(functions)}")
+    device = jax.devices()[0]
+    platform = platform or device.platform
+    if platform not in PLATFORMS:
+        raise ValueError(f"platform={platform!r} is unknown: use one of {', '.join(PLATFORMS)}")
+    dtype = jnp.dtype(dtype)
+    args, options = _arguments(op, n, C, T, dtype, num_iterations, norm)
+
+    def both(*args):
+        outputs, vjp = jax.vjp(lambda *a: functions[op](*a, **options), *args)
+        return vjp(outputs)
+
+    with dispatch.recording() as decisions:
+        jax.eval_shape(both, *args)
+    where = f"{platform.upper()}s"
+    if platform == device.platform:
+        where += f" ({device.device_kind})"
+    question = f"{op} with n={n}, C={C}, T={T}, {dtype} streams on {where}"
+    return Explanation(question, tuple(_choice(decision, platform) for decision in decisions))
+
+
+def _arguments(op, n, C, T, dtype, num_iterations, norm):
+    """Abstract arrays and keywords of an operation."""
+    m, K = num_columns(n), n * C
+
+    def floats(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    streams = jax.ShapeDtypeStruct((T, K), dtype)
+    update = (streams, jax.ShapeDtypeStruct((T, C), dtype), floats(T, n), floats(T, n, n))
+    parameters = (floats(K, m), floats(m), floats(3))
+    args = {
+        "projection": (streams, parameters[0]),
+        "coefficients": (floats(T, m), floats(T), *parameters[1:]),
+        "mappings": (streams, *parameters),
+        "sinkhorn": (floats(T, n, n),),
+        "pre": (streams, floats(T, n)),
+        "post_res": update,
+        "read": (streams, *parameters),
+        "boundary": (*update, *parameters),
+    }[op]
+    options = {}
+    if op in ("coefficients", "mappings", "read", "boundary"):
+        options |= {"n": n}
+    if op in ("coefficients", "mappings", "sinkhorn", "read", "boundary"):
+        options |= {"num_iterations": num_iterations}
+    if norm and op in ("read", "boundary"):
+        options |= {"input_norm_eps": 1e-6}
+    if norm and op == "pre":
+        options |= {"norm_eps": 1e-6}
+    return args, options
+
+
+def _choice(decision: dispatch.Decision, platform: str) -> Choice:
+    candidates = dispatch.KERNELS.get(platform, ())
+    taken = next((name for name in candidates if decision.why_not[name] is None), "xla")
+    why_not = {}
+    for name in dispatch.IMPLEMENTATIONS:
+        if name == taken:
+            continue
+        reason = decision.why_not.get(name)
+        has_one = name in dispatch.implementations(decision.op)
+        if has_one and _NEEDS.get(name, platform) != platform:
+            reason = f"needs a {_NEEDS[name].upper()}"
+        why_not[name] = reason or f"could run; {taken} is taken as the faster one"
+    return Choice(decision.op, decision.direction, taken, why_not)

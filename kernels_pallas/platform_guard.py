@@ -1,0 +1,60 @@
+"""An error where a program with a named kernel is lowered for a platform that cannot run it.
+
+Where a program will run is known when it is lowered, not when it is traced: a host without a TPU may compile
+for one. What Pallas, Triton and XLA say then names neither the implementation nor the way out.
+"""
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+_NEEDS = {"pallas": "tpu", "triton": "cuda", "cuda": "cuda"}
+_NAMES = {"cuda": "an NVIDIA GPU", "rocm": "an AMD GPU", "tpu": "a TPU", "cpu": "a CPU"}
+
+_require_p = Primitive("require_platform")
+
+
+def require_platform(op: str, implementation: str, args: tuple) -> tuple:
+    """`args` as they are, in a program that is lowered for the platform of this implementation alone.
+
+    Raises:
+      NotImplementedError: when the program is lowered for another one. Not where kernels are interpreted.
+    """
+    first, *rest = args
+    if not first.size or _interpreted(implementation):  # no tokens, no kernel
+        return args
+    return _require_p.bind(first, op=op, implementation=implementation), *rest
+
+
+def _interpreted(implementation: str) -> bool:
+    if implementation == "pallas":
+        # JAX has no public way to ask for what `pltpu.force_tpu_interpret_mode` has set.
+        from jax._src import config
+
+        setting = getattr(config, "pallas_tpu_interpret_mode_context_manager", None)
+        return setting is None or bool(setting.value)
+    # Not at the top: triton may not be installed. Here its kernels have been found.
+    from kernels_pallas.triton_call import INTERPRET
+
+    return INTERPRET
+
+
+def _lower(ctx, x, *, op, implementation):
+    for platform in ctx.module_context.platforms:
+        if platform != _NEEDS[implementation]:
+            raise NotImplementedError(
+                f"{op}: implementation={implementation!r} needs {_NAMES[_NEEDS[implementation]]}, this "
+                f"program is for {_NAMES.get(platform, platform)}: use None, the best of the platform, or "
+                "'xla'"
+            )
+    return [x]
+
+
+def _batch(args, dims, **parameters):
+    return _require_p.bind(*args, **parameters), dims[0]
+
+
+_require_p.def_abstract_eval(lambda x, **_: x)
+_require_p.def_impl(lambda x, **parameters: jax.jit(lambda x: _require_p.bind(x, **parameters))(x))
+batching.primitive_batchers[_require_p] = _batch
+mlir.register_lowering(_require_p, _lower)

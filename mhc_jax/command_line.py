@@ -1,0 +1,104 @@
+"""What the commands share: their config file, and one line for what is wrong on the command line.
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
+
+def main(argv):
+    config = command_line.load_config(_CONFIG)
+
+command_line.run(main)
+"""
+
+import difflib
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from mhc_jax.config import Config, from_dict
+
+CONFIG_HELP = "A file of configs/."
+CLONE = (
+    "configs and experiments are not installed: run this from the root of a clone of the repository"
+)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """`absl.app.run` that says what is wrong on the command line in one line and ends with code 1."""
+    app.run(_without_arguments(main), flags_parser=_parse_flags)
+
+
+def load_config(flag: flags.FlagHolder) -> Config:
+    """The config of a flag of `DEFINE_config_file`; ends the program if there is none or it is wrong."""
+    if flag.value is None:
+        sys.exit(f"--{flag.name} is missing: give a file, as in --{flag.name}=configs/mhc.py")
+    try:
+        return from_dict(flag.value)
+    except (ValueError, TypeError) as error:
+        sys.exit(f"bad config: {error}")
+
+
+def check_file(path: str) -> None:
+    """Raises ValueError unless there is a config file; `path` may have an arm behind it, "FILE:ARM"."""
+    file = pathlib.Path(path.split(":", 1)[0])
+    if file.is_file():
+        return
+    names = sorted(found.name for found in file.parent.glob("*.py"))
+    near = difflib.get_close_matches(file.name, names, n=1, cutoff=0.7)
+    if near:
+        hint = f"did you mean {file.parent / near[0]}?"
+    elif pathlib.Path("configs/default.py").is_file():
+        hint = f"configs/ has {', '.join(sorted(f.name for f in pathlib.Path('configs').glob('*.py')))}"
+    else:
+        hint = CLONE
+    raise ValueError(f"there is no file {file}: {hint}")
+
+
+def _without_arguments(main):
+    def checked(argv):
+        if len(argv) > 1:
+            sys.exit(
+                f"unexpected arguments {argv[1:]}: fields are set with --config.<name>=<value>"
+            )
+        main(argv)
+
+    return checked
+
+
+def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    try:
+        for argument, following in zip(argv, [*argv[1:], ""]):
+            given = re.fullmatch(r"--?config(=(.*))?", argument)
+            path = given and (given[2] or following)
+            if path:
+                check_file(path)
+        return values(argv)
+    except SyntaxError as error:
+        sys.exit(f"bad --config: {error.filename}, line {error.lineno}: {error.msg}")
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "configs":
+            raise
+        sys.exit(f"bad --config: it imports {error.name}, and {CLONE}")
+    except flags.Error as error:
+        sys.exit(f"bad flags: {_one_line(error)}")
+    except (AttributeError, KeyError) as error:  # how ml_collections says it
+        text = _one_line(error)
+        name = (re.findall(r"[\"'](\w+)[\"']", text) or [""])[-1]
+        given = next(
+            (argument for argument in argv if name in re.split(r"[.=]", argument)), "--config"
+        )
+        if text == f"'{name}'":
+            text = "configs/default.py has no such field"
+        sys.exit(f"bad {given}: {text}")
+    except (TypeError, ValueError, OSError) as error:
+        sys.exit(f"bad --config: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    # ml_collections wraps the KeyError of an unknown field, message and all, and puts the traceback of an
+    # error inside of the config file into the message.
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = str(error.args[0]) if error.args else type(error).__name__
+    return text.strip().splitlines()[-1]
