@@ -1,1 +1,1 @@
-"""A text corpus of more than 100 MB from named packages in pinned versions: see `python -m experiments.corpus --help`."""
+"""More than 100 MB of text from packages in pinned versions: `python -m experiments.corpus --help`."""

@@ -1,17 +1,23 @@
 """Builds a text corpus of more than 100 MB from named packages in pinned versions, or checks one.
 
-    python -m experiments.corpus --output=DIR                    builds the corpus of experiments/corpus/packages.txt
-    python -m experiments.corpus --output=DIR --manifest=FILE    rebuilds an earlier one, bit for bit, or says why not
-    python -m experiments.corpus --check=DIR                     compares a corpus on disk with its manifest
+    python -m experiments.corpus --output=DIR                  builds that of experiments/corpus/packages.txt
+    python -m experiments.corpus --output=DIR --manifest=FILE  rebuilds an earlier one, bit for bit
+    python -m experiments.corpus --check=DIR                   compares one on disk with its manifest
 
-The archives come from PyPI (pip) and Debian (apt-get). A run that was cut goes on: archives that are there are
-not fetched again. DIR then holds archives/ (may be deleted), text/ (one document a file) and manifest.json: packages with
-versions and archive hashes, a SHA-256 a document, one checksum of the whole, and the sizes of the split. The split is made
-by the data pipeline from file names (validation_fraction). Results of this repository were trained on
-experiments/corpus/manifest.json.gz.
+DIR then holds
+    text/          one document a file: train with data.source=text, data.path='DIR/text/**'
+    manifest.json  packages with versions and archive hashes, a SHA-256 a document, one checksum of the whole,
+                   and the split: the data pipeline makes it from the names of the files (validation_fraction)
+    archives/      what pip (PyPI) and apt-get (Debian) fetched; only needed to build again
+
+A run that was cut goes on: archives that are there are not fetched again. pip prepares a source distribution
+with its build tools, which it fetches as well; nothing is installed. Left out of the text: what is no UTF-8,
+is larger than 300 kB, was generated or minified, is a quarter digits, or came before (equal content). A rebuild stops if a package or a document is missing or differs, and names each. The results of this repository
+were trained on the corpus of experiments/corpus/manifest.json.gz.
 """
 
 import argparse
+import glob
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -34,12 +40,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--check", type=pathlib.Path, metavar="DIR", help="folder of a corpus to check"
     )
     parser.add_argument("--manifest", type=pathlib.Path, metavar="FILE",
-                        help="manifest (.json or .json.gz) of the corpus to rebuild or to check against")  # fmt: skip
+                        help="manifest (.json or .json.gz) to rebuild or to check against")  # fmt: skip
     parser.add_argument("--packages", type=pathlib.Path, metavar="FILE", nargs="+",
-                        help=f"lists of packages, one `name version kind suffixes` a line, kinds "
-                        f"{', '.join(packages.KINDS)} (default: {packages.LIST.name} of this package)")  # fmt: skip
+                        help="lists with lines `name version kind suffixes`, kinds "
+                        f"{', '.join(packages.KINDS)} (default: packages.txt beside this module)")  # fmt: skip
     parser.add_argument("--archives", type=pathlib.Path, metavar="DIR",
-                        help="where archives are or go (default: archives/ of the output folder)")  # fmt: skip
+                        help="where archives are or go (default: archives/ in the output)")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.packages and (options.manifest or options.check):
         parser.error("--packages: a manifest names its packages itself; leave one of the two out")
@@ -56,6 +62,10 @@ def build(options: argparse.Namespace) -> dict:
         raise packages.CorpusError(
             f"{text} exists: `--check={output}` compares it with its manifest; delete it to build it anew."
         )
+    if glob.has_magic(str(output)) or "," in str(output):
+        raise packages.CorpusError(
+            f"--output={output}: data.path is a glob, so no * ? [ or comma here."
+        )
     earlier = manifests.read(options.manifest) if options.manifest else None
     if earlier:
         wanted = manifests.packages_of(earlier)
@@ -67,10 +77,7 @@ def build(options: argparse.Namespace) -> dict:
     expected = manifests.archives_of(earlier) if earlier else None
     archives = manifests.fetch(wanted, source, expected)
     output.mkdir(parents=True, exist_ok=True)
-    built = manifests.build(wanted, archives, source, output)
-    if earlier:
-        manifests.compare(output, earlier)
-    return built
+    return manifests.build(wanted, archives, source, output, earlier)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -42,7 +42,7 @@ def documents(package: Package, archive: pathlib.Path) -> Iterator[tuple[str, by
 
 
 def is_document(content: bytes) -> bool:
-    """Whether a person may have written this: UTF-8 text of moderate size, not generated, minified or data."""
+    """Whether a person may have written this: short UTF-8 text, not generated, minified or data."""
     if not content.strip() or len(content) > MAX_BYTES or 0 in content:
         return False
     try:

@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -55,7 +55,8 @@ def fetch(
         if expected and archives[package] != tuple(expected[str(package)]):
             name, digest = expected[str(package)]
             faults.append(
-                f"{package}: {path} has sha256 {archives[package][1]}, the manifest wants {name} with {digest}"
+                f"{package}: {path} has SHA-256 {archives[package][1]}, "
+                f"the manifest wants {name} with {digest}"
             )
     if faults:
         raise CorpusError(
@@ -65,12 +66,27 @@ def fetch(
 
 
 def build(
-    packages: Sequence[Package], archives: dict, source: pathlib.Path, output: pathlib.Path
+    packages: Sequence[Package],
+    archives: dict[Package, tuple[str, str]],
+    source: pathlib.Path,
+    output: pathlib.Path,
+    earlier: dict | None = None,
 ) -> dict:
     """Writes the documents below `output/text` and returns the manifest, which it writes as well.
 
     A document whose content came before, in the order of the list, is left out, and so is one whose path
     differs from an earlier one in case alone.
+
+    Args:
+      packages: in the order of the list.
+      archives: what `fetch` returned.
+      source: folder of the archives.
+      output: folder of the corpus, without one yet.
+      earlier: manifest of the corpus that this has to equal.
+
+    Raises:
+      CorpusError: an archive cannot be read or gives no document, or the corpus differs from the earlier one, and
+        then is not kept; all of these are named.
     """
     partial = output / f"{TEXT}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -96,6 +112,12 @@ def build(
     ]
     if empty:
         raise CorpusError(_listed("Packages without a document of their own", empty))
+    if earlier:
+        try:
+            _compare({path: digest for path, (digest, _) in files.items()}, earlier, str(output))
+        except CorpusError:
+            shutil.rmtree(partial)
+            raise
     manifest = {
         "format": _FORMAT,
         "checksum": checksum(files),
@@ -109,8 +131,8 @@ def build(
         ],
         "files": files,
     }
+    write(output / NAME, manifest)  # before the text: where that is, the corpus is complete
     partial.rename(output / TEXT)
-    write(output / NAME, manifest)
     return manifest
 
 
@@ -184,17 +206,13 @@ def compare(folder: pathlib.Path, manifest: dict) -> None:
       CorpusError: names every document that is missing, differs, or is not in the manifest.
     """
     root = folder / TEXT
-    faults, expected = [], manifest["files"]
-    for path in tqdm(expected, desc="check", unit="file"):
-        file = root / path
-        if not file.is_file():
-            faults.append(f"missing: {path}")
-        elif sha256(file) != expected[path][0]:
-            faults.append(f"differs: {path}")
-    extra = sorted(set(_below(root)) - set(expected))
-    faults += [f"not in the manifest: {path}" for path in extra]
-    if faults:
-        raise CorpusError(_listed(f"{root} is not the corpus {manifest['checksum'][:12]}", faults))
+    paths = sorted(
+        (pathlib.Path(parent) / name).relative_to(root).as_posix()
+        for parent, _, names in os.walk(root)
+        for name in names
+    )
+    found = {path: sha256(root / path) for path in tqdm(paths, desc="check", unit="file")}
+    _compare(found, manifest, str(root))
 
 
 def summary(folder: pathlib.Path, manifest: dict) -> str:
@@ -223,10 +241,13 @@ def _totals(root: pathlib.Path, files: dict[str, list]) -> dict[str, dict[str, i
     return totals
 
 
-def _below(root: pathlib.Path) -> Iterable[str]:
-    for folder, _, names in os.walk(root):
-        for name in names:
-            yield (pathlib.Path(folder) / name).relative_to(root).as_posix()
+def _compare(found: dict[str, str], manifest: dict, where: str) -> None:
+    expected = {path: digest for path, (digest, _) in manifest["files"].items()}
+    faults = [f"missing: {path}" for path in expected if path not in found]
+    faults += [f"not in the manifest: {path}" for path in found if path not in expected]
+    faults += [f"differs: {p}" for p in expected if p in found and found[p] != expected[p]]
+    if faults:
+        raise CorpusError(_listed(f"{where} is not the corpus {manifest['checksum'][:12]}", faults))
 
 
 def _listed(title: str, faults: Sequence[str]) -> str:

@@ -51,6 +51,16 @@ class Package:
     kind: str
     suffixes: tuple[str, ...]
 
+    def __post_init__(self):
+        for value in (self.name, self.version):
+            if not re.fullmatch(r"\w[\w.+:~-]*", value):
+                raise ValueError(f"{value!r} is no name or version of a package.")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} must be one of {', '.join(KINDS)}.")
+        wrong = [suffix for suffix in self.suffixes if not re.fullmatch(r"(\.\w+)+", suffix)]
+        if wrong or not self.suffixes:
+            raise ValueError(f"suffix {''.join(wrong[:1])!r} must look like .py")
+
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
 
@@ -120,15 +130,12 @@ def read_list(path: pathlib.Path) -> list[Package]:
         fields = line.partition("#")[0].split()
         if not fields:
             continue
-        if len(fields) != 4 or fields[2] not in KINDS:
-            raise CorpusError(
-                f"{path}:{number}: {line!r} is not `name version kind suffixes` with a kind of "
-                f"{', '.join(KINDS)}."
-            )
-        suffixes = tuple(fields[3].split(","))
-        if not all(re.fullmatch(r"(\.\w+)+", suffix) for suffix in suffixes):
-            raise CorpusError(f"{path}:{number}: suffixes {fields[3]!r} must look like .py,.rst")
-        packages.append(Package(*fields[:3], suffixes))
+        if len(fields) != 4:
+            raise CorpusError(f"{path}:{number}: {line!r} is not `name version kind suffixes`.")
+        try:
+            packages.append(Package(*fields[:3], tuple(fields[3].split(","))))
+        except ValueError as error:
+            raise CorpusError(f"{path}:{number}: {error}") from error
     if not packages:
         raise CorpusError(f"The list {path} names no package.")
     folders = [str(package) for package in packages]

@@ -1,0 +1,249 @@
+"""The recorder of all results: what was measured, on what, by which code, in one JSON file a device.
+
+`record.write("init_study", {"arms": ...})` writes experiments/init_study/results/nvidia_h200.json:
+`{"environment": {"device": ..., "commit": ..., "command": ..., ...}, "arms": ...}`.
+Several processes of one machine may fill one file, each its own key, with `update`: the key then carries its
+own environment.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from mhc_jax.metrics import jsonable
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "triton", "jax-triton", "libtpu")
+FOLDER = pathlib.Path(__file__).parent
+# Whoever copies the tree without .git says here what was copied; MHC_DIRTY=1 if it was changed.
+COMMIT_VARIABLE, DIRTY_VARIABLE = "MHC_COMMIT", "MHC_DIRTY"
+
+
+def environment(seed: int | None = None) -> dict[str, Any]:
+    """What a result depends on: device, driver, versions, code, command, date and seed.
+
+    Starts JAX's backend if it has not started yet.
+
+    Args:
+      seed: of the run, where it has one.
+
+    Returns:
+      A dict for JSON: `device` {name, count, processes, platform}, `driver` (None without an NVIDIA driver),
+      `versions` (of what is installed), `commit` (full hash) and `dirty` (whether the code differs from it),
+      None where unknown, with a `commit_note` where git does not know it; `command`, `date` (UTC, ISO 8601),
+      `host_cpus`, and `seed` if given.
+    """
+    device = jax.devices()[0]
+    return {
+        "device": {
+            "name": device.device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+            "platform": device.platform,
+        },
+        "driver": _driver(),
+        "versions": {"python": platform.python_version()} | _versions(),
+        **_code(FOLDER),
+        "command": command_line(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host_cpus": os.cpu_count(),
+    } | ({} if seed is None else {"seed": seed})
+
+
+def device_slug(name: str | None = None, count: int | None = None) -> str:
+    """The name of a device's file: nvidia_h200, nvidia_h100_x4, tpu_v5p, cpu.
+
+    Args:
+      name: JAX's `device_kind`; None: that of this machine.
+      count: devices that took part; None: those of this machine, or 1 if a name is given.
+    """
+    if name is None:
+        name, count = jax.devices()[0].device_kind, count or jax.device_count()
+    # "NVIDIA H100 80GB HBM3" is an H100 like any other.
+    name = re.sub(r"\b(\d+GB|HBM\d\w*|PCIe|SXM\d*)\b", "", name, flags=re.IGNORECASE)
+    slug = "_".join(re.findall(r"[a-z0-9]+", name.lower()))
+    return slug if slug == "cpu" or not count or count == 1 else f"{slug}_x{count}"
+
+
+def result_path(
+    question: str, device: str | None = None, folder: pathlib.Path | None = None
+) -> pathlib.Path:
+    """`folder/question/results/device.json`.
+
+    Args:
+      question: name of the experiment: letters, digits and `_`.
+      device: slug; None: this machine's.
+      folder: None: experiments/.
+    """
+    for label, value in (("question", question), ("device", device)):
+        if value is not None and not re.fullmatch(r"\w[\w-]*", value):
+            raise ValueError(f"{label}={value!r} must be a plain name of letters, digits, _ and -.")
+    return pathlib.Path(folder or FOLDER) / question / "results" / f"{device or device_slug()}.json"
+
+
+def write(
+    question: str,
+    payload: dict[str, Any],
+    *,
+    device: str | None = None,
+    seed: int | None = None,
+    folder: pathlib.Path | None = None,
+) -> pathlib.Path:
+    """Writes `{"environment": {...}, **payload}` in one move; replaces an earlier result.
+
+    Returns:
+      The path, see `result_path`.
+
+    Raises:
+      ValueError: the payload has a key `environment`.
+      TypeError: it holds what JSON cannot; names where.
+    """
+    if "environment" in payload:
+        raise ValueError("The payload has a key 'environment', which the recorder writes itself.")
+    path = result_path(question, device, folder)
+    content = {"environment": environment(seed), **payload}
+    with _locked(path):
+        _write_json(path, content)
+    return path
+
+
+def update(
+    question: str,
+    key: str,
+    value: dict[str, Any],
+    *,
+    device: str | None = None,
+    seed: int | None = None,
+    folder: pathlib.Path | None = None,
+) -> pathlib.Path:
+    """Sets one key of a result file to `{"environment": {...}, **value}` and keeps all others.
+
+    Safe with several processes on one machine: the file is locked from reading to writing. `key` may be a
+    path: "arms/mhc/0" is `content["arms"]["mhc"]["0"]`.
+
+    Returns:
+      The path, see `result_path`.
+
+    Raises:
+      ValueError: `value` has a key `environment`, or the path leads through something that is no object.
+    """
+    names = key.split("/")
+    if "environment" in value or "environment" in names or not all(names):
+        raise ValueError(
+            f"key={key!r}: names must be filled, and 'environment' is the recorder's own."
+        )
+    path = result_path(question, device, folder)
+    entry = {"environment": environment(seed), **value}
+    with _locked(path):
+        content = read(path) if path.exists() else {}
+        place = content
+        for name in names[:-1]:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{path}: {name!r} of key {key!r} is no object but {place!r}.")
+        place[names[-1]] = entry
+        _write_json(path, content)
+    return path
+
+
+def read(path: pathlib.Path | str) -> dict[str, Any]:
+    """Reads a result file. Numbers that JSON cannot hold stay "nan", "inf", "-inf", which `float` takes."""
+    try:
+        return json.loads(pathlib.Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def command_line() -> str:
+    """The command of this process as one types it, `python -m package.module` included."""
+    arguments = list(sys.orig_argv[1:])
+    return shlex.join(["python", *arguments])
+
+
+def _driver() -> str | None:
+    lines = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return lines.splitlines()[0].strip() if lines else None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _code(folder: pathlib.Path) -> dict[str, Any]:
+    git = ("git", "-C", str(folder))
+    # A copy below some other repository (an environment, a home folder) is not that repository.
+    if _run(*git, "ls-files", pathlib.Path(__file__).name):
+        # Not the results: the first arm's would make the second arm dirty.
+        paths = (":/", ":(top,exclude,glob)**/results/**")
+        changes = _run(*git, "status", "--porcelain", "--untracked-files=all", "--", *paths)
+        dirty = any(not x.startswith("??") or x.endswith(".py") for x in changes.splitlines())
+        return {"commit": _run(*git, "rev-parse", "HEAD"), "dirty": dirty}
+    commit, dirty = os.environ.get(COMMIT_VARIABLE), os.environ.get(DIRTY_VARIABLE)
+    if commit:
+        note = f"from {COMMIT_VARIABLE}: a copy without git"
+        return {"commit": commit, "dirty": dirty == "1" if dirty else None, "commit_note": note}
+    note = f"no git here and {COMMIT_VARIABLE} is not set"
+    return {"commit": None, "dirty": None, "commit_note": note}
+
+
+def _run(*command: str) -> str | None:
+    """Output of a command, None if it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A file of its own: the result file is replaced, and a lock on it would guard the old one.
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    text = json.dumps(_strict(content, path.name), indent=1, allow_nan=False) + "\n"
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _strict(value: Any, where: str) -> Any:
+    """The value as strict JSON holds it: NumPy and JAX numbers as Python's, nan and infinities as text."""
+    if isinstance(value, dict):
+        wrong = [key for key in value if not isinstance(key, str)]
+        if wrong:
+            raise TypeError(f"{where}: the key {wrong[0]!r} is no string, which JSON needs.")
+        return {key: _strict(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if hasattr(value, "tolist"):  # NumPy and JAX
+        return _strict(value.tolist(), where)
+    if isinstance(value, float):
+        return jsonable(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise TypeError(f"{where}: JSON has no place for {type(value).__name__} {value!r}.")
