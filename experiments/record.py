@@ -193,7 +193,8 @@ def _code(folder: pathlib.Path) -> dict[str, Any]:
         # Not the results: the first arm's would make the second arm dirty.
         paths = (":/", ":(top,exclude,glob)**/results/**")
         changes = _run(*git, "status", "--porcelain", "--untracked-files=all", "--", *paths)
-        dirty = any(not x.startswith("??") or x.endswith(".py") for x in changes.splitlines())
+        lines = (changes or "").splitlines()
+        dirty = any(not line.startswith("??") or line.endswith(".py") for line in lines)
         return {"commit": _run(*git, "rev-parse", "HEAD"), "dirty": dirty}
     commit, dirty = os.environ.get(COMMIT_VARIABLE), os.environ.get(DIRTY_VARIABLE)
     if commit:

@@ -12,7 +12,8 @@ DIR then holds
 
 A run that was cut goes on: archives that are there are not fetched again. pip prepares a source distribution
 with its build tools, which it fetches as well; nothing is installed. Left out of the text: what is no UTF-8,
-is larger than 300 kB, was generated or minified, is a quarter digits, or came before (equal content). A rebuild stops if a package or a document is missing or differs, and names each. The results of this repository
+is larger than 300 kB, was generated or minified, is a quarter digits, or came before (equal content). A
+rebuild stops if a package or a document is missing or differs, and names each. The results of this repository
 were trained on the corpus of experiments/corpus/manifest.json.gz.
 """
 
@@ -43,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="manifest (.json or .json.gz) to rebuild or to check against")  # fmt: skip
     parser.add_argument("--packages", type=pathlib.Path, metavar="FILE", nargs="+",
                         help="lists with lines `name version kind suffixes`, kinds "
-                        f"{', '.join(packages.KINDS)} (default: packages.txt beside this module)")  # fmt: skip
+                        f"{', '.join(packages.KINDS)} (default: packages.txt beside this file)")  # fmt: skip
     parser.add_argument("--archives", type=pathlib.Path, metavar="DIR",
                         help="where archives are or go (default: archives/ in the output)")  # fmt: skip
     options = parser.parse_args(arguments)

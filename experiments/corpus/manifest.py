@@ -85,8 +85,8 @@ def build(
       earlier: manifest of the corpus that this has to equal.
 
     Raises:
-      CorpusError: an archive cannot be read or gives no document, or the corpus differs from the earlier one, and
-        then is not kept; all of these are named.
+      CorpusError: an archive cannot be read or gives no document, or the corpus differs from the earlier
+        one and then is not kept; all of these are named.
     """
     partial = output / f"{TEXT}.partial"
     shutil.rmtree(partial, ignore_errors=True)
