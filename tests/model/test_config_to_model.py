@@ -12,12 +12,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from flax import nnx
 from test_train import tiny
 
 import mhc_jax
+from kernels_pallas.testing import oracle
 from mhc_jax import train_step as train_step_module
 from mhc_jax.config import Config, ModelConfig, OptimizerConfig
 from mhc_jax.data import DataConfig
