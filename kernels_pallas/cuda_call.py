@@ -65,7 +65,7 @@ class CudaLaunch(Launch):
         ]
         grid = (*self.grid, 1, 1)[:3]
         call = gpu_triton.TritonKernelCall(kernel, *grid, parameters)
-        run = jax.ffi.ffi_call(
+        run = jax.ffi.ffi_call(  # type: ignore[call-overload]  # bytes, as jax_triton passes them
             "triton_kernel_call",
             self.outputs,
             custom_call_api_version=2,
@@ -129,7 +129,7 @@ def _nvrtc(capability: int) -> ctypes.CDLL | None:
     """
     patterns = []
     spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations if spec else ():
+    for folder in (spec and spec.submodule_search_locations) or ():
         patterns += [f"{folder}/cu*/lib/libnvrtc.so.*", f"{folder}/cuda_nvrtc/lib/libnvrtc.so.*"]
     patterns.append(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/lib64/libnvrtc.so*")
     found = [path for pattern in patterns for path in sorted(glob.glob(pattern))]

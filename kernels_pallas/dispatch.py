@@ -275,8 +275,9 @@ def run(op: str, direction: str, implementation: str | None, *args, **static):
             elif why_not and _unavailable(op, direction, name) is None:
                 _say_why_once(op, direction, name, why_not)
     _say_once(op, direction, tuple(taken))
-    if _decisions.get() is not None:
-        _decisions.get().append(decision)
+    recorded = _decisions.get()
+    if recorded is not None:
+        recorded.append(decision)
     if not branches:
         return default(*args)
     return jax.lax.platform_dependent(*args, default=default, **branches)

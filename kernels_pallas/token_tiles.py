@@ -120,11 +120,11 @@ class TokenTiles:
         """Whether this grid step has tokens (inside a kernel)."""
         return self._this_block() < self.num_blocks
 
-    def window_rows(self) -> pl.Slice:
+    def window_rows(self) -> slice | pl.Slice:
         """The rows of this block within its window (inside a kernel)."""
         return pl.ds(pl.multiple_of(pl.program_id(2) * self.block, self.block), self.block)
 
-    def next_rows(self) -> pl.Slice:
+    def next_rows(self) -> slice | pl.Slice:
         """`window_rows` of the next step, of this one if it is the last of its window (inside a kernel)."""
         step = jnp.minimum(pl.program_id(2) + 1, self.sub_steps - 1)
         return pl.ds(pl.multiple_of(step * self.block, self.block), self.block)

@@ -9,6 +9,7 @@ is how whole operations, their glue included, are tested without a GPU.
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -132,7 +133,7 @@ def full_waves(items: int, slots: int) -> float:
     return cdiv(items, slots) * slots / items
 
 
-def num_tokens(lead: tuple[int, ...]) -> int:
+def num_tokens(lead: Sequence[int]) -> int:
     """T: the product of the leading axes."""
     return math.prod(lead)
 

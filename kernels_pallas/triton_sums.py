@@ -168,16 +168,21 @@ def launch(
     )
 
 
+# dphi, dbias, dalpha, dweight; None without a norm.
+Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+
+
 def parameter_gradients(
     dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, n: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+) -> Gradients:
     """Partial sums [splits, K, m], [2, m, programs], [rows, C] or None -> dphi, dbias, dalpha, dweight."""
-    return _finish(dphi, gates, dweight, dphi, n)[:4]
+    d_parameters, *_ = _finish(dphi, gates, dweight, dphi, n)
+    return d_parameters
 
 
 def all_gradients(
     dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, mappings: jax.Array, n: int
-) -> tuple[jax.Array | None, ...]:
+) -> tuple[Gradients, jax.Array, jax.Array]:
     """As `parameter_gradients`; from sums [slabs, T, n*n + n] also dh_res [T, n, n], dh_post [T, n]."""
     return _finish(dphi, gates, dweight, mappings, n, *mappings.shape[:2])
 
@@ -189,4 +194,4 @@ def _finish(dphi, gates, dweight, mappings, n, slabs=0, T=0):
     dphi, dbias, dalpha, weight, dres, dpost = call(
         dphi, gates, dphi if dweight is None else dweight, mappings
     )
-    return dphi, dbias, dalpha, None if dweight is None else weight, dres, dpost
+    return (dphi, dbias, dalpha, None if dweight is None else weight), dres, dpost

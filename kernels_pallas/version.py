@@ -1,3 +1,3 @@
 """The version of the distribution mhc_jax, which holds both packages. This is its one place."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -55,15 +55,15 @@ def read_backward(
     streams: jax.Array, *arrays: jax.Array | None, **static
 ) -> tuple[jax.Array | None, ...]:
     """Cotangents (dx, dphi, dbias, dalpha, dweight)."""
-    a = ReadBackward(*arrays)
+    a = ReadBackward._make(arrays)
     n, K, T = static["n"], streams.shape[-1], triton_call.num_tokens(a.r.shape)
     if not T:
         return streams, *gpu.no_gradients(a)
-    d_input, fragments, sums = gpu.mappings_backward(streams, a, static, fragments=K)
+    d_input, fragments, (gates, dweight) = gpu.mappings_backward(streams, a, static, fragments=K)
     launch = cuda_launches.backward_launch(T, K // n, mix=False)
     unused = (d_input, a.h_pre, a.dh_res)
     dx, _, _, dphi = launch(streams, *unused, a.d_streams, d_input, a.h_pre, a.phi, *fragments, T)
-    return dx.reshape(streams.shape), *triton_sums.parameter_gradients(dphi, *sums, n)
+    return dx.reshape(streams.shape), *triton_sums.parameter_gradients(dphi, gates, dweight, n)
 
 
 def backward(
@@ -76,14 +76,16 @@ def backward(
     **static,
 ) -> tuple[jax.Array | None, ...]:
     """Cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
-    a = ReadBackward(*arrays)
+    a = ReadBackward._make(arrays)
     update = (streams, layer_output, h_post, h_res)
     n, K, T = static["n"], streams.shape[-1], triton_call.num_tokens(a.r.shape)
     if not T:
         return *update, *gpu.no_gradients(a)
-    d_input, fragments, sums = gpu.mappings_backward(new_streams, a, static, fragments=K)
+    d_input, fragments, (gates, dweight) = gpu.mappings_backward(
+        new_streams, a, static, fragments=K
+    )
     launch = cuda_launches.backward_launch(T, K // n, mix=True)
     dx, dy, parts, dphi = launch(*update, a.d_streams, d_input, a.h_pre, a.phi, *fragments, T)
-    *d_parameters, dres, dpost = triton_sums.all_gradients(dphi, *sums, parts, n)
+    d_parameters, dres, dpost = triton_sums.all_gradients(dphi, gates, dweight, parts, n)
     d_update = (dx, dy, dpost, dres)
     return *(d.reshape(u.shape) for d, u in zip(d_update, update)), *d_parameters

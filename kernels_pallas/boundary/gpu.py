@@ -88,14 +88,14 @@ def read_backward(
     streams: jax.Array, *arrays: jax.Array | None, **static
 ) -> tuple[jax.Array | None, ...]:
     """Cotangents (dx, dphi, dbias, dalpha, dweight)."""
-    a = ReadBackward(*arrays)
+    a = ReadBackward._make(arrays)
     n, (K, m), T = static["n"], a.phi.shape, triton_call.num_tokens(a.r.shape)
     if not T:
         return streams, *no_gradients(a)
-    d_input, cotangents, sums = mappings_backward(streams, a, static)
+    d_input, cotangents, (gates, dweight) = mappings_backward(streams, a, static)
     launch = projection.backward_launch(T, K, n, m, streams.dtype, accumulate=True)
     dx, dphi = launch(streams, a.phi, a.r, *cotangents, a.d_streams, d_input, a.h_pre, T)
-    return dx.reshape(streams.shape), *triton_sums.parameter_gradients(dphi, *sums, n)
+    return dx.reshape(streams.shape), *triton_sums.parameter_gradients(dphi, gates, dweight, n)
 
 
 def mappings_backward(streams: jax.Array, a: ReadBackward, static, fragments: int = 0):
@@ -111,6 +111,7 @@ def mappings_backward(streams: jax.Array, a: ReadBackward, static, fragments: in
         dh_pre, _ = launch(streams, a.h_pre, d_input)
     else:
         eps = static["input_norm_eps"]
+        assert a.weight is not None
         launch = pre.backward_normed_launch(T, C, n, streams.dtype, eps, write_dx=False)
         dh_pre, dweight, d_input = launch(streams, a.h_pre, a.weight, d_input, T)
     rounds = streams.dtype == jnp.bfloat16
@@ -148,15 +149,15 @@ def backward(
     **static,
 ) -> tuple[jax.Array | None, ...]:
     """Cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
-    a = ReadBackward(*arrays)
+    a = ReadBackward._make(arrays)
     update = (streams, layer_output, h_post, h_res)
     (K, m), T = a.phi.shape, triton_call.num_tokens(a.r.shape)
     if not T:
         return *update, *no_gradients(a)
     n = static["n"]
-    d_input, cotangents, sums = mappings_backward(new_streams, a, static)
+    d_input, cotangents, (gates, dweight) = mappings_backward(new_streams, a, static)
     launch = projection.backward_launch(T, K, 1, m, streams.dtype, accumulate=False)
     unused = (new_streams, new_streams, a.r)
     d_projection, dphi = launch(new_streams, a.phi, a.r, *cotangents, *unused, T)
     d_update = post_res.backward_of_sum(*update, a.d_streams, d_projection, d_input, a.h_pre)
-    return *d_update, *triton_sums.parameter_gradients(dphi, *sums, n)
+    return *d_update, *triton_sums.parameter_gradients(dphi, gates, dweight, n)

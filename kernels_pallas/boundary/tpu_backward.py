@@ -2,6 +2,7 @@
 
 import functools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,7 @@ def _call(x, update, a: ReadBackward, *, n, num_iterations, input_norm_eps):
         "iterates": (sinkhorn.iterates_shape(n, num_iterations, window), f32),
     }
     if normed:
+        assert a.weight is not None
         inputs["weight"] = (a.weight.reshape(1, -1), tiles.whole(1, width // n))
         sums["d_weight"] = (MIN_TOKENS, width // n)
     if update:
@@ -244,10 +246,10 @@ def read_backward(
     num_iterations: int,
     norm_eps: float,
     input_norm_eps: float | None,
-) -> tuple[jax.Array | None, ...]:
+) -> tuple[jax.Array, *tuple[jax.Array | None, ...]]:
     """Cotangents (dx, dphi, dbias, dalpha, dweight); `d_streams` has already arrived for the streams."""
     del norm_eps
-    a = ReadBackward(*arrays)
+    a = ReadBackward._make(arrays)
     x = pallas_call.flat_tokens(streams)
     if not x.shape[0]:
         return streams, *_no_parameters(a)
@@ -272,12 +274,16 @@ def backward(
     input_norm_eps: float | None,
 ) -> tuple[jax.Array | None, ...]:
     """Cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
-    static = {"n": n, "num_iterations": num_iterations, "input_norm_eps": input_norm_eps}
+    static: dict[str, Any] = {
+        "n": n,
+        "num_iterations": num_iterations,
+        "input_norm_eps": input_norm_eps,
+    }
     x, lead, update = new_streams, streams.shape[:-1], (streams, layer_output, h_post, h_res)
     if not fits_fused_backward(x.shape[-1], n, x.dtype, num_iterations):
         g, *d_parameters = read_backward(x, *arrays, norm_eps=norm_eps, **static)
         return *post_res.backward(*update, g), *d_parameters
-    a, x = ReadBackward(*arrays), pallas_call.flat_tokens(x)
+    a, x = ReadBackward._make(arrays), pallas_call.flat_tokens(x)
     if not x.shape[0]:
         return *update, *_no_parameters(a)
     out = _call(x, update, a, **static)

@@ -144,10 +144,12 @@ def forward(
     """s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
     shapes = ((*r.shape, n), (*r.shape, n), (*r.shape, n, n))
     T = triton_call.num_tokens(r.shape)
-    if not T:
-        return triton_call.empty_like(*((shape, s.dtype) for shape in shapes))
-    outputs = forward_launch(T, n, num_iterations)(s, r, bias, alpha, T)
-    return tuple(out.reshape(shape) for out, shape in zip(outputs, shapes))
+    if T:
+        outputs = forward_launch(T, n, num_iterations)(s, r, bias, alpha, T)
+    else:
+        outputs = triton_call.empty_like(*((shape, s.dtype) for shape in shapes))
+    h_pre, h_post, h_res = (out.reshape(shape) for out, shape in zip(outputs, shapes))
+    return h_pre, h_post, h_res
 
 
 def backward(

@@ -172,7 +172,8 @@ def forward(
     """s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
     lead, m = r.shape, num_columns(n)
     if not r.size:
-        return tuple(jnp.zeros((*lead, *last), s.dtype) for last in ((n,), (n,), (n, n)))
+        gate = jnp.zeros((*lead, n), s.dtype)
+        return gate, gate, jnp.zeros((*lead, n, n), s.dtype)
     num_tokens = r.size
     tiles = TokenTiles(num_tokens, TOKENS)
     h_pre, h_post, h_res = pallas_call.call(

@@ -159,9 +159,9 @@ def gram_shape(block: int, n: int) -> tuple[int, int]:
 
 def _products(left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
     """Sums over columns of products of every row of every array with every other."""
-    left, right = jnp.concatenate(left, axis=0), jnp.concatenate(right, axis=0)
+    rows = jnp.concatenate(left, axis=0), jnp.concatenate(right, axis=0)
     contract = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(*rows, contract, preferred_element_type=jnp.float32)
 
 
 def _same_token(gram: jax.Array, n: int) -> list[jax.Array]:
@@ -269,7 +269,9 @@ def backward(
     lead = streams.shape[:-1]
     x, y, h_post, h_res, g = _flat(streams, layer_output, h_post, h_res, d_streams)
     if not x.shape[0]:
-        return tuple(jnp.zeros(s, a.dtype) for s, a in zip(shapes, (x, y, h_post, h_res)))
+        dtypes = (x.dtype, y.dtype, h_post.dtype, h_res.dtype)
+        dx, dy, dh_post, dh_res = map(jnp.zeros, shapes, dtypes)
+        return dx, dy, dh_post, dh_res
     tiles = TokenTiles(x.shape[0], block_tokens(x.shape[1], n, x.dtype))
     exact = x.dtype == jnp.bfloat16  # products are exact in the MXU
     row, half_row = tiles.rows(x.shape[1]), tiles.rows(y.shape[1])

@@ -1,5 +1,8 @@
 """F_pre in plain jnp: implementation "xla" and the definition of the op."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -17,9 +20,7 @@ def split_streams(streams: jax.Array, n: int, dtype) -> list[jax.Array]:
 @layout("...k, ...n -> ...c")
 def forward(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
     """[..., n*C], [..., n] -> [..., C]."""
-    n = h_pre.shape[-1]
-    x = split_streams(streams, n, h_pre.dtype)
-    return sum(h_pre[..., i, None] * x[i] for i in range(n)).astype(streams.dtype)
+    return _weighted_sum(streams, h_pre).astype(streams.dtype)
 
 
 @layout("...k, ...n, ...c -> ...k, ...n")
@@ -37,7 +38,7 @@ def backward(
 
 def _weighted_sum(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
     x = split_streams(streams, h_pre.shape[-1], h_pre.dtype)
-    return sum(h_pre[..., i, None] * x[i] for i in range(len(x)))
+    return functools.reduce(operator.add, (h_pre[..., i, None] * x[i] for i in range(len(x))))
 
 
 def _row(weight: jax.Array, ndim: int) -> jax.Array:

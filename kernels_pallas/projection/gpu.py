@@ -325,7 +325,8 @@ def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax
     lead, (K, m) = streams.shape[:-1], phi.shape
     T = triton_call.num_tokens(lead)
     if not T:
-        return triton_call.empty_like(((*lead, m), phi.dtype), (lead, phi.dtype))
+        s, r = triton_call.empty_like(((*lead, m), phi.dtype), (lead, phi.dtype))
+        return s, r
     parts = partial_sums(streams, phi)
     s, r = finish_launch(T, K, m, parts.shape[0], norm_eps)(parts, T)
     return s.reshape(*lead, m), r.reshape(lead)

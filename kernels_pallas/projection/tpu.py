@@ -10,6 +10,7 @@ rows; dx contracts the four combinations at once, 128 terms deep at n = 4: one p
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,8 @@ def _split_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     high = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
     padding = _padded(x.shape[0]) - x.shape[0]
     zeros = [jnp.zeros((padding, x.shape[1]), x.dtype)] if padding else []
-    return tuple(jnp.concatenate([half, *zeros], axis=0) for half in (high, x - high))
+    high, low = (jnp.concatenate([half, *zeros], axis=0) for half in (high, x - high))
+    return high, low
 
 
 def _dot(a, b, contract):
@@ -97,7 +99,7 @@ def _halves(x: jax.Array, m: int, dtype) -> jax.Array:
 
 def project_block(x_ref, phi_ref, m: int) -> tuple[jax.Array, jax.Array]:
     """s [m, tokens] and the sums of squares [tokens, 1] of a block (inside a kernel)."""
-    products = None
+    products: Any = None
     squares = LaneSums()
     for c, size in pallas_math.column_chunks(x_ref.shape[1], CHUNK):
         x = x_ref[:, pl.ds(c, size)]

@@ -257,3 +257,8 @@ def test_command(arguments, code, message):
     )  # fmt: skip
     assert done.returncode == code, done.stderr[-2000:]
     assert message in done.stdout + done.stderr
+    if code == 0:  # progress, and no alarm of libtpu's
+        progress = done.stderr.splitlines()
+        assert progress[0] == "... residual: tracing and lowering the train step"
+        assert all(line.startswith("... ") for line in progress), done.stderr
+        assert " us a step" in done.stdout
