@@ -81,7 +81,14 @@ setup(
         "gpu": ["jax[cuda13]>=0.10", "jax-triton>=0.3,<0.4", "triton>=3.6,<3.7"],
         "tokenizers": ["tokenizers>=0.20"],  # only for data.tokenizer=<file>.json
         # pytest 8 knows the options of pyproject.toml; no torch, to keep the environment small.
-        "test": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "tokenizers>=0.20"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "ruff>=0.9",
+            "mypy>=1.18",
+            "tokenizers>=0.20",
+            "setuptools>=70.1",  # builds the wheel without the network
+        ],
         # GPU kernels on the CPU (interpreter) and compiled without a GPU, and DeepSeek-V3 as others wrote
         # it (tests/parity reads its parameters by name, hence the pin): slow to install.
         "parity": [

@@ -1,5 +1,6 @@
 """Settings of every test."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -19,6 +20,28 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _cache = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+# Marker -> packages without which its tests are skipped.
+NEEDS = {
+    "tpu_compiler": ("libtpu",),
+    "gpu_interpreter": ("triton", "jax_triton", "torch"),
+    "gpu_compiler": ("triton",),
+    "parity": ("torch", "transformers"),
+}
+_EXTRAS = {"tpu_compiler": "tpu"}
+
+
+def pytest_collection_modifyitems(items):
+    for marker, packages in NEEDS.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if not missing:
+            continue
+        extra = _EXTRAS.get(marker, "parity")
+        reason = f"{', '.join(missing)} not installed: pip install -e '.[{extra}]'"
+        for item in items:
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """kernel_speed: what --check sees, the chart of a result file, the cost of terms, all without a GPU."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -18,9 +17,7 @@ from kernels_pallas.testing import emulate
 
 RESULTS = pathlib.Path(chart.__file__).parent / "results"
 BF16 = jnp.bfloat16
-HAS_TRITON = importlib.util.find_spec("jax_triton") is not None
 needs_gcc = pytest.mark.skipif(not emulate.available(), reason="no g++")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
 
 @pytest.mark.parametrize("case", ["projection", "pre+norm", "read", "boundary+norm"])
@@ -95,7 +92,7 @@ def test_the_stored_result_says_where_every_part_comes_from():
     assert len(chart.bars(content)[16384, 2560]) >= 6
 
 
-@needs_triton
+@pytest.mark.gpu_interpreter
 @needs_gcc
 def test_the_cost_of_two_terms(monkeypatch, capsys):
     from experiments.kernel_speed import measure, terms

@@ -1,6 +1,5 @@
 """pod_plan: counting HLO by hand, meshes that divide, and the compiler where libtpu is installed."""
 
-import importlib.util
 import math
 import os
 import pathlib
@@ -239,7 +238,7 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

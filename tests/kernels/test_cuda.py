@@ -22,6 +22,7 @@ from kernels_pallas.boundary import cuda_launches
 from kernels_pallas.precision import round_to_tf32
 from kernels_pallas.testing import emulate
 
+pytestmark = pytest.mark.gpu_interpreter
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
@@ -122,6 +123,7 @@ LAUNCHES = {
 }
 
 
+@pytest.mark.gpu_compiler
 @pytest.mark.skipif(cuda_call._nvrtc(90) is None, reason="no NVRTC (extra 'parity')")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", LAUNCHES)

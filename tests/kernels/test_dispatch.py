@@ -1,6 +1,5 @@
 """Names of implementations: what None takes, what a name means, and what is said where it cannot run."""
 
-import importlib.util
 import logging
 
 import jax
@@ -13,8 +12,6 @@ from kernels_pallas.sharding import on_device, token_sharding
 
 BF16 = jnp.bfloat16
 X, H = jnp.ones((3, 4 * 16), BF16), jnp.ones((3, 4))
-HAS_TRITON = importlib.util.find_spec("jax_triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)
@@ -139,7 +136,7 @@ def test_explain_on_a_cpu(op):
     assert "not pallas: needs a TPU" in text
 
 
-@needs_triton
+@pytest.mark.gpu_interpreter
 @pytest.mark.parametrize(
     ("options", "taken", "why_not"),
     [
@@ -160,7 +157,7 @@ def test_explain_on_a_gpu(op, options, taken, why_not):
             assert why in choice.why_not[name]
 
 
-@needs_triton
+@pytest.mark.gpu_interpreter
 def test_none_takes_what_explain_says(monkeypatch):
     from kernels_pallas import cuda_call
     from kernels_pallas.boundary import cuda, gpu
@@ -190,7 +187,7 @@ def test_none_takes_what_explain_says(monkeypatch):
             assert backends() == [taken]
 
 
-@needs_triton
+@pytest.mark.gpu_interpreter
 def test_triton_is_triton_alone_and_cuda_raises_where_it_cannot_run(monkeypatch):
     from kernels_pallas import cuda_call
 

@@ -1,6 +1,5 @@
 """Every Pallas kernel through the TPU compiler, no TPU needed; skipped where libtpu is not installed."""
 
-import importlib.util
 import json
 import pathlib
 
@@ -8,10 +7,7 @@ import pytest
 
 PROGRAMS = pathlib.Path(__file__).with_name("tpu_programs.py")
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed (pip install 'jax[tpu]'): TPU kernels cannot be compiled here",
-)
+pytestmark = pytest.mark.tpu_compiler
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])

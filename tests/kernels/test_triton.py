@@ -29,6 +29,7 @@ from kernels_pallas.testing import emulate, oracle
 assert triton_call.INTERPRET, "conftest.py sets TRITON_INTERPRET before triton is imported"
 
 BF16, F32 = jnp.bfloat16, jnp.float32
+pytestmark = pytest.mark.gpu_interpreter
 needs_gcc = pytest.mark.skipif(not emulate.available(), reason="no g++")
 EPS = 1e-6
 # (T, C, n, dtype). The interpreter needs 0.1 s a program, hence the few tokens.

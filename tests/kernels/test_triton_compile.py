@@ -3,7 +3,6 @@
 In a process of its own: the other Triton tests run in the interpreter, which replaces the compiler.
 """
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -13,8 +12,7 @@ import tempfile
 
 import pytest
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed (extra 'parity')", allow_module_level=True)
+pytestmark = pytest.mark.gpu_compiler
 
 ROOT = pathlib.Path(__file__).parents[2]
 

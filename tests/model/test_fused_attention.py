@@ -1,6 +1,5 @@
 """Causal attention against float64, over a mesh of 8 devices, and through the TPU compiler."""
 
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -108,7 +107,7 @@ lowered.compile()
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for_tpu(topology):
     """Latent attention of the 27B model, 192 and 128 wide, heads and sequence split."""

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -417,9 +416,8 @@ def test_another_private_function_of_jax_is_not_called(cudnn, monkeypatch):
         assert fused_attention.unpadded_cudnn() is not None, "the change was undone"
 
 
+@pytest.mark.tpu_compiler
 def test_fused_attention_of_tpus_runs_once():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed (pip install 'jax[tpu]')")
     code = """
 from jax.experimental import topologies
 from configs import default
@@ -445,10 +443,7 @@ for policy in ("none", "mhc", "full"):
     assert done.stdout.split() == ["[5]", "[5]", "[10]"], done.stderr[-3000:]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed (pip install 'jax[tpu]')",
-)
+@pytest.mark.tpu_compiler
 def test_offload_compiles_for_tpus_with_block_inputs_on_the_host(run_python):
     printed = run_python(pathlib.Path(__file__).with_name("tpu_offload.py"), tpu_compiler=True)
     assert printed.split()[-1] == "2.0", "two blocks, each with streams at its beginning"

@@ -5,7 +5,6 @@ Covers MLA, RoPE, SwiGLU, causality, routing, the leading dense block and tied e
 """
 
 import functools
-import importlib.util
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from tests.parity import deepseek
 from tests.parity.make_golden import PATH
 
 ARMS = ("untied", "tied")
-installed = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
 @functools.cache
@@ -38,7 +36,7 @@ def test_equals_the_stored_arrays(arm):
     compare(want, got)
 
 
-@pytest.mark.skipif(not installed, reason="needs pip install -e '.[parity]'")
+@pytest.mark.parity
 @pytest.mark.parametrize("arm", ARMS)
 def test_equals_transformers(arm):
     want, got = deepseek.theirs(deepseek.make_config(tied=arm == "tied")), ours(arm)
