@@ -34,11 +34,11 @@ def stop_after(step):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     run = Run("main", "mHC", 1e-2, seed=3)
-    config = run.config("", 8, TOY)
+    config = run.config("", 4, TOY)
     sweep.run_one(config, tmp_path / "whole", run.key)
     with monkeypatch.context() as patch:
-        patch.setattr(training.distributed, "stop_signals", stop_after(5))
-        with pytest.raises(SystemExit, match="stopped at step 5"):
+        patch.setattr(training.distributed, "stop_signals", stop_after(3))
+        with pytest.raises(SystemExit, match="stopped at step 3"):
             sweep.run_one(config, tmp_path / "cut", run.key)
     assert sweep.read_summary(tmp_path / "cut", run.key) is None
     sweep.run_one(config, tmp_path / "cut", run.key)
@@ -46,9 +46,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     same = {k: v for k, v in whole.items() if k not in TIMES}
     assert same == {k: v for k, v in cut.items() if k not in TIMES}
     assert whole["validation_loss"] == whole["validation"][-1][1]
-    assert [step for step, _ in whole["train"]] == list(range(1, 9))
+    assert [step for step, _ in whole["train"]] == list(range(1, 5))
     assert whole["gains"]["composite_forward"][-1][1] == pytest.approx(1, abs=1e-4)
-    assert whole["tokens"] == 8 * 2 * 16
+    assert whole["tokens"] == 4 * 2 * 16
     assert whole["diverged"] is None
     assert whole["learning_rate"] == 1e-2
 
