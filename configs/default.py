@@ -50,7 +50,9 @@ def get_config() -> ml_collections.ConfigDict:
     model.connection = "mhc"  # residual | hc | mhc
     model.n = 4  # streams, >= 1; ignored by residual
     model.readout = "sum"  # of the streams at the end: sum | mean | head
-    model.alpha_init = 0.01  # gating factors at the start (Table 5)
+    # Gating factors at the start: a number (Table 5: 0.01), or auto: by n and width, see
+    # mhc_jax/initialisation.py. config.json holds the number.
+    model.alpha_init = config_dict.FieldReference("auto", field_type=object)
     model.manifold = "birkhoff"  # of mhc: birkhoff | identity
     model.sinkhorn_iterations = 20  # t_max of Eq. 9, >= 1
     model.pre_init_gap = 4.0  # logit gap of h_pre at the start, > 0

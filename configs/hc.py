@@ -1,8 +1,8 @@
 """What do unconstrained Hyper-Connections gain, and at what gain magnitude? Compare with mhc.py.
 
 Command:  python -m mhc_jax.main --config=configs/hc.py --workdir=runs/hc
-Time:     as configs/mhc.py, not measured yet
-Result:   none recorded yet; expect composite gains far above 1
+Time:     as configs/mhc.py, half as long again
+Result:   0.674 ± 0.001 after 100M tokens, composite gain up to 18, see configs/mhc.py
 """
 
 from configs import default

@@ -1,8 +1,9 @@
 """Does mHC train as stably as a residual network, and better? Compare with residual.py and hc.py.
 
 Command:  python -m mhc_jax.main --config=configs/mhc.py --workdir=runs/mhc
-Time:     sized for one GPU (38M parameters, 8 million bytes of text); not measured yet
-Result:   none recorded yet; expect a loss near the residual arm's and composite gains of 1 to 1.6
+Time:     about 1 minute on an H200 that three runs share (38M parameters, 8 million bytes of text)
+Result:   0.672 ± 0.001 nats a byte after 100M tokens, composite gain 1.00 / 2.15: the same model in
+          experiments/reproduction (four seeds). This config itself, 8M tokens, has no result of its own.
 """
 
 from configs import default

@@ -48,6 +48,7 @@ def get_config(connection: str = "mhc"):
     model.expert_width = 896
     model.leading_dense_blocks = 1
     model.balance_rate = 1e-3
+    model.alpha_init = 0.01
     model.init_std = 0.006
     # The paper's recomputation, one block at a time: the optimum of Eq. 20 (3 blocks for 27B) stores
     # a third of the streams but has three blocks to compile, minutes each.

@@ -1,8 +1,8 @@
 """The baseline of every comparison: the same decoder with x + F(x).
 
 Command:  python -m mhc_jax.main --config=configs/residual.py --workdir=runs/residual
-Time:     as configs/mhc.py, not measured yet
-Result:   none recorded yet
+Time:     as configs/mhc.py, three quarters of it
+Result:   0.702 ± 0.001 after 100M tokens, see configs/mhc.py
 """
 
 from configs import default

@@ -30,6 +30,7 @@ def get_config(connection: str = "mhc"):
     model.kv_rank = 256
     model.expert_width = 256  # multiples of 128: the grouped matmul of Hopper GPUs
     model.init_std = 0.02
+    model.alpha_init = "auto"  # Table 5's 0.01 is for rows of 5120 and more
     model.remat = "none"  # fits one GPU as it is
     model.scan_blocks = False  # few blocks compile fast; no copies into stacked arrays
     model.loss_chunks = 1

@@ -5,7 +5,7 @@ rate, no clipping, so that nothing hides the effect.
 
 Command:  python -m mhc_jax.main --config=configs/small_cpu.py --workdir=runs/small
 Time:     1 to 2 minutes an arm on 2 CPU cores
-Result:   composite gain HC 2537 forward, 2168 backward; mHC 1.000, 1.024 (seed 0)
+Result:   validation loss 2.294 HC, 2.453 mHC, 2.764 residual; composite gain up to 314500 HC, 1.81 mHC (3 seeds)
 """
 
 from configs import default

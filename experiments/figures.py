@@ -78,7 +78,7 @@ def plot_loss(arms: Sequence[Arm]) -> Figure:
                 log.warning("%s: no %s in %s", arm.name, key, arm.path)
                 continue
             marker = "o" if len(steps) < 30 else None
-            draw(axes, steps, values, arm.colour, label=arm.name, marker=marker, markersize=3.5)
+            draw(axes, steps, values, arm.colour, label=arm.label, marker=marker, markersize=3.5)
         legend(axes)
     return figure
 
@@ -93,13 +93,13 @@ def plot_stability(arms: Sequence[Arm], baseline: Arm, window: int | None = None
     gap_axes.set(
         title=f"Loss gap, running mean over {window} points",
         xlabel="optimizer step",
-        ylabel=f"loss minus loss of {baseline.name} (nats)",
+        ylabel=f"loss minus loss of {baseline.label} (nats)",
     )
     norm_axes.set(title="Gradient norm", xlabel="optimizer step", ylabel="global L2 norm")
     smooth_gaps = []
     for arm in arms:
         if arm is baseline:
-            gap_axes.axhline(0, color=arm.colour, label=f"{arm.name} (baseline)")
+            gap_axes.axhline(0, color=arm.colour, label=f"{arm.label} (baseline)")
         else:
             steps, values = arm.series("train/loss")
             steps, here, there = np.intersect1d(steps, base_steps, return_indices=True)
@@ -108,10 +108,10 @@ def plot_stability(arms: Sequence[Arm], baseline: Arm, window: int | None = None
                 faint = dict(alpha=0.25, linewidth=0.8)
                 gap_axes.plot(steps, gap, color=arm.colour, rasterized=len(gap) > 4000, **faint)
                 smooth_gaps.append(running_mean(gap, window))
-                draw(gap_axes, steps, smooth_gaps[-1], arm.colour, label=arm.name)
+                draw(gap_axes, steps, smooth_gaps[-1], arm.colour, label=arm.label)
             else:
                 log.warning("%s: no step in common with %s, no gap", arm.name, baseline.name)
-        draw(norm_axes, *arm.series("train/grad_norm"), arm.colour, label=arm.name, linewidth=1.2)
+        draw(norm_axes, *arm.series("train/grad_norm"), arm.colour, label=arm.label, linewidth=1.2)
     # The raw gap may spike, and the first steps may dwarf the rest: the bold curves set the range.
     finite = np.concatenate([[0.0], *smooth_gaps])
     low, high = np.nanpercentile(np.where(np.isfinite(finite), finite, np.nan), [0.5, 99.5])
@@ -153,7 +153,7 @@ def plot_gains(arms: Sequence[Arm], gains: Gains) -> Figure:
                 log_axis(axes)
                 axes.set_title(f"{title}, {at}")
             else:
-                axes.set_title(f"{title}, {' and '.join(arm.name for arm in members)} enlarged")
+                axes.set_title(f"{title}, {' and '.join(arm.label for arm in members)} enlarged")
                 axes.set_ylim(0, max(2.0, 1.1 * axes.get_ylim()[1]))
     has_residual = any(arm.connection == "residual" for arm in arms)
     direction_legend(figure, shown, mark_one=has_residual)
@@ -177,7 +177,7 @@ def plot_mappings(arm: Arm, found: GainMagnitudes, step: int) -> Figure:
     ]
     figure = new_figure(5.9)
     figure.suptitle(
-        f"{arm.name}: residual mappings at step {step}, mean over tokens", fontsize=10.5
+        f"{arm.label}: residual mappings at step {step}, mean over tokens", fontsize=10.5
     )
     for axes, (matrix, title) in zip(figure.subplots(2, 3).flat, panels):
         heat_map(axes, matrix, title)
@@ -201,7 +201,7 @@ def plot_diagnostics(arms: Sequence[Arm], gains: Gains) -> Figure:
         found = gains[arm.name][0]
         layers = np.arange(1, len(found.single_forward) + 1)
         for axes, curve in ((second, found.second_singular), (distance, found.distance_uniform)):
-            draw(axes, layers, np.asarray(curve, float), arm.colour, label=arm.name)
+            draw(axes, layers, np.asarray(curve, float), arm.colour, label=arm.label)
     for axes in (second, distance):
         log_axis(axes)
         # Below 1e-7 a float32 composite is rounding noise.

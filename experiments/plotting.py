@@ -84,6 +84,11 @@ class Arm:
     metrics: dict[str, tuple[np.ndarray, np.ndarray]]
     gains: dict[int, pathlib.Path]
 
+    @property
+    def label(self) -> str:
+        """The name for matplotlib, which takes what stands between two dollar signs for a formula."""
+        return self.name.replace("$", r"\$")
+
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a metric; empty arrays where it was never logged."""
         return self.metrics.get(key, (np.zeros(0, np.int64), np.zeros(0)))
@@ -216,7 +221,7 @@ def log_axis(axes: Axes) -> None:
 
 def direction_legend(figure: Figure, arms: Sequence[Arm], mark_one: bool = False) -> None:
     """One legend for the whole figure: colours are arms, dashes are directions."""
-    handles = [Line2D([], [], color=arm.colour, label=arm.name) for arm in arms]
+    handles = [Line2D([], [], color=arm.colour, label=arm.label) for arm in arms]
     for label, dashes in (("forward (row sums)", "-"), ("backward (column sums)", (0, (4, 2)))):
         handles.append(Line2D([], [], color="#333333", linestyle=dashes, label=label))
     if mark_one:

@@ -159,6 +159,23 @@ def update(
     return path
 
 
+def newest(question: str, folder: pathlib.Path | None = None) -> pathlib.Path:
+    """The result file of a question whose environment has the latest date.
+
+    Raises:
+      FileNotFoundError: the question has no result with an environment.
+    """
+    root = pathlib.Path(folder or FOLDER) / question / "results"
+    dated = [
+        (read(path).get("environment", {}).get("date", ""), path) for path in root.glob("*.json")
+    ]
+    if not any(date for date, _ in dated):
+        raise FileNotFoundError(
+            f"{root} holds no recorded result: run python -m experiments.{question}"
+        )
+    return max(dated)[1]
+
+
 def read(path: pathlib.Path | str) -> dict[str, Any]:
     """Reads a result file. Numbers that JSON cannot hold stay "nan", "inf", "-inf", which `float` takes."""
     try:

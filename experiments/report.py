@@ -22,6 +22,7 @@ import numpy as np
 
 from experiments.figures import make_figures
 from experiments.plotting import Arm, read_arms
+from experiments.verdict import verdict
 
 GAINS = ("single_forward", "single_backward", "composite_forward", "composite_backward")
 # Key of summarize -> heading.
@@ -260,7 +261,7 @@ def write_report(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1>"
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(verdict(rows))}</p>"
         f"<h2>Result</h2>{_table(list(columns.values()), body, 'results')}"
         f'<p class="small">{TABLE_NOTE}</p>'
         + (f"<h2>Notes</h2>{remarks}" if remarks else "")
@@ -292,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(format_table(rows))
+    print(verdict(rows))
     print(args.output)
     return 0
 

@@ -22,7 +22,7 @@ _PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.", required=Tr
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to generate at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the random draws.")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/ whose model the workdir must hold; not needed."
 )

@@ -53,7 +53,7 @@ def tree_sum(values: Sequence[jax.Array]) -> jax.Array:
 class LaneSums:
     """Sums over columns of products [rows, size], kept as [rows, 128] until the end.
 
-    A cross-lane sum a chunk would cost the XLU what one a row costs here.
+    This needs one cross-lane sum a row. Summing every chunk across lanes would need one a chunk.
     """
 
     def __init__(self):

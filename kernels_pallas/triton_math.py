@@ -53,7 +53,7 @@ def round_tf32(x):
 
 @triton.jit
 def opaque(x):
-    """x, of which the compiler does not know that it was computed from the same values before."""
+    """Returns x and hides its origin from the compiler, so that equal computations are not merged."""
     if INTERPRET:
         return x
     return tl.inline_asm_elementwise(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from mhc_jax import remat
 from mhc_jax.data.config import DataConfig
+from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.manifolds import MANIFOLDS
 from mhc_jax.readout import READOUTS
 
@@ -65,7 +66,7 @@ class ModelConfig:
     connection: str
     n: int
     readout: str
-    alpha_init: float
+    alpha_init: float | str
     manifold: str
     sinkhorn_iterations: int
     pre_init_gap: float
@@ -99,6 +100,7 @@ class ModelConfig:
         _at_least("model.rope_theta", self.rope_theta, 1)
         self._check_attention()
         self._check_experts()
+        self._resolve_alpha()
         self.blocks_per_group  # noqa: B018 - refuses a bad model.recompute_block
 
     def _check_attention(self):
@@ -139,6 +141,14 @@ class ModelConfig:
                 f"model.leading_dense_blocks={self.leading_dense_blocks} leaves none of the "
                 f"model.num_blocks={self.num_blocks} to the experts: lower it, or set model.num_experts=0"
             )
+
+    def _resolve_alpha(self):
+        """Puts the number for "auto", so that a run's config.json holds what it started from."""
+        if self.connection == "hc":
+            alpha = hc_alpha(self.alpha_init)
+        else:
+            alpha = mhc_alpha(self.alpha_init, self.streams, self.width)
+        object.__setattr__(self, "alpha_init", alpha)
 
     @property
     def blocks_per_group(self) -> int:
@@ -306,13 +316,13 @@ def _convert(path: str, value: Any, type_: Any):
 
 
 def conflicts(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple]:
-    """As `differences` of two runs, without what `MAY_CHANGE`."""
+    """Returns the `differences` of two runs that a resumed run may not have (see `MAY_CHANGE`)."""
     found = differences(a, b)
     return {name: pair for name, pair in found.items() if not name.startswith(MAY_CHANGE)}
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple]:
-    """Dotted names of the fields in which two nested mappings differ, with both values."""
+    """Returns the dotted names of the fields in which two nested mappings differ, with both values."""
     found = {}
     for name in sorted({*a, *b}):
         left, right = a.get(name), b.get(name)

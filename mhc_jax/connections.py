@@ -19,6 +19,7 @@ from flax import nnx
 
 import kernels_pallas as kernels
 from kernels_pallas.shapes import check_streams, coefficient_dtype
+from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.layers import RMSNorm
 from mhc_jax.manifolds import Birkhoff, Manifold
 
@@ -152,7 +153,7 @@ class HyperConnections(_WideConnection):
       n: number of streams, at least 1.
       sublayer_index: position among the attention and FFN sublayers, from 0; may be traced.
       use_pre, use_post, use_res: whether each mapping is learned (Table 1).
-      alpha_init: gating factors at the start.
+      alpha_init: gating factors at the start, or "auto": 0.1.
       norm_eps: of the RMSNorm.
       implementation: of the kernels, see `kernels_pallas`.
     """
@@ -166,7 +167,7 @@ class HyperConnections(_WideConnection):
         use_pre: bool = True,
         use_post: bool = True,
         use_res: bool = True,
-        alpha_init: float = 0.01,
+        alpha_init: float | str = "auto",
         norm_eps: float = 1e-20,
         implementation: str | None = None,
     ):
@@ -175,7 +176,7 @@ class HyperConnections(_WideConnection):
         self.use_pre, self.use_post, self.use_res = use_pre, use_post, use_res
         one_hot = jax.nn.one_hot(sublayer_index % n, n, dtype=jnp.float32)
         self.theta = nnx.Param(jnp.zeros((2 + n, width), jnp.float32))
-        self.alpha = nnx.Param(jnp.full(3, alpha_init, jnp.float32))
+        self.alpha = nnx.Param(jnp.full(3, hc_alpha(alpha_init), jnp.float32))
         self.bias = nnx.Param(
             jnp.concatenate([one_hot, jnp.ones(n), jnp.eye(n).reshape(-1)]).astype(jnp.float32)
         )
@@ -226,7 +227,8 @@ class ManifoldHyperConnections(_WideConnection):
       n: number of streams, at least 1. With n = 1 the identity path of the residual connection is back.
       sublayer_index: position among the attention and FFN sublayers, from 0; may be traced.
       manifold: the constraint on h_res.
-      alpha_init: gating factors at the start (Table 5: 0.01).
+      alpha_init: gating factors at the start (Table 5: 0.01), or "auto": by n and width, see
+        `mhc_jax.initialisation`.
       pre_init_gap: the read mapping starts at sigmoid(-gap) for the streams that are not read.
       res_init_gap: the off-diagonal logits of h_res start at -gap.
       norm_eps: added to the mean square of the streams (Table 5: 1e-20).
@@ -243,7 +245,7 @@ class ManifoldHyperConnections(_WideConnection):
         *,
         sublayer_index: int | jax.Array = 0,
         manifold: Manifold | None = None,
-        alpha_init: float = 0.01,
+        alpha_init: float | str = "auto",
         pre_init_gap: float = 4.0,
         res_init_gap: float = 8.0,
         norm_eps: float = 1e-20,
@@ -254,7 +256,7 @@ class ManifoldHyperConnections(_WideConnection):
         self.manifold = Birkhoff() if manifold is None else manifold
         num_logits = self.manifold.num_logits(n)
         self.phi = nnx.Param(jnp.zeros((n * width, 2 * n + num_logits), jnp.float32))
-        self.alpha = nnx.Param(jnp.full(3, alpha_init, jnp.float32))
+        self.alpha = nnx.Param(jnp.full(3, mhc_alpha(alpha_init, n, width), jnp.float32))
         self.bias = nnx.Param(
             jnp.concatenate(
                 [

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import kernels_pallas as kernels
+from mhc_jax.initialisation import mhc_alpha
 
 READOUTS = ("sum", "mean", "head")
 
@@ -19,7 +20,7 @@ class Readout(nnx.Module):
       kind: "sum", "mean" or "head".
       width: C.
       n: number of streams.
-      alpha_init: gating factor of the head at the start.
+      alpha_init: gating factor of the head at the start, or "auto", as mHC's.
       norm_eps: of the head's RMSNorm.
       implementation: of the kernels, see `kernels_pallas`.
 
@@ -33,7 +34,7 @@ class Readout(nnx.Module):
         width: int,
         n: int,
         *,
-        alpha_init: float = 0.01,
+        alpha_init: float | str = "auto",
         norm_eps: float = 1e-20,
         implementation: str | None = None,
     ):
@@ -43,7 +44,7 @@ class Readout(nnx.Module):
         if kind == "head":
             self.phi = nnx.Param(jnp.zeros((n * width, n), jnp.float32))
             self.bias = nnx.Param(jnp.zeros(n, jnp.float32))
-            self.alpha = nnx.Param(jnp.full(1, alpha_init, jnp.float32))
+            self.alpha = nnx.Param(jnp.full(1, mhc_alpha(alpha_init, n, width), jnp.float32))
 
     def _weights(self, streams: jax.Array) -> jax.Array:
         """`[..., n]` float32."""

@@ -15,7 +15,7 @@ from mhc_jax.transformer import Transformer
 
 
 class DecodeState(NamedTuple):
-    """What the past left behind.
+    """The keys and values of earlier tokens.
 
     The streams of a token depend on that token's attention alone, so nothing of the connections is kept.
 

@@ -77,8 +77,7 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
         part = path.with_suffix(".part")  # renamed when whole, so that a kill leaves no half file
         part.write_text(json.dumps(values, indent=2) + "\n")
         part.rename(path)
-    # All processes look at the file after process 0 has, whether it wrote it or not: one that looked first
-    # would take another way than one that looked later.
+    # Process 0 writes first, then all processes read: they then see the same file and take the same branch.
     distributed.barrier("config.json is there")
     deadline = (
         time.monotonic() + 60

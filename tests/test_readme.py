@@ -1,30 +1,59 @@
-"""The code of the README runs, and imports run one way."""
+"""The code of README and docs runs, what they name exists, and imports run one way."""
 
 import ast
+import operator
 import pathlib
 import re
 
 import pytest
 
+from configs import default
+
 ROOT = pathlib.Path(__file__).parents[1]
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "experiments").rglob("*.md")),
+]
+SNIPPETS = {
+    str(page.relative_to(ROOT)): found
+    for page in PAGES
+    if (found := re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+}
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_snippet_runs(number):
-    exec(compile(SNIPPETS[number], f"README.md snippet {number}", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize("page", sorted(SNIPPETS))
+def test_snippets_run(page):
+    """In order and in one namespace, as a reader would."""
+    names = {"__name__": "readme"}
+    for number, code in enumerate(SNIPPETS[page]):
+        exec(compile(code, f"{page} snippet {number}", "exec"), names)
 
 
 def test_readme_has_an_nnx_and_a_linen_example():
-    assert sum("nnx.Module" in s for s in SNIPPETS) == 1
-    assert sum("nn.Module)" in s and "nnx.bridge" in s for s in SNIPPETS) == 1
+    code = SNIPPETS["README.md"]
+    assert sum("nnx.Module" in s for s in code) == 1
+    assert sum("(nn.Module)" in s and "nnx.bridge" in s for s in code) == 1
 
 
-def test_commands_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
-    for module in set(re.findall(r"python -m (\S+?)[\s`]", text)):
+def test_readme_fits_a_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_exists(page):
+    """Modules of commands, fields of configs, files of links."""
+    text = page.read_text()
+    for module in set(re.findall(r"python -m ((?:experiments|mhc_jax)\S*?)[\s`]", text)):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    fields = default.get_config()
+    for name in set(re.findall(r"--config\.([a-z_0-9.]+)=", text)):
+        assert operator.attrgetter(name.removeprefix("config."))(fields) is not Ellipsis, name
+    for config in set(re.findall(r"--config=(configs/\w+\.py)", text)):
+        assert (ROOT / config).exists(), config
+    for target in re.findall(r"\]\((?!http)([^)#]*)", text):
+        assert not target or (page.parent / target).exists(), target
 
 
 # Each folder may import the ones to its right.

@@ -9,7 +9,7 @@
 
 Prints a table and keeps it in results/<device>.json: our own kernels under "table", xla and PyTorch programs
 under "baselines", each with device, driver, versions, commit and command; and a bar chart of the sublayer in
-results/<device>.png. 1C is the time to copy-stream 2TC bytes at the copy rate measured in the same run (which
+results/<device>.png. 1 τ is the time to move 2TC bytes at the copy rate measured in the same run (which
 counts bytes read and written). Times are medians of many asynchronous calls on rotating random inputs beyond
 L2 (coefficients alone: in L2, as in a model). Short operations and the sublayer run several calls in one
 program, as a model does. Nothing is subtracted.

@@ -13,7 +13,7 @@ OURS = {
 
 
 def bars(content: dict) -> dict[tuple[int, int], list[tuple[str, float, bool]]]:
-    """(T, C) -> label, time in C, whether ours; the slowest first. Of shapes with a baseline, or all."""
+    """(T, C) -> label, time in τ, whether ours; the slowest first. Of shapes with a baseline, or all."""
     found = {}
     for key in ("table", "baselines"):
         for row in content.get(key, {}).get("rows", ()):
@@ -51,7 +51,7 @@ def draw(path: pathlib.Path) -> pathlib.Path:
         labels, times, ours = zip(*rows)
         axis.barh(labels, times, color=["C0" if o else "0.6" for o in ours])
         axis.margins(x=0.15)
-        axis.set_xlabel("time in C (1C: 2TC bytes at the copy rate)")
+        axis.set_xlabel("time in τ (1 τ: 2TC bytes at the copy rate)")
         axis.set_title(f"mHC sublayer, forward + backward\nT {T}, C {C}", fontsize=10)
         for i, time in enumerate(times):
             axis.text(time, i, f" {time:.1f}", va="center")

@@ -146,7 +146,7 @@ def boundary(
     The projection reads `new_streams` after they are rounded to their dtype. In the backward the cotangent of
     the new streams is summed in float32 and not rounded before it goes through the write. "triton" and
     "pallas" do round it there, to the dtype of the streams: with bfloat16 a relative error of 2e-3 in dh_post
-    and dh_res, and a second rounding in dx and dy.
+    and dh_res, and a second rounding in dx and dy. "cuda" rounds it in the sums of dh_post and dh_res alone.
 
     Args:
       streams, layer_output, h_post, h_res: the pending update, as in `post_res`.

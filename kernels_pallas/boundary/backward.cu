@@ -264,7 +264,7 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     uint4 b = *reinterpret_cast<const uint4*>(own + DS_PAIRS + (s * 32 + lane) * 16);  // high, low; high, low
-    if (tokens < TOKENS) {  // nobody wrote ds of tokens that do not exist (in t it stays in rows not stored)
+    if (tokens < TOKENS) {  // ds of tokens beyond T was never written: zero it (t's rows of them are not stored)
       const u32 mask[2] = {2 * q < tokens ? 2 * q + 1 < tokens ? 0xffffffffu : 0xffffu : 0u,
                            2 * q + 8 < tokens ? 2 * q + 9 < tokens ? 0xffffffffu : 0xffffu : 0u};
       b.x &= mask[0], b.y &= mask[0], b.z &= mask[1], b.w &= mask[1];

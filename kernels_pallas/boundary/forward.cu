@@ -27,7 +27,7 @@ constexpr int PHI_TILE = COLUMNS * N * M * 4;
 
 __device__ __forceinline__ int key(int token) { return token % 8; }
 
-// Of a program's work: which tile of 128 tokens, and which columns.
+// One item of a program's work: a tile of 128 tokens and a range of columns.
 struct Place {
   int first, column;  // token; column in chunks of 8
 
@@ -78,7 +78,7 @@ struct Mappings {
   }
 };
 
-// What a warp sums up for its tokens: s, and x' x'^T of tokens 0-7 and 8-15, of which the diagonal is wanted.
+// The sums of a warp over the columns: s, and x' x'^T of tokens 0-7 and 8-15. Only the diagonal of x' x'^T is used.
 struct Sums {
   float s[3][4], squares[2][4];
 
@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     copy_async_commit();
     unsigned char* tile = tiles + parity * TILE;
     const uint4* own_phi = reinterpret_cast<const uint4*>(shared + PHI + parity * PHI_TILE) + lane;
-    // The tensor cores cut off what their sums lose: short chains, added in float32.
+    // Tensor cores truncate when they accumulate, so four steps are accumulated there and added in float32.
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       Sums sums;

@@ -1,4 +1,4 @@
-// What forward.cu and backward.cu share: four streams of tokens in pieces of 16 tokens x 8 columns.
+// Shared by forward.cu and backward.cu: four streams of tokens in pieces of 16 tokens x 8 columns.
 #pragma once
 #include "cuda/warp.cuh"
 

@@ -7,9 +7,9 @@ tokens,
     [n*tokens, 2*n*tokens] @ [x; x],   rows and columns (stream, token), h_res[i, j] of a token where the
                                        tokens are equal, its high bfloat16 terms left, the low ones right.
 
-One in 32 of these products is of use at n = 4, and it is still the faster half on a v6e. All chunks would be
-slower on a v5p, whose MXU has a quarter of the size. A token that is not finite spoils the others of its
-product (infinity times 0).
+At n = 4 only one in 32 of these products is needed, and on a v6e this half is still the faster one. On a v5p,
+whose MXU has a quarter of the size, all chunks that way would be slower. A token that is not finite spoils
+the others of its product (infinity times 0).
 """
 
 import jax

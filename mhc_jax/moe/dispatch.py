@@ -1,8 +1,9 @@
 """Tokens to rows grouped by expert, and back: gathers only, in both directions of differentiation.
 
 A *choice* is a pair (token t, its j-th expert), numbered t*k + j. A *row* is a place in the buffer that the
-experts' matrices are applied to. `Rows` says which choice is in which row; `to_rows` and `to_tokens` are each
-other's transposes, so that neither needs a scatter-add (slow, and not deterministic on a GPU).
+experts' matrices are applied to. `Rows` says which choice is in which row. `to_rows` is the transpose of
+`to_tokens`, so each is the other's backward pass. Both gather: a scatter-add is slow and not deterministic on
+a GPU.
 """
 
 import functools

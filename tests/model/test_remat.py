@@ -142,6 +142,7 @@ MODELS = {
 
 def model_config(policy, **fields):
     values = default.get_config()
+    values.model.alpha_init = 0.01  # "auto" is above 4 at toy width and strains the tolerances
     values.update_from_flattened_dict(
         {"model.vocab_size": 64, "model.width": WIDTH, "model.num_heads": 2, "model.ffn_width": 24,
          "model.dtype": "float32", "model.n": STREAMS, "model.sinkhorn_iterations": 2,
@@ -281,6 +282,7 @@ def test_full_and_offload_keep_the_gradients_and_run_layer_functions_again():
 
 def test_run_goes_on_under_another_policy_with_the_same_curve(tmp_path):
     values = default.get_config()
+    values.model.alpha_init = 0.01  # "auto" is above 4 at toy width and strains the tolerances
     values.update_from_flattened_dict(
         {"steps": 4, "batch_size": 2, "eval_every": 0, "eval_batches": 1, "checkpoint_every": 0,
          "tensorboard": False, "model.vocab_size": 64, "model.num_blocks": 4, "model.width": WIDTH,

@@ -1,11 +1,12 @@
-"""Why does mHC exist? Trains residual, HC and mHC alike on real text and compares their gain magnitudes.
+"""Why does mHC exist? Trains residual, HC and mHC alike on real text, compares losses and gain magnitudes.
 
 Command:  python -m experiments.stability
-Result:   a table on the terminal and a self-contained report.html in the output folder.
+Result:   a table and one sentence on the terminal, and a self-contained report.html in the output folder.
 
 The three arms share seed, initial weights and batches; only the connection differs. The text is the
 Python standard library of the running interpreter, so nothing is fetched. A run that was stopped goes on
-where it was when the command is given again.
+where it was when the command is given again. `--seeds 3` repeats all of it with two more seeds and prints
+paired differences with standard errors.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from experiments import report
+from experiments import record, report
+from experiments.reproduction.tables import format_table, mean_and_error
+from experiments.verdict import verdict
 from mhc_jax.config import CONNECTIONS, from_dict
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
@@ -38,6 +41,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num_blocks", type=int, help="depth (default: the config's)")
     parser.add_argument("--learning_rate", type=float, help="peak (default: the config's)")
     parser.add_argument("--seed", type=int, help="of weights and data (default: the config's)")
+    parser.add_argument("--seeds", type=int, default=1,
+                        help="repeat with so many seeds, --seed and those after it")  # fmt: skip
+    parser.add_argument("--record", action="store_true",
+                        help="store the summary in experiments/stability/results/")  # fmt: skip
     parser.add_argument(
         "--text", default="", help="glob of text files to train on instead of the stdlib"
     )
@@ -63,12 +70,13 @@ def arm_config(options: argparse.Namespace, connection: str):
     return from_dict(config)
 
 
-def run(options: argparse.Namespace, arguments: Sequence[str]) -> pathlib.Path:
-    """Trains the arms, prints the table and writes the report, also when an arm has diverged."""
-    try:  # errors before any work
-        configs = {arm: arm_config(options, arm) for arm in options.arms}
-    except (ValueError, TypeError, ModuleNotFoundError) as error:
-        raise BadInput(str(error)) from error
+def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, dict]:
+    """Trains the arms of one seed, prints the table, writes the report; also when an arm has diverged.
+
+    Returns:
+      the row of each arm, see `report.summarize`.
+    """
+    configs = {arm: arm_config(options, arm) for arm in options.arms}
     workdirs, notes = [], []
     for number, (arm, config) in enumerate(configs.items(), 1):
         workdir = options.output / arm
@@ -80,6 +88,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> pathlib.Path:
             notes.append(f"{arm} stopped early: {error}")
     rows = [report.summarize(workdir) for workdir in workdirs]
     print(report.format_table(rows))
+    print(verdict(rows))
     path = options.output / "report.html"
     report.write_report(
         path,
@@ -92,7 +101,56 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> pathlib.Path:
         | {name: importlib.metadata.version(name) for name in PACKAGES},
     )
     print(f"Figures and explanation: {path}")
-    return path
+    return dict(zip(configs, rows))
+
+
+def paired_table(seeds: dict[int, dict[str, dict]]) -> str:
+    """Means over the seeds, and the paired difference to residual with its standard error."""
+    rows = [["arm", "validation loss", "minus residual (paired)", "composite gain fwd / bwd"]]
+    arms = next(iter(seeds.values()))
+    for arm in arms:
+        losses = [found[arm]["validation_loss"] for found in seeds.values()]
+        gaps = [
+            found[arm]["validation_loss"] - found["residual"]["validation_loss"]
+            for found in seeds.values()
+            if arm != "residual" and "residual" in found
+        ]
+        gains = [
+            f"{max(found[arm][f'composite_{direction}'] for found in seeds.values()):.4g}"
+            for direction in ("forward", "backward")
+        ]
+        rows.append(
+            [
+                arm,
+                "{:.3f} ± {:.3f}".format(*mean_and_error(losses)),
+                "{:+.3f} ± {:.3f}".format(*mean_and_error(gaps)) if gaps else "",
+                " / ".join(gains),
+            ]
+        )
+    return format_table(rows)
+
+
+def run_seeds(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """`run` for every seed; one seed uses the output folder itself, several a folder each."""
+    try:  # errors before any work
+        first = arm_config(options, options.arms[0]).seed
+        for arm in options.arms:
+            arm_config(options, arm)
+    except (ValueError, TypeError, ModuleNotFoundError) as error:
+        raise BadInput(str(error)) from error
+    if options.seeds < 1:
+        raise BadInput(f"--seeds {options.seeds} must be at least 1")
+    found = {}
+    for seed in range(first, first + options.seeds):
+        of_seed = argparse.Namespace(**vars(options) | {"seed": seed})
+        if options.seeds > 1:
+            of_seed.output = options.output / f"seed{seed}"
+        found[seed] = run(of_seed, arguments)
+    if options.seeds > 1:
+        print(paired_table(found))
+    if options.record:
+        seeds = {str(seed): rows for seed, rows in found.items()}
+        print(record.write("stability", {"seeds": seeds}))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file it writes
     try:
-        run(options, arguments)
+        run_seeds(options, arguments)
     except (BadInput, Interrupted) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

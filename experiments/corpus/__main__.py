@@ -1,0 +1,100 @@
+"""Builds a text corpus of more than 100 MB from named packages in pinned versions, or checks one.
+
+    python -m experiments.corpus --output=DIR                  builds that of experiments/corpus/packages.txt
+    python -m experiments.corpus --output=DIR --manifest=FILE  rebuilds an earlier one, bit for bit
+    python -m experiments.corpus --check=DIR                   compares one on disk with its manifest
+
+DIR then holds
+    text/          one document a file: train with data.source=text, data.path='DIR/text/**'
+    manifest.json  packages with versions and archive hashes, a SHA-256 a document, one checksum of the whole,
+                   and the split: the data pipeline makes it from the names of the files (validation_fraction)
+    archives/      what pip (PyPI) and apt-get (Debian) fetched; only needed to build again
+
+A run that was cut goes on: archives that are there are not fetched again. pip prepares a source distribution
+with its build tools, which it fetches as well; nothing is installed. Left out of the text: what is no UTF-8,
+is larger than 300 kB, was generated or minified, is a quarter digits, or came before (equal content). A
+rebuild stops if a package or a document is missing or differs, and names each. The results of this repository
+were trained on the corpus of experiments/corpus/manifest.json.gz.
+"""
+
+import argparse
+import glob
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from experiments.corpus import manifest as manifests
+from experiments.corpus import packages
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.corpus",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument(
+        "--output", type=pathlib.Path, metavar="DIR", help="folder of the new corpus"
+    )
+    action.add_argument(
+        "--check", type=pathlib.Path, metavar="DIR", help="folder of a corpus to check"
+    )
+    parser.add_argument("--manifest", type=pathlib.Path, metavar="FILE",
+                        help="manifest (.json or .json.gz) to rebuild or to check against")  # fmt: skip
+    parser.add_argument("--packages", type=pathlib.Path, metavar="FILE", nargs="+",
+                        help="lists with lines `name version kind suffixes`, kinds "
+                        f"{', '.join(packages.KINDS)} (default: packages.txt beside this file)")  # fmt: skip
+    parser.add_argument("--archives", type=pathlib.Path, metavar="DIR",
+                        help="where archives are or go (default: archives/ in the output)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.packages and (options.manifest or options.check):
+        parser.error("--packages: a manifest names its packages itself; leave one of the two out")
+    if options.archives and options.check:
+        parser.error("--archives: --check reads no archives")
+    return options
+
+
+def build(options: argparse.Namespace) -> dict:
+    """Builds or rebuilds a corpus and returns its manifest."""
+    output = options.output
+    text = output / manifests.TEXT
+    if text.exists():
+        raise packages.CorpusError(
+            f"{text} exists: `--check={output}` compares it with its manifest; delete it to build it anew."
+        )
+    if glob.has_magic(str(output)) or "," in str(output):
+        raise packages.CorpusError(
+            f"--output={output}: data.path is a glob, so no * ? [ or comma here."
+        )
+    earlier = manifests.read(options.manifest) if options.manifest else None
+    if earlier:
+        wanted = manifests.packages_of(earlier)
+    else:
+        wanted = [
+            p for path in options.packages or [packages.LIST] for p in packages.read_list(path)
+        ]
+    source = options.archives or output / "archives"
+    expected = manifests.archives_of(earlier) if earlier else None
+    archives = manifests.fetch(wanted, source, expected)
+    output.mkdir(parents=True, exist_ok=True)
+    return manifests.build(wanted, archives, source, output, earlier)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    try:
+        if options.check:
+            folder = options.check
+            manifest = manifests.read(options.manifest or folder / manifests.NAME)
+            manifests.compare(folder, manifest)
+        else:
+            folder = options.output
+            manifest = build(options)
+    except packages.CorpusError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    print(manifests.summary(folder, manifest))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Figures of the comparison: loss gap, gains, gradient norm and collapse over training (Figs. 5, 3, 7)."""
+
+import pathlib
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+
+from experiments.plotting import AT_ONE, COLOURS, STYLE, draw, new_figure, write_figure
+from experiments.plotting import log_axis as logarithmic
+from experiments.reproduction import tables
+from experiments.reproduction.settings import SETTINGS, Run
+
+ARM_COLOURS = {
+    "residual": COLOURS["residual"][0],
+    "HC": COLOURS["hc"][0],
+    "mHC": COLOURS["mhc"][0],
+    "identity": COLOURS["mhc"][2],
+}
+
+
+def _curves(summaries: dict[int, dict], get) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [K] and values [seeds, K] of the points that all seeds have."""
+    series = [dict((step, float(v)) for step, v in get(s)) for s in summaries.values()]
+    steps = sorted(set.intersection(*(set(s) for s in series))) if series else []
+    return np.array(steps), np.array([[s[step] for step in steps] for s in series])
+
+
+def _band(axes: Axes, tokens, values, colour, label, dashes="-", geometric=False) -> None:
+    """Mean over the seeds and, for several, one standard error on both sides."""
+    if not values.size:
+        return
+    logs = np.log(np.maximum(values, 1e-30)) if geometric else values
+    mean = logs.mean(0)
+    error = logs.std(0, ddof=1) / np.sqrt(len(logs)) if len(logs) > 1 else 0 * mean
+    low, mid, high = (np.exp(v) if geometric else v for v in (mean - error, mean, mean + error))
+    draw(axes, tokens, mid, colour, label=label, linestyle=dashes)
+    axes.fill_between(tokens, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
+    """Four panels over tokens: loss gap to residual, composite gain, gradient norm, second singular value."""
+    setting = SETTINGS[name]
+    per_step = setting.batch_size * setting.sequence_length / 1e6
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(6.6)
+        (gap, gain), (norm, second) = figure.subplots(2, 2)
+        for arm in setting.arms:
+            for number, rate in enumerate(tables.rates(payload, name, arm)):
+                found = tables.by_seed(payload, name, arm, rate)
+                if not found:
+                    continue
+                many = len(tables.rates(payload, name, arm)) > 1
+                label = f"{arm}, rate {rate:g}" if many else arm
+                style = {"dashes": ("-", (0, (4, 2)))[number % 2], "label": label}
+                colour = ARM_COLOURS[arm]
+                base_rates = tables.rates(payload, name, "residual")
+                base = tables.by_seed(
+                    payload, name, "residual", rate if rate in base_rates else base_rates[0]
+                )
+                both = sorted(found.keys() & base.keys())
+                steps, values = _curves({s: found[s] for s in both}, lambda s: s["validation"])
+                _, reference = _curves({s: base[s] for s in both}, lambda s: s["validation"])
+                if arm != "residual":
+                    count = min(values.shape[-1], reference.shape[-1]) if values.size else 0
+                    difference = values[..., :count] - reference[..., :count]
+                    _band(gap, per_step * steps[:count], difference, colour, **style)
+                for direction in ("forward", "backward"):
+                    steps, values = _curves(
+                        found, lambda s, d=direction: s["gains"].get(f"composite_{d}", [])
+                    )
+                    only = direction == "forward"
+                    _band(gain, per_step * steps, values, colour, label if only else None,
+                          "-" if only else (0, (1, 1.5)), geometric=True)  # fmt: skip
+                steps, values = _curves(found, lambda s: s["grad_norm"])
+                _band(norm, per_step * steps, values, colour, geometric=True, **style)
+                steps, values = _curves(found, lambda s: s["gains"].get("second_singular", []))
+                _band(second, per_step * steps, values, colour, **style)
+        gap.axhline(0, **AT_ONE)
+        if max(map(abs, gap.get_ylim())) > 1:  # an arm fell apart: the others must stay visible
+            gap.set_yscale("symlog", linthresh=0.1)
+        if second.get_ylim()[1] > 10:
+            logarithmic(second)
+        gap.set(title="Validation loss minus residual's, paired (Fig. 5a)", ylabel="nats a token")
+        gain.axhline(1, **AT_ONE)
+        gain.set(title="Composite gain, backward dotted (Figs. 3, 7)", ylabel="largest Amax gain")
+        norm.set(title="Gradient norm, largest of each part (Fig. 5b)", ylabel="global L2 norm")
+        second.set(title="Second singular value of the composite", ylabel="singular value")
+        for axes in (gain, norm):
+            logarithmic(axes)
+        for axes in (gap, gain, norm, second):
+            axes.set_xlabel("million tokens")
+        handles, labels = norm.get_legend_handles_labels()
+        columns = len(labels) if len(labels) < 5 else 3
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        figure.suptitle(f"{setting.description}: mean and standard error of the seeds", fontsize=10)
+        write_figure(figure, path.with_suffix(""), ["png"])
+    return path
+
+
+def draw_all(payload: dict, folder: pathlib.Path) -> list[pathlib.Path]:
+    """One PNG a stored setting, in `folder`."""
+    present = {Run.from_key(key).setting for key in payload["runs"]}
+    return [draw_setting(payload, n, folder / f"{n}.png") for n in SETTINGS if n in present]

@@ -1,0 +1,172 @@
+"""The trainings of the comparison: arms, settings, learning rates, seeds."""
+
+import dataclasses
+
+from configs import default
+from mhc_jax.config import Config, from_dict
+
+# Arm -> fields of `config.model`.
+ARMS = {
+    "residual": {"connection": "residual"},
+    "HC": {"connection": "hc"},
+    "mHC": {"connection": "mhc"},
+    "identity": {"connection": "mhc", "manifold": "identity"},
+}
+# A seed sets weights and order of the data, both common to all arms. The learning rate is chosen on a seed
+# that is not counted.
+PILOT_SEED = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One comparison.
+
+    Attributes:
+      description: of model and data, for the page.
+      model: fields of `config.model` that differ from `configs/default.py`.
+      arms: names of `ARMS`.
+      steps, batch_size, sequence_length: of a counted run.
+      learning_rates: peaks; the pilots choose each arm's among them, or all are counted.
+      seeds: counted.
+      pilot_fraction: length of a pilot over that of a counted run; 0: no choice, every rate is counted.
+    """
+
+    description: str
+    model: dict
+    arms: tuple[str, ...]
+    steps: int
+    batch_size: int
+    sequence_length: int
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    pilot_fraction: float
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_size * self.sequence_length
+
+
+SETTINGS = {
+    "main": Setting(
+        "38M parameters, 12 dense blocks of width 512",
+        {"scan_blocks": False},
+        tuple(ARMS),
+        steps=3052,
+        batch_size=64,
+        sequence_length=512,
+        learning_rates=(1e-3, 2e-3, 4e-3),
+        seeds=(0, 1, 2, 3),
+        pilot_fraction=0.25,
+    ),
+    "depth": Setting(
+        "10M parameters, 48 dense blocks (96 sublayers) of width 128",
+        {"num_blocks": 48, "width": 128, "num_heads": 4, "ffn_width": 384},
+        ("residual", "HC", "mHC"),
+        steps=1500,
+        batch_size=32,
+        sequence_length=512,
+        learning_rates=(2e-3, 1e-2),
+        seeds=(0, 1),
+        pilot_fraction=0.0,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training of a setting. `repeat` > 0 is the same run again, to see how far apart the two end."""
+
+    setting: str
+    arm: str
+    learning_rate: float
+    seed: int
+    repeat: int = 0
+
+    @property
+    def pilot(self) -> bool:
+        return self.seed == PILOT_SEED
+
+    @property
+    def key(self) -> str:
+        again = f"_repeat{self.repeat}" if self.repeat else ""
+        return f"{self.setting}/{self.arm}/lr{self.learning_rate:g}/seed{self.seed}{again}"
+
+    @classmethod
+    def from_key(cls, key: str) -> "Run":
+        """Inverse of `key`.
+
+        Raises:
+          ValueError: not a key.
+        """
+        try:
+            setting, arm, rate, seed = key.split("/")
+            seed, _, repeat = seed.removeprefix("seed").partition("_repeat")
+            return cls(setting, arm, float(rate.removeprefix("lr")), int(seed), int(repeat or 0))
+        except ValueError:
+            raise ValueError(f"{key!r} is no run: SETTING/ARM/lrRATE/seedNUMBER") from None
+
+    def config(self, data_path: str, steps: int | None, fields: dict | None = None) -> Config:
+        """The frozen configuration.
+
+        Args:
+          data_path: glob of text files; "" for the standard library.
+          steps: replaces the setting's, for a quick try.
+          fields: dotted names of what differs further, likewise.
+        """
+        setting = SETTINGS[self.setting]
+        config = default.get_config()
+        config.seed = config.data.shuffle_seed = self.seed
+        config.steps = setting.steps if steps is None else steps
+        if self.pilot:
+            config.steps = max(round(setting.pilot_fraction * config.steps), 1)
+        config.batch_size, config.data.sequence_length = setting.batch_size, setting.sequence_length
+        config.eval_every = max(config.steps // 8, 1)
+        config.eval_batches = 32
+        config.gains_every = max(config.steps // 32, 1)
+        config.checkpoint_every = max(config.steps // 4, 1)
+        config.checkpoints_kept, config.tensorboard = 1, False
+        config.optimizer.learning_rate = self.learning_rate
+        config.optimizer.warmup_steps = min(200, config.steps // 4)
+        for name, value in {**setting.model, **ARMS[self.arm]}.items():
+            config.model[name] = value
+        config.update_from_flattened_dict(fields or {})
+        if data_path:
+            config.data.source, config.data.path = "text", data_path
+            config.data.validation_fraction = 0.02
+        return from_dict(config)
+
+
+def pilots(name: str) -> list[Run]:
+    """The runs that choose the learning rates; none where all are counted."""
+    setting = SETTINGS[name]
+    if not setting.pilot_fraction:
+        return []
+    return [
+        Run(name, arm, rate, PILOT_SEED) for arm in setting.arms for rate in setting.learning_rates
+    ]
+
+
+def counted(name: str, chosen: dict[str, float]) -> list[Run]:
+    """The runs of the comparison: at each arm's chosen rate, or at every rate where none was chosen."""
+    setting = SETTINGS[name]
+    return [
+        Run(name, arm, rate, seed)
+        for seed in setting.seeds
+        for arm in setting.arms
+        for rate in ([chosen[arm]] if chosen else setting.learning_rates)
+    ]
+
+
+def choose(name: str, losses: dict[str, float]) -> dict[str, float]:
+    """The learning rate of each arm whose pilot ended lowest.
+
+    Args:
+      name: of the setting.
+      losses: validation loss by key; inf for a run that diverged.
+    """
+    chosen = {}
+    for run in pilots(name):
+        best = chosen.get(run.arm)
+        if best is None or losses[run.key] < losses[best.key]:
+            chosen[run.arm] = run
+    return {arm: run.learning_rate for arm, run in chosen.items()}

@@ -1,0 +1,216 @@
+"""Many trainings side by side: one process a run, several runs a GPU, each resumable, one small summary each.
+
+A study names its runs by text keys and gives a `Config` for each. `run_all` starts `python -m <module> --run
+KEY` for every key that has no summary yet, so a study that was cut goes on where it was: finished runs are
+kept, unfinished ones resume from their last checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from experiments.plotting import read_metrics
+from mhc_jax import gains as gains_lib
+from mhc_jax.config import Config
+from mhc_jax.metrics import jsonable
+from mhc_jax.train import Interrupted, NonFiniteError, train
+
+SUMMARY = "summary.json"
+CURVE_POINTS = 60  # of a training curve in a summary: means over equal parts of the run
+
+# Series of a summary -> metric.
+GAIN_SERIES = {
+    "single_forward": "gains/single_forward_max",
+    "single_backward": "gains/single_backward_max",
+    "composite_forward": "gains/composite_forward_max",
+    "composite_backward": "gains/composite_backward_max",
+    "second_singular": "gains/composite_second_singular",
+    "stream_cosine": "gains/stream_cosine",
+}
+
+
+def gpus() -> list[str]:
+    """Ids of the GPUs that this process may use, [] without any; the driver is asked, not JAX."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu for gpu in visible.split(",") if gpu]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return []
+    return [str(number) for number, _ in enumerate(listed.stdout.splitlines())]
+
+
+def run_all(
+    module: str,
+    keys: Sequence[str],
+    output: pathlib.Path,
+    arguments: Sequence[str],
+    *,
+    per_gpu: int,
+    deadline: float | None,
+) -> list[str]:
+    """Trains the runs that have no summary yet, one process a run.
+
+    Args:
+      module: of the study; `python -m module --run KEY --output OUTPUT ARGUMENTS` trains one run by
+        `run_one`.
+      keys: in the order in which they are started.
+      output: folder of the study; a run's workdir is `output / KEY`.
+      arguments: see `module`.
+      per_gpu: runs that share a GPU (they fill each other's start-up); without a GPU, runs side by side.
+      deadline: `time.monotonic()` after which no run is started and those going are stopped, with their
+        state saved; None: no limit.
+
+    Returns:
+      the keys without a summary at the end.
+    """
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    todo = [key for key in keys if not (output / key / SUMMARY).exists()]
+    for key in todo:
+        waiting.put(key)
+    slots = [gpu for _ in range(per_gpu) for gpu in (gpus() or [""])]
+    with tqdm.tqdm(total=len(todo), desc=module.rpartition(".")[2], unit="run") as bar:
+
+        def work(gpu: str):
+            while deadline is None or time.monotonic() < deadline:
+                try:
+                    key = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                _run_process(module, key, output, arguments, gpu, per_gpu, deadline)
+                found = read_summary(output, key)
+                bar.update(found is not None)
+                said = "stopped" if found is None else f"{found['validation_loss']}"
+                bar.write(f"{key}: {said}", file=sys.stderr)
+
+        threads = [threading.Thread(target=work, args=(slot,)) for slot in slots]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return [key for key in keys if not (output / key / SUMMARY).exists()]
+
+
+def _run_process(module, key, output, arguments, gpu, per_gpu, deadline) -> None:
+    workdir = output / key
+    workdir.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    if gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / per_gpu:.3f}"
+    # Runs of a study differ in numbers, not in programs: the second run of a program loads it.
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str((output / "cache").absolute()))
+    command = [sys.executable, "-m", module, "--run", key, "--output", str(output)]
+    command += arguments
+    with (workdir / "log.txt").open("a") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            process.wait(None if deadline is None else max(deadline - time.monotonic(), 1))
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the run saves its state
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    if process.returncode:
+        last = (workdir / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+        tqdm.tqdm.write(
+            f"{key} ended with {process.returncode}: {''.join(last)[-300:]}", sys.stderr
+        )
+
+
+def run_one(config: Config, output: pathlib.Path, key: str) -> None:
+    """Trains one run (or goes on with it) and writes its summary. A run that diverges has one too."""
+    workdir, diverged = output / key, None
+    start = time.perf_counter()
+    try:
+        train(config, workdir, name=key)
+    except NonFiniteError as error:
+        diverged = str(error)
+    except Interrupted as error:
+        sys.exit(f"Interrupted: {error}")
+    summary = summarize(workdir) | {
+        "key": key,
+        "seed": config.seed,
+        "learning_rate": config.optimizer.learning_rate,
+        "steps": config.steps,
+        "tokens": config.steps * config.batch_size * config.data.sequence_length,
+        "diverged": diverged,
+        "wall_seconds": round(time.perf_counter() - start, 1),
+    }
+    if diverged:
+        summary["validation_loss"] = None
+    part = workdir / (SUMMARY + ".part")
+    part.write_text(json.dumps(summary, allow_nan=False) + "\n")
+    part.rename(workdir / SUMMARY)
+
+
+def read_summary(output: pathlib.Path, key: str) -> dict[str, Any] | None:
+    """What `run_one` wrote, or None."""
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads((output / key / SUMMARY).read_text())
+    return None
+
+
+def read_summaries(output: pathlib.Path, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Summaries by key, of the runs that have one."""
+    found = {key: read_summary(output, key) for key in keys}
+    return {key: summary for key, summary in found.items() if summary is not None}
+
+
+def summarize(workdir: pathlib.Path) -> dict[str, Any]:
+    """The curves of a workdir in a few hundred numbers, strict JSON.
+
+    Returns:
+      `validation_loss` (the last, nats a token), `validation` [[step, loss], ...], `train` and `grad_norm`
+      ([step, mean loss] and [step, largest norm] of `CURVE_POINTS` equal parts), `gains`
+      {series: [[step, value], ...]} (see `GAIN_SERIES`), `distance_identity` (Frobenius norm of the
+      token-averaged h_res minus I, mean over the sublayers, at the last measurement; None without
+      gains) and `seconds_per_step` (median).
+    """
+    metrics = read_metrics(workdir / "metrics.jsonl")
+
+    def series(name):
+        steps, values = metrics.get(name, (np.zeros(0, int), np.zeros(0)))
+        return [[int(step), _number(value)] for step, value in zip(steps, values)]
+
+    def parts(name, reduce):
+        steps, values = metrics.get(name, (np.zeros(0, int), np.zeros(0)))
+        cuts = np.array_split(np.arange(len(steps)), min(CURVE_POINTS, max(len(steps), 1)))
+        return [[int(steps[c[-1]]), _number(reduce(values[c]))] for c in cuts if len(c)]
+
+    validation = series("validation/loss")
+    seconds = metrics.get("train/seconds_per_step", (None, np.zeros(0)))[1]
+    return {
+        "validation_loss": validation[-1][1] if validation else None,
+        "validation": validation,
+        "train": parts("train/loss", np.mean),
+        "grad_norm": parts("train/grad_norm", np.max),
+        "gains": {k: s for k, name in GAIN_SERIES.items() if (s := series(name))},
+        "distance_identity": _distance_identity(workdir / "gains"),
+        "seconds_per_step": _number(np.median(seconds), 3) if len(seconds) else None,
+    }
+
+
+def _distance_identity(folder: pathlib.Path) -> float | None:
+    files = sorted(folder.glob("step_*.npz"))
+    if not files:
+        return None
+    matrices = np.asarray(gains_lib.load(files[-1])[0].matrix_single, np.float64)
+    return _number(np.linalg.norm(matrices - np.eye(matrices.shape[-1]), axis=(1, 2)).mean())
+
+
+def _number(value: float, digits: int = 6) -> float | str:
+    return jsonable(float(f"{value:.{digits}g}"))
