@@ -14,8 +14,8 @@ from kernels_pallas.triton_call import cdiv, full_waves, multiprocessors, num_to
 
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
-# bfloat16 numbers for one of the cotangent of the new streams in the products for dh_res and dh_post. 1 is what
-# has been timed; 2 is exact to 2e-6 and has run in the emulator alone: `kernel_speed --terms` decides.
+# bfloat16 numbers for one of the cotangent of the new streams in the products for dh_res and dh_post. 1 is
+# the timed form; 2 is exact to 2e-6 and has run in the emulator alone. `kernel_speed --terms` decides.
 TERMS = 1
 # Two tiles of x and y for each of eight warps, and two of phi (forward.cu).
 FORWARD_BYTES = 2 * 8 * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
