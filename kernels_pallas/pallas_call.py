@@ -6,6 +6,7 @@ Interpreter. A named implementation="pallas" raises on a CPU. Inside
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +37,10 @@ def call(
     varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in args))
     axes = jax.sharding.ManualAxisType(varying=varying)
     # Under shard_map replicated operands (phi, bias) must be marked varying like the rest.
-    args = [_vary(x, varying) for x in args]
+    operands = [_vary(x, varying) for x in args]
     out_shape = [jax.ShapeDtypeStruct(s, d, manual_axis_type=axes) for s, d in out_shapes]
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*args, *out_shape))
+    moved: list[Any] = [*operands, *out_shape]
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in moved)
     return pl.pallas_call(
         kernel,
         name=name,
@@ -48,12 +50,13 @@ def call(
         out_shape=out_shape,
         scratch_shapes=list(scratch_shapes),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=tuple(semantics), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=tuple(semantics),  # type: ignore[arg-type]
+            vmem_limit_bytes=VMEM_LIMIT,
         ),
         cost_estimate=pl.CostEstimate(
             flops=flops, transcendentals=transcendentals, bytes_accessed=size
         ),
-    )(*args)
+    )(*operands)
 
 
 def _vary(x: jax.Array, axes: frozenset) -> jax.Array:

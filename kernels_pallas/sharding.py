@@ -101,7 +101,7 @@ def on_device(definition: Callable, args: tuple) -> tuple:
     sharding = current()
     if sharding is None or sharding.mesh.size == 1:
         return args
-    shapes, _ = definition.layout
+    shapes, _ = definition.layout  # type: ignore[attr-defined]
     lead = args[0].shape[: args[0].ndim - len(shapes[0].removeprefix("..."))]
     used = divisible(*sharding, lead)
     local = tuple(
@@ -128,7 +128,7 @@ def per_device(definition: Callable, function: Callable) -> Callable:
     sharding = current()
     if sharding is None or sharding.mesh.size == 1:
         return function
-    arguments, results = definition.layout
+    arguments, results = definition.layout  # type: ignore[attr-defined]
     num_trailing = len(arguments[0].removeprefix("..."))
 
     def call(*args):
