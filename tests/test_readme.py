@@ -23,8 +23,9 @@ SNIPPETS = {
 
 
 @pytest.mark.parametrize("page", sorted(SNIPPETS))
-def test_snippets_run(page):
-    """In order and in one namespace, as a reader would."""
+def test_snippets_run(page, tmp_path, monkeypatch):
+    """In order and in one namespace, as a reader would, in a folder of their own: some write files."""
+    monkeypatch.chdir(tmp_path)
     names = {"__name__": "readme"}
     for number, code in enumerate(SNIPPETS[page]):
         exec(compile(code, f"{page} snippet {number}", "exec"), names)
