@@ -71,9 +71,7 @@ def build(options: argparse.Namespace) -> dict:
     if earlier:
         wanted = manifests.packages_of(earlier)
     else:
-        wanted = [
-            p for path in options.packages or [packages.LIST] for p in packages.read_list(path)
-        ]
+        wanted = packages.read_list(*options.packages or [packages.LIST])
     source = options.archives or output / "archives"
     expected = manifests.archives_of(earlier) if earlier else None
     archives = manifests.fetch(wanted, source, expected)

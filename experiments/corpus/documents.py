@@ -1,13 +1,14 @@
 """What of an archive becomes text: members with the right suffix that a person wrote."""
 
 import gzip
+import hashlib
 import pathlib
 import re
 import subprocess
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from experiments.corpus.packages import CorpusError, Package
 
@@ -20,7 +21,7 @@ _METADATA_FOLDER = re.compile(r"\.(dist|egg)-info/")
 
 
 def documents(
-    package: Package, archive: pathlib.Path, listed: Container[str] | None = None
+    package: Package, archive: pathlib.Path, listed: Mapping[str, Sequence] | None = None
 ) -> Iterator[tuple[str, bytes]]:
     """Yields `(relative path, content)` of the documents of an archive, sorted by path.
 
@@ -30,19 +31,27 @@ def documents(
     Args:
       package: names the archive and its suffixes.
       archive: the file.
-      listed: the paths of an earlier corpus: exactly these are taken, whatever the rules say today.
+      listed: `{path: [SHA-256, bytes]}` of an earlier corpus: exactly these paths are taken, whatever the
+        rules say today. Of several members with one path the content that is listed wins.
 
     Raises:
       CorpusError: the archive cannot be read.
     """
     found = {}
+
+    def is_wanted(member: str, size: int) -> bool:
+        path = _document_path(package, member)
+        if listed is not None:
+            return path in listed
+        return path is not None and size <= MAX_BYTES and not _METADATA_FOLDER.search(path)
+
     try:
-        for member, content in _members(package, archive):
+        for member, content in _members(package, archive, is_wanted):
             path = _document_path(package, member)
             if listed is None:
-                taken = path and not _METADATA_FOLDER.search(path) and is_document(content)
+                taken = is_document(content)
             else:
-                taken = path in listed
+                taken = path not in found or listed[path][0] == hashlib.sha256(content).hexdigest()
             if taken:
                 found[path] = content
     except (OSError, tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
@@ -78,32 +87,32 @@ def _document_path(package: Package, member: str) -> str | None:
     return path if path.endswith(package.suffixes) else None
 
 
-def _members(package: Package, archive: pathlib.Path) -> Iterator[tuple[str, bytes]]:
-    """Yields name and content of the regular files that may be taken, unpacked if they end in .gz."""
-    suffixes = package.suffixes
+def _members(
+    package: Package, archive: pathlib.Path, is_wanted: Callable[[str, int], bool]
+) -> Iterator[tuple[str, bytes]]:
+    """Yields name and content of the regular files that are wanted by name and packed size.
+
+    What ends in .gz in a Debian package is asked for and yielded by its name without it, unpacked.
+    """
     if package.kind == "deb":
-        suffixes = (*suffixes, *(f"{suffix}.gz" for suffix in suffixes))
         command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking:
             with tarfile.open(fileobj=unpacking.stdout, mode="r|") as tar:
-                for name, content in _tar_members(tar, suffixes):
-                    if name.endswith(".gz"):
-                        name, content = name.removesuffix(".gz"), gzip.decompress(content)
-                    yield name, content
+                for member in tar:
+                    name = member.name.removesuffix(".gz")
+                    if member.isfile() and is_wanted(name, member.size):
+                        content = tar.extractfile(member).read()
+                        yield name, content if name == member.name else gzip.decompress(content)
             unpacking.stdout.read()  # the padding after the last member
         if unpacking.returncode:
             raise OSError(f"dpkg-deb exits with {unpacking.returncode}")
     elif archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as unpacked:
             for info in unpacked.infolist():
-                if info.filename.endswith(suffixes) and info.file_size <= MAX_BYTES:
+                if is_wanted(info.filename, info.file_size):
                     yield info.filename, unpacked.read(info)
     else:
         with tarfile.open(archive) as tar:
-            yield from _tar_members(tar, suffixes)
-
-
-def _tar_members(tar: tarfile.TarFile, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    for member in tar:
-        if member.isfile() and member.name.endswith(suffixes) and member.size <= MAX_BYTES:
-            yield member.name, tar.extractfile(member).read()
+            for member in tar:
+                if member.isfile() and is_wanted(member.name, member.size):
+                    yield member.name, tar.extractfile(member).read()

@@ -91,6 +91,7 @@ def build(
     partial = output / f"{TEXT}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     files, contents, paths = {}, set(), set()
+    fraction = earlier["validation_fraction"] if earlier else VALIDATION_FRACTION
     taken = {package: [0, 0] for package in packages}
     listed = earlier and earlier["files"]
     for package in tqdm(packages, desc="unpack", unit="package"):
@@ -122,8 +123,8 @@ def build(
     manifest = {
         "format": _FORMAT,
         "checksum": checksum(files),
-        "validation_fraction": VALIDATION_FRACTION,
-        "totals": _totals(partial, files),
+        "validation_fraction": fraction,
+        "totals": _totals(partial, files, fraction),
         "packages": [
             dataclasses.asdict(package)
             | dict(zip(("archive", "sha256"), archives[package]))
@@ -230,14 +231,16 @@ def summary(folder: pathlib.Path, manifest: dict) -> str:
     ])  # fmt: skip
 
 
-def _totals(root: pathlib.Path, files: dict[str, list]) -> dict[str, dict[str, int]]:
+def _totals(
+    root: pathlib.Path, files: dict[str, list], fraction: float
+) -> dict[str, dict[str, int]]:
     """Documents and bytes of both splits, by the split that training makes of the same folder."""
     found = glob_files(f"{root}/**")
     if {file.relative for file in found} != set(files):
         raise AssertionError("The glob of the data pipeline does not find what was written.")
     totals = {}
     for split in ("train", "validation"):
-        chosen = split_files(found, validation_fraction=VALIDATION_FRACTION, split=split)
+        chosen = split_files(found, validation_fraction=fraction, split=split)
         totals[split] = {"documents": len(chosen), "bytes": sum(file.size for file in chosen)}
     return totals
 

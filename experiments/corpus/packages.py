@@ -115,12 +115,22 @@ class Package:
             return archive.rename(folder / archive.name)
 
 
-def read_list(path: pathlib.Path) -> list[Package]:
-    """Reads a list: `name version kind suffixes` a line, suffixes separated by commas, `#` comments.
+def read_list(*paths: pathlib.Path) -> list[Package]:
+    """Reads lists: `name version kind suffixes` a line, suffixes separated by commas, `#` comments.
 
     Raises:
-      CorpusError: no such file, or a line that is not one; names file, line and value.
+      CorpusError: no such file, or a line that is not one; names file, line and value. A package stands
+        there twice, in whatever version: both would write to the same folder.
     """
+    packages = [package for path in paths for package in _read_one(path)]
+    names = [package.name.lower() for package in packages]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise CorpusError(f"{', '.join(map(str, paths))}: {', '.join(twice)} is named twice.")
+    return packages
+
+
+def _read_one(path: pathlib.Path) -> list[Package]:
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
@@ -138,10 +148,6 @@ def read_list(path: pathlib.Path) -> list[Package]:
             raise CorpusError(f"{path}:{number}: {error}") from error
     if not packages:
         raise CorpusError(f"The list {path} names no package.")
-    folders = [str(package) for package in packages]
-    twice = sorted({name for name in folders if folders.count(name) > 1})
-    if twice:
-        raise CorpusError(f"{path} names {', '.join(twice)} twice.")
     return packages
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import tarfile
@@ -13,7 +14,7 @@ import pytest
 
 from experiments.corpus import __main__ as command
 from experiments.corpus import manifest as manifests
-from experiments.corpus.documents import MAX_BYTES, is_document
+from experiments.corpus.documents import MAX_BYTES, documents, is_document
 from experiments.corpus.packages import LIST, CorpusError, Package, read_list
 from mhc_jax.data import DataConfig, make_iterator
 from mhc_jax.data.files import glob_files, split_files
@@ -132,9 +133,43 @@ def test_a_rebuild_takes_what_the_manifest_lists_whatever_the_rules_say(
 ):
     """So a later change of the rules does not lose an earlier corpus."""
     monkeypatch.setattr("experiments.corpus.documents.is_document", lambda content: False)
+    monkeypatch.setattr("experiments.corpus.documents.MAX_BYTES", 1)
+    monkeypatch.setattr("experiments.corpus.documents._METADATA_FOLDER", re.compile("/"))
+    monkeypatch.setattr("experiments.corpus.manifest.VALIDATION_FRACTION", 0.5)
     again = tmp_path / "again"
     run("--output", again, "--manifest", corpus / "manifest.json", "--archives", sources[0])
     assert (again / "manifest.json").read_bytes() == (corpus / "manifest.json").read_bytes()
+
+
+def test_a_rebuild_takes_the_listed_content_of_two_members_with_one_path(tmp_path):
+    sdist(tmp_path / "two-2.0.tar.gz", {"two/a.rst": b"Listed.\n", "./two/a.rst": b"Another.\n"})
+    package = Package("two", "2.0", "sdist", (".rst",))
+    archive = package.find(tmp_path)
+    for content in (b"Listed.\n", b"Another.\n"):
+        listed = {"two/two/a.rst": [hashlib.sha256(content).hexdigest(), len(content)]}
+        assert list(documents(package, archive, listed)) == [("two/two/a.rst", content)]
+
+
+def test_two_lists_may_not_name_one_package(tmp_path):
+    (tmp_path / "a").write_text("b 1 wheel .py")
+    (tmp_path / "b").write_text("b 2 wheel .py")
+    with pytest.raises(CorpusError, match="b is named twice"):
+        read_list(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("member", ["../a.py", "b/../../a.py", ".a.py", "b/.c/a.py", "b\\a.py"])
+def test_a_manifest_does_not_lead_out_of_the_folder(tmp_path, member):
+    """Also a path that is listed has to be one that training finds."""
+    wheel(tmp_path / "one-1.0-py3-none-any.whl", {member: b"a = 1\n", "b.py": b"b = 1\n"})
+    package = Package("one", "1.0", "wheel", (".py",))
+    listed = {f"one/{name}": ["", 0] for name in (member, "b.py")}
+    assert list(documents(package, package.find(tmp_path), listed)) == [("one/b.py", b"b = 1\n")]
+
+
+def test_an_absolute_member_lands_below_its_package(tmp_path):
+    sdist(tmp_path / "one-1.0.tar.gz", {"/etc/a.py": b"a = 1\n"})
+    package = Package("one", "1.0", "sdist", (".py",))
+    assert list(documents(package, package.find(tmp_path))) == [("one/etc/a.py", b"a = 1\n")]
 
 
 def test_check_names_every_fault(corpus):
@@ -280,7 +315,7 @@ def test_what_is_no_document(content):
         ("django 5.2 egg .py", "kind 'egg' must be one of wheel, binary, sdist, deb"),
         ("django 5.2 wheel py", "suffix 'py' must look like .py"),
         ("../django 5.2 wheel .py", "'../django' is no name or version"),
-        ("b 1 wheel .py\nb 1 sdist .py", "names b 1 twice"),
+        ("b 1 wheel .py\nB 2 sdist .py", "b is named twice"),
         ("# nothing", "names no package"),
     ],
 )
