@@ -146,7 +146,7 @@ def test_the_stored_results_are_whole_and_print(capsys, tmp_path):
     reproduction.main(["--summary"])
     printed = capsys.readouterr().out
     for arm in ("HC", "mHC", "identity"):
-        assert re.search(rf"\| {arm} +\| 0.00\d +\| 4 +\| 0\.67\d\d ± 0\.00\d\d \| -0\.02", printed)
+        assert re.search(rf"\| {arm} +\| 0.001 +\| 4 +\| 0\.67\d\d ± 0\.00\d\d \| -0\.01", printed)
     payload = record.read(record.newest("reproduction"))
     assert payload["missing"] == []
     assert all((tmp_path / f"{n}.png").exists() or figures.draw_setting(payload, n, tmp_path / f"{n}.png")
