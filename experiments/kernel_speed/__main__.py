@@ -67,11 +67,11 @@ def _row(name, implementation, T, C, seconds, least_bytes, rate) -> dict:
         "us": seconds * 1e6,
         "GB/s": least_bytes / seconds / 1e9,
         "share": least_bytes / seconds / rate,
-        "C units": seconds / unit,
+        "tau": seconds / unit,
     }
     print(
         f"{T:6d} {C:5d}  {name:22s} {implementation:14s} {row['us']:9.1f} us {row['GB/s']:7.0f} GB/s"
-        f" {100 * row['share']:6.1f} % {row['C units']:8.2f}C",
+        f" {100 * row['share']:6.1f} % {row['tau']:8.2f} τ",
         flush=True,
     )
     return row

@@ -20,7 +20,7 @@ def bars(content: dict) -> dict[tuple[int, int], list[tuple[str, float, bool]]]:
             if row["name"] in OURS:
                 ours = key == "table"
                 label = OURS[row["name"]] if ours else row["implementation"]
-                found.setdefault((row["T"], row["C"]), []).append((label, row["C units"], ours))
+                found.setdefault((row["T"], row["C"]), []).append((label, row["tau"], ours))
     compared = {shape: rows for shape, rows in found.items() if not all(r[2] for r in rows)}
     return {s: sorted(rows, key=lambda r: -r[1]) for s, rows in (compared or found).items()}
 

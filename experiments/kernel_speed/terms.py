@@ -3,7 +3,7 @@
     python -m experiments.kernel_speed --terms    # NVIDIA GPU with jax-triton; 1 minute
 
 Times the backward kernel of a boundary by itself in both forms, in turn, and compares dh_res and dh_post with
-float64. Two terms are worth it if they cost less than 0.7C at every shape: then `TERMS` of
+float64. Two terms are worth it if they cost less than 0.7 τ at every shape: then `TERMS` of
 kernels_pallas/boundary/cuda_launches.py is 2, else 1, and the rounding stays documented there.
 """
 
@@ -18,7 +18,7 @@ from experiments.kernel_speed import measure
 from kernels_pallas.boundary import cuda_launches
 
 ROUNDS = 3
-MOST = 0.7  # C
+MOST = 0.7  # τ
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -59,18 +59,18 @@ def run(shapes: tuple[tuple[int, int], ...]) -> dict:
                 found.append(measure.seconds(lambda *a, f=launch, T=T: f(*a, T), sets))
         one, two = (statistics.median(found) for found in times.values())
         rows.append({"T": T, "C": C, "us": {k: [1e6 * s for s in v] for k, v in times.items()}})
-        rows[-1] |= {"cost_us": 1e6 * (two - one), "cost_C": (two - one) / unit}
+        rows[-1] |= {"cost_us": 1e6 * (two - one), "cost_tau": (two - one) / unit}
         rows[-1]["us"] = {str(k): v for k, v in rows[-1]["us"].items()}
         print(
             f"T {T} C {C}: one term {1e6 * one:.1f} us, two terms {1e6 * two:.1f} us,"
-            f" {rows[-1]['cost_C']:+.2f}C",
+            f" {rows[-1]['cost_tau']:+.2f} τ",
             flush=True,
         )
     errors = {str(terms): error_of_sums(terms) for terms in (1, 2)}
     print(f"error of dh_res and dh_post: one term {errors['1']:.1e}, two terms {errors['2']:.1e}")
-    worth = all(row["cost_C"] < MOST for row in rows)
+    worth = all(row["cost_tau"] < MOST for row in rows)
     print(
-        f"two terms cost {'less' if worth else 'more'} than {MOST}C: set TERMS = {2 if worth else 1} in "
+        f"two terms cost {'less' if worth else 'more'} than {MOST} τ: set TERMS = {2 if worth else 1} in "
         "kernels_pallas/boundary/cuda_launches.py"
     )
     return {"copy rate": rate, "rows": rows, "errors": errors, "worth": worth}

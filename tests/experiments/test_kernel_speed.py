@@ -54,8 +54,7 @@ def test_the_whole_check_at_toy_size(capsys):
 
 def rows(*found):
     return [
-        {"name": name, "implementation": i, "T": T, "C": 64, "C units": c}
-        for name, i, T, c in found
+        {"name": name, "implementation": i, "T": T, "C": 64, "tau": c} for name, i, T, c in found
     ]
 
 
@@ -99,10 +98,10 @@ def test_the_cost_of_two_terms(monkeypatch, capsys):
 
     times = iter([10.0, 10.5] * terms.ROUNDS + [10.0, 20.0] * terms.ROUNDS)
     monkeypatch.setattr(measure, "seconds", lambda f, inputs: 1e-6 * next(times))
-    monkeypatch.setattr(measure, "copy_rate", lambda: 2e6 * 16 * 64)  # 1C is a microsecond
+    monkeypatch.setattr(measure, "copy_rate", lambda: 2e6 * 16 * 64)  # 1 τ is a microsecond
     monkeypatch.setattr(terms, "error_of_sums", lambda n, f=terms.error_of_sums: f(n, 16, 64))
     cheap = terms.run(((16, 64),))
-    assert cheap["rows"][0]["cost_C"] == pytest.approx(0.5)
+    assert cheap["rows"][0]["cost_tau"] == pytest.approx(0.5)
     assert cheap["errors"]["2"] < 1e-5 < 5e-4 < cheap["errors"]["1"]
     assert "set TERMS = 2" in capsys.readouterr().out
     terms.run(((16, 64),))

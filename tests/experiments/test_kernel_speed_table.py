@@ -82,7 +82,7 @@ def test_operations_move_what_they_read_and_write(timed, capsys):
         assert row["us"] == 10
         assert (row["T"], row["C"], row["implementation"]) == (T, C, "triton")
         # In units of the time that 2TC bytes take at the copy rate: 0.00832 us.
-        assert row["C units"] == pytest.approx(10 / 0.00832)
+        assert row["tau"] == pytest.approx(10 / 0.00832)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in printed] == [[str(T), str(C)]] * 10
 
@@ -128,7 +128,7 @@ def test_table_of_the_sublayer_and_its_baselines(timed, tmp_path, monkeypatch, c
         if row["name"] in ("sublayer", "sublayer, boundary"):
             size = 90 * row["T"] * C + parameters
             assert row["GB/s"] * row["us"] * 1e3 == pytest.approx(size)
-            assert row["C units"] == pytest.approx(row["us"] * 1e-6 * RATE / (2 * row["T"] * C))
+            assert row["tau"] == pytest.approx(row["us"] * 1e-6 * RATE / (2 * row["T"] * C))
     assert ours[-1]["temporary bytes"] == 12345
     by_name = {(row["name"], row["implementation"]): row["us"] for row in others}
     assert by_name["sublayer", "xla"] == pytest.approx(70)
