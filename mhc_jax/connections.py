@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import kernels_pallas as kernels
+from kernels_pallas.placement import whole
 from kernels_pallas.shapes import check_streams, coefficient_dtype
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.layers import RMSNorm
@@ -183,7 +184,7 @@ class HyperConnections(_WideConnection):
 
     def _dynamic(self, streams: jax.Array) -> jax.Array:
         """tanh(theta x~^T) `[..., 2 + n, n]` float32: rows as in theta, a column for each stream."""
-        theta = self.theta[...].T
+        theta = whole(self.theta[...]).T
         columns = []
         for stream in jnp.split(streams, self.n, axis=-1):
             s, r = kernels.projection(
@@ -195,7 +196,7 @@ class HyperConnections(_WideConnection):
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
         n, lead = self.n, streams.shape[:-1]
         check_streams(streams, n)
-        dynamic, alpha, bias = self._dynamic(streams), self.alpha[...], self.bias[...]
+        dynamic, alpha, bias = self._dynamic(streams), whole(self.alpha[...]), whole(self.bias[...])
         alpha, bias = alpha.astype(dynamic.dtype), bias.astype(dynamic.dtype)
         b_pre, b_post, b_res = bias[:n], bias[n : 2 * n], bias[2 * n :].reshape(n, n)
 
@@ -318,10 +319,10 @@ class ManifoldHyperConnections(_WideConnection):
             streams, self.phi[...], norm_eps=self.norm_eps, implementation=self.implementation
         )
         parts = jnp.split(s / r[..., None], (n, 2 * n), axis=-1)
-        statics = jnp.split(self.bias[...].astype(s.dtype), (n, 2 * n))
+        statics = jnp.split(whole(self.bias[...]).astype(s.dtype), (n, 2 * n))
         pre, post, res = (
             gate * part + jnp.broadcast_to(static, part.shape)
-            for gate, part, static in zip(self.alpha[...].astype(s.dtype), parts, statics)
+            for gate, part, static in zip(whole(self.alpha[...]).astype(s.dtype), parts, statics)
         )
         return jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), self.manifold.project(res, n)
 

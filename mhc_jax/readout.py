@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import kernels_pallas as kernels
+from kernels_pallas.placement import whole
 from mhc_jax.initialisation import mhc_alpha
 
 READOUTS = ("sum", "mean", "head")
@@ -54,8 +55,8 @@ class Readout(nnx.Module):
         s, r = kernels.projection(
             streams, self.phi[...], norm_eps=self.norm_eps, implementation=self.implementation
         )
-        bias = jnp.broadcast_to(self.bias[...].astype(s.dtype), s.shape)
-        return jax.nn.sigmoid(self.alpha[0].astype(s.dtype) * s / r[..., None] + bias)
+        bias = jnp.broadcast_to(whole(self.bias[...]).astype(s.dtype), s.shape)
+        return jax.nn.sigmoid(whole(self.alpha[...])[0].astype(s.dtype) * s / r[..., None] + bias)
 
     def __call__(self, streams: jax.Array) -> jax.Array:
         return kernels.pre(streams, self._weights(streams), implementation=self.implementation)

@@ -9,38 +9,42 @@ import functools
 
 import jax
 
-from kernels_pallas import dispatch
+from kernels_pallas import placement
+from kernels_pallas.boundary import reference
+from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.pre import check_norm
 from kernels_pallas.projection import rounded
 from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype, num_columns
 from kernels_pallas.sinkhorn import check_num_iterations
 
 
-def _run(op, direction, static, *args):
+def _run(op, definition, static, *args):
     *static, implementation = static
     names = ("n", "num_iterations", "norm_eps", "input_norm_eps")
-    return dispatch.run(op, direction, implementation, *args, **dict(zip(names, static)))
+    return run(op, definition, implementation, *args, **dict(zip(names, static)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(custom_vjp, nondiff_argnums=(5,))
 def _read(streams, phi, bias, alpha, weight, static):
     return _read_forward(streams, phi, bias, alpha, weight, static)[0]
 
 
 def _read_forward(streams, phi, bias, alpha, weight, static):
     parameters = (rounded(streams, phi), bias, alpha, weight)
-    layer_input, h_post, h_res, *saved = _run("read", "read_forward", static, streams, *parameters)
+    layer_input, h_post, h_res, *saved = _run(
+        "read", reference.read_forward, static, streams, *parameters
+    )
     return (layer_input, h_post, h_res, streams), (streams, *parameters, *saved)
 
 
 def _read_backward(static, residuals, cotangents):
-    return tuple(_run("read", "read_backward", static, *residuals, *cotangents))
+    return tuple(_run("read", reference.read_backward, static, *residuals, *cotangents))
 
 
 _read.defvjp(_read_forward, _read_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+@functools.partial(custom_vjp, nondiff_argnums=(8,))
 def _boundary(streams, layer_output, h_post, h_res, phi, bias, alpha, weight, static):
     args = (streams, layer_output, h_post, h_res, phi, bias, alpha, weight)
     return _boundary_forward(*args, static)[0]
@@ -50,14 +54,14 @@ def _boundary_forward(streams, layer_output, h_post, h_res, phi, bias, alpha, we
     update = (streams, layer_output, h_post, h_res)
     parameters = (rounded(streams, phi), bias, alpha, weight)
     new_streams, layer_input, new_post, new_res, *saved = _run(
-        "boundary", "forward", static, *update, *parameters
+        "boundary", reference.forward, static, *update, *parameters
     )
     outputs = (layer_input, new_post, new_res, new_streams)
     return outputs, (*update, new_streams, *parameters, *saved)
 
 
 def _boundary_backward(static, residuals, cotangents):
-    return tuple(_run("boundary", "backward", static, *residuals, *cotangents))
+    return tuple(_run("boundary", reference.backward, static, *residuals, *cotangents))
 
 
 _boundary.defvjp(_boundary_forward, _boundary_backward)
@@ -70,7 +74,8 @@ def _check_parameters(streams, phi, bias, alpha, n, num_iterations):
     check_shape("bias", bias, (m,))
     check_shape("alpha", alpha, (3,))
     dtype = coefficient_dtype(streams.dtype)
-    return phi.astype(dtype), bias.astype(dtype), alpha.astype(dtype)
+    parameters = {"phi": phi, "bias": bias, "alpha": alpha}
+    return {name: x.astype(dtype) for name, x in parameters.items()}
 
 
 def read(
@@ -115,9 +120,12 @@ def read(
     """
     width = check_streams(streams, n)
     parameters = _check_parameters(streams, phi, bias, alpha, n, num_iterations)
-    weight = check_norm(input_norm_weight, input_norm_eps, width, parameters[0].dtype)
+    weight = check_norm(input_norm_weight, input_norm_eps, width, parameters["phi"].dtype)
     static = (n, num_iterations, norm_eps, input_norm_eps, implementation)
-    return _read(streams, *parameters, weight, static)
+    args = placement.aligned(
+        reference.read_forward, streams=streams, **parameters, input_norm_weight=weight
+    )
+    return _read(*args, static)
 
 
 def boundary(
@@ -167,13 +175,16 @@ def boundary(
     check_shape("h_post", h_post, (*lead, n))
     check_shape("h_res", h_res, (*lead, n, n))
     parameters = _check_parameters(streams, phi, bias, alpha, n, num_iterations)
-    dtype = parameters[0].dtype
+    dtype = parameters["phi"].dtype
     weight = check_norm(input_norm_weight, input_norm_eps, width, dtype)
     static = (n, num_iterations, norm_eps, input_norm_eps, implementation)
-    update = (
-        streams,
-        layer_output.astype(streams.dtype),
-        h_post.astype(dtype),
-        h_res.astype(dtype),
+    args = placement.aligned(
+        reference.forward,
+        streams=streams,
+        layer_output=layer_output.astype(streams.dtype),
+        h_post=h_post.astype(dtype),
+        h_res=h_res.astype(dtype),
+        **parameters,
+        input_norm_weight=weight,
     )
-    return _boundary(*update, *parameters, weight, static)
+    return _boundary(*args, static)

@@ -4,17 +4,19 @@ import functools
 
 import jax
 
-from kernels_pallas import dispatch
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.mappings import reference
 from kernels_pallas.projection import projection
 from kernels_pallas.shapes import check_shape, check_streams, num_columns
 from kernels_pallas.sinkhorn import check_num_iterations
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(custom_vjp, nondiff_argnums=(4, 5, 6))
 def _coefficients(s, r, bias, alpha, n, num_iterations, implementation):
-    return dispatch.run(
+    return run(
         "coefficients",
-        "forward",
+        reference.forward,
         implementation,
         s,
         r,
@@ -31,9 +33,9 @@ def _forward(s, r, bias, alpha, n, num_iterations, implementation):
 
 
 def _backward(n, num_iterations, implementation, residuals, cotangents):
-    return dispatch.run(
+    return run(
         "coefficients",
-        "backward",
+        reference.backward,
         implementation,
         *residuals,
         *cotangents,
@@ -82,6 +84,7 @@ def coefficients(
     check_shape("bias", bias, (m,))
     check_shape("alpha", alpha, (3,))
     bias, alpha = bias.astype(s.dtype), alpha.astype(s.dtype)
+    s, r, bias, alpha = placement.aligned(reference.forward, s=s, r=r, bias=bias, alpha=alpha)
     return _coefficients(s, r, bias, alpha, n, num_iterations, implementation)
 
 

@@ -4,13 +4,15 @@ import functools
 
 import jax
 
-from kernels_pallas import dispatch
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.post_res import reference
 from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(custom_vjp, nondiff_argnums=(4,))
 def _post_res(streams, layer_output, h_post, h_res, implementation):
-    return dispatch.run("post_res", "forward", implementation, streams, layer_output, h_post, h_res)
+    return run("post_res", reference.forward, implementation, streams, layer_output, h_post, h_res)
 
 
 def _forward(streams, layer_output, h_post, h_res, implementation):
@@ -19,7 +21,7 @@ def _forward(streams, layer_output, h_post, h_res, implementation):
 
 
 def _backward(implementation, residuals, d_streams):
-    return dispatch.run("post_res", "backward", implementation, *residuals, d_streams)
+    return run("post_res", reference.backward, implementation, *residuals, d_streams)
 
 
 _post_res.defvjp(_forward, _backward)
@@ -61,10 +63,11 @@ def post_res(
     check_shape("h_post", h_post, (*lead, n))
     check_shape("h_res", h_res, (*lead, n, n))
     dtype = coefficient_dtype(streams.dtype)
-    return _post_res(
-        streams,
-        layer_output.astype(streams.dtype),
-        h_post.astype(dtype),
-        h_res.astype(dtype),
-        implementation,
+    args = placement.aligned(
+        reference.forward,
+        streams=streams,
+        layer_output=layer_output.astype(streams.dtype),
+        h_post=h_post.astype(dtype),
+        h_res=h_res.astype(dtype),
     )
+    return _post_res(*args, implementation)

@@ -5,13 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.pre import reference
 from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
 def _pre(streams, h_pre, implementation):
-    return dispatch.run("pre", "forward", implementation, streams, h_pre)
+    return run("pre", reference.forward, implementation, streams, h_pre)
 
 
 def _forward(streams, h_pre, implementation):
@@ -19,15 +21,15 @@ def _forward(streams, h_pre, implementation):
 
 
 def _backward(implementation, residuals, d_layer_input):
-    return dispatch.run("pre", "backward", implementation, *residuals, d_layer_input)
+    return run("pre", reference.backward, implementation, *residuals, d_layer_input)
 
 
 _pre.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(custom_vjp, nondiff_argnums=(3, 4))
 def _pre_normed(streams, h_pre, weight, eps, implementation):
-    return dispatch.run("pre", "forward_normed", implementation, streams, h_pre, weight, eps=eps)
+    return run("pre", reference.forward_normed, implementation, streams, h_pre, weight, eps=eps)
 
 
 def _forward_normed(streams, h_pre, weight, eps, implementation):
@@ -35,9 +37,7 @@ def _forward_normed(streams, h_pre, weight, eps, implementation):
 
 
 def _backward_normed(eps, implementation, residuals, d_layer_input):
-    return dispatch.run(
-        "pre", "backward_normed", implementation, *residuals, d_layer_input, eps=eps
-    )
+    return run("pre", reference.backward_normed, implementation, *residuals, d_layer_input, eps=eps)
 
 
 _pre_normed.defvjp(_forward_normed, _backward_normed)
@@ -79,6 +79,9 @@ def pre(
     dtype = coefficient_dtype(streams.dtype)
     h_pre = h_pre.astype(dtype)
     weight = check_norm(norm_weight, norm_eps, width, dtype)
+    streams, h_pre, weight = placement.aligned(
+        reference.forward_normed, streams=streams, h_pre=h_pre, norm_weight=weight
+    )
     if weight is None:
         return _pre(streams, h_pre, implementation)
     return _pre_normed(streams, h_pre, weight, norm_eps, implementation)

@@ -5,15 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.precision import round_to_tf32
+from kernels_pallas.projection import reference
 from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
 def _projection(streams, phi, norm_eps, implementation):
     phi = rounded(streams, phi)
-    return dispatch.run("projection", "forward", implementation, streams, phi, norm_eps=norm_eps)
+    return run("projection", reference.forward, implementation, streams, phi, norm_eps=norm_eps)
 
 
 def _forward(streams, phi, norm_eps, implementation):
@@ -27,7 +29,7 @@ def _backward(norm_eps, implementation, residuals, cotangents):
     if streams.dtype == jnp.bfloat16:
         ds = round_to_tf32(ds)
     phi = rounded(streams, phi)  # straight-through: dphi is passed on as it is
-    return dispatch.run("projection", "backward", implementation, streams, phi, r, ds, dr)
+    return run("projection", reference.backward, implementation, streams, phi, r, ds, dr)
 
 
 _projection.defvjp(_forward, _backward)
@@ -75,4 +77,5 @@ def projection(
     check_streams(streams, 1)
     check_shape("phi", phi, (streams.shape[-1], *phi.shape[1:2]))
     phi = phi.astype(coefficient_dtype(streams.dtype))
+    streams, phi = placement.aligned(reference.forward, streams=streams, phi=phi)
     return _projection(streams, phi, norm_eps, implementation)

@@ -5,14 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.sinkhorn import reference
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
 def _sinkhorn(logits, num_iterations, implementation):
-    return dispatch.run(
-        "sinkhorn", "forward", implementation, logits, num_iterations=num_iterations
-    )
+    return run("sinkhorn", reference.forward, implementation, logits, num_iterations=num_iterations)
 
 
 def _forward(logits, num_iterations, implementation):
@@ -22,8 +22,13 @@ def _forward(logits, num_iterations, implementation):
 
 def _backward(num_iterations, implementation, logits, d_h_res):
     return (
-        dispatch.run(
-            "sinkhorn", "backward", implementation, logits, d_h_res, num_iterations=num_iterations
+        run(
+            "sinkhorn",
+            reference.backward,
+            implementation,
+            logits,
+            d_h_res,
+            num_iterations=num_iterations,
         ),
     )
 
@@ -77,4 +82,5 @@ def sinkhorn(
     if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2] or not logits.shape[-1]:
         raise ValueError(f"logits {logits.shape}: expected square matrices [..., n, n]")
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    (logits,) = placement.aligned(reference.forward, logits=logits)
     return _sinkhorn(logits, num_iterations, implementation)

@@ -1,0 +1,116 @@
+"""Arguments that say themselves where they live: mesh axes of type Explicit, which `jax.make_mesh` gives.
+
+The type of an array then names the axes that split its dimensions, inside of a program too. An operation takes
+the tokens' axes from there, runs per device on its own tokens, kernels and "xla" alike, and gathers parameters
+that are split. The gradient of a parameter is summed over the tokens and split as the parameter is.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kernels_pallas import sharding
+
+
+def _num_trailing(shape: str) -> int:
+    return len(shape.removeprefix("..."))
+
+
+def _axes(x: jax.Array) -> tuple:
+    """Mesh axes of each dimension by the type of `x`."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (jax.typeof(x).ndim - len(spec))
+
+
+def _explicit_mesh(*arrays: jax.Array | None):
+    """The mesh with Explicit axes that the types name, or None."""
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays if x is not None)
+    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
+
+
+def aligned(definition: Callable, **arguments: jax.Array | None) -> tuple[jax.Array | None, ...]:
+    """Arguments of an operation as `call_by_type` takes them: tokens split alike, parameters whole.
+
+    Tokens are split as the first argument that is split at all.
+
+    Args:
+      definition: the forward function of `reference.py`, with its `layout`.
+      **arguments: by the names that the user knows, in the order of the layout; None: not there.
+
+    Raises:
+      ValueError: an argument is split along a dimension other than those of the tokens.
+    """
+    arrays = tuple(arguments.values())
+    mesh = _explicit_mesh(*arrays)
+    if mesh is None:
+        return arrays
+    shapes, _ = definition.layout
+    tokens = ()
+    for (name, x), shape in zip(arguments.items(), shapes, strict=True):
+        if x is None or not shape.startswith("..."):
+            continue
+        split = _axes(x)
+        lead, rest = split[: x.ndim - _num_trailing(shape)], split[x.ndim - _num_trailing(shape) :]
+        if any(rest):
+            raise ValueError(
+                f"{name} {x.shape} is split by {PartitionSpec(*split)}, its last axis over "
+                f"{', '.join(map(repr, sharding.axis_names(rest)))}: a token's entries (n*C of the streams) have to "
+                "be whole on a device, split the tokens instead (jax.sharding.reshard)"
+            )
+        if any(lead) and not any(tokens):
+            tokens = lead
+
+    def place(x, shape):
+        if x is None:
+            return None
+        lead = tokens if shape.startswith("...") else ()
+        if (*lead, *(None,) * (x.ndim - len(lead))) == _axes(x) and _explicit_mesh(x) is not None:
+            return x
+        return _reshard(x, mesh, lead)
+
+    return tuple(map(place, arrays, shapes))
+
+
+def whole(parameter: jax.Array) -> jax.Array:
+    """A parameter gathered along Explicit axes; its gradient is split as it was."""
+    if _explicit_mesh(parameter) is None or not any(_axes(parameter)):
+        return parameter
+    return _reshard(parameter, _explicit_mesh(parameter), ())
+
+
+def _reshard(x, mesh, lead):
+    spec = PartitionSpec(*lead, *(None,) * (x.ndim - len(lead)))
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
+def call_by_type(function: Callable, *args: jax.Array | None):
+    """Calls `function` per device of the Explicit axes that the types of its arguments name.
+
+    Args:
+      function: hashable, with a `layout` as `sharding.layout` gives it; None stands for a parameter that is not
+        there.
+      *args: as `aligned` returns them.
+    """
+    mesh = jax.typeof(args[0]).sharding.mesh
+    if not mesh.explicit_axes and not mesh.manual_axes:
+        return function(*args)
+    lead = _axes(args[0])[: args[0].ndim - _num_trailing(function.layout[0][0])]
+    return _jitted(function, mesh, lead, sharding.current())(*args)
+
+
+@functools.lru_cache(maxsize=None)
+def _jitted(function, mesh, lead, where):
+    """One program where a `shard_map` that is not under jit would compile and run each primitive by itself.
+
+    Args:
+      where: the token sharding, which is read while `function` is traced.
+    """
+    del where
+    if not mesh.explicit_axes:
+        return jax.jit(lambda *args: function(*args))
+    names = frozenset(mesh.explicit_axes)
+    # Naming none means all: of a mesh that is Explicit throughout, also where vmap has taken some of them.
+    names = frozenset() if names == frozenset(mesh.axis_names) else names
+    return jax.jit(sharding.over_mesh(function, function, mesh, lead, names))
