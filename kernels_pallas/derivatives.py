@@ -1,7 +1,7 @@
-"""Derivatives of the operations: `custom_vjp` for programs of others, reverse mode any number of times.
+"""Derivatives of the operations: `custom_vjp` for other people's programs, and reverse mode of any order.
 
-Kernels cannot be differentiated. The backward of an operation is therefore differentiated as its definition in
-`reference.py` is, and so are the derivatives of that. Forward mode has no such way: it raises.
+Kernels cannot be differentiated. The derivative of an operation's backward is therefore that of its
+definition in `reference.py`, and so are all further ones. Forward mode raises.
 """
 
 import functools
@@ -54,9 +54,9 @@ def _floating(tree) -> list[jax.Array]:
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
 
 
-# A zero beside the arguments of a `custom_vjp`. Its tangent can be transposed, which is all that reverse mode
-# asks of it, but not evaluated: there forward mode gets our error, not JAX's, which names neither the operation
-# nor a way out.
+# A zero beside the arguments of a `custom_vjp`. Its tangent can be transposed, which is all that reverse
+# mode asks of it, but not evaluated: there forward mode gets our error, not JAX's, which names neither the
+# operation nor a way out.
 _mark_p = Primitive("mhc_reverse_mode")
 _tangent_p = Primitive("mhc_reverse_mode_tangent")
 

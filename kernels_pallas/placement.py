@@ -1,8 +1,9 @@
 """Arguments that say themselves where they live: mesh axes of type Explicit, which `jax.make_mesh` gives.
 
-The type of an array then names the axes that split its dimensions, inside of a program too. An operation takes
-the tokens' axes from there, runs per device on its own tokens, kernels and "xla" alike, and gathers parameters
-that are split. The gradient of a parameter is summed over the tokens and split as the parameter is.
+The type of an array then names the axes that split its dimensions, inside of a program too. An operation
+takes the axes of the tokens from there, runs on each device with its own tokens, kernels and "xla" alike, and
+gathers parameters that are split. The gradient of a parameter is summed over the tokens and split as the
+parameter is.
 """
 
 import functools
@@ -54,10 +55,10 @@ def aligned(definition: Callable, **arguments: jax.Array | None) -> tuple[jax.Ar
         split = _axes(x)
         lead, rest = split[: x.ndim - _num_trailing(shape)], split[x.ndim - _num_trailing(shape) :]
         if any(rest):
+            axes = ", ".join(map(repr, sharding.axis_names(rest)))
             raise ValueError(
-                f"{name} {x.shape} is split by {PartitionSpec(*split)}, its last axis over "
-                f"{', '.join(map(repr, sharding.axis_names(rest)))}: a token's entries (n*C of the streams) have to "
-                "be whole on a device, split the tokens instead (jax.sharding.reshard)"
+                f"{name} {x.shape} is split by {PartitionSpec(*split)}, {axes} within a token: its entries "
+                "(n*C of the streams) have to be whole on a device, split tokens alone (jax.sharding.reshard)"
             )
         if any(lead) and not any(tokens):
             tokens = lead
@@ -89,9 +90,8 @@ def call_by_type(function: Callable, *args: jax.Array | None):
     """Calls `function` per device of the Explicit axes that the types of its arguments name.
 
     Args:
-      function: hashable, with a `layout` as `sharding.layout` gives it; None stands for a parameter that is not
-        there.
-      *args: as `aligned` returns them.
+      function: hashable, with a `layout` as `sharding.layout` gives it.
+      *args: as `aligned` returns them; None stands for a parameter that is not there.
     """
     mesh = jax.typeof(args[0]).sharding.mesh
     if not mesh.explicit_axes and not mesh.manual_axes:
@@ -100,9 +100,9 @@ def call_by_type(function: Callable, *args: jax.Array | None):
     return _jitted(function, mesh, lead, sharding.current())(*args)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _jitted(function, mesh, lead, where):
-    """One program where a `shard_map` that is not under jit would compile and run each primitive by itself.
+    """One program, where a `shard_map` without jit around it would compile each primitive by itself.
 
     Args:
       where: the token sharding, which is read while `function` is traced.

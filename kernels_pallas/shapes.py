@@ -6,26 +6,99 @@ import jax.numpy as jnp
 STREAM_DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
+def check_width(streams: jax.Array, n: int, width: int) -> None:
+    """Raises ValueError unless the streams are `[..., n*C]` with this n and this width C."""
+    check_streams(streams, 1)
+    found = streams.shape[-1]
+    if found != n * width:
+        hint = f": widen [..., C] with mhc_jax.expand(x, n={n})" if found == width else ""
+        raise ValueError(
+            f"streams {streams.shape}: the last axis has to be n*C = {n} * {width} = {n * width}{hint}"
+        )
+
+
+def check_floating(**arrays) -> None:
+    """Checks arguments by the names that the user knows; None: not there.
+
+    Raises:
+      TypeError: not an array (a list, a number), or integers, booleans, complex numbers.
+    """
+    for name, x in arrays.items():
+        if x is None:
+            continue
+        if isinstance(x, (list, tuple, int, float, complex)) or not hasattr(x, "dtype"):
+            raise TypeError(
+                f"{name} is a {type(x).__name__}, not an array: use jnp.asarray({name})"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"{name} is {x.dtype}: use a floating dtype, {name}.astype(jnp.float32)"
+            )
+
+
 def check_streams(streams: jax.Array, n: int) -> int:
     """Returns the width C of one stream of flat `streams` [..., n*C].
 
     Raises:
       ValueError: n < 1 or the last axis is not a multiple of n.
-      TypeError: a dtype other than bfloat16, float32 (or float64 under jax_enable_x64).
+      TypeError: not an array, or a dtype other than bfloat16, float32 (float64 under jax_enable_x64).
     """
+    check_floating(streams=streams)
     if n < 1:
         raise ValueError(f"n={n}: the number of streams must be at least 1")
     if streams.ndim < 1 or streams.shape[-1] % n or not streams.shape[-1]:
         raise ValueError(f"streams {streams.shape}: the last axis must be n*C, a multiple of n={n}")
     if streams.dtype not in STREAM_DTYPES:
-        raise TypeError(f"streams are {streams.dtype}: use bfloat16 or float32")
+        raise TypeError(
+            f"streams are {streams.dtype}: use bfloat16 or float32, streams.astype(...)"
+        )
     return streams.shape[-1] // n
+
+
+def check_layer_output(streams: jax.Array, layer_output: jax.Array, width: int) -> None:
+    """Checks what a sublayer's F returned against the streams `[..., n*C]` that it is written to.
+
+    Raises:
+      TypeError: not one array, or not of the dtype of the streams.
+      ValueError: not of the shape `[..., C]`.
+    """
+    if isinstance(layer_output, (list, tuple, dict)):
+        raise TypeError(
+            f"layer_output is a {type(layer_output).__name__}: a layer has to return one array [..., C]; "
+            "for more results call `pre`, the layer and `post` one after the other"
+        )
+    check_floating(layer_output=layer_output)
+    check_shape("layer_output", layer_output, (*streams.shape[:-1], width))
+    if layer_output.dtype != streams.dtype:
+        raise TypeError(
+            f"layer_output is {layer_output.dtype}, the streams are {streams.dtype}: use "
+            "layer_output.astype(streams.dtype)"
+        )
+
+
+def check_phi(streams: jax.Array, phi: jax.Array, num_columns: int | None = None) -> None:
+    """Raises ValueError unless `phi` has a row for each entry of a token, and `num_columns` columns."""
+    columns = phi.shape[1:] if num_columns is None else (num_columns,)
+    if phi.ndim != 2 or phi.shape[1:] != columns:
+        raise ValueError(f"phi has shape {phi.shape}, expected {(streams.shape[-1], *columns[:1])}")
+    if phi.shape[0] != streams.shape[-1]:
+        raise ValueError(
+            f"streams {streams.shape} and phi {phi.shape} do not fit: the last axis of the streams is n*C, "
+            "all streams of a token, and phi has as many rows"
+        )
 
 
 def check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
     """Raises ValueError unless `x.shape == expected`."""
     if x.shape != expected:
         raise ValueError(f"{name} has shape {x.shape}, expected {expected}")
+
+
+def num_streams(name: str, mapping: jax.Array) -> int:
+    """n, the last axis of a read or write mapping `[..., n]`; raises ValueError where there is no axis."""
+    if not mapping.ndim:
+        raise ValueError(f"{name} has shape (), expected [..., n]")
+    return mapping.shape[-1]
 
 
 def num_columns(n: int) -> int:

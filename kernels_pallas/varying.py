@@ -1,7 +1,7 @@
 """What a type says inside of `jax.shard_map`: over which Manual axes the values of devices may differ.
 
-JAX keeps these axes in the type of an array (`jax.typeof(x).manual_axis_type.varying`) where a `shard_map` has
-`check_vma=True`, its default; elsewhere the set is empty and nothing here does anything.
+JAX keeps these axes in the type of an array (`jax.typeof(x).manual_axis_type.varying`) where a `shard_map`
+has `check_vma=True`, its default. Elsewhere the set is empty, and nothing here does anything.
 """
 
 import jax
@@ -24,9 +24,9 @@ def as_varying(x: jax.Array | None, axes: frozenset[str]) -> jax.Array | None:
 def alike(tree):
     """All arrays of a pytree, each varying over every axis that one of them varies over.
 
-    A `custom_vjp` needs this of its arguments. Its backward makes the gradient of a parameter from tokens that
-    vary, whereas JAX wants the type of the parameter; in front of the `custom_vjp` the parameter is given the
-    type of the tokens, and the transpose of that is the sum over the devices.
+    A `custom_vjp` needs this of its arguments. Its backward makes the gradient of a parameter from tokens
+    that vary, and JAX wants it to have the type of the parameter. So the parameter gets the type of the
+    tokens first; the transpose of that step is the sum over the devices.
     """
     axes = varying_axes(*jax.tree.leaves(tree))
     return jax.tree.map(lambda x: as_varying(x, axes), tree) if axes else tree

@@ -9,8 +9,9 @@ connection it has. A model that scans over its sublayers carries the write of a 
 update and lets the next connection do it (`boundary`), so that write and next read can be one kernel.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from flax import nnx
 
 import kernels_pallas as kernels
 from kernels_pallas.placement import whole
-from kernels_pallas.shapes import check_streams, coefficient_dtype
+from kernels_pallas.shapes import check_layer_output, check_streams, check_width, coefficient_dtype
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.layers import RMSNorm
 from mhc_jax.manifolds import Birkhoff, Manifold
@@ -107,20 +108,29 @@ class Connection(nnx.Module):
     def __call__(self, streams: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """One sublayer around any callable `[..., C]` -> `[..., C]`, its pre-norm inside (Eq. 3)."""
         streams, layer_input, mappings = self.read(streams)
-        return self.post(streams, layer(layer_input), mappings)
+        with _no_linen_modules_inside():
+            layer_output = layer(layer_input)
+        return self.post(streams, layer_output, mappings)
 
 
 class Residual(Connection):
-    """x + F(x) (Eq. 1): one stream, no parameters."""
+    """x + F(x) (Eq. 1): one stream, no parameters.
 
-    def __init__(self):
+    Args:
+      rngs: not used, for modules and bridges that pass it to everything.
+    """
+
+    def __init__(self, *, rngs: nnx.Rngs | None = None):
+        del rngs
         self.n = 1
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
         return streams, Mappings(None, None)
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
-        return streams + layer_output.astype(streams.dtype)
+        check_streams(streams, 1)
+        check_layer_output(streams, layer_output, streams.shape[-1])
+        return streams + layer_output
 
     def start(self, streams: jax.Array) -> Pending:
         return Pending(streams, jnp.zeros_like(streams), Mappings(None, None))
@@ -129,6 +139,7 @@ class Residual(Connection):
 class _WideConnection(Connection):
     """Hyper-connections of either kind: `post` is the same weighted write."""
 
+    width: int
     implementation: str | None
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
@@ -156,7 +167,9 @@ class HyperConnections(_WideConnection):
       use_pre, use_post, use_res: whether each mapping is learned (Table 1).
       alpha_init: gating factors at the start, or "auto": 0.1.
       norm_eps: of the RMSNorm.
+      phi_precision: "tf32" or "highest", of theta, see `kernels_pallas.projection`.
       implementation: of the kernels, see `kernels_pallas`.
+      rngs: not used, since no parameter starts from random numbers.
     """
 
     def __init__(
@@ -170,10 +183,15 @@ class HyperConnections(_WideConnection):
         use_res: bool = True,
         alpha_init: float | str = "auto",
         norm_eps: float = 1e-20,
+        phi_precision: str = "tf32",
         implementation: str | None = None,
+        rngs: nnx.Rngs | None = None,
     ):
+        del rngs
         _check_size(width, n)
+        self.width = width
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
+        self.phi_precision = phi_precision
         self.use_pre, self.use_post, self.use_res = use_pre, use_post, use_res
         one_hot = jax.nn.one_hot(sublayer_index % n, n, dtype=jnp.float32)
         self.theta = nnx.Param(jnp.zeros((2 + n, width), jnp.float32))
@@ -188,14 +206,18 @@ class HyperConnections(_WideConnection):
         columns = []
         for stream in jnp.split(streams, self.n, axis=-1):
             s, r = kernels.projection(
-                stream, theta, norm_eps=self.norm_eps, implementation=self.implementation
+                stream,
+                theta,
+                norm_eps=self.norm_eps,
+                phi_precision=self.phi_precision,
+                implementation=self.implementation,
             )
             columns.append(jnp.tanh(s / r[..., None]))
         return jnp.stack(columns, axis=-1)
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
         n, lead = self.n, streams.shape[:-1]
-        check_streams(streams, n)
+        check_width(streams, self.n, self.width)
         dynamic, alpha, bias = self._dynamic(streams), whole(self.alpha[...]), whole(self.bias[...])
         alpha, bias = alpha.astype(dynamic.dtype), bias.astype(dynamic.dtype)
         b_pre, b_post, b_res = bias[:n], bias[n : 2 * n], bias[2 * n :].reshape(n, n)
@@ -233,7 +255,9 @@ class ManifoldHyperConnections(_WideConnection):
       pre_init_gap: the read mapping starts at sigmoid(-gap) for the streams that are not read.
       res_init_gap: the off-diagonal logits of h_res start at -gap.
       norm_eps: added to the mean square of the streams (Table 5: 1e-20).
+      phi_precision: "tf32" or "highest", see `kernels_pallas.projection`.
       implementation: of the kernels, see `kernels_pallas`.
+      rngs: not used, since no parameter starts from random numbers.
 
     Raises:
       ValueError: width < 1, n < 1, or so many streams that h_pre cannot sum to 1 at this gap.
@@ -250,10 +274,15 @@ class ManifoldHyperConnections(_WideConnection):
         pre_init_gap: float = 4.0,
         res_init_gap: float = 8.0,
         norm_eps: float = 1e-20,
+        phi_precision: str = "tf32",
         implementation: str | None = None,
+        rngs: nnx.Rngs | None = None,
     ):
+        del rngs
         _check_size(width, n)
+        self.width = width
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
+        self.phi_precision = phi_precision
         self.manifold = Birkhoff() if manifold is None else manifold
         num_logits = self.manifold.num_logits(n)
         self.phi = nnx.Param(jnp.zeros((n * width, 2 * n + num_logits), jnp.float32))
@@ -276,6 +305,7 @@ class ManifoldHyperConnections(_WideConnection):
     def read(
         self, streams: jax.Array, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
+        check_width(streams, self.n, self.width)
         if not self._fused:
             return super().read(streams, norm)
         layer_input, *mappings, streams = kernels.read(streams, **self._arguments(norm))
@@ -287,6 +317,7 @@ class ManifoldHyperConnections(_WideConnection):
         if not self._fused or pending.layer_output is None:
             return super().boundary(pending, norm)
         streams, layer_output, written = pending
+        check_width(streams, self.n, self.width)
         layer_input, *mappings, streams = kernels.boundary(
             streams, layer_output, *written, **self._arguments(norm)
         )
@@ -295,6 +326,7 @@ class ManifoldHyperConnections(_WideConnection):
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
         if self._fused:
             return self.read(streams)[1:]
+        check_width(streams, self.n, self.width)
         h_pre, h_post, h_res = self._mappings_on_any_manifold(streams)
         layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
         return layer_input, Mappings(h_post, h_res)
@@ -308,6 +340,7 @@ class ManifoldHyperConnections(_WideConnection):
             "n": self.n,
             "num_iterations": self.manifold.num_iterations,
             "norm_eps": self.norm_eps,
+            "phi_precision": self.phi_precision,
             "input_norm_weight": None if norm is None else norm.scale[...],
             "input_norm_eps": None if norm is None else norm.eps,
             "implementation": self.implementation,
@@ -316,7 +349,11 @@ class ManifoldHyperConnections(_WideConnection):
     def _mappings_on_any_manifold(self, streams):
         n = self.n
         s, r = kernels.projection(
-            streams, self.phi[...], norm_eps=self.norm_eps, implementation=self.implementation
+            streams,
+            self.phi[...],
+            norm_eps=self.norm_eps,
+            phi_precision=self.phi_precision,
+            implementation=self.implementation,
         )
         parts = jnp.split(s / r[..., None], (n, 2 * n), axis=-1)
         statics = jnp.split(whole(self.bias[...]).astype(s.dtype), (n, 2 * n))
@@ -325,6 +362,28 @@ class ManifoldHyperConnections(_WideConnection):
             for gate, part, static in zip(whole(self.alpha[...]).astype(s.dtype), parts, statics)
         )
         return jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), self.manifold.project(res, n)
+
+
+@contextlib.contextmanager
+def _no_linen_modules_inside() -> Iterator[None]:
+    """Raises where a layer makes Linen modules inside of a connection that Linen called through the bridge.
+
+    They would become parameters of the bridge's module, and `apply` would not find them in ours.
+    """
+    find = getattr(nnx.bridge.wrappers, "current_linen_module", lambda: None)
+    module = find()
+    if not isinstance(module, nnx.bridge.ToLinen):
+        yield
+        return
+    before = set(module.variables.get("params", ()))
+    yield
+    inside = set(module.variables.get("params", ())) - before
+    if inside:
+        raise ValueError(
+            f"the layer made Linen modules ({', '.join(sorted(inside))}) while the connection called it: "
+            "make them before (dense = nn.Dense(...); connection(streams, dense)), or call `pre`, the layer "
+            "and `post`"
+        )
 
 
 def _check_size(width: int, n: int) -> None:

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.pre import reference
-from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype
+from kernels_pallas.shapes import (
+    check_floating,
+    check_shape,
+    check_streams,
+    coefficient_dtype,
+    num_streams,
+)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
@@ -60,7 +66,7 @@ def pre(
         layer_input = h if norm_eps is None else h * rsqrt(mean(h**2) + norm_eps) * norm_weight
 
     Args:
-      streams: `[..., n*C]` bfloat16 or float32.
+      streams: `[..., n*C]` bfloat16 or float32 (no float16).
       h_pre: `[..., n]` float32.
       norm_weight: `[C]`, weight of the RMSNorm; None: ones.
       norm_eps: eps of the RMSNorm; None: no norm, and then no `norm_weight`.
@@ -71,9 +77,11 @@ def pre(
 
     Raises:
       ValueError: shapes that do not fit.
+      TypeError: no array, or another dtype than said above.
       NotImplementedError: the named implementation cannot run here.
     """
-    n = h_pre.shape[-1]
+    check_floating(h_pre=h_pre)
+    n = num_streams("h_pre", h_pre)
     width = check_streams(streams, n)
     check_shape("h_pre", h_pre, (*streams.shape[:-1], n))
     dtype = coefficient_dtype(streams.dtype)
@@ -99,5 +107,6 @@ def check_norm(weight: jax.Array | None, eps: float | None, width: int, dtype) -
         return None
     if weight is None:
         return jnp.ones((width,), dtype)
+    check_floating(norm_weight=weight)
     check_shape("norm_weight", weight, (width,))
     return weight.astype(dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.shapes import check_floating
 from kernels_pallas.sinkhorn import reference
 
 
@@ -76,9 +77,11 @@ def sinkhorn(
 
     Raises:
       ValueError: not square matrices, or num_iterations < 1.
+      TypeError: integer or complex logits, or no array.
       NotImplementedError: the named implementation cannot run here.
     """
     check_num_iterations(num_iterations)
+    check_floating(logits=logits)
     if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2] or not logits.shape[-1]:
         raise ValueError(f"logits {logits.shape}: expected square matrices [..., n, n]")
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

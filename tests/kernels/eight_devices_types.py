@@ -1,6 +1,6 @@
-"""Run by test_types.py on 8 CPU devices: operations and connections in programs of others, against one device.
+"""Run by test_types.py on 8 CPU devices: operations and connections in other people's programs.
 
-Explicit axes, `jax.shard_map` over all axes or some, gradients taken inside and outside, kernels interpreted.
+Explicit axes, `jax.shard_map` over all axes or some, gradients taken inside and outside: against one device.
 """
 
 import functools
@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from interpreted import QUICK, normal
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kp
+from kernels_pallas.sharding import token_sharding
 from mhc_jax import (
     HyperConnections,
     Identity,
@@ -27,6 +29,7 @@ from mhc_jax import (
 )
 
 n, C, LEAD = 2, 8, (8, 4)
+WIDE = 64  # for kernels
 
 
 def ops_loss(p, x, y, implementation="xla"):
@@ -44,6 +47,13 @@ def ops_loss(p, x, y, implementation="xla"):
     x = x + expand(kp.pre(x, h_pre, implementation=implementation), n)
     h_res = kp.sinkhorn(h_res, num_iterations=3, implementation=implementation)
     return jnp.cos(x).sum(-1) + jnp.sin(3 * h_res).sum((-2, -1)) + (u * u * u).sum(-1)
+
+
+def kernel_loss(p, x, y, implementation="pallas"):
+    """One operation with every kind of argument and result."""
+    options = {"n": n, "num_iterations": 2, "implementation": implementation}
+    u, h_post, h_res, x = kp.read(x, p["phi"], p["bias"], p["alpha"], **options)
+    return jnp.sin(u + y).sum(-1) + jnp.cos(x).sum(-1) + (h_res * h_post[..., None]).sum((-2, -1))
 
 
 class Model(nnx.Module):
@@ -80,19 +90,29 @@ OPS = {
     "alpha": normal(4, 3),
     "weight": normal(5, C),
 }
-LOSSES = {"ops": (ops_loss, OPS), "connections": (model_loss, MODEL)}
+READ = {"phi": normal(2, n * WIDE, 8, scale=0.05), "bias": normal(3, 8), "alpha": normal(4, 3)}
 X, Y = normal(0, *LEAD, n * C), normal(1, *LEAD, C)
+LOSSES = {
+    "ops": (ops_loss, OPS, X, Y),
+    "connections": (model_loss, MODEL, X, Y),
+    "kernels": (kernel_loss, READ, normal(6, 8, 16, n * WIDE), normal(7, 8, 16, WIDE)),
+}
 
 
 def jit(function):
     return jax.jit(function, compiler_options=QUICK)
 
 
+def value_and_gradients(loss):
+    return jax.value_and_grad(lambda *args: loss(*args).sum(), (0, 1, 2))
+
+
 @functools.cache
 def wanted(name):
-    loss, parameters = LOSSES[name]
-    f = jax.value_and_grad(lambda *args: loss(*args).sum(), (0, 1, 2))
-    return jax.device_get(jit(f)(parameters, X, Y))
+    loss, *args = LOSSES[name]
+    if name == "kernels":
+        loss = functools.partial(loss, implementation="xla")
+    return jax.device_get(jit(value_and_gradients(loss))(*args))
 
 
 def check(case, name, got):
@@ -116,23 +136,21 @@ def rows(mesh, x, axis):
     return P(axis) if axis and x.ndim and x.shape[0] % mesh.shape[axis] == 0 else P()
 
 
-def place(mesh, parameters, tokens, axis):
+def place(mesh, name, tokens, axis):
+    """Arguments of a loss: tokens split, parameters split over `axis` where they can be."""
+    _, parameters, x, y = LOSSES[name]
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
-    return (
-        jax.tree.map(lambda x: put(x, rows(mesh, x, axis)), parameters),
-        put(X, tokens),
-        put(Y, tokens),
-    )
+    parameters = jax.tree.map(lambda x: put(x, rows(mesh, x, axis)), parameters)
+    return parameters, put(x, tokens), put(y, tokens)
 
 
 def explicit(mesh, tokens, axis):
-    """value_and_grad under jax.set_mesh: gradients have the types of their arguments."""
+    """Under jax.set_mesh; gradients have the types of their arguments."""
 
     def run(name):
-        loss, parameters = LOSSES[name]
-        args = place(mesh, parameters, tokens, axis)
+        args = place(mesh, name, tokens, axis)
         with jax.set_mesh(mesh):
-            got = jit(jax.value_and_grad(lambda *args: loss(*args).sum(), (0, 1, 2)))(*args)
+            got = jit(value_and_gradients(LOSSES[name][0]))(*args)
         types = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (args, got[1]))
         assert types[0] == types[1], types
         return got
@@ -140,32 +158,28 @@ def explicit(mesh, tokens, axis):
     return run
 
 
-def manual(mesh, tokens, *, inside, check_vma, axes=frozenset(), within=None):
+def manual(mesh, tokens, *, inside, check_vma, axes=frozenset()):
     """The gradient outside or inside of a shard_map over `axes` (all by default)."""
     names = axes or set(mesh.axis_names)
-    reduced = tuple(a for a in jax.tree.leaves(tuple(tokens)) if a in names)
     spec = P(*(a if a in names else None for a in tokens))
+    reduced = tuple(a for a in tokens if a in names)
 
     def run(name):
-        loss, parameters = LOSSES[name]
+        loss = LOSSES[name][0]
 
         def local(*args):
             return jax.lax.psum(loss(*args).sum(), reduced)
 
-        def inner(parameters, x, y):
-            if not inside:
-                return local(parameters, x, y)
+        def gradients(*args):
             if check_vma:
-                return jax.value_and_grad(local, (0, 1, 2))(parameters, x, y)
-            # Without types the transpose of psum is psum: the gradient of a local loss, summed by hand.
-            value, (dp, dx, dy) = jax.value_and_grad(lambda *args: loss(*args).sum(), (0, 1, 2))(
-                parameters, x, y
-            )
-            value, dp = jax.lax.psum((value, dp), reduced)
-            return value, (dp, dx, dy)
+                return jax.value_and_grad(local, (0, 1, 2))(*args)
+            # Without types the transpose of psum is psum: take the gradient of this device's loss.
+            value, (d_parameters, dx, dy) = value_and_gradients(loss)(*args)
+            value, d_parameters = jax.lax.psum((value, d_parameters), reduced)
+            return value, (d_parameters, dx, dy)
 
         mapped = jax.shard_map(
-            inner,
+            gradients if inside else local,
             mesh=mesh,
             in_specs=(P(), spec, spec),
             out_specs=(P(), (P(), spec, spec)) if inside else P(),
@@ -173,16 +187,28 @@ def manual(mesh, tokens, *, inside, check_vma, axes=frozenset(), within=None):
             axis_names=axes,
         )
         f = mapped if inside else jax.value_and_grad(mapped, (0, 1, 2))
-        args = place(mesh, parameters, tokens, None)
-        with within() if within else jax.set_mesh(mesh):
-            return jit(f)(*args)
+        with jax.set_mesh(mesh):
+            return jit(f)(*place(mesh, name, tokens, None))
 
     return run
 
 
+def interpreted(run, mode=True, tokens=None):
+    """`run` with Pallas kernels interpreted, under `token_sharding` if there are `tokens`."""
+
+    def interpreted_run(name):
+        with pltpu.force_tpu_interpret_mode(mode):
+            if tokens is None:
+                return run(name)
+            with token_sharding(*tokens):
+                return run(name)
+
+    return interpreted_run
+
+
 def cases():
     """Name, losses and how they run."""
-    both, ops, connections = tuple(LOSSES), ("ops",), ("connections",)
+    both, ops, connections = ("ops", "connections"), ("ops",), ("connections",)
     two = mesh_of(a=(4, "Explicit"), b=(2, "Explicit"))
     mixed = mesh_of(a=(4, "Explicit"), b=(2, "Auto"))
     yield "explicit, fsdp", connections, explicit(mesh_of(d=(8, "Explicit")), P("d"), "d")
@@ -202,11 +228,24 @@ def cases():
             yield f"manual and explicit, {case}", connections, manual(mixed, P("a", "b"), **options)
 
 
+def kernel_cases():
+    auto = mesh_of(a=(4, "Auto"), b=(2, "Auto"))
+    two = mesh_of(a=(4, "Explicit"), b=(2, "Explicit"))
+    tokens = P("a", "b")
+    yield "explicit", interpreted(explicit(two, tokens, "a"))
+    # The simple interpreter does not say what varies.
+    typed = manual(auto, tokens, inside=True, check_vma=True)
+    yield "manual, inside=True, check_vma=True", interpreted(typed, pltpu.InterpretParams())
+    partly = manual(auto, tokens, inside=False, check_vma=False, axes={"a"})
+    yield "manual and token_sharding", interpreted(partly, tokens=(auto, *tokens))
+
+
 def main():
-    for case, names, run in cases():
+    for case, names, run in cases() if sys.argv[1] == "xla" else ():
         for name in names:
-            if all(word in f"{case}, {name}" for word in sys.argv[1:]):
-                check(case, name, run(name))
+            check(case, name, run(name))
+    for case, run in kernel_cases() if sys.argv[1] == "kernels" else ():
+        check(case, "kernels", run("kernels"))
     print("types ok")
 
 
