@@ -32,8 +32,8 @@ n, C, LEAD = 2, 8, (8, 4)
 WIDE = 64  # for kernels
 
 
-def ops_loss(p, x, y, implementation="xla"):
-    """A loss per token with every operation in it."""
+def ops_loss(p, x, y, implementation="xla", kp=kp):
+    """A loss per token with every operation of `kp` in it."""
     options = {"n": n, "num_iterations": 3, "implementation": implementation}
     norm = {"input_norm_weight": p["weight"], "input_norm_eps": 1e-6}
     parameters = p["phi"], p["bias"], p["alpha"]
