@@ -38,7 +38,7 @@ class TokenSharding(NamedTuple):
     @property
     def sizes(self) -> dict[str, int]:
         """Sizes of the axes that a `shard_map` here may take."""
-        return {name: self.mesh.shape[name] for name in free_axes(self.mesh)}
+        return free_sizes(self.mesh)
 
 
 _current: contextvars.ContextVar[TokenSharding | None] = contextvars.ContextVar(
@@ -63,7 +63,7 @@ def current() -> TokenSharding | None:
             f"token_sharding was given a mesh of {dict(where.mesh.shape)}, but the mesh of the context "
             f"(jax.set_mesh, jax.shard_map) is {dict(context.shape)}: use the same for both"
         )
-    free = free_axes(context)
+    free = free_sizes(context)
     if not free:
         return None
     return TokenSharding(context, tuple(_only(group, free) for group in where.axes))
@@ -75,9 +75,10 @@ def first_device() -> jax.Device | None:
     return None if where is None else where.mesh.devices.flat[0]
 
 
-def free_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """Names of the axes that no `shard_map` around this has made Manual."""
-    return tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
+def free_sizes(mesh: Mesh | AbstractMesh | None) -> dict[str, int]:
+    """Sizes of the axes that no `shard_map` around this has made Manual; none without a mesh."""
+    sizes = {} if mesh is None else mesh.shape
+    return {name: size for name, size in sizes.items() if name not in mesh.manual_axes}
 
 
 def _only(group, names):

@@ -94,15 +94,15 @@ class Connection(nnx.Module):
 
     def start(self, streams: jax.Array) -> Pending:
         """A pending update that leaves `streams` as they are: how a scan over sublayers begins."""
-        lead, width = streams.shape[:-1], streams.shape[-1] // self.n
+        n, width = self.n, streams.shape[-1] // self.n
         dtype = coefficient_dtype(streams.dtype)
+        # Made from the streams, they live where the streams do: a scan wants the types of its own results.
+        h_post = jnp.zeros_like(streams[..., :n], dtype)
+        identity = jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*h_post.shape, n))
         return Pending(
             streams,
-            jnp.zeros((*lead, width), streams.dtype),
-            Mappings(
-                jnp.zeros((*lead, self.n), dtype),
-                jnp.broadcast_to(jnp.eye(self.n, dtype=dtype), (*lead, self.n, self.n)),
-            ),
+            jnp.zeros_like(streams[..., :width]),
+            Mappings(h_post, h_post[..., None] + identity),
         )
 
     def __call__(self, streams: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels_pallas.derivatives import custom_vjp
+from kernels_pallas.placement import whole
 from mhc_jax.remat import keep
 from mhc_jax.sharding import gathered
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
 def look_up(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
     """Rows of the embedding `[V, C]` in `dtype`: tokens `[B, S]` -> `[B, S, C]`.
 
@@ -42,7 +44,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        scale = jnp.broadcast_to(self.scale[...], x.shape)
+        scale = jnp.broadcast_to(whole(self.scale[...]), x.shape)
         return (wide * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
 
 

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from kernels_pallas.derivatives import custom_vjp
+from kernels_pallas.varying import varying_axes
 from mhc_jax import sharding
 
 
-@jax.custom_vjp
+@custom_vjp
 def unembed(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """Logits `[..., V]` float32 of x `[..., C]`, products in the dtype of x in both directions.
 
@@ -68,7 +70,7 @@ def linear_cross_entropy(
     return _loss(chunks, x, matrix, targets)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _loss(chunks, x, matrix, targets):
     return _per_device(chunks, x, matrix, targets, gradients=False)[0]
 
@@ -92,7 +94,9 @@ def _per_device(chunks, x, matrix, targets, *, gradients):
     """The mean loss and, if asked for, its gradients of x and of the matrix."""
     run = functools.partial(_in_chunks, chunks=chunks, num_tokens=targets.size, gradients=gradients)
     mesh, spec = sharding.token_spec(targets.shape)
-    if mesh is None or mesh.size == 1:
+    # The vocabulary stays split over the other axes.
+    manual = frozenset({*sharding.BATCH_AXES, "sequence"} & {*sharding.free_sizes(mesh)})
+    if mesh is None or mesh.size == 1 or not manual:
         return run(x, matrix, targets)
     names = sharding.axis_names(spec)
 
@@ -107,9 +111,8 @@ def _per_device(chunks, x, matrix, targets, *, gradients):
         mesh=mesh,
         in_specs=(spec, PartitionSpec(), spec),
         out_specs=(by_device, spec, by_device)[: 3 if gradients else 1],
-        # The vocabulary stays split over the others.
-        axis_names=frozenset(sharding.BATCH_AXES) | {"sequence"},
-        check_vma=False,
+        axis_names=manual,
+        check_vma=bool(varying_axes(x, matrix, targets)),
     )(x, matrix.astype(x.dtype), targets)  # in the dtype of x before it is gathered
     return loss.sum(), *(part.sum(0) if i else part for i, part in enumerate(found))
 

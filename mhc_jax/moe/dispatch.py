@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.derivatives import custom_vjp
 from mhc_jax.remat import keep
 
 
@@ -91,9 +92,14 @@ def _sort(groups: jax.Array, num_groups: int):
     """Choices ordered by group, where each choice went, and the number in each group."""
     flat = groups.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    position = jax.lax.platform_dependent(order, tpu=jnp.argsort, default=_inverse_permutation)
-    sizes = jnp.sum(jax.nn.one_hot(flat, num_groups, dtype=jnp.int32), axis=0)
-    return order, position.astype(jnp.int32).reshape(groups.shape), sizes
+    position = jax.lax.platform_dependent(
+        order,
+        tpu=lambda order: jnp.argsort(order).astype(order.dtype),
+        default=_inverse_permutation,
+    )
+    # Under jax_enable_x64 a sum of int32 would be int64.
+    sizes = jnp.sum(jax.nn.one_hot(flat, num_groups, dtype=jnp.int32), axis=0, dtype=jnp.int32)
+    return order, position.reshape(groups.shape), sizes
 
 
 def _inverse_permutation(order):
@@ -152,7 +158,7 @@ def _weights_of_choices(rows_weights, rows):
 
 def _linear_in_x(function, transpose):
     """`function(x, rows)` whose gradient is `transpose(cotangent, rows)`."""
-    op = jax.custom_vjp(function)
+    op = custom_vjp(function)
 
     def backward(rows, cotangent):
         no_gradient = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), rows)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.derivatives import custom_vjp
 from mhc_jax.remat import keep
 
 
@@ -37,7 +38,7 @@ def expert_ffn(
     return matmul(_gated(hidden, row_weights), weights.down)
 
 
-@jax.custom_vjp
+@custom_vjp
 def _gated(gate_up, row_weights):
     """silu(gate) * up * weight in float32; the backward keeps the arguments alone."""
     gate, up = _halves(gate_up)

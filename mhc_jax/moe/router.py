@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.derivatives import custom_vjp
 from mhc_jax.remat import keep
 
 
@@ -51,7 +52,7 @@ def _float32_logits(x, kernel):
     return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
-@jax.custom_vjp
+@custom_vjp
 def logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x @ kernel, `[..., C]` and `[C, E]` float32 -> `[..., E]` float32 at the highest precision.
 

@@ -60,11 +60,12 @@ class Model(nnx.Module):
     """Every connection and read-out."""
 
     def __init__(self):
-        self.mhc = ManifoldHyperConnections(C, n)
-        self.identity = ManifoldHyperConnections(C, n, manifold=Identity())
-        self.hc = HyperConnections(C, n, use_post=False)
-        self.next = ManifoldHyperConnections(C, n, sublayer_index=1)
-        self.head = Readout("head", C, n)
+        gate = {"alpha_init": 0.1}  # "auto" at this width would only magnify the rounding of sums
+        self.mhc = ManifoldHyperConnections(C, n, **gate)
+        self.identity = ManifoldHyperConnections(C, n, manifold=Identity(), **gate)
+        self.hc = HyperConnections(C, n, use_post=False, **gate)
+        self.next = ManifoldHyperConnections(C, n, sublayer_index=1, **gate)
+        self.head = Readout("head", C, n, **gate)
         self.sum = Readout("sum", C, n)
 
 
