@@ -8,6 +8,7 @@ parameter is.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -79,6 +80,45 @@ def whole(parameter: jax.Array) -> jax.Array:
     if _explicit_mesh(parameter) is None or not any(_axes(parameter)):
         return parameter
     return _reshard(parameter, _explicit_mesh(parameter), ())
+
+
+def automatic(function: Callable, *args: Any, splits: Any) -> Any:
+    """`function(*args)` where XLA places what is inside, as on axes of type Auto.
+
+    For what is more than an operation with a kernel: attention, experts, the loss. Inside,
+    `sharding.current()` says where the type of the first argument splits tokens.
+
+    Args:
+      function: takes arrays.
+      *args: the first has tokens `[B, S, ...]`; pytrees of arrays.
+      splits: for each result (a prefix of their tree) whether it begins with the axes of tokens too.
+    """
+    mesh = _explicit_mesh(*jax.tree.leaves(args))
+    if mesh is None:
+        return function(*args)
+    lead = _axes(args[0])[:2] if _explicit_mesh(args[0]) is not None else (None, None)
+
+    def inside(*args):
+        with sharding.token_sharding(jax.sharding.get_abstract_mesh(), *lead):
+            return function(*args)
+
+    out = jax.tree.map(
+        lambda split: NamedSharding(mesh, PartitionSpec(*lead if split else ())), splits
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(inside, out_sharding=out)(*args)
+
+
+def beside(tokens: jax.Array, matrix: jax.Array) -> jax.Array:
+    """The right factor of `tokens @ matrix`, gathered if Explicit axes split its rows, or tokens too.
+
+    Columns may stay split over another axis than the tokens; then so is the product.
+    """
+    rows, *columns = _axes(matrix)
+    taken = {*sharding.axis_names(_axes(tokens))}
+    if rows is None and not taken & {*sharding.axis_names(columns)}:
+        return matrix
+    return whole(matrix)
 
 
 def _reshard(x, mesh, lead):

@@ -4,6 +4,11 @@ import jax
 import jax.numpy as jnp
 
 
+def wide_dtype(dtype) -> jnp.dtype:
+    """The dtype of sums and coefficients: float32, but float64 for float64 (under jax_enable_x64)."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 @jax.custom_jvp
 def round_to_tf32(x: jax.Array) -> jax.Array:
     """Rounds float32 to the 8 exponent and 10 mantissa bits of TF32, still stored as float32.

@@ -104,8 +104,3 @@ def num_streams(name: str, mapping: jax.Array) -> int:
 def num_columns(n: int) -> int:
     """Columns of phi and entries of bias: pre (n), post (n), res (n*n)."""
     return n * n + 2 * n
-
-
-def coefficient_dtype(streams_dtype) -> jnp.dtype:
-    """float32 always, except that float64 streams (tests under x64) keep float64 coefficients."""
-    return jnp.promote_types(streams_dtype, jnp.float32)

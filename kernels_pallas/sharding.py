@@ -70,9 +70,9 @@ def current() -> TokenSharding | None:
 
 
 def first_device() -> jax.Device | None:
-    """A device of the `token_sharding` that is active, or None outside of any."""
+    """A device of the `token_sharding` that is active, or None where none names devices."""
     where = _current.get()
-    return None if where is None else where.mesh.devices.flat[0]
+    return where.mesh.devices.flat[0] if where and isinstance(where.mesh, Mesh) else None
 
 
 def free_sizes(mesh: Mesh | AbstractMesh | None) -> dict[str, int]:
@@ -87,7 +87,9 @@ def _only(group, names):
 
 
 @contextlib.contextmanager
-def token_sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> Iterator[None]:
+def token_sharding(
+    mesh: Mesh | AbstractMesh, *axes: str | tuple[str, ...] | None
+) -> Iterator[None]:
     """Runs the kernels that are traced inside per device of `mesh`.
 
     Args:

@@ -20,7 +20,8 @@ from flax import nnx
 
 import kernels_pallas as kernels
 from kernels_pallas.placement import whole
-from kernels_pallas.shapes import check_layer_output, check_streams, check_width, coefficient_dtype
+from kernels_pallas.precision import wide_dtype
+from kernels_pallas.shapes import check_layer_output, check_streams, check_width
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.layers import RMSNorm
 from mhc_jax.manifolds import Birkhoff, Manifold
@@ -95,7 +96,7 @@ class Connection(nnx.Module):
     def start(self, streams: jax.Array) -> Pending:
         """A pending update that leaves `streams` as they are: how a scan over sublayers begins."""
         n, width = self.n, streams.shape[-1] // self.n
-        dtype = coefficient_dtype(streams.dtype)
+        dtype = wide_dtype(streams.dtype)
         # Made from the streams, they live where the streams do: a scan wants the types of its own results.
         h_post = jnp.zeros_like(streams[..., :n], dtype)
         identity = jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*h_post.shape, n))
@@ -197,7 +198,9 @@ class HyperConnections(_WideConnection):
         self.theta = nnx.Param(jnp.zeros((2 + n, width), jnp.float32))
         self.alpha = nnx.Param(jnp.full(3, hc_alpha(alpha_init), jnp.float32))
         self.bias = nnx.Param(
-            jnp.concatenate([one_hot, jnp.ones(n), jnp.eye(n).reshape(-1)]).astype(jnp.float32)
+            jnp.concatenate(
+                [one_hot, jnp.ones(n, jnp.float32), jnp.eye(n, dtype=jnp.float32).reshape(-1)]
+            )
         )
 
     def _dynamic(self, streams: jax.Array) -> jax.Array:
@@ -223,11 +226,12 @@ class HyperConnections(_WideConnection):
         b_pre, b_post, b_res = bias[:n], bias[n : 2 * n], bias[2 * n :].reshape(n, n)
 
         def mapping(used, values, gate, static, fixed):
-            static, fixed = (jnp.broadcast_to(x, values.shape) for x in (static, fixed))
-            return gate * values + static if used else fixed.astype(values.dtype)
+            if not used:
+                return jnp.broadcast_to(jnp.asarray(fixed, values.dtype), values.shape)
+            return gate * values + jnp.broadcast_to(static, values.shape)
 
-        h_pre = mapping(self.use_pre, dynamic[..., 0, :], alpha[0], b_pre, jnp.full(n, 1 / n))
-        h_post = mapping(self.use_post, dynamic[..., 1, :], alpha[1], b_post, jnp.ones(n))
+        h_pre = mapping(self.use_pre, dynamic[..., 0, :], alpha[0], b_pre, 1 / n)
+        h_post = mapping(self.use_post, dynamic[..., 1, :], alpha[1], b_post, 1.0)
         h_res = mapping(self.use_res, dynamic[..., 2:, :], alpha[2], b_res, jnp.eye(n))
         assert h_res.shape == (*lead, n, n)
         layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
@@ -291,10 +295,10 @@ class ManifoldHyperConnections(_WideConnection):
             jnp.concatenate(
                 [
                     _initial_read_logits(n, pre_init_gap, sublayer_index),
-                    jnp.zeros(n),
-                    self.manifold.initial_logits(n, res_init_gap),
+                    jnp.zeros(n, jnp.float32),
+                    self.manifold.initial_logits(n, res_init_gap).astype(jnp.float32),
                 ]
-            ).astype(jnp.float32)
+            )
         )
 
     @property
@@ -402,7 +406,8 @@ def _initial_read_logits(n: int, gap: float, sublayer_index: int | jax.Array) ->
             f"nothing for the last; raise pre_init_gap above {math.log(n - 2):.2f}"
         )
     read = gap if n == 1 else math.log((1 - rest) / rest)
-    return jnp.where(jnp.arange(n) == sublayer_index % n, read, -gap)
+    logits = jnp.where(jnp.arange(n) == sublayer_index % n, read, -gap)
+    return logits.astype(jnp.float32)
 
 
 __all__ = [

@@ -13,12 +13,13 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from kernels_pallas import sharding
+from kernels_pallas import placement, sharding
 from kernels_pallas.varying import varying_axes
 from mhc_jax.remat import KEEP_NAME
 
@@ -42,6 +43,10 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Returns:
       `[B, S, H, Dv]` in the dtype of v.
     """
+    return placement.automatic(_causal_attention, q, k, v, splits=True)
+
+
+def _causal_attention(q, k, v):
     active = sharding.current()
     if active is None:
         device = sharding.first_device() or jax.devices()[0]
@@ -52,7 +57,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         platform = {"gpu": "cuda"}.get(device.platform, device.platform)
         return jax.lax.platform_dependent(q, k, v, default=_unfused, **{platform: fused})
     mesh = active.mesh
-    attend = _fused(sharding.first_device(), q, v) or _unfused
+    attend = _fused(sharding.first_device() or jax.devices()[0], q, v) or _unfused
     if mesh.size == 1:
         return attend(q, k, v)
 
@@ -88,12 +93,14 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def _unfused(q, k, v, *, offset=None):
     """The definition. `offset`: position of the first query among the keys."""
     padded = _pad(v, q.shape[-1])
-    if offset is None:
-        out = jax.nn.dot_product_attention(q, k, padded, is_causal=True)
-    else:
-        query = offset + jnp.arange(q.shape[1])
-        mask = jnp.arange(k.shape[1])[None, :] <= query[:, None]
-        out = jax.nn.dot_product_attention(q, k, padded, mask=mask[None, None])
+    options: dict[str, Any] = {"is_causal": True}
+    if offset is not None:
+        query = offset + jnp.arange(q.shape[1], dtype=jnp.int32)
+        mask = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :] <= query[:, None]
+        options = {"mask": mask[None, None]}
+    # It adds float32 to bfloat16, which a program of strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.dot_product_attention(q, k, padded, **options)
     return out[..., : v.shape[-1]]
 
 

@@ -13,6 +13,7 @@ from kernels_pallas import placement
 from kernels_pallas.boundary import reference
 from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.pre import check_norm
+from kernels_pallas.precision import wide_dtype
 from kernels_pallas.projection import rounded
 from kernels_pallas.shapes import (
     check_floating,
@@ -20,7 +21,6 @@ from kernels_pallas.shapes import (
     check_phi,
     check_shape,
     check_streams,
-    coefficient_dtype,
     num_columns,
 )
 from kernels_pallas.sinkhorn import check_num_iterations
@@ -82,7 +82,7 @@ def _parameters(streams, phi, bias, alpha, n, num_iterations, phi_precision):
     check_phi(streams, phi, m)
     check_shape("bias", bias, (m,))
     check_shape("alpha", alpha, (3,))
-    dtype = coefficient_dtype(streams.dtype)
+    dtype = wide_dtype(streams.dtype)
     return {
         "phi": rounded(streams, phi.astype(dtype), phi_precision),
         "bias": bias.astype(dtype),

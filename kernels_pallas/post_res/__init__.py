@@ -7,12 +7,12 @@ import jax
 from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.post_res import reference
+from kernels_pallas.precision import wide_dtype
 from kernels_pallas.shapes import (
     check_floating,
     check_layer_output,
     check_shape,
     check_streams,
-    coefficient_dtype,
     num_streams,
 )
 
@@ -71,7 +71,7 @@ def post_res(
     check_layer_output(streams, layer_output, width)
     check_shape("h_post", h_post, (*lead, n))
     check_shape("h_res", h_res, (*lead, n, n))
-    dtype = coefficient_dtype(streams.dtype)
+    dtype = wide_dtype(streams.dtype)
     args = placement.aligned(
         reference.forward,
         streams=streams,

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.pre import reference
+from kernels_pallas.precision import wide_dtype
 from kernels_pallas.shapes import (
     check_floating,
     check_shape,
     check_streams,
-    coefficient_dtype,
     num_streams,
 )
 
@@ -84,7 +84,7 @@ def pre(
     n = num_streams("h_pre", h_pre)
     width = check_streams(streams, n)
     check_shape("h_pre", h_pre, (*streams.shape[:-1], n))
-    dtype = coefficient_dtype(streams.dtype)
+    dtype = wide_dtype(streams.dtype)
     h_pre = h_pre.astype(dtype)
     weight = check_norm(norm_weight, norm_eps, width, dtype)
     streams, h_pre, weight = placement.aligned(

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp, run
-from kernels_pallas.precision import round_to_tf32
+from kernels_pallas.precision import round_to_tf32, wide_dtype
 from kernels_pallas.projection import reference
-from kernels_pallas.shapes import check_floating, check_phi, check_streams, coefficient_dtype
+from kernels_pallas.shapes import check_floating, check_phi, check_streams
 
 PHI_PRECISIONS = ("tf32", "highest")
 
@@ -94,6 +94,6 @@ def projection(
     check_streams(streams, 1)
     check_floating(phi=phi)
     check_phi(streams, phi)
-    phi = rounded(streams, phi.astype(coefficient_dtype(streams.dtype)), phi_precision)
+    phi = rounded(streams, phi.astype(wide_dtype(streams.dtype)), phi_precision)
     streams, phi = placement.aligned(reference.forward, streams=streams, phi=phi)
     return _projection(streams, phi, norm_eps, implementation)

@@ -3,10 +3,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.precision import wide_dtype
 from kernels_pallas.shapes import check_floating
 from kernels_pallas.sinkhorn import reference
 
@@ -84,6 +84,6 @@ def sinkhorn(
     check_floating(logits=logits)
     if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2] or not logits.shape[-1]:
         raise ValueError(f"logits {logits.shape}: expected square matrices [..., n, n]")
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(wide_dtype(logits.dtype))
     (logits,) = placement.aligned(reference.forward, logits=logits)
     return _sinkhorn(logits, num_iterations, implementation)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.derivatives import custom_vjp
+from kernels_pallas.precision import wide_dtype
 from mhc_jax.remat import keep
 
 
@@ -47,7 +48,7 @@ def dropless_rows(groups: jax.Array, num_groups: int) -> Rows:
     inside = (groups >= 0) & (groups < num_groups)
     order, position, sizes = _sort(jnp.where(inside, groups, num_groups), num_groups + 1)
     sizes = sizes[:num_groups]
-    filled = jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(sizes)
+    filled = jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(sizes, dtype=jnp.int32)
     return _kept(Rows(order[:num_rows], filled, jnp.where(inside, position, num_rows), sizes))
 
 
@@ -62,7 +63,7 @@ def capacity_rows(groups: jax.Array, num_groups: int, capacity: int) -> Rows:
     """
     num_rows = num_groups * capacity
     order, position, sizes = _sort(groups, num_groups)
-    starts = jnp.cumsum(sizes) - sizes
+    starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
     rank = position - starts[groups]
     row = jnp.where(rank < capacity, groups * capacity + rank, num_rows)
     place = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (num_groups, capacity))
@@ -142,7 +143,7 @@ def _sum_choices(x, rows):
     for j in range(rows.row_of_choice.shape[1]):
         row = rows.row_of_choice[:, j]
         taken = _take(x, jnp.minimum(row, x.shape[0] - 1))
-        taken = taken.astype(jnp.promote_types(x.dtype, jnp.float32))
+        taken = taken.astype(wide_dtype(x.dtype))
         total += jnp.where(row[:, None] < x.shape[0], taken, 0.0)
     return total.astype(x.dtype)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.derivatives import custom_vjp
+from kernels_pallas.precision import wide_dtype
 from mhc_jax.remat import keep
 
 
@@ -46,7 +47,7 @@ def _gated(gate_up, row_weights):
 
 
 def _halves(gate_up):
-    wide = gate_up.astype(jnp.promote_types(gate_up.dtype, jnp.float32))
+    wide = gate_up.astype(wide_dtype(gate_up.dtype))
     return jnp.split(wide, 2, axis=-1)
 
 

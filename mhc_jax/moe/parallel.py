@@ -8,6 +8,7 @@ Gathered outside, whole gradients would be all-reduced, which moves nearly twice
 mesh does not have counts as one of size 1.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from kernels_pallas import sharding
+from kernels_pallas import placement, sharding
 from kernels_pallas.varying import varying_axes
 from mhc_jax.moe import dispatch
 from mhc_jax.moe.experts import ExpertWeights, expert_ffn
@@ -65,6 +66,11 @@ def routed_experts(
     Raises:
       ValueError: experts or expert width that do not divide over the mesh.
     """
+    run = functools.partial(_routed_experts, dispatch=dispatch, capacity_factor=capacity_factor)
+    return placement.automatic(run, x, experts, routing_weights, weights, splits=True)
+
+
+def _routed_experts(x, experts, routing_weights, weights, *, dispatch, capacity_factor):
     active = sharding.current()
     if active is None or active.mesh.size == 1:
         return _one_device(x, experts, routing_weights, weights, dispatch, capacity_factor, None)
