@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching, mlir
 from kernels_pallas import dispatch, placement, varying
 
 
-def custom_vjp(function: Callable, nondiff_argnums: tuple[int, ...] = ()) -> Callable:
+def custom_vjp(function: Callable, nondiff_argnums: tuple[int, ...] = ()) -> Any:
     """`jax.custom_vjp` whose gradients are right inside of `jax.shard_map`, and with a clear error for jvp.
 
     Use it in the same way, `defvjp` included. Arguments vary alike over Manual axes (`varying.alike`).
@@ -46,7 +46,7 @@ def custom_vjp(function: Callable, nondiff_argnums: tuple[int, ...] = ()) -> Cal
             lambda *args: (*backward(*args), None),
         )
 
-    call.defvjp = defvjp
+    call.defvjp = defvjp  # type: ignore[attr-defined]
     return call
 
 
@@ -114,7 +114,7 @@ class _Function(NamedTuple):
 
     @property
     def layout(self) -> tuple[list[str], list[str]]:
-        arguments, results = self.definition.layout
+        arguments, results = self.definition.layout  # type: ignore[attr-defined]
         for _ in range(self.order):
             arguments, results = arguments + results, arguments
         return arguments, results

@@ -32,7 +32,7 @@ def _explicit_mesh(*arrays: jax.Array | None):
     return next((mesh for mesh in meshes if mesh.explicit_axes), None)
 
 
-def aligned(definition: Callable, **arguments: jax.Array | None) -> tuple[jax.Array | None, ...]:
+def aligned(definition: Callable, **arguments: jax.Array | None) -> tuple[Any, ...]:
     """Arguments of an operation as `call_by_type` takes them: tokens split alike, parameters whole.
 
     Tokens are split as the first argument that is split at all.
@@ -48,7 +48,7 @@ def aligned(definition: Callable, **arguments: jax.Array | None) -> tuple[jax.Ar
     mesh = _explicit_mesh(*arrays)
     if mesh is None:
         return arrays
-    shapes, _ = definition.layout
+    shapes, _ = definition.layout  # type: ignore[attr-defined]
     tokens = ()
     for (name, x), shape in zip(arguments.items(), shapes, strict=True):
         if x is None or not shape.startswith("..."):
@@ -126,18 +126,18 @@ def _reshard(x, mesh, lead):
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
-def call_by_type(function: Callable, *args: jax.Array | None):
+def call_by_type(function: Any, tokens: jax.Array, *args: jax.Array | None):
     """Calls `function` per device of the Explicit axes that the types of its arguments name.
 
     Args:
       function: hashable, with a `layout` as `sharding.layout` gives it.
-      *args: as `aligned` returns them; None stands for a parameter that is not there.
+      tokens, *args: as `aligned` returns them; None stands for a parameter that is not there.
     """
-    mesh = jax.typeof(args[0]).sharding.mesh
+    mesh = jax.typeof(tokens).sharding.mesh
     if not mesh.explicit_axes and not mesh.manual_axes:
-        return function(*args)
-    lead = _axes(args[0])[: args[0].ndim - _num_trailing(function.layout[0][0])]
-    return _jitted(function, mesh, lead, sharding.current())(*args)
+        return function(tokens, *args)
+    lead = _axes(tokens)[: tokens.ndim - _num_trailing(function.layout[0][0])]
+    return _jitted(function, mesh, lead, sharding.current())(tokens, *args)
 
 
 @functools.cache

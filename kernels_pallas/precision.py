@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 def wide_dtype(dtype) -> jnp.dtype:
     """The dtype of sums and coefficients: float32, but float64 for float64 (under jax_enable_x64)."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return jax.dtypes.canonicalize_dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 @jax.custom_jvp

@@ -1,5 +1,7 @@
 """Checks of arguments, with the offending number in the message."""
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 
@@ -17,22 +19,35 @@ def check_width(streams: jax.Array, n: int, width: int) -> None:
         )
 
 
+def check_size(width: int, n: int) -> None:
+    """Raises ValueError or TypeError unless width C and number of streams n are integers of at least 1."""
+    for name, what, value in (
+        ("n", "number of streams", n),
+        ("width", "width C of a stream", width),
+    ):
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name}={value!r}: the {what} must be an integer")
+        if value < 1:
+            raise ValueError(f"{name}={value}: the {what} must be at least 1")
+
+
 def check_floating(**arrays) -> None:
-    """Checks arguments by the names that the user knows; None: not there.
+    """Checks arguments by the names that the user knows.
 
     Raises:
-      TypeError: not an array (a list, a number), or integers, booleans, complex numbers.
+      TypeError: not an array (None, a list, a number), or integers, booleans, complex numbers.
     """
     for name, x in arrays.items():
         if x is None:
-            continue
-        if isinstance(x, (list, tuple, int, float, complex)) or not hasattr(x, "dtype"):
+            raise TypeError(f"{name} is None, not an array")
+        if not hasattr(x, "dtype"):
             raise TypeError(
                 f"{name} is a {type(x).__name__}, not an array: use jnp.asarray({name})"
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
+            part = ".real" if jnp.issubdtype(x.dtype, jnp.complexfloating) else ""
             raise TypeError(
-                f"{name} is {x.dtype}: use a floating dtype, {name}.astype(jnp.float32)"
+                f"{name} is {x.dtype}: use a floating dtype, {name}{part}.astype(jnp.float32)"
             )
 
 
@@ -68,7 +83,12 @@ def check_layer_output(streams: jax.Array, layer_output: jax.Array, width: int) 
             "for more results call `pre`, the layer and `post` one after the other"
         )
     check_floating(layer_output=layer_output)
-    check_shape("layer_output", layer_output, (*streams.shape[:-1], width))
+    expected = (*streams.shape[:-1], width)
+    if layer_output.shape != expected:
+        raise ValueError(
+            f"layer_output has shape {layer_output.shape}, expected {expected}: the streams are "
+            f"{streams.shape}, n = {streams.shape[-1] // width} of width C = {width}"
+        )
     if layer_output.dtype != streams.dtype:
         raise TypeError(
             f"layer_output is {layer_output.dtype}, the streams are {streams.dtype}: use "

@@ -77,8 +77,9 @@ def first_device() -> jax.Device | None:
 
 def free_sizes(mesh: Mesh | AbstractMesh | None) -> dict[str, int]:
     """Sizes of the axes that no `shard_map` around this has made Manual; none without a mesh."""
-    sizes = {} if mesh is None else mesh.shape
-    return {name: size for name, size in sizes.items() if name not in mesh.manual_axes}
+    if mesh is None:
+        return {}
+    return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
 
 
 def _only(group, names):
@@ -117,7 +118,7 @@ def axis_names(axes) -> tuple[str, ...]:
     return tuple(name for group in groups for name in group)
 
 
-def divisible(mesh: Mesh, axes, lead: tuple[int, ...]):
+def divisible(mesh: Mesh | AbstractMesh, axes, lead: tuple[int, ...]):
     """`axes` where they divide the leading dimensions, None where a device would get a ragged share."""
     return tuple(
         group if size % math.prod(mesh.shape[name] for name in axis_names((group,))) == 0 else None
@@ -205,7 +206,7 @@ def over_mesh(
       axes: `axes[k]` splits leading dimension k of the tokens.
       names: the axes that become Manual; by default all.
     """
-    arguments, results = definition.layout
+    arguments, results = definition.layout  # type: ignore[attr-defined]
     splits_tokens = axis_names(axes)
 
     def specs(shapes):

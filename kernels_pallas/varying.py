@@ -4,6 +4,8 @@ JAX keeps these axes in the type of an array (`jax.typeof(x).manual_axis_type.va
 has `check_vma=True`, its default. Elsewhere the set is empty, and nothing here does anything.
 """
 
+from typing import Any
+
 import jax
 
 
@@ -13,7 +15,7 @@ def varying_axes(*arrays: jax.Array | None) -> frozenset[str]:
     return frozenset().union(*found)
 
 
-def as_varying(x: jax.Array | None, axes: frozenset[str]) -> jax.Array | None:
+def as_varying(x: jax.Array | None, axes: frozenset[str]) -> Any:
     """`x` with a type that varies over `axes` too; its gradient is summed over those that are new."""
     if x is None:
         return None

@@ -21,7 +21,14 @@ from flax import nnx
 import kernels_pallas as kernels
 from kernels_pallas.placement import whole
 from kernels_pallas.precision import wide_dtype
-from kernels_pallas.shapes import check_layer_output, check_streams, check_width
+from kernels_pallas.projection import check_phi_precision
+from kernels_pallas.shapes import (
+    check_floating,
+    check_layer_output,
+    check_size,
+    check_streams,
+    check_width,
+)
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.layers import RMSNorm
 from mhc_jax.manifolds import Birkhoff, Manifold
@@ -55,6 +62,8 @@ class Pending(NamedTuple):
 
 def expand(x: jax.Array, n: int) -> jax.Array:
     """Replicates the embedding into n streams: `[..., C]` -> `[..., n*C]`."""
+    check_floating(x=x)
+    check_size(x.shape[-1], n)
     return jnp.concatenate([x] * n, axis=-1)
 
 
@@ -95,7 +104,7 @@ class Connection(nnx.Module):
 
     def start(self, streams: jax.Array) -> Pending:
         """A pending update that leaves `streams` as they are: how a scan over sublayers begins."""
-        n, width = self.n, streams.shape[-1] // self.n
+        n, width = self.n, check_streams(streams, self.n)
         dtype = wide_dtype(streams.dtype)
         # Made from the streams, they live where the streams do: a scan wants the types of its own results.
         h_post = jnp.zeros_like(streams[..., :n], dtype)
@@ -144,6 +153,7 @@ class _WideConnection(Connection):
     implementation: str | None
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
+        check_width(streams, self.n, self.width)
         return kernels.post_res(
             streams, layer_output, *mappings, implementation=self.implementation
         )
@@ -189,7 +199,8 @@ class HyperConnections(_WideConnection):
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
-        _check_size(width, n)
+        check_size(width, n)
+        check_phi_precision(phi_precision)
         self.width = width
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
         self.phi_precision = phi_precision
@@ -283,11 +294,14 @@ class ManifoldHyperConnections(_WideConnection):
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
-        _check_size(width, n)
+        check_size(width, n)
+        check_phi_precision(phi_precision)
         self.width = width
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
         self.phi_precision = phi_precision
         self.manifold = Birkhoff() if manifold is None else manifold
+        if isinstance(self.manifold, type):
+            raise TypeError(f"manifold is the class {manifold.__name__}: use {manifold.__name__}()")
         num_logits = self.manifold.num_logits(n)
         self.phi = nnx.Param(jnp.zeros((n * width, 2 * n + num_logits), jnp.float32))
         self.alpha = nnx.Param(jnp.full(3, mhc_alpha(alpha_init, n, width), jnp.float32))
@@ -388,13 +402,6 @@ def _no_linen_modules_inside() -> Iterator[None]:
             "make them before (dense = nn.Dense(...); connection(streams, dense)), or call `pre`, the layer "
             "and `post`"
         )
-
-
-def _check_size(width: int, n: int) -> None:
-    if n < 1:
-        raise ValueError(f"n={n}: the number of streams must be at least 1")
-    if width < 1:
-        raise ValueError(f"width={width}: the width C of a stream must be at least 1")
 
 
 def _initial_read_logits(n: int, gap: float, sublayer_index: int | jax.Array) -> jax.Array:

@@ -6,7 +6,8 @@ from flax import nnx
 
 import kernels_pallas as kernels
 from kernels_pallas.placement import whole
-from kernels_pallas.shapes import check_width
+from kernels_pallas.projection import check_phi_precision
+from kernels_pallas.shapes import check_size, check_width
 from mhc_jax.initialisation import mhc_alpha
 
 READOUTS = ("sum", "mean", "head")
@@ -47,6 +48,8 @@ class Readout(nnx.Module):
         del rngs
         if kind not in READOUTS:
             raise ValueError(f"readout={kind!r} is unknown: use one of {', '.join(READOUTS)}")
+        check_size(width, n)
+        check_phi_precision(phi_precision)
         self.kind, self.n, self.norm_eps, self.implementation = kind, n, norm_eps, implementation
         self.width, self.phi_precision = width, phi_precision
         if kind == "head":

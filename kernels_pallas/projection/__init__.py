@@ -35,16 +35,21 @@ def _backward(norm_eps, implementation, residuals, cotangents):
 _projection.defvjp(_forward, _backward)
 
 
+def check_phi_precision(phi_precision: str) -> None:
+    """Raises ValueError for a name that is not in `PHI_PRECISIONS`."""
+    if phi_precision not in PHI_PRECISIONS:
+        raise ValueError(
+            f"phi_precision={phi_precision!r} is unknown: use one of {', '.join(PHI_PRECISIONS)}"
+        )
+
+
 def rounded(streams: jax.Array, phi: jax.Array, phi_precision: str) -> jax.Array:
     """phi as it is multiplied, its gradient passed straight through; float64 streams keep it whole.
 
     Raises:
       ValueError: an unknown precision, or "highest" with bfloat16 streams.
     """
-    if phi_precision not in PHI_PRECISIONS:
-        raise ValueError(
-            f"phi_precision={phi_precision!r} is unknown: use one of {', '.join(PHI_PRECISIONS)}"
-        )
+    check_phi_precision(phi_precision)
     highest = phi_precision == "highest"
     if highest and streams.dtype == jnp.bfloat16:
         raise ValueError(

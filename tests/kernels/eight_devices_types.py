@@ -1,6 +1,7 @@
 """Run by test_types.py on 8 CPU devices: operations and connections in other people's programs.
 
 Explicit axes, `jax.shard_map` over all axes or some, gradients taken inside and outside: against one device.
+Where another case has shown the numbers, the types of the program are enough: it is traced alone.
 """
 
 import functools
