@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interpreted import QUICK, normal
+from jax.experimental.pallas import tpu as pltpu
 
 import kernels_pallas as kp
 from kernels_pallas import dispatch
@@ -114,3 +115,29 @@ def test_forward_mode_names_the_way_out(derivative):
         ) as e:
             derivative(f, x)
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    ["xla", "pallas", pytest.param("triton", marks=pytest.mark.gpu_interpreter)],
+)
+def test_phi_precision(implementation):
+    """float32 streams against float64: "highest" is as exact as float32, "tf32" rounds phi to 11 bits."""
+    random = np.random.default_rng(0)
+    x, phi, ds = (random.standard_normal(shape) for shape in ((8, 128), (128, 8), (8, 8)))
+    x, phi, ds = (a.astype(np.float32).astype(np.float64) for a in (x, phi, ds))
+    want = x @ phi, ds @ phi.T, x.T @ ds
+
+    def errors(precision):
+        def s(x, phi):
+            options = {"phi_precision": precision, "implementation": implementation}
+            return kp.projection(x, phi, **options)[0]
+
+        with pltpu.force_tpu_interpret_mode(True):
+            got, vjp = jax.vjp(s, x.astype(np.float32), phi.astype(np.float32))
+            got = got, *vjp(jnp.asarray(ds, jnp.float32))
+        return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(got, want, strict=True)]
+
+    of_s, of_x, of_phi = errors("tf32")
+    assert max(errors("highest")) < 5e-7 < 5e-5 < min(of_s, of_x)
+    assert of_phi < 5e-7  # it does not depend on phi
