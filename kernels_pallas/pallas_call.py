@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.varying import alike, varying_axes
+
 # v5p and TPU7x have 64 MiB of VMEM a core (v5e and v6e 128): 52 MiB leave room for what XLA keeps there.
 VMEM_LIMIT = 52 * 2**20
 
@@ -34,10 +36,8 @@ def call(
 
     Under `shard_map` the outputs vary over every mesh axis that an input varies over.
     """
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in args))
-    axes = jax.sharding.ManualAxisType(varying=varying)
-    # Under shard_map replicated operands (phi, bias) must be marked varying like the rest.
-    operands = [_vary(x, varying) for x in args]
+    operands = alike(args)  # replicated operands (phi, bias) must be marked varying like the rest
+    axes = jax.sharding.ManualAxisType(varying=varying_axes(*operands))
     out_shape = [jax.ShapeDtypeStruct(s, d, manual_axis_type=axes) for s, d in out_shapes]
     moved: list[Any] = [*operands, *out_shape]
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in moved)
@@ -57,11 +57,6 @@ def call(
             flops=flops, transcendentals=transcendentals, bytes_accessed=size
         ),
     )(*operands)
-
-
-def _vary(x: jax.Array, axes: frozenset) -> jax.Array:
-    missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def check_dtypes(streams: jax.Array, n: int) -> None:

@@ -4,13 +4,23 @@ import jax
 import jax.numpy as jnp
 
 
+def wide_dtype(dtype) -> jnp.dtype:
+    """The dtype of sums and coefficients: float32, but float64 for float64 (under jax_enable_x64)."""
+    return jax.dtypes.canonicalize_dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+@jax.custom_jvp
 def round_to_tf32(x: jax.Array) -> jax.Array:
     """Rounds float32 to the 8 exponent and 10 mantissa bits of TF32, still stored as float32.
 
     A TF32 number is the exact sum of two bfloat16 numbers (`split_bf16`), and its product with a
     bfloat16 number is exact in float32: that is what lets GPU and TPU agree but for summation order.
+    Derivatives pass straight through.
     """
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+
+
+round_to_tf32.defjvps(lambda tangent, _, __: tangent)
 
 
 def round_to(x: jax.Array, dtype) -> jax.Array:

@@ -9,6 +9,9 @@ every device, and the gradients of parameters are summed over the axes that spli
 axis ("tensor") every device does the same work on the same tokens. The axis of n*C entries is never split:
 the mappings of a token need all of it, and mixing the streams would become communication. The "xla"
 implementation needs none of this, since XLA partitions it.
+
+Inside of a `shard_map` around it, a token sharding has the axes that are not Manual there. Axes of type
+Explicit need no token sharding: see `kernels_pallas.placement`.
 """
 
 import contextlib
@@ -18,14 +21,24 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from kernels_pallas.varying import varying_axes
 
 
 class TokenSharding(NamedTuple):
-    """What `token_sharding` was called with: `axes[k]` splits leading dimension k of the streams."""
+    """What `token_sharding` was called with: `axes[k]` splits leading dimension k of the streams.
 
-    mesh: Mesh
+    Inside of a `shard_map` around it `mesh` is that of the context, and `axes` are those that are not Manual.
+    """
+
+    mesh: Mesh | AbstractMesh
     axes: tuple[str | tuple[str, ...] | None, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the axes that a `shard_map` here may take."""
+        return free_sizes(self.mesh)
 
 
 _current: contextvars.ContextVar[TokenSharding | None] = contextvars.ContextVar(
@@ -34,12 +47,50 @@ _current: contextvars.ContextVar[TokenSharding | None] = contextvars.ContextVar(
 
 
 def current() -> TokenSharding | None:
-    """The `token_sharding` that is active while this is traced, or None outside of any."""
-    return _current.get()
+    """The `token_sharding` that is active while this is traced.
+
+    None outside of any, and where all of its mesh is Manual already: each device then has its own tokens.
+
+    Raises:
+      ValueError: the mesh of the context (`jax.set_mesh`, `jax.shard_map`) is another one.
+    """
+    where = _current.get()
+    context = jax.sharding.get_abstract_mesh()
+    if where is None or context.empty:
+        return where
+    if context.shape_tuple != where.mesh.shape_tuple:
+        raise ValueError(
+            f"token_sharding was given a mesh of {dict(where.mesh.shape)}, but the mesh of the context "
+            f"(jax.set_mesh, jax.shard_map) is {dict(context.shape)}: use the same for both"
+        )
+    free = free_sizes(context)
+    if not free:
+        return None
+    return TokenSharding(context, tuple(_only(group, free) for group in where.axes))
+
+
+def first_device() -> jax.Device | None:
+    """A device of the `token_sharding` that is active, or None where none names devices."""
+    where = _current.get()
+    return where.mesh.devices.flat[0] if where and isinstance(where.mesh, Mesh) else None
+
+
+def free_sizes(mesh: Mesh | AbstractMesh | None) -> dict[str, int]:
+    """Sizes of the axes that no `shard_map` around this has made Manual; none without a mesh."""
+    if mesh is None:
+        return {}
+    return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+
+
+def _only(group, names):
+    """The axes of a group that are among `names`, None if there are none."""
+    return tuple(name for name in axis_names((group,)) if name in names) or None
 
 
 @contextlib.contextmanager
-def token_sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> Iterator[None]:
+def token_sharding(
+    mesh: Mesh | AbstractMesh, *axes: str | tuple[str, ...] | None
+) -> Iterator[None]:
     """Runs the kernels that are traced inside per device of `mesh`.
 
     Args:
@@ -67,7 +118,7 @@ def axis_names(axes) -> tuple[str, ...]:
     return tuple(name for group in groups for name in group)
 
 
-def divisible(mesh: Mesh, axes, lead: tuple[int, ...]):
+def divisible(mesh: Mesh | AbstractMesh, axes, lead: tuple[int, ...]):
     """`axes` where they divide the leading dimensions, None where a device would get a ragged share."""
     return tuple(
         group if size % math.prod(mesh.shape[name] for name in axis_names((group,))) == 0 else None
@@ -125,36 +176,61 @@ def per_device(definition: Callable, function: Callable) -> Callable:
       definition: the same function of `reference.py`, with its `layout`.
       function: of a kernel backend; takes and returns arrays (None for a parameter that is not there).
     """
-    sharding = current()
-    if sharding is None or sharding.mesh.size == 1:
+    where = current()
+    if where is None or where.mesh.size == 1:
         return function
-    arguments, results = definition.layout  # type: ignore[attr-defined]
+    arguments, _ = definition.layout  # type: ignore[attr-defined]
     num_trailing = len(arguments[0].removeprefix("..."))
 
     def call(*args):
         lead = args[0].shape[: args[0].ndim - num_trailing]
-        used = divisible(*sharding, lead)
-        names = axis_names(used)
+        return over_mesh(definition, function, where.mesh, divisible(*where, lead))(*args)
 
-        def specs(shapes):
-            return tuple(PartitionSpec(*used if s.startswith("...") else ()) for s in shapes)
+    return call
 
-        def body(*local):
-            outputs = function(*local)
-            outputs = outputs if len(results) > 1 else (outputs,)
-            # Over the axes that split tokens only: along the others every device has the same sum.
-            return tuple(
-                x if shape.startswith("...") or not names else jax.lax.psum(x, names)
-                for x, shape in zip(outputs, results, strict=True)
-            )
 
+def over_mesh(
+    definition: Callable,
+    function: Callable,
+    mesh: Mesh | AbstractMesh,
+    axes: tuple,
+    names: frozenset[str] = frozenset(),
+) -> Callable:
+    """`function` in a `shard_map` that splits tokens and sums the gradients of parameters.
+
+    Never to be differentiated through: `custom_vjp` has to be outside.
+
+    Args:
+      definition, function: as in `per_device`.
+      mesh: of the `shard_map`.
+      axes: `axes[k]` splits leading dimension k of the tokens.
+      names: the axes that become Manual; by default all.
+    """
+    arguments, results = definition.layout  # type: ignore[attr-defined]
+    splits_tokens = axis_names(axes)
+
+    def specs(shapes):
+        return tuple(PartitionSpec(*axes if s.startswith("...") else ()) for s in shapes)
+
+    def body(*local):
+        outputs = function(*local)
+        outputs = outputs if len(results) > 1 else (outputs,)
+        # Over the axes that split tokens only: along the others every device has the same sum.
+        return tuple(
+            jax.lax.psum(x, splits_tokens) if splits_tokens and not shape.startswith("...") else x
+            for x, shape in zip(outputs, results, strict=True)
+        )
+
+    def call(*args):
         outputs = jax.shard_map(
             body,
-            mesh=sharding.mesh,
+            mesh=mesh,
             in_specs=specs(arguments),
             out_specs=specs(results),
-            # Never differentiated through (custom_vjp is outside), and Triton calls do not say what varies.
-            check_vma=False,
+            axis_names=names,
+            # Only where a `shard_map` around this one wants to know: JAX's simple interpreter of Pallas, for
+            # one, does not say what varies.
+            check_vma=bool(varying_axes(*args)),
         )(*args)
         return outputs if len(results) > 1 else outputs[0]
 

@@ -9,6 +9,7 @@ is how whole operations, their glue included, are tested without a GPU.
 import contextlib
 import dataclasses
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import triton
 
+from kernels_pallas.varying import alike, as_varying, varying_axes
+
 INTERPRET = triton.knobs.runtime.interpret
+# Triton's interpreter keeps the kernel that runs in globals; several devices call it at the same time.
+_interpreter = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Launch:
 
     def __call__(self, *args: jax.Array | int) -> tuple[jax.Array, ...]:
         """Runs the kernel; `args` are arrays and Python integers. Under vmap: one launch an example."""
-        arrays = [a for a in args if not isinstance(a, int)]
+        arrays = alike([a for a in args if not isinstance(a, int)])
+        varying = varying_axes(*arrays)
 
         @jax.custom_batching.sequential_vmap
         def call(*arrays):
@@ -50,7 +56,8 @@ class Launch:
             full = [a if isinstance(a, int) else next(remaining) for a in args]
             return self._interpret(full) if INTERPRET else self._call(full)
 
-        return call(*arrays)
+        # The call's outputs say nothing of the axes of a `shard_map`.
+        return tuple(as_varying(out, varying) for out in call(*arrays))
 
     def _call(self, args: list) -> tuple[jax.Array, ...]:
         import jax_triton  # fails where jax has no CUDA, hence only here
@@ -74,7 +81,8 @@ class Launch:
             full = list(args)
             for position, array in zip(positions, arrays):
                 full[position] = np.ascontiguousarray(array)
-            return self._run_numpy(full)
+            with _interpreter:
+                return self._run_numpy(full)
 
         return jax.pure_callback(run, self.outputs, *[args[i] for i in positions])
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.placement import whole
 from mhc_jax.config import ModelConfig
 from mhc_jax.fused_attention import causal_attention
 from mhc_jax.layers import RMSNorm, linear, rope
@@ -113,7 +114,7 @@ class LatentAttention(nnx.Module):
 
     def _kv_up(self, dtype):
         """kv_up's columns for keys and for values, each `[kv_rank, H, D]`."""
-        kernel = self.kv_up.kernel[...].astype(dtype)
+        kernel = whole(self.kv_up.kernel[...]).astype(dtype)
         kernel = kernel.reshape(kernel.shape[0], self.num_heads, 2, self.head_dim)
         return [part[:, :, 0] for part in jnp.split(kernel, 2, axis=2)]
 
@@ -150,6 +151,6 @@ def _write(cache: jax.Array, rows: jax.Array, position: jax.Array) -> jax.Array:
 
 def _causal_softmax(scores: jax.Array, position: jax.Array) -> jax.Array:
     """Over the keys of `[B, H, S, T]`, query i standing at `position + i`."""
-    query = position + jnp.arange(scores.shape[2])
-    seen = jnp.arange(scores.shape[3])[None, :] <= query[:, None]
+    query = position + jnp.arange(scores.shape[2], dtype=jnp.int32)
+    seen = jnp.arange(scores.shape[3], dtype=jnp.int32)[None, :] <= query[:, None]
     return jax.nn.softmax(scores, where=jnp.broadcast_to(seen, scores.shape), axis=-1)

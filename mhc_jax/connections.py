@@ -9,8 +9,9 @@ connection it has. A model that scans over its sublayers carries the write of a 
 update and lets the next connection do it (`boundary`), so that write and next read can be one kernel.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 import kernels_pallas as kernels
-from kernels_pallas.shapes import check_streams, coefficient_dtype
+from kernels_pallas.placement import whole
+from kernels_pallas.precision import wide_dtype
+from kernels_pallas.projection import check_phi_precision
+from kernels_pallas.shapes import (
+    check_floating,
+    check_layer_output,
+    check_size,
+    check_streams,
+    check_width,
+)
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.layers import RMSNorm
 from mhc_jax.manifolds import Birkhoff, Manifold
@@ -52,6 +62,8 @@ class Pending(NamedTuple):
 
 def expand(x: jax.Array, n: int) -> jax.Array:
     """Replicates the embedding into n streams: `[..., C]` -> `[..., n*C]`."""
+    check_floating(x=x)
+    check_size(x.shape[-1], n)
     return jnp.concatenate([x] * n, axis=-1)
 
 
@@ -92,34 +104,43 @@ class Connection(nnx.Module):
 
     def start(self, streams: jax.Array) -> Pending:
         """A pending update that leaves `streams` as they are: how a scan over sublayers begins."""
-        lead, width = streams.shape[:-1], streams.shape[-1] // self.n
-        dtype = coefficient_dtype(streams.dtype)
+        n, width = self.n, check_streams(streams, self.n)
+        dtype = wide_dtype(streams.dtype)
+        # Made from the streams, they live where the streams do: a scan wants the types of its own results.
+        h_post = jnp.zeros_like(streams[..., :n], dtype)
+        identity = jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*h_post.shape, n))
         return Pending(
             streams,
-            jnp.zeros((*lead, width), streams.dtype),
-            Mappings(
-                jnp.zeros((*lead, self.n), dtype),
-                jnp.broadcast_to(jnp.eye(self.n, dtype=dtype), (*lead, self.n, self.n)),
-            ),
+            jnp.zeros_like(streams[..., :width]),
+            Mappings(h_post, h_post[..., None] + identity),
         )
 
     def __call__(self, streams: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """One sublayer around any callable `[..., C]` -> `[..., C]`, its pre-norm inside (Eq. 3)."""
         streams, layer_input, mappings = self.read(streams)
-        return self.post(streams, layer(layer_input), mappings)
+        with _no_linen_modules_inside():
+            layer_output = layer(layer_input)
+        return self.post(streams, layer_output, mappings)
 
 
 class Residual(Connection):
-    """x + F(x) (Eq. 1): one stream, no parameters."""
+    """x + F(x) (Eq. 1): one stream, no parameters.
 
-    def __init__(self):
+    Args:
+      rngs: not used, for modules and bridges that pass it to everything.
+    """
+
+    def __init__(self, *, rngs: nnx.Rngs | None = None):
+        del rngs
         self.n = 1
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
         return streams, Mappings(None, None)
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
-        return streams + layer_output.astype(streams.dtype)
+        check_streams(streams, 1)
+        check_layer_output(streams, layer_output, streams.shape[-1])
+        return streams + layer_output
 
     def start(self, streams: jax.Array) -> Pending:
         return Pending(streams, jnp.zeros_like(streams), Mappings(None, None))
@@ -128,9 +149,11 @@ class Residual(Connection):
 class _WideConnection(Connection):
     """Hyper-connections of either kind: `post` is the same weighted write."""
 
+    width: int
     implementation: str | None
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
+        check_width(streams, self.n, self.width)
         return kernels.post_res(
             streams, layer_output, *mappings, implementation=self.implementation
         )
@@ -155,7 +178,9 @@ class HyperConnections(_WideConnection):
       use_pre, use_post, use_res: whether each mapping is learned (Table 1).
       alpha_init: gating factors at the start, or "auto": 0.1.
       norm_eps: of the RMSNorm.
+      phi_precision: "tf32" or "highest", of theta, see `kernels_pallas.projection`.
       implementation: of the kernels, see `kernels_pallas`.
+      rngs: not used, since no parameter starts from random numbers.
     """
 
     def __init__(
@@ -169,42 +194,55 @@ class HyperConnections(_WideConnection):
         use_res: bool = True,
         alpha_init: float | str = "auto",
         norm_eps: float = 1e-20,
+        phi_precision: str = "tf32",
         implementation: str | None = None,
+        rngs: nnx.Rngs | None = None,
     ):
-        _check_size(width, n)
+        del rngs
+        check_size(width, n)
+        check_phi_precision(phi_precision)
+        self.width = width
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
+        self.phi_precision = phi_precision
         self.use_pre, self.use_post, self.use_res = use_pre, use_post, use_res
         one_hot = jax.nn.one_hot(sublayer_index % n, n, dtype=jnp.float32)
         self.theta = nnx.Param(jnp.zeros((2 + n, width), jnp.float32))
         self.alpha = nnx.Param(jnp.full(3, hc_alpha(alpha_init), jnp.float32))
         self.bias = nnx.Param(
-            jnp.concatenate([one_hot, jnp.ones(n), jnp.eye(n).reshape(-1)]).astype(jnp.float32)
+            jnp.concatenate(
+                [one_hot, jnp.ones(n, jnp.float32), jnp.eye(n, dtype=jnp.float32).reshape(-1)]
+            )
         )
 
     def _dynamic(self, streams: jax.Array) -> jax.Array:
         """tanh(theta x~^T) `[..., 2 + n, n]` float32: rows as in theta, a column for each stream."""
-        theta = self.theta[...].T
+        theta = whole(self.theta[...]).T
         columns = []
         for stream in jnp.split(streams, self.n, axis=-1):
             s, r = kernels.projection(
-                stream, theta, norm_eps=self.norm_eps, implementation=self.implementation
+                stream,
+                theta,
+                norm_eps=self.norm_eps,
+                phi_precision=self.phi_precision,
+                implementation=self.implementation,
             )
             columns.append(jnp.tanh(s / r[..., None]))
         return jnp.stack(columns, axis=-1)
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
         n, lead = self.n, streams.shape[:-1]
-        check_streams(streams, n)
-        dynamic, alpha, bias = self._dynamic(streams), self.alpha[...], self.bias[...]
+        check_width(streams, self.n, self.width)
+        dynamic, alpha, bias = self._dynamic(streams), whole(self.alpha[...]), whole(self.bias[...])
         alpha, bias = alpha.astype(dynamic.dtype), bias.astype(dynamic.dtype)
         b_pre, b_post, b_res = bias[:n], bias[n : 2 * n], bias[2 * n :].reshape(n, n)
 
         def mapping(used, values, gate, static, fixed):
-            static, fixed = (jnp.broadcast_to(x, values.shape) for x in (static, fixed))
-            return gate * values + static if used else fixed.astype(values.dtype)
+            if not used:
+                return jnp.broadcast_to(jnp.asarray(fixed, values.dtype), values.shape)
+            return gate * values + jnp.broadcast_to(static, values.shape)
 
-        h_pre = mapping(self.use_pre, dynamic[..., 0, :], alpha[0], b_pre, jnp.full(n, 1 / n))
-        h_post = mapping(self.use_post, dynamic[..., 1, :], alpha[1], b_post, jnp.ones(n))
+        h_pre = mapping(self.use_pre, dynamic[..., 0, :], alpha[0], b_pre, 1 / n)
+        h_post = mapping(self.use_post, dynamic[..., 1, :], alpha[1], b_post, 1.0)
         h_res = mapping(self.use_res, dynamic[..., 2:, :], alpha[2], b_res, jnp.eye(n))
         assert h_res.shape == (*lead, n, n)
         layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
@@ -232,7 +270,9 @@ class ManifoldHyperConnections(_WideConnection):
       pre_init_gap: the read mapping starts at sigmoid(-gap) for the streams that are not read.
       res_init_gap: the off-diagonal logits of h_res start at -gap.
       norm_eps: added to the mean square of the streams (Table 5: 1e-20).
+      phi_precision: "tf32" or "highest", see `kernels_pallas.projection`.
       implementation: of the kernels, see `kernels_pallas`.
+      rngs: not used, since no parameter starts from random numbers.
 
     Raises:
       ValueError: width < 1, n < 1, or so many streams that h_pre cannot sum to 1 at this gap.
@@ -249,11 +289,19 @@ class ManifoldHyperConnections(_WideConnection):
         pre_init_gap: float = 4.0,
         res_init_gap: float = 8.0,
         norm_eps: float = 1e-20,
+        phi_precision: str = "tf32",
         implementation: str | None = None,
+        rngs: nnx.Rngs | None = None,
     ):
-        _check_size(width, n)
+        del rngs
+        check_size(width, n)
+        check_phi_precision(phi_precision)
+        self.width = width
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
+        self.phi_precision = phi_precision
         self.manifold = Birkhoff() if manifold is None else manifold
+        if isinstance(self.manifold, type):
+            raise TypeError(f"manifold is the class {manifold.__name__}: use {manifold.__name__}()")
         num_logits = self.manifold.num_logits(n)
         self.phi = nnx.Param(jnp.zeros((n * width, 2 * n + num_logits), jnp.float32))
         self.alpha = nnx.Param(jnp.full(3, mhc_alpha(alpha_init, n, width), jnp.float32))
@@ -261,10 +309,10 @@ class ManifoldHyperConnections(_WideConnection):
             jnp.concatenate(
                 [
                     _initial_read_logits(n, pre_init_gap, sublayer_index),
-                    jnp.zeros(n),
-                    self.manifold.initial_logits(n, res_init_gap),
+                    jnp.zeros(n, jnp.float32),
+                    self.manifold.initial_logits(n, res_init_gap).astype(jnp.float32),
                 ]
-            ).astype(jnp.float32)
+            )
         )
 
     @property
@@ -275,6 +323,7 @@ class ManifoldHyperConnections(_WideConnection):
     def read(
         self, streams: jax.Array, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
+        check_width(streams, self.n, self.width)
         if not self._fused:
             return super().read(streams, norm)
         layer_input, *mappings, streams = kernels.read(streams, **self._arguments(norm))
@@ -286,6 +335,7 @@ class ManifoldHyperConnections(_WideConnection):
         if not self._fused or pending.layer_output is None:
             return super().boundary(pending, norm)
         streams, layer_output, written = pending
+        check_width(streams, self.n, self.width)
         layer_input, *mappings, streams = kernels.boundary(
             streams, layer_output, *written, **self._arguments(norm)
         )
@@ -294,6 +344,7 @@ class ManifoldHyperConnections(_WideConnection):
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
         if self._fused:
             return self.read(streams)[1:]
+        check_width(streams, self.n, self.width)
         h_pre, h_post, h_res = self._mappings_on_any_manifold(streams)
         layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
         return layer_input, Mappings(h_post, h_res)
@@ -307,6 +358,7 @@ class ManifoldHyperConnections(_WideConnection):
             "n": self.n,
             "num_iterations": self.manifold.num_iterations,
             "norm_eps": self.norm_eps,
+            "phi_precision": self.phi_precision,
             "input_norm_weight": None if norm is None else norm.scale[...],
             "input_norm_eps": None if norm is None else norm.eps,
             "implementation": self.implementation,
@@ -315,22 +367,41 @@ class ManifoldHyperConnections(_WideConnection):
     def _mappings_on_any_manifold(self, streams):
         n = self.n
         s, r = kernels.projection(
-            streams, self.phi[...], norm_eps=self.norm_eps, implementation=self.implementation
+            streams,
+            self.phi[...],
+            norm_eps=self.norm_eps,
+            phi_precision=self.phi_precision,
+            implementation=self.implementation,
         )
         parts = jnp.split(s / r[..., None], (n, 2 * n), axis=-1)
-        statics = jnp.split(self.bias[...].astype(s.dtype), (n, 2 * n))
+        statics = jnp.split(whole(self.bias[...]).astype(s.dtype), (n, 2 * n))
         pre, post, res = (
             gate * part + jnp.broadcast_to(static, part.shape)
-            for gate, part, static in zip(self.alpha[...].astype(s.dtype), parts, statics)
+            for gate, part, static in zip(whole(self.alpha[...]).astype(s.dtype), parts, statics)
         )
         return jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), self.manifold.project(res, n)
 
 
-def _check_size(width: int, n: int) -> None:
-    if n < 1:
-        raise ValueError(f"n={n}: the number of streams must be at least 1")
-    if width < 1:
-        raise ValueError(f"width={width}: the width C of a stream must be at least 1")
+@contextlib.contextmanager
+def _no_linen_modules_inside() -> Iterator[None]:
+    """Raises where a layer makes Linen modules inside of a connection that Linen called through the bridge.
+
+    They would become parameters of the bridge's module, and `apply` would not find them in ours.
+    """
+    find = getattr(nnx.bridge.wrappers, "current_linen_module", lambda: None)
+    module = find()
+    if not isinstance(module, nnx.bridge.ToLinen):
+        yield
+        return
+    before = set(module.variables.get("params", ()))
+    yield
+    inside = set(module.variables.get("params", ())) - before
+    if inside:
+        raise ValueError(
+            f"the layer made Linen modules ({', '.join(sorted(inside))}) while the connection called it: "
+            "make them before (dense = nn.Dense(...); connection(streams, dense)), or call `pre`, the layer "
+            "and `post`"
+        )
 
 
 def _initial_read_logits(n: int, gap: float, sublayer_index: int | jax.Array) -> jax.Array:
@@ -342,7 +413,8 @@ def _initial_read_logits(n: int, gap: float, sublayer_index: int | jax.Array) ->
             f"nothing for the last; raise pre_init_gap above {math.log(n - 2):.2f}"
         )
     read = gap if n == 1 else math.log((1 - rest) / rest)
-    return jnp.where(jnp.arange(n) == sublayer_index % n, read, -gap)
+    logits = jnp.where(jnp.arange(n) == sublayer_index % n, read, -gap)
+    return logits.astype(jnp.float32)
 
 
 __all__ = [

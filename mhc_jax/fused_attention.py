@@ -13,12 +13,14 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from kernels_pallas import sharding
+from kernels_pallas import placement, sharding
+from kernels_pallas.varying import varying_axes
 from mhc_jax.remat import KEEP_NAME
 
 # On Hopper GPUs cuDNN takes values narrower than keys as they are, but only a function that JAX keeps to
@@ -41,9 +43,13 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Returns:
       `[B, S, H, Dv]` in the dtype of v.
     """
+    return placement.automatic(_causal_attention, q, k, v, splits=True)
+
+
+def _causal_attention(q, k, v):
     active = sharding.current()
     if active is None:
-        device = jax.devices()[0]
+        device = sharding.first_device() or jax.devices()[0]
         fused = _fused(device, q, v)
         if fused is None:
             return _unfused(q, k, v)
@@ -51,12 +57,12 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         platform = {"gpu": "cuda"}.get(device.platform, device.platform)
         return jax.lax.platform_dependent(q, k, v, default=_unfused, **{platform: fused})
     mesh = active.mesh
-    attend = _fused(mesh.devices.flat[0], q, v) or _unfused
+    attend = _fused(sharding.first_device() or jax.devices()[0], q, v) or _unfused
     if mesh.size == 1:
         return attend(q, k, v)
 
     batch, length = (*sharding.divisible(*active, q.shape[:2]), None)[:2]
-    tensor = [name for name in ("tensor",) if name in mesh.axis_names]
+    tensor = [name for name in ("tensor",) if name in active.sizes]
     over_length = list(sharding.axis_names((length,)))
 
     def divides(names):
@@ -80,19 +86,21 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         mesh=mesh,
         in_specs=specs,
         out_specs=spec,
-        check_vma=False,  # the kernels do not say what varies
+        check_vma=bool(varying_axes(q, k, v)),
     )(q, k, v)
 
 
 def _unfused(q, k, v, *, offset=None):
     """The definition. `offset`: position of the first query among the keys."""
     padded = _pad(v, q.shape[-1])
-    if offset is None:
-        out = jax.nn.dot_product_attention(q, k, padded, is_causal=True)
-    else:
-        query = offset + jnp.arange(q.shape[1])
-        mask = jnp.arange(k.shape[1])[None, :] <= query[:, None]
-        out = jax.nn.dot_product_attention(q, k, padded, mask=mask[None, None])
+    options: dict[str, Any] = {"is_causal": True}
+    if offset is not None:
+        query = offset + jnp.arange(q.shape[1], dtype=jnp.int32)
+        mask = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :] <= query[:, None]
+        options = {"mask": mask[None, None]}
+    # It adds float32 to bfloat16, which a program of strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.dot_product_attention(q, k, padded, **options)
     return out[..., : v.shape[-1]]
 
 
@@ -108,7 +116,8 @@ def _fused(device, q, v) -> Callable | None:
         widest = 0 if capability < 8 else 128 if capability < 9 else 256
         takes = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= widest
         return _cudnn if takes else None
-    if device.platform == "tpu":
+    # Splash attention does not say what varies over the Manual axes of a `shard_map` that asks for it.
+    if device.platform == "tpu" and not varying_axes(q, v):
         tile = next((t for t in _SPLASH_TILES if q.shape[1] % t == 0), None)
         return tile and functools.partial(_splash, tile=tile)
     return None

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas.shapes import check_floating
+
 # One-sided Jacobi converges quadratically: for n = 4 the last digit stands still after 4 sweeps, for
 # collapsed n = 8 matrices after 8.
 _JACOBI_SWEEPS = 5
@@ -183,6 +185,7 @@ def gain_magnitudes(h_res: jax.Array) -> GainMagnitudes:
     Raises:
       ValueError: h_res is not [L, T, n, n] or is empty.
     """
+    check_floating(h_res=h_res)
     if h_res.ndim != 4 or h_res.shape[-1] != h_res.shape[-2] or 0 in h_res.shape:
         raise ValueError(f"h_res must be [L, T, n, n] and not empty, got {h_res.shape}")
     # Tokens last: they fill the lanes of a TPU, where [T, 4, 4] would be padded 64-fold.

@@ -7,16 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp
+from kernels_pallas.placement import whole
+from kernels_pallas.precision import wide_dtype
 from mhc_jax.remat import keep
 from mhc_jax.sharding import gathered
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
     """Rows of the embedding `[V, C]` in `dtype`: tokens `[B, S]` -> `[B, S, C]`.
 
     The gradient of the table is summed in float32: a sum in bfloat16 stops growing after 256 equal tokens.
     """
+
+    def rows(tokens, table):
+        return _look_up(table, tokens, dtype)
+
+    return placement.automatic(rows, tokens, table, splits=True)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
+def _look_up(table, tokens, dtype):
     narrow = gathered("embedding/embedding", table.astype(dtype))
     return jnp.take(narrow, tokens, axis=0)
 
@@ -27,8 +39,9 @@ def _look_up_backward(dtype, saved, d):
     return gathered("embedding/embedding", d_table), np.zeros(tokens.shape, jax.dtypes.float0)
 
 
-look_up.defvjp(
-    lambda table, tokens, dtype: (look_up(table, tokens, dtype), (table, tokens)), _look_up_backward
+_look_up.defvjp(
+    lambda table, tokens, dtype: (_look_up(table, tokens, dtype), (table, tokens)),
+    _look_up_backward,
 )
 
 
@@ -40,9 +53,9 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(wide_dtype(x.dtype))
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        scale = jnp.broadcast_to(self.scale[...], x.shape)
+        scale = jnp.broadcast_to(whole(self.scale[...]), x.shape)
         return (wide * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
 
 
@@ -50,7 +63,8 @@ class Linear(nnx.Linear):
     """A matrix whose products a recompute block may store (`mhc_jax.remat`)."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return keep(super().__call__(x))
+        kernel = placement.beside(x, self.kernel[...]).astype(self.dtype)
+        return keep(jnp.dot(x.astype(self.dtype), kernel))
 
 
 def linear(fan_in: int, fan_out: int, *, dtype, init_std: float, rngs: nnx.Rngs) -> Linear:
@@ -76,10 +90,10 @@ def rope(x: jax.Array, *, theta: float, offset: int = 0) -> jax.Array:
     """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    position = offset + jnp.arange(x.shape[1], dtype=jnp.float32)
+    position = jnp.asarray(offset, jnp.float32) + jnp.arange(x.shape[1], dtype=jnp.float32)
     angle = position[:, None] * frequency[None, :]
     cos, sin = (f(angle)[None, :, None, :] for f in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
+    first, second = jnp.split(x.astype(wide_dtype(x.dtype)), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
 

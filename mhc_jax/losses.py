@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp
+from kernels_pallas.precision import wide_dtype
+from kernels_pallas.varying import as_varying, varying_axes
 from mhc_jax import sharding
 
 
-@jax.custom_vjp
 def unembed(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """Logits `[..., V]` float32 of x `[..., C]`, products in the dtype of x in both directions.
 
@@ -18,18 +21,24 @@ def unembed(x: jax.Array, matrix: jax.Array) -> jax.Array:
     the backward into float32 ones (TF32 on GPUs, half the rate) and be written at twice the size. The
     gradient of the matrix is summed in float32.
     """
-    return jnp.dot(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+    return placement.automatic(_unembed, x, matrix, splits=True)
+
+
+@custom_vjp
+def _unembed(x, matrix):
+    return jnp.dot(x, matrix.astype(x.dtype), preferred_element_type=wide_dtype(x.dtype))
 
 
 def _unembed_forward(x, matrix):
-    return unembed(x, matrix), (x, matrix)
+    return _unembed(x, matrix), (x, matrix)
 
 
 def _unembed_gradients(x, matrix, d_logits):
     """Of x in its dtype, of the matrix in float32."""
     d_logits = d_logits.astype(x.dtype)
     dx = jnp.einsum("...v,cv->...c", d_logits, matrix.astype(x.dtype))
-    return dx, jnp.einsum("...c,...v->cv", x, d_logits, preferred_element_type=jnp.float32)
+    wide = wide_dtype(x.dtype)
+    return dx, jnp.einsum("...c,...v->cv", x, d_logits, preferred_element_type=wide)
 
 
 def _unembed_backward(residuals, d_logits):
@@ -37,7 +46,7 @@ def _unembed_backward(residuals, d_logits):
     return dx, d_matrix.astype(residuals[1].dtype)
 
 
-unembed.defvjp(_unembed_forward, _unembed_backward)
+_unembed.defvjp(_unembed_forward, _unembed_backward)
 
 
 def linear_cross_entropy(
@@ -65,10 +74,10 @@ def linear_cross_entropy(
     Raises:
       ValueError: chunks does not divide the tokens of a device.
     """
-    return _loss(chunks, x, matrix, targets)
+    return placement.automatic(functools.partial(_loss, chunks), x, matrix, targets, splits=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _loss(chunks, x, matrix, targets):
     return _per_device(chunks, x, matrix, targets, gradients=False)[0]
 
@@ -81,7 +90,7 @@ def _loss_forward(chunks, x, matrix, targets):
 
 
 def _loss_backward(chunks, gradients, cotangent):
-    dx, d_matrix = ((cotangent * g).astype(g.dtype) for g in gradients)
+    dx, d_matrix = ((cotangent * g.astype(cotangent.dtype)).astype(g.dtype) for g in gradients)
     return dx, d_matrix, np.zeros(dx.shape[:2], jax.dtypes.float0)
 
 
@@ -92,9 +101,12 @@ def _per_device(chunks, x, matrix, targets, *, gradients):
     """The mean loss and, if asked for, its gradients of x and of the matrix."""
     run = functools.partial(_in_chunks, chunks=chunks, num_tokens=targets.size, gradients=gradients)
     mesh, spec = sharding.token_spec(targets.shape)
-    if mesh is None or mesh.size == 1:
-        return run(x, matrix, targets)
     names = sharding.axis_names(spec)
+    # The vocabulary stays split over the other axes.
+    ours = {*sharding.BATCH_AXES, "sequence"} & {*sharding.free_sizes(mesh)}
+    manual = frozenset(names) | ours
+    if mesh is None or mesh.size == 1 or not manual:
+        return run(x, matrix, targets)
 
     def local(x, narrow, targets):
         loss, *found = run(x, narrow, targets)
@@ -107,9 +119,8 @@ def _per_device(chunks, x, matrix, targets, *, gradients):
         mesh=mesh,
         in_specs=(spec, PartitionSpec(), spec),
         out_specs=(by_device, spec, by_device)[: 3 if gradients else 1],
-        # The vocabulary stays split over the others.
-        axis_names=frozenset(sharding.BATCH_AXES) | {"sequence"},
-        check_vma=False,
+        axis_names=manual,
+        check_vma=bool(varying_axes(x, matrix, targets)),
     )(x, matrix.astype(x.dtype), targets)  # in the dtype of x before it is gathered
     return loss.sum(), *(part.sum(0) if i else part for i, part in enumerate(found))
 
@@ -129,10 +140,12 @@ def _in_chunks(x, matrix, targets, *, chunks, num_tokens, gradients):
         totals = [total + found for total, found in zip(totals, [loss, *of_part[1:]])]
         return totals, of_part[:1]
 
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x.dtype)
     totals = [jnp.zeros((), wide)]
     if gradients:
         totals.append(jnp.zeros(matrix.shape, wide))
+    varying = varying_axes(x, matrix, targets)
+    totals = [as_varying(total, varying) for total in totals]
     parts = x.reshape(chunks, -1, x.shape[-1]), targets.reshape(chunks, -1)
     if chunks == 1:
         totals, dx = body(totals, [part[0] for part in parts])
@@ -144,7 +157,7 @@ def _in_chunks(x, matrix, targets, *, chunks, num_tokens, gradients):
 
 def _chunk(x, matrix, targets, num_tokens, gradients):
     """Of x `[T, C]`: the sum of the losses over num_tokens, and its gradients of x and the matrix."""
-    logits = unembed(x, matrix)
+    logits = _unembed(x, matrix)
     shift = jnp.max(logits, axis=-1, keepdims=True)
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - shift), axis=-1, keepdims=True)) + shift
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
@@ -153,5 +166,5 @@ def _chunk(x, matrix, targets, num_tokens, gradients):
     loss = jnp.sum(log_sum - of_target) / num_tokens
     if not gradients:
         return (loss,)
-    d_logits = (jnp.exp(logits - log_sum) - is_target) / num_tokens
+    d_logits = (jnp.exp(logits - log_sum) - is_target.astype(logits.dtype)) / num_tokens
     return loss, *_unembed_gradients(x, matrix, d_logits)

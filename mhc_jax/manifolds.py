@@ -36,7 +36,7 @@ class Birkhoff:
         return n * n
 
     def initial_logits(self, n: int, gap: float) -> jax.Array:
-        return gap * (jnp.eye(n) - 1).reshape(-1)
+        return gap * (jnp.eye(n, dtype=jnp.float32) - 1).reshape(-1)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
         matrices = logits.reshape(*logits.shape[:-1], n, n)
@@ -51,7 +51,7 @@ class Identity:
         return 0
 
     def initial_logits(self, n: int, gap: float) -> jax.Array:
-        return jnp.zeros(0)
+        return jnp.zeros(0, jnp.float32)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
         return jnp.broadcast_to(jnp.eye(n, dtype=logits.dtype), (*logits.shape[:-1], n, n))

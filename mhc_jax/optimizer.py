@@ -1,5 +1,8 @@
 """AdamW with the schedules and decay masks of the experiments."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import optax
 
@@ -12,6 +15,17 @@ NOT_DECAYED = frozenset({"scale", "bias", "alpha"})
 
 # Table 5: x0.316 at 80 % and x0.1 at 90 % of the steps, both of the base rate.
 STEP_DECAY = ((0.8, 0.316), (0.9, 0.1))
+
+
+def _promoting(function: Callable) -> Callable:
+    """A function of optax, which mixes dtypes, in a program of `jax_numpy_dtype_promotion="strict"`."""
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **options)
+
+    return call
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -40,7 +54,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
             factor_before = factor
         main = optax.piecewise_constant_schedule(peak, boundaries)
     ramp = optax.linear_schedule(0.0, peak, max(warmup, 1))
-    return optax.join_schedules([ramp, main], [warmup]) if warmup else main
+    return _promoting(optax.join_schedules([ramp, main], [warmup]) if warmup else main)
 
 
 def decay_mask(params):
@@ -72,6 +86,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    if not config.clip_norm:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    if config.clip_norm:
+        adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    return optax.GradientTransformation(adamw.init, _promoting(adamw.update))

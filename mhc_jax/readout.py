@@ -5,6 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 import kernels_pallas as kernels
+from kernels_pallas.placement import whole
+from kernels_pallas.projection import check_phi_precision
+from kernels_pallas.shapes import check_size, check_width
 from mhc_jax.initialisation import mhc_alpha
 
 READOUTS = ("sum", "mean", "head")
@@ -22,10 +25,12 @@ class Readout(nnx.Module):
       n: number of streams.
       alpha_init: gating factor of the head at the start, or "auto", as mHC's.
       norm_eps: of the head's RMSNorm.
+      phi_precision: of the head, "tf32" or "highest", see `kernels_pallas.projection`.
       implementation: of the kernels, see `kernels_pallas`.
+      rngs: not used, since no parameter starts from random numbers.
 
     Raises:
-      ValueError: unknown kind.
+      ValueError: unknown kind, or streams that are not `[..., n*C]`.
     """
 
     def __init__(
@@ -36,11 +41,17 @@ class Readout(nnx.Module):
         *,
         alpha_init: float | str = "auto",
         norm_eps: float = 1e-20,
+        phi_precision: str = "tf32",
         implementation: str | None = None,
+        rngs: nnx.Rngs | None = None,
     ):
+        del rngs
         if kind not in READOUTS:
             raise ValueError(f"readout={kind!r} is unknown: use one of {', '.join(READOUTS)}")
+        check_size(width, n)
+        check_phi_precision(phi_precision)
         self.kind, self.n, self.norm_eps, self.implementation = kind, n, norm_eps, implementation
+        self.width, self.phi_precision = width, phi_precision
         if kind == "head":
             self.phi = nnx.Param(jnp.zeros((n * width, n), jnp.float32))
             self.bias = nnx.Param(jnp.zeros(n, jnp.float32))
@@ -52,10 +63,15 @@ class Readout(nnx.Module):
             weight = 1.0 if self.kind == "sum" else 1 / self.n
             return jnp.full((*streams.shape[:-1], self.n), weight, jnp.float32)
         s, r = kernels.projection(
-            streams, self.phi[...], norm_eps=self.norm_eps, implementation=self.implementation
+            streams,
+            self.phi[...],
+            norm_eps=self.norm_eps,
+            phi_precision=self.phi_precision,
+            implementation=self.implementation,
         )
-        bias = jnp.broadcast_to(self.bias[...].astype(s.dtype), s.shape)
-        return jax.nn.sigmoid(self.alpha[0].astype(s.dtype) * s / r[..., None] + bias)
+        bias = jnp.broadcast_to(whole(self.bias[...]).astype(s.dtype), s.shape)
+        return jax.nn.sigmoid(whole(self.alpha[...])[0].astype(s.dtype) * s / r[..., None] + bias)
 
     def __call__(self, streams: jax.Array) -> jax.Array:
+        check_width(streams, self.n, self.width)
         return kernels.pre(streams, self._weights(streams), implementation=self.implementation)

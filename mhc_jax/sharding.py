@@ -21,9 +21,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from kernels_pallas.sharding import axis_names, current, divisible, token_sharding
+from kernels_pallas.sharding import (
+    axis_names,
+    current,
+    divisible,
+    free_sizes,
+    token_sharding,
+)
 from mhc_jax.config import Config, MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence")
@@ -158,7 +164,15 @@ def parameter_spec(path: str, num_dimensions: int) -> PartitionSpec:
     )
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+def _free(spec: PartitionSpec, mesh: Mesh | AbstractMesh, without: tuple = ()) -> PartitionSpec:
+    """`spec` without the axes that a `shard_map` around this has made Manual already."""
+    names = {*free_sizes(mesh)}.difference(without)
+    kept = (tuple(axis for axis in axis_names((group,)) if axis in names) for group in spec)
+    groups = (axes[0] if len(axes) == 1 else axes or None for axes in kept)
+    return PartitionSpec(*groups)
+
+
+def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """NamedSharding of every array of a train state, parameters or gradients.
 
     What lies below dict keys goes by them (parameters, and each of the optimizer's trees that mirror them);
@@ -173,7 +187,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
         if not keys:
             return replicated(mesh)
         name = "/".join(keys)
-        spec = parameter_spec(name, len(leaf.shape))
+        spec = _free(parameter_spec(name, len(leaf.shape)), mesh)
         for size, group in zip(leaf.shape, spec):
             axes = axis_names((group,))
             if size % math.prod(mesh.shape[axis] for axis in axes):
@@ -199,7 +213,7 @@ def on_mesh(function, mesh: Mesh | None):
     return traced
 
 
-def token_spec(lead: tuple[int, ...]) -> tuple[Mesh | None, PartitionSpec]:
+def token_spec(lead: tuple[int, ...]) -> tuple[Mesh | AbstractMesh | None, PartitionSpec]:
     """The mesh of the program that is traced, or None, and where tokens `[B, S]` live on it.
 
     A dimension that does not divide (one sequence for gains) stays whole.
@@ -225,12 +239,8 @@ def gathered(path: str, x: jax.Array) -> jax.Array:
     where = current()
     if where is None:
         return x
-    kept = (
-        tuple(axis for axis in axis_names((group,)) if axis != "fsdp")
-        for group in parameter_spec(path, x.ndim)
-    )
-    spec = (axes or None for axes in kept)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, PartitionSpec(*spec)))
+    spec = _free(parameter_spec(path, x.ndim), where.mesh, without=("fsdp",))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, spec))
 
 
 def split_parameters(tree: Any) -> Any:

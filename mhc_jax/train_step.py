@@ -206,7 +206,7 @@ def train_step(
     if aux is not None:
         metrics |= _moe_metrics(aux)
     state = state.replace(
-        step=state.step + healthy,
+        step=state.step + healthy.astype(jnp.int32),
         params=params,
         model_state=model_state,
         opt_state=opt_state,

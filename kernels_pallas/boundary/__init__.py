@@ -9,38 +9,50 @@ import functools
 
 import jax
 
-from kernels_pallas import dispatch
+from kernels_pallas import placement
+from kernels_pallas.boundary import reference
+from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.pre import check_norm
+from kernels_pallas.precision import wide_dtype
 from kernels_pallas.projection import rounded
-from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype, num_columns
+from kernels_pallas.shapes import (
+    check_floating,
+    check_layer_output,
+    check_phi,
+    check_shape,
+    check_streams,
+    num_columns,
+)
 from kernels_pallas.sinkhorn import check_num_iterations
 
 
-def _run(op, direction, static, *args):
+def _run(op, definition, static, *args):
     *static, implementation = static
     names = ("n", "num_iterations", "norm_eps", "input_norm_eps")
-    return dispatch.run(op, direction, implementation, *args, **dict(zip(names, static)))
+    return run(op, definition, implementation, *args, **dict(zip(names, static)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(custom_vjp, nondiff_argnums=(5,))
 def _read(streams, phi, bias, alpha, weight, static):
     return _read_forward(streams, phi, bias, alpha, weight, static)[0]
 
 
 def _read_forward(streams, phi, bias, alpha, weight, static):
-    parameters = (rounded(streams, phi), bias, alpha, weight)
-    layer_input, h_post, h_res, *saved = _run("read", "read_forward", static, streams, *parameters)
+    parameters = (phi, bias, alpha, weight)
+    layer_input, h_post, h_res, *saved = _run(
+        "read", reference.read_forward, static, streams, *parameters
+    )
     return (layer_input, h_post, h_res, streams), (streams, *parameters, *saved)
 
 
 def _read_backward(static, residuals, cotangents):
-    return tuple(_run("read", "read_backward", static, *residuals, *cotangents))
+    return tuple(_run("read", reference.read_backward, static, *residuals, *cotangents))
 
 
 _read.defvjp(_read_forward, _read_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+@functools.partial(custom_vjp, nondiff_argnums=(8,))
 def _boundary(streams, layer_output, h_post, h_res, phi, bias, alpha, weight, static):
     args = (streams, layer_output, h_post, h_res, phi, bias, alpha, weight)
     return _boundary_forward(*args, static)[0]
@@ -48,29 +60,34 @@ def _boundary(streams, layer_output, h_post, h_res, phi, bias, alpha, weight, st
 
 def _boundary_forward(streams, layer_output, h_post, h_res, phi, bias, alpha, weight, static):
     update = (streams, layer_output, h_post, h_res)
-    parameters = (rounded(streams, phi), bias, alpha, weight)
+    parameters = (phi, bias, alpha, weight)
     new_streams, layer_input, new_post, new_res, *saved = _run(
-        "boundary", "forward", static, *update, *parameters
+        "boundary", reference.forward, static, *update, *parameters
     )
     outputs = (layer_input, new_post, new_res, new_streams)
     return outputs, (*update, new_streams, *parameters, *saved)
 
 
 def _boundary_backward(static, residuals, cotangents):
-    return tuple(_run("boundary", "backward", static, *residuals, *cotangents))
+    return tuple(_run("boundary", reference.backward, static, *residuals, *cotangents))
 
 
 _boundary.defvjp(_boundary_forward, _boundary_backward)
 
 
-def _check_parameters(streams, phi, bias, alpha, n, num_iterations):
+def _parameters(streams, phi, bias, alpha, n, num_iterations, phi_precision):
     check_num_iterations(num_iterations)
     m = num_columns(n)
-    check_shape("phi", phi, (streams.shape[-1], m))
+    check_floating(phi=phi, bias=bias, alpha=alpha)
+    check_phi(streams, phi, m)
     check_shape("bias", bias, (m,))
     check_shape("alpha", alpha, (3,))
-    dtype = coefficient_dtype(streams.dtype)
-    return phi.astype(dtype), bias.astype(dtype), alpha.astype(dtype)
+    dtype = wide_dtype(streams.dtype)
+    return {
+        "phi": rounded(streams, phi.astype(dtype), phi_precision),
+        "bias": bias.astype(dtype),
+        "alpha": alpha.astype(dtype),
+    }
 
 
 def read(
@@ -82,6 +99,7 @@ def read(
     n: int,
     num_iterations: int = 20,
     norm_eps: float = 1e-20,
+    phi_precision: str = "tf32",
     input_norm_weight: jax.Array | None = None,
     input_norm_eps: float | None = None,
     implementation: str | None = None,
@@ -98,11 +116,12 @@ def read(
     backward's pass over the streams (in float32, rounded once), not by an addition of its own.
 
     Args:
-      streams: `[..., n*C]` bfloat16 or float32.
+      streams: `[..., n*C]` bfloat16 or float32 (no float16).
       phi, bias, alpha: `[n*C, n*n+2n]`, `[n*n+2n]`, `[3]` float32, as in `mappings`.
       n: number of streams.
       num_iterations: t_max of Eq. 9.
       norm_eps: added to the mean square of the streams.
+      phi_precision: as in `projection`.
       input_norm_weight, input_norm_eps: RMSNorm of the layer input, as in `pre`; None: no norm.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
@@ -111,13 +130,17 @@ def read(
 
     Raises:
       ValueError: shapes that do not fit.
+      TypeError: no array, or another dtype than said above.
       NotImplementedError: the named implementation cannot run here.
     """
     width = check_streams(streams, n)
-    parameters = _check_parameters(streams, phi, bias, alpha, n, num_iterations)
-    weight = check_norm(input_norm_weight, input_norm_eps, width, parameters[0].dtype)
+    parameters = _parameters(streams, phi, bias, alpha, n, num_iterations, phi_precision)
+    weight = check_norm(input_norm_weight, input_norm_eps, width, parameters["phi"].dtype)
     static = (n, num_iterations, norm_eps, input_norm_eps, implementation)
-    return _read(streams, *parameters, weight, static)
+    args = placement.aligned(
+        reference.read_forward, streams=streams, **parameters, input_norm_weight=weight
+    )
+    return _read(*args, static)
 
 
 def boundary(
@@ -132,6 +155,7 @@ def boundary(
     n: int,
     num_iterations: int = 20,
     norm_eps: float = 1e-20,
+    phi_precision: str = "tf32",
     input_norm_weight: jax.Array | None = None,
     input_norm_eps: float | None = None,
     implementation: str | None = None,
@@ -150,7 +174,7 @@ def boundary(
 
     Args:
       streams, layer_output, h_post, h_res: the pending update, as in `post_res`.
-      phi, bias, alpha, n, num_iterations, norm_eps: of the next sublayer, as in `read`.
+      phi, bias, alpha, n, num_iterations, norm_eps, phi_precision: of the next sublayer, as in `read`.
       input_norm_weight, input_norm_eps: RMSNorm of the next layer input, as in `read`.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
@@ -159,21 +183,26 @@ def boundary(
 
     Raises:
       ValueError: shapes that do not fit.
+      TypeError: no array, or another dtype than said above.
       NotImplementedError: the named implementation cannot run here.
     """
     width = check_streams(streams, n)
     lead = streams.shape[:-1]
-    check_shape("layer_output", layer_output, (*lead, width))
+    check_floating(h_post=h_post, h_res=h_res)
+    check_layer_output(streams, layer_output, width)
     check_shape("h_post", h_post, (*lead, n))
     check_shape("h_res", h_res, (*lead, n, n))
-    parameters = _check_parameters(streams, phi, bias, alpha, n, num_iterations)
-    dtype = parameters[0].dtype
+    parameters = _parameters(streams, phi, bias, alpha, n, num_iterations, phi_precision)
+    dtype = parameters["phi"].dtype
     weight = check_norm(input_norm_weight, input_norm_eps, width, dtype)
     static = (n, num_iterations, norm_eps, input_norm_eps, implementation)
-    update = (
-        streams,
-        layer_output.astype(streams.dtype),
-        h_post.astype(dtype),
-        h_res.astype(dtype),
+    args = placement.aligned(
+        reference.forward,
+        streams=streams,
+        layer_output=layer_output,
+        h_post=h_post.astype(dtype),
+        h_res=h_res.astype(dtype),
+        **parameters,
+        input_norm_weight=weight,
     )
-    return _boundary(*update, *parameters, weight, static)
+    return _boundary(*args, static)

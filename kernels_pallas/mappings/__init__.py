@@ -4,17 +4,19 @@ import functools
 
 import jax
 
-from kernels_pallas import dispatch
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.mappings import reference
 from kernels_pallas.projection import projection
-from kernels_pallas.shapes import check_shape, check_streams, num_columns
+from kernels_pallas.shapes import check_floating, check_phi, check_shape, check_streams, num_columns
 from kernels_pallas.sinkhorn import check_num_iterations
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(custom_vjp, nondiff_argnums=(4, 5, 6))
 def _coefficients(s, r, bias, alpha, n, num_iterations, implementation):
-    return dispatch.run(
+    return run(
         "coefficients",
-        "forward",
+        reference.forward,
         implementation,
         s,
         r,
@@ -31,9 +33,9 @@ def _forward(s, r, bias, alpha, n, num_iterations, implementation):
 
 
 def _backward(n, num_iterations, implementation, residuals, cotangents):
-    return dispatch.run(
+    return run(
         "coefficients",
-        "backward",
+        reference.backward,
         implementation,
         *residuals,
         *cotangents,
@@ -77,11 +79,13 @@ def coefficients(
       h_pre `[..., n]`, h_post `[..., n]`, h_res `[..., n, n]`, float32.
     """
     check_num_iterations(num_iterations)
+    check_floating(s=s, r=r, bias=bias, alpha=alpha)
     m = num_columns(n)
     check_shape("s", s, (*r.shape, m))
     check_shape("bias", bias, (m,))
     check_shape("alpha", alpha, (3,))
     bias, alpha = bias.astype(s.dtype), alpha.astype(s.dtype)
+    s, r, bias, alpha = placement.aligned(reference.forward, s=s, r=r, bias=bias, alpha=alpha)
     return _coefficients(s, r, bias, alpha, n, num_iterations, implementation)
 
 
@@ -94,6 +98,7 @@ def mappings(
     n: int,
     num_iterations: int = 20,
     norm_eps: float = 1e-20,
+    phi_precision: str = "tf32",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Dynamic mappings of mHC for each token (Eqs. 7-9, evaluated in the order of Eqs. 14-19).
@@ -101,13 +106,14 @@ def mappings(
     Equivalent to `coefficients(*projection(streams, phi), bias, alpha)`; see both for rounding.
 
     Args:
-      streams: `[..., n*C]` bfloat16 or float32.
+      streams: `[..., n*C]` bfloat16 or float32 (no float16).
       phi: `[n*C, n*n+2n]` float32, columns pre (n), post (n), res (n*n, row-major i, j).
       bias: `[n*n+2n]` float32, same order.
       alpha: `[3]` float32, gating factors of pre, post, res.
       n: number of streams.
       num_iterations: t_max of Eq. 9.
       norm_eps: added to the mean square of the streams.
+      phi_precision: as in `projection`.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
@@ -116,11 +122,19 @@ def mappings(
 
     Raises:
       ValueError: shapes that do not fit n.
+      TypeError: no array, or another dtype than said above.
       NotImplementedError: the named implementation cannot run here.
     """
     check_streams(streams, n)
-    check_shape("phi", phi, (streams.shape[-1], num_columns(n)))
-    s, r = projection(streams, phi, norm_eps=norm_eps, implementation=implementation)
+    check_floating(phi=phi)
+    check_phi(streams, phi, num_columns(n))
+    s, r = projection(
+        streams,
+        phi,
+        norm_eps=norm_eps,
+        phi_precision=phi_precision,
+        implementation=implementation,
+    )
     return coefficients(
         s, r, bias, alpha, n=n, num_iterations=num_iterations, implementation=implementation
     )

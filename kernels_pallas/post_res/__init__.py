@@ -4,13 +4,22 @@ import functools
 
 import jax
 
-from kernels_pallas import dispatch
-from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.post_res import reference
+from kernels_pallas.precision import wide_dtype
+from kernels_pallas.shapes import (
+    check_floating,
+    check_layer_output,
+    check_shape,
+    check_streams,
+    num_streams,
+)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(custom_vjp, nondiff_argnums=(4,))
 def _post_res(streams, layer_output, h_post, h_res, implementation):
-    return dispatch.run("post_res", "forward", implementation, streams, layer_output, h_post, h_res)
+    return run("post_res", reference.forward, implementation, streams, layer_output, h_post, h_res)
 
 
 def _forward(streams, layer_output, h_post, h_res, implementation):
@@ -19,7 +28,7 @@ def _forward(streams, layer_output, h_post, h_res, implementation):
 
 
 def _backward(implementation, residuals, d_streams):
-    return dispatch.run("post_res", "backward", implementation, *residuals, d_streams)
+    return run("post_res", reference.backward, implementation, *residuals, d_streams)
 
 
 _post_res.defvjp(_forward, _backward)
@@ -41,7 +50,7 @@ def post_res(
         new[..., i, :] = sum(h_res[..., i, j] * x[..., j, :]) + h_post[..., i] * layer_output
 
     Args:
-      streams: `[..., n*C]` bfloat16 or float32.
+      streams: `[..., n*C]` bfloat16 or float32 (no float16).
       layer_output: `[..., C]`, the dtype of the streams.
       h_post: `[..., n]` float32.
       h_res: `[..., n, n]` float32, entry (i, j) from stream j into stream i.
@@ -52,19 +61,22 @@ def post_res(
 
     Raises:
       ValueError: shapes that do not fit.
+      TypeError: no array, or another dtype than said above.
       NotImplementedError: the named implementation cannot run here.
     """
-    n = h_post.shape[-1]
+    check_floating(h_post=h_post, h_res=h_res)
+    n = num_streams("h_post", h_post)
     width = check_streams(streams, n)
     lead = streams.shape[:-1]
-    check_shape("layer_output", layer_output, (*lead, width))
+    check_layer_output(streams, layer_output, width)
     check_shape("h_post", h_post, (*lead, n))
     check_shape("h_res", h_res, (*lead, n, n))
-    dtype = coefficient_dtype(streams.dtype)
-    return _post_res(
-        streams,
-        layer_output.astype(streams.dtype),
-        h_post.astype(dtype),
-        h_res.astype(dtype),
-        implementation,
+    dtype = wide_dtype(streams.dtype)
+    args = placement.aligned(
+        reference.forward,
+        streams=streams,
+        layer_output=layer_output,
+        h_post=h_post.astype(dtype),
+        h_res=h_res.astype(dtype),
     )
+    return _post_res(*args, implementation)

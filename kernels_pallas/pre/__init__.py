@@ -5,13 +5,21 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch
-from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.pre import reference
+from kernels_pallas.precision import wide_dtype
+from kernels_pallas.shapes import (
+    check_floating,
+    check_shape,
+    check_streams,
+    num_streams,
+)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
 def _pre(streams, h_pre, implementation):
-    return dispatch.run("pre", "forward", implementation, streams, h_pre)
+    return run("pre", reference.forward, implementation, streams, h_pre)
 
 
 def _forward(streams, h_pre, implementation):
@@ -19,15 +27,15 @@ def _forward(streams, h_pre, implementation):
 
 
 def _backward(implementation, residuals, d_layer_input):
-    return dispatch.run("pre", "backward", implementation, *residuals, d_layer_input)
+    return run("pre", reference.backward, implementation, *residuals, d_layer_input)
 
 
 _pre.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(custom_vjp, nondiff_argnums=(3, 4))
 def _pre_normed(streams, h_pre, weight, eps, implementation):
-    return dispatch.run("pre", "forward_normed", implementation, streams, h_pre, weight, eps=eps)
+    return run("pre", reference.forward_normed, implementation, streams, h_pre, weight, eps=eps)
 
 
 def _forward_normed(streams, h_pre, weight, eps, implementation):
@@ -35,9 +43,7 @@ def _forward_normed(streams, h_pre, weight, eps, implementation):
 
 
 def _backward_normed(eps, implementation, residuals, d_layer_input):
-    return dispatch.run(
-        "pre", "backward_normed", implementation, *residuals, d_layer_input, eps=eps
-    )
+    return run("pre", reference.backward_normed, implementation, *residuals, d_layer_input, eps=eps)
 
 
 _pre_normed.defvjp(_forward_normed, _backward_normed)
@@ -60,7 +66,7 @@ def pre(
         layer_input = h if norm_eps is None else h * rsqrt(mean(h**2) + norm_eps) * norm_weight
 
     Args:
-      streams: `[..., n*C]` bfloat16 or float32.
+      streams: `[..., n*C]` bfloat16 or float32 (no float16).
       h_pre: `[..., n]` float32.
       norm_weight: `[C]`, weight of the RMSNorm; None: ones.
       norm_eps: eps of the RMSNorm; None: no norm, and then no `norm_weight`.
@@ -71,14 +77,19 @@ def pre(
 
     Raises:
       ValueError: shapes that do not fit.
+      TypeError: no array, or another dtype than said above.
       NotImplementedError: the named implementation cannot run here.
     """
-    n = h_pre.shape[-1]
+    check_floating(h_pre=h_pre)
+    n = num_streams("h_pre", h_pre)
     width = check_streams(streams, n)
     check_shape("h_pre", h_pre, (*streams.shape[:-1], n))
-    dtype = coefficient_dtype(streams.dtype)
+    dtype = wide_dtype(streams.dtype)
     h_pre = h_pre.astype(dtype)
     weight = check_norm(norm_weight, norm_eps, width, dtype)
+    streams, h_pre, weight = placement.aligned(
+        reference.forward_normed, streams=streams, h_pre=h_pre, norm_weight=weight
+    )
     if weight is None:
         return _pre(streams, h_pre, implementation)
     return _pre_normed(streams, h_pre, weight, norm_eps, implementation)
@@ -96,5 +107,6 @@ def check_norm(weight: jax.Array | None, eps: float | None, width: int, dtype) -
         return None
     if weight is None:
         return jnp.ones((width,), dtype)
+    check_floating(norm_weight=weight)
     check_shape("norm_weight", weight, (width,))
     return weight.astype(dtype)

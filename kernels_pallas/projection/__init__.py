@@ -5,15 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch
-from kernels_pallas.precision import round_to_tf32
-from kernels_pallas.shapes import check_shape, check_streams, coefficient_dtype
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.precision import round_to_tf32, wide_dtype
+from kernels_pallas.projection import reference
+from kernels_pallas.shapes import check_floating, check_phi, check_streams
+
+PHI_PRECISIONS = ("tf32", "highest")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
 def _projection(streams, phi, norm_eps, implementation):
-    phi = rounded(streams, phi)
-    return dispatch.run("projection", "forward", implementation, streams, phi, norm_eps=norm_eps)
+    return run("projection", reference.forward, implementation, streams, phi, norm_eps=norm_eps)
 
 
 def _forward(streams, phi, norm_eps, implementation):
@@ -26,16 +29,34 @@ def _backward(norm_eps, implementation, residuals, cotangents):
     ds, dr = cotangents
     if streams.dtype == jnp.bfloat16:
         ds = round_to_tf32(ds)
-    phi = rounded(streams, phi)  # straight-through: dphi is passed on as it is
-    return dispatch.run("projection", "backward", implementation, streams, phi, r, ds, dr)
+    return run("projection", reference.backward, implementation, streams, phi, r, ds, dr)
 
 
 _projection.defvjp(_forward, _backward)
 
 
-def rounded(streams: jax.Array, phi: jax.Array) -> jax.Array:
-    """phi in TF32; float64 streams (tests under x64) keep it whole."""
-    return phi if streams.dtype == jnp.float64 else round_to_tf32(phi)
+def check_phi_precision(phi_precision: str) -> None:
+    """Raises ValueError for a name that is not in `PHI_PRECISIONS`."""
+    if phi_precision not in PHI_PRECISIONS:
+        raise ValueError(
+            f"phi_precision={phi_precision!r} is unknown: use one of {', '.join(PHI_PRECISIONS)}"
+        )
+
+
+def rounded(streams: jax.Array, phi: jax.Array, phi_precision: str) -> jax.Array:
+    """phi as it is multiplied, its gradient passed straight through; float64 streams keep it whole.
+
+    Raises:
+      ValueError: an unknown precision, or "highest" with bfloat16 streams.
+    """
+    check_phi_precision(phi_precision)
+    highest = phi_precision == "highest"
+    if highest and streams.dtype == jnp.bfloat16:
+        raise ValueError(
+            "phi_precision='highest' is for float32 streams, these are bfloat16: use 'tf32', whose products "
+            "with them are exact, or cast the streams"
+        )
+    return phi if highest or streams.dtype == jnp.float64 else round_to_tf32(phi)
 
 
 def projection(
@@ -43,6 +64,7 @@ def projection(
     phi: jax.Array,
     *,
     norm_eps: float = 1e-20,
+    phi_precision: str = "tf32",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Projects flat streams and returns their root mean square, reading them once (Eqs. 14-15).
@@ -59,9 +81,10 @@ def projection(
     unrounded `ds`. Implementations differ by the order of summation only.
 
     Args:
-      streams: `[..., K]` bfloat16 or float32, K = n*C.
+      streams: `[..., K]` bfloat16 or float32 (no float16), K = n*C.
       phi: `[K, m]` float32.
       norm_eps: added to the mean square, float32.
+      phi_precision: "tf32" rounds phi as said above; "highest" takes it as it is, for float32 streams only.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
@@ -70,9 +93,12 @@ def projection(
 
     Raises:
       ValueError: phi's rows do not match the streams.
+      TypeError: no array, or another dtype than said above.
       NotImplementedError: the named implementation cannot run here.
     """
     check_streams(streams, 1)
-    check_shape("phi", phi, (streams.shape[-1], *phi.shape[1:2]))
-    phi = phi.astype(coefficient_dtype(streams.dtype))
+    check_floating(phi=phi)
+    check_phi(streams, phi)
+    phi = rounded(streams, phi.astype(wide_dtype(streams.dtype)), phi_precision)
+    streams, phi = placement.aligned(reference.forward, streams=streams, phi=phi)
     return _projection(streams, phi, norm_eps, implementation)

@@ -8,7 +8,7 @@ to bfloat16 by default, and a GPU would not use tensor cores at full precision.)
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.precision import split_bf16
+from kernels_pallas.precision import split_bf16, wide_dtype
 from kernels_pallas.sharding import layout
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -70,5 +70,5 @@ def _contract_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
         y,
         ((leading, leading), ((), ())),
         precision=_HIGHEST,
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        preferred_element_type=wide_dtype(x.dtype),
     )

@@ -3,16 +3,17 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 
-from kernels_pallas import dispatch
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.precision import wide_dtype
+from kernels_pallas.shapes import check_floating
+from kernels_pallas.sinkhorn import reference
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
 def _sinkhorn(logits, num_iterations, implementation):
-    return dispatch.run(
-        "sinkhorn", "forward", implementation, logits, num_iterations=num_iterations
-    )
+    return run("sinkhorn", reference.forward, implementation, logits, num_iterations=num_iterations)
 
 
 def _forward(logits, num_iterations, implementation):
@@ -22,8 +23,13 @@ def _forward(logits, num_iterations, implementation):
 
 def _backward(num_iterations, implementation, logits, d_h_res):
     return (
-        dispatch.run(
-            "sinkhorn", "backward", implementation, logits, d_h_res, num_iterations=num_iterations
+        run(
+            "sinkhorn",
+            reference.backward,
+            implementation,
+            logits,
+            d_h_res,
+            num_iterations=num_iterations,
         ),
     )
 
@@ -71,10 +77,13 @@ def sinkhorn(
 
     Raises:
       ValueError: not square matrices, or num_iterations < 1.
+      TypeError: integer or complex logits, or no array.
       NotImplementedError: the named implementation cannot run here.
     """
     check_num_iterations(num_iterations)
+    check_floating(logits=logits)
     if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2] or not logits.shape[-1]:
         raise ValueError(f"logits {logits.shape}: expected square matrices [..., n, n]")
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(wide_dtype(logits.dtype))
+    (logits,) = placement.aligned(reference.forward, logits=logits)
     return _sinkhorn(logits, num_iterations, implementation)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.derivatives import custom_vjp
+from kernels_pallas.precision import wide_dtype
 from mhc_jax.remat import keep
 
 
@@ -46,7 +48,7 @@ def dropless_rows(groups: jax.Array, num_groups: int) -> Rows:
     inside = (groups >= 0) & (groups < num_groups)
     order, position, sizes = _sort(jnp.where(inside, groups, num_groups), num_groups + 1)
     sizes = sizes[:num_groups]
-    filled = jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(sizes)
+    filled = jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(sizes, dtype=jnp.int32)
     return _kept(Rows(order[:num_rows], filled, jnp.where(inside, position, num_rows), sizes))
 
 
@@ -61,7 +63,7 @@ def capacity_rows(groups: jax.Array, num_groups: int, capacity: int) -> Rows:
     """
     num_rows = num_groups * capacity
     order, position, sizes = _sort(groups, num_groups)
-    starts = jnp.cumsum(sizes) - sizes
+    starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
     rank = position - starts[groups]
     row = jnp.where(rank < capacity, groups * capacity + rank, num_rows)
     place = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (num_groups, capacity))
@@ -91,9 +93,14 @@ def _sort(groups: jax.Array, num_groups: int):
     """Choices ordered by group, where each choice went, and the number in each group."""
     flat = groups.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    position = jax.lax.platform_dependent(order, tpu=jnp.argsort, default=_inverse_permutation)
-    sizes = jnp.sum(jax.nn.one_hot(flat, num_groups, dtype=jnp.int32), axis=0)
-    return order, position.astype(jnp.int32).reshape(groups.shape), sizes
+    position = jax.lax.platform_dependent(
+        order,
+        tpu=lambda order: jnp.argsort(order).astype(order.dtype),
+        default=_inverse_permutation,
+    )
+    # Under jax_enable_x64 a sum of int32 would be int64.
+    sizes = jnp.sum(jax.nn.one_hot(flat, num_groups, dtype=jnp.int32), axis=0, dtype=jnp.int32)
+    return order, position.reshape(groups.shape), sizes
 
 
 def _inverse_permutation(order):
@@ -136,7 +143,7 @@ def _sum_choices(x, rows):
     for j in range(rows.row_of_choice.shape[1]):
         row = rows.row_of_choice[:, j]
         taken = _take(x, jnp.minimum(row, x.shape[0] - 1))
-        taken = taken.astype(jnp.promote_types(x.dtype, jnp.float32))
+        taken = taken.astype(wide_dtype(x.dtype))
         total += jnp.where(row[:, None] < x.shape[0], taken, 0.0)
     return total.astype(x.dtype)
 
@@ -152,7 +159,7 @@ def _weights_of_choices(rows_weights, rows):
 
 def _linear_in_x(function, transpose):
     """`function(x, rows)` whose gradient is `transpose(cotangent, rows)`."""
-    op = jax.custom_vjp(function)
+    op = custom_vjp(function)
 
     def backward(rows, cotangent):
         no_gradient = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), rows)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.derivatives import custom_vjp
+from kernels_pallas.precision import wide_dtype
 from mhc_jax.remat import keep
 
 
@@ -37,7 +39,7 @@ def expert_ffn(
     return matmul(_gated(hidden, row_weights), weights.down)
 
 
-@jax.custom_vjp
+@custom_vjp
 def _gated(gate_up, row_weights):
     """silu(gate) * up * weight in float32; the backward keeps the arguments alone."""
     gate, up = _halves(gate_up)
@@ -45,7 +47,7 @@ def _gated(gate_up, row_weights):
 
 
 def _halves(gate_up):
-    wide = gate_up.astype(jnp.promote_types(gate_up.dtype, jnp.float32))
+    wide = gate_up.astype(wide_dtype(gate_up.dtype))
     return jnp.split(wide, 2, axis=-1)
 
 

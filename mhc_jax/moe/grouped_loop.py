@@ -10,6 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.precision import wide_dtype
+from kernels_pallas.varying import as_varying, varying_axes
+
 
 class _Blocks(NamedTuple):
     """Group, first row and row after the last of each block `[L]`, the number in use, rows of a block."""
@@ -26,11 +29,11 @@ def _blocks(num_rows: int, sizes: jax.Array) -> _Blocks:
     rows = 8
     while rows < 128 and 4 * rows * num_groups < num_rows:
         rows *= 2
-    ends, blocks = jnp.cumsum(sizes), -(-sizes // rows)
-    last = jnp.cumsum(blocks)
+    ends, blocks = jnp.cumsum(sizes, dtype=jnp.int32), -(-sizes // rows)
+    last = jnp.cumsum(blocks, dtype=jnp.int32)
     index = jnp.arange(num_rows // rows + num_groups, dtype=jnp.int32)
     # The groups that end at or before a block.
-    passed = jnp.sum(index[:, None] >= last[None, :], axis=1)
+    passed = jnp.sum(index[:, None] >= last[None, :], axis=1, dtype=jnp.int32)
     group = jnp.minimum(passed, num_groups - 1)
     start = (ends - sizes)[group] + (index - (last - blocks)[group]) * rows
     return _Blocks(group, start, ends[group], last[-1], rows)
@@ -42,6 +45,7 @@ def forward(x, matrices, sizes, *, transpose=False):
     padded = jnp.pad(x, ((0, blocks.rows), (0, 0)))
     over = 1 if transpose else 0  # of one matrix
     y = jnp.zeros((padded.shape[0], matrices.shape[1 if transpose else 2]), x.dtype)
+    y = as_varying(y, varying_axes(x, matrices, sizes))
 
     def body(i, y):
         rows = jax.lax.dynamic_slice_in_dim(padded, blocks.start[i], blocks.rows)
@@ -55,7 +59,8 @@ def forward(x, matrices, sizes, *, transpose=False):
         return jax.lax.dynamic_update_slice_in_dim(y, product, blocks.start[i], 0)
 
     y = jax.lax.fori_loop(0, blocks.count, body, y)[: x.shape[0]]
-    return jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes), y, 0)
+    row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.where(row < jnp.sum(sizes, dtype=jnp.int32), y, 0)
 
 
 def backward(x, matrices, sizes, cotangent):
@@ -68,7 +73,7 @@ def backward(x, matrices, sizes, cotangent):
             jax.lax.dynamic_slice_in_dim(a, blocks.start[i], blocks.rows)
             for a in (padded, d_padded)
         )
-        inside = blocks.start[i] + jnp.arange(blocks.rows) < blocks.stop[i]
+        inside = blocks.start[i] + jnp.arange(blocks.rows, dtype=jnp.int32) < blocks.stop[i]
         product = jax.lax.dot_general(
             jnp.where(inside[:, None], rows, 0),
             d_rows,
@@ -77,7 +82,8 @@ def backward(x, matrices, sizes, cotangent):
         )
         return total.at[blocks.group[i]].add(product)
 
-    zero = jnp.zeros(matrices.shape, jnp.promote_types(matrices.dtype, jnp.float32))
+    zero = jnp.zeros(matrices.shape, wide_dtype(matrices.dtype))
+    zero = as_varying(zero, varying_axes(x, matrices, sizes, cotangent))
     total = jax.lax.fori_loop(0, blocks.count, body, zero)
     dx = forward(cotangent, matrices, sizes, transpose=True)
     return dx, total.astype(matrices.dtype)

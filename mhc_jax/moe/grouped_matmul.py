@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.derivatives import custom_vjp
+from kernels_pallas.varying import varying_axes
 from mhc_jax.moe import grouped_loop
 
 _TILE = 128  # that divides every dimension of a matrix in the kernels
@@ -28,6 +30,12 @@ def has_hopper_kernel(device: jax.Device, dtype, *dimensions: int) -> bool:
         and _whole_tiles(dimensions)
         and importlib.util.find_spec("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu") is not None
     )
+
+
+def _may_use_hopper_kernel(x, matrices) -> bool:
+    # JAX's kernels do not say what varies over the Manual axes of a `shard_map` that asks for it.
+    fast = has_hopper_kernel(jax.devices()[0], x.dtype, *matrices.shape[1:])
+    return fast and not varying_axes(x, matrices)
 
 
 def _has_megablox(dimensions) -> bool:
@@ -58,26 +66,47 @@ def grouped_matmul(
     return _grouped_matmul(covers_all_rows, x, matrices, sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(covers_all_rows, x, matrices, sizes):
     branches = {"tpu": jax.lax.ragged_dot, "default": grouped_loop.forward}
-    if has_hopper_kernel(jax.devices()[0], x.dtype, *matrices.shape[1:]):
+    if _may_use_hopper_kernel(x, matrices):
         branches["cuda"] = functools.partial(_hopper_forward, covers_all_rows)
     return jax.lax.platform_dependent(x, matrices, sizes, **branches)
 
 
 def _backward(covers_all_rows, saved, cotangent):
-    x, matrices, sizes = saved
-    branches = {"tpu": _ragged_dot_backward, "default": grouped_loop.backward}
-    if has_hopper_kernel(jax.devices()[0], x.dtype, *matrices.shape[1:]):
-        branches["cuda"] = functools.partial(_hopper_backward, covers_all_rows)
-    if _has_megablox(matrices.shape[1:]):
-        branches["tpu"] = _megablox_backward
-    gradients = jax.lax.platform_dependent(*saved, cotangent, **branches)
-    return *gradients, np.zeros(sizes.shape, jax.dtypes.float0)
+    gradients = _gradients(covers_all_rows, *saved, cotangent)
+    return *gradients, _no_gradient(saved[2])
 
 
 _grouped_matmul.defvjp(lambda covers, *args: (_grouped_matmul(covers, *args), args), _backward)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
+def _gradients(covers_all_rows, x, matrices, sizes, cotangent):
+    """Row r of group g -> cotangent[r] @ matrices[g]^T, and the sums of x[r]^T cotangent[r] of each group."""
+    branches = {"tpu": _ragged_dot_backward, "default": grouped_loop.backward}
+    if _may_use_hopper_kernel(x, matrices):
+        branches["cuda"] = functools.partial(_hopper_backward, covers_all_rows)
+    if _has_megablox(matrices.shape[1:]) and not varying_axes(x, matrices):
+        branches["tpu"] = _megablox_backward
+    return jax.lax.platform_dependent(x, matrices, sizes, cotangent, **branches)
+
+
+def _gradients_backward(covers_all_rows, saved, cotangents):
+    """Both are linear in each factor, so that their derivatives are the same products again."""
+    x, matrices, sizes, d = saved
+    of_x, of_matrices = _gradients(covers_all_rows, *cotangents[:2], sizes, d)
+    of_d = _grouped_matmul(covers_all_rows, cotangents[0], matrices, sizes)
+    of_d += _grouped_matmul(covers_all_rows, x, cotangents[1], sizes)
+    return of_x, of_matrices, _no_gradient(sizes), of_d
+
+
+_gradients.defvjp(lambda covers, *args: (_gradients(covers, *args), args), _gradients_backward)
+
+
+def _no_gradient(sizes):
+    return np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 def _ragged_dot_backward(x, matrices, sizes, cotangent):

@@ -8,14 +8,16 @@ Gathered outside, whole gradients would be all-reduced, which moves nearly twice
 mesh does not have counts as one of size 1.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from kernels_pallas import sharding
+from kernels_pallas import placement, sharding
+from kernels_pallas.varying import varying_axes
 from mhc_jax.moe import dispatch
 from mhc_jax.moe.experts import ExpertWeights, expert_ffn
 from mhc_jax.moe.grouped_matmul import grouped_matmul, has_hopper_kernel
@@ -33,8 +35,7 @@ def choose_dispatch(name: str, width: int, expert_width: int, dtype) -> str:
     """What "auto" means: dropless where the grouped matmul is fast (and on CPUs), else capacity."""
     if name != "auto":
         return name
-    active = sharding.current()
-    device = active.mesh.devices.flat[0] if active else jax.devices()[0]
+    device = sharding.first_device() or jax.devices()[0]
     slow = device.platform == "gpu" and not has_hopper_kernel(device, dtype, width, expert_width)
     return "capacity" if slow else "dropless"
 
@@ -65,23 +66,28 @@ def routed_experts(
     Raises:
       ValueError: experts or expert width that do not divide over the mesh.
     """
+    run = functools.partial(_routed_experts, dispatch=dispatch, capacity_factor=capacity_factor)
+    return placement.automatic(run, x, experts, routing_weights, weights, splits=True)
+
+
+def _routed_experts(x, experts, routing_weights, weights, *, dispatch, capacity_factor):
     active = sharding.current()
     if active is None or active.mesh.size == 1:
         return _one_device(x, experts, routing_weights, weights, dispatch, capacity_factor, None)
 
-    mesh = active.mesh
-    _check_mesh(mesh, weights)
+    mesh, sizes = active.mesh, active.sizes
+    _check_sizes(sizes, weights)
     split = sharding.divisible(mesh, active.axes, x.shape[:2])
     axis = None
-    if mesh.shape.get("expert", 1) > 1:
+    if sizes.get("expert", 1) > 1:
         axis = _ExpertAxis("expert", "expert" in sharding.axis_names(split))
     # A device that has a part of the sum only returns it on an axis of its own, and XLA sums over that: the
     # transpose of such a sum needs no communication, that of a psum does.
-    partial = [name for name in ("tensor",) if mesh.shape.get(name, 1) > 1]
+    partial = [name for name in ("tensor",) if sizes.get(name, 1) > 1]
     if axis and not axis.splits_tokens:
         partial.append(axis.name)
 
-    fsdp = _splits_rows(mesh, weights)
+    fsdp = _splits_rows(sizes, weights)
 
     def body(x, experts, routing_weights, weights):
         if fsdp:
@@ -91,7 +97,7 @@ def routed_experts(
         y, kept = _one_device(x, experts, routing_weights, weights, dispatch, capacity_factor, axis)
         return y[None], kept
 
-    expert, tensor = (name if name in mesh.axis_names else None for name in ("expert", "tensor"))
+    expert, tensor = (name if name in sizes else None for name in ("expert", "tensor"))
     tokens = PartitionSpec(*split)
     by_column = PartitionSpec(expert, fsdp, tensor)
     by_row = PartitionSpec(expert, tuple(filter(None, (tensor, fsdp))) or None)
@@ -103,29 +109,29 @@ def routed_experts(
             ExpertWeights(by_column, by_column, by_row),
         ),
         out_specs=(PartitionSpec(tuple(partial) or None, *split), tokens),
-        check_vma=False,  # GPU kernels do not say what varies
+        check_vma=bool(varying_axes(x, weights.gate)),
     )(x, experts, routing_weights, weights)
     return jnp.sum(y, axis=0), kept
 
 
-def _check_mesh(mesh: Mesh, weights: ExpertWeights) -> None:
+def _check_sizes(sizes: dict[str, int], weights: ExpertWeights) -> None:
     num_experts, _, expert_width = weights.gate.shape
     for name, size, axis in (
         ("num_experts", num_experts, "expert"),
         ("expert_width", expert_width, "tensor"),
     ):
-        if size % mesh.shape.get(axis, 1):
+        if size % sizes.get(axis, 1):
             raise ValueError(
-                f"model.{name}={size} is not divisible by the {mesh.shape[axis]} devices of mesh axis "
+                f"model.{name}={size} is not divisible by the {sizes[axis]} devices of mesh axis "
                 f"{axis!r}: use a divisor of {size}"
             )
 
 
-def _splits_rows(mesh: Mesh, weights: ExpertWeights) -> str | None:
+def _splits_rows(sizes: dict[str, int], weights: ExpertWeights) -> str | None:
     """The axis fsdp where it divides the rows of all matrices."""
-    size = mesh.shape.get("fsdp", 1)
+    size = sizes.get("fsdp", 1)
     _, width, expert_width = weights.gate.shape
-    divides = width % size == 0 and expert_width % (size * mesh.shape.get("tensor", 1)) == 0
+    divides = width % size == 0 and expert_width % (size * sizes.get("tensor", 1)) == 0
     return "fsdp" if size > 1 and divides else None
 
 

@@ -1,10 +1,13 @@
 """Which experts a token goes to, with which weights, and the loss that keeps sequences balanced."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import placement
+from kernels_pallas.derivatives import custom_vjp
 from mhc_jax.remat import keep
 
 
@@ -36,6 +39,11 @@ def route(x: jax.Array, kernel: jax.Array, bias: jax.Array, experts_per_token: i
       bias: `[E]`, gets no gradient.
       experts_per_token: k. Of equal scores the expert of the lower index is chosen.
     """
+    choose = functools.partial(_route, experts_per_token=experts_per_token)
+    return placement.automatic(choose, x, kernel, bias, splits=True)
+
+
+def _route(x, kernel, bias, experts_per_token):
     scores = jax.nn.sigmoid(keep(logits(x, kernel.astype(jnp.float32))))
     chosen_by = jax.lax.stop_gradient(scores + jnp.broadcast_to(bias, scores.shape))
     # Kept too: chosen again, a near-tie could fall the other way, and stored rows be those of another expert.
@@ -48,10 +56,10 @@ def route(x: jax.Array, kernel: jax.Array, bias: jax.Array, experts_per_token: i
 
 
 def _float32_logits(x, kernel):
-    return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
+    return jnp.dot(x.astype(kernel.dtype), kernel, precision=jax.lax.Precision.HIGHEST)
 
 
-@jax.custom_vjp
+@custom_vjp
 def logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x @ kernel, `[..., C]` and `[C, E]` float32 -> `[..., E]` float32 at the highest precision.
 
@@ -137,6 +145,11 @@ def sequence_balance_loss(scores: jax.Array, experts_per_token: int) -> jax.Arra
     Args:
       scores: `[B, S, E]`.
     """
+    balance = functools.partial(_sequence_balance_loss, experts_per_token=experts_per_token)
+    return placement.automatic(balance, scores, splits=False)
+
+
+def _sequence_balance_loss(scores, experts_per_token):
     num_experts = scores.shape[-1]
     chosen = one_hot(top_k(jax.lax.stop_gradient(scores), experts_per_token), num_experts)
     fraction = jnp.mean(jnp.sum(chosen, axis=2), axis=1) * (num_experts / experts_per_token)

@@ -1,0 +1,296 @@
+"""The model in other people's programs: meshes, dtype rules, errors. Programs are traced, not compiled.
+
+What goes wrong here is a type, and JAX checks types while it traces. Numbers: kernels/test_types.py and
+eight_devices.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import kernels_pallas as kp
+from configs import default
+from mhc_jax import (
+    HyperConnections,
+    Identity,
+    ManifoldHyperConnections,
+    Mappings,
+    Readout,
+    Residual,
+    expand,
+    sampling,
+)
+from mhc_jax.config import from_dict
+from mhc_jax.gains import gain_magnitudes
+from mhc_jax.train_step import (
+    abstract_batch,
+    abstract_state,
+    evaluate,
+    jit_train_step,
+    loss_fn,
+    measure_gains,
+)
+
+n, C = 4, 8
+LATENT = {
+    "model.attention": "mla", "model.head_dim": 8, "model.rope_dim": 4, "model.kv_rank": 12,
+    "model.num_blocks": 3, "model.leading_dense_blocks": 1,
+}  # fmt: skip
+EXPERTS = LATENT | {
+    "model.num_experts": 4, "model.experts_per_token": 2, "model.shared_experts": 1,
+    "model.expert_width": 8, "model.sequence_balance_weight": 1e-3,
+}  # fmt: skip
+MODELS = {
+    "dense": {"model.loss_chunks": 2},
+    "dropless experts": EXPERTS | {"model.moe_dispatch": "dropless"},
+    "experts with capacity": EXPERTS | {"model.moe_dispatch": "capacity", "model.connection": "hc"},
+    "tied, recomputed": {
+        "model.remat": "mhc", "model.tie_embeddings": True, "model.readout": "head",
+    },
+}  # fmt: skip
+
+
+@functools.cache
+def model(name, dtype="float32", accumulate_steps=1):
+    config = default.get_config()
+    config.update_from_flattened_dict(
+        {
+            "steps": 6, "batch_size": 8, "model.vocab_size": 64, "model.num_blocks": 2,
+            "model.width": 16, "model.num_heads": 2, "model.ffn_width": 32, "model.dtype": dtype,
+            "optimizer.warmup_steps": 2, "optimizer.accumulate_steps": accumulate_steps,
+            "data.source": "synthetic", "data.sequence_length": 16,
+        }
+        | MODELS[name]
+    )  # fmt: skip
+    return from_dict(config)
+
+
+def arguments(config):
+    state, batch = abstract_state(config), abstract_batch(config)
+    return state.params, state.model_state, batch
+
+
+def loss_of(config):
+    return lambda *args: loss_fn(*args, config.model)[0]
+
+
+def mesh_of(**kinds):
+    sizes = {"a": 4, "b": 2}
+    types = tuple(getattr(AxisType, kind) for kind in kinds.values())
+    return AbstractMesh(tuple(sizes[name] for name in kinds), tuple(kinds), axis_types=types)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [(name, P("a", "b")) for name in MODELS]
+    + [("dropless experts", P(("a", "b"))), ("experts with capacity", P("a"))],
+)
+def test_explicit_axes(name, tokens):
+    """Gradients have the types of the parameters, which the first axis splits where it can."""
+    mesh, config = mesh_of(a="Explicit", b="Explicit"), model(name)
+
+    def split(x, spec):
+        spec = (*spec, *(None,) * (x.ndim - len(spec)))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    def fsdp(x):
+        divided = [i for i, size in enumerate(x.shape) if size % 4 == 0]
+        return split(x, (None,) * divided[-1] + ("a",) if divided else ())
+
+    params, state, batch = arguments(config)
+    params, state = jax.tree.map(fsdp, params), jax.tree.map(lambda x: split(x, ()), state)
+    batch = jax.tree.map(lambda x: split(x, tokens), batch)
+    with jax.sharding.use_abstract_mesh(mesh):
+        gradients = jax.eval_shape(jax.jit(jax.grad(loss_of(config))), params, state, batch)
+    for want, got in zip(jax.tree.leaves(params), jax.tree.leaves(gradients), strict=True):
+        assert got.sharding.spec == want.sharding.spec
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_manual_axes(name):
+    """In `jax.shard_map` over all axes or some; its types checked or not; gradients inside or outside."""
+    mesh, config = mesh_of(a="Auto", b="Auto"), model(name)
+    params, state, batch = arguments(config)
+    for axes, inside, check_vma in (
+        ({"a", "b"}, True, True),
+        ({"a"}, False, True),
+        ({"a"} if name == "dense" else {"a", "b"}, name == "dense", False),
+    ):
+
+        def loss(*args, axes=axes):
+            return jax.lax.pmean(loss_of(config)(*args), tuple(sorted(axes)))
+
+        mapped = jax.shard_map(
+            jax.grad(loss) if inside else loss,
+            mesh=mesh,
+            in_specs=(P(), P(), P(tuple(sorted(axes)))),
+            out_specs=P(),
+            axis_names=axes,
+            check_vma=check_vma,
+        )
+        gradients = jax.eval_shape(
+            jax.jit(mapped if inside else jax.grad(mapped)), params, state, batch
+        )
+        assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, params)
+
+
+@pytest.fixture
+def strict_and_64_bit():
+    """No implicit promotion, and literals of 64 bits: what mixes dtypes anywhere fails."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        yield
+    # What was traced here keeps its 64-bit constants.
+    model.cache_clear()
+    abstract_state.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_parameters"),
+    [("bfloat16", "float32"), ("float32", "bfloat16"), ("float64", "float32")],
+)
+def test_connections_by_the_strictest_dtype_rules(strict_and_64_bit, dtype, of_parameters):
+    x = jax.ShapeDtypeStruct((2, 3, n * C), dtype)
+    for module in (
+        ManifoldHyperConnections(C, n),
+        ManifoldHyperConnections(C, n, manifold=Identity()),
+        HyperConnections(C, n),
+        HyperConnections(C, n, use_pre=False, use_post=False, use_res=False),
+        *(Readout(kind, C, n) for kind in ("sum", "mean", "head")),
+    ):
+        graph, state = nnx.split(module)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state))
+        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, of_parameters), state)
+
+        def loss(state, x, graph=graph):
+            module = nnx.merge(graph, state)
+            if isinstance(module, Readout):
+                x = module(x)
+            else:
+                x = module(x, lambda u: u * u)
+                x, u, mappings = module.boundary(module.start(x))
+                x = module.post(x, u, mappings)
+            assert x.dtype == dtype
+            return x.astype(jnp.float32).sum()
+
+        gradients = jax.eval_shape(jax.grad(loss, (0, 1)), state, x)
+        of = functools.partial(jax.tree.map, lambda leaf: leaf.dtype)
+        assert of(gradients) == of((state, x))
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(zip(MODELS, ("bfloat16", "float32") * 2)))
+def test_training_by_the_strictest_dtype_rules(strict_and_64_bit, name, dtype):
+    """A step gives the dtypes that it takes; evaluation, gains and sampling too are traced."""
+    config = model(name, dtype, 2 if name == "dense" else 1)
+    state, batch = abstract_state(config), abstract_batch(config)
+    dtypes = functools.partial(jax.tree.map, lambda leaf: leaf.dtype)
+    new, metrics = jax.eval_shape(jit_train_step(config), state, batch)
+    assert dtypes(new) == dtypes(state)
+    assert {leaf.dtype for leaf in metrics.values()} == {jnp.dtype(jnp.float32)}
+    loss = jax.eval_shape(functools.partial(evaluate, config=config.model), state.variables, batch)
+    assert loss.dtype == jnp.float32
+    one = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    gains = functools.partial(measure_gains, config=config.model)
+    assert {
+        leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(gains, state.variables, one))
+    } == {jnp.dtype(jnp.float32)}
+    for_sampling = sampling.for_sampling(config.model)
+    past = jax.eval_shape(lambda: sampling.init_decode(for_sampling, 1, 8))
+    decode = functools.partial(sampling.decode, config=for_sampling)
+    _, after = jax.eval_shape(
+        decode, state.variables, jax.ShapeDtypeStruct((1, 2), jnp.int32), past
+    )
+    assert dtypes(after) == dtypes(past)
+
+
+X, U = jnp.ones((2, n * C)), jnp.ones((2, C))
+PHI, BIAS, ALPHA = jnp.zeros((n * C, 24)), jnp.zeros(24), jnp.zeros(3)
+H_POST, H_RES = jnp.ones((2, n)), jnp.ones((2, n, n))
+MHC, HC = ManifoldHyperConnections(C, n), HyperConnections(C, n)
+ERRORS = {
+    "streams [..., C], mhc": (lambda: MHC(U, jnp.sin), r"streams \(2, 8\).*4 \* 8 = 32: widen"),
+    "streams [..., C], hc": (lambda: HC(U, jnp.sin), r"streams \(2, 8\).*4 \* 8 = 32: widen"),
+    "streams [..., C], post": (lambda: MHC.post(U, U, Mappings(H_POST, H_RES)), "widen"),
+    "streams [..., C], post_res": (
+        lambda: kp.post_res(U, U, H_POST, H_RES),
+        r"streams are \(2, 8\), n = 4 of width C = 2",
+    ),
+    "streams [..., C], read": (lambda: kp.read(U, PHI, BIAS, ALPHA, n=n), "streams .* do not fit"),
+    "streams [..., C], mappings": (lambda: kp.mappings(U, PHI, BIAS, ALPHA, n=n), "do not fit"),
+    "streams [..., C], readout": (lambda: Readout("sum", C, n)(U), "4 \\* 8 = 32: widen"),
+    "another width": (lambda: Readout("mean", 2 * C, n)(X), r"4 \* 16 = 64"),
+    "a layer's tuple": (lambda: MHC(X, lambda u: (u, 1)), "layer_output is a tuple: a layer has"),
+    "a layer's tuple, residual": (lambda: Residual()(U, lambda u: (u,)), "is a tuple: a layer has"),
+    "a layer's None": (lambda: MHC(X, lambda u: None), "layer_output is None"),
+    "a layer's dtype": (
+        lambda: MHC(X, lambda u: u.astype(jnp.bfloat16)),
+        r"layer_output is bfloat16, the streams are float32: use layer_output.astype",
+    ),
+    "mappings of residual": (lambda: MHC.post(X, U, Mappings(None, None)), "h_post is None"),
+    "integer logits": (lambda: kp.sinkhorn(jnp.ones((4, 4), int)), "logits is int32: use a floating"),
+    "complex logits": (lambda: kp.sinkhorn(jnp.ones((4, 4), complex)), "complex64.*logits.real"),
+    "a list": (lambda: kp.sinkhorn([[1.0]]), "logits is a list, not an array: use jnp.asarray"),
+    "a list of streams": (lambda: MHC([1.0] * 32, jnp.sin), "streams is a list"),
+    "a list of gains": (lambda: gain_magnitudes([[1.0]]), "h_res is a list"),
+    "a list to widen": (lambda: expand([1.0], n), "x is a list"),
+    "float16": (lambda: MHC(X.astype(jnp.float16), jnp.sin), "float16: use bfloat16 or float32"),
+    "no streams": (lambda: Readout("sum", C, 0), "n=0: the number of streams must be at least 1"),
+    "no width": (lambda: Readout("head", 0, n), "width=0: the width C of a stream must be at"),
+    "half a stream": (lambda: ManifoldHyperConnections(C, 1.5), "n=1.5: .* must be an integer"),
+    "a class": (lambda: ManifoldHyperConnections(C, n, manifold=Identity), r"use Identity\(\)"),
+    "precision": (lambda: HyperConnections(C, n, phi_precision="f32"), "'f32' is unknown: use one"),
+    "precision of the head": (lambda: Readout("head", C, n, phi_precision="x"), "'x' is unknown"),
+    "precision of bfloat16": (
+        lambda: kp.projection(X.astype(jnp.bfloat16), PHI, phi_precision="highest"),
+        "'highest' is for float32 streams, these are bfloat16",
+    ),
+    "pallas on a CPU": (
+        lambda: kp.read(
+            jnp.ones((16, n * 128)), jnp.ones((n * 128, 24)), BIAS, ALPHA, n=n,
+            implementation="pallas",
+        ),
+        "read: implementation='pallas' needs a TPU, this program is for a CPU: use None",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_what_was_passed(case):
+    call, message = ERRORS[case]
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spec", [P(None, "a"), P("b", "a"), P(None, ("a", "b"))], ids=str)
+def test_a_token_that_is_split_is_refused_by_name(spec):
+    mesh = mesh_of(a="Explicit", b="Explicit")
+    x = jax.ShapeDtypeStruct((16, n * C), jnp.float32, sharding=NamedSharding(mesh, spec))
+    with jax.sharding.use_abstract_mesh(mesh):
+        for call in (lambda x: MHC(x, jnp.sin), lambda x: HC(x, jnp.sin), Readout("sum", C, n)):
+            with pytest.raises(ValueError, match=r"streams? \(16, \d+\) is split.*'a'.*whole"):
+                jax.eval_shape(call, x)
+
+
+class LinenModel(nn.Module):
+    """`make_first`: the layer's module is made outside of the connection's call."""
+
+    make_first: bool
+
+    @nn.compact
+    def __call__(self, x):
+        connection = nnx.bridge.ToLinen(ManifoldHyperConnections, args=(C,), kwargs={"n": n})
+        return connection(x, nn.Dense(C) if self.make_first else lambda u: nn.Dense(C)(u))
+
+
+def test_linen_takes_rngs_and_refuses_modules_made_inside():
+    """`rngs=`, which the bridge passes to every module; and what would pass `init` and fail in `apply`."""
+    model = LinenModel(make_first=True)
+    assert model.apply(model.init(jax.random.key(0), X), X).shape == X.shape
+    with pytest.raises(ValueError, match=r"Linen modules \(Dense_0\).*make them before"):
+        LinenModel(make_first=False).init(jax.random.key(0), X)
