@@ -19,6 +19,7 @@ from flax import nnx
 
 import kernels_pallas as kernels
 from kernels_pallas.shapes import check_streams, coefficient_dtype
+from mhc_jax.analysis.collect import expect, report
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.layers import RMSNorm
 from mhc_jax.manifolds import Birkhoff, Manifold
@@ -114,8 +115,10 @@ class Residual(Connection):
 
     def __init__(self):
         self.n = 1
+        expect(self)
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
+        report(self, None, streams)
         return streams, Mappings(None, None)
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
@@ -173,6 +176,7 @@ class HyperConnections(_WideConnection):
     ):
         _check_size(width, n)
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
+        expect(self)
         self.use_pre, self.use_post, self.use_res = use_pre, use_post, use_res
         one_hot = jax.nn.one_hot(sublayer_index % n, n, dtype=jnp.float32)
         self.theta = nnx.Param(jnp.zeros((2 + n, width), jnp.float32))
@@ -207,6 +211,7 @@ class HyperConnections(_WideConnection):
         h_post = mapping(self.use_post, dynamic[..., 1, :], alpha[1], b_post, jnp.ones(n))
         h_res = mapping(self.use_res, dynamic[..., 2:, :], alpha[2], b_res, jnp.eye(n))
         assert h_res.shape == (*lead, n, n)
+        h_res = report(self, h_res, streams)
         layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
         return layer_input, Mappings(h_post, h_res)
 
@@ -253,6 +258,7 @@ class ManifoldHyperConnections(_WideConnection):
     ):
         _check_size(width, n)
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
+        expect(self)
         self.manifold = Birkhoff() if manifold is None else manifold
         num_logits = self.manifold.num_logits(n)
         self.phi = nnx.Param(jnp.zeros((n * width, 2 * n + num_logits), jnp.float32))
@@ -277,8 +283,8 @@ class ManifoldHyperConnections(_WideConnection):
     ) -> tuple[jax.Array, jax.Array, Mappings]:
         if not self._fused:
             return super().read(streams, norm)
-        layer_input, *mappings, streams = kernels.read(streams, **self._arguments(norm))
-        return streams, layer_input, Mappings(*mappings)
+        layer_input, h_post, h_res, streams = kernels.read(streams, **self._arguments(norm))
+        return streams, layer_input, Mappings(h_post, report(self, h_res, streams))
 
     def boundary(
         self, pending: Pending, norm: RMSNorm | None = None
@@ -286,17 +292,17 @@ class ManifoldHyperConnections(_WideConnection):
         if not self._fused or pending.layer_output is None:
             return super().boundary(pending, norm)
         streams, layer_output, written = pending
-        layer_input, *mappings, streams = kernels.boundary(
+        layer_input, h_post, h_res, streams = kernels.boundary(
             streams, layer_output, *written, **self._arguments(norm)
         )
-        return streams, layer_input, Mappings(*mappings)
+        return streams, layer_input, Mappings(h_post, report(self, h_res, streams))
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
         if self._fused:
             return self.read(streams)[1:]
         h_pre, h_post, h_res = self._mappings_on_any_manifold(streams)
         layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
-        return layer_input, Mappings(h_post, h_res)
+        return layer_input, Mappings(h_post, report(self, h_res, streams))
 
     def _arguments(self, norm: RMSNorm | None) -> dict:
         """What the fused operations need beside the streams."""
