@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from experiments.figures import make_figures
-from experiments.plotting import Arm, read_arms
 from experiments.verdict import verdict
+from mhc_jax.analysis.runs import Arm, read_arms
 
 GAINS = ("single_forward", "single_backward", "composite_forward", "composite_backward")
 # Key of summarize -> heading.
@@ -71,11 +71,21 @@ CAPTIONS = {
         "Look for sums far from 1 (amplification) and for composites with equal rows (streams that became "
         "one); each matrix has its own colour scale, at least -1 to 1.",
     ),
-    "diagnostics": (
-        "Collapse and growth (not in the paper)",
-        "Gains cannot see streams being averaged into one: then the second singular value of the composite "
-        "falls to 0 and the composite approaches J/n (all entries 1/n), upper row. In the lower row look "
-        "whether the largest gains still grow when training ends.",
+    "collapse": (
+        "Collapse (not in the paper)",
+        "When streams are averaged into one, which gains cannot see, the second singular value of the composite "
+        "falls to 0, the composite approaches J/n (all entries 1/n), the cosine between streams rises to 1. "
+        "Look how much is left at the last sublayer.",
+    ),
+    "spread": (
+        "How mappings differ between tokens and mix (not in the paper)",
+        "A mapping that is the same for every token has a standard deviation of 0, one that mixes nothing an "
+        "entropy of 0. Look whether the dynamic part does something, and of how many streams a stream is "
+        "made after all sublayers.",
+    ),
+    "growth": (
+        "Largest gains over training",
+        "In the paper HC's gains grow with training. Look whether the curves still rise when training ends.",
     ),
 }
 STYLE = """

@@ -44,7 +44,7 @@ class GainMagnitudes(NamedTuple):
       smallest_singular: [L], smallest singular value of the same.
       distance_identity: [L], ||h_res(l) ... h_res(1) - I|| (Frobenius), mean over tokens.
       distance_uniform: [L], ||h_res(l) ... h_res(1) - J/n|| (Frobenius), mean over tokens.
-      std_single: [L, n, n], standard deviation over tokens of each entry of h_res(l).
+      matrix_std: [L, n, n], standard deviation over tokens of each entry of h_res(l).
       row_entropy: [L], entropy in nats of the rows of h_res(l), whose weights are |entry| over the sum of
         |entries|; mean over rows and tokens. 0 for a permutation (or zeros), log(n) for J/n.
       effective_streams: [L], exp(entropy) of the rows of h_res(l) ... h_res(1), mean over rows and tokens:
@@ -64,7 +64,7 @@ class GainMagnitudes(NamedTuple):
     smallest_singular: jax.Array
     distance_identity: jax.Array
     distance_uniform: jax.Array
-    std_single: jax.Array
+    matrix_std: jax.Array
     row_entropy: jax.Array
     effective_streams: jax.Array
     stream_cosine: jax.Array
@@ -121,7 +121,7 @@ def finish(sums: GainSums) -> GainMagnitudes:
         smallest_singular=head[:, 2],
         distance_identity=distances[:, 0],
         distance_uniform=distances[:, 1],
-        std_single=matrices(deviation),
+        matrix_std=matrices(deviation),
         row_entropy=single[:, 2],
         effective_streams=single[:, 3],
         stream_cosine=jnp.full(sublayers, jnp.nan, jnp.float32),
@@ -266,7 +266,7 @@ def load(path: str | os.PathLike) -> tuple[GainMagnitudes, int]:
             found = {name: file[name] for name in GainMagnitudes._fields if name in file}
             step = int(file["step"])
         for name in _LATER_FIELDS - found.keys():
-            like = "matrix_single" if name == "std_single" else "single_forward"
+            like = "matrix_single" if name == "matrix_std" else "single_forward"
             found[name] = np.full_like(found[like], np.nan)
         return GainMagnitudes(**found), step
     except FileNotFoundError:
@@ -284,4 +284,4 @@ def load(path: str | os.PathLike) -> tuple[GainMagnitudes, int]:
 
 
 # Not in the files of the first releases.
-_LATER_FIELDS = {"std_single", "row_entropy", "effective_streams", "stream_cosine"}
+_LATER_FIELDS = {"matrix_std", "row_entropy", "effective_streams", "stream_cosine"}

@@ -89,9 +89,7 @@ def loss_gap(
         for handle, name in zip(handles, arms):
             if name == baseline:
                 handle.set_label(f"{handle.get_label()} (baseline)")
-        style.figure_legend(figure, handles)
-        if title:
-            figure.suptitle(style.plain(title), fontsize=10.5)
+        style.figure_legend(figure, handles, title)
     return figure
 
 

@@ -59,7 +59,9 @@ def _forward(model: Any, variables: Mapping | None) -> Callable:
         model, method = model.__self__, model.__name__
     if isinstance(model, nnx.Module):
         graph, state = nnx.split(model)
-        return lambda *args, **kwargs: getattr(nnx.merge(graph, state, copy=True), method)(*args, **kwargs)
+        return lambda *args, **kwargs: getattr(nnx.merge(graph, state, copy=True), method)(
+            *args, **kwargs
+        )
     if isinstance(model, linen.Module):
         if model.scope is not None:
             model, variables = model.unbind()

@@ -57,6 +57,13 @@ def _by_seed(gains: Mapping[str, Seeds]) -> dict[str, list[GainMagnitudes]]:
     return found
 
 
+def _with_streams(gains: Mapping[str, Seeds]) -> dict[str, list[GainMagnitudes]]:
+    """`_by_seed` without the arms of one stream, which cannot mix; unless there are no others."""
+    arms = _by_seed(gains)
+    several = {n: seeds for n, seeds in arms.items() if np.shape(seeds[0].matrix_single)[-1] > 1}
+    return several or arms
+
+
 def _colours(names: Sequence[str], given: Colours) -> dict[str, str]:
     given = given or {}
     return {name: given.get(name, own) for name, own in zip(names, colours_lib.choose(names))}
@@ -121,10 +128,8 @@ def plot_gains(
         seeds = {name: len(found) for name, found in arms.items()}
         one = Line2D([], [], **style.AT_ONE, label="1: nothing grows or shrinks")
         handles = [*style.arm_handles(chosen, seeds), *style.direction_handles(), one]
-        style.figure_legend(figure, handles)
+        style.figure_legend(figure, handles, title)
         figure.supxlabel(_DEFINITION[average], fontsize=8.5, color="#555555")
-        if title:
-            figure.suptitle(style.plain(title), fontsize=10.5)
     return figure
 
 
@@ -165,6 +170,8 @@ def heat_maps(
 
         heat_maps({"mHC": gains_of(model, tokens)})
 
+    Arms of one stream are left out where there are others.
+
     Args:
       gains: {name: GainMagnitudes, or a list of them}; one alone needs no name.
       title: before the name of each arm.
@@ -173,8 +180,8 @@ def heat_maps(
     Raises:
       ValueError: no gains.
     """
-    arms = _by_seed({"": gains} if isinstance(gains, GainMagnitudes) else gains)
-    chosen = _colours(list(arms), colours)
+    gains = {"": gains} if isinstance(gains, GainMagnitudes) else gains
+    arms, chosen = _with_streams(gains), _colours(list(gains), colours)
     with matplotlib.rc_context(style.STYLE):
         figure = style.new_figure(5.9 * len(arms))
         parts = figure.subfigures(len(arms), 1, squeeze=False)[:, 0]
@@ -215,11 +222,11 @@ def _six_matrices(figure, seeds: Sequence[GainMagnitudes]) -> None:
 def _panels(
     panels: Sequence[tuple[str, str, Sequence[tuple[str, Any]], bool]],
     arms: Mapping[str, Sequence[GainMagnitudes]],
-    colours: Colours,
+    colours: Mapping[str, str],
     title: str,
 ) -> Figure:
     """A row of panels over the sublayers: (title, ylabel, [(field or function, dashes)], logarithmic)."""
-    chosen = _colours(list(arms), colours)
+    chosen = {name: colours[name] for name in arms}
     figure = style.new_figure(3.4)
     for axes, (heading, ylabel, fields, logarithmic) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels
@@ -242,9 +249,7 @@ def _panels(
             axes.text(0.5, 0.5, "not known of these gains", ha="center", transform=axes.transAxes)
             axes.set_yscale("linear")
     seeds = {name: len(found) for name, found in arms.items()}
-    style.figure_legend(figure, style.arm_handles(chosen, seeds))
-    if title:
-        figure.suptitle(style.plain(title), fontsize=10.5)
+    style.figure_legend(figure, style.arm_handles(chosen, seeds), title)
     return figure
 
 
@@ -258,7 +263,7 @@ def collapse(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = 
 
     Args, Raises: as `heat_maps`. Cosines are known of a model or a run, not of mappings alone.
     """
-    arms = _by_seed(gains)
+    arms, colours = _with_streams(gains), _colours(list(gains), colours)
     with matplotlib.rc_context(style.STYLE):
         figure = _panels(
             [
@@ -291,13 +296,13 @@ def spread(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = No
 
     Args, Raises: as `heat_maps`.
     """
-    arms = _by_seed(gains)
+    arms, colours = _with_streams(gains), _colours(list(gains), colours)
 
     def diagonal(one):
-        return np.diagonal(np.asarray(one.std_single), axis1=1, axis2=2).mean(-1)
+        return np.diagonal(np.asarray(one.matrix_std), axis1=1, axis2=2).mean(-1)
 
     def others(one):
-        std = np.asarray(one.std_single)
+        std = np.asarray(one.matrix_std)
         n = std.shape[-1]
         # A single stream has no others.
         return std[:, ~np.eye(n, dtype=bool)].mean(-1) if n > 1 else np.full(len(std), np.nan)

@@ -34,9 +34,9 @@ def static_gains(
 
     Args:
       parameters: an NNX model, nested dicts of parameters, or a sequence of either. A connection's are
-        `phi`, `bias`, `alpha` (mHC) or `theta`, `bias`, `alpha` (HC). A sequence is in order of execution; in
-        a module that of its attributes, in dicts that of the names, numbers as numbers. Blocks that are
-        stacked along a first axis, `[N, ...]`, follow one after the other.
+        `phi`, `bias`, `alpha` (mHC) or `theta`, `bias`, `alpha` (HC). A sequence is in order of execution;
+        in modules and dicts the names decide, numbers as numbers. Blocks that are stacked along a first axis,
+        `[N, ...]`, follow one after the other.
       n: number of streams, for parameters in dicts; None: the one with n*n + 2n logits.
       manifold: of mHC's mappings, for parameters in dicts; None: `Identity()` if there are no more than 2n
         logits, else `Birkhoff()`.
@@ -75,11 +75,11 @@ def _tree(node: Any, n: int | None, manifold: Manifold | None, seen: set[int]) -
     if isinstance(node, Residual | HyperConnections | ManifoldHyperConnections):
         return _of_module(node)
     if isinstance(node, nnx.Module):
-        children = enumerate(node) if isinstance(node, nnx.List) else vars(node).items()
+        children = enumerate(node) if isinstance(node, nnx.List) else _sorted(vars(node))
     elif isinstance(node, Mapping):
         if {"bias", "alpha"} <= set(node) and set(node) & {"phi", "theta"}:
             return _of_parameters(node, n, manifold)
-        children = sorted(node.items(), key=lambda item: _natural(item[0]))
+        children = _sorted(node)
     elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
         children = enumerate(node)
     else:
@@ -136,12 +136,20 @@ def _array(x: Any) -> np.ndarray:
     return np.asarray(x).astype(np.float32)
 
 
-def _natural(key: Any) -> list:
-    """Sorts names with numbers in them; the leading blocks of our decoder come before the others."""
-    parts = [
-        (0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", str(key)) if p
-    ]
-    return [key != "leading", parts]
+def _sorted(node: Mapping) -> list[tuple[Any, Any]]:
+    """By name, numbers in it as numbers; the leading blocks of our decoder come before the others.
+
+    Not as they were defined: modules and dicts that went through JAX have forgotten that.
+    """
+
+    def key(item):
+        name = str(item[0])
+        parts = [
+            (0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name) if p
+        ]
+        return name != "leading", parts
+
+    return sorted(node.items(), key=key)
 
 
 def _in_order(tree: dict) -> list[np.ndarray]:

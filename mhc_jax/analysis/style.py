@@ -146,15 +146,19 @@ def direction_handles() -> list[Line2D]:
     ]
 
 
-def figure_legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """One legend above all panels, in as many columns as fit; the page grows by its rows."""
-    if not handles:
-        return
+def figure_legend(figure: Figure, handles: Sequence[Artist], title: str = "") -> None:
+    """Title and one legend above all panels, in as many columns as fit; the page grows by its rows."""
     for handle in handles:  # a folder's name may be longer than the page
         handle.set_label(textwrap.fill(str(handle.get_label()), 90, break_on_hyphens=False))
     renderer = figure.canvas.get_renderer()
     for columns in range(len(handles), 0, -1):
-        legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+        legend = figure.legend(
+            handles=handles,
+            loc="outside upper center",
+            ncols=columns,
+            title=plain(title) or None,
+            title_fontproperties={"size": 10.5, "weight": "bold"},
+        )
         box = legend.get_window_extent(renderer)
         if box.width <= 0.98 * figure.bbox.width or columns == 1:
             break

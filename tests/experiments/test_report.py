@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from experiments import plotting, report
+from experiments import report
+from mhc_jax.analysis import runs, style
 
 # Of a folder's name (no slash), of matplotlib's formulas, and of HTML in text and in attributes.
 FOLDER = """a<b>&amp;"'$\\frac$"""
@@ -72,4 +73,6 @@ def test_cells_are_shown_and_not_obeyed(workdirs, tmp_path):
     assert page.text.count(f"data.{TEXT}") == 1
     assert page.text.count(f"mHC ({FOLDER})") == 1
     # Drawn as it is, too: dollar signs begin a formula in matplotlib, and this one is none.
-    assert plotting.read_arms(workdirs)[0].label == f"mHC ({FOLDER})".replace("$", r"\$")
+    name = runs.read_arms(workdirs)[0].name
+    assert name == f"mHC ({FOLDER})"
+    assert style.plain(name) == name.replace("$", r"\$")

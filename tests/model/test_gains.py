@@ -32,7 +32,7 @@ def reference(h):
     h = np.asarray(h, np.float64)
     sublayers, tokens, n = h.shape[:3]
     out = {name: [] for name in gains.GainMagnitudes._fields}
-    del out["stream_cosine"], out["std_single"]
+    del out["stream_cosine"], out["matrix_std"]
     for l in range(sublayers):  # noqa: E741
         per_token = {name: [] for name in out}
         for t in range(tokens):
@@ -63,7 +63,7 @@ def reference(h):
         for name in out:
             out[name].append(np.mean(per_token[name], axis=0))
     found = {name: np.stack(value) for name, value in out.items()}
-    return found | {"std_single": h.std(axis=1)}
+    return found | {"matrix_std": h.std(axis=1)}
 
 
 def entropy(matrix):
