@@ -73,8 +73,9 @@ CAPTIONS = {
     ),
     "collapse": (
         "Collapse (not in the paper)",
-        "When streams are averaged into one, which gains cannot see, the second singular value of the composite "
-        "falls to 0, the composite approaches J/n (all entries 1/n), the cosine between streams rises to 1. "
+        "When streams are averaged into one, which gains cannot see, the second singular value of the "
+        "composite falls to 0, the composite approaches J/n (all entries 1/n), the cosine between streams "
+        "rises to 1. "
         "Look how much is left at the last sublayer.",
     ),
     "spread": (

@@ -262,7 +262,8 @@ def load(path: str | os.PathLike) -> tuple[GainMagnitudes, int]:
       ValueError: it is no file of gains, or only a part of one; the message names it.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a file that is torn open.
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             found = {name: file[name] for name in GainMagnitudes._fields if name in file}
             step = int(file["step"])
         for name in _LATER_FIELDS - found.keys():
