@@ -17,7 +17,6 @@ import re
 import sys
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -58,10 +57,11 @@ def plot_loss(arms: Sequence[Arm]) -> Figure:
     panels = [("train/loss", "Training loss")]
     if any(len(arm.series("validation/loss")[0]) for arm in arms):
         panels.append(("validation/loss", "Validation loss"))
-    with matplotlib.rc_context(style.STYLE):
-        figure = style.new_figure(3.2)
-        for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-            axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
+    with style.styled():
+        figure, grid = style.panels(1, len(panels), 3.2)
+        for axes, (key, title) in zip(grid[0], panels):
+            axes.set(title=title, ylabel="loss (nats per token)")
+            style.step_axis(axes)
             for arm in arms:
                 steps, values = arm.series(key)
                 if not len(steps):
@@ -75,14 +75,14 @@ def plot_loss(arms: Sequence[Arm]) -> Figure:
 
 def plot_growth(arms: Sequence[Arm]) -> Figure:
     """The largest single and composite gain of every logged step."""
-    with matplotlib.rc_context(style.STYLE):
-        figure = style.new_figure(3.3)
-        for axes, kind in zip(figure.subplots(1, 2), ("single", "composite")):
+    with style.styled():
+        figure, grid = style.panels(1, 2, 3.3)
+        for axes, kind in zip(grid[0], ("single", "composite")):
             axes.set(
                 title=f"Largest {kind} gain of all sublayers",
-                xlabel="optimizer step",
                 ylabel="largest |sum|, mean over tokens",
             )
+            style.step_axis(axes)
             for arm in arms:
                 for direction, dashes in style.DIRECTIONS.items():
                     steps, values = arm.gain_series(f"gains/{kind}_{direction}_max")
@@ -145,7 +145,9 @@ def make_figures(
         drawn["collapse"] = analysis.collapse(gains, title=f"At {at}", colours=colours)
         if not all(np.isnan(found.row_entropy).all() for found in gains.values()):
             drawn["spread"] = analysis.spread(gains, title=f"At {at}", colours=colours)
-        drawn["growth"] = plot_growth([arm for arm in arms if arm.name in gains])
+        measured = [arm for arm in arms if arm.name in gains]
+        if any(len(arm.gain_series("gains/composite_forward_max")[0]) > 1 for arm in measured):
+            drawn["growth"] = plot_growth(measured)
     paths = [pathlib.Path(output) / name for name in drawn]
     for path, figure in zip(paths, drawn.values()):
         style.write_figure(figure, path, formats)

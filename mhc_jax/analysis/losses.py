@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -79,9 +78,9 @@ def loss_gap(
         for name, found in read.items()
     }
     chosen = {n: (colours or {}).get(n, c) for n, c in zip(arms, colours_lib.choose(list(arms)))}
-    with matplotlib.rc_context(style.STYLE):
-        figure = style.new_figure(3.4)
-        panels = figure.subplots(1, 2 if any(norms.values()) else 1, squeeze=False)[0]
+    with style.styled():
+        figure, grid = style.panels(1, 2 if any(norms.values()) else 1, 3.4)
+        panels = grid[0]
         _draw_gaps(panels[0], losses, baseline, window, chosen, key)
         if len(panels) > 1:
             _draw_norms(panels[1], norms, chosen)
@@ -101,9 +100,9 @@ def _draw_gaps(axes: Axes, losses, baseline: str, window: int | None, chosen, ke
     axes.set(
         title=f"Loss gap ({what}), running mean over {window} points" if window > 1
         else f"Loss gap ({what})",
-        xlabel="optimizer step",
-        ylabel=f"loss minus loss of {style.plain(baseline)} (nats)",
+        ylabel="loss minus the baseline's (nats)",
     )  # fmt: skip
+    style.step_axis(axes)
     axes.axhline(0, color=chosen[baseline])
     smooth = [np.zeros(1)]
     for name, series in losses.items():
@@ -131,7 +130,8 @@ def _draw_gaps(axes: Axes, losses, baseline: str, window: int | None, chosen, ke
 
 
 def _draw_norms(axes: Axes, norms, chosen) -> None:
-    axes.set(title="Gradient norm", xlabel="optimizer step", ylabel="global L2 norm")
+    axes.set(title="Gradient norm", ylabel="global L2 norm")
+    style.step_axis(axes)
     drawn = {name: _common(series) for name, series in norms.items() if series}
     values = np.concatenate([v.ravel() for _, v in drawn.values()])
     values = values[np.isfinite(values) & (values > 0)]

@@ -9,7 +9,6 @@ connection's colour.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -106,9 +105,8 @@ def plot_gains(
     chosen = _colours(list(arms), colours)
     near = _near_one(arms)
     rows = [list(arms), near] if near else [list(arms)]
-    with matplotlib.rc_context(style.STYLE):
-        figure = style.new_figure(3.1 * len(rows) + 0.5)
-        grid = figure.subplots(len(rows), 2, squeeze=False)
+    with style.styled():
+        figure, grid = style.panels(len(rows), 2, 3.3)
         for row, members in enumerate(rows):
             for axes, kind in zip(grid[row], ("single", "composite")):
                 if row == 0:
@@ -129,7 +127,7 @@ def plot_gains(
         one = Line2D([], [], **style.AT_ONE, label="1: nothing grows or shrinks")
         handles = [*style.arm_handles(chosen, seeds), *style.direction_handles(), one]
         style.figure_legend(figure, handles, title)
-        figure.supxlabel(_DEFINITION[average], fontsize=8.5, color="#555555")
+        figure.supxlabel(style.wrapped(_DEFINITION[average]), fontsize=8.5, color="#555555")
     return figure
 
 
@@ -182,8 +180,8 @@ def heat_maps(
     """
     gains = {"": gains} if isinstance(gains, GainMagnitudes) else gains
     arms, chosen = _with_streams(gains), _colours(list(gains), colours)
-    with matplotlib.rc_context(style.STYLE):
-        figure = style.new_figure(5.9 * len(arms))
+    with style.styled():
+        figure = style.new_figure((5.9 if style.is_wide() else 6.4) * len(arms))
         parts = figure.subfigures(len(arms), 1, squeeze=False)[:, 0]
         for part, (name, seeds) in zip(parts, arms.items()):
             _six_matrices(part, seeds)
@@ -192,7 +190,9 @@ def heat_maps(
             text = f"{text}: residual mappings" if text else "Residual mappings"
             text = f"{text}, mean over tokens{count}"
             colour = chosen[name] if name else "black"
-            part.suptitle(style.plain(text), fontsize=10.5, color=colour, fontweight="bold")
+            part.suptitle(
+                style.wrapped(style.plain(text), 44), fontsize=10.5, color=colour, fontweight="bold"
+            )
     return figure
 
 
@@ -213,10 +213,14 @@ def _six_matrices(figure, seeds: Sequence[GainMagnitudes]) -> None:
         (tail[min(middle, last - 1)], product(last, min(middle + 1, last))),
         (head[-1], product(last, 1)),
     ]
-    for axes, (matrix, title) in zip(figure.subplots(2, 3).flat, panels):
+    # On a narrow page single mappings are left, their composites right.
+    grid = figure.subplots(2, 3) if style.is_wide() else figure.subplots(3, 2).T
+    for axes, (matrix, title) in zip(grid.flat, panels):
         style.heat_map(axes, matrix, title)
     figure.supylabel("row sum of the mean matrix = forward gain (into stream i)", fontsize=9)
-    figure.supxlabel("column sum of the mean matrix = backward gain (from stream j)", fontsize=9)
+    figure.supxlabel(
+        style.wrapped("column sum of the mean matrix = backward gain (from stream j)"), fontsize=9
+    )
 
 
 def _panels(
@@ -227,10 +231,8 @@ def _panels(
 ) -> Figure:
     """A row of panels over the sublayers: (title, ylabel, [(field or function, dashes)], logarithmic)."""
     chosen = {name: colours[name] for name in arms}
-    figure = style.new_figure(3.4)
-    for axes, (heading, ylabel, fields, logarithmic) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels
-    ):
+    figure, grid = style.panels(1, len(panels), 3.4)
+    for axes, (heading, ylabel, fields, logarithmic) in zip(grid[0], panels):
         axes.set(ylabel=ylabel, xlabel="sublayer $l$")
         axes.set_title(heading, fontsize=9)
         if logarithmic:
@@ -264,7 +266,7 @@ def collapse(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = 
     Args, Raises: as `heat_maps`. Cosines are known of a model or a run, not of mappings alone.
     """
     arms, colours = _with_streams(gains), _colours(list(gains), colours)
-    with matplotlib.rc_context(style.STYLE):
+    with style.styled():
         figure = _panels(
             [
                 (f"Second singular value of\n{HEAD}", "mean over tokens", [("second_singular", "-")], True),
@@ -307,12 +309,12 @@ def spread(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = No
         # A single stream has no others.
         return std[:, ~np.eye(n, dtype=bool)].mean(-1) if n > 1 else np.full(len(std), np.nan)
 
-    with matplotlib.rc_context(style.STYLE):
+    with style.styled():
         figure = _panels(
             [
                 ("Spread of h_res over tokens\n(dashed: off the diagonal)", "standard deviation",
                  [(diagonal, "-"), (others, (0, (4, 2)))], False),
-                ("Entropy of the rows of h_res\n(0: no mixing)", "nats, mean over rows and tokens",
+                ("Entropy of the rows of h_res\n(0: no mixing)", "nats, mean over tokens",
                  [("row_entropy", "-")], False),
                 (f"Effective number of streams\nin a row of {HEAD}", "exp(entropy), mean",
                  [("effective_streams", "-")], False),

@@ -47,6 +47,13 @@ def static_gains(
     Raises:
       ValueError: no parameters of connections, or shapes that are none of a connection.
     """
+    return gain_magnitudes(_mappings(parameters, n, manifold))
+
+
+def _mappings(
+    parameters: Any, n: int | None = None, manifold: Manifold | None = None
+) -> np.ndarray:
+    """h_res [L, n, n]; see `static_gains`."""
     tree = _tree(parameters, n, manifold, set())
     if tree is None:
         raise ValueError(
@@ -61,7 +68,7 @@ def static_gains(
     shapes = {h_res.shape for h_res in mappings}
     if len(shapes) > 1:
         raise ValueError(f"the connections have different numbers of streams: {sorted(shapes)}")
-    return gain_magnitudes(np.stack(mappings))
+    return np.stack(mappings)
 
 
 def _tree(node: Any, n: int | None, manifold: Manifold | None, seen: set[int]) -> Any:

@@ -1,11 +1,15 @@
 """The look of every figure: size, fonts, legend, curves that are not finite."""
 
+import contextlib
+import contextvars
 import io
 import pathlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -17,6 +21,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 # 8.4 inches are the 840 pixels of a README column; 150 dots an inch keep screens of two dots a
 # pixel sharp. SVG ids are salted so that the same data gives the same file.
 WIDTH, DPI = 8.4, 150
+NARROW = 4.2  # of a phone, with the same size of letters
+_narrow: contextvars.ContextVar[bool] = contextvars.ContextVar("narrow", default=False)
 STYLE = {
     "font.size": 9.5,
     "axes.titlesize": 10,
@@ -41,6 +47,11 @@ DIRECTIONS = {"forward": "-", "backward": (0, (4, 2))}
 SUBLAYER = "sublayer $l$ (attention and FFN count separately)"
 
 
+def styled() -> AbstractContextManager:
+    """matplotlib's defaults and `STYLE`, whatever the reader's own settings are."""
+    return matplotlib.style.context(["default", STYLE])
+
+
 class StyledFigure(Figure):
     """A figure that brings its style along and that a notebook shows once, as a cell's last line.
 
@@ -50,11 +61,11 @@ class StyledFigure(Figure):
     """
 
     def draw(self, renderer) -> None:
-        with matplotlib.rc_context(STYLE):
+        with styled():
             super().draw(renderer)
 
     def get_tightbbox(self, *args, **kwargs):
-        with matplotlib.rc_context(STYLE):
+        with styled():
             return super().get_tightbbox(*args, **kwargs)
 
     def _repr_png_(self) -> tuple[bytes, dict]:
@@ -65,11 +76,41 @@ class StyledFigure(Figure):
         return file.getvalue(), {"width": width, "height": height}
 
 
+@contextlib.contextmanager
+def narrow() -> Iterator[None]:
+    """Figures that are made inside are half as wide, their panels one below the other."""
+    token = _narrow.set(True)
+    try:
+        yield
+    finally:
+        _narrow.reset(token)
+
+
+def is_wide() -> bool:
+    """Whether figures are as wide as a page and not `narrow`."""
+    return not _narrow.get()
+
+
 def new_figure(height: float) -> StyledFigure:
-    """A figure of README width, `height` inches high. Make and fill it inside of `STYLE`."""
-    figure = StyledFigure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
+    """A figure of README width (or `narrow`), `height` inches high. Make and fill it inside of `styled`."""
+    size = (NARROW if _narrow.get() else WIDTH, height)
+    figure = StyledFigure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def panels(rows: int, columns: int, height: float) -> tuple[StyledFigure, np.ndarray]:
+    """A figure and its axes [rows, columns], a row `height` inches high; one column if `narrow`."""
+    if not _narrow.get():
+        figure = new_figure(height * rows)
+        return figure, figure.subplots(rows, columns, squeeze=False)
+    figure = new_figure(2.7 * rows * columns)
+    return figure, figure.subplots(rows * columns, 1, squeeze=False).reshape(rows, columns)
+
+
+def wrapped(text: str, letters: int = 62) -> str:
+    """A line that fits the page; `letters` of it fit a narrow one."""
+    return textwrap.fill(text, letters) if _narrow.get() else text
 
 
 def plain(name: str) -> str:
@@ -120,6 +161,12 @@ def log_axis(axes: Axes) -> None:
         plain_ticks(axes)
 
 
+def step_axis(axes: Axes) -> None:
+    """Optimizer steps on the x axis: whole numbers, also where there is one."""
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 2.5, 5, 10]))
+
+
 def plain_ticks(axes: Axes) -> None:
     """Numbers as they are on the y axis, no offset and no powers of ten."""
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
@@ -149,7 +196,8 @@ def direction_handles() -> list[Line2D]:
 def figure_legend(figure: Figure, handles: Sequence[Artist], title: str = "") -> None:
     """Title and one legend above all panels, in as many columns as fit; the page grows by its rows."""
     for handle in handles:  # a folder's name may be longer than the page
-        handle.set_label(textwrap.fill(str(handle.get_label()), 90, break_on_hyphens=False))
+        letters = 42 if _narrow.get() else 90
+        handle.set_label(textwrap.fill(str(handle.get_label()), letters, break_on_hyphens=False))
     renderer = figure.canvas.get_renderer()
     for columns in range(len(handles), 0, -1):
         legend = figure.legend(
@@ -202,7 +250,7 @@ def short(value: float) -> str:
 def write_figure(figure: Figure, path: pathlib.Path, formats: Sequence[str]) -> None:
     """Writes path.png and path.svg, or what `formats` names."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # keeps what was just laid out, which is half the time
         for form in formats:

@@ -20,7 +20,7 @@ from mhc_jax import (
     gain_sums,
     gains,
 )
-from mhc_jax.analysis import measure
+from mhc_jax.analysis import measure, static
 from mhc_jax.analysis.collect import collected
 from mhc_jax.config import from_dict
 from mhc_jax.train_step import model_graph
@@ -200,7 +200,7 @@ def test_residual_connections_have_gain_one():
     for name in gains.GainMagnitudes._fields[:4]:
         np.testing.assert_array_equal(getattr(found, name), [1, 1])
     np.testing.assert_array_equal(found.stream_cosine, [1, 1])
-    np.testing.assert_array_equal(analysis.static_gains(connections).composite_forward, [1, 1])
+    np.testing.assert_array_equal(static._mappings(connections), np.ones((2, 1, 1)))
 
 
 def test_models_without_connections_and_what_cannot_be_collected():
@@ -299,8 +299,7 @@ def test_linen(axes):
         h_res = jnp.concatenate([x.reshape(-1, *X.shape[:2], N, N) for x in stored])
         want = gains.gain_magnitudes(h_res)
         np.testing.assert_allclose(found.composite_backward, want.composite_backward, rtol=1e-5)
-    static = analysis.static_gains(variables["params"])
-    assert static.single_forward.shape == (L,)
+    assert static._mappings(variables["params"]).shape == (L, N, N)
 
 
 def small(**fields):
@@ -321,7 +320,9 @@ MOE = dict(num_experts=2, experts_per_token=1, shared_experts=1, expert_width=8)
 def test_the_decoder(fields):
     """Recompute blocks, leading blocks; and its static gains from the module and from parameters."""
     config = small(**fields)
-    variables = perturbed(nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(0)))))
+    shapes = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nnx.to_pure_dict(nnx.state(shapes)))
+    variables = perturbed(zeros)
     model = nnx.merge(model_graph(config), variables)
 
     @jax.jit
@@ -336,11 +337,10 @@ def test_the_decoder(fields):
     stack = variables["blocks"]
     blocks += [jax.tree.map(lambda x, k=k: x[k], stack) for k in range(3 - len(blocks))]
     order = [b[f"{name}_connection"] for b in blocks for name in ("attention", "ffn")]
-    by_hand = analysis.static_gains(order)
-    assert np.abs(np.diff(by_hand.matrix_single, axis=0)).max((1, 2)).min() > 1e-5
+    by_hand = static._mappings(order)
+    assert np.abs(np.diff(by_hand, axis=0)).max((1, 2)).min() > 1e-5
     for parameters in (model, variables):
-        static = analysis.static_gains(parameters)
-        np.testing.assert_allclose(static.matrix_single, by_hand.matrix_single, atol=1e-6)
+        np.testing.assert_allclose(static._mappings(parameters), by_hand, atol=1e-6)
 
 
 def test_static_gains_are_the_projected_bias():
@@ -352,21 +352,26 @@ def test_static_gains_are_the_projected_bias():
         m /= m.sum(-1, keepdims=True)
     bias = np.concatenate([np.zeros((2, 2 * n)), logits.reshape(2, -1)], axis=-1)
     phi, alpha = np.zeros((2, n * C, bias.shape[-1])), np.zeros((2, 3))
-    found = analysis.static_gains({"a": {"phi": phi, "bias": bias, "alpha": alpha}})
+    parameters = {"a": {"phi": phi, "bias": bias, "alpha": alpha}}
+    found = analysis.static_gains(parameters)
     np.testing.assert_allclose(found.single_backward, m.sum(1).max(-1), rtol=1e-5)
     np.testing.assert_allclose(found.matrix_composite[-1], m[1] @ m[0], atol=1e-5)
     # HC's are the bias itself.
-    found = analysis.static_gains([{"theta": phi, "bias": b, "alpha": alpha[0]} for b in bias])
-    np.testing.assert_allclose(found.matrix_single, logits, rtol=1e-6)
+    hc = [{"theta": phi, "bias": b, "alpha": alpha[0]} for b in bias]
+    np.testing.assert_allclose(static._mappings(hc), logits, rtol=1e-6)
+    # A read-out is no connection; numbers in names count as numbers.
+    head = {"phi": np.zeros((n * C, n)), "bias": np.zeros(n), "alpha": np.ones(1)}
+    named = {f"layer_{k}": {"c": hc[k % 2]} for k in (10, 9)} | {"readout": head}
+    np.testing.assert_allclose(static._mappings(named), logits[[1, 0]], rtol=1e-6)
     # Without logits for h_res it is the identity, which n has to say.
     parameters = {"phi": phi[0], "bias": np.zeros(8), "alpha": alpha[0]}
-    assert analysis.static_gains(parameters, n=4).matrix_single.shape == (1, 4, 4)
-    assert analysis.static_gains(parameters).matrix_single.shape == (1, 2, 2)
+    np.testing.assert_array_equal(static._mappings(parameters, n=4)[0], np.eye(4))
+    np.testing.assert_allclose(static._mappings(parameters), np.full((1, 2, 2), 0.5))
     identity = ManifoldHyperConnections(C, 4, manifold=Identity())
-    np.testing.assert_array_equal(analysis.static_gains(identity).matrix_single[0], np.eye(4))
+    np.testing.assert_array_equal(static._mappings(identity)[0], np.eye(4))
     off = HyperConnections(C, 4, use_res=False)
     off.bias[...] = jnp.arange(24.0)
-    np.testing.assert_array_equal(analysis.static_gains(off).matrix_single[0], np.eye(4))
+    np.testing.assert_array_equal(static._mappings(off)[0], np.eye(4))
 
 
 @pytest.mark.parametrize(
@@ -405,7 +410,7 @@ H = np.random.default_rng(3).normal(size=(3, 4, 5, 2, 2)).astype(np.float32)
     ],
 )
 def test_mappings_of_any_kind(convert):
-    want = gains.gain_magnitudes(H.reshape(3, 20, 2, 2))
+    want = gains.gain_magnitudes(H)
     found = analysis.gain_magnitudes(convert(H))
     for name in gains.GainMagnitudes._fields[:-1]:
         np.testing.assert_allclose(
