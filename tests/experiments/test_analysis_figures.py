@@ -23,7 +23,11 @@ def made(sublayers=4, n=4, size=2.0, seed=0, **fields):
 
 NEAR = [made(size=1.004, seed=seed) for seed in range(3)]
 ARMS = {"residual": made(n=1, size=1.0), "HC": made(size=900.0), "mHC": NEAR}
+STEPS = np.arange(1, 9)
 FIGURES = {
+    "loss": lambda arms, **kw: analysis.loss_gap(
+        {"a": (STEPS, STEPS), "b": (STEPS, 0 * STEPS)}, **kw
+    ),
     "gains": lambda arms, **kw: analysis.plot_gains(arms, **kw),
     "maps": lambda arms, **kw: analysis.heat_maps(arms, **kw),
     "collapse": lambda arms, **kw: analysis.collapse(arms, **kw),
@@ -129,11 +133,15 @@ def test_every_figure_says_which_gain_it_shows():
 
 @pytest.mark.parametrize("kind", FIGURES)
 def test_a_notebook_shows_a_figure_once_and_in_its_style(kind, monkeypatch):
-    with matplotlib.rc_context({"axes.grid": False, "font.size": 20, "xtick.labelsize": 30}):
+    theirs = {"font.size": 20, "xtick.labelsize": 30, "axes.unicode_minus": False}
+    with matplotlib.rc_context(theirs):
         figure = FIGURES[kind](ARMS, title="a title")
-    figure.draw_without_rendering()
+        figure.draw_without_rendering()  # which writes the ticks
     sizes = {label.get_fontsize() for axes in figure.axes for label in axes.get_xticklabels()}
     assert sizes <= {9.5, 8.5, 7.0}
+    ticks = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+    assert not any(text.startswith("-") for text in ticks)
+    assert kind != "loss" or any(text.startswith("\N{MINUS SIGN}") for text in ticks)
     # No pyplot figure, which a notebook would draw a second time when the cell ends.
     from matplotlib import pyplot
 

@@ -176,16 +176,26 @@ def test_every_sublayer_comes_out_in_order(kind, run, expected):
 
 
 def test_gains_of_a_model_a_method_and_a_function(expected):
-    model = Loop(loop)
+    model, parts = Loop(loop), sublayers()
     want = gains.gain_magnitudes(expected[0])
-    nnx.jit(model)(X)  # traced before anybody collects
+    traced = jax.jit(lambda x: loop(parts, expand(x, N)))
+    traced(X)  # before anybody collects
     for found in (
         analysis.gains_of(model, X),
         analysis.gains_of(model.__call__, {"x": X}),
-        analysis.gains_of(lambda x, flag: model(x) if flag else None, (X, True)),
+        analysis.gains_of(lambda x, flag: traced(x) if flag else None, (X, True)),
     ):
         np.testing.assert_allclose(found.composite_backward, want.composite_backward, rtol=1e-5)
         np.testing.assert_allclose(found.stream_cosine, expected[1], atol=1e-5)
+
+
+def test_axes_of_vmap_come_first_also_where_h_res_does_not_depend_on_them():
+    connection = ManifoldHyperConnections(C, N, manifold=Identity(), implementation="xla")
+    streams = jnp.asarray(np.random.default_rng(5).normal(size=(5, N * C, 3)), jnp.float32)
+    found = collected(jax.vmap(lambda s: connection(s, jnp.sin), in_axes=2))(streams)
+    np.testing.assert_array_equal(found.h_res, np.tile(np.eye(N), (1, 3, 5, 1, 1)))
+    want = gains.stream_cosine(jnp.moveaxis(streams, 2, 0), N)
+    np.testing.assert_allclose(found.stream_cosine[0], want, rtol=1e-5)
 
 
 def test_residual_connections_have_gain_one():
@@ -482,6 +492,10 @@ def test_both_definitions():
     mean = analysis.gain_magnitudes(H).of_mean_matrices()
     matrices = H.reshape(3, 20, 2, 2).mean(1)
     np.testing.assert_allclose(mean.single_backward, np.abs(matrices.sum(1)).max(-1), rtol=1e-5)
+    flat = H.reshape(3, 20, 2, 2).astype(float)
+    head, tail = (flat[1] @ flat[0]).mean(0), (flat[2] @ flat[1]).mean(0)
+    np.testing.assert_allclose(mean.composite_forward[1], np.abs(head.sum(1)).max(), rtol=1e-4)
+    np.testing.assert_allclose(mean.composite_backward[1], np.abs(tail.sum(0)).max(), rtol=1e-4)
 
 
 def write_run(folder, connection, num_blocks=2):
