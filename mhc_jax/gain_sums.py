@@ -7,6 +7,7 @@ differently.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -246,11 +247,16 @@ def _sums(h_res: jax.Array, share: jax.Array) -> GainSums:
     )
 
 
+def tokens_at_once(shape: tuple[int, ...]) -> int:
+    """Of h_res of shape [L, T, n, n]; equal parts."""
+    tokens = shape[1]
+    return -(-tokens // -(-math.prod(shape) // _CHUNK))
+
+
 def gain_sums(h_res: jax.Array) -> GainSums:
     """GainSums of h_res [L, T, n, n], a bounded number of tokens at a time."""
     sublayers, tokens, n, _ = h_res.shape
-    chunks = -(-tokens * sublayers * n * n // _CHUNK)
-    size = -(-tokens // chunks)
+    size = tokens_at_once(h_res.shape)
     chunks = -(-tokens // size)
     if chunks == 1:
         return _sums(h_res, jnp.ones(tokens, jnp.float32))

@@ -11,6 +11,7 @@ stream was which. The singular values, the distances to I and J/n, and `stream_c
 Everything is float32; how sums of exploding composites stay in range is said in `mhc_jax.gain_sums`.
 """
 
+import functools
 import os
 import zipfile
 import zlib
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mhc_jax.gain_sums import GainSums, gain_sums
+from mhc_jax.gain_sums import GainSums, gain_sums, tokens_at_once
 
 
 class GainMagnitudes(NamedTuple):
@@ -129,6 +130,8 @@ def finish(sums: GainSums) -> GainMagnitudes:
 
 
 _of_tokens = jax.jit(lambda h_res: finish(gain_sums(h_res)))
+_sums_of_tokens = jax.jit(lambda h_res: gain_sums(h_res))
+_plus = jax.jit(GainSums.plus)
 
 
 def gain_magnitudes(h_res: Any) -> GainMagnitudes:
@@ -157,7 +160,13 @@ def gain_magnitudes(h_res: Any) -> GainMagnitudes:
     Raises:
       ValueError: h_res is not [L, ..., n, n], is empty, or holds no numbers.
     """
-    return _of_tokens(as_mappings(h_res))
+    h_res = as_mappings(h_res)
+    tokens, size = h_res.shape[1], tokens_at_once(h_res.shape)
+    if isinstance(h_res, jax.Array) or size == tokens:
+        return _of_tokens(h_res)
+    # Of the host, where it may be larger than the device's memory.
+    parts = (_sums_of_tokens(h_res[:, k : k + size]) for k in range(0, tokens, size))
+    return finish(functools.reduce(_plus, parts))
 
 
 def as_mappings(h_res: Any) -> jax.Array:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen, nnx
+from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.interpreters import batching, mlir
 
@@ -47,9 +47,10 @@ batching.primitive_batchers[_report_p] = _batch
 
 def _linen_collects() -> bool:
     """Whether a `ToLinen` around the module at hand may store intermediates."""
-    stack = linen.module._context.module_stack  # Linen has no public way to ask from inside
-    inside = bool(stack) and isinstance(stack[-1], nnx.bridge.ToLinen)
-    return inside and stack[-1].is_mutable_collection("intermediates")
+    find = getattr(nnx.bridge.wrappers, "current_linen_module", lambda: None)
+    module = find()
+    inside = isinstance(module, nnx.bridge.ToLinen)
+    return inside and module.is_mutable_collection("intermediates")
 
 
 def expect(connection: nnx.Module) -> None:
