@@ -28,7 +28,7 @@ from mhc_jax.metrics import jsonable
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "triton", "jax-triton", "libtpu")
 FOLDER = pathlib.Path(__file__).parent
-# Whoever copies the tree without .git says here what was copied; MHC_DIRTY=1 if it was changed.
+# Whoever copies the tree says here what was copied; MHC_DIRTY=1 if it was changed.
 COMMIT_VARIABLE, DIRTY_VARIABLE = "MHC_COMMIT", "MHC_DIRTY"
 
 
@@ -205,6 +205,10 @@ def versions() -> dict[str, str]:
 
 
 def _code(folder: pathlib.Path) -> dict[str, Any]:
+    commit, dirty = os.environ.get(COMMIT_VARIABLE), os.environ.get(DIRTY_VARIABLE)
+    if commit:  # before git: a copy may lie in some other repository, or in an older checkout
+        note = f"from {COMMIT_VARIABLE}"
+        return {"commit": commit, "dirty": dirty == "1" if dirty else None, "commit_note": note}
     git = ("git", "-C", str(folder))
     # A copy below some other repository (an environment, a home folder) is not that repository.
     if _run(*git, "ls-files", pathlib.Path(__file__).name):
@@ -214,10 +218,6 @@ def _code(folder: pathlib.Path) -> dict[str, Any]:
         lines = (changes or "").splitlines()
         dirty = any(not line.startswith("??") or line.endswith(".py") for line in lines)
         return {"commit": _run(*git, "rev-parse", "HEAD"), "dirty": dirty}
-    commit, dirty = os.environ.get(COMMIT_VARIABLE), os.environ.get(DIRTY_VARIABLE)
-    if commit:
-        note = f"from {COMMIT_VARIABLE}: a copy without git"
-        return {"commit": commit, "dirty": dirty == "1" if dirty else None, "commit_note": note}
     note = f"no git here and {COMMIT_VARIABLE} is not set"
     return {"commit": None, "dirty": None, "commit_note": note}
 

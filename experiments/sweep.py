@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from experiments import record
 from mhc_jax import gains as gains_lib
 from mhc_jax.analysis.runs import read_metrics
 from mhc_jax.config import Config
@@ -149,6 +150,7 @@ def run_one(config: Config, output: pathlib.Path, key: str) -> None:
         "tokens": config.steps * config.batch_size * config.data.sequence_length,
         "diverged": diverged,
         "wall_seconds": round(time.perf_counter() - start, 1),
+        "environment": record.environment(config.seed),
     }
     if diverged:
         summary["validation_loss"] = None

@@ -1,9 +1,9 @@
-"""Launching CUDA C++ kernels from JAX, and on the CPU through their emulator.
+"""Launches CUDA C++ kernels from JAX, and on the CPU through their emulator.
 
-For what Triton cannot say: which register of which lane holds which element. The sources (`*.cu`) are
-compiled by NVRTC, the run-time compiler of CUDA that `jax[cuda13]` brings along, when a program is traced;
-the custom call of jaxlib that launches Triton's kernels launches their PTX. With `TRITON_INTERPRET=1` the
-same call runs `kernels_pallas.testing.emulate` (in a clone, with g++), as Triton's run in its interpreter.
+CUDA C++ can say which register of which lane holds which element; Triton cannot. When a program is traced,
+NVRTC, the run-time compiler of CUDA that `jax[cuda13]` brings along, compiles the sources (`*.cu`). jaxlib's
+custom call for Triton's kernels launches the PTX. With `TRITON_INTERPRET=1` the same call runs
+`kernels_pallas.testing.emulate` (in a clone, with g++), just as Triton's kernels run in its interpreter.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ from kernels_pallas.triton_call import INTERPRET, Launch
 _FOLDER = pathlib.Path(__file__).parent
 _log = logging.getLogger(__name__)
 # Shared memory of a block, in bytes, and the oldest PTX version, by compute capability. The kernels have
-# run on 90 alone and are compiled for the others. Cards with 99 KB (8.6, 8.9, 12.0) keep to Triton's.
+# run on 90 alone and are compiled for the others. Cards with 99 KB (8.6, 8.9, 12.0) use Triton's kernels.
 _DEVICES = {
     80: (163 << 10, "7.8"),
     90: (227 << 10, "8.0"),
@@ -38,7 +38,7 @@ _DEVICES = {
 
 @dataclasses.dataclass(frozen=True)
 class CudaLaunch(Launch):
-    """As `Launch`, for the function `kernel` (a name) of the file `source` below this folder.
+    """A `Launch` of the function named `kernel` in the file `source` below this folder.
 
     Attributes:
       source: path of the .cu file.
@@ -77,7 +77,7 @@ class CudaLaunch(Launch):
         return self.emulate(*args)
 
     def emulate(self, *args, seed: int = 0) -> tuple[np.ndarray, ...]:
-        """Runs the kernel on numpy arrays; outputs begin as NaNs, so that a forgotten element is seen."""
+        """Runs the kernel on numpy arrays. Outputs begin as NaNs, so that a forgotten element shows."""
         from kernels_pallas.testing import emulate  # not in the wheel, hence only here
 
         outputs = [np.full(o.shape, jnp.nan, o.dtype) for o in self.outputs]
@@ -88,9 +88,9 @@ class CudaLaunch(Launch):
 
 
 def missing(shared_bytes: int) -> str | None:
-    """Why kernels with this much shared memory cannot run here, or None if they can.
+    """Says why kernels with this much shared memory cannot run here; None if they can.
 
-    With TRITON_INTERPRET=1: whether they can be emulated.
+    With TRITON_INTERPRET=1 it says why they cannot be emulated.
     """
     if INTERPRET:
         try:
@@ -123,9 +123,9 @@ def _unknown(capability: int) -> str:
 
 @functools.cache
 def _nvrtc(capability: int) -> ctypes.CDLL | None:
-    """NVRTC of the wheels beside jax, of an installed toolkit, or of the loader's path.
+    """Finds NVRTC in the wheels beside jax, in an installed toolkit, or on the loader's path.
 
-    The first that compiles for `capability`; says so once in the log if there is none.
+    Returns the first that compiles for `capability`. If there is none, the log says so once.
     """
     patterns = []
     spec = importlib.util.find_spec("nvidia")
@@ -159,7 +159,7 @@ def _architectures(library: ctypes.CDLL) -> list[int]:
 
 @functools.cache
 def compile_ptx(source: str, constants: tuple[tuple[str, int], ...], capability: int) -> str:
-    """PTX of the file `source` for a compute capability (80, 90, 100, 103), compiled once a process.
+    """Compiles the file `source` to PTX for a compute capability (80, 90, 100, 103), once a process.
 
     Raises:
       RuntimeError: the compiler's message.
@@ -200,5 +200,5 @@ def compile_ptx(source: str, constants: tuple[tuple[str, int], ...], capability:
         ptx = text(library.nvrtcGetPTXSize, library.nvrtcGetPTX).decode()
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
-    # NVRTC writes its own version, which an older assembler (of jaxlib) refuses.
+    # NVRTC writes its own PTX version, which jaxlib's older assembler may refuse.
     return re.sub(r"\.version \d+\.\d+", f".version {_DEVICES[capability][1]}", ptx, count=1)

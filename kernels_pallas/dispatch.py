@@ -1,4 +1,4 @@
-"""Which backend runs an operation: one file a backend, one rule for choosing.
+"""Decides which backend runs an operation: one file a backend, one rule for choosing.
 
 | implementation | file of an operation | |
 |---|---|---|
@@ -7,17 +7,18 @@
 | "triton" | `gpu.py` | Triton alone |
 | "cuda" | `cuda.py` | passes over the streams in CUDA C++, the operation's small kernels in Triton |
 
-None takes the best one that the platform has for the operation and its arguments, and says so once in the
-log. A named one runs or raises NotImplementedError; it never means another. Names may differ by operation,
-written as text: "boundary=cuda,sinkhorn=triton" (operations that are not in the text take None).
-`kernels_pallas.explain` says what None takes, and why not the others.
+None takes the best implementation that the platform has for the operation and its arguments, and says so once
+in the log. A named one runs or raises NotImplementedError; it never means another. Names may differ by
+operation, written as
+text: "boundary=cuda,sinkhorn=triton". Operations that the text leaves out take None. `kernels_pallas.explain`
+says what None takes, and why not the others.
 
-A backend file has functions with the names and signatures of the reference's (`forward`, `backward`), and
-`check(*args, **static)`, which raises NotImplementedError with the offending number for what its kernels do
-not take. A direction that takes less has a `check_<direction>` instead.
+A backend file has functions with the names and signatures of the reference's (`forward`, `backward`). Its
+`check(*args, **static)` raises NotImplementedError, naming the value that its kernels refuse. A direction
+that refuses more has a `check_<direction>` of its own.
 
-Kernels are called `mhc_<op>_<direction>` on every platform, with what they do in addition behind it:
-`mhc_pre_forward_normed`, `mhc_read_backward_sums`. Profiles find them by that.
+Kernels are called `mhc_<op>_<direction>` on every platform, and what they do in addition follows:
+`mhc_pre_forward_normed`, `mhc_read_backward_sums`. Profiles find them by these names.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ class Decision(NamedTuple):
 
     Attributes:
       op, direction: as `OPS` and the functions of a backend name them.
-      why_not: implementation -> why it cannot run, None if it can; without its platform.
+      why_not: implementation -> why it cannot run, None if it can. The platform does not count.
     """
 
     op: str
@@ -75,7 +76,7 @@ _decisions: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextV
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Decision]]:
-    """The decisions of all operations that are traced inside."""
+    """Yields a list that receives the decisions of all operations that are traced inside."""
     decisions: list[Decision] = []
     token = _decisions.set(decisions)
     try:
@@ -86,7 +87,7 @@ def recording() -> Iterator[list[Decision]]:
 
 @functools.cache
 def implementations(op: str) -> tuple[str, ...]:
-    """The implementations of an operation of `OPS`."""
+    """Returns the implementations of an operation of `OPS`."""
     folder = f"kernels_pallas.{OPS[op]}"
     return tuple(
         name for name in IMPLEMENTATIONS if importlib.util.find_spec(f"{folder}.{_FILES[name]}")
@@ -95,11 +96,12 @@ def implementations(op: str) -> tuple[str, ...]:
 
 @functools.cache
 def by_op(implementation: str | None) -> dict[str, str | None]:
-    """The name for each operation of `OPS`, from None, one name, or "op=name,op=name".
+    """Reads None, one name, or "op=name,op=name" into a name for each operation of `OPS`.
 
     Raises:
-      ValueError: no such operation or implementation, or an operation named twice or without a kernel of that
-        name. One name for all may be one that some operations do not have: they raise when they are called.
+      ValueError: an operation or implementation does not exist, an operation is named twice, or it has no
+        kernel of that name. One name for all may be missing for some operations: these raise when they are
+        called.
     """
     if implementation is None or implementation in IMPLEMENTATIONS:
         return dict.fromkeys(OPS, implementation)
@@ -131,7 +133,7 @@ def _has_none(op: str, name: str) -> str:
 
 
 def check_model(implementation: str | None) -> None:
-    """Raises ValueError for an `implementation` that the operations of a whole model cannot have."""
+    """Raises ValueError if an operation of a whole model does not have this `implementation`."""
     names = by_op(implementation)
     without = [op for op, name in names.items() if name and name not in implementations(op)]
     if without:
@@ -176,9 +178,9 @@ def _missing_package() -> str | None:
 
 @functools.cache
 def _missing_compiler(implementation: str) -> str | None:
-    """Why no program can be compiled here for the platform of this implementation.
+    """Says why no program can be compiled here for the platform of this implementation.
 
-    Tracing kernels that could never be compiled would only slow `implementation=None` down.
+    `implementation=None` then does not trace its kernels, which takes time.
     """
     if implementation == "pallas" and importlib.util.find_spec("libtpu") is None:
         return "libtpu is not installed (pip install -e '.[tpu]')"
@@ -187,7 +189,7 @@ def _missing_compiler(implementation: str) -> str | None:
 
 @functools.cache
 def _unavailable(op: str, direction: str | None, implementation: str) -> str | None:
-    """Why this backend of this operation cannot run on this installation, or None if it can."""
+    """Says why this backend of this operation cannot run on this installation; None if it can."""
     if implementation not in implementations(op):
         return _has_none(op, implementation)
     if implementation in KERNELS["gpu"] and _missing_package():
@@ -198,7 +200,7 @@ def _unavailable(op: str, direction: str | None, implementation: str) -> str | N
 
 
 def _too_old(implementation: str) -> str | None:
-    """Why the GPUs of this process cannot run an installed kernel; without a GPU nobody is asked."""
+    """Says why the GPUs of this process cannot run an installed kernel; None if they can, or without one."""
     if implementation not in KERNELS["gpu"]:
         return None
     capability = importlib.import_module("kernels_pallas.triton_call").capability()
@@ -211,7 +213,7 @@ def _too_old(implementation: str) -> str | None:
 
 
 def _why_not(op: str, direction: str, implementation: str, args, static: dict) -> str | None:
-    """Why this backend cannot run with these arguments, or None if it can; the platform not counted."""
+    """Says why this backend cannot run with these arguments, whatever the platform; None if it can."""
     why_not = _unavailable(op, direction, implementation) or _too_old(implementation)
     if why_not:
         return why_not
@@ -233,7 +235,7 @@ def _definition(op: str, direction: str) -> Callable:
 
 
 def _kernel(op: str, direction: str, implementation: str, static: dict) -> Callable:
-    """The function of a kernel backend, per device if tokens are sharded."""
+    """Returns the function of a kernel backend, per device if tokens are sharded."""
     function = functools.partial(getattr(_backend(op, implementation), direction), **static)
     return sharding.per_device(_definition(op, direction), function)
 
@@ -252,8 +254,8 @@ def _say_why_once(op: str, direction: str, implementation: str, why_not: str) ->
 def run(op: str, direction: str, implementation: str | None, *args, **static):
     """Calls a function of operation `op` on the chosen backend.
 
-    With `implementation=None` the choice falls when the program is lowered, on the platform that it is
-    lowered for: `jax.default_backend()` is "cpu" while a program is compiled for a TPU.
+    With `implementation=None` the choice is made when the program is lowered, for the platform that it is
+    lowered for. (`jax.default_backend()` is "cpu" while a program is compiled for a TPU.)
 
     Args:
       op: a name of `OPS`.
@@ -262,9 +264,9 @@ def run(op: str, direction: str, implementation: str | None, *args, **static):
       *args, **static: of the function.
 
     Raises:
-      ValueError: an implementation that does not exist.
-      NotImplementedError: a named one cannot run here or does not take these arguments; for a program of
-        another platform this is raised when it is lowered.
+      ValueError: the implementation does not exist.
+      NotImplementedError: a named implementation cannot run here or refuses these arguments. In a program for
+        another platform this is raised when the program is lowered.
     """
     name = by_op(implementation)[op]
     default = functools.partial(_definition(op, direction), **static)

@@ -1,4 +1,4 @@
-"""Which implementation `implementation=None` takes for an operation, and why not the others."""
+"""Says which implementation `implementation=None` takes for an operation, and why not the others."""
 
 import dataclasses
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def explain(
     norm: bool = False,
     platform: str | None = None,
 ) -> Explanation:
-    """Which implementation an operation runs with `implementation=None`, and why not the others.
+    """Says which implementation an operation runs with `implementation=None`, and why not the others.
 
     The operation is traced on abstract arrays of these sizes, forward and backward; nothing is computed.
 
@@ -79,7 +79,7 @@ def explain(
       platform: "cpu", "gpu" or "tpu"; None: that of this process's devices.
 
     Raises:
-      ValueError: an operation or a platform that does not exist, or sizes that do not fit.
+      ValueError: the operation or the platform does not exist, or sizes do not fit.
     """
     op = getattr(op, "__name__", op)
     functions = {
@@ -109,7 +109,7 @@ def explain(
 
 
 def _arguments(op, n, C, T, dtype, num_iterations, norm):
-    """Abstract arrays and keywords of an operation."""
+    """Returns abstract arrays and keywords of an operation."""
     m, K = num_columns(n), n * C
 
     def floats(*shape):

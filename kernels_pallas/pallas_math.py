@@ -28,14 +28,14 @@ def lane_columns(columns: Sequence[jax.Array], width: int) -> jax.Array:
 
 
 def across(column: jax.Array, size: int) -> jax.Array:
-    """[rows, 1] as it is, [rows, 128] of equal lanes as [rows, size]: names for the same registers."""
+    """Returns [rows, 1] as it is, and [rows, 128] of equal lanes as [rows, size], in the same registers."""
     if column.shape[1] == 1:
         return column
     return jnp.concatenate([column] * (-(-size // LANES)), axis=1)[:, :size]
 
 
 def weighted_sum(weights: Sequence[jax.Array], values: Sequence[jax.Array]) -> jax.Array:
-    """sum(w * v) without the addition to 0 that `sum` starts with."""
+    """Computes sum(w * v) without the addition to 0 that `sum` starts with."""
     total = weights[0] * values[0]
     for weight, value in zip(weights[1:], values[1:]):
         total += weight * value
@@ -43,7 +43,7 @@ def weighted_sum(weights: Sequence[jax.Array], values: Sequence[jax.Array]) -> j
 
 
 def tree_sum(values: Sequence[jax.Array]) -> jax.Array:
-    """Sum by halves: half the rounding error of a running sum at 24 terms."""
+    """Sums by halves, which has half the rounding error of a running sum at 24 terms."""
     if len(values) == 1:
         return values[0]
     middle = len(values) // 2
@@ -70,7 +70,7 @@ class LaneSums:
             self._tail = tail if self._tail is None else self._tail + tail
 
     def total(self) -> jax.Array:
-        """[rows, 1]."""
+        """Returns the sums, [rows, 1]."""
         if self._tiles is None:
             return self._tail
         total = jnp.sum(self._tiles, axis=1, keepdims=True)
@@ -78,5 +78,5 @@ class LaneSums:
 
 
 def column_chunks(width: int, chunk: int) -> list[tuple[int, int]]:
-    """(start, size) pairs that cover `width` columns in order."""
+    """Returns (start, size) pairs that cover `width` columns in order."""
     return [(start, min(chunk, width - start)) for start in range(0, width, chunk)]

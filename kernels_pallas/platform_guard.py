@@ -1,7 +1,7 @@
-"""An error where a program with a named kernel is lowered for a platform that cannot run it.
+"""Raises an error if a program with a named kernel is lowered for a platform that cannot run it.
 
-Where a program will run is known when it is lowered, not when it is traced: a host without a TPU may compile
-for one. What Pallas, Triton and XLA say then names neither the implementation nor the way out.
+The platform is known when a program is lowered, not when it is traced: a host without a TPU may compile for
+one. The errors of Pallas, Triton and XLA name neither the implementation nor the way out.
 """
 
 import jax
@@ -15,10 +15,10 @@ _require_p = Primitive("require_platform")
 
 
 def require_platform(op: str, implementation: str, args: tuple) -> tuple:
-    """`args` as they are, in a program that is lowered for the platform of this implementation alone.
+    """Returns `args` as they are, and lets the program be lowered for the implementation's platform alone.
 
     Raises:
-      NotImplementedError: when the program is lowered for another one. Not where kernels are interpreted.
+      NotImplementedError: when the program is lowered for another platform, unless kernels are interpreted.
     """
     first, *rest = args
     if not first.size or _interpreted(implementation):  # no tokens, no kernel
@@ -28,7 +28,7 @@ def require_platform(op: str, implementation: str, args: tuple) -> tuple:
 
 def _interpreted(implementation: str) -> bool:
     if implementation == "pallas":
-        # JAX has no public way to ask for what `pltpu.force_tpu_interpret_mode` has set.
+        # JAX has no public way to ask what `pltpu.force_tpu_interpret_mode` has set.
         from jax._src import config
 
         setting = getattr(config, "pallas_tpu_interpret_mode_context_manager", None)

@@ -1,8 +1,8 @@
-"""Which tokens a grid step of a Pallas TPU kernel works on, and how many fit into VMEM.
+"""Decides which tokens a grid step of a Pallas TPU kernel works on, and how many fit into VMEM.
 
-Layouts. Streams are blocks of whole rows `[tokens, n*C]`. Coefficients are `[m, T]` float32, tokens on lanes:
-`[T, m]` would be padded from m = 4 ... 24 to 128 lanes in HBM. The transposes `[T, m] <-> [m, T]` around a
-call are layout assignments, not copies, when XLA sees both sides.
+Streams are blocks of whole rows `[tokens, n*C]`. Coefficients are `[m, T]` float32 with tokens on lanes,
+because HBM would pad `[T, m]` from m = 4 ... 24 to 128 lanes. If XLA sees both sides, the transposes `[T, m]
+<-> [m, T]` around a call are no copies but assignments of a layout.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 LANES = 128
 MIN_TOKENS = 16  # one bfloat16 tile is 16 x 128
-# Coefficients of one full register [8, 128]: what Sinkhorn costs for 128 tokens it costs for 1024.
+# Tokens whose coefficients fill a register [8, 128]: Sinkhorn costs the same for 128 tokens and for 1024.
 FULL_WINDOW = 8 * LANES
 # Share of `pallas_call.VMEM_LIMIT` for the double-buffered blocks; the rest is for scratch and spills.
 VMEM_BLOCKS = 36 * 2**20
@@ -24,15 +24,16 @@ VMEM_BLOCKS = 36 * 2**20
 class TokenTiles:
     """Tokens of one grid step, and the wider window of coefficients around them.
 
-    Coefficients have tokens on lanes, so their window is at least 128 tokens wide (or `min_window`); a
+    Coefficients have tokens on lanes, so their window is at least 128 tokens wide (or `min_window`). A
     narrower block of streams walks through it in `sub_steps` steps. The grid is (parts, windows of a part,
     sub_steps).
 
-    Inside a kernel, call the methods outside of `pl.when`: they ask for the grid step, which the interpreter
-    that vmap and checkpoint need (`interpret=True`) does not know in a branch.
+    Inside a kernel, call the methods outside of `pl.when`. They ask for the grid step, and the interpreter
+    that vmap and checkpoint need (`interpret=True`) does not know it in a branch.
 
-    Kernels that sum over tokens ask for 2 parts and return a sum for each: v4 and v5p run a parallel grid
-    axis on two cores, which cannot share an accumulator, and the result stays the same on every chip.
+    Kernels that sum over tokens ask for 2 parts and return a sum for each. v4 and v5p run a parallel grid
+    axis on two cores, which cannot share an accumulator. All chips do the same, so that the result is the
+    same.
     """
 
     num_tokens: int
@@ -62,7 +63,7 @@ class TokenTiles:
 
     @property
     def parts(self) -> int:
-        # Every part has at least one window of its own, else it would write a buffer it never filled.
+        # Every part has at least one window of its own, or it would write a buffer that it never filled.
         return min(self.max_parts, self.num_windows)
 
     @property
@@ -78,17 +79,17 @@ class TokenTiles:
         return "parallel", "arbitrary" if self.max_parts > 1 else "parallel", "arbitrary"
 
     def rows(self, width: int) -> pl.BlockSpec:
-        """Block [block, width] of an array [T, width]."""
+        """Returns the spec of a block [block, width] of an array [T, width]."""
 
         def index(part, window, step):
-            # The last window may reach past the last block: stay on it, `in_range` skips the step.
+            # The last window may reach past the last block. Stay on that block; `in_range` skips the step.
             block = self._block_index(part, window, step)
             return jnp.minimum(block, self.num_blocks - 1), 0
 
         return pl.BlockSpec((self.block, width), index)
 
     def columns(self, m: int) -> pl.BlockSpec:
-        """Window [m, window] of an array [m, T]."""
+        """Returns the spec of a window [m, window] of an array [m, T]."""
 
         def index(part, window, step):
             del step
@@ -97,11 +98,11 @@ class TokenTiles:
         return pl.BlockSpec((m, self.window), index)
 
     def whole(self, *shape: int) -> pl.BlockSpec:
-        """An array that every step reads whole: fetched once, one buffer."""
+        """Returns the spec of an array that every step reads whole: it is fetched once, into one buffer."""
         return pl.BlockSpec(shape, lambda *_: (0,) * len(shape), pipeline_mode=pl.Buffered(1))
 
     def sums(self, *shape: int) -> pl.BlockSpec:
-        """The accumulator of a part, of an array [parts, *shape]."""
+        """Returns the spec of a part's accumulator, of an array [parts, *shape]."""
         return pl.BlockSpec((None, *shape), lambda part, *_: (part, *(0,) * len(shape)))
 
     def _block_index(self, part, window, step):
@@ -121,20 +122,20 @@ class TokenTiles:
         return self._this_block() < self.num_blocks
 
     def window_rows(self) -> slice | pl.Slice:
-        """The rows of this block within its window (inside a kernel)."""
+        """Returns the rows of this block within its window (inside a kernel)."""
         return pl.ds(pl.multiple_of(pl.program_id(2) * self.block, self.block), self.block)
 
     def next_rows(self) -> slice | pl.Slice:
-        """`window_rows` of the next step, of this one if it is the last of its window (inside a kernel)."""
+        """Returns `window_rows` of the next step, or of this one if it is the last of its window."""
         step = jnp.minimum(pl.program_id(2) + 1, self.sub_steps - 1)
         return pl.ds(pl.multiple_of(step * self.block, self.block), self.block)
 
     def row_groups(self, body: Callable, *, unroll: int = 1) -> None:
-        """Decorator: runs `body` for each 16 rows of a block in range (inside a kernel).
+        """Decorates a body to run for each 16 rows of a block in range (inside a kernel).
 
         The body gets the rows as a slice of the block and as a slice of the window. 16 rows are one bfloat16
         tile; 20 coefficients spread over the lanes of 16 rows already take 40 of the 64 vector registers.
-        `unroll` bodies at once hide the latencies in a body, if it has any.
+        `unroll` bodies at once hide the latencies of a body that waits.
         """
         offset = self.window_rows().start
 
@@ -158,7 +159,7 @@ class TokenTiles:
     def zero_past_end(self, *refs) -> None:
         """Zeroes the rows past the last token in blocks [block, width] of VMEM (inside a kernel).
 
-        What lies there is undefined, NaN included, and NaN * 0 would spoil a sum over tokens.
+        They are undefined and may be NaN, and NaN * 0 would spoil a sum over tokens.
         """
         tail = self.num_tokens % self.block
         if not tail:
@@ -172,26 +173,26 @@ class TokenTiles:
                 ref[...] = jnp.where(row < tail, value, 0).astype(ref.dtype)
 
     def first_token(self) -> jax.Array:
-        """First token of this window (inside a kernel)."""
+        """Returns the first token of this window (inside a kernel)."""
         return (pl.program_id(0) * self.windows_per_part + pl.program_id(1)) * self.window
 
     def num_left(self) -> jax.Array:
-        """Tokens from the first of this block on (inside a kernel)."""
+        """Returns the number of tokens from the first of this block on (inside a kernel)."""
         return self.num_tokens - self._this_block() * self.block
 
     def block_mask(self) -> jax.Array:
-        """[1, block] bool: which tokens of this block exist (inside a kernel)."""
+        """Returns which tokens of this block exist, [1, block] bool (inside a kernel)."""
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.block), 1)
         return lane < self.num_left()
 
     def window_mask(self) -> jax.Array:
-        """[1, window] bool: which tokens of this window exist (inside a kernel)."""
+        """Returns which tokens of this window exist, [1, window] bool (inside a kernel)."""
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.window), 1)
         return self.first_token() + lane < self.num_tokens
 
 
 def sinkhorn_window(num_tokens: int) -> int:
-    """Largest window of 128 ... `FULL_WINDOW` tokens that wastes at most an eighth on two cores."""
+    """Returns the largest window, 128 ... `FULL_WINDOW` tokens, that wastes at most 1/8 on two cores."""
     window = FULL_WINDOW
     while window > LANES and 2 * window * pl.cdiv(num_tokens, 2 * window) > 1.125 * num_tokens:
         window //= 2
@@ -199,7 +200,7 @@ def sinkhorn_window(num_tokens: int) -> int:
 
 
 def tokens_per_block(bytes_per_token: int, *, most: int, fixed_bytes: int = 0, what: str) -> int:
-    """Largest power of two <= `most` whose double-buffered blocks fit into the VMEM budget.
+    """Returns the largest power of two <= `most` whose double-buffered blocks fit into the VMEM budget.
 
     Raises:
       NotImplementedError: not even 16 tokens fit.

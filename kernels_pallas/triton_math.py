@@ -8,7 +8,7 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b, float32 sums. bfloat16 products are exact; float32 operands use no tensor core."""
+    """Computes acc + a @ b in float32. Products of bfloat16 are exact; float32 uses no tensor cores."""
     if INTERPRET:  # the interpreter keeps bfloat16 as integers and cannot multiply them
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -16,25 +16,26 @@ def dot(a, b, acc):
 
 @triton.jit
 def exp(x):
-    """exp(x) to about 1e-7 for x in [-110, 88], clamped outside (where it is 0 or ends in 1 / (1 + exp)).
+    """Computes exp(x) to about 1e-7 for x in [-110, 88], and clamps x to that range.
 
-    Triton's own is 2^(x log2 e) with a rounded product: 2e-6 at x = 30, eight times the error of "xla".
+    Below it the result is 0 anyway; above it, callers use it as 1 / (1 + exp). Triton's own exp is 2^(x log2
+    e) with a rounded product: 2e-6 at x = 30, eight times the error of "xla".
     """
     x = tl.minimum(tl.maximum(x, -110.0), 88.0)
     k = tl.floor(x * 1.4426950408889634 + 0.5)
-    # ln 2 in two parts; k times the first is exact.
+    # ln 2 in two parts. k times the first part is exact.
     return tl.exp((x - k * 0.693145751953125) - k * 1.42860677e-6) * tl.exp2(k)
 
 
 @triton.jit
 def dot_tf32(a, b):
-    """a @ b for float32 operands that are TF32 numbers already: exact products, float32 sums."""
+    """Computes a @ b for float32 operands that are TF32 numbers: exact products, float32 sums."""
     return tl.dot(a, b, input_precision="tf32")
 
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """float32 to `dtype`, rounding to nearest even."""
+    """Rounds float32 to `dtype`, to nearest even."""
     if INTERPRET and dtype == tl.bfloat16 and x.dtype == tl.float32:  # the interpreter truncates
         bits = x.to(tl.int32, bitcast=True)
         bits = bits + 0x7FFF + ((bits >> 16) & 1)
@@ -44,7 +45,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def round_tf32(x):
-    """Nearest TF32 number (8 exponent, 10 mantissa bits), ties to even; NaN and inf stay."""
+    """Rounds to the nearest TF32 number (8 exponent, 10 mantissa bits), ties to even; NaN and inf stay."""
     bits = x.to(tl.int32, bitcast=True)
     bits = bits + 0xFFF + ((bits >> 13) & 1)
     rounded = (bits & -8192).to(tl.float32, bitcast=True)
@@ -63,17 +64,17 @@ def opaque(x):
 
 @triton.jit
 def columns(start, ROWS: tl.constexpr, VEC: tl.constexpr):
-    """Offsets start + [ROWS, VEC]: a thread holds the VEC neighbours of one row, 16 bytes.
+    """Returns offsets start + [ROWS, VEC]: a thread holds the VEC neighbours of one row, 16 bytes.
 
-    A sum over the last axis then stays inside the thread, so that long sums keep one register a thread
-    instead of VEC, and no shuffle inside the loop.
+    A sum over the last axis then stays inside the thread. So a long sum takes one register a thread instead
+    of VEC, and its loop has no shuffle.
     """
     return start + tl.arange(0, ROWS)[:, None] * VEC + tl.arange(0, VEC)[None, :]
 
 
 @triton.jit
 def load(ptr, offsets, LIMIT: tl.constexpr, EVEN: tl.constexpr):
-    """Loads as float32, zeros from column LIMIT on; EVEN says that there are no such columns."""
+    """Loads float32, with zeros from column LIMIT on; EVEN says that there are no such columns."""
     if EVEN:
         return tl.load(ptr + offsets).to(tl.float32)
     return tl.load(ptr + offsets, mask=offsets < LIMIT, other=0.0).to(tl.float32)

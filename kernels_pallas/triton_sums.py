@@ -1,7 +1,7 @@
-"""Second stage of sums in one launch, in fixed order.
+"""The second stage of sums in one launch, in fixed order.
 
-The parameters' gradients of a read (over tokens) and, after the CUDA kernel of a boundary, dh_res and
-dh_post (over columns).
+It finishes the gradients of a read's parameters (over tokens) and, after the CUDA kernel of a boundary,
+dh_res and dh_post (over columns).
 """
 
 import jax
@@ -17,7 +17,7 @@ _SUMS = 1024  # of dh_res and dh_post a program
 
 @triton.jit
 def _sum_row(ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of COUNT neighbours."""
+    """Sums COUNT neighbours."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, COUNT, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -27,7 +27,7 @@ def _sum_row(ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sum_alpha(ptr, out_ptr, gate, N: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """dalpha of one gate, 0 pre, 1 post, 2 res: the sum of its N or N*N rows of COUNT numbers."""
+    """Sums dalpha of one gate (0 pre, 1 post, 2 res) over its N or N*N rows of COUNT numbers."""
     length = tl.where(gate == 2, N * N, N) * COUNT
     ptr += gate * N * COUNT
     total = tl.zeros((BLOCK,), tl.float32)
@@ -39,7 +39,7 @@ def _sum_alpha(ptr, out_ptr, gate, N: tl.constexpr, COUNT: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _sum_dphi(ptr, out_ptr, start, SIZE: tl.constexpr, SPLITS: tl.constexpr, ENTRIES: tl.constexpr):
-    """ENTRIES entries of dphi from `start` on, summed over SPLITS partial sums."""
+    """Sums ENTRIES entries of dphi from `start` on over SPLITS partial sums."""
     entry = start + tl.arange(0, ENTRIES)
     mask = entry < SIZE
     total = tl.zeros((ENTRIES,), tl.float32)
@@ -50,7 +50,7 @@ def _sum_dphi(ptr, out_ptr, start, SIZE: tl.constexpr, SPLITS: tl.constexpr, ENT
 
 @triton.jit
 def _sum_weight(ptr, out_ptr, start, COUNT: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """COLUMNS columns of dweight from `start` on, summed over COUNT rows of C."""
+    """Sums COLUMNS columns of dweight from `start` on over COUNT rows of C."""
     column = start + tl.arange(0, COLUMNS)
     total = tl.zeros((128, COLUMNS), tl.float32)
     for first in range(0, COUNT, 128):
@@ -71,7 +71,7 @@ def _sum_mappings(
     N: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """dh_res [T, N*N], dh_post [T, N] from SLABS partial sums [T, N*N + N], ENTRIES from `start` on."""
+    """Sums dh_res [T, N*N], dh_post [T, N] over SLABS partial sums [T, N*N + N]; ENTRIES from `start` on."""
     entry = start + tl.arange(0, ENTRIES)
     mask = entry < SIZE
     total = tl.zeros((ENTRIES,), tl.float32)
@@ -107,10 +107,10 @@ def mhc_read_backward_sums(
     MAPPINGS: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """dphi from [SPLITS, SIZE], dbias and dalpha from gates [2, M, PROGRAMS], dweight from [WEIGHT_ROWS, C],
-    dh_res and dh_post from [SLABS, MAPPINGS].
+    """Sums dphi [SPLITS, SIZE], gates [2, M, PROGRAMS] into dbias and dalpha, dweight [WEIGHT_ROWS, C],
+    dh_res and dh_post [SLABS, MAPPINGS].
 
-    A program sums a part of one of them; those with the longest way come first.
+    A program sums a part of one of them. Programs with the most work come first.
     """
     M: tl.constexpr = N * N + 2 * N
     BLOCKS: tl.constexpr = (SIZE + ENTRIES - 1) // ENTRIES
@@ -134,8 +134,10 @@ def mhc_read_backward_sums(
 def launch(
     splits: int, K: int, n: int, programs: int, weight: tuple[int, int], slabs: int = 0, T: int = 0
 ) -> Launch:
-    """The launch for dphi [splits, K, m], gates [2, m, programs], dweight of shape `weight` or (0, 0), and
-    partial sums of dh_res and dh_post [slabs, T, n*n + n].
+    """Makes the launch of the second stage.
+
+    It sums dphi [splits, K, m], gates [2, m, programs], dweight of shape `weight` or (0, 0), and partial sums
+    of dh_res and dh_post [slabs, T, n*n + n].
     """
     m = n * n + 2 * n
     weight_rows, C = weight
@@ -175,7 +177,7 @@ Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 def parameter_gradients(
     dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, n: int
 ) -> Gradients:
-    """Partial sums [splits, K, m], [2, m, programs], [rows, C] or None -> dphi, dbias, dalpha, dweight."""
+    """Sums [splits, K, m], [2, m, programs], [rows, C] or None to dphi, dbias, dalpha, dweight."""
     d_parameters, *_ = _finish(dphi, gates, dweight, dphi, n)
     return d_parameters
 
@@ -183,7 +185,7 @@ def parameter_gradients(
 def all_gradients(
     dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, mappings: jax.Array, n: int
 ) -> tuple[Gradients, jax.Array, jax.Array]:
-    """As `parameter_gradients`; from sums [slabs, T, n*n + n] also dh_res [T, n, n], dh_post [T, n]."""
+    """Does `parameter_gradients`, and sums [slabs, T, n*n + n] to dh_res [T, n, n], dh_post [T, n]."""
     return _finish(dphi, gates, dweight, mappings, n, *mappings.shape[:2])
 
 

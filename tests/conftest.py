@@ -7,19 +7,20 @@ import subprocess
 import sys
 import tempfile
 
-# Compiling is most of the time of the tests, and half of that is LLVM's optimisation. Before jax starts.
+# Before jax starts. Compiling is most of the time of the tests, and half of that is LLVM's optimisation.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Tests of restart and of bad batches run the same program again, also in processes of their own: one cache
+# for all of them. pytest's workers inherit the folder of the process that started them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
 
 # Mixing ranks without saying so is how a [T] and a [T, n] array broadcast into nonsense.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Tests of restart and of bad batches run the same program again; compiling it is most of their time.
-_cache = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 # Marker -> packages without which its tests are skipped.

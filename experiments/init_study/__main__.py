@@ -171,7 +171,9 @@ def collect(options: argparse.Namespace) -> dict:
         "data": options.data or "stdlib",
         "missing": [key for key in wanted if key not in found],
         "runs": {
-            key: {name: found[key][name] for name in KEPT} | _gains(found[key])
+            key: {name: found[key][name] for name in KEPT}
+            | _gains(found[key])
+            | {"commit": found[key].get("environment", {}).get("commit")}
             for key in wanted
             if key in found
         },

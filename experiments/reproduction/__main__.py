@@ -8,6 +8,7 @@ with the same weights and the same order of the data. Give the command again to 
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 import time
@@ -33,8 +34,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS),
                         help="comparisons to run (all)")  # fmt: skip
     parser.add_argument("--pilots_only", action="store_true", help="choose learning rates and end")
-    parser.add_argument("--repeat", action="store_true",
-                        help="train one run twice: how far apart do they end?")  # fmt: skip
+    parser.add_argument("--repeat", nargs="*", default=[], metavar="KEY",
+                        help="runs to train twice, as main/mHC/lr0.001/seed0")  # fmt: skip
     parser.add_argument("--steps", type=int, help="of a counted run, for a quick try")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=NUMBER",
                         help="integer fields of the config, for a quick try")  # fmt: skip
@@ -80,9 +81,7 @@ def run(options: argparse.Namespace) -> dict | None:
         return None
     # Seed by seed over the settings, so that a run that is cut has whole pairs.
     runs = [run for name in options.settings for run in counted(name, rates[name])]
-    if options.repeat and "main" in options.settings:
-        first = next(run for run in runs if run.setting == "main" and run.arm == "mHC")
-        runs.append(Run("main", "mHC", first.learning_rate, first.seed, repeat=1))
+    runs += [dataclasses.replace(Run.from_key(key), repeat=1) for key in options.repeat]
     found |= train(runs)
     missing = [run.key for run in runs if run.key not in found]
     data = options.data or "stdlib"

@@ -47,18 +47,14 @@ def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
         figure = new_figure(6.6)
         (gap, gain), (norm, second) = figure.subplots(2, 2)
         for arm in setting.arms:
-            for number, rate in enumerate(tables.rates(payload, name, arm)):
+            for number, rate in enumerate(rates := tables.compared_rates(payload, name, arm)):
                 found = tables.by_seed(payload, name, arm, rate)
                 if not found:
                     continue
-                many = len(tables.rates(payload, name, arm)) > 1
-                label = f"{arm}, rate {rate:g}" if many else arm
+                label = f"{arm}, rate {rate:g}" if len(rates) > 1 else arm
                 style = {"dashes": ("-", (0, (4, 2)))[number % 2], "label": label}
                 colour = ARM_COLOURS[arm]
-                base_rates = tables.rates(payload, name, "residual")
-                base = tables.by_seed(
-                    payload, name, "residual", rate if rate in base_rates else base_rates[0]
-                )
+                base = tables.baseline(payload, name, rate)
                 both = sorted(found.keys() & base.keys())
                 steps, values = _curves({s: found[s] for s in both}, lambda s: s["validation"])
                 _, reference = _curves({s: base[s] for s in both}, lambda s: s["validation"])

@@ -38,7 +38,26 @@ def by_seed(payload: dict, setting: str, arm: str, rate: float) -> dict[int, dic
 def rates(payload: dict, setting: str, arm: str) -> list[float]:
     """The learning rates at which an arm is counted."""
     chosen = payload["learning_rates"].get(setting, {})
-    return [chosen[arm]] if chosen else list(SETTINGS[setting].learning_rates)
+    return chosen[arm] if chosen else list(SETTINGS[setting].learning_rates)
+
+
+def compared_rates(payload: dict, setting: str, arm: str) -> list[float]:
+    """The rates at which an arm is compared: its best where pilots chose, else every one."""
+    counted = rates(payload, setting, arm)
+    if not payload["learning_rates"].get(setting):
+        return counted
+
+    def mean(rate: float) -> float:
+        found = by_seed(payload, setting, arm, rate)
+        return statistics.fmean(map(loss, found.values())) if found else math.inf
+
+    return [min(counted, key=mean)]
+
+
+def baseline(payload: dict, setting: str, rate: float) -> dict[int, dict]:
+    """Residual's summaries by seed: at its own best rate where pilots chose, else at the same rate."""
+    own = compared_rates(payload, setting, "residual")
+    return by_seed(payload, setting, "residual", rate if rate in own else own[0])
 
 
 def paired(a: dict[int, dict], b: dict[int, dict]) -> list[float]:
@@ -94,10 +113,7 @@ def comparison(payload: dict, setting: str) -> list[list[str]]:
             found = by_seed(payload, setting, arm, rate)
             if not found:
                 continue
-            base_rates = rates(payload, setting, "residual")
-            base = by_seed(
-                payload, setting, "residual", rate if rate in base_rates else base_rates[0]
-            )
+            base = baseline(payload, setting, rate)
             forward, backward = (largest(found, f"composite_{d}") for d in ("forward", "backward"))
             distance = [s["distance_identity"] for s in found.values() if s["distance_identity"]]
             norms = [float(v) for s in found.values() for _, v in s["grad_norm"]]
@@ -119,7 +135,8 @@ def pairs(payload: dict, setting: str) -> list[list[str]]:
     for a, b in PAIRS:
         if not {a, b} <= set(SETTINGS[setting].arms):
             continue
-        for rate_a, rate_b in zip(rates(payload, setting, a), rates(payload, setting, b)):
+        both = (compared_rates(payload, setting, arm) for arm in (a, b))
+        for rate_a, rate_b in zip(*both):
             values = paired(
                 by_seed(payload, setting, a, rate_a), by_seed(payload, setting, b, rate_b)
             )
@@ -129,14 +146,14 @@ def pairs(payload: dict, setting: str) -> list[list[str]]:
 
 
 def pilot_table(payload: dict, setting: str) -> list[list[str]]:
-    """Losses of the pilots: a row an arm, a column a learning rate; the chosen one is marked."""
+    """Losses of the pilots: a row an arm, a column a learning rate; those counted are marked."""
     tried = SETTINGS[setting].learning_rates
     rows = [["arm", *(f"{rate:g}" for rate in tried)]]
     losses = {run.key: loss(payload["runs"][run.key]) for run in pilots(setting)}
     chosen = choose(setting, losses)
     for arm in SETTINGS[setting].arms:
         each = [losses[run.key] for run in pilots(setting) if run.arm == arm]
-        marks = ["*" if rate == chosen[arm] else "" for rate in tried]
+        marks = ["*" if rate in chosen[arm] else "" for rate in tried]
         rows.append([arm, *(f"{v:.4f}{mark}" for v, mark in zip(each, marks))])
     return rows
 
@@ -175,7 +192,7 @@ def format_all(payload: dict) -> str:
             f"## {name}: {setting.description}, {setting.tokens / 1e6:.0f}M tokens a run\n"
         )
         if pilots(name):
-            parts.append("Pilots: validation loss at each learning rate, * chosen\n")
+            parts.append("Pilots: validation loss at each learning rate, * counted\n")
             parts.append(format_table(pilot_table(payload, name)) + "\n")
         parts.append(format_table(comparison(payload, name)) + "\n")
         if len(set(setting.arms) & set(ARMS)) > 2:

@@ -1,4 +1,4 @@
-"""Names of the arrays that the backward of a read takes after the streams, the same in every backend."""
+"""Names the arrays that the backward of a read takes after the streams, the same in every backend."""
 
 from typing import NamedTuple
 

@@ -1,23 +1,23 @@
 // Backward of a boundary from the cotangents of its projection on, one pass over the streams (n = 4, bfloat16).
 //
-// With x' = h_res x + h_post y, s = x' phi, r the root of the mean square of x', and the cotangents g of x' as the
-// next write has left it, d of the layer input h_pre x', ds and dr:
+// Let x' = h_res x + h_post y, s = x' phi, and r be the root of the mean square of x'. The cotangents are g of x' (from
+// the next write), d of the layer input h_pre x', ds and dr:
 //
 //   t   = g + h_pre d + ds phi^T + kappa x'     cotangent of x' in float32, kappa = dr / (n C r)
 //   dx  = h_res^T t,   dy = h_post^T t,   dh_res = t x^T,   dh_post = t y,   dphi = x'^T ds
 //
-// x' is computed again (reading it costs 4C) and rounded as it was. Reads x, g (4C each), y, d, writes dx, dy: 15C.
-// Without MIX (the backward of `read`) x is x' and dx is t: 13C.
+// x' is computed again, because reading it would cost 4C, and rounded as in the forward. The kernel reads x, g (4C
+// each), y, d and writes dx, dy: 15C. Without MIX (the backward of `read`) x is x' and dx is t: 13C.
 //
-// A program owns 64 columns of all four streams and walks over tiles of 16 tokens, so that dphi stays in registers;
-// each of its warps owns 8 columns. ds phi^T is a product of TF32 numbers and dphi of bfloat16 numbers (ds as high
-// + low), exact operands. The sums over columns in dh_res and dh_post are tensor-core products too, of t as bfloat16
-// numbers: 4 tokens x 4 streams of t against 4 tokens x 2 streams of x, of which a quarter, the same token, is
-// kept. They leave as partial sums, one a program and token: 80 bytes for 64 columns, 0.6C.
+// A program owns 64 columns of all four streams and walks over tiles of 16 tokens, so that dphi stays in registers.
+// Each of its warps owns 8 columns. Operands are exact: ds phi^T is a product of TF32 numbers, dphi one of bfloat16
+// numbers (ds as high + low). The sums over columns in dh_res and dh_post are tensor-core products of bfloat16
+// numbers too: 4 tokens x 4 streams of t times 4 tokens x 2 streams of x. A quarter of the result, that of equal
+// tokens, is used. A program writes a partial sum for each token: 80 bytes for 64 columns, 0.6C.
 //
-// Constants: C; MIX (0 or 1); TERMS, the bfloat16 numbers that stand for one of t in these sums. 2: high + low, as
-// the definition has it but for 2^-17 (errors of 2e-6). 1: t is rounded, and x' in kappa x' is not, which puts errors
-// of 2e-3 into dh_res and dh_post and of 1e-6 into dx and dy, for some 70 instructions and one barrier a tile less.
+// Constants: C; MIX (0 or 1); TERMS, the bfloat16 numbers that stand for one number of t in these sums. With 2, high +
+// low, the sums agree with the definition to 2^-17 (errors of 2e-6). With 1, t is rounded and x' in kappa x' is not:
+// errors of 2e-3 in dh_res and dh_post and of 1e-6 in dx and dy, but 70 instructions and one barrier a tile fewer.
 #include "boundary/tile.cuh"
 
 #if MIX
@@ -37,12 +37,12 @@ constexpr int STAGES = 3;                     // tiles in shared memory: filled,
 // neither 8 tokens of a stream nor 4 tokens of 2 streams meet in one bank.
 constexpr int STREAMS = N * TOKENS * PITCH;
 constexpr int X = 0, G = STREAMS, Y = 2 * STREAMS, D = Y + TOKENS * PITCH, STAGE = D + TOKENS * PITCH;
-// What belongs to tokens: ds as the lanes want it in both products, h_res 80 bytes apart, h_post, h_pre, kappa.
+// Data of tokens: ds in the order of the lanes for both products, h_res 80 bytes apart, h_post, h_pre, kappa.
 constexpr int DS = 0, DS_PAIRS = DS + TOKENS * M * 4;
 constexpr int RES = DS_PAIRS + TOKENS * M * 4, RES_PITCH = 80;
 constexpr int POST = RES + TOKENS * RES_PITCH, PRE = POST + TOKENS * 16, KAPPA = PRE + TOKENS * 16;
 constexpr int OWN = KAPPA + TOKENS * 4;
-// Shared memory: rows of STAGES tiles, what belongs to the tokens of two, phi (6 float4 a thread) and, if MIX, t in
+// Shared memory holds the rows of STAGES tiles, the token data of two, phi (6 float4 a thread) and, if MIX, t in
 // bfloat16, laid out as x: of two tiles in turn, or (TERMS 2) high and low terms of one.
 constexpr int OWNS = STAGES * STAGE, PHI = OWNS + 2 * OWN, TOTAL = PHI + 6 * 16 * THREADS;
 
@@ -73,8 +73,8 @@ struct Share {
   __device__ __forceinline__ u32 row(int first) const { return (first + token) * (C / 8) + column; }
 };
 
-// A thread's piece of what tokens have alone: 16 bytes of `stride` bytes a tile, of token `token`; 4 bytes of kappa
-// if `stride` is 64; nothing if it is 0.
+// A thread's piece of the token data: 16 bytes of token `token`, of `stride` bytes a tile. It is 4 bytes of kappa if
+// `stride` is 64, and nothing if it is 0.
 struct Coefficients {
   const unsigned char* from;
   int stride, to, token;
@@ -122,7 +122,7 @@ __device__ __forceinline__ void load_tile(unsigned char* stage, unsigned char* o
   }
 }
 
-// Writes what `compute_tile` left in shared memory.
+// Writes the results of `compute_tile` from shared memory.
 __device__ __forceinline__ void store_tile(const unsigned char* stage, const Share& share, bf16* dx, bf16* dy,
                                            int first, int T) {
   if (first + share.token >= T) return;
@@ -134,8 +134,8 @@ __device__ __forceinline__ void store_tile(const unsigned char* stage, const Sha
     *chunk(dy, share.row(first)) = *reinterpret_cast<const uint4*>(stage + share.single + D);
 }
 
-// dh_res and dh_post of 4 tokens over the program's columns: rows token + 4 stream of t, columns 2 token + j of x
-// or of y (twice). Warps 0-3 take streams 0, 1 of x, warps 4-7 streams 2, 3.
+// Computes dh_res and dh_post of 4 tokens over the program's columns: rows are token + 4 stream of t, columns
+// 2 token + j of x or of y (twice). Warps 0-3 take streams 0, 1 of x, warps 4-7 streams 2, 3.
 struct Sums {
   u32 a[TERMS][4][4], b[2][4], y[2][4];
 
@@ -169,7 +169,7 @@ struct Sums {
         multiply_bf16(post, a[term][k], y[k / 2][k % 2 * 2], y[k / 2][k % 2 * 2 + 1]);
       }
     }
-    // Lane 4 g + q holds row g: token g % 4, stream g / 4. It keeps the column of the same token, q.
+    // Lane 4 g + q holds row g: token g % 4, stream g / 4. It keeps the column of that token, q.
     const int token = warp % 4 * 4 + lane % 4, stream = lane / 16, pair = warp / 4;
     if (lane % 4 == lane / 4 % 4 && token < tokens) {
       const u32 at = (first_row + token) * (SUMS / 2);
@@ -188,8 +188,8 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
                                              const float4* phi, float (&dphi)[2][3][4], int warp, int lane,
                                              int tokens) {
   const int g = lane / 4, q = lane % 4;
-  // Lane's row for load_matrices and store_matrices: half of the tokens, and one of two streams (or of y and d), by
-  // matrix.
+  // The lane's row for load_matrices and store_matrices. The matrix gives the half of the tokens and one of two
+  // streams (or of y and d).
   const int row = lane % 16 * PITCH + lane / 16 * TOKENS * PITCH;
   const int streams_row = row + (warp ^ key(lane / 16, lane)) * 16, single_row = row + (warp ^ key(0, lane)) * 16;
   u32 word[4];
@@ -323,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   int first = split * TOKENS;
   if (first < T) load_tile(shared, shared + OWNS, a, share, coefficients, first, T);
   copy_async_commit();
-  // phi as the right operand of ds phi^T, in this thread's own place.
+  // phi as the right operand of ds phi^T, in a place that this thread alone uses.
   float4* own_phi = reinterpret_cast<float4*>(shared + PHI) + thread;
   const u32 column = slab * COLUMNS + warp * 8 + thread % 32 / 4;
   for (int s = 0; s < 3; ++s) {
@@ -334,8 +334,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   }
   float dphi[2][3][4] = {};
 
-  // Between two barriers one tile is filled, one computed in, and the one before written out. With two terms a
-  // second barrier keeps t of the tile before until all warps have it.
+  // Between two barriers one tile is filled, one is computed, and the tile before is written out. With two terms a
+  // second barrier keeps t of the tile before until all warps have read it.
   int current = 0, parity = 0;
   for (; first - apart < T; first += apart) {
     copy_async_wait<0>();

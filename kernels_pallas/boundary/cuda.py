@@ -1,10 +1,10 @@
 """`read` and `boundary` with their large passes in CUDA C++, the small kernels around them in Triton.
 
-Forward of `boundary`: the write and the projection in one kernel (forward.cu, 9C instead of 13C). Then, as
-in gpu.py, one launch for the second stage of the projection and the mappings, and F_pre. Backward: dh_pre
-(5C) and the mappings as in gpu.py, then one pass that sums every cotangent of the streams while it makes
-dphi: 13C in `read`, 15C in `boundary`, where it undoes the write as well (backward.cu). Last the second stage
-of all sums. The forward of `read` has no CUDA kernel of its own: it is Triton's.
+The forward of `boundary` does the write and the projection in one kernel (forward.cu, 9C instead of 13C). As
+in gpu.py, one launch for the second stage of the projection and the mappings follows, then F_pre. The
+backward begins as in gpu.py with dh_pre (5C) and the mappings. Then one pass sums every cotangent of the
+streams and makes dphi (backward.cu): 13C in `read`, 15C in `boundary`, where it also goes back through the
+write. The second stage of all sums comes last. The forward of `read` is Triton's.
 """
 
 import jax
@@ -18,13 +18,13 @@ __all__ = ["backward", "check", "check_forward", "forward", "read_backward", "re
 
 
 def check(streams: jax.Array, *arrays, **static) -> None:
-    """Raises NotImplementedError for what backward.cu does not take, or where it cannot run."""
+    """Raises NotImplementedError unless backward.cu accepts these arguments and can run here."""
     gpu.check(streams, *arrays, **static)
     cuda_launches.check(streams, static["n"], cuda_launches.BACKWARD_BYTES)
 
 
 def check_forward(streams: jax.Array, *arrays, **static) -> None:
-    """The same for forward.cu."""
+    """Raises NotImplementedError unless forward.cu accepts these arguments and can run here."""
     gpu.check(streams, *arrays, **static)
     cuda_launches.check(streams, static["n"], cuda_launches.FORWARD_BYTES)
 
@@ -54,7 +54,7 @@ def forward(
 def read_backward(
     streams: jax.Array, *arrays: jax.Array | None, **static
 ) -> tuple[jax.Array | None, ...]:
-    """Cotangents (dx, dphi, dbias, dalpha, dweight)."""
+    """Returns the cotangents (dx, dphi, dbias, dalpha, dweight)."""
     a = ReadBackward._make(arrays)
     n, K, T = static["n"], streams.shape[-1], triton_call.num_tokens(a.r.shape)
     if not T:
@@ -75,7 +75,7 @@ def backward(
     *arrays: jax.Array | None,
     **static,
 ) -> tuple[jax.Array | None, ...]:
-    """Cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
+    """Returns the cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
     a = ReadBackward._make(arrays)
     update = (streams, layer_output, h_post, h_res)
     n, K, T = static["n"], streams.shape[-1], triton_call.num_tokens(a.r.shape)

@@ -1,7 +1,7 @@
-"""Launches of forward.cu and backward.cu, and what these kernels take.
+"""Launches forward.cu and backward.cu, and checks their arguments.
 
-They take n = 4, bfloat16 streams and C in multiples of 64, on GPUs of compute capability 9.0 and 10 (and
-backward.cu 8.0).
+The kernels need n = 4, bfloat16 streams, C in multiples of 64, and a GPU of compute capability 9.0 or 10;
+backward.cu runs on 8.0 too.
 """
 
 import jax
@@ -14,15 +14,15 @@ from kernels_pallas.triton_call import cdiv, full_waves, multiprocessors, num_to
 
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
-# bfloat16 numbers for one of the cotangent of the new streams in the products for dh_res and dh_post. 1 is
-# the timed form; 2 is exact to 2e-6 and has run in the emulator alone. `kernel_speed --terms` decides.
+# bfloat16 numbers that stand for one number of t, the cotangent of the new streams, in dh_res and dh_post.
+# The timed form has 1; 2 is exact to 2e-6 and has run in the emulator alone. `kernel_speed --terms` decides.
 TERMS = 1
 # Two tiles of x and y for each of eight warps, and two of phi (forward.cu).
 FORWARD_BYTES = 2 * 8 * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
 
 
 def _shared_bytes(mix: bool) -> int:
-    """As laid out in backward.cu: three tiles of rows, what belongs to tokens of two, phi, t of two tiles."""
+    """Adds up the layout of backward.cu: rows of three tiles, token data of two, phi, t of two tiles."""
     rows = 10 * _TOKENS * 2 * _COLUMNS
     own = _TOKENS * (2 * 24 * 4 + 80 + 2 * 16 + 4)
     phi = 24 * 4 * 256
@@ -34,11 +34,10 @@ BACKWARD_BYTES = _shared_bytes(mix=True)
 
 
 def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
-    """Raises NotImplementedError for streams that the kernels do not take, or where they cannot run.
+    """Raises NotImplementedError unless the kernels accept these streams and can run here.
 
     Args:
-      streams: shape and dtype count; of one device, since the kernels count 16 bytes of the streams in 32
-        bits, with a sign.
+      streams: of one device, by shape and dtype. The kernels index pieces of 16 bytes with signed 32 bits.
       n: number of streams.
       shared_bytes: `FORWARD_BYTES` or `BACKWARD_BYTES`.
     """
@@ -57,7 +56,7 @@ def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
 
 
 def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLaunch:
-    """The launch of backward.cu; `terms`: bfloat16 numbers for one of t in dh_res and dh_post.
+    """Makes the launch of backward.cu; `terms`: bfloat16 numbers for one of t in dh_res and dh_post.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
     phi [4C, 24], fragments of ds and kappa (`mappings.gpu.backward_launch`), T; without `mix`, y, h_post and
@@ -83,7 +82,7 @@ def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLau
 
 
 def forward_launch(T: int, C: int) -> CudaLaunch:
-    """The launch of forward.cu.
+    """Makes the launch of forward.cu.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], `phi_fragments`, T. Outputs: x', partial
     sums of s and (column 24) of the squares of x' [splits, T, 28].
@@ -101,10 +100,11 @@ def forward_launch(T: int, C: int) -> CudaLaunch:
 
 
 def phi_fragments(phi: jax.Array) -> jax.Array:
-    """phi [4C, 24] as forward.cu reads it: exact bfloat16 terms [C / 64, 8, 2, 3, 32, 8].
+    """Lays out phi [4C, 24] as forward.cu reads it: exact bfloat16 terms [C / 64, 8, 2, 3, 32, 8].
 
-    By 64 columns of every stream, 8 columns, two streams, 8 of the 24 columns of phi, and lane 4 g + q. A
-    lane has, for column g of phi, the high terms of columns 2q, 2q + 1 of both streams, then the low ones.
+    It is ordered by 64 columns of every stream, 8 columns, two streams, 8 of the 24 columns of phi, and lane
+    4 g + q. For column g of phi a lane holds the high terms of columns 2q, 2q + 1 of both streams, then the
+    low terms.
     """
     # term, pair of streams, stream, 64 columns, 8 of them, q, one of two; 8 columns of phi, g
     terms = jnp.stack(split_bf16(phi)).reshape(2, 2, 2, -1, 8, 4, 2, 3, 8)
@@ -112,10 +112,11 @@ def phi_fragments(phi: jax.Array) -> jax.Array:
 
 
 def _forward_splits(steps: int, tiles: int) -> int:
-    """Programs that share the rows of a tile, a divisor of its steps: two or more where it has any.
+    """Returns how many programs share the rows of a tile: a divisor of its steps, two or more if possible.
 
-    H200, T 16384, C 2560 (T 8192, C 4096): 250 us (292 us) with one, 233 to 236 us (191 to 198 us) with two
-    to ten. Each further one costs the mappings' kernel, which adds up the partial sums, about 1 us.
+    On an H200 at T 16384, C 2560 (T 8192, C 4096) one program takes 250 us (292 us), two to ten take 233 to
+    236 us (191 to 198 us). Each further program costs the mappings' kernel, which adds up the partial sums,
+    about 1 us.
     """
     divisors, slots = [s for s in range(2, 9) if steps % s == 0], multiprocessors()
 
@@ -126,14 +127,15 @@ def _forward_splits(steps: int, tiles: int) -> int:
 
 
 def _splits(slabs: int, tiles: int) -> int:
-    """Programs that share the tokens: full waves of the card, two programs a multiprocessor.
+    """Returns how many programs share the tokens: full waves of the card, two programs a multiprocessor.
 
-    H200, T 16384, C 2560: 469 us with 6 splits (one wave, 91 % full), 435 us with 13 (two, 98 % full).
+    On an H200 at T 16384, C 2560: 469 us with 6 splits (one wave, 91 % full), 435 us with 13 (two, 98 %
+    full).
     """
     slots = 2 * multiprocessors()
 
     def cost(splits: int) -> float:
-        # And 0.5 % for each further partial sum of dphi.
+        # Each further partial sum of dphi costs 0.5 %.
         return full_waves(slabs * splits, slots) + 0.005 * splits
 
     return min(range(1, min(tiles, 64) + 1), key=cost)

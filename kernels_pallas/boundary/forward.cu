@@ -1,14 +1,14 @@
-// The write of one sublayer and the projection of the next in one pass over the streams (n = 4, bfloat16):
+// Does the write of one sublayer and the projection of the next in one pass over the streams (n = 4, bfloat16):
 //
 //   x' = h_res x + h_post y,   s = x' phi,   and the sum of squares of x'
 //
-// Reads x (4C) and y, writes x' (4C): 9C for the 13C of two kernels. A warp owns 16 tokens and walks along their
-// rows, 64 columns of each stream a step, so that s stays in registers. The eight warps of a program share phi.
-// Programs that share a row (splits) run side by side and take turns along it: memory likes rows to be read in
-// pieces longer than 128 bytes. Programs stay, and take the next tile's first step while they finish the last one's.
+// It reads x (4C) and y and writes x' (4C): 9C instead of the 13C of two kernels. A warp owns 16 tokens and walks along
+// their rows, 64 columns of each stream a step, so that s stays in registers. The eight warps of a program share phi.
+// Programs that share a row (splits) run side by side and take turns along it, because memory is faster if rows are
+// read in pieces longer than 128 bytes. Programs stay: they load the next tile's first step while they finish a tile.
 //
-// x' is rounded to bfloat16 before it is multiplied; phi comes as exact bfloat16 terms, high + low, in the order of
-// the lanes. A product of x' with itself, 16 tokens x 8 tokens, has the squares on its diagonal.
+// x' is rounded to bfloat16 before it is multiplied. phi comes as exact bfloat16 terms, high + low, in the order of the
+// lanes. The sum of squares is the diagonal of a product of x' with itself, 16 tokens x 8 tokens.
 //
 // Constants: C, SPLITS (divides C / 64).
 #include "boundary/tile.cuh"
@@ -33,7 +33,7 @@ struct Place {
 
   __device__ __forceinline__ Place(int item, int step, int T) {
     const int tiles = (T + WARPS * TOKENS - 1) / (WARPS * TOKENS);
-    // From the last tokens to the first: F_pre, which comes next, begins with the first.
+    // From the last tokens to the first, because F_pre comes next and begins with the first.
     first = (tiles - 1 - item / SPLITS) * WARPS * TOKENS + static_cast<int>(threadIdx.x) / 32 * TOKENS;
     column = (step * SPLITS + item % SPLITS) * (COLUMNS / 8);
   }

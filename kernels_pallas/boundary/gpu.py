@@ -1,11 +1,12 @@
-"""`read` and `boundary` in Triton: shared passes over the streams where that measured faster.
+"""`read` and `boundary` in Triton. Operations share a pass over the streams where that measured faster.
 
-Forward: F_post,res (`boundary`), the projection, one launch for its second stage and the mappings, F_pre.
-Backward: one reduction for dh_pre (5C) and the mappings. `read` then has one pass that sums every cotangent
-of the streams while it makes dphi (13C). In `boundary` the sum moves into F_post,res's backward, whose rows
-run at 95 % of the copy rate where Triton's tensor-core tiles reach 75 % (8C + 19C). What comes through the
-projection is rounded to the dtype of the streams between the two: one rounding more than the definition has.
-Last one launch that finishes the sums. cuda.py has the same operations with the large passes in CUDA C++.
+The forward runs F_post,res (`boundary` alone), the projection, one launch for its second stage and the
+mappings, then F_pre. The backward begins with a reduction for dh_pre (5C) and the mappings. In `read` one
+pass then sums every cotangent of the streams and makes dphi (13C). In `boundary` F_post,res's backward does
+the sum (8C + 19C), because its rows run at 95 % of the copy rate, and Triton's tensor-core tiles at 75 %. The
+cotangent through the projection is rounded to the dtype of the streams between the two, which the definition
+does not do. A last launch finishes the sums. cuda.py has the same operations with the large passes in CUDA
+C++.
 """
 
 import jax
@@ -27,7 +28,7 @@ def check(streams: jax.Array, *_, n: int, num_iterations: int, **__) -> None:
 
 
 def finish_read(streams, parts, phi, bias, alpha, weight, static):
-    """From the projection's partial sums to what `read_forward` returns."""
+    """Computes the results of `read_forward` from the projection's partial sums."""
     n, lead, (K, m) = static["n"], streams.shape[:-1], phi.shape
     T = triton_call.num_tokens(lead)
     launch = mappings.forward_launch(
@@ -56,7 +57,7 @@ def finish_read(streams, parts, phi, bias, alpha, weight, static):
 
 
 def empty_read(streams, n):
-    """What `read_forward` returns where there are no tokens."""
+    """Returns the results of `read_forward` for no tokens."""
     lead, C = streams.shape[:-1], streams.shape[-1] // n
     shapes = ((n,), (n, n), (n,), (n * n + 2 * n,), ())
     rest = triton_call.empty_like(*(((*lead, *shape), jnp.float32) for shape in shapes))
@@ -79,7 +80,7 @@ def read_forward(
 
 
 def no_gradients(a: ReadBackward) -> tuple[jax.Array | None, ...]:
-    """Cotangents of the parameters where there are no tokens."""
+    """Returns the cotangents of the parameters for no tokens."""
     parameters = (a.phi, a.bias, a.alpha, a.weight)
     return tuple(None if p is None else jnp.zeros_like(p) for p in parameters)
 
@@ -87,7 +88,7 @@ def no_gradients(a: ReadBackward) -> tuple[jax.Array | None, ...]:
 def read_backward(
     streams: jax.Array, *arrays: jax.Array | None, **static
 ) -> tuple[jax.Array | None, ...]:
-    """Cotangents (dx, dphi, dbias, dalpha, dweight)."""
+    """Returns the cotangents (dx, dphi, dbias, dalpha, dweight)."""
     a = ReadBackward._make(arrays)
     n, (K, m), T = static["n"], a.phi.shape, triton_call.num_tokens(a.r.shape)
     if not T:
@@ -99,10 +100,10 @@ def read_backward(
 
 
 def mappings_backward(streams: jax.Array, a: ReadBackward, static, fragments: int = 0):
-    """From the layer input and the mappings to the projection.
+    """Goes back from the layer input and the mappings to the projection.
 
-    Returns the cotangent of the weighted sum, (ds, dr) or with `fragments` the operands of backward.cu
-    (`mappings.backward_launch`), partial sums for (dbias and dalpha, dweight).
+    Returns the cotangent of the weighted sum; (ds, dr), or with `fragments` the operands of backward.cu
+    (`mappings.backward_launch`); partial sums for (dbias and dalpha, dweight).
     """
     n, T, C = static["n"], triton_call.num_tokens(a.r.shape), a.d_input.shape[-1]
     d_input, dweight = a.d_input, None
@@ -148,7 +149,7 @@ def backward(
     *arrays: jax.Array | None,
     **static,
 ) -> tuple[jax.Array | None, ...]:
-    """Cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
+    """Returns the cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
     a = ReadBackward._make(arrays)
     update = (streams, layer_output, h_post, h_res)
     (K, m), T = a.phi.shape, triton_call.num_tokens(a.r.shape)

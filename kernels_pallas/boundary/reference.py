@@ -1,8 +1,8 @@
 """The fused operations as compositions in plain jnp: implementation "xla" and the definition.
 
-Their roundings, where the streams are bfloat16: the new streams before they are read, ds to TF32, the
-cotangent behind the norm of the layer input before it is multiplied with h_pre, and each result once. The
-cotangent of the new streams is summed in float32 and used so, in the write's backward too.
+With bfloat16 streams they round the new streams before they are read, ds to TF32, the cotangent behind the
+norm of the layer input before it is multiplied with h_pre, and each result once. The cotangent of the new
+streams is summed in float32 and stays float32 in the write's backward.
 """
 
 import jax
@@ -30,7 +30,7 @@ def read_forward(
     norm_eps: float,
     input_norm_eps: float | None,
 ) -> tuple[jax.Array, ...]:
-    """Returns layer_input, h_post, h_res, and what the backward needs: h_pre, s, r."""
+    """Returns layer_input, h_post, h_res, and for the backward h_pre, s, r."""
     s, r = projection.forward(streams, phi, norm_eps=norm_eps)
     h_pre, h_post, h_res = mappings.forward(s, r, bias, alpha, n=n, num_iterations=num_iterations)
     if input_norm_eps is None:
@@ -49,14 +49,14 @@ def read_backward(
     norm_eps: float,
     input_norm_eps: float | None,
 ) -> tuple[jax.Array, ...]:
-    """Cotangents (dx, dphi, dbias, dalpha, dweight); `d_streams` has already arrived for the streams."""
+    """Returns the cotangents (dx, dphi, dbias, dalpha, dweight); dx includes `d_streams`."""
     static = {"n": n, "num_iterations": num_iterations, "input_norm_eps": input_norm_eps}
     dx, *d_parameters = _unrounded_read_backward(streams, *arrays, **static)
     return dx.astype(streams.dtype), *d_parameters
 
 
 def _unrounded_read_backward(streams, *arrays, n, num_iterations, input_norm_eps):
-    """The same with dx in float32."""
+    """Does the same with dx in float32."""
     a = ReadBackward(*arrays)
     d_input, d_weight = a.d_input, None
     if input_norm_eps is not None:
@@ -112,7 +112,7 @@ def backward(
     norm_eps: float,
     **static,
 ) -> tuple[jax.Array, ...]:
-    """Cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
+    """Returns the cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
     del norm_eps  # r is there
     g, *d_parameters = _unrounded_read_backward(
         new_streams, *read_residuals_and_cotangents, **static

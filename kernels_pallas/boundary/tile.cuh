@@ -23,8 +23,8 @@ __device__ __forceinline__ float at(const float4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// An element of one stream of x' = h_res x + h_post y. In this order in both directions: the backward computes x'
-// again and must find the bits that the forward has written.
+// An element of one stream of x' = h_res x + h_post y. Both directions sum in this order, because the backward computes
+// x' again and must find the bits that the forward has written.
 __device__ __forceinline__ float mix(const float4& res, float post, float x0, float x1, float x2, float x3,
                                      float y) {
   float v = res.x * x0;

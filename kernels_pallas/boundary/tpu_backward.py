@@ -30,7 +30,7 @@ from kernels_pallas.token_tiles import LANES, MIN_TOKENS, TokenTiles, sinkhorn_w
 
 
 def _round_tf32(x: jax.Array) -> jax.Array:
-    """float32 to 10 mantissa bits, to nearest even (inside a kernel: integers, no reduce_precision)."""
+    """Rounds float32 to 10 mantissa bits, to nearest even, by integers (a kernel has no reduce_precision)."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     odd = (bits >> jnp.uint32(13)) & jnp.uint32(1)
     bits = (bits + jnp.uint32(0xFFF) + odd) & jnp.uint32(0xFFFFE000)
@@ -38,7 +38,7 @@ def _round_tf32(x: jax.Array) -> jax.Array:
 
 
 def _transpose_window(ref, tiles, n, num_iterations):
-    """What needs no pass over the streams: every column but those of h_pre, for the tokens of a window.
+    """Goes back through every column but those of h_pre, for a window; that needs no pass over the streams.
 
     Leaves in `ref.saved_rows`, a token a row: h_pre, s of h_pre, ds of the others, their part of dr, r.
     """
@@ -59,7 +59,7 @@ def _transpose_window(ref, tiles, n, num_iterations):
 
 
 def _transpose_input(ref, tiles, n, eps):
-    """dh_pre into `ref.dh_rows`, and through the norm to `ref.d_sum`, the cotangent of the weighted sum."""
+    """Writes dh_pre to `ref.dh_rows`, and the cotangent of the weighted sum to `ref.d_sum`."""
     width, norm, num_left = ref.d_sum.shape[-1], None, tiles.num_left()
     if eps is not None:
         norm = ref.weight, ref.d_weight, eps
@@ -78,7 +78,7 @@ def _transpose_input(ref, tiles, n, eps):
 
 
 def _transpose_projection(ref, tiles, n):
-    """The columns of h_pre, then in one pass over the columns dphi and every cotangent of the streams."""
+    """Goes back through the columns of h_pre, then in one pass makes dphi and the streams' cotangents."""
     m, width = num_columns(n), ref.d.shape[-1]
     rows, exists = tiles.window_rows(), tiles.block_mask()
 
@@ -115,7 +115,7 @@ def _transpose_projection(ref, tiles, n):
 
 
 def _transpose_write(ref, tiles, n):
-    """F_post,res: takes the cotangent of what it wrote from `ref.dx`, in the dtype of the streams."""
+    """Goes back through F_post,res; `ref.dx` holds the cotangent of the new streams, in their dtype."""
 
     def h(rows, window_rows):
         del window_rows
@@ -152,7 +152,7 @@ def _kernel(*refs, names, tiles, n, num_iterations, input_norm_eps):
 
 
 def _call(x, update, a: ReadBackward, *, n, num_iterations, input_norm_eps):
-    """Named outputs of the kernel; `update` is empty for `read`."""
+    """Runs the kernel and returns its named outputs; `update` is empty for `read`."""
     (num_tokens, width), m, normed = x.shape, num_columns(n), input_norm_eps is not None
     block = backward_tokens(width, n, x.dtype, num_iterations, fused=bool(update))
     tiles = TokenTiles(num_tokens, block, max_parts=2, min_window=sinkhorn_window(num_tokens))
@@ -233,7 +233,7 @@ def _call(x, update, a: ReadBackward, *, n, num_iterations, input_norm_eps):
 
 
 def _d_parameters(out):
-    """(dphi, dbias, dalpha, dweight) of the kernel's partial sums."""
+    """Adds up the kernel's partial sums to (dphi, dbias, dalpha, dweight)."""
     d_weight = out["d_weight"].sum(axis=(0, 1)) if "d_weight" in out else None
     dbias, dalpha = (out[name].sum(axis=(0, 2, 3)) for name in ("dbias", "dalpha"))
     return out["dphi"].sum(axis=0).T, dbias, dalpha, d_weight
@@ -247,7 +247,7 @@ def read_backward(
     norm_eps: float,
     input_norm_eps: float | None,
 ) -> tuple[jax.Array, *tuple[jax.Array | None, ...]]:
-    """Cotangents (dx, dphi, dbias, dalpha, dweight); `d_streams` has already arrived for the streams."""
+    """Returns the cotangents (dx, dphi, dbias, dalpha, dweight); dx includes `d_streams`."""
     del norm_eps
     a = ReadBackward._make(arrays)
     x = pallas_call.flat_tokens(streams)
@@ -273,7 +273,7 @@ def backward(
     norm_eps: float,
     input_norm_eps: float | None,
 ) -> tuple[jax.Array | None, ...]:
-    """Cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
+    """Returns the cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
     static: dict[str, Any] = {
         "n": n,
         "num_iterations": num_iterations,

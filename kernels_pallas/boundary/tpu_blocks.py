@@ -1,8 +1,9 @@
 """Block sizes of the fused TPU kernels, and tiles of coefficients inside them.
 
-At most 128 tokens a grid step backward, a full side of the MXU, and 256 forward, where a step's fixed cost
-then weighs half (C = 1280 on a v5p: `read` 98 -> 89 us, `boundary` 186 -> 181; 2560: 156 -> 149, 320 -> 313).
-Wider rows leave room for fewer tokens, but they take longer to transfer.
+At most 128 tokens a grid step backward fill a side of the MXU, and 256 forward halve the weight of a step's
+fixed cost: on a v5p `read` takes 89 us instead of 98 and `boundary` 181 instead of 186 at C = 1280, 149
+instead of 156 and 313 instead of 320 at 2560. Wider rows leave room for fewer tokens, but they also take
+longer to transfer.
 """
 
 import math
@@ -31,7 +32,7 @@ def _tokens(width, n, dtype, rows, fixed, most):
 
 
 def forward_tokens(width: int, n: int, dtype, *, fused: bool) -> int:
-    """Tokens a grid step forward, for x in and the layer input out, if `fused` also y in and new x out.
+    """Returns the tokens of a grid step forward: x in, layer input out; if `fused` also y in, new x out.
 
     Raises:
       NotImplementedError: not even 16 tokens fit.
@@ -41,7 +42,7 @@ def forward_tokens(width: int, n: int, dtype, *, fused: bool) -> int:
 
 
 def backward_tokens(width: int, n: int, dtype, num_iterations: int, *, fused: bool) -> int:
-    """Tokens a grid step backward, for x, g, d_input in and dx out, if `fused` also old x, y in and dy out.
+    """Returns the tokens of a grid step backward: x, g, d_input in, dx out; if `fused` also x, y in, dy out.
 
     Raises:
       NotImplementedError: not even 16 tokens fit.
@@ -52,7 +53,7 @@ def backward_tokens(width: int, n: int, dtype, num_iterations: int, *, fused: bo
 
 
 def fits_fused_backward(width: int, n: int, dtype, num_iterations: int) -> bool:
-    """Whether rows are narrow enough for one backward kernel of the boundary; otherwise two share it."""
+    """Tells whether rows are narrow enough for one backward kernel of the boundary, else it needs two."""
     try:
         backward_tokens(width, n, dtype, num_iterations, fused=True)
     except NotImplementedError:
@@ -61,19 +62,19 @@ def fits_fused_backward(width: int, n: int, dtype, num_iterations: int) -> bool:
 
 
 def input_unroll(width: int) -> int:
-    """Groups of 16 rows at once where the norm of a layer input of `width` columns waits for its sum.
+    """Returns how many groups of 16 rows run at once, because the norm of a layer input waits for its sum.
 
-    At C = 2560 a group takes 223 bundles alone on a v6e, 204 as one of two, 184 as one of four. Wider rows
+    On a v6e at C = 2560 a group takes 223 bundles alone, 204 as one of two, 184 as one of four. Wider rows
     wait for a smaller part of their time, and longer code takes longer to compile.
     """
     return max(1, min(4, 10240 // width))
 
 
 def rows_of(block: jax.Array) -> list[jax.Array]:
-    """[m, tokens] -> m tiles [1, tokens]."""
+    """Splits [m, tokens] into m tiles [1, tokens]."""
     return [block[k : k + 1] for k in range(block.shape[0])]
 
 
 def columns_of(tiles: list[jax.Array]) -> jax.Array:
-    """m tiles [1, tokens] -> [m, tokens]."""
+    """Joins m tiles [1, tokens] to [m, tokens]."""
     return jnp.concatenate(tiles, axis=0)

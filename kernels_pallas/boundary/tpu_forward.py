@@ -26,10 +26,10 @@ from kernels_pallas.token_tiles import LANES, TokenTiles, sinkhorn_window
 
 
 def _read_block(x_ref, refs, tiles, n, num_iterations, norm_eps, input_norm_eps, beside=None):
-    """Projection and layer input of the rows in `x_ref`, coefficients of the window after its last block.
+    """Computes projection and layer input of `x_ref`, after the last block of a window its coefficients.
 
-    Scratch, a token a row: `saved_rows_ref` s, r; `h_rows_ref` h_pre. `beside()` is done beside the
-    projection, which leaves units idle.
+    Scratch, a token a row: `saved_rows_ref` s, r; `h_rows_ref` h_pre. `beside()` runs beside the projection,
+    which leaves units idle.
     """
     phi_ref, bias_ref, alpha_ref, *refs, saved_rows_ref, h_rows_ref, spread_ref = refs
     weight_ref = None if input_norm_eps is None else refs.pop(0)
@@ -106,7 +106,7 @@ def _boundary_kernel(x_ref, y_ref, h_post_ref, h_res_ref, *refs, tiles, n, **sta
 
 
 def _forward(update, phi, bias, alpha, weight, *, n, **static):
-    """The kernel with F_post,res if `update` has more than the streams."""
+    """Runs the kernel, with F_post,res if `update` has more than the streams."""
     x, *rest = update
     (num_tokens, row), m = x.shape, num_columns(n)
     width, fused = row // n, bool(rest)
@@ -161,7 +161,7 @@ def _forward(update, phi, bias, alpha, weight, *, n, **static):
 
 
 def _unflatten(outputs, lead, n):
-    """Kernel outputs, the layer input first, in the order and shapes of the reference's."""
+    """Brings the kernel's outputs, the layer input first, to the order and shapes of the reference."""
     layer_input, h_pre, h_post, h_res, s, r = outputs
     first = pallas_call.tokens_first
     return (
@@ -191,7 +191,7 @@ def read_forward(
     n: int,
     **static,
 ) -> tuple[jax.Array, ...]:
-    """Returns layer_input, h_post, h_res, and what the backward needs: h_pre, s, r."""
+    """Returns layer_input, h_post, h_res, and for the backward h_pre, s, r."""
     x = pallas_call.flat_tokens(streams)
     if not x.shape[0]:
         return _empty_read(streams, n)

@@ -1,11 +1,10 @@
 """F_post,res of bfloat16 streams, shared between the vector unit and the MXU; see tpu_forward.py.
 
-The vector unit takes 20 products for a column of a token at n = 4, and is what the forward of a boundary
-waits for, while the MXU is idle. So every second chunk of columns is a product of matrices: for 128 / n
-tokens,
+At n = 4 the vector unit does 20 products for a column of a token. The forward of a boundary waits for it
+while the MXU is idle. So every second chunk of columns becomes a product of matrices: for 128 / n tokens,
 
-    [n*tokens, 2*n*tokens] @ [x; x],   rows and columns (stream, token), h_res[i, j] of a token where the
-                                       tokens are equal, its high bfloat16 terms left, the low ones right.
+    [n*tokens, 2*n*tokens] @ [x; x],   rows and columns (stream, token). The entry of two equal tokens is
+                                       h_res[i, j]: its high bfloat16 terms left, the low ones right.
 
 At n = 4 only one in 32 of these products is needed, and on a v6e this half is still the faster one. On a v5p,
 whose MXU has a quarter of the size, all chunks that way would be slower. A token that is not finite spoils
@@ -24,19 +23,19 @@ _CHUNK = 256  # columns, in turn for the vector unit and for the MXU
 
 
 def group_tokens(block: int, n: int, dtype) -> int | None:
-    """Tokens of one product, or None where the vector unit does all: float32 streams, small blocks."""
+    """Returns the tokens of a product; None if the vector unit does all: float32 streams, small blocks."""
     tokens = LANES // n
     exact = dtype == jnp.bfloat16  # products with bfloat16 terms are exact in the MXU
     return tokens if exact and block % tokens == 0 else None
 
 
 def matrices_shape(block: int, n: int) -> tuple[int, int]:
-    """Shape of the scratch for the left operands of a block."""
+    """Returns the shape of the scratch for the left operands of a block."""
     return n * block, 2 * LANES
 
 
 def store_matrices(spread_ref, matrices_ref, tokens: int, n: int) -> None:
-    """The left operands of a block from its spread coefficients (`post_res.spread_coefficients`)."""
+    """Stores the left operands of a block from its spread coefficients (`post_res.spread_coefficients`)."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (tokens, LANES), 1)
     same_token = lane % tokens == jax.lax.broadcasted_iota(jnp.int32, lane.shape, 0)
     for start in range(0, spread_ref.shape[1], tokens):
@@ -53,7 +52,7 @@ def store_matrices(spread_ref, matrices_ref, tokens: int, n: int) -> None:
 
 
 def write_group(x_ref, y_ref, out_ref, spread_ref, matrices_ref, group, tokens: int, n: int):
-    """New streams of one group of `tokens` rows of a block."""
+    """Writes the new streams of one group of `tokens` rows of a block."""
     width = y_ref.shape[-1]
     rows = pl.ds(pl.multiple_of(group * tokens, tokens), tokens)
     h_post, h_res = post_res.spread_rows(spread_ref, rows, n)

@@ -1,4 +1,4 @@
-// What a warp can do, as functions: matrices in shared memory, tensor cores, asynchronous copies.
+// The operations of a warp as functions: matrices in shared memory, tensor cores, asynchronous copies.
 //
 // A "fragment" is a matrix spread over the 32 lanes of a warp. Lane = 4 g + q below (g 0..7, q 0..3), the
 // convention of the PTX manual (section "Matrix fragments for mma.m16n8k8").
@@ -70,7 +70,7 @@ __device__ __forceinline__ void store_matrices(void* row, u32 a, u32 b, u32 c, u
 #endif
 }
 
-// Word (g, 2q..2q+1) of an 8 x 8 matrix of 16-bit numbers -> that word of the transposed matrix.
+// Takes word (g, 2q..2q+1) of an 8 x 8 matrix of 16-bit numbers and returns that word of the transposed matrix.
 __device__ __forceinline__ u32 transpose(u32 word) {
   u32 out;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(word));

@@ -1,7 +1,7 @@
 """Coefficients from the projection in Triton: a few floats a token, one thread a row of h_res.
 
-The kernels (the backward's stands in gpu_backward.py) serve the fused operations too. The forward can begin
-with the partial sums of a projection that was split over K; the backward can end with the operands of the
+The fused operations use these kernels too; gpu_backward.py has that of the backward. The forward can begin
+with the partial sums of a projection that was split over K. The backward can end with the operands of the
 projection's backward.
 """
 
@@ -25,7 +25,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _load(ptr, rows, entries, mask, T, LD: tl.constexpr, SPLITS: tl.constexpr):
-    """Entries of the rows of an array [SPLITS, T, LD], summed over its first axis."""
+    """Loads entries of the rows of an array [SPLITS, T, LD], summed over its first axis."""
     total = tl.load(ptr + rows * LD + entries, mask=mask, other=0.0)
     for k in tl.static_range(1, SPLITS):
         total += tl.load(ptr + (rows + k * T) * LD + entries, mask=mask, other=0.0)
@@ -44,7 +44,7 @@ def _root_mean_square(
     LD: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """r of the rows: given if K == 0, else from the sums of squares in column M."""
+    """Returns r of the rows: as given if K == 0, else from the sums of squares in column M."""
     if K == 0:
         return tl.load(r_ptr + rows, mask=mask, other=1.0)
     squares = _load(r_ptr + M, rows, 0, mask, T, LD, SPLITS)
@@ -71,10 +71,11 @@ def mhc_coefficients_forward(
     LD: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """h_pre, h_post, h_res of TOKENS tokens.
+    """Writes h_pre, h_post, h_res of TOKENS tokens.
 
-    K == 0: from s [T, LD] and r [T]. Else from SPLITS partial sums [SPLITS, T, LD] of a projection over K
-    columns (given as s and as r), whose column N*N+2N sums the squares; s and r are then written too.
+    If K == 0, it reads s [T, LD] and r [T]. Otherwise it reads SPLITS partial sums [SPLITS, T, LD] of a
+    projection over K columns, given as s and as r, whose column N*N+2N sums the squares; it then writes s and
+    r too.
     """
     M: tl.constexpr = N * N + 2 * N
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -104,7 +105,7 @@ def mhc_coefficients_forward(
 def forward_launch(
     T: int, n: int, num_iterations: int, *, K=0, eps=0.0, splits=1, stride=0
 ) -> Launch:
-    """The launch from s and r, or (K > 0) from partial sums [splits, T, stride]."""
+    """Makes the launch from s and r, or (K > 0) from partial sums [splits, T, stride]."""
     m = n * n + 2 * n
     tokens = sinkhorn.tokens_per_program(n)
     return Launch(
@@ -141,7 +142,7 @@ def check(s: jax.Array, *_, n: int, num_iterations: int) -> None:
 def forward(
     s: jax.Array, r: jax.Array, bias: jax.Array, alpha: jax.Array, *, n: int, num_iterations: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
+    """Maps s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
     shapes = ((*r.shape, n), (*r.shape, n), (*r.shape, n, n))
     T = triton_call.num_tokens(r.shape)
     if T:
@@ -164,7 +165,7 @@ def backward(
     n: int,
     num_iterations: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
+    """Returns the cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
     T = triton_call.num_tokens(r.shape)
     if not T:
         return s, r, jnp.zeros_like(bias), jnp.zeros_like(alpha)

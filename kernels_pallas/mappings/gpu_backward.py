@@ -15,11 +15,11 @@ from kernels_pallas.triton_math import exp, round_tf32
 
 @triton.jit
 def _store_fragments(ds, t, m, ds_ptr, pairs_ptr, mask):
-    """ds of tokens t and columns m where the lanes of boundary/backward.cu want them.
+    """Stores ds of tokens t and columns m in the order of the lanes of boundary/backward.cu.
 
-    Tiles of 16 tokens x 8 columns; lane 4 g + q. As left operand [tiles, 3, 32, 4] float32: tokens g, g + 8
-    at column 2q, then at 2q + 1. As right operand [tiles, 3, 32, 8] bfloat16, inner index tokens: high,
-    then low terms of tokens 2q, 2q + 1 at column g; the same of tokens 2q + 8, 2q + 9.
+    A tile has 16 tokens x 8 columns; a lane is 4 g + q. The left operand is [tiles, 3, 32, 4] float32: tokens
+    g, g + 8 at column 2q, then at 2q + 1. The right operand is [tiles, 3, 32, 8] bfloat16 with tokens as
+    inner index: high, then low terms of tokens 2q, 2q + 1 at column g; the same of tokens 2q + 8, 2q + 9.
     """
     half = t % 16 // 8
     tile = t // 16 * 3 + m // 8
@@ -50,7 +50,7 @@ def _gate_backward(
     ROUND: tl.constexpr,
     FRAGMENTS: tl.constexpr,
 ):
-    """Backward of N gates scale * sigmoid, the columns from `first` on: writes ds and their sums.
+    """Goes back through N gates scale * sigmoid, the columns from `first` on; writes ds and their sums.
 
     Returns sum(d_normed * normed).
     """
@@ -59,7 +59,7 @@ def _gate_backward(
     alpha = tl.load(alpha_ptr)
     inverse_odds = exp(-(normed * alpha + tl.load(bias_ptr + i)))
     gate = 1.0 / (1.0 + inverse_odds)
-    # 1 - gate as inverse_odds * gate: no cancellation where the gate is open.
+    # 1 - gate as inverse_odds * gate, which does not cancel if the gate is open.
     d = tl.load(d_ptr + rows * N + i, mask=mask, other=0.0) * scale * (inverse_odds * gate) * gate
     ds = d * alpha / r
     if ROUND:
@@ -94,10 +94,10 @@ def mhc_coefficients_backward(
     ROUND: tl.constexpr,
     FRAGMENTS: tl.constexpr,
 ):
-    """ds, dr, and a column of sums [2, M, programs]: over its tokens of dh and of dh * s / r.
+    """Writes ds, dr, and a column of sums [2, M, programs] over its tokens: of dh and of dh * s / r.
 
-    FRAGMENTS > 0: ds as `_store_fragments` lays it out, and instead of dr, kappa = dr / (r FRAGMENTS), what
-    the streams are multiplied with.
+    If FRAGMENTS > 0, it writes ds as `_store_fragments` lays it out, and in place of dr the factor of the
+    streams, kappa = dr / (r FRAGMENTS).
     """
     M: tl.constexpr = N * N + 2 * N
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -170,7 +170,7 @@ def mhc_coefficients_backward(
 def backward_launch(
     T: int, n: int, num_iterations: int, *, round_ds: bool = False, fragments: int = 0
 ) -> Launch:
-    """The launch of the backward; `round_ds` rounds ds to TF32 as the projection's backward wants it.
+    """Makes the launch of the backward; `round_ds` rounds ds to TF32 as the projection's backward wants it.
 
     Outputs: ds [T, m], dr [T], sums [2, m, programs]; with `fragments` = K (n = 4 only) ds as float32
     fragments, kappa [T], sums, bfloat16 fragments, for boundary/backward.cu.
@@ -199,7 +199,7 @@ def backward_launch(
 
 
 def parameter_gradients(sums: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """Second stage of the reduction: sums of the programs [2, m, P] -> dbias [m], dalpha [3]."""
+    """Finishes the reduction: sums of the programs [2, m, P] -> dbias [m], dalpha [3]."""
     dbias, dalpha = sums.sum(-1)
     factor = np.repeat(np.eye(3, dtype=np.float32), (n, n, n * n), axis=0)  # column -> its alpha
     return dbias, (dalpha[:, None] * factor).sum(0)  # one kernel, where slices and stack are six

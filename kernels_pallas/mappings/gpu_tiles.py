@@ -1,4 +1,4 @@
-"""Where the entries of the mappings of some tokens lie, for both directions in Triton."""
+"""Says where the entries of the mappings of some tokens lie, for both directions in Triton."""
 
 import triton
 import triton.language as tl
@@ -6,14 +6,14 @@ import triton.language as tl
 
 @triton.jit
 def gates(t, T, N: tl.constexpr, TOKENS: tl.constexpr):
-    """Token index, entry and mask of a tile [TOKENS, N]."""
+    """Returns token index, entry and mask of a tile [TOKENS, N]."""
     rows = t[:, None]
     return rows.to(tl.int64), tl.arange(0, N)[None, :], tl.broadcast_to(rows < T, (TOKENS, N))
 
 
 @triton.jit
 def matrices(t, T, N: tl.constexpr, TOKENS: tl.constexpr):
-    """Token index, entry and mask of a tile [TOKENS, N, N]."""
+    """Returns token index, entry and mask of a tile [TOKENS, N, N]."""
     rows = t[:, None, None]
     entries = tl.arange(0, N)[None, :, None] * N + tl.arange(0, N)[None, None, :]
     return rows.to(tl.int64), entries, tl.broadcast_to(rows < T, (TOKENS, N, N))

@@ -8,7 +8,7 @@ from kernels_pallas.sinkhorn import reference as sinkhorn
 
 
 def spread(alpha: jax.Array, n: int) -> jax.Array:
-    """[3] gating factors -> [n*n+2n], one for each column."""
+    """Spreads the [3] gating factors to [n*n+2n], one for each column."""
     return jnp.repeat(alpha, jnp.array([n, n, n * n]), total_repeat_length=n * n + 2 * n)
 
 
@@ -27,7 +27,7 @@ def _logits(s, r, bias, alpha, n):
 def forward(
     s: jax.Array, r: jax.Array, bias: jax.Array, alpha: jax.Array, *, n: int, num_iterations: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
+    """Maps s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
     pre, post, res = _logits(s, r, bias, alpha, n)
     h_res = sinkhorn.forward(res, num_iterations=num_iterations)
     return jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), h_res
@@ -46,7 +46,7 @@ def backward(
     n: int,
     num_iterations: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
+    """Returns the cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
     pre, post, res = _logits(s, r, bias, alpha, n)
     d_res = sinkhorn.backward(res, dh_res, num_iterations=num_iterations)
     dh = jnp.concatenate(

@@ -1,9 +1,9 @@
 """Scale, bias, sigmoids and Sinkhorn-Knopp on TPU, one kernel a direction.
 
-Layout as in `kernels_pallas.sinkhorn.tpu`: each of the n*n+2n coefficients of 2048 tokens is one full tile,
-bias and alpha are scalars. The backward recomputes everything from s and r, keeps the iterates in VMEM
-(2.4 MB at n = 4 and 20 iterations), and adds the sums over tokens for bias and alpha tile by tile: partial
-sums [m, 16, 128] leave the kernel (200 KB at n = 4) and are added up outside.
+The layout is that of `kernels_pallas.sinkhorn.tpu`: each of the n*n+2n coefficients of 2048 tokens is one
+full tile; bias and alpha are scalars. The backward recomputes everything from s and r and keeps the iterates
+in VMEM (2.4 MB at n = 4 and 20 iterations). It adds the sums over tokens for bias and alpha tile by tile.
+Partial sums [m, 16, 128] leave the kernel (200 KB at n = 4) and are added up outside.
 """
 
 import functools
@@ -21,19 +21,19 @@ from kernels_pallas.token_tiles import LANES, TokenTiles
 
 
 def check(s, r, bias, alpha, dh_pre=None, dh_post=None, dh_res=None, *, n, num_iterations):
-    """Raises NotImplementedError for a dtype, n or number of iterations that the kernels do not take."""
+    """Raises NotImplementedError unless the kernels accept dtype, n and iterations."""
     if s.dtype != jnp.float32:
         raise NotImplementedError(f"s is {s.dtype}: kernels take float32")
     sinkhorn.check_iterates(n, num_iterations)
 
 
 def _groups(n: int) -> list[int]:
-    """Which of the three gating factors each column has."""
+    """Returns for each column which of the three gating factors it has."""
     return [0] * n + [1] * n + [2] * (n * n)
 
 
 def logits(s: list, r: jax.Array, bias_ref, alpha_ref, n: int) -> tuple[list, list]:
-    """(s / r, alpha * s / r + bias) of tiles of all columns, or of the first few (inside a kernel).
+    """Computes (s / r, alpha * s / r + bias) of tiles of all columns, or of the first few (inside a kernel).
 
     bias and alpha are in SMEM.
     """
@@ -46,20 +46,20 @@ def logits(s: list, r: jax.Array, bias_ref, alpha_ref, n: int) -> tuple[list, li
 
 
 def gate(h: list, scale: int = 1) -> list:
-    """h_pre, or with scale 2 h_post, of the logits, as tiles (inside a kernel)."""
+    """Computes h_pre, or with scale 2 h_post, of the logits, as tiles (inside a kernel)."""
     return [scale * jax.nn.sigmoid(x) for x in h]
 
 
 def gate_backward(h: list, d: list, scale: int = 1) -> list:
-    """Cotangents of the logits of a gate, as tiles (inside a kernel)."""
-    # sigmoid(-x), not 1 - sigmoid(x), which cancels where the gate is nearly open.
+    """Returns the cotangents of the logits of a gate, as tiles (inside a kernel)."""
+    # sigmoid(-x), because 1 - sigmoid(x) cancels if the gate is nearly open.
     return [scale * d * jax.nn.sigmoid(x) * jax.nn.sigmoid(-x) for x, d in zip(h, d)]
 
 
 def post_res_backward(
     h: list, d_post: list, d_res: list, iterates_ref, n: int, num_iterations: int
 ) -> list:
-    """Cotangents of the logits of h_post and h_res, as tiles; see `sinkhorn.project_backward`.
+    """Returns the cotangents of the logits of h_post and h_res, as tiles; see `sinkhorn.project_backward`.
 
     Args:
       h: logits of all columns.
@@ -73,7 +73,7 @@ def post_res_backward(
 def projection_backward(
     dh: list, normed: list, r: jax.Array, alpha_ref, n: int, first: int = 0
 ) -> tuple[list, jax.Array]:
-    """(ds, their part of dr) as tiles of the columns from `first` on (inside a kernel)."""
+    """Returns (ds, their part of dr) as tiles of the columns from `first` on (inside a kernel)."""
     d_normed = [tile * alpha_ref[group] for tile, group in zip(dh, _groups(n)[first:])]
     products = [d * tile for d, tile in zip(d_normed, normed, strict=True)]
     return [tile / r for tile in d_normed], -pallas_math.tree_sum(products) / r
@@ -82,7 +82,7 @@ def projection_backward(
 def add_parameter_sums(
     dh: list, normed: list, exists, dbias_ref, dalpha_ref, n: int, first: int = 0
 ) -> None:
-    """Adds tiles of the columns from `first` on, where tokens exist, to dbias and dalpha (inside a kernel).
+    """Adds tiles of the columns from `first` on, of existing tokens, to dbias and dalpha (inside a kernel).
 
     Args:
       dbias_ref, dalpha_ref: [m, rows, lanes], [3, rows, lanes], at least as large as a tile.
@@ -109,7 +109,7 @@ def write_coefficients(
     n,
     num_iterations,
 ):
-    """Coefficients of a window of s and r (a kernel, or inside one)."""
+    """Writes the coefficients of a window of s and r (a kernel, or inside one)."""
     s, (r,) = spread(s_ref[...], scratch_ref), spread(r_ref[...], scratch_ref)
     _, h = logits(s, r, bias_ref, alpha_ref, n)
     gather(gate(h[:n]), scratch_ref, h_pre_ref)
@@ -141,7 +141,7 @@ def _backward_kernel(
     tiles.zero_sums(dbias_ref, dalpha_ref)
     exists = tile_mask(tiles)
 
-    # Windows past the end (an odd number of them in two parts) may add nothing; ds stays as it is.
+    # A window past the end (if two parts share an odd number of them) must add nothing; ds stays as it is.
     @pl.when(tiles.in_range())
     def _():
         s, (r,) = spread(s_ref[...], scratch_ref), spread(r_ref[...], scratch_ref)
@@ -156,7 +156,7 @@ def _backward_kernel(
 
 
 def tile_mask(tiles) -> jax.Array:
-    """[sublanes, 128] bool: which tokens of the tile of a window exist (inside a kernel)."""
+    """Returns which tokens of the tile of a window exist, [sublanes, 128] bool (inside a kernel)."""
     shape = sinkhorn.sublanes(tiles.window), LANES
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     token = row * LANES + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -169,7 +169,7 @@ _SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
 def forward(
     s: jax.Array, r: jax.Array, bias: jax.Array, alpha: jax.Array, *, n: int, num_iterations: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
+    """Maps s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
     lead, m = r.shape, num_columns(n)
     if not r.size:
         gate = jnp.zeros((*lead, n), s.dtype)
@@ -207,7 +207,7 @@ def backward(
     n: int,
     num_iterations: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
+    """Returns the cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
     lead, m = r.shape, num_columns(n)
     if not r.size:
         return s, r, jnp.zeros_like(bias), jnp.zeros_like(alpha)

@@ -22,7 +22,7 @@ def mhc_post_res_forward(
     VEC: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """out_i = sum_j h_res[i, j] x_j + h_post[i] y for ROWS*VEC columns of one token."""
+    """Computes out_i = sum_j h_res[i, j] x_j + h_post[i] y for ROWS*VEC columns of one token."""
     token = tl.program_id(0).to(tl.int64)
     cols = columns(tl.program_id(1) * ROWS * VEC, ROWS, VEC)
     x_ptr += token * N * C
@@ -60,16 +60,16 @@ def mhc_post_res_backward(
     EVEN: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """All four cotangents of one token in one pass over its row (14C at n = 4).
+    """Makes all four cotangents of one token in one pass over its row (14C at n = 4).
 
-    With ADD the cotangent of the new streams is g_i + g_add_i + h_pre[i] d, summed here (19C): what has
-    arrived, what comes through the next projection, and the next layer input's share.
+    With ADD it sums the cotangent of the new streams, g_i + g_add_i + h_pre[i] d (19C): g has arrived, g_add
+    comes through the next projection, and the last term is the next layer input's share.
     """
     token = tl.program_id(0).to(tl.int64)
     x_ptr += token * N * C
     g_ptr += token * N * C
     dx_ptr += token * N * C
-    # The N*N + N sums over columns: [ROWS] partial sums each, inside the thread until the end.
+    # The N*N + N sums over columns have [ROWS] partial sums each, which stay in the thread until the end.
     sums = ()
     for _ in tl.static_range(N * N + N):
         sums = sums + (tl.zeros((ROWS,), tl.float32),)
@@ -121,7 +121,7 @@ def _backward_blocks(C: int, itemsize: int) -> dict:
 
 
 def forward_launch(T: int, C: int, n: int, dtype) -> Launch:
-    """The launch for x [T, n*C], y [T, C], h_post [T, n], h_res [T, n, n]."""
+    """Makes the launch for x [T, n*C], y [T, C], h_post [T, n], h_res [T, n, n]."""
     blocks = _forward_blocks(C, dtype.itemsize)
     return Launch(
         kernel=mhc_post_res_forward,
@@ -133,7 +133,7 @@ def forward_launch(T: int, C: int, n: int, dtype) -> Launch:
 
 
 def backward_launch(T: int, C: int, n: int, dtype, *, add: bool = False) -> Launch:
-    """The launch for x, y, h_post, h_res as above, g, g_add [T, n*C], d [T, C], h_pre [T, n]."""
+    """Makes the launch for x, y, h_post, h_res as above, g, g_add [T, n*C], d [T, C], h_pre [T, n]."""
     return Launch(
         kernel=mhc_post_res_backward,
         grid=(T,),
@@ -157,7 +157,7 @@ def check(streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, *_) ->
 def forward(
     streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, h_res: jax.Array
 ) -> jax.Array:
-    """[..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C]."""
+    """Maps [..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C]."""
     *lead, C = layer_output.shape
     n, T = h_post.shape[-1], triton_call.num_tokens(lead)
     if not T:
@@ -173,7 +173,7 @@ def backward(
     h_res: jax.Array,
     d_streams: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cotangents (dx [..., n*C], dy [..., C], dh_post [..., n], dh_res [..., n, n])."""
+    """Returns the cotangents (dx [..., n*C], dy [..., C], dh_post [..., n], dh_res [..., n, n])."""
     *lead, C = layer_output.shape
     n, T = h_post.shape[-1], triton_call.num_tokens(lead)
     if not T:
@@ -194,7 +194,7 @@ def backward_of_sum(
     d_input: jax.Array,
     h_pre: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """`backward` for d_streams + d_projection + h_pre (x) d_input, summed in the kernel; T > 0."""
+    """Does `backward` for d_streams + d_projection + h_pre (x) d_input, summed in the kernel; T > 0."""
     T, n = triton_call.num_tokens(h_post.shape[:-1]), h_post.shape[-1]
     outputs = backward_launch(T, layer_output.shape[-1], n, streams.dtype, add=True)(
         streams, layer_output, h_post, h_res, d_streams, d_projection, d_input, h_pre

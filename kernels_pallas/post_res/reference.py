@@ -15,7 +15,7 @@ from kernels_pallas.sharding import layout
 def forward(
     streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, h_res: jax.Array
 ) -> jax.Array:
-    """[..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C]."""
+    """Maps [..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C]."""
     n = h_post.shape[-1]
     x = split_streams(streams, n, h_post.dtype)
     y = layer_output.astype(h_post.dtype)
@@ -34,7 +34,7 @@ def backward(
     h_res: jax.Array,
     d_streams: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cotangents (dx [..., n*C], dy [..., C], dh_post [..., n], dh_res [..., n, n]).
+    """Returns the cotangents (dx [..., n*C], dy [..., C], dh_post [..., n], dh_res [..., n, n]).
 
     `d_streams` may be float32 where the streams are bfloat16.
     """

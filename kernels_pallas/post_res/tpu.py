@@ -1,6 +1,6 @@
 """F_post,res on TPU: whole rows in VMEM, one pass forward and one backward.
 
-At n = 4 the forward moves 9C a token (x, y in, new x out), the backward 14C (x, g, y in, dx, dy out): dh_post
+At n = 4 the forward moves 9C a token (x, y in, new x out), the backward 14C (x, g, y in, dx, dy out). dh_post
 and dh_res are lane sums of products whose factors are in registers anyway.
 """
 
@@ -21,14 +21,14 @@ CHUNK = 512
 
 
 def check(streams, layer_output, h_post, h_res, d_streams=None):
-    """Raises NotImplementedError for a dtype, n or width that the kernels do not take."""
+    """Raises NotImplementedError unless the kernels accept dtype, n and width."""
     n = h_post.shape[-1]
     pallas_call.check_dtypes(streams, n)
     block_tokens(streams.shape[-1], n, streams.dtype)
 
 
 def block_tokens(width: int, n: int, dtype) -> int:
-    """Tokens a grid step for rows of `width` columns.
+    """Returns the tokens of a grid step for rows of `width` columns.
 
     128 tokens at C = 1280 in bfloat16 are 4.6 MB of backward traffic, 3.3 us at the 1.4 TB/s of a v5p core:
     ten times the cost of a grid step. Wider rows need fewer tokens for that, and VMEM allows fewer.
@@ -49,7 +49,7 @@ def load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
 
 
 def coefficients(post_rows_ref, res_rows_ref, rows, n):
-    """h_post[i], h_res[i][j] of some tokens as columns [rows, 1]."""
+    """Returns h_post[i], h_res[i][j] of some tokens as columns [rows, 1]."""
     post, res = post_rows_ref[rows, :], res_rows_ref[rows, :]
     h_post = [post[:, i : i + 1] for i in range(n)]
     h_res = [[res[:, k : k + 1] for k in range(i * n, i * n + n)] for i in range(n)]
@@ -57,10 +57,10 @@ def coefficients(post_rows_ref, res_rows_ref, rows, n):
 
 
 def spread_coefficients(post_rows_ref, res_rows_ref, rows, n, spread_ref) -> None:
-    """`coefficients` of some tokens over all lanes of `spread_ref` [n + n*n, rows, 128].
+    """Spreads `coefficients` of some tokens over all lanes of `spread_ref` [n + n*n, rows, 128].
 
-    A pass over rows then loads them. At the head of its body 100 of 650 bundles would wait for the cross-lane
-    unit, and registers would spill; products of matrices leave that unit idle.
+    A pass over rows then loads them. If it spread them itself, 100 of the 650 bundles of its body would wait
+    for the cross-lane unit, and registers would spill. Products of matrices leave that unit idle.
     """
     h_post, h_res = coefficients(post_rows_ref, res_rows_ref, rows, n)
     for k, h in enumerate([*h_post, *(h for of_stream in h_res for h in of_stream)]):
@@ -68,13 +68,13 @@ def spread_coefficients(post_rows_ref, res_rows_ref, rows, n, spread_ref) -> Non
 
 
 def spread_rows(spread_ref, rows, n):
-    """As `coefficients`, from `spread_ref`: tiles [rows, 128]."""
+    """Returns `coefficients` from `spread_ref`, as tiles [rows, 128]."""
     h = [spread_ref[k, rows, :] for k in range(n + n * n)]
     return h[:n], [h[n + i * n : n + i * n + n] for i in range(n)]
 
 
 def write_rows(x_ref, y_ref, out_ref, rows, h_post, h_res) -> None:
-    """New streams of some rows (inside a kernel)."""
+    """Writes the new streams of some rows (inside a kernel)."""
     n, width = len(h_post), y_ref.shape[-1]
     for c, size in pallas_math.column_chunks(width, CHUNK):
         x = [x_ref[rows, pl.ds(j * width + c, size)].astype(jnp.float32) for j in range(n)]
@@ -99,15 +99,15 @@ def _forward_kernel(
 def transpose_block(
     tiles, coefficients, x_ref, y_ref, g_ref, dx_ref, dy_ref, dh_rows_ref, gram_ref, n
 ) -> None:
-    """Cotangents of a block (inside a kernel); `dx_ref` may be `g_ref`.
+    """Writes the cotangents of a block (inside a kernel); `dx_ref` may be `g_ref`.
 
-    bfloat16 products are exact in the MXU and their sums float32 as well, so dh_post and dh_res come from
-    there: each of 16 tokens is multiplied with each for the few pairs that are one token, but the unit is
-    idle otherwise, while these sums would be 40 of 89 vector operations a piece of a row.
+    The MXU makes dh_post and dh_res, because its products of bfloat16 are exact and its sums float32. It
+    multiplies each of 16 tokens with each, and only the pairs of a token with itself are used. But the MXU is
+    idle otherwise, and on the vector unit these sums would be 40 of 89 operations for a piece of a row.
 
     Args:
-      coefficients: `coefficients(rows, window_rows)` gives h_post[i], h_res[i][j] as `write_rows` takes them.
-      dh_rows_ref: takes [window, 128], dh_post and dh_res (row-major) on the first lanes.
+      coefficients: `coefficients(rows, window_rows)` returns h_post[i], h_res[i][j] as for `write_rows`.
+      dh_rows_ref: [window, 128], receives dh_post and dh_res (row-major) on the first lanes.
       gram_ref: scratch of `gram_shape`, None for float32 streams.
     """
     width = y_ref.shape[-1]
@@ -153,19 +153,19 @@ def transpose_block(
 
 
 def gram_shape(block: int, n: int) -> tuple[int, int]:
-    """Shape of the scratch for the products of every 16 tokens of a block."""
+    """Returns the shape of the scratch for the products of every 16 tokens of a block."""
     return block * n, pl.cdiv(MIN_TOKENS * (n + 1), LANES) * LANES
 
 
 def _products(left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
-    """Sums over columns of products of every row of every array with every other."""
+    """Sums over columns the products of every row of every array with every other."""
     rows = jnp.concatenate(left, axis=0), jnp.concatenate(right, axis=0)
     contract = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(*rows, contract, preferred_element_type=jnp.float32)
 
 
 def _same_token(gram: jax.Array, n: int) -> list[jax.Array]:
-    """[16 n, lanes] -> dh_post[i], dh_res[i][j] as columns [16, 1]."""
+    """Picks dh_post[i], dh_res[i][j] as columns [16, 1] from [16 n, lanes]."""
     blocks = [gram[start : start + MIN_TOKENS] for start in range(0, n * MIN_TOKENS, MIN_TOKENS)]
     lane = jax.lax.broadcasted_iota(jnp.int32, blocks[0].shape, 1)
     distance = lane - jax.lax.broadcasted_iota(jnp.int32, blocks[0].shape, 0)
@@ -230,7 +230,7 @@ def _rows_scratch(tiles, count):
 def forward(
     streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, h_res: jax.Array
 ) -> jax.Array:
-    """[..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C]."""
+    """Maps [..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C]."""
     n = h_post.shape[-1]
     x, y, h_post, h_res = _flat(streams, layer_output, h_post, h_res)
     if not x.shape[0]:
@@ -263,7 +263,7 @@ def backward(
     h_res: jax.Array,
     d_streams: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cotangents (dx [..., n*C], dy [..., C], dh_post [..., n], dh_res [..., n, n])."""
+    """Returns the cotangents (dx [..., n*C], dy [..., C], dh_post [..., n], dh_res [..., n, n])."""
     n = h_post.shape[-1]
     shapes = streams.shape, layer_output.shape, h_post.shape, h_res.shape
     lead = streams.shape[:-1]

@@ -21,7 +21,7 @@ def mhc_pre_forward(
     VEC: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """out = sum_i h_pre[i] x_i for ROWS*VEC columns of one token."""
+    """Computes out = sum_i h_pre[i] x_i for ROWS*VEC columns of one token."""
     token = tl.program_id(0).to(tl.int64)
     cols = columns(tl.program_id(1) * ROWS * VEC, ROWS, VEC)
     x_ptr += token * N * C
@@ -45,7 +45,7 @@ def mhc_pre_backward(
     EVEN: tl.constexpr,
     WRITE_DX: tl.constexpr,
 ):
-    """dh_pre[i] = <x_i, d> and, if WRITE_DX, dx_i = h_pre[i] d, for one token."""
+    """Computes dh_pre[i] = <x_i, d> and, if WRITE_DX, dx_i = h_pre[i] d, for one token."""
     token = tl.program_id(0).to(tl.int64)
     x_ptr += token * N * C
     sums = ()
@@ -88,7 +88,7 @@ def mhc_pre_forward_normed(
     STEPS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """RMSNorm of sum_i h_pre[i] x_i for one token, whose sum stays in registers."""
+    """Computes the RMSNorm of sum_i h_pre[i] x_i for one token; the sum stays in registers."""
     token = tl.program_id(0).to(tl.int64)
     row = ()
     squares = tl.zeros((ROWS,), tl.float32)
@@ -124,9 +124,9 @@ def mhc_pre_backward_normed(
     TOKENS: tl.constexpr,
     WRITE_DX: tl.constexpr,
 ):
-    """dh_pre, a partial dweight over TOKENS tokens, and dx (WRITE_DX) or the cotangent of the sum.
+    """Computes dh_pre, a partial dweight over TOKENS tokens, and dx (WRITE_DX) or the sum's cotangent.
 
-    With a_i = <x_i, w d> and b_i = <x_i, h>, both norms' sums and dh_pre follow from one pass over x:
+    With a_i = <x_i, w d> and b_i = <x_i, h>, one pass over x gives both norms' sums and dh_pre:
     sum h^2 = sum_i h_pre[i] b_i, sum h w d = sum_i h_pre[i] a_i.
     """
     dweight = ()
@@ -136,7 +136,7 @@ def mhc_pre_backward_normed(
         token = (tl.program_id(0) + k * tl.num_programs(0)).to(tl.int64)
         inside = (
             token < T
-        )  # a program's last tokens may not exist: they repeat token 0 and write nothing
+        )  # the last tokens of a program may not exist: they repeat token 0 and write nothing
         token = tl.where(inside, token, 0)
         a = ()
         b = ()
@@ -208,7 +208,7 @@ def _blocks(C: int, itemsize: int, rows: int) -> dict:
 
 
 def forward_launch(T: int, C: int, n: int, dtype) -> Launch:
-    """The launch for x [T, n*C], h_pre [T, n]."""
+    """Makes the launch for x [T, n*C], h_pre [T, n]."""
     blocks = _blocks(C, dtype.itemsize, rows=128)
     return Launch(
         kernel=mhc_pre_forward,
@@ -220,8 +220,8 @@ def forward_launch(T: int, C: int, n: int, dtype) -> Launch:
 
 
 def backward_launch(T: int, C: int, n: int, dtype, *, write_dx: bool = True) -> Launch:
-    """The launch for x, h_pre as above and d [T, C]: dh_pre [T, n], dx [T, n*C] (or nothing, [1])."""
-    # One warp a token: the sums end in shuffles, no shared memory, no barrier.
+    """Makes the launch for x, h_pre as above and d [T, C]: dh_pre [T, n], dx [T, n*C] (or nothing, [1])."""
+    # With one warp a token the sums end in shuffles and need no shared memory and no barrier.
     return Launch(
         kernel=mhc_pre_backward,
         grid=(T,),
@@ -232,7 +232,7 @@ def backward_launch(T: int, C: int, n: int, dtype, *, write_dx: bool = True) -> 
 
 
 def _row_blocks(C: int, itemsize: int, most_steps: int) -> tuple[dict, int]:
-    """Blocks for a whole row in registers, in at most `most_steps` steps, and the warps."""
+    """Returns blocks for a whole row in registers, in at most `most_steps` steps, and the warps."""
     vec = 16 // itemsize
     rows = triton_call.next_power_of_2(triton_call.cdiv(C, vec * most_steps))
     rows = max(64, min(rows, 1024))
@@ -241,7 +241,7 @@ def _row_blocks(C: int, itemsize: int, most_steps: int) -> tuple[dict, int]:
 
 
 def forward_normed_launch(T: int, C: int, n: int, dtype, eps: float) -> Launch:
-    """The launch for x [T, n*C], h_pre [T, n], weight [C]."""
+    """Makes the launch for x [T, n*C], h_pre [T, n], weight [C]."""
     blocks, warps = _row_blocks(C, dtype.itemsize, most_steps=8)
     return Launch(
         kernel=mhc_pre_forward_normed,
@@ -253,9 +253,9 @@ def forward_normed_launch(T: int, C: int, n: int, dtype, eps: float) -> Launch:
 
 
 def backward_normed_launch(T: int, C: int, n: int, dtype, eps: float, *, write_dx: bool) -> Launch:
-    """The launch for x, h_pre, weight as above and d [T, C]: dh_pre, dweight parts, dx or dh."""
-    # A row and its part of dweight: 16 registers a step. Four tokens a program and more: the parts of
-    # dweight then cost at most an eighth of the streams' traffic. At most 16 programs a multiprocessor.
+    """Makes the launch for x, h_pre, weight as above and d [T, C]: dh_pre, dweight parts, dx or dh."""
+    # A row and its part of dweight take 16 registers a step. With four tokens or more a program, the parts of
+    # dweight cost at most an eighth of the streams' traffic. At most 16 programs share a multiprocessor.
     blocks, warps = _row_blocks(C, dtype.itemsize, most_steps=5)
     tokens = max(4, triton_call.cdiv(T, triton_call.multiprocessors() * 16))
     programs = triton_call.cdiv(T, tokens)
@@ -286,7 +286,7 @@ def check(streams: jax.Array, h_pre: jax.Array, *_, **__) -> None:
 
 
 def forward(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
-    """[..., n*C], [..., n] -> [..., C]."""
+    """Maps [..., n*C], [..., n] -> [..., C]."""
     *lead, n = h_pre.shape
     C, T = streams.shape[-1] // n, triton_call.num_tokens(lead)
     if not T:
@@ -298,7 +298,7 @@ def forward(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
 def backward(
     streams: jax.Array, h_pre: jax.Array, d_layer_input: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cotangents (dx [..., n*C] in the dtype of the streams, dh_pre [..., n])."""
+    """Returns the cotangents (dx [..., n*C] in the dtype of the streams, dh_pre [..., n])."""
     *lead, n = h_pre.shape
     C, T = streams.shape[-1] // n, triton_call.num_tokens(lead)
     if not T:
@@ -310,7 +310,7 @@ def backward(
 def forward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, *, eps: float
 ) -> jax.Array:
-    """RMSNorm of the weighted sum: [..., n*C], [..., n], [C] -> [..., C]."""
+    """Computes the RMSNorm of the weighted sum: [..., n*C], [..., n], [C] -> [..., C]."""
     *lead, n = h_pre.shape
     C, T = streams.shape[-1] // n, triton_call.num_tokens(lead)
     if not T:
@@ -322,7 +322,7 @@ def forward_normed(
 def backward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cotangents (dx, dh_pre, dweight)."""
+    """Returns the cotangents (dx, dh_pre, dweight)."""
     *lead, n = h_pre.shape
     C, T = streams.shape[-1] // n, triton_call.num_tokens(lead)
     if not T:

@@ -10,16 +10,16 @@ from kernels_pallas.sharding import layout
 
 
 def split_streams(streams: jax.Array, n: int, dtype) -> list[jax.Array]:
-    """Flat [..., n*C] -> n views [..., C] in `dtype`.
+    """Splits flat [..., n*C] into n views [..., C] in `dtype`.
 
-    Slices of the flat array, not a reshape to [..., n, C], whose padded layout costs copies on a TPU.
+    It slices, because a reshape to [..., n, C] has a padded layout that costs copies on a TPU.
     """
     return [part.astype(dtype) for part in jnp.split(streams, n, axis=-1)]
 
 
 @layout("...k, ...n -> ...c")
 def forward(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
-    """[..., n*C], [..., n] -> [..., C]."""
+    """Maps [..., n*C], [..., n] -> [..., C]."""
     return _weighted_sum(streams, h_pre).astype(streams.dtype)
 
 
@@ -27,7 +27,7 @@ def forward(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
 def backward(
     streams: jax.Array, h_pre: jax.Array, d_layer_input: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cotangents (dx [..., n*C] in the dtype of the streams, dh_pre [..., n])."""
+    """Returns the cotangents (dx [..., n*C] in the dtype of the streams, dh_pre [..., n])."""
     n = h_pre.shape[-1]
     x = split_streams(streams, n, h_pre.dtype)
     dy = d_layer_input.astype(h_pre.dtype)
@@ -49,7 +49,7 @@ def _row(weight: jax.Array, ndim: int) -> jax.Array:
 def forward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, *, eps: float
 ) -> jax.Array:
-    """RMSNorm of the weighted sum, which is not rounded in between; weight [C]."""
+    """Computes the RMSNorm of the weighted sum, which is not rounded in between; weight [C]."""
     h = _weighted_sum(streams, h_pre)
     inverse = jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
     return (h * inverse * _row(weight, h.ndim)).astype(streams.dtype)
@@ -58,7 +58,7 @@ def forward_normed(
 def norm_backward(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Through the norm alone: cotangent of the weighted sum [..., C] (float32) and of weight [C]."""
+    """Goes back through the norm: cotangents of the weighted sum [..., C] (float32) and of weight [C]."""
     h = _weighted_sum(streams, h_pre)
     d = d.astype(h.dtype)
     inverse = jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
@@ -73,6 +73,6 @@ def norm_backward(
 def backward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cotangents (dx, dh_pre, dweight)."""
+    """Returns the cotangents (dx, dh_pre, dweight)."""
     dh, d_weight = norm_backward(streams, h_pre, weight, d, eps=eps)
     return *backward(streams, h_pre, dh), d_weight

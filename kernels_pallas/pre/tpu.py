@@ -1,8 +1,8 @@
 """F_pre on TPU: whole rows in VMEM, one pass forward (5C at n = 4) and one backward (9C).
 
-The backward moves x, dy in and dx out; dh_pre is a lane sum of products. The RMSNorm of the layer input, if
-asked for, is part of both passes and moves nothing more: a token's row is there as a whole. Its dweight is
-summed by rows of 16 in VMEM, one [16, C] a part of the grid, and the rest of the sum is outside.
+The backward moves x, dy in and dx out; dh_pre is a lane sum of products. If asked for, the RMSNorm of the
+layer input is part of both passes. It moves nothing more, because a token's whole row is there. Its dweight
+is summed by rows of 16 in VMEM, one [16, C] for each part of the grid; the rest of the sum is done outside.
 """
 
 import functools
@@ -21,14 +21,14 @@ CHUNK = 512
 
 
 def check(streams, h_pre, *_, eps=None):
-    """Raises NotImplementedError for a dtype, n or width that the kernels do not take."""
+    """Raises NotImplementedError unless the kernels accept dtype, n and width."""
     n = h_pre.shape[-1]
     pallas_call.check_dtypes(streams, n)
     block_tokens(streams.shape[-1], n, streams.dtype)
 
 
 def block_tokens(width: int, n: int, dtype) -> int:
-    """Tokens a grid step for rows of `width` columns.
+    """Returns the tokens of a grid step for rows of `width` columns.
 
     128 tokens at C = 1280 in bfloat16 are 2.9 MB of backward traffic, 2.1 us at the 1.4 TB/s of a v5p core:
     several times the cost of a grid step. Wider rows need fewer tokens for that.
@@ -43,7 +43,7 @@ def block_tokens(width: int, n: int, dtype) -> int:
 
 
 def norm_fixed_bytes(width: int) -> int:
-    """VMEM for the weight of the norm (one buffer of 8 sublanes) and its gradient (two of 16 rows)."""
+    """Returns the bytes for the norm's weight (a buffer of 8 sublanes) and its gradient (two of 16 rows)."""
     return (8 + 2 * MIN_TOKENS) * width * 4
 
 
@@ -56,14 +56,14 @@ def _load_coefficients(tiles, h_ref, h_rows_ref):
 
 
 def _weighted_sums(x_ref, rows, h, n, width):
-    """(columns, sum of h_pre x in float32) of each piece of some rows (inside a kernel)."""
+    """Yields (columns, sum of h_pre x in float32) for each piece of some rows (inside a kernel)."""
     for c, size in pallas_math.column_chunks(width, CHUNK):
         x = [x_ref[rows, pl.ds(i * width + c, size)].astype(jnp.float32) for i in range(n)]
         yield pl.ds(c, size), pallas_math.weighted_sum([h[:, i : i + 1] for i in range(n)], x)
 
 
 def read_rows(x_ref, weight_ref, out_ref, rows, h, n, eps) -> None:
-    """Layer input of some rows, after the norm if there is a weight (inside a kernel).
+    """Writes the layer input of some rows, after the norm if there is a weight (inside a kernel).
 
     Args:
       h: [rows, lanes], h_pre on the first n lanes.
@@ -84,7 +84,7 @@ def read_rows(x_ref, weight_ref, out_ref, rows, h, n, eps) -> None:
 
 
 def sum_cotangents(x_ref, d_ref, rows, norm, h, n, num_left):
-    """(columns, cotangent of the sum of h_pre x in float32) of each piece of 16 rows (inside a kernel).
+    """Yields (columns, cotangent of the sum of h_pre x in float32) for pieces of 16 rows (inside a kernel).
 
     Args:
       norm: None, or (weight_ref, d_weight_ref [16, C] to add to, eps) to go through the norm.
@@ -147,14 +147,14 @@ def _backward_kernel(x_ref, h_ref, dy_ref, *refs, tiles, n, eps):
 
 
 def forward(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
-    """[..., n*C], [..., n] -> [..., C]."""
+    """Maps [..., n*C], [..., n] -> [..., C]."""
     return _forward(streams, h_pre, None, None)
 
 
 def forward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, *, eps: float
 ) -> jax.Array:
-    """RMSNorm of the weighted sum, which is not rounded in between; weight [C]."""
+    """Computes the RMSNorm of the weighted sum, which is not rounded in between; weight [C]."""
     return _forward(streams, h_pre, weight, eps)
 
 
@@ -189,14 +189,14 @@ def _forward(streams, h_pre, weight, eps):
 def backward(
     streams: jax.Array, h_pre: jax.Array, d_layer_input: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cotangents (dx [..., n*C] in the dtype of the streams, dh_pre [..., n])."""
+    """Returns the cotangents (dx [..., n*C] in the dtype of the streams, dh_pre [..., n])."""
     return _backward(streams, h_pre, None, d_layer_input, None)
 
 
 def backward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cotangents (dx, dh_pre, dweight)."""
+    """Returns the cotangents (dx, dh_pre, dweight)."""
     return _backward(streams, h_pre, weight, d, eps)
 
 

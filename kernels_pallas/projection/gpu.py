@@ -1,10 +1,9 @@
-"""Projection in Triton: streams read once in tiles of tokens x K columns, both directions.
+"""Projection in Triton. Both directions read the streams once, in tiles of tokens x K columns.
 
-Forward: programs own tokens (and a share of K where that fills the card); phi is laid out as exact
-bfloat16 terms side by side, so that one tensor-core product gives both halves. Backward: programs own K
-columns and walk over tokens; the sum for dphi stays in registers, dx leaves tile by tile. The same
-backward kernel adds what the fused operations know: a cotangent that has already arrived for the
-streams, and the layer input's share.
+Forward, a program owns tokens (and a share of K if that fills the card). The exact bfloat16 terms of phi lie
+side by side, so one tensor-core product gives both halves. Backward, a program owns K columns and walks over
+tokens; the sum for dphi stays in registers, and dx is written tile by tile. For the fused operations the same
+backward kernel adds a cotangent of the streams that has already arrived, and the layer input's share.
 """
 
 import jax
@@ -35,10 +34,10 @@ def mhc_projection_forward(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Partial sums [T, MP] of x phi over K_SPLIT of the columns, and of x*x in column M."""
+    """Computes partial sums [T, MP] of x phi over K_SPLIT of the columns, and of x*x in column M."""
     WIDTH: tl.constexpr = 2 * MP if PAIR else MP
-    # From the last tokens to the first: the kernel before (F_post,res) wrote the last ones last, and the
-    # one after (F_pre) begins with the first ones, so that each finds 10 % of the streams in L2.
+    # From the last tokens to the first. The kernel before (F_post,res) wrote the last tokens last, and the
+    # kernel after (F_pre) begins with the first ones, so each finds 10 % of the streams in L2.
     t = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_T + tl.arange(0, BLOCK_T)
     # The programs of a token tile start together and take turns along its rows.
     split = tl.program_id(0)
@@ -52,10 +51,10 @@ def mhc_projection_forward(
         at = cols[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         # phi's padded rows and columns are zeros in memory.
         phi = tl.load(phi_ptr + at)
-        # Opaque, so that Triton neither chains the dots nor lets them run on. Chained, the tensor cores'
-        # truncating sums cost 4e-7 over 50 steps. Running on, they read tiles that are being refilled:
-        # Triton 3.6 gives a pipelined tile that other code reads too (x) one buffer less than an
-        # asynchronous dot needs (seen: errors of 5e-3 to 0.3, others in every run).
+        # Opaque, so that Triton neither chains the dots nor lets them run on. Chained, the truncating sums of
+        # the tensor cores would cost 4e-7 over 50 steps. If they ran on, they would read tiles that are being
+        # refilled: Triton 3.6 gives a pipelined tile that other code reads too (x) one buffer less than an
+        # asynchronous dot needs. (Errors of 5e-3 to 0.3 were seen, different ones in every run.)
         acc += opaque(dot(x, phi, tl.zeros((BLOCK_T, WIDTH), tl.float32)))
         x = x.to(tl.float32)
         squares += tl.sum(tl.reshape(x * x, (BLOCK_T, BLOCK_K // VEC, VEC)), axis=2)
@@ -80,7 +79,7 @@ def mhc_projection_forward_sums(
     EPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Second stage: s and r from the partial sums [SPLITS, T, MP]."""
+    """Computes s and r from the partial sums [SPLITS, T, MP], the second stage."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     m = tl.arange(0, MP)[None, :]
     mask = tl.broadcast_to(t[:, None] < T, (BLOCK_T, MP))
@@ -118,12 +117,12 @@ def mhc_projection_backward(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx and dphi for BLOCK_K columns of one stream, over TILES tiles of BLOCK_T tokens.
+    """Computes dx and dphi for BLOCK_K columns of one stream, over TILES tiles of BLOCK_T tokens.
 
-    dx = ds phi^T + x dr / (K r), with ACCUMULATE also + dx_in + h_pre d; dphi as a partial sum [K, M].
+    dx = ds phi^T + x dr / (K r), with ACCUMULATE also + dx_in + h_pre d; dphi is a partial sum [K, M].
     """
     C: tl.constexpr = K // N
-    # The N streams' programs of the same columns are neighbours: they share d's tiles in L2.
+    # Programs of the same columns of the N streams are neighbours, so that they share d's tiles in L2.
     stream = tl.program_id(0) % N
     block = tl.program_id(0) // N
     c = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -135,7 +134,7 @@ def mhc_projection_backward(
     )
     WIDTH: tl.constexpr = 2 * MP if PAIR else MP
     dphi = tl.zeros((WIDTH, BLOCK_K), tl.float32)
-    # From the last tokens to the first, for the sake of L2 as in the forward.
+    # From the last tokens to the first because of L2, as in the forward.
     last = (tl.num_programs(1) - tl.program_id(1)) * TILES - 1
     for tile in tl.range(0, TILES, num_stages=STAGES):
         t = (last - tile) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -171,12 +170,12 @@ def mhc_projection_backward(
 
 
 def padded_columns(m: int) -> int:
-    """Columns of a tile of s: a power of two with room for the sum of squares, 16 at least."""
+    """Returns the columns of a tile of s: a power of two with room for the sum of squares, at least 16."""
     return max(16, triton_call.next_power_of_2(m + 1))
 
 
 def forward_launch(T: int, K: int, m: int, dtype) -> Launch:
-    """The launch for x [T, K] and `phi_terms`; its output is [splits, T, padded_columns(m)]."""
+    """Makes the launch for x [T, K] and `phi_terms`; its output is [splits, T, padded_columns(m)]."""
     pair = dtype == jnp.bfloat16
     columns = padded_columns(m)
     if pair and columns <= 32:
@@ -209,21 +208,21 @@ def forward_launch(T: int, K: int, m: int, dtype) -> Launch:
 
 
 def _forward_splits(tiles: int, steps: int) -> int:
-    """Programs per token tile: one on every multiprocessor, at least 4 steps of K each.
+    """Returns programs per token tile: one on every multiprocessor, each with at least 4 steps of K.
 
-    H200, T 16384, C 2560: 90 us with one program, 95 with two; T 8192, C 4096: 118 with one, 72 with two.
+    On an H200: 90 us with one program, 95 with two at T 16384, C 2560; 118 and 72 us at T 8192, C 4096.
     """
     return max(1, min(cdiv(steps, 4), multiprocessors() // tiles, 32))
 
 
 def phi_terms(phi: jax.Array, rows: int, columns: int, pair: bool) -> jax.Array:
-    """phi [K, m] as the forward reads it: [high | low] bfloat16 terms or float32, zero-padded."""
+    """Lays out phi [K, m] as the forward reads it: [high | low] bfloat16 terms or float32, zero-padded."""
     phi = jnp.pad(phi, ((0, rows - phi.shape[0]), (0, columns - phi.shape[1])))
     return jnp.concatenate(split_bf16(phi), axis=-1) if pair else phi
 
 
 def finish_launch(T: int, K: int, m: int, splits: int, norm_eps: float) -> Launch:
-    """The launch of the second stage."""
+    """Makes the launch of the second stage."""
     return Launch(
         kernel=mhc_projection_forward_sums,
         grid=(cdiv(T, 64),),
@@ -250,12 +249,13 @@ def backward_launch(
     accumulate: bool,
     capability: int | None = None,
 ) -> Launch:
-    """The launch for x, phi [K, m], r, ds, dr, dx_in, d, h_pre (the last three used to accumulate)."""
+    """Makes the launch for x, phi [K, m], r, ds, dr, dx_in, d, h_pre (the last three used to accumulate)."""
     pair = dtype == jnp.bfloat16
-    # H200, T 16384, C 2560: 64 x 128 with 4 warps, two programs a multiprocessor, 9.7C (9.4C at T 8192,
-    # C 4096); 64 x 256 with 8 warps 10.2C (9.7C). What is added in the accumulating version has no layout
-    # in shared memory that the tensor cores' layout reads without conflicts, so it is not pipelined (27C),
-    # and small tiles give it three programs a multiprocessor instead: 17.8C, 21-25C with 128 columns.
+    # On an H200 at T 16384, C 2560, 64 x 128 with 4 warps and two programs a multiprocessor takes 9.7 τ (9.4
+    # τ at T 8192, C 4096), 64 x 256 with 8 warps 10.2 τ (9.7 τ). In the accumulating version, the added tiles
+    # have no layout in shared memory that the tensor cores' layout reads without conflicts. So they are not
+    # pipelined (27 τ); small tiles give three programs a multiprocessor instead: 17.8 τ, and 21 to 25 τ with
+    # 128 columns.
     if not pair:
         block_t, block_k, warps, stages, resident = 32, 32, 4, 2, 4
     elif m > 32:
@@ -291,11 +291,11 @@ def backward_launch(
 
 
 def _backward_splits(blocks: int, tiles: int, per_multiprocessor: int) -> int:
-    """Splits of the tokens: full waves of the card with the fewest partial sums of dphi."""
+    """Returns the splits of the tokens: full waves of the card with the fewest partial sums of dphi."""
     slots = per_multiprocessor * multiprocessors()
 
     def cost(splits: int) -> float:
-        # And 0.5 % for each further partial sum of dphi, and 10 % for the masks that uneven splits need.
+        # Each further partial sum of dphi costs 0.5 %, the masks of uneven splits 10 %.
         uneven = tiles % splits != 0
         return full_waves(blocks * splits, slots) + 0.005 * splits + 0.1 * uneven
 
@@ -310,7 +310,7 @@ def check(streams: jax.Array, phi: jax.Array, *_, **__) -> None:
 
 
 def partial_sums(streams: jax.Array, phi: jax.Array) -> jax.Array:
-    """First stage: partial sums [splits, T, padded columns] of s and of the squares."""
+    """Computes partial sums [splits, T, padded columns] of s and of the squares, the first stage."""
     K, m = phi.shape
     T = triton_call.num_tokens(streams.shape[:-1])
     launch = forward_launch(T, K, m, streams.dtype)
@@ -321,7 +321,7 @@ def partial_sums(streams: jax.Array, phi: jax.Array) -> jax.Array:
 
 
 def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax.Array, jax.Array]:
-    """[..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
+    """Maps [..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
     lead, (K, m) = streams.shape[:-1], phi.shape
     T = triton_call.num_tokens(lead)
     if not T:
@@ -335,7 +335,7 @@ def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax
 def backward(
     streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
+    """Returns the cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
     K, m = phi.shape
     T = triton_call.num_tokens(r.shape)
     if not T:

@@ -1,8 +1,8 @@
 """Projection in plain jnp: implementation "xla" and the definition of the op.
 
-bfloat16 streams: TF32 operands are split into exact bfloat16 pairs laid side by side, so that one
-bfloat16 matmul with float32 accumulation gives exact products on every platform. (A float32 matmul would
-be truncated to bfloat16 by default on a TPU, and miss the tensor cores at full precision on a GPU.)
+For bfloat16 streams, TF32 operands are split into exact bfloat16 pairs that lie side by side. One bfloat16
+matmul with float32 sums then gives exact products on every platform. (A TPU would truncate a float32 matmul
+to bfloat16 by default, and a GPU would not use tensor cores at full precision.)
 """
 
 import jax
@@ -21,7 +21,7 @@ def _halves_sum(x: jax.Array) -> jax.Array:
 
 @layout("...k, km -> ...m, ...")
 def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax.Array, jax.Array]:
-    """[..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
+    """Maps [..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
     x = streams.astype(phi.dtype)
     if streams.dtype == jnp.bfloat16:
         phi_pair = jnp.concatenate(split_bf16(phi), axis=-1)
@@ -35,7 +35,7 @@ def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax
 def backward(
     streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
+    """Returns the cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
     dx, dphi = unrounded_backward(streams, phi, r, ds, dr)
     return dx.astype(streams.dtype), dphi
 
@@ -43,7 +43,7 @@ def backward(
 def unrounded_backward(
     streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The same with dx in float32, for sums with other cotangents of the streams."""
+    """Does the same with dx in float32, for sums with other cotangents of the streams."""
     x = streams.astype(phi.dtype)
     if streams.dtype == jnp.bfloat16:
         ds_high, ds_low = split_bf16(ds)
@@ -63,7 +63,7 @@ def unrounded_backward(
 
 
 def _contract_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[..., K], [..., m] -> [K, m], summed over all leading axes."""
+    """Contracts [..., K] and [..., m] over all leading axes: [K, m]."""
     leading = tuple(range(x.ndim - 1))
     return jax.lax.dot_general(
         x,

@@ -1,12 +1,12 @@
 """Projection and norm on TPU: one pass over whole rows, forward (4C at n = 4) and backward (8C, dx and dphi).
 
-Which operand stays in the MXU decides the time. phi has 24 columns, so a product with phi latched would
-stream every row of x through a unit that is 24/128 full: 4114 bundles for 256 tokens of C = 2560 on a v5p.
-With x latched only the 64 rows of phi's bfloat16 pair stream past it: 2311, against 6636 clocks for reading
-x. The result, s^T with tokens on lanes, is also the layout that we want. dphi^T = ds^T x works the same way.
+The operand that stays in the MXU decides the time. phi has 24 columns. With phi latched, every row of x would
+stream through a unit that is 24/128 full: 4114 bundles for 256 tokens of C = 2560 on a v5p. With x latched,
+only the 64 rows of phi's bfloat16 pair stream past it: 2311 bundles, less than the 6636 clocks for reading x.
+The result, s^T with tokens on lanes, also has the wanted layout. dphi^T = ds^T x works the same way.
 
-bfloat16 streams meet phi and ds as exact pairs high, low (see `split_bf16`), each padded to whole tiles of 16
-rows; dx contracts the four combinations at once, 128 terms deep at n = 4: one pass of the MXU.
+With bfloat16 streams, phi and ds are exact pairs high, low (see `split_bf16`), each padded to whole tiles of
+16 rows. dx contracts the four combinations at once, 128 terms deep at n = 4: one pass of the MXU.
 """
 
 import functools
@@ -23,12 +23,12 @@ from kernels_pallas.precision import split_bf16
 from kernels_pallas.token_tiles import LANES, TokenTiles, tokens_per_block
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Columns of x between two additions to the accumulators; bounds the registers that a product occupies.
+# Columns of x between two additions to the accumulators. They bound the registers that a product occupies.
 CHUNK = 1024
 
 
 def check(streams, phi, r=None, ds=None, dr=None, *, norm_eps=None):
-    """Raises NotImplementedError for a dtype, a number of columns or a width that the kernels do not take."""
+    """Raises NotImplementedError unless the kernels accept dtype, columns and width."""
     if streams.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"streams are {streams.dtype}: kernels take bfloat16 and float32")
     if phi.shape[1] >= LANES:
@@ -39,7 +39,7 @@ def check(streams, phi, r=None, ds=None, dr=None, *, norm_eps=None):
 
 
 def block_tokens(width: int, m: int, dtype, *, backward: bool) -> int:
-    """Tokens a grid step. phi stays in VMEM, and so does dphi in the backward.
+    """Returns the tokens of a grid step. phi stays in VMEM, and so does dphi in the backward.
 
     128 tokens are a full side of the MXU for the latched x (v6e and TPU7x have 256, but the forward needs
     only a third of the memory time there). Few tokens a step also shorten the first, exposed fetch.
@@ -55,7 +55,7 @@ def block_tokens(width: int, m: int, dtype, *, backward: bool) -> int:
 
 
 def fixed_bytes(width: int, m: int, dtype, *, backward: bool) -> int:
-    """VMEM for phi (one buffer) and, in the backward, for dphi (two)."""
+    """Returns the bytes of VMEM for phi (one buffer) and, in the backward, for dphi (two)."""
     rows = 2 * _padded(m) if dtype == jnp.bfloat16 else m
     return rows * width * jnp.dtype(dtype).itemsize + (2 * m * width * 4 if backward else 0)
 
@@ -65,7 +65,7 @@ def _padded(m: int) -> int:
 
 
 def phi_operand(phi: jax.Array, dtype) -> jax.Array:
-    """phi^T, for bfloat16 streams as rows high (padded to tiles of 16), low (padded)."""
+    """Returns phi^T; for bfloat16 streams the rows of high, padded to tiles of 16, then those of low."""
     if dtype == jnp.float32:
         return phi.T
     padding = ((0, _padded(phi.shape[1]) - phi.shape[1]), (0, 0))
@@ -73,9 +73,9 @@ def phi_operand(phi: jax.Array, dtype) -> jax.Array:
 
 
 def _split_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """TF32-rounded [m, tokens] -> bfloat16-valued float32 (high, low), rows padded to tiles of 16.
+    """Splits TF32-rounded [m, tokens] into bfloat16-valued float32 (high, low), rows padded to tiles of 16.
 
-    High keeps the upper half of the bits: x has 11 significant ones, the 3 below fit into low.
+    High keeps the upper half of the bits. x has 11 significant bits; the 3 below those of high fit into low.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     high = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
@@ -98,7 +98,7 @@ def _halves(x: jax.Array, m: int, dtype) -> jax.Array:
 
 
 def project_block(x_ref, phi_ref, m: int) -> tuple[jax.Array, jax.Array]:
-    """s [m, tokens] and the sums of squares [tokens, 1] of a block (inside a kernel)."""
+    """Computes s [m, tokens] and the sums of squares [tokens, 1] of a block (inside a kernel)."""
     products: Any = None
     squares = LaneSums()
     for c, size in pallas_math.column_chunks(x_ref.shape[1], CHUNK):
@@ -111,7 +111,7 @@ def project_block(x_ref, phi_ref, m: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward_kernel(x_ref, phi_ref, s_ref, r_ref, rows_ref, *, tiles, norm_eps):
-    """`rows_ref` [window, 128] collects a token's s on lanes 0 ... m-1 and its sum of squares on lane m."""
+    """Collects a token's s on lanes 0 ... m-1 of `rows_ref` [window, 128], its sum of squares on lane m."""
     width, m = x_ref.shape[1], s_ref.shape[0]
 
     rows = tiles.window_rows()
@@ -130,24 +130,24 @@ def _forward_kernel(x_ref, phi_ref, s_ref, r_ref, rows_ref, *, tiles, norm_eps):
 
 
 def backward_block(x_ref, phi_ref, ds, scale, dx_ref, dphi_ref, n=1, addends=None) -> None:
-    """dx of a block, and its part of dphi^T added to `dphi_ref` (inside a kernel).
+    """Writes dx of a block, and adds its part of dphi^T to `dphi_ref` (inside a kernel).
 
     Args:
-      ds: [m, tokens], 0 where a token does not exist.
+      ds: [m, tokens], 0 for a token that does not exist.
       scale: [tokens, 1] or [tokens, 128] with equal lanes, dr / (K r).
-      n, addends: `addends(c, size)(i)` is added to dx in columns c ... of stream i of n; what the streams
-        share is then computed once, an eighth of the vector operations of a read's backward.
+      n, addends: `addends(c, size)(i)` is added to dx in columns c ... of stream i of n. So what the streams
+        share is computed once; that is an eighth of the vector operations of a read's backward.
     """
     m = ds.shape[0]
     if x_ref.dtype == jnp.bfloat16:
         high, low = _split_rows(ds)
         left = jnp.concatenate([high, low], axis=0).astype(jnp.bfloat16)
-        # The four combinations of high and low, contracted at once with phi's high, high, low, low.
+        # The four combinations of high and low are contracted at once with phi's high, high, low, low.
         right = jnp.concatenate([high, low, high, low], axis=0).T.astype(jnp.bfloat16)
     else:
         left, right = ds, ds.T
     width = x_ref.shape[1] // n
-    # Half the columns with addends: a piece of every stream is at work then.
+    # Half the columns with addends, because a piece of every stream is at work then.
     for c, size in pallas_math.column_chunks(width, CHUNK if addends is None else CHUNK // 2):
         addend = None if addends is None else addends(c, size)
         for i in range(n):
@@ -167,7 +167,7 @@ def backward_block(x_ref, phi_ref, ds, scale, dx_ref, dphi_ref, n=1, addends=Non
 def _backward_kernel(
     x_ref, phi_ref, ds_ref, scale_ref, dx_ref, dphi_ref, ds_rows_ref, scale_rows_ref, *, tiles
 ):
-    """`ds_rows_ref` [window, 128] holds ds, `scale_rows_ref` dr / (K r), a token a row."""
+    """Holds ds in `ds_rows_ref` [window, 128] and dr / (K r) in `scale_rows_ref`, a token a row."""
 
     tiles.zero_sums(dphi_ref)
     rows, exists = tiles.window_rows(), tiles.window_mask()
@@ -187,7 +187,7 @@ def _backward_kernel(
 
 
 def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax.Array, jax.Array]:
-    """[..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
+    """Maps [..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
     width, m = phi.shape
     lead = streams.shape[:-1]
     x = pallas_call.flat_tokens(streams)
@@ -214,7 +214,7 @@ def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax
 def backward(
     streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
+    """Returns the cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
     width, m = phi.shape
     x = pallas_call.flat_tokens(streams)
     num_tokens = x.shape[0]

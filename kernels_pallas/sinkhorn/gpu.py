@@ -1,8 +1,8 @@
 """Sinkhorn-Knopp in Triton: tiles [tokens, n, n], one thread a row of a matrix.
 
-A thread holds a row (or 4 entries of it), so that row sums stay in the thread, column sums are two or
-three shuffles, and one iterate costs a thread 4 registers. The backward therefore keeps all iterates
-in registers (76 for the paper's 20 iterations); nothing is written to memory.
+A thread holds a row (or 4 entries of it). So row sums stay in the thread, column sums are two or three
+shuffles, and one iterate costs a thread 4 registers. The backward keeps all iterates in registers (76 for
+the paper's 20 iterations) and writes nothing to memory.
 """
 
 import jax
@@ -21,7 +21,7 @@ _PAD = tl.constexpr(-3.0e38)  # a logit that no |logit| <= 1e30 comes near
 
 @triton.jit
 def first_iteration(logits, valid):
-    """Softmax over rows of the log-softmax over columns; returns it and the column softmax.
+    """Returns the softmax over rows of the log-softmax over columns, and the softmax over columns.
 
     `valid` marks the entries of matrices whose n is no power of two (None: all); the rest stay zero.
     """
@@ -42,13 +42,13 @@ def first_iteration(logits, valid):
 
 @triton.jit
 def normalise(m, valid, AXIS: tl.constexpr):
-    """m over its sums along AXIS (1: columns, 2: rows); sums of padding alone count as one."""
+    """Divides m by its sums along AXIS (1: columns, 2: rows); sums of padding alone count as one."""
     return m * inverse_sums(m, valid, AXIS)
 
 
 @triton.jit
 def inverse_sums(m, valid, AXIS: tl.constexpr):
-    """1 / sums of m along AXIS, kept as an axis of length 1."""
+    """Returns 1 / sums of m along AXIS, as an axis of length 1."""
     total = tl.sum(m, axis=AXIS, keep_dims=True)
     if valid is not None:
         total = tl.where(total == 0.0, 1.0, total)
@@ -57,7 +57,7 @@ def inverse_sums(m, valid, AXIS: tl.constexpr):
 
 @triton.jit
 def project(logits, valid, NUM_ITERATIONS: tl.constexpr):
-    """h_res of the logits [tokens, n, n]."""
+    """Computes h_res of the logits [tokens, n, n]."""
     m, _ = first_iteration(logits, valid)
     for _ in range(1, NUM_ITERATIONS):
         m = normalise(normalise(m, valid, 1), valid, 2)
@@ -66,14 +66,14 @@ def project(logits, valid, NUM_ITERATIONS: tl.constexpr):
 
 @triton.jit
 def project_backward(logits, d, valid, NUM_ITERATIONS: tl.constexpr):
-    """Cotangent of the logits, given that of h_res; the iterates live in registers."""
+    """Returns the cotangent of the logits, given that of h_res; the iterates live in registers."""
     first, softmax = first_iteration(logits, valid)
     iterates = (first,)
     for t in tl.static_range(1, NUM_ITERATIONS):
         m = normalise(normalise(iterates[t - 1], valid, 1), valid, 2)
         iterates = iterates + (m,)
     for t in tl.static_range(1, NUM_ITERATIONS):
-        # Opaque, or the compiler keeps all the sums of the way forth too: 255 registers and spills.
+        # Opaque, or the compiler keeps all sums of the forward too: 255 registers and spills.
         before = opaque(iterates[NUM_ITERATIONS - 1 - t])
         after_rows = iterates[NUM_ITERATIONS - t]
         inverse_columns = inverse_sums(before, valid, 1)
@@ -87,7 +87,7 @@ def project_backward(logits, d, valid, NUM_ITERATIONS: tl.constexpr):
 
 @triton.jit
 def _tile(T, N: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr):
-    """Offsets and mask of a tile [TOKENS, P, P] of matrices [T, N, N], and the valid entries."""
+    """Returns offsets and mask of a tile [TOKENS, P, P] of matrices [T, N, N], and the valid entries."""
     t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
     i = tl.arange(0, P)[None, :, None]
     j = tl.arange(0, P)[None, None, :]
@@ -106,7 +106,7 @@ def mhc_sinkhorn_forward(
     TOKENS: tl.constexpr,
     NUM_ITERATIONS: tl.constexpr,
 ):
-    """h_res of TOKENS matrices."""
+    """Computes h_res of TOKENS matrices."""
     offsets, mask, valid = _tile(T, N, P, TOKENS)
     logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0)
     if N == P:  # noqa: SIM108 (Triton decides at compile time)
@@ -127,7 +127,7 @@ def mhc_sinkhorn_backward(
     TOKENS: tl.constexpr,
     NUM_ITERATIONS: tl.constexpr,
 ):
-    """Cotangent of the logits of TOKENS matrices."""
+    """Returns the cotangent of the logits of TOKENS matrices."""
     offsets, mask, valid = _tile(T, N, P, TOKENS)
     logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0)
     d = tl.load(d_ptr + offsets, mask=mask, other=0.0)
@@ -139,17 +139,17 @@ def mhc_sinkhorn_backward(
 
 
 def tokens_per_program(n: int) -> int:
-    """Tokens of a program of one warp, so that a thread holds 4 entries (2 at n = 2).
+    """Returns the tokens of a program of one warp, so that a thread holds 4 entries (2 at n = 2).
 
-    One warp: with four, Triton lays the rows of a matrix across warps and each column sum then goes
-    through shared memory with a barrier.
+    With four warps Triton would lay the rows of a matrix across warps, and each column sum would go through
+    shared memory with a barrier.
     """
     padded = triton_call.next_power_of_2(n)
     return max(1, 32 * min(4, padded) // (padded * padded))
 
 
 def launch(kernel, T: int, n: int, num_iterations: int) -> Launch:
-    """The launch of either kernel for logits [T, n, n]."""
+    """Makes the launch of either kernel for logits [T, n, n]."""
     tokens = tokens_per_program(n)
     return Launch(
         kernel=kernel,
@@ -194,10 +194,10 @@ def _run(kernel, logits, *rest, num_iterations):
 
 
 def forward(logits: jax.Array, *, num_iterations: int) -> jax.Array:
-    """[..., n, n] logits -> [..., n, n]."""
+    """Maps [..., n, n] logits -> [..., n, n]."""
     return _run(mhc_sinkhorn_forward, logits, num_iterations=num_iterations)
 
 
 def backward(logits: jax.Array, d_h_res: jax.Array, *, num_iterations: int) -> jax.Array:
-    """Cotangent of the logits; iterates in registers, no scratch memory."""
+    """Returns the cotangent of the logits; iterates in registers, no scratch memory."""
     return _run(mhc_sinkhorn_backward, logits, d_h_res, num_iterations=num_iterations)

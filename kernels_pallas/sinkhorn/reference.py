@@ -1,8 +1,8 @@
 """Sinkhorn-Knopp in plain jnp: implementation "xla" and the definition of the op.
 
 The first iteration runs in the log domain, where any |logit| <= 1e30 is safe. After it no sum can
-underflow: a row that sums to 1 has an entry >= 1/n, a column sum is at most n, so every later row or
-column sum is at least 1/n^2. The other iterations therefore divide by plain sums, without an eps.
+underflow: a row that sums to 1 has an entry >= 1/n, and a column sum is at most n, so every later row or
+column sum is at least 1/n^2. So the other iterations divide by plain sums, without an eps.
 """
 
 import jax
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.sharding import layout
 
-# Matrices are handled as [n, n, ...tokens]: tokens are contiguous, so that sums over i or j are
-# vector additions (6x faster on a CPU than reductions over a last axis of 4).
+# Matrices are [n, n, ...tokens]. Tokens are contiguous, so sums over i or j are vector additions, 6 times
+# faster on a CPU than reductions over a last axis of 4.
 
 
 def _matrix_axes_first(x: jax.Array) -> jax.Array:
@@ -42,7 +42,7 @@ def _iterate(m: jax.Array) -> jax.Array:
 
 @layout("...nn -> ...nn")
 def forward(logits: jax.Array, *, num_iterations: int) -> jax.Array:
-    """[..., n, n] logits -> [..., n, n]."""
+    """Maps [..., n, n] logits -> [..., n, n]."""
     m = _first_iteration(_matrix_axes_first(logits))
     m = jax.lax.fori_loop(1, num_iterations, lambda _, m: _iterate(m), m)
     return _matrix_axes_last(m)
@@ -50,7 +50,7 @@ def forward(logits: jax.Array, *, num_iterations: int) -> jax.Array:
 
 @layout("...nn, ...nn -> ...nn")
 def backward(logits: jax.Array, d_h_res: jax.Array, *, num_iterations: int) -> jax.Array:
-    """Cotangent of the logits; the iterates are recomputed and kept for this call alone."""
+    """Returns the cotangent of the logits; the iterates are recomputed and kept for this call alone."""
     logits = _matrix_axes_first(logits)
     first = _first_iteration(logits)
     _, inputs = jax.lax.scan(lambda m, _: (_iterate(m), m), first, None, length=num_iterations - 1)

@@ -1,8 +1,8 @@
 """Sinkhorn-Knopp on TPU: a matrix entry of many tokens fills whole registers.
 
-Entry (i, j) of 2048 tokens is one [16, 128] tile, so that sums over i or j are additions of registers and no
-lane or sublane is padding ([n, n, T] has n = 4 of 8 sublanes in use, [T, n, n] 4 of 128 lanes). The rows of
-`[n*n, tokens]` become such tiles by strided stores to VMEM, and go back by strided loads.
+Entry (i, j) of 2048 tokens is one [16, 128] tile. So sums over i or j are additions of registers, and no lane
+or sublane is padding. ([n, n, T] would use n = 4 of 8 sublanes, [T, n, n] 4 of 128 lanes.) Strided stores to
+VMEM turn the rows of `[n*n, tokens]` into such tiles, and strided loads turn them back.
 
 The backward recomputes the iterates and keeps them in VMEM: (num_iterations - 1) * n * n tiles of 8 KB,
 that is 2.4 MB at n = 4 and 20 iterations. `mappings` and `boundary` run the same functions inside their own
@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import pallas_call, pallas_math
 from kernels_pallas.token_tiles import LANES, VMEM_BLOCKS, TokenTiles
 
-# Two registers an entry: one alone would leave the units idle for the latency of each reciprocal.
+# Two registers an entry. With one the units would be idle for the latency of each reciprocal.
 SUBLANES = 16
 TOKENS = SUBLANES * LANES
 
@@ -28,7 +28,7 @@ Matrix = list[list[jax.Array]]
 
 
 def check(logits, d_h_res=None, *, num_iterations):
-    """Raises NotImplementedError for a dtype, n or number of iterations that the kernels do not take."""
+    """Raises NotImplementedError unless the kernels accept dtype, n and iterations."""
     if logits.dtype != jnp.float32:
         raise NotImplementedError(f"logits are {logits.dtype}: kernels take float32")
     check_iterates(logits.shape[-1], num_iterations)
@@ -46,22 +46,22 @@ def check_iterates(n: int, num_iterations: int) -> None:
 
 
 def sublanes(num_tokens: int) -> int:
-    """Rows of the tile of `num_tokens` tokens: whole registers, what is not a token is undefined."""
+    """Returns the rows of a tile of `num_tokens` tokens: whole registers; other entries are undefined."""
     return max(num_tokens // LANES, 8)
 
 
 def iterates_shape(n: int, num_iterations: int, num_tokens: int = TOKENS) -> tuple[int, int, int]:
-    """Shape of the scratch that the backward needs."""
+    """Returns the shape of the scratch that the backward needs."""
     return max(num_iterations - 1, 1), n * n * sublanes(num_tokens), LANES
 
 
 def spread_shape(m: int, num_tokens: int = TOKENS) -> tuple[int, int]:
-    """Shape of the scratch for `spread` and `gather` of m rows."""
+    """Returns the shape of the scratch for `spread` and `gather` of m rows."""
     return m * sublanes(num_tokens), LANES
 
 
 def spread(block, scratch_ref) -> list[jax.Array]:
-    """[m, tokens] -> m tiles [sublanes(tokens), 128] (inside a kernel)."""
+    """Spreads [m, tokens] to m tiles [sublanes(tokens), 128] (inside a kernel)."""
     m, num_tokens = block.shape
     stride = sublanes(num_tokens)
     for row in range(num_tokens // LANES):
@@ -74,7 +74,7 @@ def _split(block: jax.Array, m: int, rows: int) -> list[jax.Array]:
 
 
 def gather(tiles: list[jax.Array], scratch_ref, out_ref) -> None:
-    """m tiles [sublanes(tokens), 128] -> out_ref [m, tokens] (inside a kernel)."""
+    """Gathers m tiles [sublanes(tokens), 128] into out_ref [m, tokens] (inside a kernel)."""
     m, stride = len(tiles), tiles[0].shape[0]
     scratch_ref[: m * stride] = jnp.concatenate(tiles, axis=0)
     for row in range(out_ref.shape[1] // LANES):
@@ -99,7 +99,7 @@ def _total(tiles: list[jax.Array]) -> jax.Array:
 
 
 def _normalise_rows(matrix: Matrix) -> tuple[Matrix, list[jax.Array]]:
-    """Rows over their sums, and the reciprocals of the sums: n reciprocals for n*n divisions."""
+    """Divides rows by their sums; returns the reciprocals too: n reciprocals replace n*n divisions."""
     inverse = [1 / _total(row) for row in matrix]
     return [[tile * inv for tile in row] for row, inv in zip(matrix, inverse)], inverse
 
@@ -114,7 +114,7 @@ def _iterate(matrix: Matrix) -> Matrix:
 
 
 def _exp_rows(matrix: Matrix) -> tuple[Matrix, Matrix, list[jax.Array]]:
-    """(logits - row maximum, its exp, sums of exp): no overflow, and every sum is at least 1."""
+    """Returns (logits - row maximum, its exp, sums of exp): nothing overflows, every sum is at least 1."""
     shifted = [[tile - functools.reduce(jnp.maximum, row) for tile in row] for row in matrix]
     exps = [[jnp.exp(tile) for tile in row] for row in shifted]
     return shifted, exps, [_total(row) for row in exps]
@@ -126,7 +126,7 @@ def _softmax_columns(logits: Matrix) -> Matrix:
 
 
 def first_iteration(logits: Matrix) -> Matrix:
-    """Columns in the log domain, then rows: safe for every |logit| <= 1e30 (see reference.py)."""
+    """Normalises columns in the log domain, then rows: safe for every |logit| <= 1e30 (see reference.py)."""
     shifted, _, sums = _exp_rows(_transposed(logits))
     logs = [jnp.log(total) for total in sums]
     columns = _transposed([[tile - log for tile in row] for row, log in zip(shifted, logs)])
@@ -135,7 +135,7 @@ def first_iteration(logits: Matrix) -> Matrix:
 
 
 def project(logits: Matrix, num_iterations: int) -> Matrix:
-    """Doubly stochastic matrices of the logits (inside a kernel)."""
+    """Computes the doubly stochastic matrices of the logits (inside a kernel)."""
     first = tuple(as_tiles(first_iteration(logits)))
 
     def body(_, tiles):
@@ -145,7 +145,7 @@ def project(logits: Matrix, num_iterations: int) -> Matrix:
 
 
 def _transpose_rows(d_rows: Matrix, rows: Matrix, inverse: list[jax.Array]) -> Matrix:
-    """Cotangent of x for rows = x / sum(x)."""
+    """Returns the cotangent of x for rows = x / sum(x)."""
     out = []
     for d_row, row, inv in zip(d_rows, rows, inverse):
         mean = pallas_math.weighted_sum(d_row, row)
@@ -156,7 +156,7 @@ def _transpose_rows(d_rows: Matrix, rows: Matrix, inverse: list[jax.Array]) -> M
 def project_backward(
     logits: Matrix, d_h_res: Matrix, iterates_ref, num_iterations: int
 ) -> tuple[Matrix, Matrix]:
-    """(h_res, cotangent of the logits); `iterates_ref` is scratch of `iterates_shape` (inside a kernel)."""
+    """Returns (h_res, cotangent of the logits), in a kernel; `iterates_ref` has `iterates_shape`."""
     n, rows = len(logits), logits[0][0].shape[0]
 
     def recompute(t, tiles):
@@ -225,7 +225,7 @@ def _call(kernel, name, arrays, scratch, transcendentals):
 
 
 def forward(logits: jax.Array, *, num_iterations: int) -> jax.Array:
-    """[..., n, n] logits -> [..., n, n]."""
+    """Maps [..., n, n] logits -> [..., n, n]."""
     if not logits.size:
         return logits
     m = logits.shape[-1] ** 2
@@ -240,7 +240,7 @@ def forward(logits: jax.Array, *, num_iterations: int) -> jax.Array:
 
 
 def backward(logits: jax.Array, d_h_res: jax.Array, *, num_iterations: int) -> jax.Array:
-    """Cotangent of the logits; the iterates are recomputed in VMEM."""
+    """Returns the cotangent of the logits; the iterates are recomputed in VMEM."""
     if not logits.size:
         return logits
     n = logits.shape[-1]

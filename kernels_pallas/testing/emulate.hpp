@@ -1,10 +1,10 @@
-// warp.cuh and what it and our kernels need of CUDA, for a CPU: a test of the kernels where there is no GPU.
+// warp.cuh and the parts of CUDA that our kernels need, for a CPU, to test the kernels without a GPU.
 //
-// What the hardware leaves undefined is undefined here in a way that shows. Shared memory starts as NaNs. An
-// asynchronous copy leaves NaNs until its thread waits for it, and only then reads its source. load_matrices reads
-// a row when the lane that names it comes, store_matrices writes it when that lane goes on: before a lane reads what
-// another one wrote there must be a __syncwarp().
-// Not covered: weak memory order (all threads see one order), sums inside of the tensor cores (here in float64).
+// Where the hardware leaves a value undefined, the emulator makes that show. Shared memory starts as NaNs. An
+// asynchronous copy leaves NaNs until its thread waits for it, and reads its source only then. load_matrices reads a
+// row when the lane that names it arrives; store_matrices writes a row when that lane goes on. So a __syncwarp() must
+// stand between the write of one lane and the read of another.
+// It does not cover weak memory order (all threads see one order) and sums inside of the tensor cores (float64 here).
 #pragma once
 
 #include <cmath>

@@ -1,11 +1,11 @@
 """Runs the CUDA kernels of this package on a CPU, thread by thread, to test them without a GPU.
 
-`compile` builds a kernel with g++ against emulate.hpp in place of the GPU's instructions. A call runs
-it on numpy arrays in place and raises EmulationError for what can be told to be wrong: deadlocks, lanes
-of a warp that part, misaligned or foreign addresses, writes next to an array or to shared memory.
-Races show as NaNs or as bits that depend on `seed`, which chooses the order of threads.
+`compile` builds a kernel with g++; emulate.hpp replaces the GPU's instructions. A call runs it on numpy
+arrays in place. It raises EmulationError for deadlocks, lanes of a warp that part, misaligned or foreign
+addresses, and writes next to an array or to shared memory. Races show as NaNs or as bits that depend on
+`seed`, which chooses the order of threads.
 
-Loops without end are not interrupted.
+Endless loops are not interrupted.
 """
 
 import ctypes
@@ -53,7 +53,7 @@ class CompilationError(RuntimeError):
 
 
 class EmulationError(RuntimeError):
-    """The kernel did what no order of its threads makes right."""
+    """The kernel did something that is wrong in every order of its threads."""
 
 
 class _Copy:
@@ -110,11 +110,11 @@ class Kernel:
           grid: blocks along x (and y and z).
           threads: of a block, a multiple of 32.
           shared_bytes: dynamic shared memory of a block.
-          args: contiguous arrays for pointers, numbers for numbers. One array given twice is one memory.
+          args: contiguous arrays for pointers, numbers for numbers. An array given twice is one memory.
           seed: of the order in which threads run; 0 is a regular order.
 
         Raises:
-          TypeError, ValueError: arguments that do not fit the kernel.
+          TypeError, ValueError: arguments do not fit the kernel.
           EmulationError: see the module. Arrays are then as they were before.
         """
         grid = (grid,) if isinstance(grid, int) else tuple(grid)
@@ -152,7 +152,7 @@ class Kernel:
 
 
 def _value(name: str, arg, parameter: str, copies: list[_Copy]):
-    """`arg` as C has it. Arrays are copied, once each, into `copies`."""
+    """Converts `arg` for C. Copies each array once, into `copies`."""
     kind, size = parameter[0], int(parameter[1:])
     if kind == "p":
         if not isinstance(arg, np.ndarray):
@@ -202,7 +202,7 @@ def compile(source: pathlib.Path, kernel: str, defines: Mapping[str, object]) ->
     driver = _DRIVER.format(source=pathlib.Path(source).resolve(), kernel=kernel)
     command = ["g++", *_FLAGS, f"-I{_HERE}", f"-I{_PACKAGE}", f"-I{_PACKAGE / 'cuda'}"]
     command += [f"-D{name}={value}" for name, value in defines.items()]
-    # Preprocessed text holds all that the library depends on, included files too.
+    # The preprocessed text holds everything that the library depends on, included files too.
     text = _run([*command, "-E", "-x", "c++", "-"], driver)
     digest = hashlib.sha256("\0".join((*_FLAGS, text)).encode()).hexdigest()[:24]
     folder = pathlib.Path(tempfile.gettempdir()) / f"mhc_emulate_{os.getuid()}"

@@ -1,11 +1,11 @@
 // The threads of a CUDA launch as fibers of one CPU thread, and the order in which they run.
 //
-// A warp runs until all of its lanes wait or have ended; its lanes run one after the other between two operations
-// of the warp. Seed 0 takes warps in turn and lanes upwards. Other seeds choose the next warp, the direction of
-// lanes, when blocks start and where a warp is interrupted at random (but the same for a seed): a kernel that
-// needs more than its barriers guarantee gives other results for some of them.
+// A warp runs until all of its lanes wait or have ended. Between two operations of the warp its lanes run one after
+// the other. Seed 0 takes warps in turn and lanes upwards. Other seeds choose the next warp, the direction of lanes,
+// the starts of blocks and the interruptions of a warp at random, the same way for the same seed. A kernel that needs
+// more than its barriers guarantee gives other results for some seeds.
 //
-// What ends a launch early (`fail`) jumps out of the fibers, whose destructors do not run.
+// `fail` ends a launch early and jumps out of the fibers, whose destructors do not run.
 #pragma once
 
 #include <csetjmp>

@@ -54,8 +54,8 @@ inline void end_block(Block& block) {
     }
 }
 
-// The warp to run next, or null at the end. One is ready until then: the last lane of a block to come to a barrier,
-// or to end, releases the others, and `run_warp` fails where lanes wait for lanes that do not come.
+// Returns the warp to run next, or null at the end. Until then one is ready: the last lane of a block that reaches a
+// barrier, or ends, releases the others, and `run_warp` fails if lanes wait for lanes that do not come.
 inline Warp* next_warp() {
   if (state.next_block < state.num_blocks && (state.ready.empty() || chance(2 * kSwitchEvery))) start_block();
   if (state.ready.empty()) return nullptr;
@@ -85,7 +85,7 @@ inline void on_fault(int number, siginfo_t* info, void*) {
   fail(text(*state.lane) + ": " + what + ", after " + state.lane->what + text(state.lane->site));
 }
 
-// Faults of kernels become errors while this lives.
+// While this lives, faults of kernels become errors.
 class FaultHandlers {
  public:
   FaultHandlers() : memory_(64 * 1024) {

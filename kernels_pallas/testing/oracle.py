@@ -1,13 +1,13 @@
 """float64 NumPy oracle of every operation and its gradient; shares no code with the package.
 
-Written for clarity on `[T, n, C]` arrays with einsum, and with Sinkhorn-Knopp in the log domain
-throughout, where the package keeps streams flat and iterates on sums. Gradients are hand-derived; a
-test checks them against central differences.
+It is written for clarity, on `[T, n, C]` arrays with einsum, and with Sinkhorn-Knopp in the log domain
+throughout. (The package keeps streams flat and iterates on sums.) Gradients are derived by hand; a test
+checks them against central differences.
 
-Roundings that belong to a definition are made here too, where the streams are given in bfloat16: the new
-streams of `boundary` before they are read, ds to TF32, and in `read` and `boundary` the cotangent behind the
-norm of the layer input before it is multiplied with h_pre. (phi is taken as it is: round it to TF32 first.)
-Results are not rounded: `error` knows what the rounding of a result may be.
+For bfloat16 streams it makes the roundings that belong to a definition: the new streams of `boundary` before
+they are read, ds to TF32, and in `read` and `boundary` the cotangent behind the norm of the layer input
+before it is multiplied with h_pre. phi is used as given, so round it to TF32 first. Results are not rounded;
+`error` allows for that.
 """
 
 import numpy as np
@@ -189,7 +189,7 @@ def read_vjp(x, phi, bias, alpha, weight, cotangents, n, num_iterations=20, eps=
 
 
 def _stored(new_streams, x, seen):
-    """The new streams as they are read: as `seen`, else rounded as `x` is."""
+    """Returns the new streams as they are read: `seen`, or rounded as `x` is."""
     if seen is not None:
         return seen
     if is_bf16(x):
@@ -198,10 +198,10 @@ def _stored(new_streams, x, seen):
 
 
 def boundary(update, phi, bias, alpha, weight, n, *, seen=None, **options):
-    """`post_res` of update (x, y, h_post, h_res), then `read` of what is stored of it.
+    """Does `post_res` of update (x, y, h_post, h_res), then `read` of the stored streams.
 
-    `seen`: new streams as an implementation has written them. Near the middle of two bfloat16 numbers either
-    is right, and what is read is what was written.
+    `seen` are the new streams as an implementation has written them. Near the middle of two bfloat16 numbers
+    either is right, and the read has to see what was written.
     """
     new_streams = post_res(*update)
     stored = _stored(new_streams, update[0], seen)
@@ -219,7 +219,7 @@ def boundary_vjp(update, phi, bias, alpha, weight, cotangents, n, *, seen=None, 
 
 
 def error(actual, truth):
-    """Norm of what is wrong beyond the rounding of a bfloat16 result, over the norm of the truth."""
+    """Returns the norm of the error beyond the rounding of a bfloat16 result, over the norm of the truth."""
     truth, actual, rounded = np.asarray(truth, np.float64), np.asarray(actual), is_bf16(actual)
     assert actual.shape == truth.shape, (actual.shape, truth.shape)
     wrong = np.abs(actual.astype(np.float64) - truth)
@@ -259,10 +259,10 @@ _OF_THE_WRITE = {"dx", "dy", "dh_post", "dh_res"}
 
 
 def limits(case, bf16, implementation="xla"):
-    """Leaf of a case of `LEAVES` -> the largest `error` that it may have, with bfloat16 or float32 streams.
+    """Returns for each leaf of a case of `LEAVES` the largest `error` that it may have.
 
-    What is not `SUMS` is said where the implementation is described: Triton and Pallas keep the cotangent of
-    new streams in bfloat16 between the read and the write, CUDA rounds it in the sums of dh_post and dh_res.
+    Limits above `SUMS` have reasons in the implementations: Triton and Pallas keep the cotangent of new
+    streams in bfloat16 between the read and the write, CUDA rounds it in the sums of dh_post and dh_res.
     """
     found = dict.fromkeys(LEAVES[case].split(), SUMS)
     if "dalpha" in found:
@@ -277,7 +277,7 @@ def limits(case, bf16, implementation="xla"):
 
 
 def judge(case, results, truths, implementation="xla"):
-    """Leaf -> (its `error`, its limit). The streams' dtype is that of the first result that has it."""
+    """Returns for each leaf (its `error`, its limit). The first result has the dtype of the streams."""
     bf16 = any(map(is_bf16, results))
     allowed = limits(case, bf16, implementation)
     leaves = zip(allowed.items(), results, truths, strict=True)

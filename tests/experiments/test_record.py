@@ -52,13 +52,16 @@ def test_commit_and_dirty_flag(tmp_path, monkeypatch):
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "first")
-    monkeypatch.setenv(record.COMMIT_VARIABLE, "not this")
+    monkeypatch.delenv(record.COMMIT_VARIABLE, raising=False)
     clean = {"commit": git("rev-parse", "HEAD"), "dirty": False}
     assert record._code(folder) == clean
     (results / "cpu.json").write_text('{"a": 1}')  # a result of an arm before this one
     (results / "gpu.json").write_text("{}")
     (tmp_path / "notes").write_text("no code")
     assert record._code(folder) == clean
+    monkeypatch.setenv(record.COMMIT_VARIABLE, "ab" * 20)  # the copy's, whatever lies around it
+    assert record._code(folder)["commit"] == "ab" * 20
+    monkeypatch.delenv(record.COMMIT_VARIABLE)
     (folder / "new.py").write_text("")
     assert record._code(folder)["dirty"]
     (folder / "new.py").unlink()

@@ -19,7 +19,7 @@ from mhc_jax import train as training
 
 TOY = {"model.num_blocks": 1, "model.width": 16, "model.num_heads": 2, "model.ffn_width": 16,
        "batch_size": 2, "data.sequence_length": 16, "eval_batches": 1}  # fmt: skip
-TIMES = ("wall_seconds", "seconds_per_step")
+TIMES = ("wall_seconds", "seconds_per_step", "environment")
 
 
 def stop_after(step):
@@ -71,7 +71,7 @@ def test_arms_of_a_seed_differ_in_the_connection_alone():
 
 
 def test_keys_and_runs():
-    runs = pilots("main") + counted("main", dict.fromkeys(ARMS, 1e-3)) + counted("depth", {})
+    runs = pilots("main") + counted("main", dict.fromkeys(ARMS, (1e-3,))) + counted("depth", {})
     keys = [run.key for run in runs]
     assert len(set(keys)) == len(keys) == 12 + 16 + 12
     assert [Run.from_key(key) for key in keys] == runs
@@ -82,10 +82,34 @@ def test_keys_and_runs():
     assert not {run.seed for run in pilots("main")} & set(SETTINGS["main"].seeds)
 
 
-def test_the_lowest_pilot_chooses_the_rate_and_a_diverged_one_never():
-    losses = {run.key: 1 + run.learning_rate for run in pilots("main")}
+def test_the_lowest_pilot_chooses_the_rate_ties_are_counted_and_a_diverged_one_never_is():
+    losses = {run.key: 1 + 10 * run.learning_rate for run in pilots("main")}
     losses["main/HC/lr0.001/seed100"] = math.inf
-    assert choose("main", losses) == {"residual": 1e-3, "HC": 2e-3, "mHC": 1e-3, "identity": 1e-3}
+    losses["main/mHC/lr0.004/seed100"] = losses["main/mHC/lr0.001/seed100"] + 0.0019
+    losses["main/identity/lr0.004/seed100"] = losses["main/identity/lr0.001/seed100"] + 0.0021
+    assert choose("main", losses) == {
+        "residual": [1e-3], "HC": [2e-3], "mHC": [1e-3, 4e-3], "identity": [1e-3]
+    }  # fmt: skip
+    assert choose("depth", {}) == {}
+
+
+def test_an_arm_of_two_rates_is_compared_at_the_better_one_and_so_is_residual():
+    runs = {run.key: summary(9.0) for run in pilots("main")}
+    for seed in range(2):
+        for arm, rate, loss in (
+            ("residual", 1e-3, 1.0), ("residual", 2e-3, 1.5),
+            ("mHC", 1e-3, 0.9), ("mHC", 2e-3, 0.75), ("identity", 1e-3, 0.875), ("HC", 2e-3, 2.0),
+        ):  # fmt: skip
+            runs[Run("main", arm, rate, seed).key] = summary(loss + seed)
+    rates = {"residual": [1e-3, 2e-3], "mHC": [1e-3, 2e-3], "identity": [1e-3], "HC": [2e-3]}
+    payload = {"runs": runs, "learning_rates": {"main": rates}}
+    rows = {(row[0], row[1]): row[4] for row in tables.comparison(payload, "main")[1:]}
+    assert rows["mHC", "0.002"].startswith("-0.2500")
+    assert rows["mHC", "0.001"].startswith("-0.1000")
+    assert rows["HC", "0.002"].startswith("+1.0000")
+    pair = {row[0]: row for row in tables.pairs(payload, "main")[1:]}["mHC - identity"]
+    assert pair[1] == "0.002, 0.001"
+    assert pair[2].startswith("-0.1250")
 
 
 def summary(loss, gain=None):
@@ -98,7 +122,7 @@ def summary(loss, gain=None):
 
 
 def test_paired_differences_and_their_standard_error():
-    rates = dict.fromkeys(ARMS, 1e-3)
+    rates = dict.fromkeys(ARMS, (1e-3,))
     runs = {run.key: summary(9.0) for run in pilots("main")}
     residual, mhc = (1.0, 1.2, 1.1, 1.3), (0.9, 1.08, 1.02, 1.16)
     for seed in range(4):
@@ -122,7 +146,7 @@ def test_the_stored_results_are_whole_and_print(capsys, tmp_path):
     reproduction.main(["--summary"])
     printed = capsys.readouterr().out
     for arm in ("HC", "mHC", "identity"):
-        assert re.search(rf"\| {arm} +\| 0.00\d +\| 4 +\| 0\.67\d\d ± 0\.00\d\d \| -0\.02", printed)
+        assert re.search(rf"\| {arm} +\| 0.001 +\| 4 +\| 0\.67\d\d ± 0\.00\d\d \| -0\.01", printed)
     payload = record.read(record.newest("reproduction"))
     assert payload["missing"] == []
     assert all((tmp_path / f"{n}.png").exists() or figures.draw_setting(payload, n, tmp_path / f"{n}.png")

@@ -121,8 +121,15 @@ def assert_near(got, want, tolerance):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), (k, a, b)
 
 
+def _runs(op, implementation):
+    on_a_gpu = implementation in ("triton", "cuda")
+    marks = pytest.mark.gpu_interpreter if on_a_gpu else ()
+    return pytest.param(op, implementation, marks=marks, id=f"{op}-{implementation}")
+
+
 @pytest.mark.parametrize(
-    ("op", "implementation"), [(op, name) for op in CASES for name in dispatch.implementations(op)]
+    ("op", "implementation"),
+    [_runs(op, name) for op in CASES for name in dispatch.implementations(op)],
 )
 def test_fields(op, implementation, request):
     if implementation in ("triton", "cuda"):

@@ -21,6 +21,7 @@ from kernels_pallas.testing import oracle
 from mhc_jax import train_step as train_step_module
 from mhc_jax.config import Config, ModelConfig, OptimizerConfig
 from mhc_jax.data import DataConfig
+from mhc_jax.manifolds import Birkhoff
 from mhc_jax.train_step import init_variables, loss_fn
 from mhc_jax.transformer import Transformer, make_connection
 
@@ -487,3 +488,10 @@ def test_connection_of_the_configuration_is_that_of_the_equations(name):
         (written, oracle.post_res(streams, output, h_post, h_res)),
     ):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def test_iterations_of_a_manifold_outside_of_the_kernels():
+    """As for a subclass, which the fused kernels do not know."""
+    logits = np.random.default_rng(3).standard_normal((5, 9)).astype(np.float32)
+    got = Birkhoff(num_iterations=2).project(logits, 3)
+    np.testing.assert_allclose(got, oracle.sinkhorn(logits.reshape(5, 3, 3), 2), atol=2e-6)

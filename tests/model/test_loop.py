@@ -21,7 +21,10 @@ from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.metrics import MetricWriter
 from mhc_jax.train import BadInput, NonFiniteError, Run, claim_workdir, train
-from mhc_jax.train_step import TrainState, analyse, evaluate, jit_init_state, jit_train_step
+from mhc_jax.train_step import TrainState, analyse, jit_init_state, jit_train_step
+
+# One process: the tests share what they compile and run.
+pytestmark = pytest.mark.xdist_group("loop")
 
 SMALL = {
     "model.num_blocks": 1, "model.width": 8, "model.ffn_width": 16, "model.n": 3,
@@ -74,6 +77,9 @@ def programs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "jit_init_state", lambda *_: init)
         patch.setattr(train_module, "jit_train_step", lambda *_: step)
+        for name in ("evaluate", "measure_gains"):
+            traced_once = jax.jit(getattr(train_module, name), static_argnames="config")
+            patch.setattr(train_module, name, traced_once)
         yield types.SimpleNamespace(init=init, step=step)
 
 
@@ -133,7 +139,7 @@ def test_time_of_a_step_is_neither_compilation_nor_evaluation(workdir):
 
 
 def test_validation_is_the_mean_over_the_same_batches(workdir, reference):
-    of_batch = jax.jit(functools.partial(evaluate, config=CONFIG.model))
+    of_batch = functools.partial(train_module.evaluate, config=CONFIG.model)  # one batch at a time
     start = make_iterator(CONFIG.data, split="validation", batch_size=CONFIG.batch_size)
     batches = [next(start) for _ in range(CONFIG.eval_batches)]
     found = values(lines_of(workdir.path), "validation/loss")
@@ -361,6 +367,7 @@ def test_lines_after_a_killed_run_stand_alone(there, whole, tmp_path):
     flushed = path.read_text()  # before it is closed: the next kill must not take it
     writer.write(8, {"x": float("nan")})
     writer.close()
+    assert flushed.endswith('"y": "-inf"}\n')
     assert path.read_text().startswith(flushed)
     lines = path.read_text().splitlines()
     assert [json.loads(line) for line in lines[-2:]] == [

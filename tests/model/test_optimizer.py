@@ -14,10 +14,13 @@ from mhc_jax.moe import MoEAux
 from mhc_jax.optimizer import STEP_DECAY, make_optimizer
 from mhc_jax.train_step import abstract_state
 
+# One process: the tests share what they compile and run.
+pytestmark = pytest.mark.xdist_group("optimizer")
+
 # None of them a default. With a large eps the rounding of a gradient stays small in its update.
 FIELDS = {
     "learning_rate": 0.02, "warmup_steps": 2, "b1": 0.7, "b2": 0.9, "eps": 1e-2, "weight_decay": 0.3,
-    "final_fraction": 0.25, "decay_fraction": 0.4,
+    "final_fraction": 0.25, "decay_fraction": 0.5,
 }  # fmt: skip
 STEPS = 6
 NOT_DECAYED = ("scale", "bias", "alpha")

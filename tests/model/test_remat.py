@@ -126,6 +126,8 @@ def test_plan_names_what_is_missing():
         remat.plan(num_sublayers=1, n=4, width=8)
 
 
+# These share compiled steps, hence one process.
+COMPILES = pytest.mark.xdist_group("compiled steps")
 WIDTH, STREAMS = 16, 2
 # One leading dense block; five with experts in blocks of four sublayers: two groups and a remainder.
 EXPERTS = {
@@ -153,19 +155,29 @@ def model_config(policy, **fields):
 
 
 @functools.cache
-def step(model, policy, scan=True):
-    """Loss and gradients from distinct random parameters, and the compiled text."""
-    config = model_config(policy, scan_blocks=scan, **MODELS[model])
+def inputs(model):
+    """Distinct random parameters, state and a batch."""
+    config = model_config("none", **MODELS[model])
     rng = np.random.default_rng(0)
+    start = jax.jit(functools.partial(init_variables, config))(jax.random.key(0))
     params, state = jax.tree.map(
-        lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32),
-        init_variables(model_config("none", **MODELS[model]), jax.random.key(0)),
+        lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), start
     )
     tokens = rng.integers(0, 64, (2, 10), np.int32)
-    batch = {"inputs": jnp.asarray(tokens), "targets": jnp.asarray(tokens[::-1])}
-    run = jax.jit(jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True))
-    compiled = run.lower(params, state, batch).compile()
-    return compiled(params, state, batch), compiled.as_text()
+    return params, state, {"inputs": jnp.asarray(tokens), "targets": jnp.asarray(tokens[::-1])}
+
+
+@functools.cache
+def step(model, policy, scan=True):
+    """Loss and gradients, and the compiled text."""
+    config = model_config(policy, scan_blocks=scan, **MODELS[model])
+    run = jax.jit(
+        jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True),
+        # Twice as fast to compile without the newer emitters.
+        compiler_options={"xla_cpu_use_fusion_emitters": False},
+    )
+    compiled = run.lower(*inputs(model)).compile()
+    return compiled(*inputs(model)), compiled.as_text()
 
 
 def executed_dots(text):
@@ -232,6 +244,7 @@ def check_gradients(model, policy, scan=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.max(np.abs(a)), err_msg=str(path))
 
 
+@COMPILES
 @pytest.mark.parametrize("model", MODELS)
 def test_mhc_keeps_the_gradients_and_runs_layer_functions_once(model):
     check_gradients(model, "mhc")
@@ -244,6 +257,7 @@ def test_mhc_keeps_the_gradients_and_runs_layer_functions_once(model):
         assert of_connection_again > of_connection > 0
 
 
+@COMPILES
 @pytest.mark.parametrize("policy", ["none", "mhc"])
 def test_blocks_written_out_give_the_gradients_of_the_scan(policy):
     model = "mhc with experts"
@@ -272,6 +286,7 @@ def test_matrices_are_rounded_once_a_step(policy):
     assert [rounded[shape] for shape in shapes] == [1, 1, 2, 1, 0]
 
 
+@COMPILES
 def test_full_and_offload_keep_the_gradients_and_run_layer_functions_again():
     of_f, _ = split_dots("residual", "none")
     for policy in ("full", "offload"):
