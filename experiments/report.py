@@ -24,7 +24,7 @@ import numpy as np
 from experiments import record
 from experiments.alt_text import describe
 from experiments.figures import choose_gains, make_figures
-from experiments.verdict import LAST_STEPS, h_res_moved, verdict
+from experiments.verdict import LAST_STEPS, verdict
 from mhc_jax.analysis import style
 from mhc_jax.analysis.runs import Arm, choose_baseline, log, read_arms
 
@@ -40,7 +40,6 @@ COLUMNS = {
     "single_backward": "single gain, backward",
     "composite_forward": "composite gain, forward",
     "composite_backward": "composite gain, backward",
-    "h_res_moved": "h_res moved by",
     "seconds_per_step": "seconds a step",
 }
 TABLE_NOTE = (
@@ -48,8 +47,7 @@ TABLE_NOTE = (
     "validation the last one logged. Gradient norm and gains are the largest over all logged steps. A gain "
     "is the largest |row sum| (forward) or |column sum| (backward) of h_res of each token, mean over tokens, "
     "and here the largest over all sublayers too; a residual connection has gain 1 by definition. "
-    "h_res moved by: Frobenius distance between its mean over tokens and its start, mean over sublayers, at "
-    "the last stored step. Seconds a step is the median, so compilation does not count."
+    "Seconds a step is the median, so compilation does not count."
 )
 # Figure (its name up to "_<arm>") -> heading, what the paper's shows, what to look for.
 CAPTIONS = {
@@ -149,7 +147,6 @@ def _row(arm: Arm) -> dict:
         values = arm.gain_series(f"gains/{name}_max")[1]
         one = 1.0 if arm.connection == "residual" else None
         row[name] = float(np.max(values)) if len(values) else one
-    row["h_res_moved"] = h_res_moved(arm)
     row["seconds_per_step"] = reduce("train/seconds_per_step", np.median)
     return row
 

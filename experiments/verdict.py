@@ -174,9 +174,7 @@ def _of_mappings(groups: Sequence[_Group]) -> str:
         ]
         if found:
             gains.append(f"{short(np.max(found))} in {group.label}")
-        moved = [
-            row["h_res_moved"] for row in group.rows.values() if row.get("h_res_moved") is not None
-        ]
+        moved = [move for arm in group.arms.values() if (move := h_res_moved(arm)) is not None]
         if moved:
             size = float(np.mean(moved))
             moves.append(f"{size:.2g} in {group.label}" if size > 1e-3 else f"not in {group.label}")
