@@ -102,7 +102,7 @@ h1{font-size:1.6rem;line-height:1.2}h2{font-size:1.2rem;margin:2.2rem 0 .5rem}
 .wide{overflow-x:auto;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font-size:.9rem}
 th,td{padding:.35rem .5rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:bottom}
-.results td{font-variant-numeric:tabular-nums;white-space:nowrap}
+.results td{font-variant-numeric:tabular-nums}.results td,.settings td:first-child{white-space:nowrap}
 th:first-child,td:first-child,.settings td,.settings th{text-align:left}
 figure{margin:.5rem 0 0}
 figure img{width:100%;display:block;margin-bottom:.6rem;background:#fff}
@@ -112,7 +112,7 @@ code{background:var(--soft);padding:.1rem .3rem;border-radius:3px}
 tr{border-top:2px solid var(--line);padding:.3rem 0}
 td,td:first-child,.settings td{border:0;padding:.1rem 0;text-align:right}
 td{display:flex;gap:1rem;justify-content:space-between;overflow-wrap:anywhere}
-.results td{white-space:normal}
+.results td,.settings td:first-child{white-space:normal}
 td::before{content:attr(data-label);text-align:left;opacity:.75}td:first-child{font-weight:600}}
 @media(prefers-color-scheme:dark){body{background:#16181b;color:#e6e6e6}figure img{border-radius:6px}}
 """

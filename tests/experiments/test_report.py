@@ -182,7 +182,7 @@ def test_the_page_says_what_came_out_and_what_was_run(page):
     order = ["Against residual", "Notes", "What differs", "Result", "Loss gap", "What was run"]
     positions = [text.index(part) for part in order]
     assert positions == sorted(positions)
-    assert "python " in text[text.index("Command:") :]
+    assert "python " in text[text.index("Command:") : text.index("Workdirs:")]
     assert f"jax {jax.__version__}" in text[text.index("Packages:") :]
 
 
