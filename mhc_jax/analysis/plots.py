@@ -118,7 +118,8 @@ def plot_gains(
                 axes.axhline(1, **style.AT_ONE)
                 what = "Single sublayer" if kind == "single" else "Composite over depth"
                 axes.set_title(what if row == 0 else f"{what}, enlarged: {_listed(members)}")
-                axes.set(xlabel=style.SUBLAYER, ylabel=_YLABEL[average])
+                axes.set_ylabel(_YLABEL[average])
+                style.sublayer_axis(axes, "sublayer $l$ (attention and FFN count separately)")
                 if row == 0:
                     style.log_axis(axes)
                 else:
@@ -233,7 +234,8 @@ def _panels(
     chosen = {name: colours[name] for name in arms}
     figure, grid = style.panels(1, len(panels), 3.4)
     for axes, (heading, ylabel, fields, logarithmic) in zip(grid[0], panels):
-        axes.set(ylabel=ylabel, xlabel="sublayer $l$")
+        axes.set_ylabel(ylabel)
+        style.sublayer_axis(axes)
         axes.set_title(heading, fontsize=9)
         if logarithmic:
             axes.set_yscale("log")

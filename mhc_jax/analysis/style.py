@@ -44,7 +44,6 @@ STYLE = {
 # A gain of 1 neither grows nor shrinks: what a residual connection has by definition.
 AT_ONE = {"color": "#6B6B6B", "linewidth": 1.0, "linestyle": ":"}
 DIRECTIONS = {"forward": "-", "backward": (0, (4, 2))}
-SUBLAYER = "sublayer $l$ (attention and FFN count separately)"
 
 
 def styled() -> AbstractContextManager:
@@ -165,6 +164,12 @@ def step_axis(axes: Axes) -> None:
     """Optimizer steps on the x axis: whole numbers, also where there is one."""
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 2.5, 5, 10]))
+
+
+def sublayer_axis(axes: Axes, label: str = "sublayer $l$") -> None:
+    """Sublayers on the x axis, in whole numbers."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
 
 
 def plain_ticks(axes: Axes) -> None:
