@@ -129,6 +129,17 @@ def test_the_verdict_of_one_seed(tmp_path, found):
     assert said([]) == ""
 
 
+def test_the_verdict_of_rows_alone():
+    gains = {"composite_forward": 1.0, "composite_backward": 9.0}
+    rows = [{"arm": name, "validation_loss": loss} | gains for name, loss in
+            (("residual", 2.8), ("HC", 2.3), ("mHC", 2.85))]  # fmt: skip
+    rows[1]["composite_forward"] = 3123.0
+    assert verdict(rows) == (
+        "Against residual, in validation loss, HC ends 0.500 nats lower; mHC ends 0.050 nats higher. The "
+        "largest composite gain is 3123 in HC and 9.00 in mHC."
+    )
+
+
 def test_the_verdict_of_several_seeds(tmp_path):
     losses = {("residual", s): 3 + 0.2 * s for s in range(3)}
     losses |= {("mhc", 0): 2.9, ("mhc", 1): 3.0, ("mhc", 2): 3.3}  # -0.1, -0.2, -0.1
