@@ -88,6 +88,9 @@ setup(
             "mypy>=1.18",
             "tokenizers>=0.20",
             "setuptools>=70.1",  # builds the wheel without the network
+            "nbclient>=0.10",  # runs the notebook; 0.10 has ipykernel 7's shutdown
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
         ],
         # GPU kernels on the CPU (interpreter) and compiled without a GPU, and DeepSeek-V3 as others wrote
         # it (tests/parity reads its parameters by name, hence the pin): slow to install.

@@ -22,7 +22,10 @@ import numpy as np
 from flax import nnx
 
 from configs import small_30m
-from experiments import plotting, record
+from experiments import record
+from mhc_jax.analysis import style
+from mhc_jax.analysis.colours import COLOURS
+from mhc_jax.analysis.runs import read_metrics, running_mean
 from mhc_jax.config import Config, from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
@@ -94,19 +97,19 @@ def draw(path: pathlib.Path) -> None:
         name: tuple(np.asarray(values, float) for values in arm["busiest_over_mean_by_step"])
         for name, arm in record.read(path)["arms"].items()
     }
-    colours = {"balanced": plotting.COLOURS["mhc"][0], "not balanced": plotting.COLOURS["hc"][0]}
-    with matplotlib.rc_context(plotting.STYLE):
-        figure = plotting.new_figure(3.2)
+    colours = {"balanced": COLOURS["mhc"][0], "not balanced": COLOURS["hc"][0]}
+    with matplotlib.rc_context(style.STYLE):
+        figure = style.new_figure(3.2)
         axes = figure.subplots()
         for name, (steps, values) in curves.items():
             axes.plot(steps, values, color=colours[name], alpha=0.25, linewidth=0.8)
-            smooth = plotting.running_mean(values, 9)
-            plotting.draw(axes, steps, smooth, colours[name], label=name)
+            smooth = running_mean(values, 9)
+            style.draw(axes, steps, smooth, colours[name], label=name)
         axes.axhline(TARGET, color="#6B6B6B", linewidth=1.0, linestyle=":", label=f"{TARGET}")
         axes.set(xlabel="step", ylabel="busiest expert / mean", ylim=(1, None))
         axes.set_title("Load of the busiest expert in a batch, worst block (line: mean of 9 steps)")
         axes.legend()
-        plotting.write_figure(figure, path, ("png",))
+        style.write_figure(figure, path, ("png",))
 
 
 def main() -> None:
@@ -122,7 +125,7 @@ def main() -> None:
             train(config, workdir, name=name)
         except (BadInput, NonFiniteError, Interrupted) as error:
             sys.exit(f"{type(error).__name__}: {error}")
-        metrics = plotting.read_metrics(workdir / "metrics.jsonl")
+        metrics = read_metrics(workdir / "metrics.jsonl")
         steps, busiest = metrics["moe/max_load"]
         loads = {split: final_load(workdir, split) for split in ("train", "validation")}
         arms[name] = {

@@ -55,7 +55,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
             "platform": device.platform,
         },
         "driver": _driver(),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions(),
         **_code(FOLDER),
         "command": command_line(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -195,8 +195,9 @@ def _driver() -> str | None:
     return lines.splitlines()[0].strip() if lines else None
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Python and the installed ones of `PACKAGES`."""
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

@@ -1,9 +1,10 @@
-"""One page on a comparison: what was run, the table, the paper's figures and how to read them.
+"""One page on a comparison: what came out, what differs, the table, the figures and how to read them.
 
     python -m experiments.report WORKDIR [WORKDIR ...] --output report.html
 
 Reads workdirs alone and writes one self-contained file (inline style, figures inside), for a
-browser, a phone or an attachment. `summarize` and `format_table` give the same table to a terminal.
+browser, a phone or an attachment. A workdir that cannot be read is left out, and the page says so.
+`summarize` and `format_table` give the same table to a terminal.
 """
 
 import argparse
@@ -20,9 +21,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments.figures import make_figures
-from experiments.plotting import Arm, read_arms
-from experiments.verdict import verdict
+from experiments import record
+from experiments.alt_text import describe
+from experiments.figures import choose_gains, make_figures
+from experiments.verdict import LAST_STEPS, verdict
+from mhc_jax.analysis import style
+from mhc_jax.analysis.runs import Arm, choose_baseline, log, read_arms
 
 GAINS = ("single_forward", "single_backward", "composite_forward", "composite_backward")
 # Key of summarize -> heading.
@@ -38,12 +42,12 @@ COLUMNS = {
     "composite_backward": "composite gain, backward",
     "seconds_per_step": "seconds a step",
 }
-LAST_STEPS = 20  # one batch is noise: arms differ by less than the batches of neighbouring steps do
 TABLE_NOTE = (
     f"Losses are in nats per token: of training the mean over the last {LAST_STEPS} logged steps, of "
-    "validation the last one logged. Gradient norm and gains are the largest over all "
-    "logged steps (gains: over all sublayers too, mean over tokens); a residual connection has gain 1 by "
-    "definition. Seconds a step is the median, so compilation does not count."
+    "validation the last one logged. Gradient norm and gains are the largest over all logged steps. A gain "
+    "is the largest |row sum| (forward) or |column sum| (backward) of h_res of each token, mean over tokens, "
+    "and here the largest over all sublayers too; a residual connection has gain 1 by definition. "
+    "Seconds a step is the median, so compilation does not count."
 )
 # Figure (its name up to "_<arm>") -> heading, what the paper's shows, what to look for.
 CAPTIONS = {
@@ -71,26 +75,45 @@ CAPTIONS = {
         "Look for sums far from 1 (amplification) and for composites with equal rows (streams that became "
         "one); each matrix has its own colour scale, at least -1 to 1.",
     ),
-    "diagnostics": (
-        "Collapse and growth (not in the paper)",
-        "Gains cannot see streams being averaged into one: then the second singular value of the composite "
-        "falls to 0 and the composite approaches J/n (all entries 1/n), upper row. In the lower row look "
-        "whether the largest gains still grow when training ends.",
+    "collapse": (
+        "Collapse (not in the paper)",
+        "When streams are averaged into one, which gains cannot see, the second singular value of the "
+        "composite falls to 0, the composite approaches J/n (all entries 1/n), the cosine between streams "
+        "rises to 1. "
+        "Look how much is left at the last sublayer.",
+    ),
+    "spread": (
+        "How mappings differ between tokens and mix (not in the paper)",
+        "A mapping that is the same for every token has a standard deviation of 0, one that mixes nothing an "
+        "entropy of 0. Look whether the dynamic part does something, and of how many streams a stream is "
+        "made after all sublayers.",
+    ),
+    "growth": (
+        "Largest gains over training",
+        "In the paper HC's gains grow with training. Look whether the curves still rise when training ends.",
     ),
 }
 STYLE = """
 :root{color-scheme:light dark;--line:#8885;--soft:#8882}body{background:#fff;color:#1c1c1c}
 body{font:16px/1.55 system-ui,sans-serif;max-width:60rem;margin:auto;padding:1rem}
+p,h1,code,figcaption,.settings td{overflow-wrap:anywhere}
 h1{font-size:1.6rem;line-height:1.2}h2{font-size:1.2rem;margin:2.2rem 0 .5rem}
+.verdict{font-size:1.1rem;border-left:4px solid #0072b2;padding-left:.8rem}
 .wide{overflow-x:auto;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font-size:.9rem}
 th,td{padding:.35rem .5rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:bottom}
-.results td{font-variant-numeric:tabular-nums;white-space:nowrap}
-th:first-child,td:first-child,.settings td,.settings th{text-align:left}.settings td{overflow-wrap:anywhere}
+.results td{font-variant-numeric:tabular-nums}.results td,.settings td:first-child{white-space:nowrap}
+th:first-child,td:first-child,.settings td,.settings th{text-align:left}
 figure{margin:.5rem 0 0}
-figure img{width:100%;min-width:36rem;display:block;margin-bottom:.6rem;background:#fff}
+figure img{width:100%;display:block;margin-bottom:.6rem;background:#fff}
 figcaption,.small{font-size:.9rem;opacity:.85;margin-top:.4rem}
-code{background:var(--soft);padding:.1rem .3rem;border-radius:3px;overflow-wrap:anywhere}
+code{background:var(--soft);padding:.1rem .3rem;border-radius:3px}
+@media(max-width:640px){tr.head{display:none}table,tbody,tr{display:block}
+tr{border-top:2px solid var(--line);padding:.3rem 0}
+td,td:first-child,.settings td{border:0;padding:.1rem 0;text-align:right}
+td{display:flex;gap:1rem;justify-content:space-between;overflow-wrap:anywhere}
+.results td,.settings td:first-child{white-space:normal}
+td::before{content:attr(data-label);text-align:left;opacity:.75}td:first-child{font-weight:600}}
 @media(prefers-color-scheme:dark){body{background:#16181b;color:#e6e6e6}figure img{border-radius:6px}}
 """
 
@@ -169,21 +192,32 @@ def _flat(tree: Mapping, prefix: str = "") -> dict[str, str]:
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]], kind: str) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in body)
+    """A table; on a narrow page each row becomes a list, whose labels are the headings."""
+    names = [html.escape(cell) for cell in head]
+    cells = (
+        "".join(f'<td data-label="{n}">{html.escape(cell)}</td>' for n, cell in zip(names, line))
+        for line in body
+    )
     rows = "".join(f"<tr>{line}</tr>" for line in cells)
-    return f'<div class="wide"><table class="{kind}"><tr>{head}</tr>{rows}</table></div>'
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return (
+        f'<div class="wide"><table class="{kind}"><tr class="head">{head}</tr>{rows}</table></div>'
+    )
 
 
-def _settings(arms: Sequence[Arm]) -> str:
-    """What differs between the arms in the open, the whole configuration folded."""
+def _settings(arms: Sequence[Arm]) -> tuple[str, str]:
+    """What differs between the arms, and, folded, what does not."""
     flat = [_flat(arm.config) for arm in arms]
     keys = list(dict.fromkeys(key for config in flat for key in config))
     lines = {key: [config.get(key, "-") for config in flat] for key in keys}
     differs = [[key, *values] for key, values in lines.items() if len(set(values)) > 1]
     shared = [[key, values[0]] for key, values in lines.items() if len(set(values)) == 1]
-    head = ["setting", *(arm.name for arm in arms)]
-    return (_table(head, differs, "settings") if differs else "") + (
+    differing = "<p>One arm alone: there is nothing to compare.</p>"
+    if differs:
+        differing = _table(["setting", *(arm.name for arm in arms)], differs, "settings")
+    elif len(arms) > 1:
+        differing = "<p>Nothing: the runs have the same configuration.</p>"
+    return differing, (
         f"<details><summary>Settings of all arms alike ({len(shared)})</summary>"
         f"{_table(['setting', 'value'], shared, 'settings')}</details>"
     )
@@ -197,19 +231,48 @@ def _dates(arms: Sequence[Arm]) -> str:
     return f"files written {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
 
 
+def _svg(path: pathlib.Path) -> str:
+    data = base64.b64encode(path.with_suffix(".svg").read_bytes()).decode()
+    return f"data:image/svg+xml;base64,{data}"
+
+
 def _figures(arms: Sequence[Arm], baseline: str | None, step: int | None) -> str:
+    """All figures, each for a wide and for a narrow page."""
+    reference = choose_baseline(arms, baseline)
+    gains = {name: found for name, (found, _) in choose_gains(arms, step).items()}
     images: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for path in make_figures(arms, folder, baseline, step, ["svg"]):
-            svg = base64.b64encode(path.with_suffix(".svg").read_bytes()).decode()
-            tag = f'<img alt="{path.name}" src="data:image/svg+xml;base64,{svg}">'
+        wide = make_figures(arms, f"{folder}/wide", baseline, step, ["svg"])
+        with style.narrow():
+            narrow = make_figures(arms, f"{folder}/narrow", baseline, step, ["svg"])
+        names = iter(gains)
+        for path, small in zip(wide, narrow, strict=True):
             kind = path.name.split("_")[0]  # the mappings of all arms share a caption
-            images[kind] = images.get(kind, "") + tag
+            seen = f"mappings_{next(names)}" if kind == "mappings" else kind
+            text = html.escape(describe(seen, arms, gains, reference))
+            images[kind] = images.get(kind, "") + (
+                f'<picture><source media="(max-width: 640px)" srcset="{_svg(small)}">'
+                f'<img alt="{text}" src="{_svg(path)}"></picture>'
+            )
     return "".join(
-        f'<figure><h2>{CAPTIONS[kind][0]}</h2><div class="wide">{tags}</div>'
+        f"<figure><h2>{CAPTIONS[kind][0]}</h2>{tags}"
         f"<figcaption>{html.escape(CAPTIONS[kind][1])}</figcaption></figure>"
         for kind, tags in images.items()
     )
+
+
+class _Warnings(logging.Handler):
+    """What was said of files while the page was made, each line once."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.lines: dict[str, None] = {}
+
+    def emit(self, entry: logging.LogRecord) -> None:
+        self.lines[entry.getMessage()] = None
+
+
+_MOST_LINES = 12  # a torn file may have thousands of bad ones
 
 
 def write_report(
@@ -224,53 +287,69 @@ def write_report(
     versions: Mapping[str, str] | None = None,
     baseline: str | None = None,
     step: int | None = None,
-) -> None:
-    """Writes the page.
+) -> list[Mapping]:
+    """Writes the page; a workdir that cannot be read is left out of it and named in its notes.
 
     Args:
       path: file to write; its folder is made.
       workdirs: one for each arm, in the order of table and figures.
       title: heading of the page.
-      table_rows: as `summarize` gives them, further keys become columns; None to compute them.
+      table_rows: as `summarize` gives them, one a workdir, further keys become columns; None to compute them.
       notes: a paragraph each, plain text.
-      command, dates, versions (package -> version): how the workdirs were made; without dates, the
-        times of their files.
+      command, dates, versions (package -> version): how the workdirs were made; without them the command of
+        this process, the times of their files, the packages of this process.
       baseline, step: as for experiments.figures.make_figures.
 
+    Returns:
+      the rows of the table.
+
     Raises:
-      FileNotFoundError: a workdir lacks metrics.jsonl or config.json.
-      ValueError: there is no such baseline, or no workdir.
+      ValueError: there is no such baseline, or no workdir that can be read.
     """
     if not workdirs:
         raise ValueError("a report needs at least one workdir")
-    arms = read_arms(workdirs)
-    rows = [_row(arm) for arm in arms] if table_rows is None else list(table_rows)
+    left_out: list[str] = []
+    said = _Warnings()
+    log.addHandler(said)
+    try:
+        arms = read_arms(workdirs, left_out)
+        if not arms:
+            raise ValueError("; ".join(left_out))
+        rows = list(table_rows or map(_row, arms))
+        figures = _figures(arms, baseline, step)
+    finally:
+        log.removeHandler(said)
     columns = _columns(rows)
     body = [[format_value(key, row.get(key)) for key in columns] for row in rows]
     about = {
-        "Command": command,
+        "Command": command or record.command_line(),
         "Workdirs": ", ".join(map(str, workdirs)),
         "Dates": dates or _dates(arms),
-        "Packages": ", ".join(f"{name} {version}" for name, version in (versions or {}).items()),
+        "Packages": ", ".join(f"{k} {v}" for k, v in (versions or record.versions()).items()),
     }
-    what = "".join(
-        f"<p><b>{k}:</b> <code>{html.escape(v)}</code></p>" for k, v in about.items() if v
-    )
+    what = "".join(f"<p><b>{k}:</b> <code>{html.escape(v)}</code></p>" for k, v in about.items())
+    notes = [*(f"Left out: {line}" for line in left_out), *notes, *said.lines]
+    if len(notes) > _MOST_LINES:
+        notes = [*notes[:_MOST_LINES], f"and {len(notes) - _MOST_LINES} more lines of this kind"]
     remarks = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    differing, alike = _settings(arms)
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(verdict(rows))}</p>"
-        f"<h2>Result</h2>{_table(list(columns.values()), body, 'results')}"
-        f'<p class="small">{TABLE_NOTE}</p>'
+        f'<h1>{html.escape(title)}</h1><p class="verdict">{html.escape(verdict(rows, arms))}</p>'
         + (f"<h2>Notes</h2>{remarks}" if remarks else "")
-        + _figures(arms, baseline, step)
-        + f"<h2>What was run</h2>{what}{_settings(arms)}</body></html>\n"
+        + f"<h2>What differs</h2>{differing}"
+        f"<h2>Result</h2>{_table(list(columns.values()), body, 'results')}"
+        f'<p class="small">{TABLE_NOTE}</p>{figures}'
+        f"<h2>What was run</h2>{what}{alike}</body></html>\n"
     )
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+    for line in left_out:
+        log.warning("left out: %s", line)
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -285,15 +364,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--note", action="append", default=[], help="a paragraph; may be repeated")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    choice = {"baseline": args.baseline, "step": args.step}
     try:
-        rows = [_row(arm) for arm in read_arms(args.workdir)]
-        choice = {"baseline": args.baseline, "step": args.step}
-        write_report(args.output, args.workdir, args.title, rows, args.note, **choice)
+        rows = write_report(args.output, args.workdir, args.title, None, args.note, **choice)
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(format_table(rows))
-    print(verdict(rows))
+    print(verdict(rows, read_arms(args.workdir, [])))
     print(args.output)
     return 0
 

@@ -21,8 +21,8 @@ import numpy as np
 import tqdm
 
 from experiments import record
-from experiments.plotting import read_metrics
 from mhc_jax import gains as gains_lib
+from mhc_jax.analysis.runs import read_metrics
 from mhc_jax.config import Config
 from mhc_jax.metrics import jsonable
 from mhc_jax.train import Interrupted, NonFiniteError, train

@@ -1,35 +1,217 @@
-"""What a comparison showed, in one sentence computed from its table."""
+"""What a comparison showed, in two sentences computed from its runs."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mhc_jax import gains as gains_lib
+from mhc_jax.analysis.runs import NAMES, Arm
+from mhc_jax.analysis.style import short
+from mhc_jax.config import MAY_CHANGE
+
+LAST_STEPS = 20  # one batch is noise: arms differ by less than the batches of neighbouring steps do
 
 
-def verdict(rows: Sequence[Mapping]) -> str:
-    """Losses against residual (else the first arm) and the largest composite gain of every arm.
+class _Group(NamedTuple):
+    """Runs that differ in their seeds alone, by seed."""
+
+    label: str
+    rows: dict[int, Mapping]
+    arms: dict[int, Arm]
+
+
+def verdict(rows: Sequence[Mapping], arms: Sequence[Arm] = ()) -> str:
+    """Losses against residual (else the first arm) with their noise; gains, and how far h_res moved.
 
     Args:
       rows: as `experiments.report.summarize` gives them.
+      arms: the runs of the rows, in the same order. Without them nothing is known of noise and seeds.
 
     Returns:
-      such as "Against residual, HC ends 0.31 nats lower with composite gains of up to 2879, mHC 0.25 lower
-      with gains of up to 1.7."; "" for a single arm.
+      such as "Against residual, in validation loss, HC ends 0.310 ± 0.012 nats lower; mHC ends 0.251 ±
+      0.010 nats lower (±: standard error of the last 20 training losses, paired by step). The largest
+      composite gain is 2879 in HC and 1.70 in mHC; h_res moved by 0.94 in HC and 0.31 in mHC from where
+      it began (Frobenius norm, mean over sublayers)."
     """
-    if len(rows) < 2:
+    groups = _groups(rows, arms)
+    if not groups:
         return ""
-    baseline = next((row for row in rows if row["arm"] == "residual"), rows[0])
-    parts = [_of_arm(row, baseline) for row in rows if row is not baseline]
-    return f"Against {baseline['arm']}, in validation loss, {'; '.join(parts)}."
+    sentences = [_of_losses(groups), _of_mappings(groups)]
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _of_arm(row: Mapping, baseline: Mapping) -> str:
-    losses = row.get("validation_loss"), baseline.get("validation_loss")
-    gains = [row.get(f"composite_{direction}") for direction in ("forward", "backward")]
-    gains = [gain for gain in gains if gain is not None]
-    told = f", with composite gains of up to {max(gains):.3g}" if gains else ""
-    if None in losses:
-        return f"{row['arm']} was not evaluated{told}"
-    gap = losses[0] - losses[1]
-    if gap != gap or abs(gap) == float("inf"):  # an arm whose loss is not finite
-        return f"{row['arm']} ends with a loss that is not finite{told}"
-    if f"{abs(gap):.3f}" == "0.000":
-        return f"{row['arm']} ends level{told}"
-    return f"{row['arm']} ends {abs(gap):.3f} nats {'lower' if gap < 0 else 'higher'}{told}"
+def _groups(rows: Sequence[Mapping], arms: Sequence[Arm]) -> list[_Group]:
+    if len(arms) != len(rows):
+        return [_Group(row["arm"], {0: row}, {}) for row in rows]
+    found: dict[str, _Group] = {}
+    for row, arm in zip(rows, arms):
+        seed = arm.config.get("seed")
+        seed = seed if isinstance(seed, int) else 0
+        key = _without_seed(arm.config)
+        if seed in found.get(key, _Group("", {}, {})).rows:  # the same run twice, or without seeds
+            key += str(arm.path)
+        group = found.setdefault(key, _Group(row["arm"], {}, {}))
+        group.rows[seed], group.arms[seed] = row, arm
+    labels = [_label(group) for group in found.values()]
+    return [
+        group._replace(label=label) if labels.count(label) == 1 else group
+        for group, label in zip(found.values(), labels)
+    ]
+
+
+def _label(group: _Group) -> str:
+    """The connection's name for several seeds, the arm's own name for one."""
+    if len(group.rows) == 1:
+        return group.label
+    return f"{group.label.split(' (')[0]} ({len(group.rows)} seeds)"
+
+
+def _without_seed(config: Mapping) -> str:
+    """A configuration as text, without seeds and without what does not change the result."""
+
+    def keep(tree, prefix=""):
+        return {
+            key: keep(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+            for key, value in tree.items()
+            if f"{prefix}{key}" not in ("seed", "data.shuffle_seed", *MAY_CHANGE)
+        }
+
+    return json.dumps(keep(config), sort_keys=True, default=str)
+
+
+def _of_losses(groups: Sequence[_Group]) -> str:
+    if len(groups) == 1:
+        return _of_one(groups[0])
+    baseline = next((g for g in groups if g.label.split(" (")[0] == NAMES["residual"]), groups[0])
+    parts, kinds = [], []
+    for group in groups:
+        if group is not baseline:
+            part, kind = _against(group, baseline)
+            parts.append(part)
+            kinds.append(kind)
+    kinds = [kind for kind in dict.fromkeys(kinds) if kind]
+    noise = f" (±: standard error of {' or '.join(kinds)})" if kinds else ""
+    return f"Against {baseline.label}, in validation loss, {'; '.join(parts)}{noise}."
+
+
+def _of_one(group: _Group) -> str:
+    losses = [
+        r["validation_loss"] for r in group.rows.values() if r.get("validation_loss") is not None
+    ]
+    if not losses:
+        return f"{group.label} was not evaluated."
+    mean, error = _mean_and_error(losses)
+    if not math.isfinite(mean):
+        return f"{group.label} ends with a validation loss that is not finite."
+    noise = f" ± {error:.3f}" if len(losses) > 1 else ""
+    return f"{group.label} ends with a validation loss of {mean:.3f}{noise} nats."
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; nan for that of one value."""
+    values = np.asarray(values, float)
+    with np.errstate(invalid="ignore"):
+        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def _against(group: _Group, baseline: _Group) -> tuple[str, str]:
+    """What is said of one arm, and what its noise is that of."""
+
+    def losses(of):
+        found = {seed: row.get("validation_loss") for seed, row in of.rows.items()}
+        return {seed: loss for seed, loss in found.items() if loss is not None}
+
+    here, there = losses(group), losses(baseline)
+    if not here or not there:
+        return f"{group.label} cannot be compared: not both were evaluated", ""
+    common = sorted(here.keys() & there.keys())
+    gaps = [here[seed] - there[seed] for seed in common]
+    if not gaps:
+        gaps = [np.mean(list(here.values())) - np.mean(list(there.values()))]
+    gap, error = _mean_and_error(gaps)
+    if not math.isfinite(gap):
+        who = group.label if not all(map(math.isfinite, here.values())) else baseline.label
+        if who == group.label:
+            return f"{group.label} ends with a loss that is not finite", ""
+        return f"{group.label} cannot be compared: {who} ends with a loss that is not finite", ""
+    kind = f"{len(gaps)} seeds, paired"
+    if not math.isfinite(error):
+        error = _batch_noise(group, baseline)
+        kind = f"the last {LAST_STEPS} training losses, paired by step"
+    noise = f" ± {error:.3f}" if math.isfinite(error) else ""
+    kind = kind if noise else ""
+    if f"{abs(gap):.3f}" == "0.000" or abs(gap) < error:
+        return f"{group.label} ends level ({gap:+.3f}{noise} nats)", kind
+    return f"{group.label} ends {abs(gap):.3f}{noise} nats {'lower' if gap < 0 else 'higher'}", kind
+
+
+def _batch_noise(group: _Group, baseline: _Group) -> float:
+    """Standard error of the mean difference of the last training losses; batches are mostly the same."""
+    for seed in group.arms.keys() & baseline.arms.keys():
+        steps, losses = group.arms[seed].series("train/loss")
+        others, reference = baseline.arms[seed].series("train/loss")
+        _, here, there = np.intersect1d(steps, others, return_indices=True)
+        gaps = losses[here[-LAST_STEPS:]] - reference[there[-LAST_STEPS:]]
+        if len(gaps) > 1 and np.isfinite(gaps).all():
+            return _mean_and_error(gaps)[1]
+    return math.nan
+
+
+def _of_mappings(groups: Sequence[_Group]) -> str:
+    gains, moves = [], []
+    for group in groups:
+        if group.label.split(" (")[0] == NAMES["residual"]:
+            continue
+        found = [
+            row[f"composite_{direction}"]
+            for row in group.rows.values()
+            for direction in ("forward", "backward")
+            if row.get(f"composite_{direction}") is not None
+        ]
+        if found:
+            gains.append(f"{short(np.max(found))} in {group.label}")
+        moved = [move for arm in group.arms.values() if (move := h_res_moved(arm)) is not None]
+        if moved:
+            size = float(np.mean(moved))
+            moves.append(f"{size:.2g} in {group.label}" if size > 1e-3 else f"not in {group.label}")
+    parts = []
+    if gains:
+        parts.append(f"the largest composite gain is {_and(gains)}")
+    if moves:
+        where = "from where it began (Frobenius norm, mean over sublayers)"
+        parts.append(f"h_res moved by {_and(moves)} {where}")
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _and(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
+
+
+def h_res_moved(arm: Arm) -> float | None:
+    """||mean h_res(l) - h_res(l) at the start||, Frobenius, mean over sublayers l; of the newest gains.
+
+    At the start h_res is the identity (HC), or the projection of logits that are -res_init_gap off the
+    diagonal (mHC). None without readable gains.
+    """
+    if not arm.gains:
+        return None
+    try:
+        found, _ = gains_lib.load(arm.gains[max(arm.gains)])
+    except ValueError:
+        return None
+    matrices = np.asarray(found.matrix_single, float)
+    n = matrices.shape[-1]
+    model = arm.config["model"]
+    off = 0.0
+    if arm.connection == "mhc" and model.get("manifold", "birkhoff") == "birkhoff":
+        # Equal rows and columns: one normalisation makes this matrix doubly stochastic.
+        weight = math.exp(-float(model.get("res_init_gap", 8.0)))
+        off = weight / (1 + (n - 1) * weight)
+    start = (1 - n * off) * np.eye(n) + off
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(np.sqrt(np.square(matrices - start).sum((-2, -1))).mean())

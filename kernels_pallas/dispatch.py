@@ -41,6 +41,7 @@ _FILES = {"xla": "reference", "pallas": "tpu", "triton": "gpu", "cuda": "cuda"}
 # Kernels by the platform of a device ("gpu") and of a lowering ("cuda"), the best first.
 KERNELS = {"tpu": ("pallas",), "gpu": ("cuda", "triton")}
 _LOWERING = {"tpu": "tpu", "gpu": "cuda"}
+_LEAST_CAPABILITY = 80  # of a GPU, times 10: Ampere. A T4 has 7.5.
 # Operation -> the folder that holds it.
 OPS = {
     "projection": "projection",
@@ -157,7 +158,7 @@ def check_platform(implementation: str | None, platform: str) -> None:
                     f"implementation={implementation!r}: {name} needs a {needs.upper()}, the devices "
                     f"here are {platform.upper()}s: use None, the best of the platform, or 'xla'"
                 )
-        why_not = name and _unavailable(op, None, name)
+        why_not = name and (_unavailable(op, None, name) or _too_old(name))
         if why_not:
             raise NotImplementedError(f"implementation={implementation!r} cannot run: {why_not}")
 
@@ -198,9 +199,22 @@ def _unavailable(op: str, direction: str | None, implementation: str) -> str | N
     return None
 
 
+def _too_old(implementation: str) -> str | None:
+    """Says why the GPUs of this process cannot run an installed kernel; None if they can, or without one."""
+    if implementation not in KERNELS["gpu"]:
+        return None
+    capability = importlib.import_module("kernels_pallas.triton_call").capability()
+    if capability < _LEAST_CAPABILITY:
+        return (
+            f"compute capability {capability / 10}: the GPU kernels need {_LEAST_CAPABILITY / 10}, the first "
+            "with bfloat16"
+        )
+    return None
+
+
 def _why_not(op: str, direction: str, implementation: str, args, static: dict) -> str | None:
     """Says why this backend cannot run with these arguments, whatever the platform; None if it can."""
-    why_not = _unavailable(op, direction, implementation)
+    why_not = _unavailable(op, direction, implementation) or _too_old(implementation)
     if why_not:
         return why_not
     backend = _backend(op, implementation)

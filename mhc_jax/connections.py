@@ -29,6 +29,7 @@ from kernels_pallas.shapes import (
     check_streams,
     check_width,
 )
+from mhc_jax.analysis.collect import expect, report
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.layers import RMSNorm
 from mhc_jax.manifolds import Birkhoff, Manifold
@@ -133,8 +134,10 @@ class Residual(Connection):
     def __init__(self, *, rngs: nnx.Rngs | None = None):
         del rngs
         self.n = 1
+        expect(self)
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
+        report(self, None, streams)
         return streams, Mappings(None, None)
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
@@ -204,6 +207,7 @@ class HyperConnections(_WideConnection):
         self.width = width
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
         self.phi_precision = phi_precision
+        expect(self)
         self.use_pre, self.use_post, self.use_res = use_pre, use_post, use_res
         one_hot = jax.nn.one_hot(sublayer_index % n, n, dtype=jnp.float32)
         self.theta = nnx.Param(jnp.zeros((2 + n, width), jnp.float32))
@@ -245,6 +249,7 @@ class HyperConnections(_WideConnection):
         h_post = mapping(self.use_post, dynamic[..., 1, :], alpha[1], b_post, 1.0)
         h_res = mapping(self.use_res, dynamic[..., 2:, :], alpha[2], b_res, jnp.eye(n))
         assert h_res.shape == (*lead, n, n)
+        h_res = report(self, h_res, streams)
         layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
         return layer_input, Mappings(h_post, h_res)
 
@@ -299,6 +304,7 @@ class ManifoldHyperConnections(_WideConnection):
         self.width = width
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
         self.phi_precision = phi_precision
+        expect(self)
         self.manifold = Birkhoff() if manifold is None else manifold
         if isinstance(self.manifold, type):
             raise TypeError(f"manifold is the class {manifold.__name__}: use {manifold.__name__}()")
@@ -326,8 +332,8 @@ class ManifoldHyperConnections(_WideConnection):
         check_width(streams, self.n, self.width)
         if not self._fused:
             return super().read(streams, norm)
-        layer_input, *mappings, streams = kernels.read(streams, **self._arguments(norm))
-        return streams, layer_input, Mappings(*mappings)
+        layer_input, h_post, h_res, streams = kernels.read(streams, **self._arguments(norm))
+        return streams, layer_input, Mappings(h_post, report(self, h_res, streams))
 
     def boundary(
         self, pending: Pending, norm: RMSNorm | None = None
@@ -336,10 +342,10 @@ class ManifoldHyperConnections(_WideConnection):
             return super().boundary(pending, norm)
         streams, layer_output, written = pending
         check_width(streams, self.n, self.width)
-        layer_input, *mappings, streams = kernels.boundary(
+        layer_input, h_post, h_res, streams = kernels.boundary(
             streams, layer_output, *written, **self._arguments(norm)
         )
-        return streams, layer_input, Mappings(*mappings)
+        return streams, layer_input, Mappings(h_post, report(self, h_res, streams))
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
         if self._fused:
@@ -347,7 +353,7 @@ class ManifoldHyperConnections(_WideConnection):
         check_width(streams, self.n, self.width)
         h_pre, h_post, h_res = self._mappings_on_any_manifold(streams)
         layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
-        return layer_input, Mappings(h_post, h_res)
+        return layer_input, Mappings(h_post, report(self, h_res, streams))
 
     def _arguments(self, norm: RMSNorm | None) -> dict:
         """What the fused operations need beside the streams."""

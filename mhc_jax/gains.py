@@ -8,30 +8,27 @@ it is the product of the mappings that counts, h_res(l) ... h_res(1): the compos
 Amax cannot see collapse: the composite J/n (J is all ones) has gain 1 and has forgotten which
 stream was which. The singular values, the distances to I and J/n, and `stream_cosine` can.
 
-Everything is float32. Composites of unconstrained mappings leave the range of float32, so each is
-kept as mantissa * 2**exponent, one exponent a token. A gain too large for float32 comes out as inf,
-and never as the NaN of inf - inf. Powers of two are exact: in range nothing is rounded differently.
+Everything is float32; how sums of exploding composites stay in range is said in `mhc_jax.gain_sums`.
 """
 
 import functools
 import os
-from typing import NamedTuple
+import zipfile
+import zlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from kernels_pallas.shapes import check_floating
-
-# One-sided Jacobi converges quadratically: for n = 4 the last digit stands still after 4 sweeps, for
-# collapsed n = 8 matrices after 8.
-_JACOBI_SWEEPS = 5
-_JACOBI_SWEEPS_ABOVE_4 = 8
+from mhc_jax.gain_sums import GainSums, gain_sums, tokens_at_once
 
 
 class GainMagnitudes(NamedTuple):
-    """Gains of one sequence; a pytree of float32 arrays. Entry l - 1 belongs to sublayer l.
+    """Gains of some tokens; a pytree of float32 arrays. Entry l - 1 belongs to sublayer l.
+
+    The four gains are the paper's: those of each token first, then the mean over tokens.
+    `of_mean_matrices` has the other definition.
 
     Attributes:
       single_forward: [L], largest |row sum| of h_res(l), mean over tokens. Figs. 3 (a), 7 (a).
@@ -48,6 +45,13 @@ class GainMagnitudes(NamedTuple):
       smallest_singular: [L], smallest singular value of the same.
       distance_identity: [L], ||h_res(l) ... h_res(1) - I|| (Frobenius), mean over tokens.
       distance_uniform: [L], ||h_res(l) ... h_res(1) - J/n|| (Frobenius), mean over tokens.
+      matrix_std: [L, n, n], standard deviation over tokens of each entry of h_res(l).
+      row_entropy: [L], entropy in nats of the rows of h_res(l), whose weights are |entry| over the sum of
+        |entries|; mean over rows and tokens. 0 for a permutation (or zeros), log(n) for J/n.
+      effective_streams: [L], exp(entropy) of the rows of h_res(l) ... h_res(1), mean over rows and tokens:
+        how many streams of the beginning a stream after sublayer l mixes, 1 to n.
+      stream_cosine: [L], mean cosine between the streams that sublayer l reads, 1 when they have become
+        one; NaN where only the mappings are known.
     """
 
     single_forward: jax.Array
@@ -61,110 +65,77 @@ class GainMagnitudes(NamedTuple):
     smallest_singular: jax.Array
     distance_identity: jax.Array
     distance_uniform: jax.Array
+    matrix_std: jax.Array
+    row_entropy: jax.Array
+    effective_streams: jax.Array
+    stream_cosine: jax.Array
+
+    def of_mean_matrices(self) -> "GainMagnitudes":
+        """With the gains of the token-averaged matrices in place of the token-averaged gains.
+
+        They are the sums that Fig. 8 writes beside its matrices. What differs in sign between tokens cancels
+        in them, so they are never larger.
+        """
+        single, head, tail = (
+            np.asarray(matrix, np.float64)  # a row of large float32 has a sum beyond it
+            for matrix in (self.matrix_single, self.matrix_composite, self.matrix_composite_tail)
+        )
+
+        def gains(matrix, axis):
+            with np.errstate(
+                invalid="ignore", over="ignore"
+            ):  # inf - inf, and what exceeds float32
+                return np.abs(matrix.sum(axis)).max(-1).astype(np.float32)
+
+        return self._replace(
+            single_forward=gains(single, -1),
+            single_backward=gains(single, -2),
+            composite_forward=gains(head, -1),
+            composite_backward=gains(tail, -2),
+        )
 
 
-def _power_of_two(k: jax.Array) -> jax.Array:
-    """2**k as exact float32, k int32 clipped to [-126, 127] (XLA's exp2 need not be exact)."""
-    return lax.bitcast_convert_type((jnp.clip(k, -126, 127) + 127) << 23, jnp.float32)
+def finish(sums: GainSums) -> GainMagnitudes:
+    """The means over the tokens of `sums`; without stream cosines."""
+    n2 = sums.squares.value.shape[-1]
+    n, sublayers = round(n2**0.5), len(sums.squares.value)
+    single, head, tail, distances = (
+        x._replace(value=x.value / sums.tokens).plain()
+        for x in (sums.single, sums.head, sums.tail, sums.distances)
+    )
+    deviation = sums.squares._replace(  # the exponent of squares is even
+        value=jnp.sqrt(sums.squares.value / sums.tokens), exponent=sums.squares.exponent // 2
+    ).plain()
+
+    def matrices(flat):
+        return flat.reshape(sublayers, n, n)
+
+    return GainMagnitudes(
+        single_forward=single[:, 0],
+        single_backward=single[:, 1],
+        composite_forward=head[:, 0],
+        composite_backward=tail[:, 0],
+        matrix_single=matrices(single[:, 4:]),
+        matrix_composite=matrices(head[:, 3:]),
+        matrix_composite_tail=matrices(tail[:, 1:]),
+        second_singular=head[:, 1],
+        smallest_singular=head[:, 2],
+        distance_identity=distances[:, 0],
+        distance_uniform=distances[:, 1],
+        matrix_std=matrices(deviation),
+        row_entropy=single[:, 2],
+        effective_streams=single[:, 3],
+        stream_cosine=jnp.full(sublayers, jnp.nan, jnp.float32),
+    )
 
 
-def _rescale(mantissa: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Moves powers of two from mantissa [n, n, T] into exponent [T]: largest |entry| in [1, 2)."""
-    peak = jnp.max(jnp.abs(mantissa), axis=(0, 1))
-    k = ((lax.bitcast_convert_type(peak, jnp.int32) >> 23) & 0xFF) - 127
-    k = jnp.clip(k, -126, 126)  # both 2**k and 2**-k must exist
-    return mantissa * _power_of_two(-k)[None, None], exponent + k
+_of_tokens = jax.jit(lambda h_res: finish(gain_sums(h_res)))
+_sums_of_tokens = jax.jit(lambda h_res: gain_sums(h_res))
+_plus = jax.jit(GainSums.plus)
 
 
-def _mean_over_tokens(value: jax.Array, exponent: jax.Array) -> jax.Array:
-    """Mean over T of value [L, K, T] * 2**exponent [L, T], overflowing only at the end: [L, K].
-
-    The tokens share the largest exponent while they are summed, so signed entries cancel as they
-    should where inf - inf would be NaN; a token 2**126 times smaller than the largest counts as 0.
-    """
-    top = jnp.max(exponent, axis=-1, keepdims=True)
-    below = exponent - top
-    weight = jnp.where(below < -126, 0.0, _power_of_two(below))
-    mean = jnp.mean(value * weight[:, None], axis=-1)
-    # 2**top in three factors: beyond +-378 every normal float32 has become inf or 0 anyway.
-    top = jnp.clip(top, -378, 378)
-    third = _power_of_two(top // 3)
-    return mean * third * third * _power_of_two(top - 2 * (top // 3))
-
-
-def _amax(matrix: jax.Array, axis: int) -> jax.Array:
-    """Largest |sum over `axis`| of matrix [L, n, n, T]: axis 2 sums rows, 1 columns; [L, 1, T]."""
-    return jnp.max(jnp.abs(jnp.sum(matrix, axis=axis)), axis=1, keepdims=True)
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b per token, [n, n, T]. Not a dot: those round float32 to bfloat16 or TF32 by default."""
-    # n outer products; one jnp.sum over an [n, n, n, T] product took 1.7x the whole analysis on CPU.
-    terms = [a[:, j][:, None] * b[j][None] for j in range(a.shape[0])]
-    return functools.reduce(jnp.add, terms)
-
-
-def singular_values(matrix: jax.Array) -> jax.Array:
-    """Singular values of many small matrices by one-sided Jacobi rotations.
-
-    Rotates pairs of columns until all are orthogonal; their norms are the singular values. These
-    are exact to about 1e-7 of the largest, where sqrt(eigvalsh(M^T M)) is lost below 3e-4 of it,
-    and collapsed composites live there. Nothing but element-wise work over the tokens, so every
-    platform is quick at it and no token needs to be left out.
-
-    Args:
-      matrix: [n, n, T] float32, tokens last; finite and not far from 1 in size.
-
-    Returns:
-      [n, T] float32, descending.
-    """
-    n = matrix.shape[0]
-    half = (n + 1) // 2  # an odd n plays with a column of zeros
-    columns = jnp.pad(jnp.moveaxis(matrix, 1, 0), ((0, 2 * half - n), (0, 0), (0, 0)))
-
-    def turn(_, pairs):
-        a, b = pairs  # [half, n, T] each: disjoint pairs of columns, rotated at once
-        dot = jnp.sum(a * b, axis=1, keepdims=True)
-        norms = jnp.sum(b * b, axis=1, keepdims=True) - jnp.sum(a * a, axis=1, keepdims=True)
-        zeta = norms / (2 * jnp.where(dot == 0, 1.0, dot))
-        # The smaller root of t^2 + 2 zeta t - 1 = 0 turns by at most 45 degrees.
-        tan = jnp.where(zeta >= 0, 1.0, -1.0) / (jnp.abs(zeta) + jnp.sqrt(1 + zeta * zeta))
-        tan = jnp.where(dot == 0, 0.0, tan)
-        cos = lax.rsqrt(1 + tan * tan)
-        sin = cos * tan
-        a, b = cos * a - sin * b, sin * a + cos * b
-        if half == 1:
-            return a, b
-        # Round robin: the first column stays, the others move up one seat; in 2 half - 1 turns
-        # each has met each. (All pairs written out compiled in 6 s for n = 8, this in less than 1.)
-        return jnp.concatenate([a[:1], b[:1], a[1:-1]]), jnp.concatenate([b[1:], a[-1:]])
-
-    turns = (_JACOBI_SWEEPS if n <= 4 else _JACOBI_SWEEPS_ABOVE_4) * (2 * half - 1)
-    columns = jnp.concatenate(lax.fori_loop(0, turns, turn, (columns[:half], columns[half:])))
-    values = jnp.sqrt(jnp.sum(columns * columns, axis=1))
-    return jnp.flip(jnp.sort(values, axis=0), axis=0)[:n]
-
-
-def _composites(h_res: jax.Array, reverse: bool) -> tuple[jax.Array, jax.Array]:
-    """Products over depth of h_res [L, n, n, T], as mantissas [L, n, n, T] and exponents [L, T].
-
-    Entry l is h_res(l) ... h_res(1), or with `reverse` h_res(L) ... h_res(l).
-    """
-    n, tokens = h_res.shape[1], h_res.shape[-1]
-    eye = jnp.broadcast_to(jnp.eye(n, dtype=jnp.float32)[..., None], (n, n, tokens))
-
-    def step(carry, h):
-        composite, exponent = carry
-        product = _product(composite, h) if reverse else _product(h, composite)
-        carry = _rescale(product, exponent)
-        return carry, carry
-
-    return lax.scan(step, (eye, jnp.zeros((tokens,), jnp.int32)), h_res, reverse=reverse)[1]
-
-
-@jax.jit
-def gain_magnitudes(h_res: jax.Array) -> GainMagnitudes:
-    """Gains, composites and collapse diagnostics of one sequence (Figs. 3, 7 and 8).
+def gain_magnitudes(h_res: Any) -> GainMagnitudes:
+    """Gains, composites and collapse diagnostics of residual mappings (Figs. 3, 7 and 8).
 
     Equivalent, for each token and in exact arithmetic, to
 
@@ -174,61 +145,58 @@ def gain_magnitudes(h_res: jax.Array) -> GainMagnitudes:
 
     with means over tokens taken last (a composite is averaged, averages are not composed).
 
+        h_res = np.tile(np.eye(4), (48, 100, 1, 1))  # 48 sublayers, 100 tokens
+        assert gain_magnitudes(h_res).composite_forward[-1] == 1
+
     Args:
-      h_res: [L, T, n, n], used as float32; sublayers in the order of execution, tokens of one
-        sequence; `h_res[..., i, j]` goes from stream j into stream i.
+      h_res: [L, ..., n, n] of any kind: NumPy, JAX, PyTorch, or lists of such. Used as float32. Sublayers in
+        the order of execution; any axes between are tokens, none is one token; `h_res[..., i, j]` goes
+        from stream j into stream i. Memory beside it is bounded, whatever the number of tokens.
 
     Returns:
-      GainMagnitudes, each [L] or [L, n, n] float32. inf where a value exceeds float32; NaN only
-      where h_res itself is not finite.
+      GainMagnitudes, each [L] or [L, n, n] float32. inf where a value exceeds float32; NaN only where
+      h_res itself is not finite, and in stream_cosine.
 
     Raises:
-      ValueError: h_res is not [L, T, n, n] or is empty.
+      ValueError: h_res is not [L, ..., n, n], is empty, or holds no numbers.
     """
-    check_floating(h_res=h_res)
-    if h_res.ndim != 4 or h_res.shape[-1] != h_res.shape[-2] or 0 in h_res.shape:
-        raise ValueError(f"h_res must be [L, T, n, n] and not empty, got {h_res.shape}")
-    # Tokens last: they fill the lanes of a TPU, where [T, 4, 4] would be padded 64-fold.
-    h_res = jnp.moveaxis(h_res.astype(jnp.float32), 1, -1)
-    sublayers, n, _, tokens = h_res.shape
-    shape = (sublayers, n * n, tokens)
+    h_res = as_mappings(h_res)
+    tokens, size = h_res.shape[1], tokens_at_once(h_res.shape)
+    if isinstance(h_res, jax.Array) or size == tokens:
+        return _of_tokens(h_res)
+    # Of the host, where it may be larger than the device's memory.
+    parts = (_sums_of_tokens(h_res[:, k : k + size]) for k in range(0, tokens, size))
+    return finish(functools.reduce(_plus, parts))
 
-    forward, exponent = _composites(h_res, reverse=False)
-    # One sublayer at a time, which stays in a cache.
-    sigma = lax.map(singular_values, forward)
-    second = sigma[:, 1:2] if n > 1 else jnp.zeros_like(sigma)
-    means = _mean_over_tokens(
-        jnp.concatenate([_amax(forward, 2), second, sigma[:, -1:], forward.reshape(shape)], axis=1),
-        exponent,
-    )
 
-    # Distances in units of 2**unit, at least 1, so that the squares stay in range.
-    unit = jnp.maximum(exponent, 0)
-    scaled = forward * _power_of_two(exponent - unit)[:, None, None]
-    eye = jnp.eye(n, dtype=jnp.float32)[None, ..., None]
-    distances = [
-        jnp.sqrt(jnp.sum(jnp.square(scaled - target * _power_of_two(-unit)[:, None, None]), (1, 2)))
-        for target in (eye, jnp.full_like(eye, 1 / n))
-    ]
-    distances = _mean_over_tokens(jnp.stack(distances, axis=1), unit)
+def as_mappings(h_res: Any) -> jax.Array:
+    """[L, ..., n, n] of any kind of array -> [L, T, n, n]. Raises ValueError as `gain_magnitudes`."""
+    h_res = _as_array(h_res)
+    shape = h_res.shape
+    if len(shape) < 3 or shape[-1] != shape[-2] or 0 in shape:
+        raise ValueError(f"h_res must be [L, ..., n, n] and not empty, got {shape}")
+    return h_res.reshape(shape[0], -1, *shape[-2:])
 
-    backward, exponent = _composites(h_res, reverse=True)
-    tails = _mean_over_tokens(
-        jnp.concatenate([_amax(backward, 1), backward.reshape(shape)], axis=1), exponent
-    )
-    return GainMagnitudes(
-        single_forward=jnp.mean(_amax(h_res, 2), axis=(1, 2)),
-        single_backward=jnp.mean(_amax(h_res, 1), axis=(1, 2)),
-        composite_forward=means[:, 0],
-        composite_backward=tails[:, 0],
-        matrix_single=jnp.mean(h_res, axis=-1),
-        matrix_composite=means[:, 3:].reshape(sublayers, n, n),
-        matrix_composite_tail=tails[:, 1:].reshape(sublayers, n, n),
-        second_singular=means[:, 1],
-        smallest_singular=means[:, 2],
-        distance_identity=distances[:, 0],
-        distance_uniform=distances[:, 1],
-    )
+
+def _as_array(x: Any) -> jax.Array | np.ndarray:
+    """Real numbers of any kind; float64 and integers of the host become float32."""
+    if isinstance(x, list | tuple):
+        parts = [_as_array(part) for part in x]
+        shapes = {part.shape for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(f"h_res holds arrays of different shapes: {sorted(shapes)}")
+        traced = any(isinstance(part, jax.Array) for part in parts)
+        return (jnp if traced else np).stack(parts) if parts else np.zeros(0, np.float32)
+    if hasattr(x, "detach"):  # PyTorch, on any device
+        x = x.detach().cpu()
+        if x.is_floating_point():
+            x = x.float()  # NumPy has no bfloat16
+        x = x.numpy()
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+        raise ValueError(f"h_res must hold real numbers, got {x.dtype} of shape {x.shape}")
+    with np.errstate(over="ignore"):  # float64 beyond float32 is inf
+        return x if isinstance(x, jax.Array) else x.astype(np.float32, copy=False)
 
 
 def stream_cosine(streams: jax.Array, n: int) -> jax.Array:
@@ -294,7 +262,36 @@ def save(path: str | os.PathLike, gains: GainMagnitudes, step: int) -> None:
 
 
 def load(path: str | os.PathLike) -> tuple[GainMagnitudes, int]:
-    """Reads what `save` wrote: (GainMagnitudes of numpy arrays, step)."""
-    with np.load(path, allow_pickle=False) as file:
-        fields = {name: file[name] for name in GainMagnitudes._fields}
-        return GainMagnitudes(**fields), int(file["step"])
+    """Reads what `save` wrote: (GainMagnitudes of numpy arrays, step).
+
+    Fields that were not stored yet when the file was written are NaN.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no file of gains, or only a part of one; the message names it.
+    """
+    try:
+        # Opened here: numpy leaves a file that is torn open.
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            found = {name: file[name] for name in GainMagnitudes._fields if name in file}
+            step = int(file["step"])
+        for name in _LATER_FIELDS - found.keys():
+            like = "matrix_single" if name == "matrix_std" else "single_forward"
+            found[name] = np.full_like(found[like], np.nan)
+        return GainMagnitudes(**found), step
+    except FileNotFoundError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise ValueError(f"{path} is no file of gains, or a part of one: {error}") from error
+
+
+# Not in the files of the first releases.
+_LATER_FIELDS = {"matrix_std", "row_entropy", "effective_streams", "stream_cosine"}

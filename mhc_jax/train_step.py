@@ -271,7 +271,8 @@ def measure_gains(
       the gains, and the mean cosine between the streams that the last sublayer reads (1: collapsed).
     """
     found = analyse(variables, tokens, config)
-    return gains.gain_magnitudes(found.h_res[:, 0]), found.stream_cosine[-1]
+    measured = gains.gain_magnitudes(found.h_res[:, 0])._replace(stream_cosine=found.stream_cosine)
+    return measured, found.stream_cosine[-1]
 
 
 # Order in which the backward pass reaches the parts of the model.

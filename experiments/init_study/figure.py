@@ -8,7 +8,7 @@ import statistics
 import matplotlib
 from matplotlib.ticker import NullLocator
 
-from experiments.plotting import STYLE, new_figure, write_figure
+from mhc_jax.analysis.style import STYLE, new_figure, write_figure
 
 # Of widths, from light to dark.
 COLOURS = {64: "#56B4E9", 256: "#0072B2", 512: "#003A5D"}

@@ -5,7 +5,8 @@ import pathlib
 from matplotlib.axes import Axes
 
 from experiments import record
-from experiments.plotting import COLOURS, STYLE, new_figure
+from mhc_jax.analysis.colours import COLOURS
+from mhc_jax.analysis.style import STYLE, new_figure
 
 GIB = 2**30
 MEASURED, FORMULA = COLOURS["mhc"][0], "#333333"

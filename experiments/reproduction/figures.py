@@ -6,16 +6,17 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.plotting import AT_ONE, COLOURS, STYLE, draw, new_figure, write_figure
-from experiments.plotting import log_axis as logarithmic
 from experiments.reproduction import tables
 from experiments.reproduction.settings import SETTINGS, Run
+from mhc_jax.analysis.colours import COLOURS
+from mhc_jax.analysis.style import AT_ONE, STYLE, draw, new_figure, write_figure
+from mhc_jax.analysis.style import log_axis as logarithmic
 
 ARM_COLOURS = {
     "residual": COLOURS["residual"][0],
     "HC": COLOURS["hc"][0],
     "mHC": COLOURS["mhc"][0],
-    "identity": COLOURS["mhc"][2],
+    "identity": COLOURS["identity"][0],
 }
 
 

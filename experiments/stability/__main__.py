@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from experiments import record, report
 from experiments.reproduction.tables import format_table, mean_and_error
 from experiments.verdict import verdict
+from mhc_jax.analysis.runs import read_arms
 from mhc_jax.config import CONNECTIONS, from_dict
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, dict
             notes.append(f"{arm} stopped early: {error}")
     rows = [report.summarize(workdir) for workdir in workdirs]
     print(report.format_table(rows))
-    print(verdict(rows))
+    print(verdict(rows, read_arms(workdirs)))
     path = options.output / "report.html"
     report.write_report(
         path,

@@ -14,7 +14,6 @@ from experiments.init_study.runs import ALPHA_TIMES_ROW, all_runs, first_runs, s
 from experiments.reproduction import __main__ as reproduction
 from experiments.reproduction import figures, tables
 from experiments.reproduction.settings import ARMS, SETTINGS, Run, choose, counted, pilots
-from experiments.verdict import verdict
 from mhc_jax import train as training
 
 TOY = {"model.num_blocks": 1, "model.width": 16, "model.num_heads": 2, "model.ffn_width": 16,
@@ -171,23 +170,6 @@ def test_the_study_finds_the_best_factor_and_runs_around_it(tmp_path):
         for s in (0, 1)
     }
     assert figure.draw({"runs": found}, tmp_path / "study.png").exists()
-
-
-def test_verdict_is_computed_from_the_rows():
-    rows = [
-        {"arm": "residual", "validation_loss": 2.8, "composite_forward": 1.0, "composite_backward": 1.0},
-        {"arm": "HC", "validation_loss": 2.3, "composite_forward": 3123.0, "composite_backward": 9.0},
-        {"arm": "mHC", "validation_loss": 2.85, "composite_forward": 1.0, "composite_backward": 1.26},
-    ]  # fmt: skip
-    assert verdict(rows) == (
-        "Against residual, in validation loss, HC ends 0.500 nats lower, with composite gains of up to "
-        "3.12e+03; mHC ends 0.050 nats higher, with composite gains of up to 1.26."
-    )
-    rows[1]["validation_loss"] = math.nan
-    rows[2]["validation_loss"] = 2.8
-    assert "HC ends with a loss that is not finite" in verdict(rows)
-    assert "mHC ends level" in verdict(rows)
-    assert verdict(rows[:1]) == ""
 
 
 def test_strict_json_of_a_summary(tmp_path):

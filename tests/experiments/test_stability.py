@@ -3,10 +3,14 @@
 import html
 import re
 
+import numpy as np
 import pytest
 
 from experiments import record
 from experiments.stability import __main__ as stability
+from mhc_jax.analysis import gain_magnitudes, gains_of_run
+from mhc_jax.train_step import analyse
+from mhc_jax.trained import load
 
 NUMBER = r"[\d.e+-]+"
 
@@ -47,6 +51,29 @@ def test_the_short_demo(tmp_path, capsys, monkeypatch):
     stored = record.read(tmp_path / "stability" / "results" / "cpu.json")["seeds"]
     assert stored["1"]["mhc"]["arm"] == "mHC"
     assert f"{stored['1']['mhc']['validation_loss']:.4f}" == rows[3][1].split()[1]
+    check_gains_on_a_text(tmp_path / "runs" / "seed1" / "mhc")
+
+
+def check_gains_on_a_text(workdir):
+    """Two whole sequences count, what is left over does not; a checkpoint of another shape is named."""
+    text = "a rose is a rose\n" * 10  # 170 bytes, sequences of 64
+    found = gains_of_run(workdir, text)
+    config, variables, _ = load(workdir)
+    tokens = np.frombuffer(text.encode(), np.uint8)[:128].reshape(2, 64).astype(np.int32)
+    by_hand = analyse(variables, tokens, config.model)
+    want = gain_magnitudes(by_hand.h_res)
+    np.testing.assert_allclose(found.composite_backward, want.composite_backward, rtol=1e-5)
+    np.testing.assert_allclose(found.stream_cosine, by_hand.stream_cosine, rtol=1e-5)
+    np.testing.assert_array_equal(
+        gains_of_run(workdir.parent / "residual", text).single_forward, [1, 1]
+    )
+    with pytest.raises(ValueError, match="the text is empty"):
+        gains_of_run(workdir, "")
+    path = workdir / "config.json"
+    path.write_text(path.read_text().replace('"width": 64', '"width": 32'))
+    with pytest.raises(ValueError, match="mhc is of another architecture") as error:
+        gains_of_run(workdir, text)
+    assert "\n" not in str(error.value)
 
 
 def test_a_demo_without_seeds_is_refused():

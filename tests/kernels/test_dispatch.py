@@ -158,6 +158,32 @@ def test_explain_on_a_gpu(op, options, taken, why_not):
 
 
 @pytest.mark.gpu_interpreter
+@pytest.mark.parametrize(("capability", "taken"), [("7.5", "xla"), ("7.0", "xla"), ("8.0", "cuda")])
+def test_a_gpu_without_bfloat16_takes_xla(monkeypatch, capability, taken):
+    """As a T4 (7.5) is; a named kernel says so."""
+    from kernels_pallas import triton_call
+
+    class Device:
+        compute_capability = capability
+        core_count = 40
+
+    monkeypatch.setattr(triton_call, "_device", Device)
+    for op in ("read", "boundary"):
+        for choice in kp.explain(op, platform="gpu").choices:
+            assert choice.implementation == taken
+            if taken == "xla":
+                assert f"compute capability {capability}" in choice.why_not["cuda"]
+                assert f"compute capability {capability}" in choice.why_not["triton"]
+    if taken == "xla":
+        text = str(jax.make_jaxpr(lambda x, h: kp.pre(x, h))(X, H))
+        assert "platform_index" not in text
+        with pytest.raises(NotImplementedError, match=f"compute capability {capability}"):
+            kp.pre(X, H, implementation="triton")
+        with pytest.raises(NotImplementedError, match=f"compute capability {capability}"):
+            dispatch.check_platform("read=triton", "gpu")
+
+
+@pytest.mark.gpu_interpreter
 def test_none_takes_what_explain_says(monkeypatch):
     from kernels_pallas import cuda_call
     from kernels_pallas.boundary import cuda, gpu

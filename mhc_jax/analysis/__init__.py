@@ -1,0 +1,48 @@
+"""Gain magnitudes of models and runs, and the paper's figures of them.
+
+    from mhc_jax import analysis
+
+    gains = {"mHC": analysis.gains_of(model, tokens), "HC": analysis.gains_of_run("runs/hc")}
+    analysis.plot_gains(gains)
+
+| function | what it gives |
+|---|---|
+| `gains_of(model, inputs)` | gains of any model with connections of this package, on these inputs |
+| `gains_of_run(workdir)` | those of a training |
+| `static_gains(parameters)` | those of the static part, from parameters alone |
+| `gain_magnitudes(h_res)` | those of mappings from anywhere, [L, ..., n, n] |
+| `plot_gains`, `heat_maps`, `collapse`, `spread` | figures of {name: gains} |
+| `loss_gap` | figure of {name: workdir} |
+
+`docs/analysis.md` has an example of each. matplotlib is imported by the figures alone.
+"""
+
+import importlib
+
+from mhc_jax.gains import GainMagnitudes, gain_magnitudes
+
+# Read when they are asked for: connections import this package, and figures need matplotlib.
+_LAZY = {
+    "collapse": "plots",
+    "gains_of": "measure",
+    "gains_of_run": "measure",
+    "heat_maps": "plots",
+    "loss_gap": "losses",
+    "plot_gains": "plots",
+    "spread": "plots",
+    "static_gains": "static",
+}
+
+__all__ = ["GainMagnitudes", "gain_magnitudes", *_LAZY]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

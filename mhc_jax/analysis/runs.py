@@ -1,0 +1,207 @@
+"""Reading workdirs: what a comparison of runs is made of.
+
+A workdir is what training leaves behind, and all that is read here:
+
+    config.json                 nested; config["model"]["connection"] and ["n"] name the arm
+    metrics.jsonl               one JSON object a line, any subset of keys beside "step"; non-finite
+                                values are the strings "nan", "inf", "-inf"; steps may repeat after
+                                a restart, and the later line wins
+    gains/step_00000200.npz     as written by mhc_jax.gains.save; none for the residual arm
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from mhc_jax import gains as gains_lib
+from mhc_jax.analysis import colours
+
+log = logging.getLogger("mhc_jax.analysis")
+
+NAMES = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One workdir, read.
+
+    Attributes:
+      path: the workdir.
+      name: how figures call it: "residual", "HC", "mHC", with the folder's name where two agree.
+      connection: config["model"]["connection"].
+      colour: hexadecimal, another for each arm; the connection's own for its first.
+      config: config.json.
+      metrics: key -> (steps [K] int64, values [K] float64), steps ascending and distinct.
+      gains: step -> path of the .npz.
+    """
+
+    path: pathlib.Path
+    name: str
+    connection: str
+    colour: str
+    config: dict
+    metrics: dict[str, tuple[np.ndarray, np.ndarray]]
+    gains: dict[int, pathlib.Path]
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of a metric; empty arrays where it was never logged."""
+        return self.metrics.get(key, (np.zeros(0, np.int64), np.zeros(0)))
+
+    def gain_series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of "gains/..." from metrics, with steps only the .npz have filled in."""
+        steps, values = self.series(key)
+        found = dict(zip(steps.tolist(), values.tolist()))
+        for step in self.gains.keys() - found.keys():
+            try:
+                found[step] = gains_lib.summary(gains_lib.load(self.gains[step])[0])[key]
+            except ValueError as error:
+                log.warning("%s: %s", self.name, error)
+        order = sorted(found)
+        return np.array(order, np.int64), np.array([found[s] for s in order], float)
+
+
+def read_metrics(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads metrics.jsonl into key -> (steps, values). Lines that are no JSON object are skipped.
+
+    A run still going may have half a last line, and a killed one half a line in the middle.
+    """
+    table: dict[str, dict[int, float]] = {}
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            entry = json.loads(line) if line.strip() else {}
+            step = int(entry.pop("step")) if entry else 0
+            values = {k: float(v) for k, v in entry.items() if isinstance(v, int | float | str)}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            log.warning("%s line %d skipped: %r", path, number, error)
+            continue
+        for key, value in values.items():
+            table.setdefault(key, {})[step] = value
+    return {
+        key: (np.array(sorted(by_step)), np.array([by_step[s] for s in sorted(by_step)]))
+        for key, by_step in table.items()
+    }
+
+
+def read_config(workdir: str | os.PathLike) -> dict:
+    """config.json of a workdir, which names a connection.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it cannot be read. Both name the file.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{workdir} is not a workdir of training: it has no config.json")
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config["model"]["connection"], str):
+            raise TypeError("model.connection is no text")
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is no configuration of a training: {error!r}") from error
+    return config
+
+
+def _read(path: pathlib.Path) -> Arm:
+    """One workdir, without what sets it apart from the others."""
+    if not (path / "metrics.jsonl").is_file():
+        raise FileNotFoundError(f"{path} is not a workdir of training: it has no metrics.jsonl")
+    config = read_config(path)
+    connection = config["model"]["connection"]
+    identity = connection == "mhc" and config["model"].get("manifold") == "identity"
+    return Arm(
+        path=path,
+        name="identity" if identity else NAMES.get(connection, connection),
+        connection=connection,
+        colour="",
+        config=config,
+        metrics=read_metrics(path / "metrics.jsonl"),
+        gains=stored_gains(path),
+    )
+
+
+def read_arms(
+    workdirs: Iterable[str | os.PathLike], left_out: list[str] | None = None
+) -> list[Arm]:
+    """Reads workdirs into arms, in the order given.
+
+    Args:
+      workdirs: of trainings.
+      left_out: takes a line for each workdir that cannot be read; None: that is an error.
+
+    Raises:
+      FileNotFoundError: a workdir has no metrics.jsonl or no config.json; the message names it.
+      ValueError: its config.json is none.
+    """
+    arms = []
+    for path in map(pathlib.Path, workdirs):
+        try:
+            arms.append(_read(path))
+            if left_out is not None and not arms[-1].metrics:
+                arms.pop()
+                raise ValueError(f"{path}/metrics.jsonl holds no metrics yet")
+        except (FileNotFoundError, ValueError) as error:
+            if left_out is None:
+                raise
+            left_out.append(str(error))
+    names = _told_apart(arms)
+    chosen = colours.choose(names)
+    return [
+        dataclasses.replace(arm, name=name, colour=colour)
+        for arm, name, colour in zip(arms, names, chosen)
+    ]
+
+
+def _told_apart(arms: Sequence[Arm]) -> list[str]:
+    """Names of arms, with as much of the end of their paths as it takes where they agree."""
+    names = [arm.name for arm in arms]
+    paths = [arm.path.resolve().parts for arm in arms]
+    for depth in range(1, 1 + max(map(len, paths), default=0)):
+        alike = {arm.name for arm, name in zip(arms, names) if names.count(name) > 1}
+        if not alike:
+            break
+        names = [
+            f"{arm.name} ({'/'.join(path[-depth:])})" if arm.name in alike else name
+            for arm, path, name in zip(arms, paths, names)
+        ]
+    # The same folder twice.
+    return [name if names.count(name) == 1 else f"{name} #{i}" for i, name in enumerate(names, 1)]
+
+
+def stored_gains(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The files of gains in a workdir, by step."""
+    return {
+        int(match[1]): file
+        for file in sorted((workdir / "gains").glob("*.npz"))
+        if (match := re.fullmatch(r"step_(\d+)\.npz", file.name))
+    }
+
+
+def choose_baseline(arms: Sequence[Arm], wanted: str | None) -> Arm:
+    """The arm gaps are taken to: by connection, name, folder or path; else residual; else the first.
+
+    Raises:
+      ValueError: nothing fits `wanted`; the message lists what there is.
+    """
+    if wanted is None:
+        return next((arm for arm in arms if arm.connection == "residual"), arms[0])
+    for arm in arms:
+        known = (arm.connection.lower(), arm.name.lower(), arm.path.resolve().name.lower())
+        if wanted.lower() in known or pathlib.Path(wanted).resolve() == arm.path.resolve():
+            return arm
+    raise ValueError(f"no arm {wanted!r}; there are {', '.join(arm.name for arm in arms)}")
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over `window` (odd) points, of the finite ones; shorter at both ends."""
+    finite = np.isfinite(values)
+    kernel = np.ones(window)
+    count = np.convolve(finite, kernel)[window // 2 :][: len(values)]
+    total = np.convolve(np.where(finite, values, 0.0), kernel)[window // 2 :][: len(values)]
+    # A point that is not finite itself stays so: the curve ends where the run diverged.
+    return np.where(finite, total / np.maximum(count, 1), values)
