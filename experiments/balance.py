@@ -68,7 +68,7 @@ def make_config(options: argparse.Namespace, balance_rate: float) -> Config:
             "model.experts_per_token": 2, "model.shared_experts": 1, "model.expert_width": 64,
             "model.dtype": "float32", "model.moe_dispatch": "dropless",
             "model.balance_rate": balance_rate, "optimizer.learning_rate": 1e-3,
-            "optimizer.warmup_steps": 20, "optimizer.schedule": "constant",
+            "optimizer.warmup_steps": min(20, options.steps // 2), "optimizer.schedule": "constant",
         }
     )  # fmt: skip
     return from_dict(values)

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
-from mhc_jax import remat
+from mhc_jax import ranges, remat
 from mhc_jax.data.config import DataConfig
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.manifolds import MANIFOLDS
@@ -29,11 +29,6 @@ MOE_DISPATCHES = ("auto", "dropless", "capacity")
 def _one_of(name: str, value: Any, choices: typing.Iterable[Any]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(str, choices))}")
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:  # NaN fails too
-        raise ValueError(f"{name}={value} must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,13 +86,7 @@ class ModelConfig:
             raise ValueError(f"model.{error}") from None
         _one_of("model.attention", self.attention, ATTENTIONS)
         _one_of("model.remat", self.remat, remat.POLICIES)
-        for name in ("vocab_size", "num_blocks", "width", "num_heads", "ffn_width", "n"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
-        _at_least("model.sinkhorn_iterations", self.sinkhorn_iterations, 1)
-        _at_least("model.loss_chunks", self.loss_chunks, 1)
-        for name in ("init_std", "norm_eps", "pre_init_gap", "res_init_gap"):
-            _at_least(f"model.{name}", getattr(self, name), 0)
-        _at_least("model.rope_theta", self.rope_theta, 1)
+        ranges.check(vars(self), "model.")
         self._check_attention()
         self._check_experts()
         self._resolve_alpha()
@@ -105,8 +94,6 @@ class ModelConfig:
 
     def _check_attention(self):
         if self.attention == "mla":
-            for name in ("head_dim", "rope_dim", "kv_rank"):
-                _at_least(f"model.{name}", getattr(self, name), 1)
             if self.rope_dim % 2:
                 raise ValueError(
                     f"model.rope_dim={self.rope_dim} must be even: it is rotated in pairs"
@@ -119,18 +106,8 @@ class ModelConfig:
 
     def _check_experts(self):
         _one_of("model.moe_dispatch", self.moe_dispatch, MOE_DISPATCHES)
-        for name in (
-            "num_experts",
-            "shared_experts",
-            "leading_dense_blocks",
-            "balance_rate",
-            "sequence_balance_weight",
-        ):
-            _at_least(f"model.{name}", getattr(self, name), 0)
         if not self.num_experts:
             return
-        for name in ("experts_per_token", "expert_width", "capacity_factor"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"model.experts_per_token={self.experts_per_token} is more than "
@@ -194,12 +171,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _one_of("optimizer.schedule", self.schedule, SCHEDULES)
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm", "eps"):
-            _at_least(f"optimizer.{name}", getattr(self, name), 0)
-        for name in ("final_fraction", "decay_fraction", "b1", "b2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie in 0 to 1")
-        _at_least("optimizer.accumulate_steps", self.accumulate_steps, 1)
+        ranges.check(vars(self), "optimizer.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,11 +185,8 @@ class MeshConfig:
     sequence: int
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
-        for name, size in sizes.items():
-            if size != -1 and size < 1:
-                raise ValueError(f"mesh.{name}={size} must be at least 1, or -1 for the rest")
-        rest = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+        ranges.check(vars(self), "mesh.")
+        rest = [f"mesh.{name}" for name, size in vars(self).items() if size == -1]
         if len(rest) > 1:
             raise ValueError(f"{' and '.join(rest)} are -1: only one axis can take the rest")
 
@@ -242,10 +211,13 @@ class Config:
     mesh: MeshConfig
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "eval_batches", "checkpoints_kept"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("eval_every", "gains_every", "checkpoint_every"):
-            _at_least(name, getattr(self, name), 0)
+        ranges.check(vars(self))
+        warmup = self.optimizer.warmup_steps
+        if warmup >= self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={warmup} leaves none of the steps={self.steps} to the schedule: "
+                f"lower it to {self.steps // 10}, or raise steps"
+            )
         accumulate = self.optimizer.accumulate_steps
         if self.batch_size % accumulate:
             raise ValueError(

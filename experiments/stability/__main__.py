@@ -59,6 +59,7 @@ def arm_config(options: argparse.Namespace, connection: str):
     config.model.connection = connection
     if options.steps is not None:
         config.steps = options.steps
+        config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, options.steps // 2)
     if options.num_blocks is not None:
         config.model.num_blocks = options.num_blocks
     if options.learning_rate is not None:

@@ -441,7 +441,7 @@ def test_matrices_rounded_ahead_have_the_gradients_of_those_rounded_where_used(p
 
 
 def test_workdir_from_before_blocks_could_be_written_out(tmp_path):
-    config = tiny("residual", **{"steps": 1})
+    config = tiny("residual", **{"steps": 1, "optimizer.warmup_steps": 0})
     train(config, tmp_path)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
