@@ -80,8 +80,8 @@ RANGES = {
         -1e6, 1e6, words="must be a finite number or 'auto', of size 1e6 at most"
     ),
     "model.sinkhorn_iterations": Range(1, 10_000),
-    "model.pre_init_gap": Range(0.0, 1e4),
-    "model.res_init_gap": Range(0.0, 1e4),
+    "model.pre_init_gap": Range(0.0, 100.0),
+    "model.res_init_gap": Range(0.0, 100.0),
     "model.loss_chunks": Range(1, 2**24),
     "optimizer.learning_rate": Range(0.0, _FINITE),
     "optimizer.warmup_steps": Range(0, _COUNT),

@@ -1,5 +1,6 @@
 """The pure functions of training: state and batch in, state and metrics out."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from mhc_jax import gains
 from mhc_jax.config import Config, ModelConfig
-from mhc_jax.losses import linear_cross_entropy
+from mhc_jax.losses import linear_cross_entropy, num_counted
 from mhc_jax.moe import MoEAux
 from mhc_jax.optimizer import make_optimizer, make_schedule
 from mhc_jax.sharding import by_token, on_mesh, replicated, split_parameters, tree_shardings
@@ -89,8 +90,16 @@ def init_state(config: Config) -> TrainState:
     )
 
 
+def _exact(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, moe_dispatch="dropless")
+
+
 def evaluate(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
-    """Mean cross-entropy in nats a token of batch `inputs`, `targets` `[B, S]` int32."""
+    """Mean cross-entropy in nats a token of batch `inputs`, `targets` `[B, S]` int32.
+
+    Of the exact model: no choice of an expert is dropped, whatever `moe_dispatch` training uses.
+    """
+    config = _exact(config)
     model = nnx.merge(model_graph(config), variables)
     x, _ = model.hidden_with_aux(batch["inputs"])
     return linear_cross_entropy(x, model.unembedding, batch["targets"], config.loss_chunks)
@@ -112,9 +121,19 @@ def _narrowed(params: Params, dtype) -> Params:
 
 
 def loss_fn(
-    params: Params, model_state: Params, batch: Batch, config: ModelConfig
+    params: Params,
+    model_state: Params,
+    batch: Batch,
+    config: ModelConfig,
+    share: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, tuple[jax.Array, MoEAux | None]]:
     """What is minimised: cross-entropy and the balance losses of all blocks.
+
+    Args:
+      params, model_state: see `TrainState`.
+      batch: `inputs`, `targets` `[B, S]` int32; a target of `losses.IGNORE_INDEX` does not count.
+      config: of the model.
+      share: factor of the cross-entropy, for a part of a batch with fewer targets that count.
 
     Returns:
       that loss, and beside it the cross-entropy alone and the report of the blocks with experts.
@@ -123,7 +142,9 @@ def loss_fn(
     model = nnx.merge(model_graph(config), _merged(narrow, model_state))
     x, aux = model.hidden_with_aux(batch["inputs"])
     with jax.named_scope("unembedding"):
-        loss = linear_cross_entropy(x, model.unembedding, batch["targets"], config.loss_chunks)
+        loss = share * linear_cross_entropy(
+            x, model.unembedding, batch["targets"], config.loss_chunks
+        )
     return loss if aux is None else loss + aux.balance_loss.sum(), (loss, aux)
 
 
@@ -137,8 +158,12 @@ def _loss_and_gradients(params: Params, model_state: Params, batch: Batch, confi
     # Part p takes every parts-th row, so that each device's rows spread over all parts.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
+    counted = jnp.maximum(num_counted(batch["targets"]), 1)
+
     def add(total, part):
-        gradients, reported = gradient(params, model_state, part)
+        # Exactly 1 where every target counts.
+        share = num_counted(part["targets"]) * parts / counted
+        gradients, reported = gradient(params, model_state, part, share=share)
         return jax.tree.map(jnp.add, total, split_parameters(gradients)), reported
 
     total, reported = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
@@ -267,10 +292,12 @@ def measure_gains(
 ) -> tuple[gains.GainMagnitudes, jax.Array]:
     """Gain magnitudes (Figs. 3, 7, 8) over the tokens `[1, S]` of one sequence; hc and mhc only.
 
+    Of the exact model, as `evaluate`.
+
     Returns:
       the gains, and the mean cosine between the streams that the last sublayer reads (1: collapsed).
     """
-    found = analyse(variables, tokens, config)
+    found = analyse(variables, tokens, _exact(config))
     return gains.gain_magnitudes(found.h_res[:, 0]), found.stream_cosine[-1]
 
 

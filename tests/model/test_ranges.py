@@ -50,7 +50,7 @@ SIZES = {
     "model.num_heads": [1, 2], "model.head_dim": [3, 8], "model.rope_dim": [2, 4], "model.kv_rank": [1, 5],
     "model.ffn_width": [1, 8], "model.num_experts": [0, 0, 3, 4], "model.experts_per_token": [1, 2, 3],
     "model.shared_experts": [0, 2], "model.expert_width": [1, 8], "model.leading_dense_blocks": [0, 1],
-    "model.n": [1, 2, 3], "model.sinkhorn_iterations": [1, 4], "model.loss_chunks": [1, 2],
+    "model.n": [1, 2, 3], "model.pre_init_gap": [0.5, 100.0], "model.sinkhorn_iterations": [1, 4], "model.loss_chunks": [1, 2],
     "model.vocab_size": [12, 16], "optimizer.warmup_steps": [0, 2, 9],
     "optimizer.accumulate_steps": [1, 1, 2], "data.sequence_length": [2, 6],
     "data.synthetic_vocab_size": [8, 12], "eval_batches": [1, 3],
