@@ -1,0 +1,51 @@
+"""Paths that a user gives: on this machine, with `~`, or in a bucket of Google Cloud Storage."""
+
+import importlib.util
+import json
+import os
+import re
+from typing import Any
+
+from etils import epath
+
+
+def of_user(path: str | os.PathLike) -> epath.Path:
+    """The path with `~` expanded; "gs://bucket/folder" names a place in a bucket.
+
+    Raises:
+      ValueError: another scheme than gs://, no bucket, an unknown user, or no package that reads gs://.
+    """
+    text = os.fspath(path)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", text)
+    if not scheme:
+        expanded = os.path.expanduser(text)
+        if expanded.startswith("~"):
+            raise ValueError(f"{text}: there is no user {expanded[1:].split('/')[0]}")
+        return epath.Path(expanded)
+    if scheme[1] != "gs" or not text.startswith("gs://"):
+        raise ValueError(
+            f"{text}: {text[: scheme.end()]} is not supported: give a folder of this machine or "
+            "gs://bucket/folder"
+        )
+    if not re.match(r"gs://[^/]+(/|$)", text):
+        raise ValueError(f"{text} names no bucket: give gs://bucket/folder")
+    # etils takes either; both are found without importing them.
+    if not any(importlib.util.find_spec(package) for package in ("gcsfs", "tensorflow")):
+        raise ValueError(f"{text}: gs:// needs gcsfs: pip install gcsfs")
+    return epath.Path(text)
+
+
+def is_bucket(path: os.PathLike) -> bool:
+    """Whether the path lies in a bucket, where objects appear whole and folders cannot be renamed."""
+    return os.fspath(path).startswith("gs://")
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a JSON file that is there as a whole or not at all, also after a kill."""
+    text = json.dumps(value, indent=2) + "\n"
+    if is_bucket(path):
+        path.write_text(text)
+        return
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
