@@ -17,6 +17,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -27,6 +28,15 @@ _log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 DAMAGED = "checkpoints_damaged"
+PROBE = "checkpoints_probe"
+
+
+def _no_tracebacks_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs where in its code a save failed; what failed and why is said once, by `SaveError`."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_no_tracebacks_of_orbax)
 
 
 class SaveError(RuntimeError):
@@ -223,6 +233,40 @@ class Checkpoints:
         except SaveError as error:
             _log.error("%s", error)
         self._manager.close()
+
+
+def probe(workdir: epath.PathLike) -> None:
+    """Saves and restores a few numbers in the way of a train state; process 0 alone.
+
+    Raises:
+      ValueError: the file system does not do what checkpoints need, such as to rename a folder.
+    """
+    folder = absolute(epath.Path(workdir) / PROBE)
+    numbers = {"numbers": np.arange(3, dtype=np.float32)}
+    try:
+        if folder.exists():
+            folder.rmtree()
+        folder.mkdir(parents=True)
+        manager = _Manager(
+            folder,
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
+            ),
+        )
+        manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(numbers)))
+        manager.close()
+        read = ocp.PyTreeCheckpointHandler().restore(
+            folder / "0" / "state", args=ocp.args.PyTreeRestore(item=numbers)
+        )
+        if saved_steps(folder) != [0] or read["numbers"].tolist() != [0, 1, 2]:
+            raise OSError("what was restored is not what was saved")
+        folder.rmtree()
+    except Exception as error:
+        raise ValueError(
+            f"checkpoints cannot be saved in {workdir} ({one_line(error)}): folders must be renamable there; "
+            "docs/launch.md has the options of gcsfuse, and --workdir may be gs://bucket/folder"
+        ) from error
 
 
 def newest_good(

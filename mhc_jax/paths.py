@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -29,10 +30,21 @@ def of_user(path: str | os.PathLike) -> epath.Path:
         )
     if not re.match(r"gs://[^/]+(/|$)", text):
         raise ValueError(f"{text} names no bucket: give gs://bucket/folder")
-    # etils takes either; both are found without importing them.
-    if not any(importlib.util.find_spec(package) for package in ("gcsfs", "tensorflow")):
-        raise ValueError(f"{text}: gs:// needs gcsfs: pip install gcsfs")
+    if not importlib.util.find_spec("gcsfs"):
+        raise ValueError(f"{text}: gs:// needs the package gcsfs: pip install gcsfs")
     return epath.Path(text)
+
+
+def local(path: str | os.PathLike) -> pathlib.Path:
+    """A path of this machine with `~` expanded.
+
+    Raises:
+      ValueError: the path has a scheme, or names an unknown user.
+    """
+    found = of_user(path)
+    if is_bucket(found):
+        raise ValueError(f"{path}: only folders of this machine can be used here")
+    return pathlib.Path(found)
 
 
 def is_bucket(path: os.PathLike) -> bool:

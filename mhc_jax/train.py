@@ -14,7 +14,7 @@ import tqdm
 
 from kernels_pallas import dispatch
 from mhc_jax import distributed, gains, paths, preemption, sharding
-from mhc_jax.checkpoint import Checkpoints, SaveError
+from mhc_jax.checkpoint import FOLDER, Checkpoints, SaveError, absolute, probe, saved_steps
 from mhc_jax.config import Config
 from mhc_jax.data import make_iterator, vocab_size
 from mhc_jax.lock import WorkdirLock
@@ -147,6 +147,8 @@ class Run:
         self.is_main = jax.process_index() == 0
         distributed.on_first(self._take_lock)
         claim_workdir(config, workdir)
+        if not saved_steps(absolute(workdir / FOLDER)):  # else it has been shown already
+            distributed.on_first(lambda: probe(workdir))
         self.checkpoints = Checkpoints(workdir, kept=config.checkpoints_kept, config=values)
         # Order of restart: a checkpoint of this workdir, else from scratch.
         if self.checkpoints.latest_step is None:
@@ -293,13 +295,13 @@ class Run:
         measured, cosine = jax.device_get(self._gains(self.state.variables, self._gains_tokens))
         self._write(self.step, gains.summary(measured) | {"gains/stream_cosine": float(cosine)})
         if self.is_main:
-            folder = self.workdir / "gains"
-            folder.mkdir(exist_ok=True)
-            gains.save(folder / f"step_{self.step:08d}.npz", measured, self.step)
+            gains.save(self.workdir / "gains" / f"step_{self.step:08d}.npz", measured, self.step)
 
     def _save(self) -> None:
         if self.lock:
             self.lock.renew()  # nothing is written to a workdir that another run has taken over
+        if self.writer:
+            self.writer.flush()  # a run that goes on from here has all lines up to here
         try:
             self.checkpoints.save(self.state, self.data)
         except SaveError as error:
