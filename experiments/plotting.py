@@ -111,7 +111,7 @@ def read_metrics(path: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     A run still going may have half a last line, and a killed one half a line in the middle.
     """
     table: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().decode(errors="replace").splitlines(), 1):
         try:
             entry = json.loads(line) if line.strip() else {}
             step = int(entry.pop("step")) if entry else 0

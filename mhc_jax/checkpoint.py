@@ -219,11 +219,11 @@ class Checkpoints:
 
     def _set_aside(self, steps: list[int]) -> None:
         there = absolute(self._workdir / DAMAGED)
-        there.mkdir(exist_ok=True, parents=True)
+        names = [path.name for path in there.iterdir()] if there.exists() else []
         for step in steps:
-            taken = sum(1 for path in there.iterdir() if path.name.split(".")[0] == str(step))
+            taken = sum(1 for name in names if name.split(".")[0] == str(step))
             target = there / (f"{step}.{taken}" if taken else str(step))
-            (self._folder / str(step)).rename(target)
+            paths.move(self._folder / str(step), target)
             _log.warning("moved the damaged checkpoint of step %d to %s", step, target)
 
     def close(self) -> None:

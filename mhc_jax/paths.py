@@ -17,7 +17,7 @@ def of_user(path: str | os.PathLike) -> epath.Path:
       ValueError: another scheme than gs://, no bucket, an unknown user, or no package that reads gs://.
     """
     text = os.fspath(path)
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", text)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/{1,2}", text)
     if not scheme:
         expanded = os.path.expanduser(text)
         if expanded.startswith("~"):
@@ -61,3 +61,16 @@ def write_json(path: epath.Path, value: Any) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(text)
     part.replace(path)
+
+
+def move(folder: epath.Path, target: epath.Path) -> None:
+    """Moves a folder, in a bucket object by object."""
+    if is_bucket(folder):
+        import fsspec
+
+        files = fsspec.filesystem("gcs")
+        files.mv(str(folder), str(target), recursive=True)
+        files.invalidate_cache()
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)

@@ -26,6 +26,7 @@ _T = TypeVar("_T")
 # none can miss the call at which the others stop.
 _LAST_OF_START = 7200
 _SECONDS_A_CALL = 0.5
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class Stopped(BaseException):
@@ -153,7 +154,7 @@ def in_thread(function: Callable[[], _T], what: str, ask: Callable[[], None] = l
     while thread.is_alive():
         thread.join(_SECONDS_A_CALL)
         ask()
-        if time.monotonic() - told > 10:
+        if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
             told = time.monotonic()
             _log.info("%s ... %d s", what, told - begin)
     if "error" in outcome:
