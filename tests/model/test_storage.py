@@ -21,7 +21,7 @@ import pytest
 from test_loop import CONFIG, SMALL, programs, saved, state_of  # noqa: F401 - a fixture
 from test_train import tiny
 
-from mhc_jax import checksum, lock, paths, preemption, trained
+from mhc_jax import checkpoint, checksum, lock, paths, preemption, trained
 from mhc_jax import train as train_module
 from mhc_jax.checkpoint import Checkpoints, SaveError
 from mhc_jax.config import from_dict
@@ -257,7 +257,7 @@ def test_the_state_is_saved_again_at_once(
     finally:
         run.close()
     assert "step 1 could not be saved in" in caplog.text
-    assert saved(tmp_path) == ([1] if failures == 1 else [])
+    assert checkpoint.saved_steps(tmp_path / "checkpoints") == ([1] if failures == 1 else [])
 
 
 def test_storage_that_cannot_rename_folders_fails_at_the_start(programs, tmp_path, no_renaming):  # noqa: F811
