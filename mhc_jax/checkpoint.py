@@ -6,12 +6,14 @@ saved. Checkpoints from before there was `contents` are restored unchecked, with
 """
 
 import contextlib
+import functools
 import gc
 import json
 import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,12 +33,24 @@ DAMAGED = "checkpoints_damaged"
 PROBE = "checkpoints_probe"
 
 
-def _no_tracebacks_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs where in its code a save failed; what failed and why is said once, by `SaveError`."""
-    return not (record.exc_info and "orbax" in record.pathname)
+def _is_news(record: logging.LogRecord) -> bool:
+    """What failed and why is said once, by `SaveError` or `Damaged`, not for each array and each layer."""
+    of_orbax = record.exc_info and "orbax" in record.pathname
+    return not (of_orbax or "exception was never retrieved" in str(record.msg))
 
 
-logging.getLogger("absl").addFilter(_no_tracebacks_of_orbax)
+def _not_the_loop(unraisable, following) -> None:
+    # Orbax ends its event loop at the first error; what arrives after it has nobody to tell.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        following(unraisable)
+
+
+def _quiet() -> None:
+    """One error of storage would print a traceback for every array beside the line that counts."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)  # a second time it changes nothing
+    if getattr(sys.unraisablehook, "func", None) is not _not_the_loop:
+        sys.unraisablehook = functools.partial(_not_the_loop, following=sys.unraisablehook)
 
 
 class SaveError(RuntimeError):
@@ -74,6 +88,7 @@ class Checkpoints:
         self._workdir = epath.Path(workdir)
         self._folder = absolute(self._workdir / FOLDER)
         self._kept, self._config = kept, config
+        _quiet()
         self._saving: int | None = None  # step of the save that runs in the background
         self._manager = self._open()
 
@@ -242,6 +257,7 @@ def probe(workdir: epath.PathLike) -> None:
       ValueError: the file system does not do what checkpoints need, such as to rename a folder.
     """
     folder = absolute(epath.Path(workdir) / PROBE)
+    _quiet()
     numbers = {"numbers": np.arange(3, dtype=np.float32)}
     try:
         if folder.exists():
@@ -365,26 +381,16 @@ def read_arrays(folder: epath.Path, wanted: Any) -> Any:
 
 @contextlib.contextmanager
 def _one_error_alone() -> Iterator[None]:
-    """Where one array cannot be read, orbax ends its event loop while others are still on their way.
-
-    Each of those would print a traceback, of "Event loop is closed" or of its own error.
-    """
-    hook, asyncio_log = sys.unraisablehook, logging.getLogger("asyncio")
-
-    def not_the_loop(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = not_the_loop
-    disabled, asyncio_log.disabled = asyncio_log.disabled, True
+    """Ends with what orbax leaves unfinished where one array cannot be read while others are on their way."""
+    _quiet()
     try:
         yield
     except Exception:
-        time.sleep(0.2)  # for those on their way
-        gc.collect()
+        time.sleep(0.2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "coroutine was never awaited"
+            gc.collect()
         raise
-    finally:
-        sys.unraisablehook, asyncio_log.disabled = hook, disabled
 
 
 def check_arrays(contents: dict[str, Any] | None, arrays: Any) -> None:
