@@ -101,7 +101,8 @@ class Trainer:
         else:
             self._process.join(300)
             code = self._process.exitcode
-        lines = self._said.read_text(errors="replace").split("\n")
+        said = self._said.read_text(errors="replace") if self._said.exists() else ""
+        lines = said.split("\n")
         return code, "\n".join(line.rpartition("\r")[2] for line in lines)
 
 
@@ -157,10 +158,11 @@ class Tour:
             inside = trial % 2
             before = _steps(workdir)
             process = self.start(workdir, steps)
-            moment = (
-                _writes_checkpoint if inside else _logged_more_than(before, self.rng.randint(1, 5))
-            )
-            while not process.ended() and not moment(workdir):
+            left = _unfinished(workdir)  # of the kill before
+            more = self.rng.randint(1, 5)
+            while not process.ended() and not (
+                _unfinished(workdir) - left if inside else _steps(workdir) >= before + more
+            ):
                 time.sleep(0.001)
             time.sleep(self.rng.uniform(0, 0.03 if inside else 0.3))
             process.send(signal.SIGKILL)
@@ -337,13 +339,11 @@ def _steps(workdir: pathlib.Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def _logged_more_than(lines: int, more: int) -> Callable[[pathlib.Path], bool]:
-    return lambda workdir: _steps(workdir) >= lines + more
-
-
-def _writes_checkpoint(workdir: pathlib.Path) -> bool:
+def _unfinished(workdir: pathlib.Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, by name and inode."""
     folder = workdir / "checkpoints"
-    return folder.is_dir() and any("tmp" in name for name in os.listdir(folder))
+    found = os.scandir(folder) if folder.is_dir() else []
+    return {(entry.name, entry.inode()) for entry in found if "tmp" in entry.name}
 
 
 def _last_line(said: str) -> str:

@@ -121,7 +121,7 @@ def stop_signals() -> Iterator[Stop]:
             yield stop
 
 
-def during(stop: Callable[[int], bool], function: Callable[[], _T], what: str) -> _T:
+def during(stop: Callable[[int], bool] | None, function: Callable[[], _T], what: str) -> _T:
     """`Stop.during`, or the function alone where `stop` is none of `stop_signals`."""
     return stop.during(function, what) if isinstance(stop, Stop) else function()
 

@@ -138,6 +138,7 @@ class Run:
         self._gains = compile_(
             sharding.on_mesh(functools.partial(measure_gains, config=config.model), self.mesh)
         )
+        self._compiled, self._stop = set(), None
         self._in_flight = None  # (step, batch, position before it, metrics) of the newest step
         self._clock = None  # when the metrics of the step before were fetched
 
@@ -172,7 +173,7 @@ class Run:
           stop: asked after each step whether to save and end, see `preemption.stop_signals`.
           name: shown beside the progress bar.
         """
-        config = self.config
+        config, self._stop = self.config, stop
         if self.step < config.steps:
             self._start(stop)
         with tqdm.tqdm(
@@ -180,9 +181,9 @@ class Run:
         ) as bar:
             while self.step < config.steps:
                 self._dispatch(bar)
-                self._do_what_is_due(bar)
+                asked = self._do_what_is_due(bar)
                 self._look_after_saves(bar)
-                if stop(self.step) and self.step < config.steps:
+                if (stop(self.step) or asked) and self.step < config.steps:
                     self._fetch(bar)
                     self._save()
                     self._look_after_saves(bar, wait=True)
@@ -263,7 +264,8 @@ class Run:
             f"First non-finite: {where}. The state before that step is saved in {self.workdir}."
         )
 
-    def _do_what_is_due(self, bar) -> None:
+    def _do_what_is_due(self, bar) -> bool:
+        """Returns whether a signal came while a program was compiled for it; then some is left undone."""
         config, last = self.config, self.step == self.config.steps
         due = {
             task: last or (every and self.step % every == 0)
@@ -275,13 +277,28 @@ class Run:
         }
         if any(due.values()):
             self._fetch(bar)  # nothing of a step that was not finite is evaluated or saved
-            for task, is_due in due.items():
-                if is_due:
-                    task()
+            try:
+                for task, is_due in due.items():
+                    if is_due:
+                        task()
+            except preemption.Stopped:
+                return True
+        return False
+
+    def _compile(self, program, name: str, *args) -> None:
+        """The first time, open for signals unless this is the last step; calls then find it compiled."""
+        if name not in self._compiled:
+            stop = self._stop if self.step < self.config.steps else None
+            compile_ = program.lower(*args).compile
+            preemption.during(stop, compile_, f"compiling the {name}")
+            self._compiled.add(name)
 
     def _evaluate(self) -> None:
         self.validation.set_state(self._validation_start)
         variables = self.state.variables
+        first = self._placement.put(next(self.validation))
+        self._compile(self._eval_step, "validation", variables, first)
+        self.validation.set_state(self._validation_start)
         losses = [
             self._eval_step(variables, self._placement.put(next(self.validation)))
             for _ in range(self.config.eval_batches)
@@ -292,6 +309,7 @@ class Run:
     def _log_gains(self) -> None:
         if self.config.model.connection == "residual":
             return  # 1 by definition
+        self._compile(self._gains, "gains", self.state.variables, self._gains_tokens)
         measured, cosine = jax.device_get(self._gains(self.state.variables, self._gains_tokens))
         self._write(self.step, gains.summary(measured) | {"gains/stream_cosine": float(cosine)})
         if self.is_main:

@@ -398,6 +398,25 @@ def test_sigterm_before_the_first_step_ends_at_once(programs, moment, tmp_path, 
     assert not (tmp_path / lock.NAME).exists()
 
 
+def test_sigterm_while_another_program_is_compiled_saves_at_once(programs, tmp_path, monkeypatch):  # noqa: F811
+    def forever():
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(20)
+
+    run = Run(CONFIG, tmp_path)
+    slow = types.SimpleNamespace(lower=lambda *_: types.SimpleNamespace(compile=forever))
+    run._eval_step = slow
+    begin = time.monotonic()
+    with (
+        preemption.stop_signals() as stop,
+        pytest.raises(Interrupted, match="stopped at step 2, saved"),
+    ):
+        run.loop(stop, "x")
+    run.close()
+    assert time.monotonic() - begin < 10
+    assert saved(tmp_path) == [2]
+
+
 def test_the_time_of_a_long_compilation_is_told(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(preemption, "_SECONDS_BETWEEN_LINES", 0.1)
