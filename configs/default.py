@@ -18,6 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.gains_every = 50  # steps between gain magnitudes (hc and mhc), 0: only at the end
     config.checkpoint_every = 500  # steps between checkpoints, 0: only at the end
     config.checkpoints_kept = 2  # newest checkpoints kept, >= 1
+    config.on_failed_save = (
+        "stop"  # if a checkpoint fails, and the next try too: "stop" or "continue"
+    )
     config.tensorboard = True  # write TensorBoard events beside metrics.jsonl
 
     model = config.model = ml_collections.ConfigDict()

@@ -23,6 +23,7 @@ from flax import nnx
 
 from configs import small_30m
 from experiments import plotting, record
+from experiments.output import user_path
 from mhc_jax.config import Config, from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
@@ -39,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/balance"),
+    parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/balance"),
                         help="folder of the two workdirs and of the result")  # fmt: skip
     parser.add_argument("--steps", type=int, default=300, help="updates of each arm")
     parser.add_argument(
@@ -49,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--record", action="store_true", help="result into experiments/balance/results"
     )
-    parser.add_argument("--chart", type=pathlib.Path, metavar="FILE", help="only draw this result")
+    parser.add_argument("--chart", type=user_path, metavar="FILE", help="only draw this result")
     return parser.parse_args()
 
 

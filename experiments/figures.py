@@ -11,13 +11,13 @@ norm near that of the residual network; of HC: composite gains of 1e3 and more i
 import argparse
 import logging
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 
 from experiments.plotting import (
@@ -37,6 +37,7 @@ from experiments.plotting import (
     write_figure,
 )
 from mhc_jax import gains as gains_lib
+from mhc_jax import paths
 from mhc_jax.gains import GainMagnitudes
 
 Gains = dict[str, tuple[GainMagnitudes, int]]  # by the arm's name, with the step
@@ -225,7 +226,7 @@ def make_figures(
     baseline: str | None = None,
     step: int | None = None,
     formats: Sequence[str] = ("png", "svg"),
-) -> list[pathlib.Path]:
+) -> list[epath.Path]:
     """Draws all that the arms' files allow.
 
     Args:
@@ -250,10 +251,10 @@ def make_figures(
                 drawn[f"mappings_{slug}"] = plot_mappings(arm, *gains[arm.name])
         if gains:
             drawn["diagnostics"] = plot_diagnostics(arms, gains)
-        paths = [pathlib.Path(output) / name for name in drawn]
-        for path, figure in zip(paths, drawn.values()):
+        files = [paths.of_user(output) / name for name in drawn]
+        for path, figure in zip(files, drawn.values()):
             write_figure(figure, path, formats)
-    return paths
+    return files
 
 
 def main(argv: Sequence[str] | None = None) -> int:

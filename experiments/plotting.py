@@ -10,21 +10,23 @@ A workdir is what training leaves behind, and all that is read here:
 """
 
 import dataclasses
+import io
 import json
 import logging
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from mhc_jax import gains as gains_lib
+from mhc_jax import paths
 
 log = logging.getLogger("experiments")
 
@@ -76,13 +78,13 @@ class Arm:
       gains: step -> path of the .npz.
     """
 
-    path: pathlib.Path
+    path: epath.Path
     name: str
     connection: str
     colour: str
     config: dict
     metrics: dict[str, tuple[np.ndarray, np.ndarray]]
-    gains: dict[int, pathlib.Path]
+    gains: dict[int, epath.Path]
 
     @property
     def label(self) -> str:
@@ -103,13 +105,13 @@ class Arm:
         return np.array(order, np.int64), np.array([found[s] for s in order], float)
 
 
-def read_metrics(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_metrics(path: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Reads metrics.jsonl into key -> (steps, values). Lines that are no JSON object are skipped.
 
     A run still going may have half a last line, and a killed one half a line in the middle.
     """
     table: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().decode(errors="replace").splitlines(), 1):
         try:
             entry = json.loads(line) if line.strip() else {}
             step = int(entry.pop("step")) if entry else 0
@@ -125,18 +127,36 @@ def read_metrics(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]
     }
 
 
+def _read_config(path: epath.Path) -> dict:
+    """config.json or, where that is missing or damaged, what the newest good checkpoint has of it."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+        if isinstance(config["model"]["connection"], str):
+            return config
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    from mhc_jax.workdir import read_config  # orbax takes a second to import
+
+    try:
+        return read_config(path)
+    except ValueError as error:
+        if (path / "config.json").exists():
+            raise
+        raise FileNotFoundError(str(error)) from None
+
+
 def read_arms(workdirs: Iterable[str | os.PathLike]) -> list[Arm]:
     """Reads workdirs into arms, in the order given.
 
     Raises:
       FileNotFoundError: a workdir has no metrics.jsonl or no config.json; the message names it.
+      ValueError: a config.json is damaged, and no checkpoint has it.
     """
     raw = []
-    for path in map(pathlib.Path, workdirs):
-        for name in ("metrics.jsonl", "config.json"):
-            if not (path / name).is_file():
-                raise FileNotFoundError(f"{path} is not a workdir of training: it has no {name}")
-        config = json.loads((path / "config.json").read_text())
+    for path in map(paths.of_user, workdirs):
+        if not (path / "metrics.jsonl").is_file():
+            raise FileNotFoundError(f"{path} is not a workdir of training: it has no metrics.jsonl")
+        config = _read_config(path)
         raw.append((path, config, str(config["model"]["connection"])))
 
     connections = [connection for _, _, connection in raw]
@@ -175,7 +195,7 @@ def choose_baseline(arms: Sequence[Arm], wanted: str | None) -> Arm:
         return next((arm for arm in arms if arm.connection == "residual"), arms[0])
     for arm in arms:
         known = (arm.connection.lower(), arm.name.lower(), arm.path.resolve().name.lower())
-        if wanted.lower() in known or pathlib.Path(wanted).resolve() == arm.path.resolve():
+        if wanted.lower() in known or paths.of_user(wanted).resolve() == arm.path.resolve():
             return arm
     raise ValueError(f"no arm {wanted!r}; there are {', '.join(arm.name for arm in arms)}")
 
@@ -271,12 +291,15 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(finite, total / np.maximum(count, 1), values)
 
 
-def write_figure(figure: Figure, path: pathlib.Path, formats: Sequence[str]) -> None:
+def write_figure(figure: Figure, path: epath.Path, formats: Sequence[str]) -> None:
     """Writes path.png and path.svg, or what `formats` names."""
+    path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # keeps what was just laid out, which is half the time
         for form in formats:
             metadata = {"Date": None} if form == "svg" else None
-            figure.savefig(path.with_suffix(f".{form}"), dpi=150, metadata=metadata)
+            content = io.BytesIO()
+            figure.savefig(content, format=form, dpi=150, metadata=metadata)
+            path.with_suffix(f".{form}").write_bytes(content.getvalue())

@@ -13,7 +13,6 @@ import html
 import logging
 import math
 import os
-import pathlib
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 from experiments.figures import make_figures
 from experiments.plotting import Arm, read_arms
 from experiments.verdict import verdict
+from mhc_jax import paths
 
 GAINS = ("single_forward", "single_backward", "composite_forward", "composite_backward")
 # Key of summarize -> heading.
@@ -268,7 +268,7 @@ def write_report(
         + _figures(arms, baseline, step)
         + f"<h2>What was run</h2>{what}{_settings(arms)}</body></html>\n"
     )
-    path = pathlib.Path(path)
+    path = paths.of_user(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
 

@@ -23,6 +23,7 @@ CONNECTIONS = ("residual", "hc", "mhc")
 DTYPES = ("bfloat16", "float32")
 SCHEDULES = ("constant", "step", "cosine", "wsd")
 ATTENTIONS = ("mha", "mla")
+ON_FAILED_SAVE = ("stop", "continue")
 MOE_DISPATCHES = ("auto", "dropless", "capacity")
 
 
@@ -204,6 +205,7 @@ class Config:
     gains_every: int
     checkpoint_every: int
     checkpoints_kept: int
+    on_failed_save: str
     tensorboard: bool
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -211,6 +213,7 @@ class Config:
     mesh: MeshConfig
 
     def __post_init__(self):
+        _one_of("on_failed_save", self.on_failed_save, ON_FAILED_SAVE)
         ranges.check(vars(self))
         warmup = self.optimizer.warmup_steps
         if warmup >= self.steps:
@@ -232,6 +235,7 @@ class Config:
 
 # Fields that say where and how a run is computed, not what; beginnings of dotted names.
 MAY_CHANGE = (
+    "on_failed_save",
     "mesh",
     "model.implementation",
     "model.remat",
@@ -247,6 +251,7 @@ def from_workdir(values: Mapping[str, Any]) -> Config:
     Raises:
       ValueError, TypeError: as `from_dict`.
     """
+    values = {"on_failed_save": "stop", **values}
     if isinstance(values.get("model"), Mapping):
         # Before there was the field, blocks were always scanned.
         values = {**values, "model": {"scan_blocks": True, **values["model"]}}

@@ -1,13 +1,10 @@
-"""Several processes, one run: how they find each other and how they agree to stop."""
+"""Several processes, one run: how they find each other and how they agree."""
 
-import contextlib
 import logging
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 _log = logging.getLogger(__name__)
@@ -65,40 +62,43 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Yields `stop(step)`: whether SIGINT or SIGTERM asks to save after `step` updates and end.
+def first_error(error: str | None) -> str | None:
+    """Of what went wrong on any process (None: nothing) the first; all processes get the same answer."""
+    if jax.process_count() == 1:
+        return error
+    size = 1000
+    padded = np.zeros(size, np.uint8)
+    text = ("" if error is None else error or "error").encode()[:size]
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    for row in multihost_utils.process_allgather(padded):
+        if row.any():
+            return bytes(row[row != 0]).decode(errors="replace")
+    return None
 
-    Every process has to ask after every step. All get the same answer at the same step, also if only one
-    was signalled: the coordination service of jax moves the stop to the first step that none has passed.
+
+def on_first(function: Callable[[], None]) -> None:
+    """Calls a function on process 0 while the others wait.
+
+    Raises:
+      ValueError: on all processes, with the message of its ValueError or OSError.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-    elif jax.distributed.is_initialized():
-        with _handled({signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}):
-            yield multihost_utils.reached_preemption_sync_point  # has its own handler of SIGTERM
-    else:
-        requested = threading.Event()
-        with _handled(dict.fromkeys((signal.SIGINT, signal.SIGTERM), lambda *_: requested.set())):
-            yield lambda step: requested.is_set()
+    caught = None
+    if jax.process_index() == 0:
+        try:
+            function()
+        except (ValueError, OSError) as error:
+            caught = error
+    message = first_error(None if caught is None else str(caught))
+    if message is not None:
+        raise ValueError(message) from caught
 
 
-@contextlib.contextmanager
-def _handled(handlers: dict[int, Callable]) -> Iterator[None]:
-    """Installs handlers until the end or the first signal: a second Ctrl-C ends the program at once."""
-    old = {}
-
-    def restore():
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-    def handle(number, frame):
-        restore()
-        handlers[number](number, frame)
-
-    for number in handlers:
-        old[number] = signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        restore()
+def from_first(numbers: Sequence[int]) -> list[int]:
+    """The integers that process 0 has."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    mine = np.zeros(count, np.int32)
+    if jax.process_index() == 0:
+        mine[:] = numbers
+    return [int(number) for number in multihost_utils.broadcast_one_to_all(mine)]

@@ -14,13 +14,17 @@ and never as the NaN of inf - inf. Powers of two are exact: in range nothing is 
 """
 
 import functools
+import io
 import os
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import lax
+
+from mhc_jax import paths
 
 # One-sided Jacobi converges quadratically: for n = 4 the last digit stands still after 4 sweeps, for
 # collapsed n = 8 matrices after 8.
@@ -277,8 +281,13 @@ def save(path: str | os.PathLike, gains: GainMagnitudes, step: int) -> None:
     Makes the directory. The file has one array a field of GainMagnitudes, and `step`.
     """
     path = os.fspath(path)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     arrays = {name: np.asarray(value) for name, value in gains._asdict().items()}
+    if paths.is_bucket(path):
+        content = io.BytesIO()
+        np.savez(content, step=np.int64(step), **arrays)
+        epath.Path(path).write_bytes(content.getvalue())
+        return
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     # The unfinished file's name must not match *.npz: figures may be drawn while training writes.
     unfinished = f"{path}.{os.getpid()}.unfinished"
     try:
@@ -292,6 +301,8 @@ def save(path: str | os.PathLike, gains: GainMagnitudes, step: int) -> None:
 
 def load(path: str | os.PathLike) -> tuple[GainMagnitudes, int]:
     """Reads what `save` wrote: (GainMagnitudes of numpy arrays, step)."""
+    if paths.is_bucket(path):
+        path = io.BytesIO(epath.Path(path).read_bytes())
     with np.load(path, allow_pickle=False) as file:
         fields = {name: file[name] for name in GainMagnitudes._fields}
         return GainMagnitudes(**fields), int(file["step"])

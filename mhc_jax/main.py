@@ -5,6 +5,11 @@ The paper's models have an arm for each connection: --config=configs/paper_27b.p
 With --describe it prints a table of the parameters and ends; nothing is allocated, no workdir needed.
 """
 
+from mhc_jax import early_end
+
+if __name__ == "__main__":
+    early_end.install()
+
 import logging
 import sys
 
@@ -13,13 +18,15 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from mhc_jax import command_line, distributed
+from mhc_jax import command_line, distributed, paths, preemption
+from mhc_jax.checkpoint import SaveError
 from mhc_jax.describe import describe
+from mhc_jax.lock import Locked
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; resumed if it has a checkpoint."
+    "workdir", None, "Folder of the run or gs://bucket/folder; resumed if it has a checkpoint."
 )
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print the parameters by part and end.")
 # Several processes: found by themselves on TPU slices and under SLURM, Open MPI and Kubernetes.
@@ -31,10 +38,12 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
-# EX_TEMPFAIL: a scheduler may start the same command again; after other errors it may not.
-_TRY_AGAIN = 75
-
 _log = logging.getLogger("mhc_jax.main")
+
+
+def _connect():
+    distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    jax.devices()
 
 
 def main(argv):
@@ -50,7 +59,8 @@ def main(argv):
     if _WORKDIR.value is None:
         sys.exit("--workdir is missing: give the folder of the run, as in --workdir=runs/mhc")
     try:
-        distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        paths.of_user(_WORKDIR.value)
+        preemption.in_thread(_connect, "looking for other processes and devices")
     except ValueError as error:
         sys.exit(f"bad flags: {error}")
     _log.info(
@@ -60,8 +70,8 @@ def main(argv):
         train(config, _WORKDIR.value)
     except Interrupted as error:
         print(f"Interrupted: {error}", file=sys.stderr)
-        sys.exit(_TRY_AGAIN)
-    except (BadInput, NonFiniteError) as error:
+        preemption.end_now(early_end.TRY_AGAIN)
+    except (BadInput, NonFiniteError, SaveError, Locked) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

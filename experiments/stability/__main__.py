@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import record, report
+from experiments.output import user_path
 from experiments.reproduction.tables import format_table, mean_and_error
 from experiments.verdict import verdict
 from mhc_jax.config import CONNECTIONS, from_dict
@@ -34,7 +35,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/stability"),
+    parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/stability"),
                         help="folder of the three workdirs and of report.html")  # fmt: skip
     parser.add_argument("--config", default="small_cpu", help="name of a file of configs/")
     parser.add_argument("--steps", type=int, help="updates of each arm (default: the config's)")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mhc_jax.data.config import check_split
 from mhc_jax.data.tokenizer import Tokenizer
+from mhc_jax.paths import local
 
 _STDLIB_SKIPPED_FOLDERS = {
     "test",
@@ -80,6 +81,7 @@ def glob_files(patterns: str) -> tuple[TextFile, ...]:
     """
     found = {}
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+        local(pattern)  # refuses another scheme
         pattern = os.path.expanduser(pattern)
         paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
         if not paths:

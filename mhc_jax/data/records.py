@@ -18,6 +18,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
+from mhc_jax import paths
 from mhc_jax.data.files import glob_files
 from mhc_jax.data.tokenizer import Tokenizer
 
@@ -185,7 +186,7 @@ def open_records(
       ValueError: no file, several folders, shards or metadata missing, or written with another
         tokenizer or validation fraction.
     """
-    folder = pathlib.Path(patterns).expanduser()
+    folder = paths.local(patterns)
     if not folder.is_dir():
         matched = [pathlib.Path(file.path) for file in glob_files(patterns)]
         shards = [path for path in matched if path.suffix == ".array_record"]

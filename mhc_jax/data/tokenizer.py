@@ -118,6 +118,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "byte":
         return ByteTokenizer()
+    name = os.path.expanduser(name)
     if not os.path.isfile(name):
         raise ValueError(
             f"tokenizer={name!r} is no file: use 'byte' or the path of a tokenizers JSON file."
