@@ -1,6 +1,7 @@
 """Every field with its default, and nothing else. The other configs say what differs and why.
 
-The range of every number stands in mhc_jax/ranges.py, in this order. Any field can be set on the command line: --config.model.n=8 --config.optimizer.learning_rate=1e-3
+The range of every number stands in mhc_jax/ranges.py, in this order. Any field can be set on the command
+line: --config.model.n=8 --config.optimizer.learning_rate=1e-3
 """
 
 import ml_collections

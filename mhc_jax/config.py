@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from mhc_jax import ranges, remat
 from mhc_jax.data.config import DataConfig
-from mhc_jax.initialisation import hc_alpha, mhc_alpha
+from mhc_jax.initialisation import hc_alpha, mhc_alpha, read_logit
 from mhc_jax.manifolds import MANIFOLDS
 from mhc_jax.readout import READOUTS
 
@@ -90,7 +90,12 @@ class ModelConfig:
         ranges.check(vars(self), "model.")
         self._check_attention()
         self._check_experts()
-        self._resolve_alpha()
+        try:
+            if self.connection == "mhc":
+                read_logit(self.n, self.pre_init_gap)
+            self._resolve_alpha()
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
         self.blocks_per_group  # noqa: B018 - refuses a bad model.recompute_block
 
     def _check_attention(self):

@@ -9,7 +9,6 @@ connection it has. A model that scans over its sublayers carries the write of a 
 update and lets the next connection do it (`boundary`), so that write and next read can be one kernel.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from flax import nnx
 
 import kernels_pallas as kernels
 from kernels_pallas.shapes import check_streams, coefficient_dtype
-from mhc_jax.initialisation import hc_alpha, mhc_alpha
+from mhc_jax.initialisation import hc_alpha, mhc_alpha, read_logit
 from mhc_jax.layers import RMSNorm
 from mhc_jax.manifolds import Birkhoff, Manifold
 
@@ -335,14 +334,7 @@ def _check_size(width: int, n: int) -> None:
 
 def _initial_read_logits(n: int, gap: float, sublayer_index: int | jax.Array) -> jax.Array:
     """`[n]` logits of h_pre: -gap but for one stream, whose logit makes the sigmoids sum to 1."""
-    rest = (n - 1) / (1 + math.exp(gap))
-    if rest >= 1:
-        raise ValueError(
-            f"n={n} with pre_init_gap={gap}: {n - 1} streams read with weight {rest / (n - 1):.3g} leave "
-            f"nothing for the last; raise pre_init_gap above {math.log(n - 2):.2f}"
-        )
-    read = gap if n == 1 else math.log((1 - rest) / rest)
-    return jnp.where(jnp.arange(n) == sublayer_index % n, read, -gap)
+    return jnp.where(jnp.arange(n) == sublayer_index % n, read_logit(n, gap), -gap)
 
 
 __all__ = [

@@ -25,8 +25,9 @@ class Range(NamedTuple):
     besides: int | None = None
     words: str = ""
 
-    def __contains__(self, value: float) -> bool:
-        if isinstance(self.least, int) and (not isinstance(value, int) or isinstance(value, bool)):
+    def __contains__(self, value: Any) -> bool:
+        kind = int if isinstance(self.least, int) else int | float
+        if not isinstance(value, kind) or isinstance(value, bool):
             return False
         if self.exclusive:
             return self.least < value < self.most

@@ -11,6 +11,7 @@ import pytest
 from configs import default
 from mhc_jax import ranges
 from mhc_jax.config import Config, from_dict
+from mhc_jax.initialisation import read_logit
 from mhc_jax.train import check_config
 from mhc_jax.train_step import abstract_batch, abstract_state, train_step
 
@@ -50,7 +51,8 @@ SIZES = {
     "model.num_heads": [1, 2], "model.head_dim": [3, 8], "model.rope_dim": [2, 4], "model.kv_rank": [1, 5],
     "model.ffn_width": [1, 8], "model.num_experts": [0, 0, 3, 4], "model.experts_per_token": [1, 2, 3],
     "model.shared_experts": [0, 2], "model.expert_width": [1, 8], "model.leading_dense_blocks": [0, 1],
-    "model.n": [1, 2, 3], "model.pre_init_gap": [0.5, 100.0], "model.sinkhorn_iterations": [1, 4], "model.loss_chunks": [1, 2],
+    "model.n": [1, 2, 3], "model.pre_init_gap": [0.5, 100.0], "model.sinkhorn_iterations": [1, 4],
+    "model.loss_chunks": [1, 2],
     "model.vocab_size": [12, 16], "optimizer.warmup_steps": [0, 2, 9],
     "optimizer.accumulate_steps": [1, 1, 2], "data.sequence_length": [2, 6],
     "data.synthetic_vocab_size": [8, 12], "eval_batches": [1, 3],
@@ -81,14 +83,9 @@ def inside(rng, name):
 def outside(rng, name):
     allowed = ranges.RANGES[name]
     step = 1 if isinstance(allowed.least, int) else 1e-3 + 0.1 * allowed.most
-    wrong = [
-        allowed.least - step * (2 if allowed.besides == -1 else 1),
-        allowed.most + step,
-        -7.0,
-        "3",
-        None,
-    ]
-    wrong[2:3] = [-(10**9), 10**12] if step == 1 else [float("nan"), float("inf"), float("-inf")]
+    below = allowed.least - step * (3 if allowed.besides == -1 else 1)
+    wrong = [below, allowed.most + step, "3", None]
+    wrong += [-(10**9), 10**12] if step == 1 else [float("nan"), float("inf"), float("-inf")]
     if allowed.exclusive:
         wrong += [allowed.least, allowed.most]
     return wrong[rng.integers(len(wrong))]
@@ -147,3 +144,15 @@ def test_all_random_configurations_are_traced():
     for config in map(accepted, range(200)):
         if config:
             trace(config)
+
+
+def test_read_logits_of_any_gap():
+    assert read_logit(1, 3.0) == 3
+    for n, gap in [(2, 0.0), (3, 0.1), (4, 4.0), (256, 100.0), (4, 1e4)]:
+        others = (n - 1) / (1 + np.exp(np.longdouble(gap)))
+        read = 1 / (1 + np.exp(-np.longdouble(read_logit(n, gap))))
+        np.testing.assert_allclose(float(others + read), 1, rtol=1e-12)
+    with pytest.raises(
+        ValueError, match=r"^model\.n=4 with pre_init_gap=0\.5: .* raise pre_init_gap"
+    ):
+        from_dict(nested({"model.n": 4, "model.pre_init_gap": 0.5}))
