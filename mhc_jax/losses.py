@@ -173,9 +173,9 @@ def _chunk(x, matrix, targets, counted, ignore_index, gradients):
     # A masked sum takes no pass of its own, and stays a sum where the vocabulary is split.
     of_target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1, keepdims=True)
     counts = targets != ignore_index
-    known = (targets >= 0) & (targets < logits.shape[-1])
-    # NaN by an operation: a constant would trip JAX_DEBUG_NANS where every target is known.
-    divisor = counted * jnp.sqrt(jnp.where(known, 1.0, -1.0))
+    valid = ~counts | ((targets >= 0) & (targets < logits.shape[-1]))
+    # NaN by an operation: a constant would trip JAX_DEBUG_NANS where every target is valid.
+    divisor = counted * jnp.sqrt(jnp.where(valid, 1.0, -1.0))
     loss = jnp.sum(jnp.where(counts, (log_sum - of_target) / divisor, 0.0))
     if not gradients:
         return (loss,)
