@@ -22,6 +22,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.on_failed_save = (
         "stop"  # if a checkpoint fails, and the next try too: "stop" or "continue"
     )
+    # A step whose loss, gradient or update is not finite: stop | skip (leave its update out, go on) |
+    # rollback (to the newest checkpoint, past the batches since).
+    config.on_non_finite = "stop"
     config.tensorboard = True  # write TensorBoard events beside metrics.jsonl
 
     model = config.model = ml_collections.ConfigDict()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from mhc_jax import ranges, remat
 from mhc_jax.data.config import DataConfig
+from mhc_jax.health import ON_NON_FINITE
 from mhc_jax.initialisation import hc_alpha, mhc_alpha, read_logit
 from mhc_jax.manifolds import MANIFOLDS
 from mhc_jax.readout import READOUTS
@@ -211,6 +212,7 @@ class Config:
     checkpoint_every: int
     checkpoints_kept: int
     on_failed_save: str
+    on_non_finite: str
     tensorboard: bool
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -219,6 +221,7 @@ class Config:
 
     def __post_init__(self):
         _one_of("on_failed_save", self.on_failed_save, ON_FAILED_SAVE)
+        _one_of("on_non_finite", self.on_non_finite, ON_NON_FINITE)
         ranges.check(vars(self))
         warmup = self.optimizer.warmup_steps
         if warmup >= self.steps:
@@ -241,6 +244,7 @@ class Config:
 # Fields that say where and how a run is computed, not what; beginnings of dotted names.
 MAY_CHANGE = (
     "on_failed_save",
+    "on_non_finite",
     "mesh",
     "model.implementation",
     "model.remat",
@@ -256,7 +260,7 @@ def from_workdir(values: Mapping[str, Any]) -> Config:
     Raises:
       ValueError, TypeError: as `from_dict`.
     """
-    values = {"on_failed_save": "stop", **values}
+    values = {"on_failed_save": "stop", "on_non_finite": "stop", **values}
     if isinstance(values.get("model"), Mapping):
         # Before there was the field, blocks were always scanned.
         values = {**values, "model": {"scan_blocks": True, **values["model"]}}

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import tqdm
 
 from kernels_pallas import dispatch
-from mhc_jax import distributed, gains, paths, preemption, sharding
+from mhc_jax import distributed, gains, health, paths, preemption, sharding
 from mhc_jax.checkpoint import FOLDER, Checkpoints, SaveError, absolute, probe, saved_steps
 from mhc_jax.config import Config
 from mhc_jax.data import make_iterator, vocab_size
@@ -27,6 +28,7 @@ from mhc_jax.train_step import (
     jit_init_state,
     jit_train_step,
     measure_gains,
+    updates_done,
 )
 from mhc_jax.workdir import check_same_run, claim_workdir
 
@@ -34,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm was not finite; the message says at which step and where first."""
+    """Loss, gradient or update were not finite; the message says when, where first and what is saved."""
 
 
 class BadInput(ValueError):
@@ -76,7 +78,7 @@ def train(config: Config, workdir: str | os.PathLike, *, name: str | None = None
 
     Raises:
       BadInput: configuration, data, devices and workdir do not fit together.
-      NonFiniteError: see there; the state before that step is saved.
+      NonFiniteError: see there. The state before that step is saved, unless it is not finite itself.
       Interrupted: SIGINT or SIGTERM; the state is saved, the same command resumes.
       SaveError: a checkpoint could not be written, the one tried after it neither.
       Locked: this process stood still for a minute, and another run has taken the workdir over.
@@ -90,7 +92,9 @@ def train(config: Config, workdir: str | os.PathLike, *, name: str | None = None
         except (ValueError, TypeError, NotImplementedError, OSError) as error:
             raise BadInput(str(error)) from error
         try:
-            run.loop(stop, name or config.model.connection)
+            # The loop looks at every step itself, and then for the place; jax would lose the state.
+            with jax.debug_nans(False), jax.debug_infs(False):
+                run.loop(stop, name or config.model.connection)
         except OSError as error:
             raise SaveError(f"{run.workdir} could not be written ({error})") from error
         finally:
@@ -141,6 +145,9 @@ class Run:
         self._compiled, self._stop = set(), None
         self._in_flight = None  # (step, batch, position before it, metrics) of the newest step
         self._clock = None  # when the metrics of the step before were fetched
+        self._skipped = self.step - int(updates_done(self.state.opt_state))
+        self._skipped_in_a_row, self._rollbacks = 0, {}  # step of a checkpoint -> how often
+        self._spikes, self._spiked = health.Spikes(), False
 
     def _open_workdir(self) -> None:
         config, workdir = self.config, self.workdir
@@ -151,16 +158,20 @@ class Run:
         if not saved_steps(absolute(workdir / FOLDER)):  # else it has been shown already
             distributed.on_first(lambda: probe(workdir))
         self.checkpoints = Checkpoints(workdir, kept=config.checkpoints_kept, config=values)
-        # Order of restart: a checkpoint of this workdir, else from scratch.
-        if self.checkpoints.latest_step is None:
-            self.state = jit_init_state(config, self.mesh)()
-        else:
-            self.state = self.checkpoints.restore(
-                self._abstract, self.data, functools.partial(check_same_run, now=values)
-            )
-            _log.info("resumed %s at step %d", workdir, self.state.step)
+        self.state = self._newest_state()
         if self.is_main:
             self.writer = MetricWriter(workdir, tensorboard=config.tensorboard)
+
+    def _newest_state(self):
+        """From a checkpoint of this workdir, else from scratch."""
+        if self.checkpoints.latest_step is None:
+            return jit_init_state(self.config, self.mesh)()
+        values = dataclasses.asdict(self.config)
+        state = self.checkpoints.restore(
+            self._abstract, self.data, functools.partial(check_same_run, now=values)
+        )
+        _log.info("resumed %s at step %d", self.workdir, state.step)
+        return state
 
     def _take_lock(self) -> None:
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -222,6 +233,8 @@ class Run:
         position = self.data.get_state()
         batch = self._placement.put(next(self.data))
         self.state, metrics = self._train_step(self.state, batch)
+        # A copy, since the state's buffers are those of the next.
+        metrics = metrics | {"healthy": jnp.copy(self.state.healthy)}
         previous, self._in_flight = self._in_flight, (self.step, batch, position, metrics)
         self.step += 1
         if previous:
@@ -241,32 +254,92 @@ class Run:
         if self._clock is not None:  # the first interval holds compilation
             metrics["train/seconds_per_step"] = now - self._clock
         self._clock = now
-        finite = all(math.isfinite(metrics[key]) for key in ("train/loss", "train/grad_norm"))
-        if step % self.config.log_every == 0 or not finite or step + 1 == self.config.steps:
+        healthy = bool(metrics.pop("healthy"))
+        skipped = metrics.get("train/skipped_updates", self._skipped) > self._skipped
+        bad = skipped or not healthy
+        usual = None if bad else self._spikes.usual(metrics["train/loss"])
+        if usual is not None:
+            self._spiked = True
+            _log.warning(
+                "step %d: the loss jumps to %.4f from about %.4f",
+                step + 1, metrics["train/loss"], usual,
+            )  # fmt: skip
+            metrics["train/loss_before_spike"] = usual
+        if step % self.config.log_every == 0 or usual or bad or step + 1 == self.config.steps:
             self._write(step + 1, metrics)
         bar.update(1)
         bar.set_postfix(loss=f"{metrics['train/loss']:.3f}", refresh=False)
-        if not finite:
+        if skipped:
+            self._note_skipped(step, metrics)
+        elif bad and self.config.on_non_finite == "rollback":
+            self._roll_back(step, batch, position, metrics, bar)
+        elif bad:
             self._fail(step, batch, position, metrics)
+        else:
+            self._skipped_in_a_row = 0
+
+    def _note_skipped(self, step, metrics) -> None:
+        self._skipped = int(metrics["train/skipped_updates"])
+        self._skipped_in_a_row += 1
+        what = f"{_what(step, metrics)}. Its update is left out, {self._skipped} so far"
+        if self._skipped_in_a_row == health.MOST_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"{what}, {self._skipped_in_a_row} in a row: no batch is to blame. {self._save_good()}"
+            )
+        _log.warning("%s", what)
+
+    def _roll_back(self, step, batch, position, metrics, bar) -> None:
+        """To the newest checkpoint; the data go on behind the batch of the bad step."""
+        self.checkpoints.wait()
+        to = self.checkpoints.latest_step or 0
+        self._rollbacks[to] = self._rollbacks.get(to, 0) + 1
+        if self._rollbacks[to] > health.MOST_ROLLBACKS:
+            _log.error("%d times back to step %d: no batch is to blame", health.MOST_ROLLBACKS, to)
+            self._fail(step, batch, position, metrics)
+        _log.warning(
+            "%s. Back to step %d; the %d batches since are skipped",
+            _what(step, metrics), to, step + 1 - to,
+        )  # fmt: skip
+        self.state = self._newest_state()
+        self.data.set_state(position)
+        next(self.data)
+        self.step, self._in_flight, self._clock = int(self.state.step), None, None
+        bar.n = self.step
+        bar.refresh()
 
     def _fail(self, step, batch, position, metrics) -> None:
         # The state is still that before the bad step, whatever was dispatched since. Saved as healthy: a
         # run that resumes from it tries that step again.
         self.data.set_state(position)
         self.state = self.state.replace(healthy=~self.state.healthy)
-        self.checkpoints.save(self.state, self.data)
+        saved = self._save_good()
         try:
             where = find_non_finite(self.state, batch, self.config, self.mesh)
         except Exception as error:  # the search must not hide what it was to explain
             where = f"not found, the search failed with {type(error).__name__}: {error}"
-        raise NonFiniteError(
-            f"step {step + 1}: loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}. "
-            f"First non-finite: {where}. The state before that step is saved in {self.workdir}."
-        )
+        raise NonFiniteError(f"{_what(step, metrics)}. First non-finite: {where}. {saved}")
+
+    def _save_good(self) -> str:
+        """Saves the state if it is finite; says what is saved."""
+        bad = health.first_non_finite(self.state)
+        if bad:
+            last = self.checkpoints.latest_step
+            there = (
+                "there is no checkpoint"
+                if last is None
+                else f"the last checkpoint is of step {last}"
+            )
+            return f"Not saved: {bad} was not finite before that step either; {there}."
+        try:
+            self.checkpoints.save(self.state, self.data)
+            self.checkpoints.wait()
+        except SaveError as error:
+            return f"The state before that step is lost: {error}."
+        return f"The state before that step is saved in {self.workdir}."
 
     def _do_what_is_due(self, bar) -> bool:
         """Returns whether a signal came while a program was compiled for it; then some is left undone."""
-        config, last = self.config, self.step == self.config.steps
+        config, step, last = self.config, self.step, self.step == self.config.steps
         due = {
             task: last or (every and self.step % every == 0)
             for task, every in (
@@ -275,8 +348,11 @@ class Run:
                 (self._save, config.checkpoint_every),
             )
         }
+        due[self._log_gains] |= self._spiked
         if any(due.values()):
             self._fetch(bar)  # nothing of a step that was not finite is evaluated or saved
+            if self.step != step:  # it was, and the run is back at a checkpoint
+                return False
             try:
                 for task, is_due in due.items():
                     if is_due:
@@ -307,15 +383,23 @@ class Run:
         self._write(self.step, {"validation/loss": mean})
 
     def _log_gains(self) -> None:
+        spiked, self._spiked = self._spiked, False
         if self.config.model.connection == "residual":
             return  # 1 by definition
         self._compile(self._gains, "gains", self.state.variables, self._gains_tokens)
         measured, cosine = jax.device_get(self._gains(self.state.variables, self._gains_tokens))
-        self._write(self.step, gains.summary(measured) | {"gains/stream_cosine": float(cosine)})
+        found = gains.summary(measured) | {"gains/stream_cosine": float(cosine)}
+        self._write(self.step, found)
+        if spiked:
+            shown = ", ".join(f"{name.removeprefix('gains/')} {x:.4g}" for name, x in found.items())
+            _log.warning("after the jump of the loss, step %d: %s", self.step, shown)
         if self.is_main:
             gains.save(self.workdir / "gains" / f"step_{self.step:08d}.npz", measured, self.step)
 
     def _save(self) -> None:
+        bad = health.first_non_finite(self.state)
+        if bad:
+            raise NonFiniteError(f"step {self.step}: {bad} is not finite, the state is not saved")
         if self.lock:
             self.lock.renew()  # nothing is written to a workdir that another run has taken over
         if self.writer:
@@ -357,3 +441,9 @@ class Run:
         self.last_metrics |= values
         if self.writer:
             self.writer.write(step, values)
+
+
+def _what(step: int, metrics: dict[str, float]) -> str:
+    loss, norm = metrics["train/loss"], metrics["train/grad_norm"]
+    update = ", its update is not finite" if math.isfinite(loss) and math.isfinite(norm) else ""
+    return f"step {step + 1}: loss {loss}, gradient norm {norm}{update}"

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from mhc_jax import gains
 from mhc_jax.config import Config, ModelConfig
+from mhc_jax.health import all_finite
 from mhc_jax.losses import linear_cross_entropy, num_counted
 from mhc_jax.moe import MoEAux
 from mhc_jax.optimizer import make_optimizer, make_schedule
@@ -35,8 +36,9 @@ class TrainState:
         balance bias. Empty for a dense model.
       opt_state: of the optimizer.
       rng: key from which random layers draw, folded with `step`; the dense decoder has none.
-      healthy: False from the first step whose loss or gradient norm was not finite; such a step and all
-        later ones leave `params`, `model_state` and `opt_state` as they were before it.
+      healthy: False from the first step whose loss, gradient norm or new parameters were not finite; such
+        a step and all later ones leave `params`, `model_state` and `opt_state` as they were before it. With
+        `on_non_finite = "skip"` it stays True: that update alone is left out, and the next batch follows.
     """
 
     step: jax.Array
@@ -202,7 +204,8 @@ def train_step(
 
     Returns:
       the new state, and float32 scalars: `train/loss` (cross-entropy before the update),
-      `train/grad_norm` (before clipping), `train/learning_rate`; with experts also `moe/max_load` (load
+      `train/grad_norm` (before clipping), `train/learning_rate`; `train/skipped_updates` so far where
+      they are skipped; with experts also `moe/max_load` (load
       of the busiest expert over the mean load, of the worst block), `moe/dropped` (share of all choices)
       and `moe/balance_loss` (the part of the loss that is not cross-entropy).
     """
@@ -215,29 +218,40 @@ def train_step(
     model_state = state.model_state
     if aux is not None:
         model_state = _balanced(model_state, aux.load, config.model.balance_rate)
-    healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    # The moments are finite where the norm is. The update need not be: 0 / 0 with eps = 0.
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(params)
+    kept = state.healthy & finite
     # The host sees metrics one step late; until then a bad update must not spoil the parameters.
     with jax.named_scope("optimizer"):
         params, model_state, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(healthy, new, old),
+            lambda new, old: jnp.where(kept, new, old),
             (params, model_state, opt_state),
             (state.params, state.model_state, state.opt_state),
         )
+    skip = config.on_non_finite == "skip"
+    done = updates_done(state.opt_state)
     metrics = {
         "train/loss": loss,
         "train/grad_norm": grad_norm,
-        "train/learning_rate": make_schedule(config.optimizer, config.steps)(state.step),
+        "train/learning_rate": make_schedule(config.optimizer, config.steps)(done),
     }
+    if skip:
+        metrics["train/skipped_updates"] = state.step + 1 - updates_done(opt_state)
     if aux is not None:
         metrics |= _moe_metrics(aux)
     state = state.replace(
-        step=state.step + healthy,
+        step=state.step + (1 if skip else kept),
         params=params,
         model_state=model_state,
         opt_state=opt_state,
-        healthy=healthy,
+        healthy=state.healthy if skip else kept,
     )
     return state, metrics
+
+
+def updates_done(opt_state: Any) -> jax.Array:
+    """Updates that the optimizer has made: `TrainState.step` but for those that were skipped."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
 @functools.cache
@@ -308,7 +322,15 @@ _BACKWARD_ORDER = ("unembed", "norm", "readout", "blocks", "leading", "embedding
 def find_non_finite(
     state: TrainState, batch: Batch, config: Config, mesh: Mesh | None = None
 ) -> str:
-    """Where a non-finite loss or gradient arises first: a parameter, a sublayer, the loss, a gradient."""
+    """Where what is not finite arises first: a parameter, a sublayer, the loss, a gradient, the update.
+
+    `jax_debug_nans` and `jax_debug_infs` are off meanwhile: they would end the search at the first program.
+    """
+    with jax.debug_nans(False), jax.debug_infs(False):
+        return _find_non_finite(state, batch, config, mesh)
+
+
+def _find_non_finite(state, batch, config, mesh):
     for path, leaf in jax.tree_util.tree_flatten_with_path(state.variables)[0]:
         if not jnp.isfinite(leaf).all():
             return f"parameter {_name(path)} before the step"
@@ -324,6 +346,8 @@ def find_non_finite(
     (loss, _), gradients = jax.jit(on_mesh(backward, mesh))(state.params, state.model_state, batch)
     if not jnp.isfinite(loss):
         return "the read-out, the logits or the loss: all sublayers were finite"
+    if jnp.isfinite(optax.tree.norm(gradients)):
+        return _first_update_that_is_not_finite(state, gradients, config)
     return _first_gradient_that_is_not_finite(gradients)
 
 
@@ -345,6 +369,20 @@ def _first_gradient_that_is_not_finite(gradients: Params) -> str:
         block += len(gradients.get("leading", ()))
         return f"the gradients of block {block}: {names}"
     return "the norm of the gradient: its entries are finite, their squares overflow"
+
+
+def _first_update_that_is_not_finite(state: TrainState, gradients: Params, config: Config) -> str:
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    updates, _ = jax.jit(optimizer.update)(gradients, state.opt_state, state.params)
+    rate = make_schedule(config.optimizer, config.steps)(updates_done(state.opt_state))
+    settings = f"learning rate {rate:g}" + "".join(
+        f", {name}={getattr(config.optimizer, name):g}"
+        for name in ("b1", "b2", "eps", "weight_decay")
+    )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]:
+        if not jnp.isfinite(leaf).all():
+            return f"the update of {_name(path)}, whose gradient is finite ({settings})"
+    return f"the sum of a parameter and its update ({settings})"
 
 
 def _name(path) -> str:
