@@ -241,10 +241,20 @@ class Config:
             )
 
 
-# Fields that say where and how a run is computed, not what; beginnings of dotted names.
+# Fields that say where and how a run is computed and what is written about it, not what is learned;
+# beginnings of dotted names. The text behind `data.path` and `data.tokenizer` may not change: the position in
+# the data has a hash of its tokens.
 MAY_CHANGE = (
+    "log_every",
+    "eval_every",
+    "gains_every",
+    "checkpoint_every",
+    "checkpoints_kept",
     "on_failed_save",
     "on_non_finite",
+    "tensorboard",
+    "data.path",
+    "data.tokenizer",
     "mesh",
     "model.implementation",
     "model.remat",

@@ -29,6 +29,11 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run or gs://bucket/folder; resumed if it has a checkpoint."
 )
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print the parameters by part and end.")
+_INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "WORKDIR or WORKDIR@STEP of another run: a new run starts from its parameters.",
+)
 # Several processes: found by themselves on TPU slices and under SLURM, Open MPI and Kubernetes.
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, where no cluster is found by itself."
@@ -67,7 +72,7 @@ def main(argv):
         "%d processes, %d devices: %s", jax.process_count(), jax.device_count(), jax.devices()[0]
     )
     try:
-        train(config, _WORKDIR.value)
+        train(config, _WORKDIR.value, init_from=_INIT_FROM.value)
     except Interrupted as error:
         print(f"Interrupted: {error}", file=sys.stderr)
         preemption.end_now(early_end.TRY_AGAIN)

@@ -17,7 +17,7 @@ from kernels_pallas import dispatch
 from mhc_jax import distributed, gains, health, paths, preemption, sharding
 from mhc_jax.checkpoint import FOLDER, Checkpoints, SaveError, absolute, probe, saved_steps
 from mhc_jax.config import Config
-from mhc_jax.data import make_iterator, vocab_size
+from mhc_jax.data import check_files, make_iterator, vocab_size
 from mhc_jax.lock import WorkdirLock
 from mhc_jax.metrics import MetricWriter
 from mhc_jax.train_step import (
@@ -30,7 +30,8 @@ from mhc_jax.train_step import (
     measure_gains,
     updates_done,
 )
-from mhc_jax.workdir import check_same_run, claim_workdir
+from mhc_jax.trained import Source
+from mhc_jax.workdir import check_resumable, check_same_run, claim_workdir, update_config
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +65,13 @@ def check_config(config: Config) -> None:
         )
 
 
-def train(config: Config, workdir: str | os.PathLike, *, name: str | None = None) -> dict[str, Any]:
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    name: str | None = None,
+    init_from: str | None = None,
+) -> dict[str, Any]:
     """Trains one model, resuming from the newest checkpoint of `workdir` if there is one.
 
     Args:
@@ -72,6 +79,8 @@ def train(config: Config, workdir: str | os.PathLike, *, name: str | None = None
       workdir: receives config.json, metrics.jsonl, gains/, checkpoints/ and tensorboard/; may begin with "~"
         or be "gs://bucket/folder". One run at a time may have it.
       name: shown beside the progress bar; by default the connection.
+      init_from: "WORKDIR" or "WORKDIR@STEP" of another run, whose parameters a new run starts from; the
+        optimizer, the data and the schedule begin anew. One that is resumed does not look there.
 
     Returns:
       the last value of every metric that this call wrote (none if the run was finished already).
@@ -86,7 +95,7 @@ def train(config: Config, workdir: str | os.PathLike, *, name: str | None = None
     with preemption.stop_signals() as stop:
         try:
             check_config(config)
-            run = Run(config, workdir)
+            run = Run(config, workdir, init_from)
         except preemption.Stopped:
             raise Interrupted("stopped before the first step: nothing is lost, run again") from None
         except (ValueError, TypeError, NotImplementedError, OSError) as error:
@@ -105,10 +114,18 @@ def train(config: Config, workdir: str | os.PathLike, *, name: str | None = None
 class Run:
     """State of one training run on its way through the steps."""
 
-    def __init__(self, config: Config, workdir: str | os.PathLike):
-        # What can be refused is refused before the workdir or the memory of a device is touched: corpora
-        # are opened and the whole step is traced first.
+    def __init__(self, config: Config, workdir: str | os.PathLike, init_from: str | None = None):
+        # What can be refused is refused before the workdir or the memory of a device is touched: first what
+        # takes no time, then corpora are opened and the whole step is traced.
         self.config, self.workdir = config, paths.of_user(workdir)
+        check_resumable(config, self.workdir)
+        self._source = None
+        if init_from is not None and not saved_steps(absolute(self.workdir / FOLDER)):
+            try:
+                self._source = Source(init_from, config.model)
+            except ValueError as error:
+                raise ValueError(f"--init_from={init_from}: {error}") from None
+        check_files(config.data)
         self.mesh = sharding.make_mesh(config.mesh)
         self._placement = sharding.BatchPlacement(self.mesh, config.batch_size)
         share = {
@@ -118,6 +135,7 @@ class Run:
         }
         self.data = make_iterator(config.data, split="train", **share)
         self.validation = make_iterator(config.data, split="validation", **share)
+        self.data.pair_with(self.validation)
         self._validation_start = self.validation.get_state()
         # The same sequence on every process and at every step.
         one = make_iterator(config.data, split="validation", batch_size=1)
@@ -159,16 +177,20 @@ class Run:
             distributed.on_first(lambda: probe(workdir))
         self.checkpoints = Checkpoints(workdir, kept=config.checkpoints_kept, config=values)
         self.state = self._newest_state()
+        distributed.on_first(lambda: update_config(config, workdir))
         if self.is_main:
             self.writer = MetricWriter(workdir, tensorboard=config.tensorboard)
 
     def _newest_state(self):
-        """From a checkpoint of this workdir, else from scratch."""
+        """From a checkpoint of this workdir, else from `init_from`, else from scratch."""
         if self.checkpoints.latest_step is None:
-            return jit_init_state(self.config, self.mesh)()
+            state = jit_init_state(self.config, self.mesh)()
+            return self._source.fill(state, self._abstract) if self._source else state
         values = dataclasses.asdict(self.config)
         state = self.checkpoints.restore(
-            self._abstract, self.data, functools.partial(check_same_run, now=values)
+            self._abstract,
+            self.data,
+            functools.partial(check_same_run, now=values, step=self.checkpoints.latest_step),
         )
         _log.info("resumed %s at step %d", self.workdir, state.step)
         return state

@@ -10,7 +10,8 @@ import jax
 from etils import epath
 
 from mhc_jax import checkpoint, distributed, paths
-from mhc_jax.config import Config, conflicts
+from mhc_jax.config import Config, OptimizerConfig, conflicts, differences
+from mhc_jax.optimizer import begin_of_decay
 
 _log = logging.getLogger(__name__)
 
@@ -40,17 +41,78 @@ def claim_workdir(config: Config, workdir: epath.PathLike) -> None:
             )
         time.sleep(1)
     try:
-        check_same_run(_read(path), values)
+        check_same_run(_read(path), values, _newest_step(workdir))
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
 
 
-def check_same_run(there: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ValueError if a run with the configuration `now` may not go on with one of `there`."""
+def check_resumable(config: Config, workdir: epath.PathLike) -> None:
+    """What `claim_workdir` refuses, without touching the workdir: for the very beginning.
+
+    Raises:
+      ValueError: the workdir belongs to another run.
+    """
+    workdir = epath.Path(workdir)
+    if not (workdir / "config.json").exists() and not _newest_step(workdir):
+        return
+    try:
+        there = read_config(workdir)
+    except ValueError:
+        return  # `claim_workdir` says what to do
+    try:
+        check_same_run(there, dataclasses.asdict(config), _newest_step(workdir))
+    except ValueError as error:
+        raise ValueError(f"{workdir / 'config.json'} {error}") from None
+
+
+def check_same_run(there: dict[str, Any], now: dict[str, Any], step: int = 0) -> None:
+    """Raises ValueError if a run with the configuration `now` may not go on with one of `there`.
+
+    Args:
+      there, now: nested dicts.
+      step: that the run has reached; `steps` may grow where the rates up to it stay what they were.
+    """
     differing = conflicts(there, now)
+    reason = ""
+    if "steps" in differing:
+        reason = _why_not_more_steps(there, now, step)
+        if not reason:
+            del differing["steps"]
     if differing:
         fields = "; ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in differing.items())
-        raise ValueError(f"belongs to another run ({fields}): use the same config or a new workdir")
+        raise ValueError(
+            f"belongs to another run ({fields}): use the same config or a new workdir{reason}"
+        )
+
+
+def _why_not_more_steps(there: dict[str, Any], now: dict[str, Any], step: int) -> str:
+    """Empty if the run may go on up to `now["steps"]`."""
+    old, new = there["steps"], now["steps"]
+    if not isinstance(old, int) or new < old:
+        return ". steps may only grow"
+    try:
+        optimizer = OptimizerConfig(**there["optimizer"])
+    except (KeyError, TypeError, ValueError):
+        return ""  # another field says so
+    begin = begin_of_decay(optimizer, old)
+    if begin is None or (optimizer.schedule == "wsd" and step <= begin):
+        return ""
+    if optimizer.schedule == "wsd":
+        why = f"the decay of wsd began at step {begin}, the run is at {step}"
+    else:
+        why = f"the {optimizer.schedule} schedule depends on steps"
+    return f". steps cannot grow: {why}; --init_from starts a new run from its parameters"
+
+
+def update_config(config: Config, workdir: epath.PathLike) -> None:
+    """Writes what has changed of a run that goes on (`MAY_CHANGE`, steps) to config.json; process 0 alone."""
+    path, values = epath.Path(workdir) / "config.json", dataclasses.asdict(config)
+    if differences(_read(path), values):
+        paths.write_json(path, values)
+
+
+def _newest_step(workdir: epath.Path) -> int:
+    return max(checkpoint.saved_steps(checkpoint.absolute(workdir / checkpoint.FOLDER)), default=0)
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
@@ -87,7 +149,7 @@ def _write_if_missing(path: epath.Path, values: dict[str, Any]) -> None:
     saved = _in_checkpoints(path.parent)
     if saved is not None:
         try:
-            check_same_run(saved, values)
+            check_same_run(saved, values, _newest_step(path.parent))
         except ValueError as error:
             raise ValueError(
                 f"{path} is missing, and the checkpoint in {path.parent} {error}"

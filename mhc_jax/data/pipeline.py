@@ -132,6 +132,10 @@ class BatchIterator(grain.DatasetIterator):
         super().__init__(parent)
         self._identity = identity
 
+    def pair_with(self, validation: "BatchIterator") -> None:
+        """Makes the validation corpus a part of the identity, so that a changed one is noticed too."""
+        self._identity["validation_corpus"] = validation._identity["corpus"]
+
     def __next__(self) -> dict[str, np.ndarray]:
         return next(self._parent)
 
@@ -147,6 +151,8 @@ class BatchIterator(grain.DatasetIterator):
         """
         state = copy.copy(state)
         saved = state.pop("identity", {})
+        if "validation_corpus" not in saved:  # from before there was one
+            saved = {**saved, "validation_corpus": self._identity.get("validation_corpus")}
         differing = [
             f"{name}: saved {saved.get(name)!r}, now {self._identity.get(name)!r}"
             for name in sorted({*saved, *self._identity})

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from mhc_jax.data import files, records
-from mhc_jax.data.config import DataConfig, check_split
+from mhc_jax.data.config import SPLITS, DataConfig, check_split
 from mhc_jax.data.files import TextFile
 from mhc_jax.data.tokenizer import load_tokenizer
 
@@ -127,21 +127,37 @@ def open_windows(config: DataConfig, split: str) -> Windows:
     if config.source == "synthetic":
         return SyntheticWindows(config, split)
     if config.source == "array_record":
-        tokens = records.open_records(
-            config.path,
-            load_tokenizer(config.tokenizer),
-            validation_fraction=config.validation_fraction,
-            split=split,
-        )
+        tokens = _open_records(config, split)
     else:
-        load_tokenizer(config.tokenizer)  # a wrong name fails before the files are listed
-        stdlib = config.source == "stdlib"
-        found = files.stdlib_files() if stdlib else files.glob_files(config.path)
-        chosen = files.split_files(
-            found, validation_fraction=config.validation_fraction, split=split
-        )
-        tokens = _encode_in_memory(chosen, config.tokenizer)
+        tokens = _encode_in_memory(_chosen(config, split), config.tokenizer)
     return TokenWindows(tokens, config.sequence_length, split)
+
+
+def check_files(config: DataConfig) -> None:
+    """What `open_windows` refuses without reading a text, for both splits.
+
+    Raises:
+      ValueError: anything wrong with names, files, tokenizer or records.
+    """
+    if config.source == "synthetic":
+        return
+    for split in SPLITS:
+        (_open_records if config.source == "array_record" else _chosen)(config, split)
+
+
+def _open_records(config: DataConfig, split: str) -> records.ArrayRecordTokens:
+    return records.open_records(
+        config.path,
+        load_tokenizer(config.tokenizer),
+        validation_fraction=config.validation_fraction,
+        split=split,
+    )
+
+
+def _chosen(config: DataConfig, split: str) -> tuple[TextFile, ...]:
+    load_tokenizer(config.tokenizer)  # a wrong name fails before the files are listed
+    found = files.stdlib_files() if config.source == "stdlib" else files.glob_files(config.path)
+    return files.split_files(found, validation_fraction=config.validation_fraction, split=split)
 
 
 # Kept for one train and one validation split: a loop that makes a new validation iterator for each

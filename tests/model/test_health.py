@@ -70,7 +70,9 @@ def saved(workdir):
 def test_an_update_that_is_not_finite_is_not_made(setting, value, tmp_path):
     """Of a finite loss and gradient. Its parameters would have pushed the good checkpoints out."""
     config = small(**{f"optimizer.{setting}": value, "optimizer.weight_decay": 10.0})
-    message = rf"step 1: loss \d\.\d+, gradient norm \d\.\d+, its update is not finite. .* update.*{setting}=?"
+    message = (
+        rf"step 1: loss \d.*, gradient norm \d.*, its update is not finite. .* update.*{setting}=?"
+    )
     # jax's own check would end the run, or the search for the place, with an error of its own.
     refused = pytest.raises(NonFiniteError, match=message.replace("_", "[_ ]"))
     with jax.debug_nans(True), refused as caught:
@@ -164,7 +166,7 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
         NonFiniteError, match=r"Not saved: params/.* was not finite before that step eit"
     ):
         run.loop(lambda step: False, "run")
-    with pytest.raises(NonFiniteError, match="are not saved|is not saved"):
+    with pytest.raises(NonFiniteError, match="is not finite, the state"):
         run._save()
     run.close()
     assert saved(tmp_path) == []

@@ -303,7 +303,15 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     how = {f"mesh.{axis}" for axis in sharding.AXES}
     how |= {f"model.{name}" for name in ("remat", "recompute_block", "scan_blocks", "loss_chunks")}
     # Which kernels compute is of the same kind; either way is fine.
-    how |= {"on_failed_save", "on_non_finite"}
+    how |= {
+        "on_failed_save",
+        "on_non_finite",
+        "checkpoints_kept",
+        "tensorboard",
+        "data.path",
+        "data.tokenizer",
+    }
+    how |= {f"{what}_every" for what in ("log", "eval", "gains", "checkpoint")}
     assert accepted - {"model.implementation"} == how
 
 
