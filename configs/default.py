@@ -25,6 +25,9 @@ def get_config() -> ml_collections.ConfigDict:
     # A step whose loss, gradient or update is not finite: stop | skip (leave its update out, go on) |
     # rollback (to the newest checkpoint, past the batches since).
     config.on_non_finite = "stop"
+    config.on_corrupt_data = (
+        "stop"  # a record of array_record that is damaged: stop | skip (and count)
+    )
     config.tensorboard = True  # write TensorBoard events beside metrics.jsonl
 
     model = config.model = ml_collections.ConfigDict()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from mhc_jax import ranges, remat
-from mhc_jax.data.config import DataConfig
+from mhc_jax.data.config import ON_CORRUPT, DataConfig
 from mhc_jax.health import ON_NON_FINITE
 from mhc_jax.initialisation import hc_alpha, mhc_alpha, read_logit
 from mhc_jax.manifolds import MANIFOLDS
@@ -213,6 +213,7 @@ class Config:
     checkpoints_kept: int
     on_failed_save: str
     on_non_finite: str
+    on_corrupt_data: str
     tensorboard: bool
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -222,6 +223,7 @@ class Config:
     def __post_init__(self):
         _one_of("on_failed_save", self.on_failed_save, ON_FAILED_SAVE)
         _one_of("on_non_finite", self.on_non_finite, ON_NON_FINITE)
+        _one_of("on_corrupt_data", self.on_corrupt_data, ON_CORRUPT)
         ranges.check(vars(self))
         warmup = self.optimizer.warmup_steps
         if warmup >= self.steps:
@@ -252,6 +254,7 @@ MAY_CHANGE = (
     "checkpoints_kept",
     "on_failed_save",
     "on_non_finite",
+    "on_corrupt_data",
     "tensorboard",
     "data.path",
     "data.tokenizer",
@@ -264,13 +267,17 @@ MAY_CHANGE = (
 )
 
 
+# Policies that older config.json do not have.
+_LATER = ("on_failed_save", "on_non_finite", "on_corrupt_data")
+
+
 def from_workdir(values: Mapping[str, Any]) -> Config:
     """The configuration in a config.json, also one from before some of the fields existed.
 
     Raises:
       ValueError, TypeError: as `from_dict`.
     """
-    values = {"on_failed_save": "stop", "on_non_finite": "stop", **values}
+    values = {**dict.fromkeys(_LATER, "stop"), **values}
     if isinstance(values.get("model"), Mapping):
         # Before there was the field, blocks were always scanned.
         values = {**values, "model": {"scan_blocks": True, **values["model"]}}

@@ -22,7 +22,7 @@ from mhc_jax import command_line, distributed, paths, preemption
 from mhc_jax.checkpoint import SaveError
 from mhc_jax.describe import describe
 from mhc_jax.lock import Locked
-from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
+from mhc_jax.train import BadData, BadInput, Interrupted, NonFiniteError, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
 _WORKDIR = flags.DEFINE_string(
@@ -76,7 +76,7 @@ def main(argv):
     except Interrupted as error:
         print(f"Interrupted: {error}", file=sys.stderr)
         preemption.end_now(early_end.TRY_AGAIN)
-    except (BadInput, NonFiniteError, SaveError, Locked) as error:
+    except (BadInput, BadData, NonFiniteError, SaveError, Locked) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

@@ -15,10 +15,20 @@ import tqdm
 
 from kernels_pallas import dispatch
 from mhc_jax import distributed, gains, health, paths, preemption, sharding
-from mhc_jax.checkpoint import FOLDER, Checkpoints, SaveError, absolute, probe, saved_steps
+from mhc_jax.checkpoint import (
+    FOLDER,
+    Checkpoints,
+    SaveError,
+    absolute,
+    one_line,
+    probe,
+    saved_steps,
+)
 from mhc_jax.config import Config
 from mhc_jax.data import check_files, make_iterator, vocab_size
+from mhc_jax.data.records import BadRecord
 from mhc_jax.lock import WorkdirLock
+from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.metrics import MetricWriter
 from mhc_jax.train_step import (
     abstract_batch,
@@ -35,6 +45,9 @@ from mhc_jax.workdir import check_resumable, check_same_run, claim_workdir, upda
 
 _log = logging.getLogger(__name__)
 
+# What reading a batch may raise: see `data.records`; a file system that is gone.
+_UNREADABLE = (ValueError, RuntimeError, OSError)
+
 
 class NonFiniteError(RuntimeError):
     """Loss, gradient or update were not finite; the message says when, where first and what is saved."""
@@ -42,6 +55,10 @@ class NonFiniteError(RuntimeError):
 
 class BadInput(ValueError):
     """Configuration, data, devices and workdir do not fit together; nothing has been trained."""
+
+
+class BadData(RuntimeError):
+    """The next batch could not be read; the message names file and cause, and says what is saved."""
 
 
 class Interrupted(RuntimeError):
@@ -88,6 +105,7 @@ def train(
     Raises:
       BadInput: configuration, data, devices and workdir do not fit together.
       NonFiniteError: see there. The state before that step is saved, unless it is not finite itself.
+      BadData: a batch could not be read; the state before it is saved.
       Interrupted: SIGINT or SIGTERM; the state is saved, the same command resumes.
       SaveError: a checkpoint could not be written, the one tried after it neither.
       Locked: this process stood still for a minute, and another run has taken the workdir over.
@@ -132,13 +150,16 @@ class Run:
             "batch_size": config.batch_size,
             "process_index": self._placement.index,
             "process_count": self._placement.count,
+            "on_corrupt": config.on_corrupt_data,
         }
         self.data = make_iterator(config.data, split="train", **share)
         self.validation = make_iterator(config.data, split="validation", **share)
         self.data.pair_with(self.validation)
         self._validation_start = self.validation.get_state()
         # The same sequence on every process and at every step.
-        one = make_iterator(config.data, split="validation", batch_size=1)
+        one = make_iterator(
+            config.data, split="validation", batch_size=1, on_corrupt=config.on_corrupt_data
+        )
         self._gains_tokens = next(one)["inputs"]
         self._abstract = abstract_state(config, self.mesh)
         self._train_step = jit_train_step(config, self.mesh)
@@ -164,6 +185,7 @@ class Run:
         self._in_flight = None  # (step, batch, position before it, metrics) of the newest step
         self._clock = None  # when the metrics of the step before were fetched
         self._skipped = self.step - int(updates_done(self.state.opt_state))
+        self._skipped_windows = 0  # by this process since it started
         self._skipped_in_a_row, self._rollbacks = 0, {}  # step of a checkpoint -> how often
         self._spikes, self._spiked = health.Spikes(), False
 
@@ -253,7 +275,16 @@ class Run:
     def _dispatch(self, bar) -> None:
         """Starts step k, then fetches the metrics of step k - 1 while it runs."""
         position = self.data.get_state()
-        batch = self._placement.put(next(self.data))
+        try:
+            rows = next(self.data)
+        except _UNREADABLE as error:
+            step = self.step
+            self.data.set_state(position)
+            self._fetch(bar)
+            if self.step != step:
+                return  # a step was not finite, and the run is back at a checkpoint
+            raise self._bad_data(error) from error
+        batch = self._placement.put(rows)
         self.state, metrics = self._train_step(self.state, batch)
         # A copy, since the state's buffers are those of the next.
         metrics = metrics | {"healthy": jnp.copy(self.state.healthy)}
@@ -261,6 +292,13 @@ class Run:
         self.step += 1
         if previous:
             self._report(previous, bar)
+
+    def _bad_data(self, error) -> BadData:
+        # The other processes do not know of it, and saving takes all.
+        saved = f" {self._save_good()}" if jax.process_count() == 1 else ""
+        damaged = isinstance(error, BadRecord)
+        hint = " --config.on_corrupt_data=skip goes on without such records." if damaged else ""
+        return BadData(f"step {self.step + 1}: {one_line(error)}.{saved}{hint}")
 
     def _fetch(self, bar) -> None:
         """Waits for the newest step; the clock stops, since what follows is not training time."""
@@ -277,6 +315,9 @@ class Run:
             metrics["train/seconds_per_step"] = now - self._clock
         self._clock = now
         healthy = bool(metrics.pop("healthy"))
+        if "data/skipped_windows" in metrics:
+            self._skipped_windows += int(metrics["data/skipped_windows"])
+            metrics["data/skipped_windows"] = self._skipped_windows
         skipped = metrics.get("train/skipped_updates", self._skipped) > self._skipped
         bad = skipped or not healthy
         usual = None if bad else self._spikes.usual(metrics["train/loss"])
@@ -394,14 +435,19 @@ class Run:
     def _evaluate(self) -> None:
         self.validation.set_state(self._validation_start)
         variables = self.state.variables
-        first = self._placement.put(next(self.validation))
-        self._compile(self._eval_step, "validation", variables, first)
-        self.validation.set_state(self._validation_start)
-        losses = [
-            self._eval_step(variables, self._placement.put(next(self.validation)))
-            for _ in range(self.config.eval_batches)
-        ]
-        mean = sum(map(float, losses)) / len(losses)
+        losses, counted = [], []
+        for _ in range(self.config.eval_batches):
+            try:
+                rows = next(self.validation)
+            except _UNREADABLE as error:
+                raise self._bad_data(error) from error
+            batch = self._placement.put(rows)
+            self._compile(self._eval_step, "validation", variables, batch)
+            losses.append(self._eval_step(variables, batch))
+            counted.append(float((rows["targets"] != IGNORE_INDEX).mean()))
+        mean = sum(x * part for x, part in zip(map(float, losses), counted)) / max(
+            sum(counted), 1e-9
+        )
         self._write(self.step, {"validation/loss": mean})
 
     def _log_gains(self) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from mhc_jax import gains
 from mhc_jax.config import Config, ModelConfig
 from mhc_jax.health import all_finite
-from mhc_jax.losses import linear_cross_entropy, num_counted
+from mhc_jax.losses import IGNORE_INDEX, linear_cross_entropy, num_counted
 from mhc_jax.moe import MoEAux
 from mhc_jax.optimizer import make_optimizer, make_schedule
 from mhc_jax.sharding import by_token, on_mesh, replicated, split_parameters, tree_shardings
@@ -205,7 +205,8 @@ def train_step(
     Returns:
       the new state, and float32 scalars: `train/loss` (cross-entropy before the update),
       `train/grad_norm` (before clipping), `train/learning_rate`; `train/skipped_updates` so far where
-      they are skipped; with experts also `moe/max_load` (load
+      they are skipped, `data/skipped_windows` of this batch where windows are; with experts also
+      `moe/max_load` (load
       of the busiest expert over the mean load, of the worst block), `moe/dropped` (share of all choices)
       and `moe/balance_loss` (the part of the loss that is not cross-entropy).
     """
@@ -237,6 +238,8 @@ def train_step(
     }
     if skip:
         metrics["train/skipped_updates"] = state.step + 1 - updates_done(opt_state)
+    if config.on_corrupt_data == "skip":
+        metrics["data/skipped_windows"] = (batch["targets"] == IGNORE_INDEX).all(1).sum()
     if aux is not None:
         metrics |= _moe_metrics(aux)
     state = state.replace(

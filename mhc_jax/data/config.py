@@ -6,6 +6,7 @@ from mhc_jax import ranges
 
 SOURCES = ("stdlib", "text", "array_record", "synthetic")
 SPLITS = ("train", "validation")
+ON_CORRUPT = ("stop", "skip")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_health import lines_of, saved, small
+from test_health import Poisoned, lines_of, saved, small
 
 from mhc_jax import train as train_module
 from mhc_jax.config import from_dict
-from mhc_jax.train import BadInput, Run, train
+from mhc_jax.data.records import BadRecord
+from mhc_jax.losses import IGNORE_INDEX
+from mhc_jax.train import BadData, BadInput, Run, train
 from mhc_jax.trained import Source, load
 from mhc_jax.workdir import check_same_run
 
@@ -145,3 +147,33 @@ def test_a_run_starts_from_the_parameters_of_another(finished, tmp_path, monkeyp
         train(config, path)
     assert not (tmp_path / "refused").exists()
     assert Source(str(path), config.model).step is None
+
+
+def test_damaged_records_are_counted_and_other_faults_save_first(tmp_path):
+    """Of a batch, one window lost; then its storage is gone."""
+    config = small(on_corrupt_data="skip", steps=5)
+    run = Run(config, tmp_path)
+
+    class Damaged(Poisoned):
+        def __next__(self):
+            batch = super().__next__()
+            if self.taken[-1] in (1, 2):
+                batch["targets"][0] = IGNORE_INDEX
+            if self.taken[-1] == 4:
+                raise BadRecord("record 3 of some.array_record cannot be read")
+            return batch
+
+    run.data = Damaged(run.data, ())
+    with pytest.raises(
+        BadData, match=r"step 5: BadRecord: record 3 of some.* state before that step is saved in"
+    ):
+        run.loop(lambda step: False, "run")
+    run.close()
+    lost = {
+        line["step"]: line["data/skipped_windows"]
+        for line in lines_of(tmp_path)
+        if "train/loss" in line
+    }
+    assert lost == {1: 0, 2: 1, 3: 2, 4: 2}
+    assert saved(tmp_path) == [2, 4]
+    assert run.data.get_state()["next_index"] == 4

@@ -306,6 +306,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     how |= {
         "on_failed_save",
         "on_non_finite",
+        "on_corrupt_data",
         "checkpoints_kept",
         "tensorboard",
         "data.path",
