@@ -214,6 +214,7 @@ class Checkpoints:
                         f"the checkpoint of step {step} in {self._folder} {error}"
                     ) from None
             position = read_position(folder, contents)
+            check_shapes(folder, abstract)
             return contents, position, read_arrays(folder, abstract)
 
         def verify(step, found):
@@ -363,6 +364,34 @@ def read_position(folder: epath.Path, contents: dict[str, Any] | None) -> Any:
     if contents and checksum.of_json(position) != contents["data"]:
         raise Damaged("the position in the data does not match its checksum")
     return position
+
+
+def check_shapes(folder: epath.Path, wanted: TrainState) -> None:
+    """The shapes of a step's whole state.
+
+    Raises:
+      Refused: an array has another shape than `wanted` says; names the array and the cause.
+    """
+    tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+    stored, now = (
+        {checksum.name(path): tuple(leaf.shape) for path, leaf in leaves}
+        for leaves, _ in map(jax.tree_util.tree_flatten_with_path, (tree, wanted))
+    )
+    if stored.get("rng", now["rng"]) != now["rng"]:
+        impl = jax.config.jax_default_prng_impl
+        others = {(2,): "threefry2x32", (4,): "rbg"}
+        was = others.get(stored["rng"], "another")
+        raise Refused(
+            f"the array rng has shape {stored['rng']} in {folder} and {now['rng']} now: "
+            f"JAX_DEFAULT_PRNG_IMPL was {was} when the run began and is {impl} now, set it back"
+        )
+    differing = sorted(name for name in stored.keys() & now.keys() if stored[name] != now[name])
+    if differing:
+        name = differing[0]
+        raise Refused(
+            f"the array {name} has shape {stored[name]} in {folder} and {now[name]} now: was the run begun "
+            "with another version of this code?"
+        )
 
 
 def read_arrays(folder: epath.Path, wanted: Any) -> Any:

@@ -1,13 +1,85 @@
 """Several processes, one run: how they find each other and how they agree."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 _log = logging.getLogger(__name__)
+
+
+# What launchers set, and jax reads, where it is said how many processes there are.
+_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_LAUNCHERS = ("SLURM_", "OMPI_", "JAX_COORDINATOR")
+
+
+# Seconds that processes wait for each other. jax's own limit, at which its runtime aborts the process with
+# pages of stacks, lies far behind it.
+PATIENCE = 300.0
+_JAX_PATIENCE = 10**6
+
+
+class NotConnected(RuntimeError):
+    """The processes of a run did not find each other; the message says the cause and the way out."""
+
+
+def waiting_for(num_processes: int | None = None) -> str:
+    """What `start` waits for, for the log; `num_processes` as given to it."""
+    if num_processes == 1:
+        return "looking for devices"
+    if num_processes is not None:
+        what = f"all {num_processes} processes (--num_processes)"
+    else:
+        launched = next((name for name in _COUNTS if os.environ.get(name, "1") != "1"), None)
+        if launched is None:
+            return "looking for other processes and devices"
+        what = f"all {os.environ[launched]} processes ({launched}); --num_processes=1 runs alone"
+    return f"waiting since {time.strftime('%H:%M:%S')} for {what}"
+
+
+def patience() -> Callable[[], None]:
+    """Returns what to ask while `start` waits in another thread: raises NotConnected when the time is up."""
+    end = time.monotonic() + PATIENCE
+
+    def ask():
+        if time.monotonic() > end and not _connected.is_set():
+            with _one_line():
+                raise TimeoutError(f"not all came within {PATIENCE:.0f} s")
+
+    return ask
+
+
+_connected = threading.Event()
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    # Of jax's look at the environment: KeyError of a variable, ValueError of a number, RuntimeError of the
+    # address or of the time that is up.
+    except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
+        if isinstance(error, KeyError):
+            cause = f"the environment variable {error} is missing"
+        else:
+            cause = next(iter(str(error).splitlines()), type(error).__name__)
+        found = [
+            f"{k}={v}"
+            for k, v in sorted(os.environ.items())
+            if k in _COUNTS or k.endswith("_PROCID")
+        ]
+        there = [k for k in sorted(os.environ) if k.startswith(_LAUNCHERS)]
+        launcher = f" (the environment has {', '.join(found or there[:4])})" if there else ""
+        raise NotConnected(
+            f"the processes of the run did not find each other{launcher}: {cause}. Start all of them, or run "
+            "alone with --num_processes=1"
+        ) from error
 
 
 def start(
@@ -27,8 +99,10 @@ def start(
 
     Raises:
       ValueError: some of the three are missing, or the id is not below the number.
+      NotConnected: the processes did not find each other, or the launcher's environment is not whole.
     """
     if num_processes == 1:
+        _connected.set()
         return
     given = {
         "--coordinator_address": coordinator_address,
@@ -43,16 +117,24 @@ def start(
             raise ValueError(
                 f"--process_id={process_id} must lie in 0 to {num_processes - 1} (--num_processes - 1)"
             )
-        jax.distributed.initialize(
-            coordinator_address, num_processes, process_id, cluster_detection_method="deactivate"
-        )
+        with _one_line():
+            jax.distributed.initialize(
+                coordinator_address,
+                num_processes,
+                process_id,
+                cluster_detection_method="deactivate",
+                initialization_timeout=_JAX_PATIENCE,
+            )
     else:
         try:
-            jax.distributed.initialize()
-        except ValueError as error:
+            with _one_line():
+                jax.distributed.initialize(initialization_timeout=_JAX_PATIENCE)
+        except NotConnected as error:
             if "coordinator_address should be defined" not in str(error):
                 raise
+            _connected.set()
             return  # no cluster here
+    _connected.set()
     _log.info("process %d of %d", jax.process_index(), jax.process_count())
 
 

@@ -11,6 +11,7 @@ if __name__ == "__main__":
     early_end.install()
 
 import logging
+import os
 import sys
 
 import jax
@@ -65,9 +66,18 @@ def main(argv):
         sys.exit("--workdir is missing: give the folder of the run, as in --workdir=runs/mhc")
     try:
         paths.of_user(_WORKDIR.value)
-        preemption.in_thread(_connect, "looking for other processes and devices")
+        waiting = distributed.waiting_for(_NUM_PROCESSES.value)
+        if "since" in waiting:
+            _log.info("%s", waiting)
+        preemption.in_thread(_connect, waiting, distributed.patience())
     except ValueError as error:
         sys.exit(f"bad flags: {error}")
+    except distributed.NotConnected as error:
+        print(f"NotConnected: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # a thread may still wait, which Python's own end would not survive
+    except RuntimeError as error:  # what jax says of devices that it cannot use
+        sys.exit(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
     _log.info(
         "%d processes, %d devices: %s", jax.process_count(), jax.device_count(), jax.devices()[0]
     )

@@ -107,6 +107,23 @@ def test_logistics_change_and_steps_grow(finished, texts, tmp_path):
         train(with_fields(config, steps=2), path)
 
 
+def test_another_random_number_generator_is_named(finished):
+    config, path = finished
+    config = with_fields(json_config(path), log_every=3)  # traced anew
+    kept = saved(path)
+    with jax.default_prng_impl("rbg"), pytest.raises(BadInput) as caught:
+        train(config, path)
+    message = str(caught.value)
+    assert "the array rng has shape (2,) in" in message
+    assert "JAX_DEFAULT_PRNG_IMPL was threefry2x32 when the run began and is rbg now" in message
+    assert "\n" not in message
+    assert saved(path) == kept  # nothing is taken for damaged
+
+
+def json_config(path):
+    return from_dict(json.loads((path / "config.json").read_text()))
+
+
 def test_a_run_starts_from_the_parameters_of_another(finished, tmp_path, monkeypatch):
     config, path = finished
     _, variables, step = load(path)
