@@ -9,6 +9,7 @@ A workdir is what training leaves behind, and all that is read here:
     gains/step_00000200.npz     as written by mhc_jax.gains.save; none for the residual arm
 """
 
+import array
 import dataclasses
 import io
 import json
@@ -110,21 +111,29 @@ def read_metrics(path: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     A run still going may have half a last line, and a killed one half a line in the middle.
     """
-    table: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(path.read_bytes().decode(errors="replace").splitlines(), 1):
-        try:
-            entry = json.loads(line) if line.strip() else {}
-            step = int(entry.pop("step")) if entry else 0
-            values = {k: float(v) for k, v in entry.items() if isinstance(v, int | float | str)}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            log.warning("%s line %d skipped: %r", path, number, error)
-            continue
-        for key, value in values.items():
-            table.setdefault(key, {})[step] = value
-    return {
-        key: (np.array(sorted(by_step)), np.array([by_step[s] for s in sorted(by_step)]))
-        for key, by_step in table.items()
-    }
+    # Line by line into flat arrays: 16 bytes a number, where a million lines of objects are a gigabyte.
+    table: dict[str, tuple[array.array, array.array]] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                entry = json.loads(line.decode(errors="replace")) if line.strip() else {}
+                step = int(entry.pop("step")) if entry else 0
+                values = {k: float(v) for k, v in entry.items() if isinstance(v, int | float | str)}
+                for key, value in values.items():
+                    steps, found = table.setdefault(key, (array.array("q"), array.array("d")))
+                    steps.append(step)
+                    found.append(value)
+            except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
+                log.warning("%s line %d skipped: %r", path, number, error)
+    return {key: _latest(*map(np.asarray, columns)) for key, columns in table.items()}
+
+
+def _latest(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """In the order of steps; of a step that is there more than once, the last value."""
+    order = np.argsort(steps, kind="stable")
+    steps, values = steps[order], values[order]
+    last = np.append(steps[1:] != steps[:-1], True)
+    return steps[last], values[last]
 
 
 def _read_config(path: epath.Path) -> dict:
@@ -207,6 +216,8 @@ def new_figure(height: float) -> Figure:
 
 def draw(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, **kwargs) -> None:
     """A curve whose infinite or NaN points are triangles at the upper edge, not silent holes."""
+    kept = _visible(y)
+    x, y = x[kept], y[kept]
     finite = np.isfinite(y)
     # A line of many points is a picture in the SVG too, or it would weigh megabytes.
     axes.plot(x, np.where(finite, y, np.nan), color=colour, rasterized=len(x) > 4000, **kwargs)
@@ -221,6 +232,28 @@ def draw(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, **kwargs) -> Non
             clip_on=False,
         )
         axes.set_title("▲ not finite", loc="right", fontsize=8, color="#6B6B6B")
+
+
+def _visible(y: np.ndarray, most: int = 12_000) -> np.ndarray:
+    """Indices of lowest, highest and one non-finite point of each pixel's worth of a curve, at most `most`.
+
+    A million points take a gigabyte to draw and look the same.
+    """
+    if len(y) <= most:
+        return np.arange(len(y))
+    size = -(-3 * len(y) // (most - 3))
+    padded = np.full(-(-len(y) // size) * size, y[-1])
+    padded[: len(y)] = y
+    padded = padded.reshape(-1, size)
+    finite = np.isfinite(padded)
+    found = np.stack(
+        [
+            np.where(finite, padded, np.inf).argmin(1),
+            np.where(finite, padded, -np.inf).argmax(1),
+            finite.argmin(1),
+        ]
+    )
+    return np.unique(np.minimum(found + size * np.arange(len(padded)), len(y) - 1))
 
 
 def legend(axes: Axes, **kwargs) -> None:
@@ -284,11 +317,27 @@ def short(value: float) -> str:
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Centred mean over `window` (odd) points, of the finite ones; shorter at both ends."""
     finite = np.isfinite(values)
-    kernel = np.ones(window)
-    count = np.convolve(finite, kernel)[window // 2 :][: len(values)]
-    total = np.convolve(np.where(finite, values, 0.0), kernel)[window // 2 :][: len(values)]
+    count = _running_sum(finite.astype(float), window)
+    total = _running_sum(np.where(finite, values, 0.0), window)
     # A point that is not finite itself stays so: the curve ends where the run diverged.
     return np.where(finite, total / np.maximum(count, 1), values)
+
+
+def _running_sum(values: np.ndarray, window: int) -> np.ndarray:
+    """Sum of the `window` values around each, in a time that does not depend on `window`.
+
+    A window is the end of one block of `window` values and the beginning of the next. Differences of one
+    sum over all values would lose the small ones behind a large one.
+    """
+    before = (window - 1) // 2
+    blocks = len(values) // window + 2
+    padded = np.zeros(blocks * window)
+    padded[before : before + len(values)] = values
+    padded = padded.reshape(blocks, window)
+    begins = np.cumsum(padded, axis=1).ravel()
+    ends = np.cumsum(padded[:, ::-1], axis=1)[:, ::-1].copy()
+    ends[:, 0] = 0  # a window that is one block: the beginning has all of it
+    return ends.ravel()[: len(values)] + begins[window - 1 : window - 1 + len(values)]
 
 
 def write_figure(figure: Figure, path: epath.Path, formats: Sequence[str]) -> None:

@@ -299,6 +299,13 @@ def save(path: str | os.PathLike, gains: GainMagnitudes, step: int) -> None:
             os.unlink(unfinished)
 
 
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Removes what killed processes left of `save`; nobody else may be writing to the folder."""
+    if not paths.is_bucket(folder):  # where objects appear whole
+        for path in epath.Path(folder).glob("*.npz.*.unfinished"):
+            path.unlink(missing_ok=True)
+
+
 def load(path: str | os.PathLike) -> tuple[GainMagnitudes, int]:
     """Reads what `save` wrote: (GainMagnitudes of numpy arrays, step)."""
     if paths.is_bucket(path):

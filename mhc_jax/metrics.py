@@ -1,13 +1,17 @@
 """Metrics on disk: one JSON object a line beside config.json, and TensorBoard events."""
 
+import itertools
 import json
 import math
+import os
 from collections.abc import Mapping
 
 import tensorboardX
 from etils import epath
 
 from mhc_jax import appending
+
+_numbers = itertools.count()
 
 
 def jsonable(value: float) -> float | str:
@@ -19,15 +23,29 @@ class MetricWriter:
     """Appends to `workdir/metrics.jsonl` and, if asked, to TensorBoard events in `workdir/tensorboard`.
 
     A killed run keeps all it wrote (in a bucket: all up to its last checkpoint). After a restart steps may
-    repeat; the later line counts.
+    repeat; the later line counts, and TensorBoard drops the events of the run before from there on.
+
+    Args:
+      workdir: of the run.
+      tensorboard: whether to write events.
+      step: updates done so far.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool):
+    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool, step: int = 0):
         self._lines = appending.open_lines(epath.Path(workdir) / "metrics.jsonl")
-        self._board = (
-            tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
-            if tensorboard
-            else None
+        self._folder = str(epath.Path(workdir) / "tensorboard") if tensorboard else None
+        self._board = None
+        self.go_back(step)
+
+    def go_back(self, step: int) -> None:
+        """The next numbers follow on `step` updates, whatever has been written before."""
+        if self._folder is None:
+            return
+        if self._board:
+            self._board.close()
+        # Files that are opened in the same second would have the same name.
+        self._board = tensorboardX.SummaryWriter(
+            self._folder, purge_step=step + 1, filename_suffix=f".{os.getpid()}.{next(_numbers)}"
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -201,7 +201,10 @@ class Run:
         self.state = self._newest_state()
         distributed.on_first(lambda: update_config(config, workdir))
         if self.is_main:
-            self.writer = MetricWriter(workdir, tensorboard=config.tensorboard)
+            self.writer = MetricWriter(
+                workdir, tensorboard=config.tensorboard, step=int(self.state.step)
+            )
+            gains.remove_unfinished(workdir / "gains")
 
     def _newest_state(self):
         """From a checkpoint of this workdir, else from `init_from`, else from scratch."""
@@ -367,6 +370,8 @@ class Run:
         self.data.set_state(position)
         next(self.data)
         self.step, self._in_flight, self._clock = int(self.state.step), None, None
+        if self.writer:
+            self.writer.go_back(self.step)
         bar.n = self.step
         bar.refresh()
 
