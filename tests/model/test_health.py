@@ -1,6 +1,7 @@
 """Steps whose numbers are not finite, and losses that jump."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -11,7 +12,13 @@ from test_train import tiny
 
 from mhc_jax import health
 from mhc_jax.train import NonFiniteError, Run, train
-from mhc_jax.train_step import find_non_finite
+from mhc_jax.train_step import (
+    abstract_batch,
+    abstract_state,
+    evaluate,
+    find_non_finite,
+    measure_gains,
+)
 from mhc_jax.trained import load
 
 SMALL = {
@@ -202,3 +209,22 @@ def test_a_spike_is_logged_with_the_gains(tmp_path, monkeypatch, caplog):
     assert "step 2: the loss jumps to" in caplog.text
     assert "after the jump of the loss, step 3: single_forward_max" in caplog.text
     assert (tmp_path / "gains/step_00000003.npz").exists()
+
+
+@pytest.mark.parametrize("program", [evaluate, measure_gains])
+def test_evaluation_drops_nothing(program):
+    """Whatever training does about full experts, the model that is measured is the exact one."""
+    traced = {}
+    for dispatch in ("capacity", "dropless"):
+        config = tiny(
+            "mhc", **SMALL, **{
+                "model.num_experts": 4, "model.experts_per_token": 2, "model.expert_width": 8,
+                "model.moe_dispatch": dispatch, "model.leading_dense_blocks": 0,
+            },
+        )  # fmt: skip
+        tokens = abstract_batch(config)
+        given = tokens if program is evaluate else tokens["inputs"]
+        variables = abstract_state(config).variables
+        run = functools.partial(program, config=config.model)
+        traced[dispatch] = str(jax.make_jaxpr(run)(variables, given))
+    assert traced["capacity"] == traced["dropless"]
