@@ -23,7 +23,8 @@ from mhc_jax import command_line, distributed, paths, preemption
 from mhc_jax.checkpoint import SaveError
 from mhc_jax.describe import describe
 from mhc_jax.lock import Locked
-from mhc_jax.train import BadData, BadInput, Interrupted, NonFiniteError, train
+from mhc_jax.recovery import BadData
+from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
 _WORKDIR = flags.DEFINE_string(

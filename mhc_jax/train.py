@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
@@ -20,16 +19,15 @@ from mhc_jax.checkpoint import (
     Checkpoints,
     SaveError,
     absolute,
-    one_line,
     probe,
     saved_steps,
 )
 from mhc_jax.config import Config
 from mhc_jax.data import check_files, make_iterator, vocab_size
-from mhc_jax.data.records import BadRecord
 from mhc_jax.lock import WorkdirLock
 from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.metrics import MetricWriter
+from mhc_jax.recovery import UNREADABLE, NonFiniteError, Recovery, what
 from mhc_jax.train_step import (
     abstract_batch,
     abstract_state,
@@ -38,27 +36,15 @@ from mhc_jax.train_step import (
     jit_init_state,
     jit_train_step,
     measure_gains,
-    updates_done,
 )
 from mhc_jax.trained import Source
 from mhc_jax.workdir import check_resumable, check_same_run, claim_workdir, update_config
 
 _log = logging.getLogger(__name__)
 
-# What reading a batch may raise: see `data.records`; a file system that is gone.
-_UNREADABLE = (ValueError, RuntimeError, OSError)
-
-
-class NonFiniteError(RuntimeError):
-    """Loss, gradient or update were not finite; the message says when, where first and what is saved."""
-
 
 class BadInput(ValueError):
     """Configuration, data, devices and workdir do not fit together; nothing has been trained."""
-
-
-class BadData(RuntimeError):
-    """The next batch could not be read; the message names file and cause, and says what is saved."""
 
 
 class Interrupted(RuntimeError):
@@ -129,7 +115,7 @@ def train(
     return run.last_metrics
 
 
-class Run:
+class Run(Recovery):
     """State of one training run on its way through the steps."""
 
     def __init__(self, config: Config, workdir: str | os.PathLike, init_from: str | None = None):
@@ -181,13 +167,10 @@ class Run:
         self._gains = compile_(
             sharding.on_mesh(functools.partial(measure_gains, config=config.model), self.mesh)
         )
+        self._begin_recovery()
         self._compiled, self._stop = set(), None
         self._in_flight = None  # (step, batch, position before it, metrics) of the newest step
         self._clock = None  # when the metrics of the step before were fetched
-        self._skipped = self.step - int(updates_done(self.state.opt_state))
-        self._skipped_windows = 0  # by this process since it started
-        self._skipped_in_a_row, self._rollbacks = 0, {}  # step of a checkpoint -> how often
-        self._spikes, self._spiked = health.Spikes(), False
 
     def _open_workdir(self) -> None:
         config, workdir = self.config, self.workdir
@@ -280,7 +263,7 @@ class Run:
         position = self.data.get_state()
         try:
             rows = next(self.data)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             step = self.step
             self.data.set_state(position)
             self._fetch(bar)
@@ -295,13 +278,6 @@ class Run:
         self.step += 1
         if previous:
             self._report(previous, bar)
-
-    def _bad_data(self, error) -> BadData:
-        # The other processes do not know of it, and saving takes all.
-        saved = f" {self._save_good()}" if jax.process_count() == 1 else ""
-        damaged = isinstance(error, BadRecord)
-        hint = " --config.on_corrupt_data=skip goes on without such records." if damaged else ""
-        return BadData(f"step {self.step + 1}: {one_line(error)}.{saved}{hint}")
 
     def _fetch(self, bar) -> None:
         """Waits for the newest step; the clock stops, since what follows is not training time."""
@@ -344,37 +320,6 @@ class Run:
         else:
             self._skipped_in_a_row = 0
 
-    def _note_skipped(self, step, metrics) -> None:
-        self._skipped = int(metrics["train/skipped_updates"])
-        self._skipped_in_a_row += 1
-        what = f"{_what(step, metrics)}. Its update is left out, {self._skipped} so far"
-        if self._skipped_in_a_row == health.MOST_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"{what}, {self._skipped_in_a_row} in a row: no batch is to blame. {self._save_good()}"
-            )
-        _log.warning("%s", what)
-
-    def _roll_back(self, step, batch, position, metrics, bar) -> None:
-        """To the newest checkpoint; the data go on behind the batch of the bad step."""
-        self.checkpoints.wait()
-        to = self.checkpoints.latest_step or 0
-        self._rollbacks[to] = self._rollbacks.get(to, 0) + 1
-        if self._rollbacks[to] > health.MOST_ROLLBACKS:
-            _log.error("%d times back to step %d: no batch is to blame", health.MOST_ROLLBACKS, to)
-            self._fail(step, batch, position, metrics)
-        _log.warning(
-            "%s. Back to step %d; the %d batches since are skipped",
-            _what(step, metrics), to, step + 1 - to,
-        )  # fmt: skip
-        self.state = self._newest_state()
-        self.data.set_state(position)
-        next(self.data)
-        self.step, self._in_flight, self._clock = int(self.state.step), None, None
-        if self.writer:
-            self.writer.go_back(self.step)
-        bar.n = self.step
-        bar.refresh()
-
     def _fail(self, step, batch, position, metrics) -> None:
         # The state is still that before the bad step, whatever was dispatched since. Saved as healthy: a
         # run that resumes from it tries that step again.
@@ -385,25 +330,7 @@ class Run:
             where = find_non_finite(self.state, batch, self.config, self.mesh)
         except Exception as error:  # the search must not hide what it was to explain
             where = f"not found, the search failed with {type(error).__name__}: {error}"
-        raise NonFiniteError(f"{_what(step, metrics)}. First non-finite: {where}. {saved}")
-
-    def _save_good(self) -> str:
-        """Saves the state if it is finite; says what is saved."""
-        bad = health.first_non_finite(self.state)
-        if bad:
-            last = self.checkpoints.latest_step
-            there = (
-                "there is no checkpoint"
-                if last is None
-                else f"the last checkpoint is of step {last}"
-            )
-            return f"Not saved: {bad} was not finite before that step either; {there}."
-        try:
-            self.checkpoints.save(self.state, self.data)
-            self.checkpoints.wait()
-        except SaveError as error:
-            return f"The state before that step is lost: {error}."
-        return f"The state before that step is saved in {self.workdir}."
+        raise NonFiniteError(f"{what(step, metrics)}. First non-finite: {where}. {saved}")
 
     def _do_what_is_due(self, bar) -> bool:
         """Returns whether a signal came while a program was compiled for it; then some is left undone."""
@@ -444,7 +371,7 @@ class Run:
         for _ in range(self.config.eval_batches):
             try:
                 rows = next(self.validation)
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 raise self._bad_data(error) from error
             batch = self._placement.put(rows)
             self._compile(self._eval_step, "validation", variables, batch)
@@ -514,9 +441,3 @@ class Run:
         self.last_metrics |= values
         if self.writer:
             self.writer.write(step, values)
-
-
-def _what(step: int, metrics: dict[str, float]) -> str:
-    loss, norm = metrics["train/loss"], metrics["train/grad_norm"]
-    update = ", its update is not finite" if math.isfinite(loss) and math.isfinite(norm) else ""
-    return f"step {step + 1}: loss {loss}, gradient norm {norm}{update}"

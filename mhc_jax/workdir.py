@@ -62,7 +62,9 @@ def check_resumable(config: Config, workdir: epath.PathLike) -> None:
     try:
         check_same_run(there, dataclasses.asdict(config), _newest_step(workdir))
     except ValueError as error:
-        raise ValueError(f"{workdir / 'config.json'} {error}") from None
+        path = workdir / "config.json"
+        lost = "" if path.exists() else f"is missing, and the checkpoint in {workdir} "
+        raise ValueError(f"{path} {lost}{error}") from None
 
 
 def check_same_run(there: dict[str, Any], now: dict[str, Any], step: int = 0) -> None:

@@ -12,7 +12,8 @@ from mhc_jax import train as train_module
 from mhc_jax.config import from_dict
 from mhc_jax.data.records import BadRecord
 from mhc_jax.losses import IGNORE_INDEX
-from mhc_jax.train import BadData, BadInput, Run, train
+from mhc_jax.recovery import BadData
+from mhc_jax.train import BadInput, Run, train
 from mhc_jax.trained import Source, load
 from mhc_jax.workdir import check_same_run
 

@@ -110,8 +110,8 @@ def test_exactly_k_of_tokens_that_tie():
     """All logits are positive and equal: a threshold would keep 32, an overflow would take the first."""
     config = make_config(RESIDUAL).model
     variables = logits_model(np.full(32, 3.0, np.float32))
-    for k, temperature in ((1, 1.0), (5, 1.0), (5, 1e-38)):
-        how = {"max_tokens": 100, "top_k": k, "temperature": temperature}
+    for k, temperature in ((5, 1.0), (5, 1e-38)):
+        how = {"max_tokens": 60, "top_k": k, "temperature": temperature}
         assert set(generate(variables, np.asarray([1]), config, **how)) == set(range(k))
 
 
