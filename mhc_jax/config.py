@@ -16,7 +16,7 @@ from kernels_pallas import dispatch
 from mhc_jax import ranges, remat
 from mhc_jax.data.config import ON_CORRUPT, DataConfig
 from mhc_jax.health import ON_NON_FINITE
-from mhc_jax.initialisation import hc_alpha, mhc_alpha, read_logit
+from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.manifolds import MANIFOLDS
 from mhc_jax.readout import READOUTS
 
@@ -92,8 +92,6 @@ class ModelConfig:
         self._check_attention()
         self._check_experts()
         try:
-            if self.connection == "mhc":
-                read_logit(self.n, self.pre_init_gap)
             self._resolve_alpha()
         except ValueError as error:
             raise ValueError(f"model.{error}") from None

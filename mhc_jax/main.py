@@ -61,7 +61,10 @@ def main(argv):
             logging.getLogger(package).setLevel(logging.INFO)
     config = command_line.load_config(_CONFIG)
     if _DESCRIBE.value:
-        print(describe(config))
+        try:
+            print(describe(config))
+        except ValueError as error:
+            sys.exit(f"bad config: {error}")
         return
     if _WORKDIR.value is None:
         sys.exit("--workdir is missing: give the folder of the run, as in --workdir=runs/mhc")

@@ -24,6 +24,7 @@ from mhc_jax.checkpoint import (
 )
 from mhc_jax.config import Config
 from mhc_jax.data import check_files, make_iterator, vocab_size
+from mhc_jax.initialisation import read_logit
 from mhc_jax.lock import WorkdirLock
 from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.metrics import MetricWriter
@@ -55,11 +56,16 @@ def check_config(config: Config) -> None:
     """What the fields cannot tell alone, before anything is allocated.
 
     Raises:
-      ValueError: mesh against devices and sizes, vocabulary against data.
+      ValueError: mesh against devices and sizes, vocabulary against data, streams against their start.
       NotImplementedError: kernels that cannot run on these devices.
     """
     sharding.check_divisible(config, sharding.mesh_sizes(config.mesh, jax.device_count()))
     dispatch.check_platform(config.model.implementation, jax.devices()[0].platform)
+    if config.model.connection == "mhc":
+        try:
+            read_logit(config.model.n, config.model.pre_init_gap)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
     needed = vocab_size(config.data)
     if config.model.vocab_size < needed:
         raise ValueError(

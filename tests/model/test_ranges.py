@@ -152,7 +152,10 @@ def test_read_logits_of_any_gap():
         others = (n - 1) / (1 + np.exp(np.longdouble(gap)))
         read = 1 / (1 + np.exp(-np.longdouble(read_logit(n, gap))))
         np.testing.assert_allclose(float(others + read), 1, rtol=1e-12)
+    config = from_dict(
+        nested({"model.n": 4, "model.pre_init_gap": 0.5, "data.source": "synthetic"})
+    )
     with pytest.raises(
         ValueError, match=r"^model\.n=4 with pre_init_gap=0\.5: .* raise pre_init_gap"
     ):
-        from_dict(nested({"model.n": 4, "model.pre_init_gap": 0.5}))
+        check_config(config)
