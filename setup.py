@@ -71,6 +71,8 @@ setup(
         "ml_collections>=1.0",  # typed ConfigDict, config_flags
         "absl-py>=2",  # flags of mhc_jax.main; 2 is what ml_collections 1 is tested with
         "numpy>=2",  # oldest that jax 0.10 takes
+        "etils[epath]>=1.9",  # paths in buckets; orbax has it too
+        "tensorstore>=0.1.60",  # conditional writes of the workdir's lock; orbax has it too
         "tensorboardX>=2.6",  # events without TensorFlow
         "tqdm>=4.60",  # progress bars
         "matplotlib>=3.9",  # figures of experiments; oldest with NumPy 2
@@ -79,6 +81,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         # triton is pinned to the series that jax-triton 0.3 is built against.
         "gpu": ["jax[cuda13]>=0.10", "jax-triton>=0.3,<0.4", "triton>=3.6,<3.7"],
+        "gcs": ["gcsfs>=2025.3"],  # workdirs in buckets, gs://
         "tokenizers": ["tokenizers>=0.20"],  # only for data.tokenizer=<file>.json
         # pytest 8 knows the options of pyproject.toml; no torch, to keep the environment small.
         "test": [
@@ -87,6 +90,8 @@ setup(
             "ruff>=0.9",
             "mypy>=1.18",
             "tokenizers>=0.20",
+            "gcsfs>=2025.3",
+            "gcp-storage-emulator>=2026.7",  # a bucket on this machine
             "setuptools>=70.1",  # builds the wheel without the network
             "nbclient>=0.10",  # runs the notebook; 0.10 has ipykernel 7's shutdown
             "nbformat>=5.10",

@@ -1,6 +1,7 @@
 """Every field with its default, and nothing else. The other configs say what differs and why.
 
-Any field can be set on the command line: --config.model.n=8 --config.optimizer.learning_rate=1e-3
+The range of every number stands in mhc_jax/ranges.py, in this order. Any field can be set on the command
+line: --config.model.n=8 --config.optimizer.learning_rate=1e-3
 """
 
 import ml_collections
@@ -9,15 +10,24 @@ from ml_collections import config_dict
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.seed = 0  # of parameters, >= 0; the order of the data has data.shuffle_seed
+    config.seed = 0  # of parameters, 0 to 2**32 - 1; the order of the data has data.shuffle_seed
     config.steps = 1000  # optimizer updates
     config.batch_size = 32  # sequences an update, over all devices
     config.log_every = 1  # steps between training metrics, >= 1
     config.eval_every = 200  # steps between evaluations, 0: only at the end
-    config.eval_batches = 8  # batches of the validation split an evaluation reads
+    config.eval_batches = 8  # batches of the validation split an evaluation reads, one pass at most
     config.gains_every = 50  # steps between gain magnitudes (hc and mhc), 0: only at the end
     config.checkpoint_every = 500  # steps between checkpoints, 0: only at the end
     config.checkpoints_kept = 2  # newest checkpoints kept, >= 1
+    config.on_failed_save = (
+        "stop"  # if a checkpoint fails, and the next try too: "stop" or "continue"
+    )
+    # A step whose loss, gradient or update is not finite: stop | skip (leave its update out, go on) |
+    # rollback (to the newest checkpoint, past the batches since).
+    config.on_non_finite = "stop"
+    config.on_corrupt_data = (
+        "stop"  # a record of array_record that is damaged: stop | skip (and count)
+    )
     config.tensorboard = True  # write TensorBoard events beside metrics.jsonl
 
     model = config.model = ml_collections.ConfigDict()
@@ -45,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.dtype = (
         "bfloat16"  # of activations and streams: bfloat16 | float32; parameters are float32
     )
-    model.init_std = 0.02  # of embedding and matrices at the start
+    model.init_std = 0.02  # of embedding and matrices at the start, > 0
     model.norm_eps = 1e-20  # of every RMSNorm (Table 5)
     model.connection = "mhc"  # residual | hc | mhc
     model.n = 4  # streams, >= 1; ignored by residual
@@ -55,8 +65,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.alpha_init = config_dict.FieldReference("auto", field_type=object)
     model.manifold = "birkhoff"  # of mhc: birkhoff | identity
     model.sinkhorn_iterations = 20  # t_max of Eq. 9, >= 1
-    model.pre_init_gap = 4.0  # logit gap of h_pre at the start, > 0
-    model.res_init_gap = 8.0  # logit gap of h_res at the start, > 0; 10 and more freezes it
+    model.pre_init_gap = 4.0  # logit gap of h_pre at the start, >= 0
+    model.res_init_gap = 8.0  # logit gap of h_res at the start, >= 0; 10 and more freezes it
     model.hc_use_pre = True  # hc: learn h_pre, else 1/n (Table 1)
     model.hc_use_post = True  # hc: learn h_post, else ones
     model.hc_use_res = True  # hc: learn h_res, else the identity
@@ -78,11 +88,11 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.learning_rate = 1e-3  # peak
     optimizer.schedule = "cosine"  # constant | step (paper) | cosine | wsd, after the warm-up
-    optimizer.warmup_steps = 100  # linear from 0; the first update of a warm-up is empty
+    optimizer.warmup_steps = 100  # linear from 0, < steps; the first update of a warm-up is empty
     optimizer.final_fraction = 0.1  # of the peak, where cosine and wsd end
     optimizer.decay_fraction = 0.2  # last part of the run in which wsd decays, 0 to 1
-    optimizer.b1 = 0.9  # decay of the mean of gradients, 0 to 1
-    optimizer.b2 = 0.95  # decay of the mean of their squares, 0 to 1
+    optimizer.b1 = 0.9  # decay of the mean of gradients, 0 to 1 (1: the update is NaN)
+    optimizer.b2 = 0.95  # decay of the mean of their squares, 0 to 1 (1: the update is NaN)
     optimizer.eps = 1e-8  # Table 5 has 1e-20, which turns rounding noise into full-size updates
     optimizer.weight_decay = 0.1  # on matrices; never on norms, bias or alpha
     optimizer.clip_norm = 1.0  # of the gradient, 0: no clipping

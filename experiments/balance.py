@@ -23,6 +23,7 @@ from flax import nnx
 
 from configs import small_30m
 from experiments import record
+from experiments.output import user_path
 from mhc_jax.analysis import style
 from mhc_jax.analysis.colours import COLOURS
 from mhc_jax.analysis.runs import read_metrics, running_mean
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/balance"),
+    parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/balance"),
                         help="folder of the two workdirs and of the result")  # fmt: skip
     parser.add_argument("--steps", type=int, default=300, help="updates of each arm")
     parser.add_argument(
@@ -52,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--record", action="store_true", help="result into experiments/balance/results"
     )
-    parser.add_argument("--chart", type=pathlib.Path, metavar="FILE", help="only draw this result")
+    parser.add_argument("--chart", type=user_path, metavar="FILE", help="only draw this result")
     return parser.parse_args()
 
 
@@ -71,7 +72,7 @@ def make_config(options: argparse.Namespace, balance_rate: float) -> Config:
             "model.experts_per_token": 2, "model.shared_experts": 1, "model.expert_width": 64,
             "model.dtype": "float32", "model.moe_dispatch": "dropless",
             "model.balance_rate": balance_rate, "optimizer.learning_rate": 1e-3,
-            "optimizer.warmup_steps": 20, "optimizer.schedule": "constant",
+            "optimizer.warmup_steps": min(20, options.steps // 2), "optimizer.schedule": "constant",
         }
     )  # fmt: skip
     return from_dict(values)

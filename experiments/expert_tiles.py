@@ -12,12 +12,12 @@ TFLOP/s pay for. One that differs from the model's tiles in its result, or does 
 import argparse
 import itertools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.output import user_path
 from experiments.timing import time_ms
 from mhc_jax.moe.grouped_matmul import Tiles, hopper_tiles, rows_times_matrices, rows_times_rows
 
@@ -38,7 +38,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_concurrent_steps", type=int, nargs="+", default=[4, 6])
     parser.add_argument("--grid_block_n", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--repeats", type=int, default=5, help="calls timed together, 3 times")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file for the result")
+    parser.add_argument("--output", type=user_path, help="JSON file for the result")
     return parser.parse_args(arguments)
 
 

@@ -12,15 +12,15 @@ run still going, a file that cannot be read) is left out with a line in the log.
 import argparse
 import logging
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 
-from mhc_jax import analysis
+from mhc_jax import analysis, paths
 from mhc_jax import gains as gains_lib
 from mhc_jax.analysis import style
 from mhc_jax.analysis.runs import Arm, choose_baseline, log, read_arms
@@ -108,7 +108,7 @@ def make_figures(
     baseline: str | None = None,
     step: int | None = None,
     formats: Sequence[str] = ("png", "svg"),
-) -> list[pathlib.Path]:
+) -> list[epath.Path]:
     """Draws all that the arms' files allow.
 
     Args:
@@ -148,10 +148,10 @@ def make_figures(
         measured = [arm for arm in arms if arm.name in gains]
         if any(len(arm.gain_series("gains/composite_forward_max")[0]) > 1 for arm in measured):
             drawn["growth"] = plot_growth(measured)
-    paths = [pathlib.Path(output) / name for name in drawn]
-    for path, figure in zip(paths, drawn.values()):
+    files = [paths.of_user(output) / name for name in drawn]
+    for path, figure in zip(files, drawn.values()):
         style.write_figure(figure, path, formats)
-    return paths
+    return files
 
 
 def _unused(name: str, taken) -> str:

@@ -6,13 +6,22 @@ import pathlib
 from typing import Any
 
 from experiments import record
+from mhc_jax import paths
 
 OPTIONS = ("output", "record")
 
 
+def user_path(text: str) -> pathlib.Path:
+    """For `type=` of an argument: a path of this machine with `~` expanded."""
+    try:
+        return paths.local(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --output and --record."""
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file for the result")
+    parser.add_argument("--output", type=user_path, help="JSON file for the result")
     parser.add_argument(
         "--record",
         action="store_true",

@@ -14,17 +14,18 @@ import html
 import logging
 import math
 import os
-import pathlib
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from etils import epath
 
 from experiments import record
 from experiments.alt_text import describe
 from experiments.figures import choose_gains, make_figures
 from experiments.verdict import LAST_STEPS, verdict
+from mhc_jax import paths
 from mhc_jax.analysis import style
 from mhc_jax.analysis.runs import Arm, choose_baseline, log, read_arms
 
@@ -231,7 +232,7 @@ def _dates(arms: Sequence[Arm]) -> str:
     return f"files written {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
 
 
-def _svg(path: pathlib.Path) -> str:
+def _svg(path: epath.Path) -> str:
     data = base64.b64encode(path.with_suffix(".svg").read_bytes()).decode()
     return f"data:image/svg+xml;base64,{data}"
 
@@ -344,7 +345,7 @@ def write_report(
         f'<p class="small">{TABLE_NOTE}</p>{figures}'
         f"<h2>What was run</h2>{what}{alike}</body></html>\n"
     )
-    path = pathlib.Path(path)
+    path = paths.of_user(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     for line in left_out:

@@ -28,18 +28,18 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 
 
-def stream(ids, tokenizer, write) -> None:
-    """Writes the text of token ids as it becomes certain; a document's end ends it."""
+def stream(ids, tokenizer, write, prompt=()) -> None:
+    """Writes the text of ids behind those of `prompt` as it becomes certain; a document's end ends it."""
     seen, written = [], ""
     for token in ids:
         if token == tokenizer.separator:
             break
         seen.append(token)
-        text = tokenizer.decode(seen)
+        text = tokenizer.decode(seen, prompt)
         if not text.endswith("\ufffd"):  # else the rest of a character may still come
             write(text[len(written) :])
             written = text
-    write(tokenizer.decode(seen)[len(written) :] + "\n")
+    write(tokenizer.decode(seen, prompt)[len(written) :] + "\n")
 
 
 def main(argv) -> None:
@@ -68,7 +68,7 @@ def main(argv) -> None:
         print(text, end="", flush=True)
 
     write(_PROMPT.value)
-    stream(ids, tokenizer, write)
+    stream(ids, tokenizer, write, prompt.tolist())
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ described in `mhc_jax/data/records.py`.
 """
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 
+from experiments.output import user_path
 from mhc_jax.data import files, records
 from mhc_jax.data.config import SPLITS
 from mhc_jax.data.tokenizer import load_tokenizer
@@ -39,7 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output",
         required=True,
-        type=pathlib.Path,
+        type=user_path,
         metavar="DIR",
         help="folder for the shards and metadata.json; created, must not hold any yet",
     )

@@ -13,8 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
-from mhc_jax import remat
-from mhc_jax.data.config import DataConfig
+from mhc_jax import ranges, remat
+from mhc_jax.data.config import ON_CORRUPT, DataConfig
+from mhc_jax.health import ON_NON_FINITE
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.manifolds import MANIFOLDS
 from mhc_jax.readout import READOUTS
@@ -23,17 +24,13 @@ CONNECTIONS = ("residual", "hc", "mhc")
 DTYPES = ("bfloat16", "float32")
 SCHEDULES = ("constant", "step", "cosine", "wsd")
 ATTENTIONS = ("mha", "mla")
+ON_FAILED_SAVE = ("stop", "continue")
 MOE_DISPATCHES = ("auto", "dropless", "capacity")
 
 
 def _one_of(name: str, value: Any, choices: typing.Iterable[Any]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(str, choices))}")
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:  # NaN fails too
-        raise ValueError(f"{name}={value} must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,22 +88,17 @@ class ModelConfig:
             raise ValueError(f"model.{error}") from None
         _one_of("model.attention", self.attention, ATTENTIONS)
         _one_of("model.remat", self.remat, remat.POLICIES)
-        for name in ("vocab_size", "num_blocks", "width", "num_heads", "ffn_width", "n"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
-        _at_least("model.sinkhorn_iterations", self.sinkhorn_iterations, 1)
-        _at_least("model.loss_chunks", self.loss_chunks, 1)
-        for name in ("init_std", "norm_eps", "pre_init_gap", "res_init_gap"):
-            _at_least(f"model.{name}", getattr(self, name), 0)
-        _at_least("model.rope_theta", self.rope_theta, 1)
+        ranges.check(vars(self), "model.")
         self._check_attention()
         self._check_experts()
-        self._resolve_alpha()
+        try:
+            self._resolve_alpha()
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
         self.blocks_per_group  # noqa: B018 - refuses a bad model.recompute_block
 
     def _check_attention(self):
         if self.attention == "mla":
-            for name in ("head_dim", "rope_dim", "kv_rank"):
-                _at_least(f"model.{name}", getattr(self, name), 1)
             if self.rope_dim % 2:
                 raise ValueError(
                     f"model.rope_dim={self.rope_dim} must be even: it is rotated in pairs"
@@ -119,18 +111,8 @@ class ModelConfig:
 
     def _check_experts(self):
         _one_of("model.moe_dispatch", self.moe_dispatch, MOE_DISPATCHES)
-        for name in (
-            "num_experts",
-            "shared_experts",
-            "leading_dense_blocks",
-            "balance_rate",
-            "sequence_balance_weight",
-        ):
-            _at_least(f"model.{name}", getattr(self, name), 0)
         if not self.num_experts:
             return
-        for name in ("experts_per_token", "expert_width", "capacity_factor"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"model.experts_per_token={self.experts_per_token} is more than "
@@ -194,12 +176,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _one_of("optimizer.schedule", self.schedule, SCHEDULES)
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm", "eps"):
-            _at_least(f"optimizer.{name}", getattr(self, name), 0)
-        for name in ("final_fraction", "decay_fraction", "b1", "b2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie in 0 to 1")
-        _at_least("optimizer.accumulate_steps", self.accumulate_steps, 1)
+        ranges.check(vars(self), "optimizer.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,11 +190,8 @@ class MeshConfig:
     sequence: int
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
-        for name, size in sizes.items():
-            if size != -1 and size < 1:
-                raise ValueError(f"mesh.{name}={size} must be at least 1, or -1 for the rest")
-        rest = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+        ranges.check(vars(self), "mesh.")
+        rest = [f"mesh.{name}" for name, size in vars(self).items() if size == -1]
         if len(rest) > 1:
             raise ValueError(f"{' and '.join(rest)} are -1: only one axis can take the rest")
 
@@ -235,6 +209,9 @@ class Config:
     gains_every: int
     checkpoint_every: int
     checkpoints_kept: int
+    on_failed_save: str
+    on_non_finite: str
+    on_corrupt_data: str
     tensorboard: bool
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -242,10 +219,16 @@ class Config:
     mesh: MeshConfig
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "eval_batches", "checkpoints_kept"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("eval_every", "gains_every", "checkpoint_every"):
-            _at_least(name, getattr(self, name), 0)
+        _one_of("on_failed_save", self.on_failed_save, ON_FAILED_SAVE)
+        _one_of("on_non_finite", self.on_non_finite, ON_NON_FINITE)
+        _one_of("on_corrupt_data", self.on_corrupt_data, ON_CORRUPT)
+        ranges.check(vars(self))
+        warmup = self.optimizer.warmup_steps
+        if warmup >= self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={warmup} leaves none of the steps={self.steps} to the schedule: "
+                f"lower it to {self.steps // 10}, or raise steps"
+            )
         accumulate = self.optimizer.accumulate_steps
         if self.batch_size % accumulate:
             raise ValueError(
@@ -258,8 +241,21 @@ class Config:
             )
 
 
-# Fields that say where and how a run is computed, not what; beginnings of dotted names.
+# Fields that say where and how a run is computed and what is written about it, not what is learned;
+# beginnings of dotted names. The text behind `data.path` and `data.tokenizer` may not change: the position in
+# the data has a hash of its tokens.
 MAY_CHANGE = (
+    "log_every",
+    "eval_every",
+    "gains_every",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "on_failed_save",
+    "on_non_finite",
+    "on_corrupt_data",
+    "tensorboard",
+    "data.path",
+    "data.tokenizer",
     "mesh",
     "model.implementation",
     "model.remat",
@@ -269,12 +265,17 @@ MAY_CHANGE = (
 )
 
 
+# Policies that older config.json do not have.
+_LATER = ("on_failed_save", "on_non_finite", "on_corrupt_data")
+
+
 def from_workdir(values: Mapping[str, Any]) -> Config:
     """The configuration in a config.json, also one from before some of the fields existed.
 
     Raises:
       ValueError, TypeError: as `from_dict`.
     """
+    values = {**dict.fromkeys(_LATER, "stop"), **values}
     if isinstance(values.get("model"), Mapping):
         # Before there was the field, blocks were always scanned.
         values = {**values, "model": {"scan_blocks": True, **values["model"]}}

@@ -10,7 +10,6 @@ update and lets the next connection do it (`boundary`), so that write and next r
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from kernels_pallas.shapes import (
     check_width,
 )
 from mhc_jax.analysis.collect import expect, report
-from mhc_jax.initialisation import hc_alpha, mhc_alpha
+from mhc_jax.initialisation import hc_alpha, mhc_alpha, read_logit
 from mhc_jax.layers import RMSNorm
 from mhc_jax.manifolds import Birkhoff, Manifold
 
@@ -412,13 +411,7 @@ def _no_linen_modules_inside() -> Iterator[None]:
 
 def _initial_read_logits(n: int, gap: float, sublayer_index: int | jax.Array) -> jax.Array:
     """`[n]` logits of h_pre: -gap but for one stream, whose logit makes the sigmoids sum to 1."""
-    rest = (n - 1) / (1 + math.exp(gap))
-    if rest >= 1:
-        raise ValueError(
-            f"n={n} with pre_init_gap={gap}: {n - 1} streams read with weight {rest / (n - 1):.3g} leave "
-            f"nothing for the last; raise pre_init_gap above {math.log(n - 2):.2f}"
-        )
-    read = gap if n == 1 else math.log((1 - rest) / rest)
+    read = read_logit(n, gap)
     logits = jnp.where(jnp.arange(n) == sublayer_index % n, read, -gap)
     return logits.astype(jnp.float32)
 

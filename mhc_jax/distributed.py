@@ -1,16 +1,85 @@
-"""Several processes, one run: how they find each other and how they agree to stop."""
+"""Several processes, one run: how they find each other and how they agree."""
 
 import contextlib
 import logging
 import os
-import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 _log = logging.getLogger(__name__)
+
+
+# What launchers set, and jax reads, where it is said how many processes there are.
+_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_LAUNCHERS = ("SLURM_", "OMPI_", "JAX_COORDINATOR")
+
+
+# Seconds that processes wait for each other. jax's own limit, at which its runtime aborts the process with
+# pages of stacks, lies far behind it.
+PATIENCE = 300.0
+_JAX_PATIENCE = 10**6
+
+
+class NotConnected(RuntimeError):
+    """The processes of a run did not find each other; the message says the cause and the way out."""
+
+
+def waiting_for(num_processes: int | None = None) -> str:
+    """What `start` waits for, for the log; `num_processes` as given to it."""
+    if num_processes == 1:
+        return "looking for devices"
+    if num_processes is not None:
+        what = f"all {num_processes} processes (--num_processes)"
+    else:
+        launched = next((name for name in _COUNTS if os.environ.get(name, "1") != "1"), None)
+        if launched is None:
+            return "looking for other processes and devices"
+        what = f"all {os.environ[launched]} processes ({launched}); --num_processes=1 runs alone"
+    return f"waiting since {time.strftime('%H:%M:%S')} for {what}"
+
+
+def patience() -> Callable[[], None]:
+    """Returns what to ask while `start` waits in another thread: raises NotConnected when the time is up."""
+    end = time.monotonic() + PATIENCE
+
+    def ask():
+        if time.monotonic() > end and not _connected.is_set():
+            with _one_line():
+                raise TimeoutError(f"not all came within {PATIENCE:.0f} s")
+
+    return ask
+
+
+_connected = threading.Event()
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    # Of jax's look at the environment: KeyError of a variable, ValueError of a number, RuntimeError of the
+    # address or of the time that is up.
+    except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
+        if isinstance(error, KeyError):
+            cause = f"the environment variable {error} is missing"
+        else:
+            cause = next(iter(str(error).splitlines()), type(error).__name__)
+        found = [
+            f"{k}={v}"
+            for k, v in sorted(os.environ.items())
+            if k in _COUNTS or k.endswith("_PROCID")
+        ]
+        there = [k for k in sorted(os.environ) if k.startswith(_LAUNCHERS)]
+        launcher = f" (the environment has {', '.join(found or there[:4])})" if there else ""
+        raise NotConnected(
+            f"the processes of the run did not find each other{launcher}: {cause}. Start all of them, or run "
+            "alone with --num_processes=1"
+        ) from error
 
 
 def start(
@@ -30,8 +99,10 @@ def start(
 
     Raises:
       ValueError: some of the three are missing, or the id is not below the number.
+      NotConnected: the processes did not find each other, or the launcher's environment is not whole.
     """
     if num_processes == 1:
+        _connected.set()
         return
     given = {
         "--coordinator_address": coordinator_address,
@@ -46,16 +117,24 @@ def start(
             raise ValueError(
                 f"--process_id={process_id} must lie in 0 to {num_processes - 1} (--num_processes - 1)"
             )
-        jax.distributed.initialize(
-            coordinator_address, num_processes, process_id, cluster_detection_method="deactivate"
-        )
+        with _one_line():
+            jax.distributed.initialize(
+                coordinator_address,
+                num_processes,
+                process_id,
+                cluster_detection_method="deactivate",
+                initialization_timeout=_JAX_PATIENCE,
+            )
     else:
         try:
-            jax.distributed.initialize()
-        except ValueError as error:
+            with _one_line():
+                jax.distributed.initialize(initialization_timeout=_JAX_PATIENCE)
+        except NotConnected as error:
             if "coordinator_address should be defined" not in str(error):
                 raise
+            _connected.set()
             return  # no cluster here
+    _connected.set()
     _log.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
@@ -65,40 +144,43 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Yields `stop(step)`: whether SIGINT or SIGTERM asks to save after `step` updates and end.
+def first_error(error: str | None) -> str | None:
+    """Of what went wrong on any process (None: nothing) the first; all processes get the same answer."""
+    if jax.process_count() == 1:
+        return error
+    size = 1000
+    padded = np.zeros(size, np.uint8)
+    text = ("" if error is None else error or "error").encode()[:size]
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    for row in multihost_utils.process_allgather(padded):
+        if row.any():
+            return bytes(row[row != 0]).decode(errors="replace")
+    return None
 
-    Every process has to ask after every step. All get the same answer at the same step, also if only one
-    was signalled: the coordination service of jax moves the stop to the first step that none has passed.
+
+def on_first(function: Callable[[], None]) -> None:
+    """Calls a function on process 0 while the others wait.
+
+    Raises:
+      ValueError: on all processes, with the message of its ValueError or OSError.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-    elif jax.distributed.is_initialized():
-        with _handled({signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}):
-            yield multihost_utils.reached_preemption_sync_point  # has its own handler of SIGTERM
-    else:
-        requested = threading.Event()
-        with _handled(dict.fromkeys((signal.SIGINT, signal.SIGTERM), lambda *_: requested.set())):
-            yield lambda step: requested.is_set()
+    caught = None
+    if jax.process_index() == 0:
+        try:
+            function()
+        except (ValueError, OSError) as error:
+            caught = error
+    message = first_error(None if caught is None else str(caught))
+    if message is not None:
+        raise ValueError(message) from caught
 
 
-@contextlib.contextmanager
-def _handled(handlers: dict[int, Callable]) -> Iterator[None]:
-    """Installs handlers until the end or the first signal: a second Ctrl-C ends the program at once."""
-    old = {}
-
-    def restore():
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-    def handle(number, frame):
-        restore()
-        handlers[number](number, frame)
-
-    for number in handlers:
-        old[number] = signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        restore()
+def from_first(numbers: Sequence[int]) -> list[int]:
+    """The integers that process 0 has."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    mine = np.zeros(count, np.int32)
+    if jax.process_index() == 0:
+        mine[:] = numbers
+    return [int(number) for number in multihost_utils.broadcast_one_to_all(mine)]

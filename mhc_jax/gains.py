@@ -12,6 +12,7 @@ Everything is float32; how sums of exploding composites stay in range is said in
 """
 
 import functools
+import io
 import os
 import zipfile
 import zlib
@@ -20,7 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
+from mhc_jax import paths
 from mhc_jax.gain_sums import GainSums, gain_sums, tokens_at_once
 
 
@@ -248,8 +251,13 @@ def save(path: str | os.PathLike, gains: GainMagnitudes, step: int) -> None:
     Makes the directory. The file has one array a field of GainMagnitudes, and `step`.
     """
     path = os.fspath(path)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     arrays = {name: np.asarray(value) for name, value in gains._asdict().items()}
+    if paths.is_bucket(path):
+        content = io.BytesIO()
+        np.savez(content, step=np.int64(step), **arrays)
+        epath.Path(path).write_bytes(content.getvalue())
+        return
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     # The unfinished file's name must not match *.npz: figures may be drawn while training writes.
     unfinished = f"{path}.{os.getpid()}.unfinished"
     try:
@@ -259,6 +267,13 @@ def save(path: str | os.PathLike, gains: GainMagnitudes, step: int) -> None:
     finally:
         if os.path.exists(unfinished):
             os.unlink(unfinished)
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Removes what killed processes left of `save`; nobody else may be writing to the folder."""
+    if not paths.is_bucket(folder):  # where objects appear whole
+        for path in epath.Path(folder).glob("*.npz.*.unfinished"):
+            path.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike) -> tuple[GainMagnitudes, int]:
@@ -272,7 +287,10 @@ def load(path: str | os.PathLike) -> tuple[GainMagnitudes, int]:
     """
     try:
         # Opened here: numpy leaves a file that is torn open.
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with (
+            epath.Path(path).open("rb") as opened,
+            np.load(io.BytesIO(opened.read()), allow_pickle=False) as file,
+        ):
             found = {name: file[name] for name in GainMagnitudes._fields if name in file}
             step = int(file["step"])
         for name in _LATER_FIELDS - found.keys():

@@ -1,4 +1,4 @@
-"""How large the gating factors alpha are at the start, by the width of the streams."""
+"""The gating factors alpha at the start, by the width of the streams, and the logits of h_pre."""
 
 import math
 
@@ -32,6 +32,28 @@ def mhc_alpha(alpha_init: float | str, n: int, width: int) -> float:
 def hc_alpha(alpha_init: float | str) -> float:
     """The gating factors of HC at the start; "auto" is 0.1. Arguments and errors as `mhc_alpha`."""
     return _number(alpha_init, HC_ALPHA)
+
+
+def read_logit(n: int, gap: float) -> float:
+    """Logit of the stream that mHC reads at the start: with n - 1 others at -gap the sigmoids sum to 1.
+
+    Args:
+      n: number of streams.
+      gap: at least 0, and so large that the others leave something for it.
+
+    Raises:
+      ValueError: they leave nothing.
+    """
+    if n == 1:
+        return float(gap)
+    other = math.exp(-gap) / (1 + math.exp(-gap))
+    if (n - 1) * other >= 1:
+        raise ValueError(
+            f"n={n} with pre_init_gap={gap}: {n - 1} streams read with weight {other:.3g} leave nothing "
+            f"for the last; raise pre_init_gap above {math.log(n - 2):.2f}"
+        )
+    # log((1 - rest) / rest) of rest = (n - 1) * other, which may be too small for a float.
+    return math.log1p(-(n - 1) * other) - math.log(n - 1) + gap + math.log1p(math.exp(-gap))
 
 
 def _number(alpha_init: float | str, auto: float) -> float:

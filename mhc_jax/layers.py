@@ -18,7 +18,8 @@ from mhc_jax.sharding import gathered
 def look_up(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
     """Rows of the embedding `[V, C]` in `dtype`: tokens `[B, S]` -> `[B, S, C]`.
 
-    The gradient of the table is summed in float32: a sum in bfloat16 stops growing after 256 equal tokens.
+    An id outside of the vocabulary gives NaN. The gradient of the table is summed in float32: a sum in
+    bfloat16 stops growing after 256 equal tokens.
     """
 
     def rows(tokens, table):
@@ -30,11 +31,17 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
 def _look_up(table, tokens, dtype):
     narrow = gathered("embedding/embedding", table.astype(dtype))
-    return jnp.take(narrow, tokens, axis=0)
+    return jnp.take(narrow, _none_from_the_end(tokens, table), axis=0)
+
+
+def _none_from_the_end(tokens, table):
+    # jnp counts negative indices from the end.
+    return jnp.where(tokens < 0, len(table), tokens)
 
 
 def _look_up_backward(dtype, saved, d):
     table, tokens = saved
+    tokens = _none_from_the_end(tokens, table)
     d_table = jnp.zeros_like(table).at[tokens].add(d.astype(table.dtype))
     return gathered("embedding/embedding", d_table), np.zeros(tokens.shape, jax.dtypes.float0)
 

@@ -13,6 +13,9 @@ from kernels_pallas.precision import wide_dtype
 from kernels_pallas.varying import as_varying, varying_axes
 from mhc_jax import sharding
 
+# Target of a token that does not count, as in torch and transformers.
+IGNORE_INDEX = -100
+
 
 def unembed(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """Logits `[..., V]` float32 of x `[..., C]`, products in the dtype of x in both directions.
@@ -49,12 +52,25 @@ def _unembed_backward(residuals, d_logits):
 _unembed.defvjp(_unembed_forward, _unembed_backward)
 
 
+def num_counted(targets: jax.Array, ignore_index: int = IGNORE_INDEX) -> jax.Array:
+    """How many targets count, int32: all but those that are `ignore_index`."""
+    return jnp.sum(targets != ignore_index, dtype=jnp.int32)
+
+
 def linear_cross_entropy(
-    x: jax.Array, matrix: jax.Array, targets: jax.Array, chunks: int
+    x: jax.Array,
+    matrix: jax.Array,
+    targets: jax.Array,
+    chunks: int,
+    *,
+    ignore_index: int = IGNORE_INDEX,
 ) -> jax.Array:
     """Mean negative log-likelihood in nats a token, with the logits of 1/chunks of the tokens at a time.
 
-    That of optax.softmax_cross_entropy_with_integer_labels(unembed(x, matrix), targets).
+    That of optax.softmax_cross_entropy_with_integer_labels(unembed(x, matrix), targets), over the tokens
+    whose target is not `ignore_index`. A target outside of the vocabulary makes the loss and all gradients
+    NaN; also one from -V to -1, which optax counts from the end. Where no target counts, the loss and the
+    gradients are 0.
 
     With a vocabulary of 129280 the logits of 16384 tokens are 8 GiB, and their gradient half as much. Where
     it is differentiated, each chunk makes its gradients while its logits are there, as Liger-Kernel does
@@ -68,28 +84,32 @@ def linear_cross_entropy(
     Args:
       x: `[B, S, C]`.
       matrix: `[C, V]`.
-      targets: `[B, S]` int32.
+      targets: `[B, S]` int32, 0 to V - 1 or `ignore_index`.
       chunks: divides the tokens of a device.
+      ignore_index: target of tokens that do not count; their logits may be anything.
 
     Raises:
       ValueError: chunks does not divide the tokens of a device.
     """
-    return placement.automatic(functools.partial(_loss, chunks), x, matrix, targets, splits=False)
+    return placement.automatic(
+        functools.partial(_loss, (chunks, ignore_index)), x, matrix, targets, splits=False
+    )
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _loss(chunks, x, matrix, targets):
-    return _per_device(chunks, x, matrix, targets, gradients=False)[0]
+def _loss(static, x, matrix, targets):
+    return _per_device(*static, x, matrix, targets, gradients=False)[0]
 
 
-def _loss_forward(chunks, x, matrix, targets):
-    loss, dx, d_matrix = _per_device(chunks, x, matrix, targets, gradients=True)
+def _loss_forward(static, x, matrix, targets):
+    loss, dx, d_matrix = _per_device(*static, x, matrix, targets, gradients=True)
     # Split now as the parameter is: it lives through the whole backward pass, 1.2 GiB for 27B's whole matrix.
     d_matrix = sharding.split_parameters({"unembed": {"kernel": d_matrix}})["unembed"]["kernel"]
     return loss, (dx, d_matrix.astype(matrix.dtype))
 
 
-def _loss_backward(chunks, gradients, cotangent):
+def _loss_backward(static, gradients, cotangent):
+    del static
     dx, d_matrix = ((cotangent * g.astype(cotangent.dtype)).astype(g.dtype) for g in gradients)
     return dx, d_matrix, np.zeros(dx.shape[:2], jax.dtypes.float0)
 
@@ -97,19 +117,22 @@ def _loss_backward(chunks, gradients, cotangent):
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _per_device(chunks, x, matrix, targets, *, gradients):
+def _per_device(chunks, ignore_index, x, matrix, targets, *, gradients):
     """The mean loss and, if asked for, its gradients of x and of the matrix."""
-    run = functools.partial(_in_chunks, chunks=chunks, num_tokens=targets.size, gradients=gradients)
+    run = functools.partial(
+        _in_chunks, chunks=chunks, ignore_index=ignore_index, gradients=gradients
+    )
+    counted = jnp.maximum(num_counted(targets, ignore_index), 1).astype(jnp.float32)
     mesh, spec = sharding.token_spec(targets.shape)
     names = sharding.axis_names(spec)
     # The vocabulary stays split over the other axes.
     ours = {*sharding.BATCH_AXES, "sequence"} & {*sharding.free_sizes(mesh)}
     manual = frozenset(names) | ours
     if mesh is None or mesh.size == 1 or not manual:
-        return run(x, matrix, targets)
+        return run(x, matrix, targets, counted)
 
-    def local(x, narrow, targets):
-        loss, *found = run(x, narrow, targets)
+    def local(x, narrow, targets, counted):
+        loss, *found = run(x, narrow, targets, counted)
         # Each device's part of a sum, on an axis of its own: XLA sums over that.
         return loss[None], *(part[None] if i else part for i, part in enumerate(found))
 
@@ -117,16 +140,16 @@ def _per_device(chunks, x, matrix, targets, *, gradients):
     loss, *found = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(spec, PartitionSpec(), spec),
+        in_specs=(spec, PartitionSpec(), spec, PartitionSpec()),
         out_specs=(by_device, spec, by_device)[: 3 if gradients else 1],
         axis_names=manual,
         check_vma=bool(varying_axes(x, matrix, targets)),
-    )(x, matrix.astype(x.dtype), targets)  # in the dtype of x before it is gathered
+    )(x, matrix.astype(x.dtype), targets, counted)  # in the dtype of x before it is gathered
     return loss.sum(), *(part.sum(0) if i else part for i, part in enumerate(found))
 
 
-def _in_chunks(x, matrix, targets, *, chunks, num_tokens, gradients):
-    """This device's part of `_per_device`: its tokens' share of a mean over `num_tokens`."""
+def _in_chunks(x, matrix, targets, counted, *, chunks, ignore_index, gradients):
+    """This device's part of `_per_device`: its tokens' share of a mean over `counted` tokens."""
     if targets.size % chunks:
         raise ValueError(
             f"model.loss_chunks={chunks} does not divide the {targets.size} tokens of a device: use a "
@@ -136,7 +159,7 @@ def _in_chunks(x, matrix, targets, *, chunks, num_tokens, gradients):
 
     def body(totals, part):
         x, targets = part
-        loss, *of_part = _chunk(x, narrow, targets, num_tokens, gradients)
+        loss, *of_part = _chunk(x, narrow, targets, counted, ignore_index, gradients)
         totals = [total + found for total, found in zip(totals, [loss, *of_part[1:]])]
         return totals, of_part[:1]
 
@@ -155,16 +178,22 @@ def _in_chunks(x, matrix, targets, *, chunks, num_tokens, gradients):
     return loss, *(d.reshape(x.shape) for d in dx), *d_matrix
 
 
-def _chunk(x, matrix, targets, num_tokens, gradients):
-    """Of x `[T, C]`: the sum of the losses over num_tokens, and its gradients of x and the matrix."""
+def _chunk(x, matrix, targets, counted, ignore_index, gradients):
+    """Of x `[T, C]`: the sum of the losses over `counted`, and its gradients of x and the matrix."""
     logits = _unembed(x, matrix)
     shift = jnp.max(logits, axis=-1, keepdims=True)
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - shift), axis=-1, keepdims=True)) + shift
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
+    targets = targets[:, None]
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets
     # A masked sum takes no pass of its own, and stays a sum where the vocabulary is split.
     of_target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1, keepdims=True)
-    loss = jnp.sum(log_sum - of_target) / num_tokens
+    counts = targets != ignore_index
+    valid = ~counts | ((targets >= 0) & (targets < logits.shape[-1]))
+    # NaN by an operation: a constant would trip JAX_DEBUG_NANS where every target is valid.
+    divisor = counted * jnp.sqrt(jnp.where(valid, 1.0, -1.0))
+    loss = jnp.sum(jnp.where(counts, (log_sum - of_target) / divisor, 0.0))
     if not gradients:
         return (loss,)
-    d_logits = (jnp.exp(logits - log_sum) - is_target.astype(logits.dtype)) / num_tokens
+    d_logits = jnp.exp(logits - log_sum) - is_target.astype(logits.dtype)
+    d_logits = jnp.where(counts, d_logits / divisor, 0.0)
     return loss, *_unembed_gradients(x, matrix, d_logits)

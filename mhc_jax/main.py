@@ -5,7 +5,13 @@ The paper's models have an arm for each connection: --config=configs/paper_27b.p
 With --describe it prints a table of the parameters and ends; nothing is allocated, no workdir needed.
 """
 
+from mhc_jax import early_end
+
+if __name__ == "__main__":
+    early_end.install()
+
 import logging
+import os
 import sys
 
 import jax
@@ -13,15 +19,23 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from mhc_jax import command_line, distributed
+from mhc_jax import command_line, distributed, paths, preemption
+from mhc_jax.checkpoint import SaveError
 from mhc_jax.describe import describe
+from mhc_jax.lock import Locked
+from mhc_jax.recovery import BadData
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; resumed if it has a checkpoint."
+    "workdir", None, "Folder of the run or gs://bucket/folder; resumed if it has a checkpoint."
 )
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print the parameters by part and end.")
+_INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "WORKDIR or WORKDIR@STEP of another run: a new run starts from its parameters.",
+)
 # Several processes: found by themselves on TPU slices and under SLURM, Open MPI and Kubernetes.
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, where no cluster is found by itself."
@@ -31,10 +45,12 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
-# EX_TEMPFAIL: a scheduler may start the same command again; after other errors it may not.
-_TRY_AGAIN = 75
-
 _log = logging.getLogger("mhc_jax.main")
+
+
+def _connect():
+    distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    jax.devices()
 
 
 def main(argv):
@@ -45,23 +61,36 @@ def main(argv):
             logging.getLogger(package).setLevel(logging.INFO)
     config = command_line.load_config(_CONFIG)
     if _DESCRIBE.value:
-        print(describe(config))
+        try:
+            print(describe(config))
+        except ValueError as error:
+            sys.exit(f"bad config: {error}")
         return
     if _WORKDIR.value is None:
         sys.exit("--workdir is missing: give the folder of the run, as in --workdir=runs/mhc")
     try:
-        distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        paths.of_user(_WORKDIR.value)
+        waiting = distributed.waiting_for(_NUM_PROCESSES.value)
+        if "since" in waiting:
+            _log.info("%s", waiting)
+        preemption.in_thread(_connect, waiting, distributed.patience())
     except ValueError as error:
         sys.exit(f"bad flags: {error}")
+    except distributed.NotConnected as error:
+        print(f"NotConnected: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # a thread may still wait, which Python's own end would not survive
+    except RuntimeError as error:  # what jax says of devices that it cannot use
+        sys.exit(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
     _log.info(
         "%d processes, %d devices: %s", jax.process_count(), jax.device_count(), jax.devices()[0]
     )
     try:
-        train(config, _WORKDIR.value)
+        train(config, _WORKDIR.value, init_from=_INIT_FROM.value)
     except Interrupted as error:
         print(f"Interrupted: {error}", file=sys.stderr)
-        sys.exit(_TRY_AGAIN)
-    except (BadInput, NonFiniteError) as error:
+        preemption.end_now(early_end.TRY_AGAIN)
+    except (BadInput, BadData, NonFiniteError, SaveError, Locked) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

@@ -1,11 +1,17 @@
 """Metrics on disk: one JSON object a line beside config.json, and TensorBoard events."""
 
+import itertools
 import json
 import math
-import pathlib
+import os
 from collections.abc import Mapping
 
 import tensorboardX
+from etils import epath
+
+from mhc_jax import appending
+
+_numbers = itertools.count()
 
 
 def jsonable(value: float) -> float | str:
@@ -16,28 +22,43 @@ def jsonable(value: float) -> float | str:
 class MetricWriter:
     """Appends to `workdir/metrics.jsonl` and, if asked, to TensorBoard events in `workdir/tensorboard`.
 
-    Each line is flushed, so that a killed run keeps all it wrote. After a restart steps may repeat; the
-    later line counts.
+    A killed run keeps all it wrote (in a bucket: all up to its last checkpoint). After a restart steps may
+    repeat; the later line counts, and TensorBoard drops the events of the run before from there on.
+
+    Args:
+      workdir: of the run.
+      tensorboard: whether to write events.
+      step: updates done so far.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, tensorboard: bool):
-        path = workdir / "metrics.jsonl"
-        cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        self._lines = path.open("a")
-        if cut:  # a killed run left half a line: keep the next one apart from it
-            self._lines.write("\n")
-        self._board = (
-            tensorboardX.SummaryWriter(str(workdir / "tensorboard")) if tensorboard else None
+    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool, step: int = 0):
+        self._lines = appending.open_lines(epath.Path(workdir) / "metrics.jsonl")
+        self._folder = str(epath.Path(workdir) / "tensorboard") if tensorboard else None
+        self._board = None
+        self.go_back(step)
+
+    def go_back(self, step: int) -> None:
+        """The next numbers follow on `step` updates, whatever has been written before."""
+        if self._folder is None:
+            return
+        if self._board:
+            self._board.close()
+        # Files that are opened in the same second would have the same name.
+        self._board = tensorboardX.SummaryWriter(
+            self._folder, purge_step=step + 1, filename_suffix=f".{os.getpid()}.{next(_numbers)}"
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars under `step`, the updates done (the loss is that before the last of them)."""
         line = {"step": step} | {name: jsonable(float(value)) for name, value in values.items()}
         self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, float(value), step)
+
+    def flush(self) -> None:
+        """Returns when all lines are there for others; a file has them at once, a bucket twice a minute."""
+        self._lines.flush()
 
     def close(self) -> None:
         self._lines.close()

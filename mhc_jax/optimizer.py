@@ -43,9 +43,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     elif config.schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_fraction)
     elif config.schedule == "wsd":
-        after_warmup = max(steps - warmup, 1)
-        decay = min(max(round(steps * config.decay_fraction), 1), after_warmup)
-        main = optax.linear_schedule(peak, final, decay, after_warmup - decay)
+        hold = begin_of_decay(config, steps) - warmup
+        main = optax.linear_schedule(peak, final, max(steps - warmup, 1) - hold, hold)
     else:
         boundaries, factor_before = {}, 1.0
         for fraction, factor in STEP_DECAY:
@@ -55,6 +54,17 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         main = optax.piecewise_constant_schedule(peak, boundaries)
     ramp = optax.linear_schedule(0.0, peak, max(warmup, 1))
     return _promoting(optax.join_schedules([ramp, main], [warmup]) if warmup else main)
+
+
+def begin_of_decay(config: OptimizerConfig, steps: int) -> int | None:
+    """Updates up to which the rates do not depend on `steps`; None: none does."""
+    if config.schedule == "constant":
+        return None
+    if config.schedule == "wsd":
+        after_warmup = max(steps - config.warmup_steps, 1)
+        decay = min(max(round(steps * config.decay_fraction), 1), after_warmup)
+        return config.warmup_steps + after_warmup - decay
+    return config.warmup_steps
 
 
 def decay_mask(params):

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mhc_jax.config import ModelConfig
@@ -50,10 +52,44 @@ def for_sampling(config: ModelConfig) -> ModelConfig:
 def decode(
     variables: Params, tokens: jax.Array, state: DecodeState, config: ModelConfig
 ) -> tuple[jax.Array, DecodeState]:
-    """Logits `[B, S, vocab_size]` float32 of tokens `[B, S]` that follow on those of `state`."""
+    """Logits `[B, S, vocab_size]` float32 of tokens `[B, S]` that follow on those of `state`.
+
+    Raises:
+      ValueError: more tokens than `state` has room for, or an id outside of the vocabulary. Where the number
+        of tokens so far or the ids are traced (under `jax.jit`), the logits are NaN instead.
+    """
+    _check_ids(tokens, config.vocab_size)
+    num_tokens, room = tokens.shape[1], jax.tree.leaves(state.blocks)[0].shape[2]
+    end = num_tokens + (0 if _traced(state.position) else int(state.position))
+    if end > room:
+        raise ValueError(
+            f"{num_tokens} tokens behind {end - num_tokens} do not fit into a state for {room}: make one "
+            f"with init_decode(config, batch_size, length={end})"
+        )
     model = nnx.merge(model_graph(config), variables)
     logits, leading, blocks = model.decode(tokens, state.leading, state.blocks, state.position)
+    # A write past the end would be moved to the end. NaN by an operation: a constant would trip
+    # JAX_DEBUG_NANS.
+    logits = logits * jnp.sqrt(jnp.where(state.position + num_tokens <= room, 1.0, -1.0))
     return logits, DecodeState(state.position + tokens.shape[1], leading, blocks)
+
+
+def _traced(x) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+def _check_ids(tokens: jax.Array, vocab_size: int) -> None:
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"token ids are {tokens.dtype}: give integers")
+    if _traced(tokens):
+        return
+    tokens = np.asarray(tokens)
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"token id {outside[0]} is outside of the vocabulary, 0 to {vocab_size - 1}: was the text "
+            "encoded with another tokenizer?"
+        )
 
 
 def generate(
@@ -70,25 +106,28 @@ def generate(
 
     Args:
       variables: of the model, `TrainState.variables`.
-      prompt: `[S]` int32, at least one token.
+      prompt: `[S]` integers below the vocabulary, at least one.
       config: of the model, best `for_sampling`.
       max_tokens: how many to generate.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: draws from the k likeliest tokens only; 0: from all.
+      temperature: divides the logits; 0 takes the likeliest token, a tiny one draws among those that tie.
+      top_k: draws from exactly k tokens, the likeliest, of equal ones those with lower ids; 0: from all.
       seed: of the draws.
 
     Raises:
-      ValueError: an empty prompt, a negative temperature, top_k outside of 0 to the vocabulary.
+      ValueError: an empty prompt, an id outside of the vocabulary, a temperature that is negative or not
+        finite, top_k outside of 0 to the vocabulary.
     """
     if prompt.ndim != 1 or not prompt.size:
         raise ValueError(f"the prompt has shape {prompt.shape}: give at least one token, [S]")
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must be at least 0")
+    _check_ids(prompt, config.vocab_size)
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be at least 0 and finite")
     if not 0 <= top_k <= config.vocab_size:
         raise ValueError(f"top_k={top_k} must lie in 0 to the vocabulary, {config.vocab_size}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
 
+    prompt = jnp.asarray(prompt, jnp.int32)
     return _generate(variables, prompt, config, max_tokens, temperature, top_k, seed)
 
 
@@ -110,7 +149,12 @@ def _step(variables, tokens, state, key, temperature, config, greedy, top_k):
     logits = logits[:, -1]
     if greedy:
         return logits.argmax(-1), state
+    candidates = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
     if top_k:
-        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits / temperature), state
+        logits, candidates = jax.lax.top_k(logits, top_k)
+    # The likeliest at 0, so that no temperature makes infinities of several; below the smallest normal
+    # number it would be rounded to 0.
+    logits -= logits.max(-1, keepdims=True)
+    scaled = logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
+    drawn = jax.random.categorical(key, scaled)
+    return jnp.take_along_axis(candidates, drawn[:, None], axis=-1)[:, 0], state

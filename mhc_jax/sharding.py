@@ -127,6 +127,12 @@ def check_divisible(config: Config, sizes: Mapping[str, int]) -> None:
                 f"{name}={value} is not divisible by mesh.{axis}={sizes[axis]}: use a divisor of {value} "
                 f"for mesh.{axis}, or a multiple of {sizes[axis]} for {name}"
             )
+    tokens = config.batch_size // (parts * over) * config.data.sequence_length // sizes["sequence"]
+    if tokens % model.loss_chunks:
+        raise ValueError(
+            f"model.loss_chunks={model.loss_chunks} does not divide the {tokens} tokens of a device: use a "
+            "divisor"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,5 +1,6 @@
 """The pure functions of training: state and batch in, state and metrics out."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ from jax.sharding import Mesh
 
 from mhc_jax import gains
 from mhc_jax.config import Config, ModelConfig
-from mhc_jax.losses import linear_cross_entropy
+from mhc_jax.health import all_finite
+from mhc_jax.losses import IGNORE_INDEX, linear_cross_entropy, num_counted
 from mhc_jax.moe import MoEAux
 from mhc_jax.optimizer import make_optimizer, make_schedule
 from mhc_jax.sharding import by_token, on_mesh, replicated, split_parameters, tree_shardings
@@ -34,8 +36,9 @@ class TrainState:
         balance bias. Empty for a dense model.
       opt_state: of the optimizer.
       rng: key from which random layers draw, folded with `step`; the dense decoder has none.
-      healthy: False from the first step whose loss or gradient norm was not finite; such a step and all
-        later ones leave `params`, `model_state` and `opt_state` as they were before it.
+      healthy: False from the first step whose loss, gradient norm or new parameters were not finite; such
+        a step and all later ones leave `params`, `model_state` and `opt_state` as they were before it. With
+        `on_non_finite = "skip"` it stays True: that update alone is left out, and the next batch follows.
     """
 
     step: jax.Array
@@ -89,8 +92,16 @@ def init_state(config: Config) -> TrainState:
     )
 
 
+def _exact(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, moe_dispatch="dropless")
+
+
 def evaluate(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
-    """Mean cross-entropy in nats a token of batch `inputs`, `targets` `[B, S]` int32."""
+    """Mean cross-entropy in nats a token of batch `inputs`, `targets` `[B, S]` int32.
+
+    Of the exact model: no choice of an expert is dropped, whatever `moe_dispatch` training uses.
+    """
+    config = _exact(config)
     model = nnx.merge(model_graph(config), variables)
     x, _ = model.hidden_with_aux(batch["inputs"])
     return linear_cross_entropy(x, model.unembedding, batch["targets"], config.loss_chunks)
@@ -112,9 +123,19 @@ def _narrowed(params: Params, dtype) -> Params:
 
 
 def loss_fn(
-    params: Params, model_state: Params, batch: Batch, config: ModelConfig
+    params: Params,
+    model_state: Params,
+    batch: Batch,
+    config: ModelConfig,
+    share: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, tuple[jax.Array, MoEAux | None]]:
     """What is minimised: cross-entropy and the balance losses of all blocks.
+
+    Args:
+      params, model_state: see `TrainState`.
+      batch: `inputs`, `targets` `[B, S]` int32; a target of `losses.IGNORE_INDEX` does not count.
+      config: of the model.
+      share: factor of the cross-entropy, for a part of a batch with fewer targets that count.
 
     Returns:
       that loss, and beside it the cross-entropy alone and the report of the blocks with experts.
@@ -123,7 +144,9 @@ def loss_fn(
     model = nnx.merge(model_graph(config), _merged(narrow, model_state))
     x, aux = model.hidden_with_aux(batch["inputs"])
     with jax.named_scope("unembedding"):
-        loss = linear_cross_entropy(x, model.unembedding, batch["targets"], config.loss_chunks)
+        loss = share * linear_cross_entropy(
+            x, model.unembedding, batch["targets"], config.loss_chunks
+        )
     return loss if aux is None else loss + aux.balance_loss.sum(), (loss, aux)
 
 
@@ -137,8 +160,12 @@ def _loss_and_gradients(params: Params, model_state: Params, batch: Batch, confi
     # Part p takes every parts-th row, so that each device's rows spread over all parts.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
+    counted = jnp.maximum(num_counted(batch["targets"]), 1)
+
     def add(total, part):
-        gradients, reported = gradient(params, model_state, part)
+        # Exactly 1 where every target counts.
+        share = num_counted(part["targets"]) * parts / counted
+        gradients, reported = gradient(params, model_state, part, share=share)
         return jax.tree.map(jnp.add, total, split_parameters(gradients)), reported
 
     total, reported = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
@@ -177,7 +204,9 @@ def train_step(
 
     Returns:
       the new state, and float32 scalars: `train/loss` (cross-entropy before the update),
-      `train/grad_norm` (before clipping), `train/learning_rate`; with experts also `moe/max_load` (load
+      `train/grad_norm` (before clipping), `train/learning_rate`; `train/skipped_updates` so far where
+      they are skipped, `data/skipped_windows` of this batch where windows are; with experts also
+      `moe/max_load` (load
       of the busiest expert over the mean load, of the worst block), `moe/dropped` (share of all choices)
       and `moe/balance_loss` (the part of the loss that is not cross-entropy).
     """
@@ -190,29 +219,42 @@ def train_step(
     model_state = state.model_state
     if aux is not None:
         model_state = _balanced(model_state, aux.load, config.model.balance_rate)
-    healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    # The moments are finite where the norm is. The update need not be: 0 / 0 with eps = 0.
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(params)
+    kept = state.healthy & finite
     # The host sees metrics one step late; until then a bad update must not spoil the parameters.
     with jax.named_scope("optimizer"):
         params, model_state, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(healthy, new, old),
+            lambda new, old: jnp.where(kept, new, old),
             (params, model_state, opt_state),
             (state.params, state.model_state, state.opt_state),
         )
+    skip = config.on_non_finite == "skip"
+    done = updates_done(state.opt_state)
     metrics = {
         "train/loss": loss,
         "train/grad_norm": grad_norm,
-        "train/learning_rate": make_schedule(config.optimizer, config.steps)(state.step),
+        "train/learning_rate": make_schedule(config.optimizer, config.steps)(done),
     }
+    if skip:
+        metrics["train/skipped_updates"] = state.step + 1 - updates_done(opt_state)
+    if config.on_corrupt_data == "skip":
+        metrics["data/skipped_windows"] = (batch["targets"] == IGNORE_INDEX).all(1).sum()
     if aux is not None:
         metrics |= _moe_metrics(aux)
     state = state.replace(
-        step=state.step + healthy.astype(jnp.int32),
+        step=state.step + (1 if skip else kept.astype(jnp.int32)),
         params=params,
         model_state=model_state,
         opt_state=opt_state,
-        healthy=healthy,
+        healthy=state.healthy if skip else kept,
     )
     return state, metrics
+
+
+def updates_done(opt_state: Any) -> jax.Array:
+    """Updates that the optimizer has made: `TrainState.step` but for those that were skipped."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
 @functools.cache
@@ -267,10 +309,12 @@ def measure_gains(
 ) -> tuple[gains.GainMagnitudes, jax.Array]:
     """Gain magnitudes (Figs. 3, 7, 8) over the tokens `[1, S]` of one sequence; hc and mhc only.
 
+    Of the exact model, as `evaluate`.
+
     Returns:
       the gains, and the mean cosine between the streams that the last sublayer reads (1: collapsed).
     """
-    found = analyse(variables, tokens, config)
+    found = analyse(variables, tokens, _exact(config))
     measured = gains.gain_magnitudes(found.h_res[:, 0])._replace(stream_cosine=found.stream_cosine)
     return measured, found.stream_cosine[-1]
 
@@ -282,7 +326,15 @@ _BACKWARD_ORDER = ("unembed", "norm", "readout", "blocks", "leading", "embedding
 def find_non_finite(
     state: TrainState, batch: Batch, config: Config, mesh: Mesh | None = None
 ) -> str:
-    """Where a non-finite loss or gradient arises first: a parameter, a sublayer, the loss, a gradient."""
+    """Where what is not finite arises first: a parameter, a sublayer, the loss, a gradient, the update.
+
+    `jax_debug_nans` and `jax_debug_infs` are off meanwhile: they would end the search at the first program.
+    """
+    with jax.debug_nans(False), jax.debug_infs(False):
+        return _find_non_finite(state, batch, config, mesh)
+
+
+def _find_non_finite(state, batch, config, mesh):
     for path, leaf in jax.tree_util.tree_flatten_with_path(state.variables)[0]:
         if not jnp.isfinite(leaf).all():
             return f"parameter {_name(path)} before the step"
@@ -298,6 +350,8 @@ def find_non_finite(
     (loss, _), gradients = jax.jit(on_mesh(backward, mesh))(state.params, state.model_state, batch)
     if not jnp.isfinite(loss):
         return "the read-out, the logits or the loss: all sublayers were finite"
+    if jnp.isfinite(optax.tree.norm(gradients)):
+        return _first_update_that_is_not_finite(state, gradients, config)
     return _first_gradient_that_is_not_finite(gradients)
 
 
@@ -319,6 +373,20 @@ def _first_gradient_that_is_not_finite(gradients: Params) -> str:
         block += len(gradients.get("leading", ()))
         return f"the gradients of block {block}: {names}"
     return "the norm of the gradient: its entries are finite, their squares overflow"
+
+
+def _first_update_that_is_not_finite(state: TrainState, gradients: Params, config: Config) -> str:
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    updates, _ = jax.jit(optimizer.update)(gradients, state.opt_state, state.params)
+    rate = make_schedule(config.optimizer, config.steps)(updates_done(state.opt_state))
+    settings = f"learning rate {rate:g}" + "".join(
+        f", {name}={getattr(config.optimizer, name):g}"
+        for name in ("b1", "b2", "eps", "weight_decay")
+    )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]:
+        if not jnp.isfinite(leaf).all():
+            return f"the update of {_name(path)}, whose gradient is finite ({settings})"
+    return f"the sum of a parameter and its update ({settings})"
 
 
 def _name(path) -> str:

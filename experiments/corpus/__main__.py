@@ -19,12 +19,12 @@ were trained on the corpus of experiments/corpus/manifest.json.gz.
 
 import argparse
 import glob
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from experiments.corpus import manifest as manifests
 from experiments.corpus import packages
+from experiments.output import user_path
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -34,18 +34,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--output", type=user_path, metavar="DIR", help="folder of the new corpus")
     action.add_argument(
-        "--output", type=pathlib.Path, metavar="DIR", help="folder of the new corpus"
+        "--check", type=user_path, metavar="DIR", help="folder of a corpus to check"
     )
-    action.add_argument(
-        "--check", type=pathlib.Path, metavar="DIR", help="folder of a corpus to check"
-    )
-    parser.add_argument("--manifest", type=pathlib.Path, metavar="FILE",
+    parser.add_argument("--manifest", type=user_path, metavar="FILE",
                         help="manifest (.json or .json.gz) to rebuild or to check against")  # fmt: skip
-    parser.add_argument("--packages", type=pathlib.Path, metavar="FILE", nargs="+",
+    parser.add_argument("--packages", type=user_path, metavar="FILE", nargs="+",
                         help="lists with lines `name version kind suffixes`, kinds "
                         f"{', '.join(packages.KINDS)} (default: packages.txt beside this file)")  # fmt: skip
-    parser.add_argument("--archives", type=pathlib.Path, metavar="DIR",
+    parser.add_argument("--archives", type=user_path, metavar="DIR",
                         help="where archives are or go (default: archives/ in the output)")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.packages and (options.manifest or options.check):

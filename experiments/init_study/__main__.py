@@ -28,6 +28,7 @@ from experiments.init_study.runs import (
     first_runs,
     second_runs,
 )
+from experiments.output import user_path
 from mhc_jax import optimizer, train_step
 
 QUESTION = "init_study"
@@ -41,7 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/init_study"),
+    parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/init_study"),
                         help="folder of the workdirs (runs/init_study)")  # fmt: skip
     parser.add_argument("--data", default="", help="glob of text files; else the standard library")
     parser.add_argument("--steps", type=int, help="horizon of the first runs, for a quick try")

@@ -24,6 +24,8 @@ import pathlib
 import subprocess
 import sys
 
+from experiments.output import user_path
+
 QUESTION = "kernel_speed"
 FOLDER = pathlib.Path(__file__).parents[1]
 SHAPES = (
@@ -52,7 +54,7 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--tpu_schedule", choices=("v5e", "v5p", "v6e", "tpu7x"), metavar="KIND")
     parser.add_argument("--shapes", help="T,C pairs, as 16384,2560:8192,4096 (default: all)")
     parser.add_argument("--baselines", type=int, default=1, help="0: neither xla nor PyTorch")
-    parser.add_argument("--out", type=pathlib.Path, default=FOLDER,
+    parser.add_argument("--out", type=user_path, default=FOLDER,
                         help="folder of kernel_speed/results")  # fmt: skip
     return parser.parse_args()
 

@@ -34,6 +34,7 @@ from experiments import output
 from experiments.hardware import CHIPS
 from experiments.model_speed import profile
 from experiments.model_speed.flops import attention_flops, parameter_flops
+from experiments.output import user_path
 from experiments.timing import random_batch
 from mhc_jax.command_line import check_file
 from mhc_jax.config import Config, from_dict
@@ -75,7 +76,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--num_steps", type=int, default=10, help="timed a round (%(default)s)")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
-    parser.add_argument("--hlo", type=pathlib.Path, help="folder for the compiled programs' text")
+    parser.add_argument("--hlo", type=user_path, help="folder for the compiled programs' text")
     output.add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.num_steps < 1:

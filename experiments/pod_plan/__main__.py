@@ -21,7 +21,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import pathlib
 import re
 import sys
 import time
@@ -37,7 +36,7 @@ from experiments import record
 from experiments.hardware import Chip
 from experiments.pod_plan.chips import chip_of, more_shares, pick_mesh
 from experiments.pod_plan.hlo import Costs, Program
-from mhc_jax import command_line, sharding, units
+from mhc_jax import command_line, paths, sharding, units
 from mhc_jax.config import Config, MeshConfig
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
 
@@ -163,7 +162,7 @@ def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
     temporaries = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - new_results
     text = compiled.as_text()
     if _HLO.value:
-        folder = pathlib.Path(_HLO.value)
+        folder = paths.local(_HLO.value)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{config.model.connection}.txt").write_text(text)
     program = Program(
@@ -284,7 +283,7 @@ def main(argv):
             )
     result["fits"] = plan.costs is not None and plan.peak <= chip.hbm * 2**30
     if _OUTPUT.value:
-        path = pathlib.Path(_OUTPUT.value)
+        path = paths.local(_OUTPUT.value)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"environment": record.environment(), **result}
         path.write_text(json.dumps(content, indent=1) + "\n")

@@ -13,6 +13,7 @@ import pathlib
 import sys
 
 from experiments import libtpu
+from experiments.output import user_path
 
 FOLDER = pathlib.Path(__file__).parents[1]
 
@@ -38,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     commands.add_parser("step_time", help="milliseconds of a train step for each policy")
     commands.add_parser("figure", help="draws all results")
     for command in commands.choices.values():
-        command.add_argument("--results", type=pathlib.Path, default=FOLDER,
+        command.add_argument("--results", type=user_path, default=FOLDER,
                              help="folder of recompute/results")  # fmt: skip
     return parser.parse_args()
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from experiments import record, sweep
+from experiments.output import user_path
 from experiments.reproduction import figures, tables
 from experiments.reproduction.settings import SETTINGS, Run, choose, counted, pilots
 
@@ -28,7 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/reproduction"),
+    parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/reproduction"),
                         help="folder of the workdirs (runs/reproduction)")  # fmt: skip
     parser.add_argument("--data", default="", help="glob of text files; else the standard library")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS),

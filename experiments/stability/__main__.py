@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import record, report
+from experiments.output import user_path
 from experiments.reproduction.tables import format_table, mean_and_error
 from experiments.verdict import verdict
 from mhc_jax.analysis.runs import read_arms
@@ -35,7 +36,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/stability"),
+    parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/stability"),
                         help="folder of the three workdirs and of report.html")  # fmt: skip
     parser.add_argument("--config", default="small_cpu", help="name of a file of configs/")
     parser.add_argument("--steps", type=int, help="updates of each arm (default: the config's)")
@@ -60,6 +61,7 @@ def arm_config(options: argparse.Namespace, connection: str):
     config.model.connection = connection
     if options.steps is not None:
         config.steps = options.steps
+        config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, options.steps // 2)
     if options.num_blocks is not None:
         config.model.num_blocks = options.num_blocks
     if options.learning_rate is not None:

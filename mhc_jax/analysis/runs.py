@@ -9,17 +9,19 @@ A workdir is what training leaves behind, and all that is read here:
     gains/step_00000200.npz     as written by mhc_jax.gains.save; none for the residual arm
 """
 
+import array
 import dataclasses
 import json
 import logging
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from etils import epath
 
 from mhc_jax import gains as gains_lib
+from mhc_jax import paths
 from mhc_jax.analysis import colours
 
 log = logging.getLogger("mhc_jax.analysis")
@@ -41,13 +43,13 @@ class Arm:
       gains: step -> path of the .npz.
     """
 
-    path: pathlib.Path
+    path: epath.Path
     name: str
     connection: str
     colour: str
     config: dict
     metrics: dict[str, tuple[np.ndarray, np.ndarray]]
-    gains: dict[int, pathlib.Path]
+    gains: dict[int, epath.Path]
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a metric; empty arrays where it was never logged."""
@@ -66,48 +68,66 @@ class Arm:
         return np.array(order, np.int64), np.array([found[s] for s in order], float)
 
 
-def read_metrics(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_metrics(path: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Reads metrics.jsonl into key -> (steps, values). Lines that are no JSON object are skipped.
 
     A run still going may have half a last line, and a killed one half a line in the middle.
     """
-    table: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-        try:
-            entry = json.loads(line) if line.strip() else {}
-            step = int(entry.pop("step")) if entry else 0
-            values = {k: float(v) for k, v in entry.items() if isinstance(v, int | float | str)}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            log.warning("%s line %d skipped: %r", path, number, error)
-            continue
-        for key, value in values.items():
-            table.setdefault(key, {})[step] = value
-    return {
-        key: (np.array(sorted(by_step)), np.array([by_step[s] for s in sorted(by_step)]))
-        for key, by_step in table.items()
-    }
+    # Line by line into flat arrays: 16 bytes a number, where a million lines of objects are a gigabyte.
+    table: dict[str, tuple[array.array, array.array]] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                entry = json.loads(line.decode(errors="replace")) if line.strip() else {}
+                step = int(entry.pop("step")) if entry else 0
+                values = {k: float(v) for k, v in entry.items() if isinstance(v, int | float | str)}
+                for key, value in values.items():
+                    steps, found = table.setdefault(key, (array.array("q"), array.array("d")))
+                    steps.append(step)
+                    found.append(value)
+            except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
+                log.warning("%s line %d skipped: %r", path, number, error)
+    return {key: _latest(*map(np.asarray, columns)) for key, columns in table.items()}
+
+
+def _latest(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """In the order of steps; of a step that is there more than once, the last value."""
+    order = np.argsort(steps, kind="stable")
+    steps, values = steps[order], values[order]
+    last = np.append(steps[1:] != steps[:-1], True)
+    return steps[last], values[last]
 
 
 def read_config(workdir: str | os.PathLike) -> dict:
-    """config.json of a workdir, which names a connection.
+    """config.json of a workdir or, where that is damaged or gone, what its newest good checkpoint has of it.
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: it cannot be read. Both name the file.
+      ValueError: it cannot be read, and no checkpoint has it. Both name the file.
     """
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{workdir} is not a workdir of training: it has no config.json")
+    workdir = paths.of_user(workdir)
+    path = workdir / "config.json"
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text())
+            if not isinstance(config["model"]["connection"], str):
+                raise TypeError("model.connection is no text")
+            return config
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            damage = error
+    from mhc_jax.workdir import read_config as of_checkpoint  # orbax takes a second to import
+
     try:
-        config = json.loads(path.read_text())
-        if not isinstance(config["model"]["connection"], str):
-            raise TypeError("model.connection is no text")
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ValueError(f"{path} is no configuration of a training: {error!r}") from error
-    return config
+        return of_checkpoint(workdir)
+    except ValueError as error:
+        if path.is_file():
+            raise ValueError(f"{path} is no configuration of a training: {damage!r}") from error
+        raise FileNotFoundError(
+            f"{workdir} is not a workdir of training: it has no config.json"
+        ) from error
 
 
-def _read(path: pathlib.Path) -> Arm:
+def _read(path: epath.Path) -> Arm:
     """One workdir, without what sets it apart from the others."""
     if not (path / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{path} is not a workdir of training: it has no metrics.jsonl")
@@ -139,7 +159,7 @@ def read_arms(
       ValueError: its config.json is none.
     """
     arms = []
-    for path in map(pathlib.Path, workdirs):
+    for path in map(paths.of_user, workdirs):
         try:
             arms.append(_read(path))
             if left_out is not None and not arms[-1].metrics:
@@ -160,20 +180,20 @@ def read_arms(
 def _told_apart(arms: Sequence[Arm]) -> list[str]:
     """Names of arms, with as much of the end of their paths as it takes where they agree."""
     names = [arm.name for arm in arms]
-    paths = [arm.path.resolve().parts for arm in arms]
-    for depth in range(1, 1 + max(map(len, paths), default=0)):
+    folders = [arm.path.resolve().parts for arm in arms]
+    for depth in range(1, 1 + max(map(len, folders), default=0)):
         alike = {arm.name for arm, name in zip(arms, names) if names.count(name) > 1}
         if not alike:
             break
         names = [
             f"{arm.name} ({'/'.join(path[-depth:])})" if arm.name in alike else name
-            for arm, path, name in zip(arms, paths, names)
+            for arm, path, name in zip(arms, folders, names)
         ]
     # The same folder twice.
     return [name if names.count(name) == 1 else f"{name} #{i}" for i, name in enumerate(names, 1)]
 
 
-def stored_gains(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
+def stored_gains(workdir: epath.Path) -> dict[int, epath.Path]:
     """The files of gains in a workdir, by step."""
     return {
         int(match[1]): file
@@ -192,7 +212,7 @@ def choose_baseline(arms: Sequence[Arm], wanted: str | None) -> Arm:
         return next((arm for arm in arms if arm.connection == "residual"), arms[0])
     for arm in arms:
         known = (arm.connection.lower(), arm.name.lower(), arm.path.resolve().name.lower())
-        if wanted.lower() in known or pathlib.Path(wanted).resolve() == arm.path.resolve():
+        if wanted.lower() in known or paths.of_user(wanted).resolve() == arm.path.resolve():
             return arm
     raise ValueError(f"no arm {wanted!r}; there are {', '.join(arm.name for arm in arms)}")
 
@@ -200,8 +220,24 @@ def choose_baseline(arms: Sequence[Arm], wanted: str | None) -> Arm:
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Centred mean over `window` (odd) points, of the finite ones; shorter at both ends."""
     finite = np.isfinite(values)
-    kernel = np.ones(window)
-    count = np.convolve(finite, kernel)[window // 2 :][: len(values)]
-    total = np.convolve(np.where(finite, values, 0.0), kernel)[window // 2 :][: len(values)]
+    count = _running_sum(finite.astype(float), window)
+    total = _running_sum(np.where(finite, values, 0.0), window)
     # A point that is not finite itself stays so: the curve ends where the run diverged.
     return np.where(finite, total / np.maximum(count, 1), values)
+
+
+def _running_sum(values: np.ndarray, window: int) -> np.ndarray:
+    """Sum of the `window` values around each, in a time that does not depend on `window`.
+
+    A window is the end of one block of `window` values and the beginning of the next. Differences of one
+    sum over all values would lose the small ones behind a large one.
+    """
+    before = (window - 1) // 2
+    blocks = len(values) // window + 2
+    padded = np.zeros(blocks * window)
+    padded[before : before + len(values)] = values
+    padded = padded.reshape(blocks, window)
+    begins = np.cumsum(padded, axis=1).ravel()
+    ends = np.cumsum(padded[:, ::-1], axis=1)[:, ::-1].copy()
+    ends[:, 0] = 0  # a window that is one block: the beginning has all of it
+    return ends.ravel()[: len(values)] + begins[window - 1 : window - 1 + len(values)]

@@ -22,6 +22,7 @@ from mhc_jax.data.config import SOURCES, SPLITS, DataConfig
 
 # Read when they are asked for: these files need grain and array_record, a model's config does not.
 _LAZY = {
+    "check_files": "sources",
     "load_tokenizer": "tokenizer",
     "make_iterator": "pipeline",
     "num_windows": "pipeline",
@@ -32,6 +33,7 @@ __all__ = [
     "SOURCES",
     "SPLITS",
     "DataConfig",
+    "check_files",
     "load_tokenizer",
     "make_iterator",
     "num_windows",

@@ -2,11 +2,11 @@
 
 import dataclasses
 
+from mhc_jax import ranges
+
 SOURCES = ("stdlib", "text", "array_record", "synthetic")
 SPLITS = ("train", "validation")
-
-# Below this the four successors of a token in the synthetic language would not be distinct.
-SYNTHETIC_MIN_VOCAB_SIZE = 8
+ON_CORRUPT = ("stop", "skip")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,27 +55,10 @@ class DataConfig:
             raise ValueError(
                 f"tokenizer={self.tokenizer!r}: use 'byte' or the path of a tokenizers JSON file."
             )
-        _check_integer("sequence_length", self.sequence_length, 1)
-        _check_integer("shuffle_seed", self.shuffle_seed, 0, 2**32)
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction={self.validation_fraction} must lie between 0 and 1 "
-                "(exclusive): both splits need files."
-            )
-        if self.source == "synthetic":
-            _check_integer(
-                "synthetic_vocab_size", self.synthetic_vocab_size, SYNTHETIC_MIN_VOCAB_SIZE
-            )
+        ranges.check(vars(self), "data.")
 
 
 def check_split(split: str) -> None:
     """Raises ValueError unless `split` is one of `SPLITS`."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown: use one of {', '.join(SPLITS)}.")
-
-
-def _check_integer(name: str, value: int, least: int, bound: int | None = None) -> None:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or value < least or (bound is not None and value >= bound):
-        below = "" if bound is None else f" and below {bound}"
-        raise ValueError(f"{name}={value!r} must be an integer, at least {least}{below}.")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mhc_jax.data.config import check_split
 from mhc_jax.data.tokenizer import Tokenizer
+from mhc_jax.paths import local
 
 _STDLIB_SKIPPED_FOLDERS = {
     "test",
@@ -80,10 +81,11 @@ def glob_files(patterns: str) -> tuple[TextFile, ...]:
     """
     found = {}
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+        local(pattern)  # refuses another scheme
         pattern = os.path.expanduser(pattern)
         paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
         if not paths:
-            raise ValueError(f"No file matches {pattern!r} (from {os.getcwd()}).")
+            raise ValueError(_no_file(pattern))
         root = _literal_folder(pattern)
         files = [_describe(path, _relative(path, root)) for path in paths]
         for file in sorted(files, key=lambda file: file.relative):
@@ -164,6 +166,16 @@ def encode_files(
                     raise ValueError(f"{file.path} encodes to no token at all: leave it out.")
                 yield np.concatenate([tokens, end])
             bar.update(len(group))
+
+
+def _no_file(pattern: str) -> str:
+    folder = next(iter(sorted(filter(os.path.isdir, glob.glob(pattern, recursive=True)))), None)
+    if folder is None:
+        return f"No file matches {pattern!r} (from {os.getcwd()})."
+    inside = os.path.join(pattern.rstrip("/"), "**", "*.txt")
+    if os.path.isdir(pattern):
+        return f"{pattern!r} is a folder: give a glob of the files in it, such as {inside!r}."
+    return f"{pattern!r} matches folders alone, such as {folder!r}: try {inside!r}."
 
 
 def _describe(path: str, relative: str) -> TextFile:

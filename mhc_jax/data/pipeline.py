@@ -9,7 +9,9 @@ import numpy as np
 
 from mhc_jax.data import sources
 from mhc_jax.data.config import DataConfig
+from mhc_jax.data.records import BadRecord
 from mhc_jax.data.tokenizer import load_tokenizer
+from mhc_jax.losses import IGNORE_INDEX
 
 # Validation has one order for every run, so that losses of different seeds compare. Shuffled, so
 # that the first few batches are a sample of all files and not the alphabetically first ones.
@@ -20,6 +22,12 @@ _VALIDATION_ORDER_SEED = 0
 # from disk wait, so several batches are read at once. Batches come out in order either way.
 _MEMORY_READS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 _DISK_READS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
+
+
+_MORE_WINDOWS = {
+    "train": "add text or lower validation_fraction",
+    "validation": "raise validation_fraction",
+}
 
 
 def vocab_size(config: DataConfig) -> int:
@@ -45,6 +53,7 @@ def make_iterator(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    on_corrupt: str = "stop",
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over batches of one split.
 
@@ -67,14 +76,16 @@ def make_iterator(
       batch_size: rows of the global batch.
       process_index: this process, usually `jax.process_index()`.
       process_count: all of them, usually `jax.process_count()`.
+      on_corrupt: about a record of "array_record" that cannot be read: "stop" raises `records.BadRecord`
+        from `next`; with "skip" the targets of its windows are `losses.IGNORE_INDEX` and do not count.
 
     Returns:
       An iterator over `{"inputs": int32 [batch_size / process_count, sequence_length], "targets":
       the same}` with `get_state()` and `set_state()`, see `BatchIterator`.
 
     Raises:
-      ValueError: batch_size is not divisible by process_count, no such process, fewer validation
-        windows than a batch, or a fault of the source that is named in the message.
+      ValueError: batch_size is not divisible by process_count, no such process, fewer windows
+        than a batch, or a fault of the source that is named in the message.
     """
     if process_count < 1 or not 0 <= process_index < process_count:
         raise ValueError(
@@ -89,6 +100,11 @@ def make_iterator(
     # Numbers of windows are shuffled and batched, and a batch reads its windows at once: grain spends
     # 80 us on each element of a source, which for rows would be 20 ms a batch of 256.
     source = grain.MapDataset.range(len(windows))
+    if len(windows) < batch_size:
+        raise ValueError(
+            f"The {split} split has {len(windows)} windows, batch_size={batch_size} needs as many at least: "
+            f"lower batch_size or sequence_length, or {_MORE_WINDOWS[split]}."
+        )
     if split == "train":
         # Spread by SeedSequence because grain adds the epoch to the seed: with the plain number,
         # epoch 1 of seed 0 would be epoch 0 of seed 1.
@@ -96,15 +112,11 @@ def make_iterator(
         rows = source.shuffle(seed=seed).repeat()
     else:
         whole = len(windows) - len(windows) % batch_size
-        if not whole:
-            raise ValueError(
-                f"The validation split has {len(windows)} windows, batch_size={batch_size} needs "
-                "as many at least: lower batch_size or sequence_length, or raise "
-                "validation_fraction."
-            )
         rows = source.shuffle(seed=_VALIDATION_ORDER_SEED)[:whole].repeat(reseed_each_epoch=False)
     batches = rows.batch(batch_size // process_count, drop_remainder=True)
-    share = batches[process_index::process_count].map(functools.partial(_read_batch, windows))
+    share = batches[process_index::process_count].map(
+        functools.partial(_read_batch, windows, on_corrupt)
+    )
     identity = {
         "split": split,
         "corpus": windows.fingerprint,
@@ -132,6 +144,10 @@ class BatchIterator(grain.DatasetIterator):
         super().__init__(parent)
         self._identity = identity
 
+    def pair_with(self, validation: "BatchIterator") -> None:
+        """Makes the validation corpus a part of the identity, so that a changed one is noticed too."""
+        self._identity["validation_corpus"] = validation._identity["corpus"]
+
     def __next__(self) -> dict[str, np.ndarray]:
         return next(self._parent)
 
@@ -147,6 +163,8 @@ class BatchIterator(grain.DatasetIterator):
         """
         state = copy.copy(state)
         saved = state.pop("identity", {})
+        if "validation_corpus" not in saved:  # from before there was one
+            saved = {**saved, "validation_corpus": self._identity.get("validation_corpus")}
         differing = [
             f"{name}: saved {saved.get(name)!r}, now {self._identity.get(name)!r}"
             for name in sorted({*saved, *self._identity})
@@ -161,6 +179,21 @@ class BatchIterator(grain.DatasetIterator):
         self._parent.set_state(state)
 
 
-def _read_batch(windows: sources.Windows, indices: np.ndarray) -> dict[str, np.ndarray]:
-    rows = np.stack([windows[index] for index in indices.tolist()])
-    return {"inputs": rows[:, :-1].copy(), "targets": rows[:, 1:].copy()}
+def _read_batch(
+    windows: sources.Windows, on_corrupt: str, indices: np.ndarray
+) -> dict[str, np.ndarray]:
+    rows, lost = [], []
+    for index in indices.tolist():
+        try:
+            rows.append(windows[index])
+        except BadRecord:
+            if on_corrupt == "stop":
+                raise
+            rows.append(None)
+            lost.append(len(rows) - 1)
+    for row in lost:
+        rows[row] = np.zeros(windows.sequence_length + 1, np.int32)
+    stacked = np.stack(rows)
+    batch = {"inputs": stacked[:, :-1].copy(), "targets": stacked[:, 1:].copy()}
+    batch["targets"][lost] = IGNORE_INDEX
+    return batch

@@ -11,6 +11,7 @@ separate shards; no record and no window mixes them. The windows are those of th
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 from collections.abc import Iterable
 
@@ -18,12 +19,29 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
+from mhc_jax import paths
+from mhc_jax.data.config import SPLITS
 from mhc_jax.data.files import glob_files
 from mhc_jax.data.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
+
 METADATA_NAME = "metadata.json"
+_DTYPES = ("uint8", "uint16", "int32")
 # 8 KiB of uint16: long enough to compress, short enough that a window reads little it drops.
 CHUNK_LENGTH = 4096
+
+
+class BadRecord(ValueError):
+    """A record that is not what was written; the message has the file.
+
+    Attributes:
+      length: bytes of a record that has too many or too few.
+    """
+
+    def __init__(self, message: str, length: int | None = None):
+        super().__init__(message)
+        self.length = length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,16 +68,34 @@ class Metadata:
 
     def write(self, folder: pathlib.Path) -> None:
         """Writes `metadata.json`. Done last: a folder without it is unfinished."""
-        text = json.dumps(dataclasses.asdict(self), indent=2)
-        (folder / METADATA_NAME).write_text(text + "\n")
+        fields = dataclasses.asdict(self) | {"sha256": self._sha256()}
+        (folder / METADATA_NAME).write_text(json.dumps(fields, indent=2) + "\n")
+
+    def _sha256(self) -> str:
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "Metadata":
         """Reads `metadata.json`.
 
         Raises:
-          ValueError: missing or not ours.
+          ValueError: missing, not ours, or a field that cannot be right.
         """
+        found = cls._with_checksum(folder)[0]
+        found._check(folder / METADATA_NAME)
+        return found
+
+    def check_unchanged(self, folder: pathlib.Path) -> None:
+        """Raises ValueError if a field was changed by hand; older folders have no checksum."""
+        if self._with_checksum(folder)[1] not in (None, self._sha256()):
+            raise ValueError(
+                f"{folder / METADATA_NAME} was changed after it was written, its fields do not match its "
+                "sha256: restore it or write the folder again."
+            )
+
+    @classmethod
+    def _with_checksum(cls, folder: pathlib.Path) -> tuple["Metadata", str | None]:
         path = folder / METADATA_NAME
         if not path.is_file():
             raise ValueError(
@@ -68,12 +104,43 @@ class Metadata:
             )
         try:
             fields = json.loads(path.read_text())
+            checksum = fields.pop("sha256", None)
             splits = {name: SplitMetadata(**split) for name, split in fields.pop("splits").items()}
-            return cls(**fields, splits=splits)
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            return cls(**fields, splits=splits), checksum
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} was not written by experiments/write_array_record.py: {error!r}."
             ) from error
+
+    def _check(self, path: pathlib.Path) -> None:
+        def require(holds: bool, name: str, value: object, what: str) -> None:
+            if not holds:
+                raise ValueError(f"{path}: {name}={value!r} must be {what}.")
+
+        def count(name: str, value: object, least: int) -> None:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            require(whole and least <= value < 2**63, name, value, f"an integer, at least {least}")
+
+        require(isinstance(self.tokenizer, str), "tokenizer", self.tokenizer, "text")
+        count("vocab_size", self.vocab_size, 1)
+        count("separator", self.separator, 0)
+        require(self.separator < self.vocab_size, "separator", self.separator, "below vocab_size")
+        require(self.dtype in _DTYPES, "dtype", self.dtype, f"one of {', '.join(_DTYPES)}")
+        holds = self.vocab_size - 1 <= np.iinfo(self.dtype).max
+        require(holds, "dtype", self.dtype, f"wide enough for vocab_size={self.vocab_size}")
+        count("chunk_length", self.chunk_length, 1)
+        fraction = self.validation_fraction
+        inside = isinstance(fraction, float) and 0 < fraction < 1
+        require(inside, "validation_fraction", fraction, "between 0 and 1")
+        require(
+            self.splits.keys() == set(SPLITS), "splits", list(self.splits), " and ".join(SPLITS)
+        )
+        for name, split in self.splits.items():
+            count(f"splits.{name}.shards", split.shards, 1)
+            count(f"splits.{name}.documents", split.documents, 1)
+            count(f"splits.{name}.tokens", split.tokens, split.documents)
+            text = isinstance(split.fingerprint, str)
+            require(text, f"splits.{name}.fingerprint", split.fingerprint, "text")
 
 
 def shard_path(folder: pathlib.Path, split: str, shard: int, shards: int) -> pathlib.Path:
@@ -136,6 +203,7 @@ class ArrayRecordTokens:
         """Opens the shards of `split` and checks that they are complete."""
         counts = metadata.splits[split]
         self.fingerprint = counts.fingerprint
+        self._split = split
         self._tokens = counts.tokens
         self._dtype = np.dtype(metadata.dtype).newbyteorder("<")
         self._chunk_length = metadata.chunk_length
@@ -144,9 +212,12 @@ class ArrayRecordTokens:
         for path in paths:
             if not path.is_file():
                 raise ValueError(f"{path} is missing: {METADATA_NAME} lists {len(paths)} shards.")
-        self._source = ArrayRecordDataSource([str(path) for path in paths])
+        self._paths = [str(path) for path in paths]
+        self._vocab_size = metadata.vocab_size
         records = -(-counts.tokens // self._chunk_length)
+        self._source = _open(self._paths)
         if len(self._source) != records:
+            self._name_the_shard(records)
             raise ValueError(
                 f"{folder} holds {len(self._source)} {split} records, {METADATA_NAME} says "
                 f"{records}: write the folder again."
@@ -154,6 +225,24 @@ class ArrayRecordTokens:
         # Position of the first record of each shard when the shards are put end to end.
         sizes = [len(range(shard, records, self._shards)) for shard in range(self._shards)]
         self._first = np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist()
+        self._warned: set[int] = set()
+        for index in {0, records - 1}:  # dtype, chunk_length and tokens, as they are on disk
+            try:
+                self._read(index)
+            except BadRecord as error:
+                if error.length is not None:
+                    raise ValueError(f"{error}: {METADATA_NAME} belongs to other files.") from error
+
+    def _name_the_shard(self, records: int) -> None:
+        """Raises ValueError if one shard alone has too few records or too many."""
+        for shard, path in enumerate(self._paths):
+            wanted, found = len(range(shard, records, self._shards)), len(_open([path]))
+            others = len(self._source) - found
+            if found != wanted and others == records - wanted:
+                raise ValueError(
+                    f"{path} holds {found} records, {METADATA_NAME} says {wanted} ({records} {self._split} "
+                    "records in all): copy it again or write the folder again."
+                )
 
     def __len__(self) -> int:
         return self._tokens
@@ -166,8 +255,51 @@ class ArrayRecordTokens:
         return np.concatenate(chunks)[start - offset : stop - offset]
 
     def _chunk(self, index: int) -> np.ndarray:
-        key = self._first[index % self._shards] + index // self._shards
-        return np.frombuffer(self._source[key], self._dtype)
+        try:
+            return self._read(index)
+        except BadRecord as error:
+            if index not in self._warned:
+                self._warned.add(index)
+                _log.warning("%s", error)
+            raise
+
+    def _read(self, index: int) -> np.ndarray:
+        """Record `index`; raises BadRecord."""
+        place = f"record {index // self._shards} of {self._paths[index % self._shards]}"
+        try:
+            content = self._source[self._first[index % self._shards] + index // self._shards]
+        except Exception as error:  # RuntimeError, and IndexError of its index
+            raise BadRecord(f"{place} cannot be read ({_first_line(error)})") from error
+        wanted = min(self._chunk_length, self._tokens - index * self._chunk_length)
+        if len(content) != wanted * self._dtype.itemsize:
+            raise BadRecord(
+                f"{place} has {len(content)} bytes, not {wanted} ids of {self._dtype.name}",
+                length=len(content),
+            )
+        ids = np.frombuffer(content, self._dtype)
+        if ids.max() >= self._vocab_size or ids.min() < 0:
+            bad = ids[(ids >= self._vocab_size) | (ids < 0)][0]
+            raise BadRecord(
+                f"{place} holds the id {bad}, the vocabulary ends at {self._vocab_size - 1}"
+            )
+        return ids
+
+
+def _open(paths: list[str]) -> ArrayRecordDataSource:
+    try:
+        return ArrayRecordDataSource(paths)
+    except Exception as error:
+        if len(paths) > 1:
+            for path in paths:
+                _open([path])
+        raise ValueError(
+            f"{paths[0]} is truncated or damaged ({_first_line(error)}): copy it again or write the folder "
+            "again."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def open_records(
@@ -185,7 +317,7 @@ def open_records(
       ValueError: no file, several folders, shards or metadata missing, or written with another
         tokenizer or validation fraction.
     """
-    folder = pathlib.Path(patterns).expanduser()
+    folder = paths.local(patterns)
     if not folder.is_dir():
         matched = [pathlib.Path(file.path) for file in glob_files(patterns)]
         shards = [path for path in matched if path.suffix == ".array_record"]
@@ -209,4 +341,11 @@ def open_records(
             f"the config says {validation_fraction}: set {metadata.validation_fraction} or write "
             "the folder again."
         )
-    return ArrayRecordTokens(folder, metadata, split)
+    if (metadata.separator, metadata.dtype) != (tokenizer.separator, tokenizer.dtype.name):
+        raise ValueError(
+            f"{folder / METADATA_NAME}: separator={metadata.separator} and dtype={metadata.dtype!r} are not "
+            f"the tokenizer's, {tokenizer.separator} and {tokenizer.dtype.name!r}: write the folder again."
+        )
+    opened = ArrayRecordTokens(folder, metadata, split)
+    metadata.check_unchanged(folder)
+    return opened

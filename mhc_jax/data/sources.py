@@ -6,8 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mhc_jax.data import files, records
-from mhc_jax.data.config import DataConfig, check_split
+from mhc_jax.data import files, records, token_cache
+from mhc_jax.data.config import SPLITS, DataConfig, check_split
 from mhc_jax.data.files import TextFile
 from mhc_jax.data.tokenizer import load_tokenizer
 
@@ -34,6 +34,7 @@ class Windows(Protocol):
     """Windows by index. `fingerprint` changes with their content."""
 
     fingerprint: str
+    sequence_length: int
 
     def __len__(self) -> int: ...
 
@@ -42,19 +43,19 @@ class Windows(Protocol):
 
 
 class MemoryTokens:
-    """A stream held as one array `[num_tokens]` of the tokenizer's dtype."""
+    """A stream held as one array `[num_tokens]` of the tokenizer's dtype, `array`."""
 
     def __init__(self, array: np.ndarray):
-        self._array = array
+        self.array = array
         little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         self.fingerprint = hashlib.sha256(little_endian).hexdigest()[:16]
 
     def __len__(self) -> int:
-        return len(self._array)
+        return len(self.array)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """See `Tokens.read`."""
-        return self._array[start:stop]
+        return self.array[start:stop]
 
 
 class TokenWindows:
@@ -68,7 +69,7 @@ class TokenWindows:
 
     def __init__(self, tokens: Tokens, sequence_length: int, split: str):
         self._tokens = tokens
-        self._sequence_length = sequence_length
+        self.sequence_length = sequence_length
         self.fingerprint = tokens.fingerprint
         if len(tokens) < sequence_length + 1:
             raise ValueError(
@@ -78,11 +79,11 @@ class TokenWindows:
             )
 
     def __len__(self) -> int:
-        return (len(self._tokens) - 1) // self._sequence_length
+        return (len(self._tokens) - 1) // self.sequence_length
 
     def __getitem__(self, index: int) -> np.ndarray:
-        start = index * self._sequence_length
-        return self._tokens.read(start, start + self._sequence_length + 1).astype(np.int32)
+        start = index * self.sequence_length
+        return self._tokens.read(start, start + self.sequence_length + 1).astype(np.int32)
 
 
 class SyntheticWindows:
@@ -96,7 +97,7 @@ class SyntheticWindows:
 
     def __init__(self, config: DataConfig, split: str):
         vocab_size = config.synthetic_vocab_size
-        self._sequence_length = config.sequence_length
+        self.sequence_length = config.sequence_length
         self._ring = np.random.default_rng(_SYNTHETIC_SEED).permutation(vocab_size).astype(np.int32)
         held_out = round(config.validation_fraction * SYNTHETIC_WINDOWS)
         held_out = min(max(1, held_out), SYNTHETIC_WINDOWS - 1)
@@ -111,7 +112,7 @@ class SyntheticWindows:
     def __getitem__(self, index: int) -> np.ndarray:
         generator = np.random.default_rng([_SYNTHETIC_SEED, self._range[index]])
         start = generator.integers(len(self._ring))
-        draws = generator.integers(len(_SYNTHETIC_STEPS), size=self._sequence_length)
+        draws = generator.integers(len(_SYNTHETIC_STEPS), size=self.sequence_length)
         positions = np.concatenate([[start], start + np.cumsum(_SYNTHETIC_STEPS[draws])])
         return self._ring[positions % len(self._ring)]
 
@@ -127,21 +128,37 @@ def open_windows(config: DataConfig, split: str) -> Windows:
     if config.source == "synthetic":
         return SyntheticWindows(config, split)
     if config.source == "array_record":
-        tokens = records.open_records(
-            config.path,
-            load_tokenizer(config.tokenizer),
-            validation_fraction=config.validation_fraction,
-            split=split,
-        )
+        tokens = _open_records(config, split)
     else:
-        load_tokenizer(config.tokenizer)  # a wrong name fails before the files are listed
-        stdlib = config.source == "stdlib"
-        found = files.stdlib_files() if stdlib else files.glob_files(config.path)
-        chosen = files.split_files(
-            found, validation_fraction=config.validation_fraction, split=split
-        )
-        tokens = _encode_in_memory(chosen, config.tokenizer)
+        tokens = _encode_in_memory(_chosen(config, split), config.tokenizer)
     return TokenWindows(tokens, config.sequence_length, split)
+
+
+def check_files(config: DataConfig) -> None:
+    """What `open_windows` refuses without reading a text, for both splits.
+
+    Raises:
+      ValueError: anything wrong with names, files, tokenizer or records.
+    """
+    if config.source == "synthetic":
+        return
+    for split in SPLITS:
+        (_open_records if config.source == "array_record" else _chosen)(config, split)
+
+
+def _open_records(config: DataConfig, split: str) -> records.ArrayRecordTokens:
+    return records.open_records(
+        config.path,
+        load_tokenizer(config.tokenizer),
+        validation_fraction=config.validation_fraction,
+        split=split,
+    )
+
+
+def _chosen(config: DataConfig, split: str) -> tuple[TextFile, ...]:
+    load_tokenizer(config.tokenizer)  # a wrong name fails before the files are listed
+    found = files.stdlib_files() if config.source == "stdlib" else files.glob_files(config.path)
+    return files.split_files(found, validation_fraction=config.validation_fraction, split=split)
 
 
 # Kept for one train and one validation split: a loop that makes a new validation iterator for each
@@ -149,8 +166,19 @@ def open_windows(config: DataConfig, split: str) -> Windows:
 @functools.lru_cache(maxsize=2)
 def _encode_in_memory(chosen: tuple[TextFile, ...], tokenizer_name: str) -> MemoryTokens:
     tokenizer = load_tokenizer(tokenizer_name)
+
+    def encode(progress):
+        return np.concatenate(list(files.encode_files(chosen, tokenizer, progress=progress)))
+
     # Bytes take a fraction of a second, a trained tokenizer minutes.
-    progress = tokenizer.identity != "byte"
-    return MemoryTokens(
-        np.concatenate(list(files.encode_files(chosen, tokenizer, progress=progress)))
-    )
+    if tokenizer.identity == "byte":
+        return MemoryTokens(encode(progress=False))
+    key = token_cache.key(chosen, tokenizer)
+    tokens = token_cache.load(key)
+    if tokens is not None:
+        tokens = MemoryTokens(tokens)
+        if token_cache.is_intact(key, tokens.fingerprint):
+            return tokens
+    tokens = MemoryTokens(encode(progress=True))
+    token_cache.save(key, tokens.array, tokens.fingerprint)
+    return tokens

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -40,8 +40,12 @@ class Tokenizer(Protocol):
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Encodes UTF-8 documents into one array `[num_tokens]` of `dtype` each."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; a character whose bytes are not all there becomes U+FFFD."""
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """Text that token ids add behind those of `after`.
+
+        Decoded alone, a first word would lose the space before it (Metaspace, WordPiece). A character whose
+        bytes are not all there becomes U+FFFD.
+        """
 
 
 class ByteTokenizer:
@@ -56,9 +60,9 @@ class ByteTokenizer:
         """See `Tokenizer.encode`."""
         return [np.frombuffer(document, np.uint8) for document in documents]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """See `Tokenizer.decode`."""
-        return bytes(ids).decode(errors="replace")
+        return _added(lambda ids: bytes(ids).decode(errors="replace"), ids, after)
 
 
 class FileTokenizer:
@@ -102,9 +106,10 @@ class FileTokenizer:
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """See `Tokenizer.decode`."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
+        return _added(decode, ids, after)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -118,6 +123,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "byte":
         return ByteTokenizer()
+    name = os.path.expanduser(name)
     if not os.path.isfile(name):
         raise ValueError(
             f"tokenizer={name!r} is no file: use 'byte' or the path of a tokenizers JSON file."
@@ -130,6 +136,11 @@ def load_tokenizer(name: str) -> Tokenizer:
 def _load_file(path: str, modified_ns: int) -> FileTokenizer:
     del modified_ns
     return FileTokenizer(path)
+
+
+def _added(decode: Callable[[list[int]], str], ids: Sequence[int], after: Sequence[int]) -> str:
+    before = decode(list(after)) if len(after) else ""
+    return decode([*after, *ids])[len(before.rstrip("\ufffd")) :]
 
 
 def _narrowest_dtype(vocab_size: int) -> np.dtype:

@@ -1,5 +1,6 @@
 """ArrayRecord files through the script that writes them."""
 
+import collections
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from experiments import write_array_record
 from mhc_jax.data import make_iterator, num_windows, records, vocab_size
 from mhc_jax.data.sources import open_windows
+from mhc_jax.losses import IGNORE_INDEX
 
 
 @pytest.fixture
@@ -155,3 +157,178 @@ def test_script_refuses_wrong_numbers(option, value, tmp_path, capsys):
     with pytest.raises(SystemExit):
         write_array_record.main(arguments)
     assert f"{option} {value}" in capsys.readouterr().err
+
+
+def test_any_wrong_field_of_the_metadata_is_named(write, record_config):
+    """One line with the file, whichever field it is and whatever stands in it."""
+    path = write(shards=2) / "metadata.json"
+    text = path.read_text()
+
+    def refused(change):
+        fields = json.loads(text)
+        change(fields)
+        path.write_text(json.dumps(fields))
+        with pytest.raises(
+            ValueError, match=r"metadata\.json|tokenizer|validation_fraction"
+        ) as caught:
+            num_windows(record_config(), "train")
+        assert "records" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    num_windows(record_config(), "train")
+    tried = 0
+    for name, value in json.loads(text).items():
+        for wrong in (
+            None,
+            [],
+            "other",
+            -1,
+            1.5,
+            True,
+            10**30,
+            *([value + 1] if type(value) is int else ()),
+        ):
+            if wrong != value and not (name == "sha256" and wrong is None):
+                refused(lambda fields: fields.update({name: wrong}))  # noqa: B023
+                tried += 1
+    for name, value in json.loads(text)["splits"]["train"].items():
+        for wrong in (
+            None,
+            "other",
+            0,
+            -1,
+            1.5,
+            *([value + 1, value - 1] if type(value) is int else ()),
+        ):
+            refused(lambda fields: fields["splits"]["train"].update({name: wrong}))  # noqa: B023
+            tried += 1
+    assert tried > 60
+    # A folder from before there was a checksum: what the records tell.
+    for name, wrong in (("chunk_length", 128), ("dtype", "uint16"), ("separator", 1)):
+        refused(lambda fields: fields.pop("sha256") and fields.update({name: wrong}))  # noqa: B023
+    for more in (1, -1, 64, -64):
+
+        def change(fields, more=more):
+            del fields["sha256"]
+            fields["splits"]["train"]["tokens"] += more
+
+        refused(change)
+    path.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "sha256"}))
+    num_windows(record_config(), "train")
+
+
+def test_truncated_shards_are_named(write, record_config):
+    shard = write() / "train-00001-of-00003.array_record"
+    content = shard.read_bytes()
+    for damaged in (b"", content[:100], content[: len(content) // 2], content[:-1], content + b"x"):
+        shard.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=r"train-00001-of-00003.array_record is (truncated|empty)"
+        ) as caught:
+            num_windows(record_config(), "train")
+        assert "\n" not in str(caught.value)
+    # A whole file, but another's.
+    shard.write_bytes((shard.parent / "validation-00002-of-00003.array_record").read_bytes())
+    with pytest.raises(ValueError, match=r"train-00001-of-00003.array_record holds \d+ records"):
+        num_windows(record_config(), "train")
+
+
+def test_records_that_are_damaged_while_a_run_reads_them(write, record_config, caplog):
+    shard = write(shards=1) / "train-00000-of-00001.array_record"
+    config = record_config(sequence_length=63)
+    clean = make_iterator(config, split="train", batch_size=4)
+    want = [next(clean) for _ in range(8)]
+    content = bytearray(shard.read_bytes())
+    content[300] ^= 0xFF  # inside the second record or third
+    shard.write_bytes(content)
+    stops = make_iterator(config, split="train", batch_size=4)
+    with pytest.raises(
+        records.BadRecord, match=r"record \d of .*train-00000-of-00001.*cannot be read"
+    ):
+        collections.deque(map(next, [stops] * 8))
+    goes_on = make_iterator(config, split="train", batch_size=4, on_corrupt="skip")
+    left_out = 0
+    for batch in want:
+        got = next(goes_on)
+        lost = (got["targets"] == IGNORE_INDEX).all(1)
+        left_out += lost.sum()
+        for name in ("inputs", "targets"):
+            np.testing.assert_array_equal(got[name][~lost], batch[name][~lost])
+    assert 1 <= left_out <= 4
+    assert "cannot be read" in caplog.text
+
+
+def test_ids_beyond_the_vocabulary_are_refused_by_name(
+    write, record_config, tokenizer_file, monkeypatch
+):
+    """Of 300 ids in uint16."""
+    from mhc_jax.data.tokenizer import FileTokenizer
+
+    encode = FileTokenizer.encode
+
+    def wrong(self, documents):
+        found = encode(self, documents)
+        found[-1][-1] = 300
+        return found
+
+    monkeypatch.setattr(FileTokenizer, "encode", wrong)
+    write(str(tokenizer_file), shards=1)
+    batches = make_iterator(
+        record_config(tokenizer=str(tokenizer_file)), split="train", batch_size=2
+    )
+    with pytest.raises(
+        ValueError, match=r"array_record holds the id 300, the vocabulary ends at 299"
+    ):
+        collections.deque(map(next, [batches] * 100))
+
+
+def test_folders_and_windows_that_do_not_do(text_config, corpus, make_config):
+    for path, message in (
+        (str(corpus), rf"'{corpus}' is a folder: give a glob .* such as '{corpus}/\*\*/\*.txt'"),
+        (f"{corpus}/*", rf"matches folders alone, such as '{corpus}/part0'"),
+        (f"{corpus}/**/*.txt,{corpus}/", "is a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            num_windows(make_config(source="text", path=path), "train")
+    for split in ("train", "validation"):
+        windows = num_windows(text_config(), split)
+        make_iterator(text_config(), split=split, batch_size=windows)
+        with pytest.raises(
+            ValueError, match=f"The {split} split has {windows} windows, batch_size"
+        ):
+            make_iterator(text_config(), split=split, batch_size=windows + 1)
+
+
+def test_a_corpus_is_tokenized_once(text_config, tokenizer_file, tmp_path, monkeypatch, caplog):
+    from mhc_jax.data import sources
+    from mhc_jax.data.tokenizer import FileTokenizer
+
+    calls, encode = [], FileTokenizer.encode
+    monkeypatch.setattr(FileTokenizer, "encode", lambda self, d: calls.append(d) or encode(self, d))
+    monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path / "cache"))
+
+    def read():
+        calls.clear()
+        sources._encode_in_memory.cache_clear()  # as a new process
+        windows = open_windows(text_config(tokenizer=str(tokenizer_file)), "train")
+        return windows.fingerprint, len(calls)
+
+    fingerprint, number = read()
+    assert number
+    assert read() == (fingerprint, 0)
+    (kept,) = (tmp_path / "cache").iterdir()
+    content = bytearray(kept.read_bytes())
+    content[-1] ^= 1
+    kept.write_bytes(content)
+    assert read() == (fingerprint, number)
+    assert "damaged: tokenizing again" in caplog.text
+    kept.write_bytes(content[:50])
+    assert read() == (fingerprint, number)
+    for file in sorted((tmp_path / "corpus").rglob("*.txt")):
+        file.write_text(file.read_text().replace("a", "b"))
+    other, number = read()
+    assert other != fingerprint
+    assert number
+    monkeypatch.setenv("MHC_JAX_CACHE", str(kept / "no folder"))
+    assert read() == (other, number)
+    assert "are not kept in" in caplog.text

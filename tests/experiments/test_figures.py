@@ -3,10 +3,12 @@
 import html
 import json
 import re
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from experiments import figures, report
 from mhc_jax import analysis, gains
@@ -302,3 +304,42 @@ def test_report_holds_every_number_and_needs_nothing_else(workdirs, tmp_path):
 def test_captions_are_two_sentences():
     for _, caption in report.CAPTIONS.values():
         assert len(re.findall(r"(?<!Figs)\.(?: |$)", caption)) == 2, caption
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 9, 40])
+def test_running_mean_of_any_window(window):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=23)
+    values[[3, 11]] = 1e30, np.nan  # small values behind a large one are not lost
+    got = runs.running_mean(values, window)
+    for i in range(23):
+        part = values[max(i + window // 2 - window + 1, 0) : i + window // 2 + 1]
+        want = np.nan if i == 11 else part[np.isfinite(part)].mean()
+        np.testing.assert_allclose(got[i], want, rtol=1e-12)
+
+
+def test_a_million_lines_take_little_memory(tmp_path):
+    """Of 30,000 here: as many bytes a number as a line of them all would leave."""
+    count = 30_000
+    lines = [
+        f'{{"step": {k}, "train/loss": {k % 7}, "train/grad_norm": 1.5}}\n' for k in range(count)
+    ]
+    lines += ['{"step": 99999999999999999999, "train/loss": 1}\n', '{"step": 5, "train/loss": 9}\n']
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    del lines
+    tracemalloc.start()
+    metrics = runs.read_metrics(epath.Path(tmp_path / "metrics.jsonl"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * count
+    steps, loss = metrics["train/loss"]
+    np.testing.assert_array_equal(steps, np.arange(count))
+    want = np.arange(count) % 7
+    want[5] = 9
+    np.testing.assert_array_equal(loss, want)
+    loss = loss.copy()
+    loss[[20_000, 20_001]] = np.nan, 1e9
+    kept = style._visible(loss)
+    assert len(kept) < 13_000
+    assert {20_000, 20_001} <= set(kept.tolist())
+    assert (np.diff(kept) > 0).all()

@@ -246,6 +246,7 @@ def test_a_bad_step_is_logged_and_its_batch_comes_again(programs, reference, tmp
         return state, metrics
 
     step.eval_shape = programs.step.eval_shape
+    step.lower = lambda *_: types.SimpleNamespace(compile=lambda: step)
     searched = []
 
     def search(state, batch, *_):
@@ -308,6 +309,16 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     how = {f"mesh.{axis}" for axis in sharding.AXES}
     how |= {f"model.{name}" for name in ("remat", "recompute_block", "scan_blocks", "loss_chunks")}
     # Which kernels compute is of the same kind; either way is fine.
+    how |= {
+        "on_failed_save",
+        "on_non_finite",
+        "on_corrupt_data",
+        "checkpoints_kept",
+        "tensorboard",
+        "data.path",
+        "data.tokenizer",
+    }
+    how |= {f"{what}_every" for what in ("log", "eval", "gains", "checkpoint")}
     assert accepted - {"model.implementation"} == how
 
 

@@ -50,6 +50,58 @@ def test_loss_and_gradients(dtype, tolerance, chunks):
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("ignore_index", [-100, 7])
+def test_targets_that_do_not_count(chunks, ignore_index):
+    """Loss and gradients are those of the other tokens alone, whatever the logits of the ignored ones are."""
+    x, matrix, targets = inputs(jnp.float32)
+    targets[targets == 7] = 8
+    left_out = np.random.default_rng(1).random((B, S)) < 0.4
+    targets[left_out] = ignore_index
+    kept = np.where(left_out[..., None], 0.0, x)
+    gradient = jax.jit(
+        jax.value_and_grad(
+            functools.partial(linear_cross_entropy, ignore_index=ignore_index), argnums=(0, 1)
+        ),
+        static_argnums=3,
+    )
+    loss, (dx, d_matrix) = gradient(kept, matrix, targets, chunks)
+    counted = np.flatnonzero(~left_out)
+    rows = kept.reshape(-1, C)[counted]
+    logits = rows.astype(np.float64) @ np.asarray(matrix, np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    of_target = targets.reshape(-1)[counted]
+    np.testing.assert_allclose(loss, -np.log(p[np.arange(len(p)), of_target]).mean(), rtol=1e-5)
+    p[np.arange(len(p)), of_target] -= 1
+    np.testing.assert_allclose(d_matrix, rows.T @ p / len(p), atol=1e-5)
+    want = np.zeros((B * S, C))
+    want[counted] = p @ np.asarray(matrix).T / len(p)
+    np.testing.assert_allclose(dx, want.reshape(B, S, C), atol=1e-6)
+    # Infinite logits of tokens that do not count are not seen.
+    infinite = np.where(left_out[..., None], np.inf, x)
+    np.testing.assert_allclose(gradient(infinite, matrix, targets, chunks)[0], loss, rtol=1e-6)
+    none = np.full_like(targets, ignore_index)
+    loss, (dx, d_matrix) = gradient(kept, matrix, none, chunks)
+    assert loss == 0
+    assert not dx.any()
+    assert not d_matrix.any()
+
+
+@pytest.mark.parametrize("target", [V, V + 1000, -1, -V, 2**31 - 1, -(2**31)])
+def test_a_target_outside_of_the_vocabulary_is_nan(target):
+    """As optax has it, which counts -V to -1 from the end though; and one such target is enough."""
+    x, matrix, targets = inputs(jnp.float32)
+    targets[1, 3] = target
+    for chunks in (1, 3):
+        gradient = jax.value_and_grad(linear_cross_entropy, argnums=(0, 1))
+        loss, (dx, d_matrix) = gradient(x, matrix, jnp.asarray(targets), chunks)
+        assert jnp.isnan(loss)
+        assert jnp.isnan(dx[1, 3]).all()
+        assert jnp.isfinite(dx[0]).all()
+        assert jnp.isnan(d_matrix).all()
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
 def test_logits_are_computed_once_in_the_dtype_of_the_activations(chunks, operand_dtypes):
     x, matrix, targets = inputs(jnp.bfloat16)
     loss = functools.partial(linear_cross_entropy, targets=jnp.asarray(targets), chunks=chunks)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from configs import default
 from mhc_jax import distributed
 from mhc_jax import train as train_module
+from mhc_jax.checkpoint import saved_steps
 from mhc_jax.config import from_dict
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -80,13 +82,41 @@ def stop(processes, workdir, after, signalled):
     return step
 
 
+def stop_at_start(processes):
+    """SIGTERM to the second process as soon as it has met the first; all end and ask for another try."""
+    told = ""
+    try:
+        while "process 1 of" not in told:
+            line = processes[1].stderr.readline()
+            assert line, told
+            told += line
+        processes[1].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert {process.returncode for process in processes} == {75}, errors
+    assert all("Interrupted: stopped at step" in error for error in errors), errors
+
+
 def test_stopped_and_resumed_by_other_numbers_of_processes(tmp_path):
     workdir = tmp_path / "run"
     # Rows split over the processes and parameters over all devices; the signal goes to the second one.
     mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}
     first = stop(start(workdir, 2, 2, mesh), workdir, 3, signalled=1)
-    # Four processes, of which two read the same rows each.
+    # On the way to going on: the call at which all stop is not that of a step.
+    stop_at_start(start(workdir, 2, 2, mesh))
+    first = max(saved_steps(workdir / "checkpoints"))
+    # Four processes, of which two read the same rows each. What seems newest is damaged for some of them.
+    damaged = shutil.copytree(
+        workdir / f"checkpoints/{first}", workdir / f"checkpoints/{first + 1}"
+    )
+    for part in (damaged / "state" / "ocdbt.process_1" / "d").iterdir():
+        part.write_bytes(b"")
+    for part in (damaged / "state" / "d").iterdir():
+        part.write_bytes(part.read_bytes()[:-100])
     second = stop(start(workdir, 4, 1, mesh), workdir, first + 3, signalled=2)
+    assert (workdir / f"checkpoints_damaged/{first + 1}").is_dir()
     # One process, which is this one; then all steps again without a stop.
     last = second + 3
     values = default.get_config()

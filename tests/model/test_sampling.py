@@ -13,7 +13,8 @@ from configs import default
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
-from mhc_jax.data.tokenizer import ByteTokenizer
+from mhc_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from mhc_jax.layers import look_up
 from mhc_jax.sampling import decode, for_sampling, generate, init_decode
 from mhc_jax.train import claim_workdir
 from mhc_jax.train_step import init_state, model_graph
@@ -98,14 +99,60 @@ def test_draws_follow_temperature_and_top_k():
     assert draw(max_tokens=300, seed=1) == drawn
     assert draw(max_tokens=300, seed=2) != drawn
     assert set(draw(max_tokens=100, top_k=2)) == {3, 5}
+    for tiny in (1e-6, 1e-38, 1e-45, 1e-300):
+        assert draw(max_tokens=4, temperature=tiny, top_k=5) == [3] * 4
+    assert draw(max_tokens=4, temperature=1e30, seed=3) != [3] * 4
     cold = draw(max_tokens=300, temperature=0.5)  # shares go as squares
     np.testing.assert_allclose(cold.count(3) / 300, 0.36 / 0.46, atol=0.08)
+
+
+def test_exactly_k_of_tokens_that_tie():
+    """All logits are positive and equal: a threshold would keep 32, an overflow would take the first."""
+    config = make_config(RESIDUAL).model
+    variables = logits_model(np.full(32, 3.0, np.float32))
+    for k, temperature in ((5, 1.0), (5, 1e-38)):
+        how = {"max_tokens": 60, "top_k": k, "temperature": temperature}
+        assert set(generate(variables, np.asarray([1]), config, **how)) == set(range(k))
+
+
+def test_decoding_past_the_room_of_the_state():
+    config = make_config(RESIDUAL).model
+    variables = logits_model(np.arange(32, dtype=np.float32))
+    run = jax.jit(lambda v, t, s: decode(v, t, s, config))
+    tokens = np.ones((1, 2), np.int32)
+    state = init_decode(config, 1, 3)
+    logits, state = run(variables, tokens, state)
+    assert jnp.isfinite(logits).all()
+    with pytest.raises(
+        ValueError, match=r"2 tokens behind 2 do not fit into a state for 3: .*=4\)"
+    ):
+        decode(variables, tokens, state, config)
+    assert jnp.isnan(run(variables, tokens, state)[0]).all()
+    with pytest.raises(ValueError, match="4 tokens behind 0 do not fit into a state for 3"):
+        run(variables, np.ones((1, 4), np.int32), init_decode(config, 1, 3))
+    # And ids.
+    for token in (32, -1, 2**31 - 1):
+        tokens = np.asarray([[token]], np.int32)
+        with pytest.raises(
+            ValueError, match=f"token id {token} is outside of the vocabulary, 0 to 31"
+        ):
+            decode(variables, tokens, init_decode(config, 1, 3), config)
+    table, weights = jnp.ones((4, 2)), jnp.ones((1, 3, 2))
+    ids = jnp.asarray([[0, 4, -1]])
+    rows, back = jax.vjp(lambda table: look_up(table, ids, jnp.float32), table)
+    np.testing.assert_array_equal(jnp.isnan(rows[0, :, 0]), [False, True, True])
+    np.testing.assert_array_equal(back(weights)[0][:, 0], [1, 0, 0, 0])
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
         ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
+        ({"temperature": float("inf")}, "temperature=inf must be at least 0 and finite"),
+        ({"prompt": np.asarray([1, 32])}, "token id 32 is outside of the vocabulary, 0 to 31"),
+        ({"prompt": np.asarray([-1])}, "token id -1 is outside of the vocabulary"),
+        ({"prompt": np.asarray([0.5])}, "token ids are float64: give integers"),
         ({"top_k": 33}, "top_k=33 must lie in 0 to the vocabulary, 32"),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"prompt": np.zeros(0, np.int32)}, "at least one token"),
@@ -126,6 +173,35 @@ def test_text_streams_whole_characters():
     written = []
     stream("né".encode()[:2], ByteTokenizer(), written.append)
     assert "".join(written) == "n\ufffd\n"
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "wordpiece", "byte level"])
+def test_a_continuation_keeps_the_space_before_it(kind, tmp_path):
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    from experiments.sample import stream
+
+    words = {"metaspace": ["▁one", "▁two", "s"], "wordpiece": ["one", "two", "##s"]}
+    vocabulary = {
+        token: i
+        for i, token in enumerate(["[UNK]", "</s>", *words.get(kind, ["one", "Ġtwo", "s"])])
+    }
+    make = models.WordPiece if kind == "wordpiece" else models.WordLevel
+    tokenizer = tokenizers.Tokenizer(make(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = {
+        "metaspace": decoders.Metaspace, "wordpiece": decoders.WordPiece, "byte level": decoders.ByteLevel,
+    }[kind]()  # fmt: skip
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    tokenizer = load_tokenizer(str(path))
+    written = []
+    stream([3, 4, 3], tokenizer, written.append, prompt=[2])
+    assert "".join(written) == " twos two\n"
+    assert written[0] == " two"
+    assert tokenizer.decode([3], after=[2]) == " two"
+    assert ByteTokenizer().decode(b"\xa9!", after=b"caf\xc3") == "é!"
 
 
 def save_run(config, workdir):

@@ -1,0 +1,77 @@
+"""Text that grows by whole lines, in a file or in a bucket, where nothing can be appended to an object."""
+
+import time
+from typing import Protocol
+
+from etils import epath
+
+from mhc_jax import paths
+
+# A bucket takes one change of an object a second, and each costs a request.
+_SECONDS_BETWEEN_UPLOADS = 30.0
+
+
+class Lines(Protocol):
+    """Where lines go."""
+
+    def write(self, text: str) -> None:
+        """Appends text; in a file it is there at once, also after a kill."""
+
+    def flush(self) -> None:
+        """Returns when all that was written is there for others."""
+
+    def close(self) -> None:
+        """Flushes and ends."""
+
+
+def open_lines(path: epath.Path) -> Lines:
+    """Opens a text for appending; half a line at its end, of a killed run, is kept apart from the next."""
+    return _BucketLines(path) if paths.is_bucket(path) else _FileLines(path)
+
+
+class _FileLines:
+    def __init__(self, path: epath.Path):
+        there = path.read_bytes() if path.exists() else b""
+        self._file = path.open("a")
+        if there and not there.endswith(b"\n"):
+            self._file.write("\n")
+
+    def write(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _BucketLines:
+    """Uploads what is new as an object of its own, then has the bucket join the two."""
+
+    def __init__(self, path: epath.Path):
+        import fsspec
+
+        self._path, self._part = str(path), str(path) + ".part"
+        self._files = fsspec.filesystem("gcs")
+        self._new: list[str] = []
+        self._uploaded = time.monotonic()
+        if not path.exists():
+            path.write_text("")
+
+    def write(self, text: str) -> None:
+        self._new.append(text)
+        if time.monotonic() - self._uploaded > _SECONDS_BETWEEN_UPLOADS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._new:
+            self._files.pipe_file(self._part, "".join(self._new).encode())
+            self._files.merge(self._path, [self._path, self._part])
+            self._files.rm_file(self._part)
+            self._new.clear()
+        self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()

@@ -1,0 +1,86 @@
+"""Token ids of texts on disk, so that a corpus is tokenized once.
+
+A file's name has a hash of tokenizer and texts, and one of the ids: it is found by content, wherever the
+texts lie and whenever they were changed, and a damaged one is not used. Files may be deleted at any time.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from mhc_jax.data.files import TextFile, read_document
+from mhc_jax.data.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+def folder() -> pathlib.Path:
+    """`$MHC_JAX_CACHE`, else `mhc_jax` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
+    own = os.environ.get("MHC_JAX_CACHE")
+    if own:
+        return pathlib.Path(own).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(cache).expanduser() / "mhc_jax"
+
+
+def key(documents: Sequence[TextFile], tokenizer: Tokenizer) -> str:
+    """Hash of all that the ids depend on: the texts in their order, the tokenizer and its library.
+
+    Raises:
+      ValueError: as `read_document`.
+    """
+    version = importlib.metadata.version("tokenizers")
+    digest = hashlib.sha256(f"1 {tokenizer.identity} {tokenizer.separator} {version}".encode())
+    for document in documents:
+        digest.update(hashlib.sha256(read_document(document)).digest())
+    return digest.hexdigest()[:32]
+
+
+def load(key: str) -> np.ndarray | None:
+    """The ids of a key, or None."""
+    for path in _files(key):
+        try:
+            found = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            _log.warning("%s cannot be read (%s): tokenizing again", path, error)
+            return None
+        _log.info("token ids from %s", path)
+        return found
+    return None
+
+
+def is_intact(key: str, fingerprint: str) -> bool:
+    """Whether the ids of a key are those that were saved, by their fingerprint."""
+    if any(path.name == _name(key, fingerprint) for path in _files(key)):
+        return True
+    _log.warning("token ids in %s are damaged: tokenizing again", folder())
+    return False
+
+
+def save(key: str, tokens: np.ndarray, fingerprint: str) -> None:
+    """Saves ids as a whole or not at all; a full disk or a folder that is not writable is a warning."""
+    path = folder() / _name(key, fingerprint)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            np.save(file, tokens, allow_pickle=False)
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        _log.warning("token ids are not kept in %s (%s)", path.parent, error)
+
+
+def _name(key: str, fingerprint: str) -> str:
+    return f"tokens-{key}-{fingerprint}.npy"
+
+
+def _files(key: str) -> list[pathlib.Path]:
+    return sorted(folder().glob(f"tokens-{key}-*.npy"))

@@ -1,0 +1,76 @@
+"""Paths that a user gives: on this machine, with `~`, or in a bucket of Google Cloud Storage."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from etils import epath
+
+
+def of_user(path: str | os.PathLike) -> epath.Path:
+    """The path with `~` expanded; "gs://bucket/folder" names a place in a bucket.
+
+    Raises:
+      ValueError: another scheme than gs://, no bucket, an unknown user, or no package that reads gs://.
+    """
+    text = os.fspath(path)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/{1,2}", text)
+    if not scheme:
+        expanded = os.path.expanduser(text)
+        if expanded.startswith("~"):
+            raise ValueError(f"{text}: there is no user {expanded[1:].split('/')[0]}")
+        return epath.Path(expanded)
+    if scheme[1] != "gs" or not text.startswith("gs://"):
+        raise ValueError(
+            f"{text}: {text[: scheme.end()]} is not supported: give a folder of this machine or "
+            "gs://bucket/folder"
+        )
+    if not re.match(r"gs://[^/]+(/|$)", text):
+        raise ValueError(f"{text} names no bucket: give gs://bucket/folder")
+    if not importlib.util.find_spec("gcsfs"):
+        raise ValueError(f"{text}: gs:// needs the package gcsfs: pip install gcsfs")
+    return epath.Path(text)
+
+
+def local(path: str | os.PathLike) -> pathlib.Path:
+    """A path of this machine with `~` expanded.
+
+    Raises:
+      ValueError: the path has a scheme, or names an unknown user.
+    """
+    found = of_user(path)
+    if is_bucket(found):
+        raise ValueError(f"{path}: only folders of this machine can be used here")
+    return pathlib.Path(found)
+
+
+def is_bucket(path: os.PathLike) -> bool:
+    """Whether the path lies in a bucket, where objects appear whole and folders cannot be renamed."""
+    return os.fspath(path).startswith("gs://")
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a JSON file that is there as a whole or not at all, also after a kill."""
+    text = json.dumps(value, indent=2) + "\n"
+    if is_bucket(path):
+        path.write_text(text)
+        return
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def move(folder: epath.Path, target: epath.Path) -> None:
+    """Moves a folder, in a bucket object by object."""
+    if is_bucket(folder):
+        import fsspec
+
+        files = fsspec.filesystem("gcs")
+        files.mv(str(folder), str(target), recursive=True)
+        files.invalidate_cache()
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)

@@ -1,0 +1,182 @@
+"""SIGTERM and Ctrl-C: a run that starts ends at once, one in the loop saves first; all processes together.
+
+Nothing is lost before the first step, so that a run may end anywhere there. What the main thread cannot
+leave, such as a compilation of minutes, runs in a thread of its own while the main thread listens.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+# With several processes the coordination service of jax names the call, by its number, after which all stop:
+# the one that none has made yet. Calls while a run starts have the numbers up to this one, two a second;
+# that after step k has this number + 1 + k. Every process makes all of the first before the loop, so that
+# none can miss the call at which the others stop.
+_LAST_OF_START = 7200
+_SECONDS_A_CALL = 0.5
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Stopped(BaseException):
+    """Raised out of whatever the main thread was at; no `except Exception` may hold it up."""
+
+
+class Stop:
+    """Whether a signal has asked to end. This one never says so; for threads, which get no signals."""
+
+    def __call__(self, step: int) -> bool:
+        """Whether to save after `step` updates and end; every process asks after every step."""
+        return False
+
+    def start_is_over(self) -> None:
+        """Called before the first step. Raises Stopped if a signal came before."""
+
+    def during(self, function: Callable[[], _T], what: str) -> _T:
+        """Calls a function that the main thread cannot leave by itself; tells how long it takes.
+
+        Raises:
+          Stopped: a signal came meanwhile; the function goes on in its thread, and nobody waits for it.
+        """
+        return function()
+
+
+class _Alone(Stop):
+    """One process: its own signals."""
+
+    def __init__(self):
+        self._starting, self._requested = True, False
+
+    def handle(self, number, frame) -> None:
+        if self._requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C ends the program at once
+        self._requested = True
+        if self._starting:
+            raise Stopped
+
+    def __call__(self, step: int) -> bool:
+        return self._requested
+
+    def start_is_over(self) -> None:
+        self._starting = False
+        self._ask()
+
+    def during(self, function: Callable[[], _T], what: str) -> _T:
+        return in_thread(function, what, self._ask)
+
+    def _ask(self) -> None:
+        if self._requested:
+            raise Stopped
+
+
+class _Together(Stop):
+    """Several processes: the notice that jax's coordination service hands on to all of them."""
+
+    def __init__(self):
+        self._calls, self._starting = 0, True
+
+    def __call__(self, step: int) -> bool:
+        return multihost_utils.reached_preemption_sync_point(_LAST_OF_START + 1 + step)
+
+    def start_is_over(self) -> None:
+        while self._calls < _LAST_OF_START:
+            self._ask()
+        self._starting = False
+
+    def during(self, function: Callable[[], _T], what: str) -> _T:
+        if self._starting:
+            return in_thread(function, what, self._ask)
+        return function()  # no process may stop here alone
+
+    def _ask(self) -> None:
+        if self._calls < _LAST_OF_START:
+            self._calls += 1
+            if multihost_utils.reached_preemption_sync_point(self._calls):
+                raise Stopped
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Yields who to ask whether SIGINT or SIGTERM has come."""
+    if threading.current_thread() is not threading.main_thread():
+        yield Stop()
+    elif jax.distributed.is_initialized():
+        # It has a handler of SIGTERM of its own.
+        with _handled({signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}):
+            yield _Together()
+    else:
+        stop = _Alone()
+        with _handled(dict.fromkeys((signal.SIGINT, signal.SIGTERM), stop.handle)):
+            yield stop
+
+
+def during(stop: Callable[[int], bool] | None, function: Callable[[], _T], what: str) -> _T:
+    """`Stop.during`, or the function alone where `stop` is none of `stop_signals`."""
+    return stop.during(function, what) if isinstance(stop, Stop) else function()
+
+
+def start_is_over(stop: Callable[[int], bool]) -> None:
+    """`Stop.start_is_over` where `stop` is one of `stop_signals`."""
+    if isinstance(stop, Stop):
+        stop.start_is_over()
+
+
+def in_thread(function: Callable[[], _T], what: str, ask: Callable[[], None] = lambda: None) -> _T:
+    """Calls a function in a thread; the main thread waits, open for signals, and tells the time.
+
+    Args:
+      function: gets none of jax's settings that were made for this thread alone.
+      what: "compiling the train step".
+      ask: called twice a second; what it raises ends the waiting.
+    """
+    outcome = {}
+
+    def work():
+        try:
+            outcome["value"] = function()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work, name=what, daemon=True)
+    begin = told = time.monotonic()
+    thread.start()
+    while thread.is_alive():
+        thread.join(_SECONDS_A_CALL)
+        ask()
+        if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            _log.info("%s ... %d s", what, told - begin)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
+
+
+def end_now(code: int) -> NoReturn:
+    """Ends the program, also while a thread still compiles, which Python's own end would not survive."""
+    with contextlib.suppress(Exception):
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()  # waits for the other processes
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def _handled(handlers: dict[int, Callable]) -> Iterator[None]:
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
