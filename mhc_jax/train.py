@@ -14,7 +14,15 @@ import tqdm
 
 from kernels_pallas import dispatch
 from mhc_jax import distributed, gains, paths, preemption, sharding
-from mhc_jax.checkpoint import FOLDER, Checkpoints, SaveError, absolute, probe, saved_steps
+from mhc_jax.checkpoint import (
+    FOLDER,
+    Checkpoints,
+    SaveError,
+    absolute,
+    one_line,
+    probe,
+    saved_steps,
+)
 from mhc_jax.config import Config
 from mhc_jax.data import make_iterator, vocab_size
 from mhc_jax.lock import WorkdirLock
@@ -91,8 +99,6 @@ def train(config: Config, workdir: str | os.PathLike, *, name: str | None = None
             raise BadInput(str(error)) from error
         try:
             run.loop(stop, name or config.model.connection)
-        except OSError as error:
-            raise SaveError(f"{run.workdir} could not be written ({error})") from error
         finally:
             run.close()
     return run.last_metrics
@@ -213,6 +219,8 @@ class Run:
                 self.checkpoints.close()
             if self.writer:
                 self.writer.close()
+        except OSError as error:
+            _log.error("%s cannot be written (%s)", self.workdir, one_line(error))
         finally:
             if self.lock:
                 self.lock.release()
@@ -313,13 +321,14 @@ class Run:
         measured, cosine = jax.device_get(self._gains(self.state.variables, self._gains_tokens))
         self._write(self.step, gains.summary(measured) | {"gains/stream_cosine": float(cosine)})
         if self.is_main:
-            gains.save(self.workdir / "gains" / f"step_{self.step:08d}.npz", measured, self.step)
+            path = self.workdir / "gains" / f"step_{self.step:08d}.npz"
+            self._on_disk(gains.save, path, measured, self.step)
 
     def _save(self) -> None:
         if self.lock:
             self.lock.renew()  # nothing is written to a workdir that another run has taken over
         if self.writer:
-            self.writer.flush()  # a run that goes on from here has all lines up to here
+            self._on_disk(self.writer.flush)  # who goes on from here has all lines up to here
         try:
             self.checkpoints.save(self.state, self.data)
         except SaveError as error:
@@ -356,4 +365,15 @@ class Run:
     def _write(self, step: int, values: dict[str, float]) -> None:
         self.last_metrics |= values
         if self.writer:
-            self.writer.write(step, values)
+            self._on_disk(self.writer.write, step, values)
+
+    def _on_disk(self, write: Callable, *args) -> None:
+        """Writes beside the checkpoints; what a full disk means for it says `on_failed_save` too."""
+        try:
+            write(*args)
+        except OSError as error:
+            message = f"{self.workdir} cannot be written ({one_line(error)})"
+            if self.config.on_failed_save == "stop":
+                good = self.checkpoints.latest_step
+                raise SaveError(f"{message}; the last good step is {good}") from error
+            _log.error("%s; going on without", message)
