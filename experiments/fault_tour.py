@@ -157,8 +157,8 @@ class Tour:
         for trial in range(number):
             inside = trial % 2
             before = _steps(workdir)
-            process = self.start(workdir, steps)
             left = _unfinished(workdir)  # of the kill before
+            process = self.start(workdir, steps)
             more = self.rng.randint(1, 5)
             while not process.ended() and not (
                 _unfinished(workdir) - left if inside else _steps(workdir) >= before + more
@@ -225,6 +225,7 @@ class Tour:
         steps = max(_saved(straight))
         for policy, expected in (("stop", 1), ("continue", 0)):
             workdir = self._copy(f"full_{policy}")
+            (workdir / "metrics.jsonl").unlink()  # would be too large already
             saved = _saved(workdir)
             shutil.rmtree(workdir / "checkpoints" / str(saved.pop()))
             code, said = self.train(workdir, steps, file_limit=2**15, on_failed_save=policy)

@@ -1,5 +1,6 @@
 """Text that grows by whole lines, in a file or in a bucket, where nothing can be appended to an object."""
 
+import os
 import time
 from typing import Protocol
 
@@ -31,14 +32,20 @@ def open_lines(path: epath.Path) -> Lines:
 
 class _FileLines:
     def __init__(self, path: epath.Path):
-        there = path.read_bytes() if path.exists() else b""
-        self._file = path.open("a")
-        if there and not there.endswith(b"\n"):
-            self._file.write("\n")
+        self._cut = False
+        if path.exists() and os.path.getsize(path):
+            with open(path, "rb") as file:
+                file.seek(-1, os.SEEK_END)
+                self._cut = file.read() != b"\n"
+        # Unbuffered: after a full disk nothing is left that every later write and the end would try again.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in `close`
 
     def write(self, text: str) -> None:
-        self._file.write(text)
-        self._file.flush()
+        content = ("\n" * self._cut + text).encode()
+        self._cut = True  # also where the disk is full in the middle of it
+        while content:
+            content = content[self._file.write(content) :]
+        self._cut = False
 
     def flush(self) -> None:
         pass

@@ -67,7 +67,7 @@ class Recovery:
         next(self.data)
         self.step, self._in_flight, self._clock = int(self.state.step), None, None
         if self.writer:
-            self.writer.go_back(self.step)
+            self._on_disk(self.writer.go_back, self.step)
         bar.n = self.step
         bar.refresh()
 

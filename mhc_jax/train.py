@@ -19,6 +19,7 @@ from mhc_jax.checkpoint import (
     Checkpoints,
     SaveError,
     absolute,
+    one_line,
     probe,
     saved_steps,
 )
@@ -114,8 +115,6 @@ def train(
             # The loop looks at every step itself, and then for the place; jax would lose the state.
             with jax.debug_nans(False), jax.debug_infs(False):
                 run.loop(stop, name or config.model.connection)
-        except OSError as error:
-            raise SaveError(f"{run.workdir} could not be written ({error})") from error
         finally:
             run.close()
     return run.last_metrics
@@ -260,6 +259,8 @@ class Run(Recovery):
                 self.checkpoints.close()
             if self.writer:
                 self.writer.close()
+        except OSError as error:
+            _log.error("%s cannot be written (%s)", self.workdir, one_line(error))
         finally:
             if self.lock:
                 self.lock.release()
@@ -400,7 +401,8 @@ class Run(Recovery):
             shown = ", ".join(f"{name.removeprefix('gains/')} {x:.4g}" for name, x in found.items())
             _log.warning("after the jump of the loss, step %d: %s", self.step, shown)
         if self.is_main:
-            gains.save(self.workdir / "gains" / f"step_{self.step:08d}.npz", measured, self.step)
+            path = self.workdir / "gains" / f"step_{self.step:08d}.npz"
+            self._on_disk(gains.save, path, measured, self.step)
 
     def _save(self) -> None:
         bad = health.first_non_finite(self.state)
@@ -409,7 +411,7 @@ class Run(Recovery):
         if self.lock:
             self.lock.renew()  # nothing is written to a workdir that another run has taken over
         if self.writer:
-            self.writer.flush()  # a run that goes on from here has all lines up to here
+            self._on_disk(self.writer.flush)  # who goes on from here has all lines up to here
         try:
             self.checkpoints.save(self.state, self.data)
         except SaveError as error:
@@ -446,4 +448,15 @@ class Run(Recovery):
     def _write(self, step: int, values: dict[str, float]) -> None:
         self.last_metrics |= values
         if self.writer:
-            self.writer.write(step, values)
+            self._on_disk(self.writer.write, step, values)
+
+    def _on_disk(self, write: Callable, *args) -> None:
+        """Writes beside the checkpoints; what a full disk means for it says `on_failed_save` too."""
+        try:
+            write(*args)
+        except OSError as error:
+            message = f"{self.workdir} cannot be written ({one_line(error)})"
+            if self.config.on_failed_save == "stop":
+                good = self.checkpoints.latest_step
+                raise SaveError(f"{message}; the last good step is {good}") from error
+            _log.error("%s; going on without", message)

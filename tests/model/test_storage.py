@@ -18,15 +18,17 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 from test_loop import CONFIG, SMALL, programs, saved, state_of  # noqa: F401 - a fixture
 from test_train import tiny
 
-from mhc_jax import checkpoint, checksum, lock, paths, preemption, trained
+from mhc_jax import appending, checkpoint, checksum, lock, paths, preemption, trained
 from mhc_jax import train as train_module
 from mhc_jax.checkpoint import Checkpoints, SaveError
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.lock import Locked, WorkdirLock
+from mhc_jax.metrics import MetricWriter
 from mhc_jax.train import BadInput, Interrupted, Run, train
 
 
@@ -275,7 +277,10 @@ def test_what_is_left_of_a_killed_save_is_removed(two_steps, tmp_path):
     left = workdir / "checkpoints" / "30.orbax-checkpoint-tmp"
     shutil.copytree(workdir / "checkpoints" / "20", left)
     assert restored(workdir)[0].step == 20
-    assert saved(workdir) == [10, 20]
+    checkpoints = Checkpoints(workdir, kept=2)
+    checkpoints.save(state_of(21), make_iterator(CONFIG.data, split="train", batch_size=2))
+    checkpoints.close()
+    assert saved(workdir) == [20, 21]
 
 
 def test_a_workdir_has_one_run(programs, tmp_path):  # noqa: F811
@@ -371,6 +376,49 @@ def test_of_many_that_start_at_once_one_gets_the_workdir(tmp_path):
         thread.join()
     assert (len(got), len(refused)) == (1, 7)
     got[0].release()
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_metrics_on_a_full_disk(programs, policy, tmp_path, monkeypatch, caplog):  # noqa: F811
+    config = dataclasses.replace(
+        CONFIG, eval_every=0, gains_every=0, checkpoint_every=0, on_failed_save=policy
+    )
+    run = Run(config, tmp_path)
+    run.writer.close()
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    run.writer = MetricWriter(tmp_path, tensorboard=False)
+    if policy == "stop":
+        with pytest.raises(
+            SaveError, match=r"cannot be written \(OSError: .*No space.*last good step is"
+        ):
+            run.loop(lambda step: False, "x")
+    else:
+        run.loop(lambda step: False, "x")
+        assert (
+            "cannot be written (OSError: [Errno 28] No space left on device); going on"
+            in caplog.text
+        )
+    run.close()
+
+
+def test_a_line_that_a_full_disk_has_cut_stands_alone(tmp_path):
+    lines = appending.open_lines(epath.Path(tmp_path / "lines"))
+    real = lines._file
+
+    class Full:
+        def write(self, content):
+            real.write(content[:3])
+            raise OSError(28, "No space left on device")
+
+    lines.write("first\n")
+    lines._file = Full()
+    with pytest.raises(OSError, match="No space"):
+        lines.write("second\n")
+    lines._file = real
+    lines.write("third\n")
+    lines.close()
+    assert (tmp_path / "lines").read_text() == "first\nsec\nthird\n"
 
 
 @pytest.mark.parametrize("moment", ["corpora", "compilation"])
