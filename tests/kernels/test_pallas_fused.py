@@ -14,18 +14,24 @@ from kernels_pallas.boundary import tpu_blocks
 from kernels_pallas.sinkhorn import tpu as sinkhorn
 from kernels_pallas.testing import oracle
 
+# Half a minute to compile: pytest runs them, CI does not.
+SLOW = pytest.mark.slow
 EPS, ITERATIONS, DRAWS = 1e-6, 4, 4  # 4 iterations run the same code as 20
 # 300 tokens are three windows of one block in two parts, 1000 two of 512 tokens in blocks of 128 (forward of
 # 256); 8 streams are slow to compile, so they stand here once.
 CASES = [
     pytest.param("read", 4, 136, 37, BF16, True, id="read-n4-bf16-norm"),
     pytest.param("read", 4, 200, 37, F32, False, id="read-n4-f32"),
-    pytest.param("read", 2, 136, 150, F32, True, id="read-n2-f32-norm-two-windows"),
+    pytest.param("read", 2, 136, 150, F32, True, id="read-n2-f32-norm-two-windows", marks=SLOW),
     pytest.param("boundary", 4, 200, 37, BF16, False, id="boundary-n4-bf16"),
     pytest.param("boundary", 4, 136, 37, F32, True, id="boundary-n4-f32-norm"),
-    pytest.param("boundary", 2, 200, 300, BF16, True, id="boundary-n2-bf16-norm-three-windows"),
-    pytest.param("boundary", 2, 24, 1000, F32, True, id="boundary-n2-f32-norm-wide-windows"),
-    pytest.param("boundary", 8, 40, 21, BF16, False, id="boundary-n8-bf16"),
+    pytest.param(
+        "boundary", 2, 200, 300, BF16, True, id="boundary-n2-bf16-norm-three-windows", marks=SLOW
+    ),
+    pytest.param(
+        "boundary", 2, 24, 1000, F32, True, id="boundary-n2-f32-norm-wide-windows", marks=SLOW
+    ),
+    pytest.param("boundary", 8, 40, 21, BF16, False, id="boundary-n8-bf16", marks=SLOW),
 ]
 
 
@@ -83,7 +89,7 @@ def test_fused(name, n, C, T, dtype, with_norm):
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("n", [2, 4, pytest.param(8, marks=SLOW)])
 def test_columns_from_the_mxu_are_rounded_as_those_from_the_vector_unit(n):
     """From column 256 on; 8 bits of h_res, without the low terms, would change every third entry."""
     T, C, m = 37, 300, n * n + 2 * n
