@@ -227,7 +227,7 @@ def _settings(arms: Sequence[Arm]) -> tuple[str, str]:
 def _dates(arms: Sequence[Arm]) -> str:
     """When the files were written: config.json at the start, metrics.jsonl with the last line."""
     names = ("config.json", "metrics.jsonl")
-    times = sorted((arm.path / name).stat().st_mtime for arm in arms for name in names)
+    times = sorted((arm.path / name).stat().mtime for arm in arms for name in names)
     first, last = (datetime.datetime.fromtimestamp(t, datetime.UTC) for t in (times[0], times[-1]))
     return f"files written {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
 

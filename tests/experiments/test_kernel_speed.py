@@ -34,7 +34,7 @@ def test_check_passes_and_names_what_is_wrong(case, capsys, monkeypatch):
         first, *rest = real(*args, **static)
         return (first, *rest[:-1], rest[-1] * 1.0001)
 
-    wrong.layout = getattr(real, "layout", None)
+    wrong.layout, wrong.__name__ = getattr(real, "layout", None), name
     monkeypatch.setattr(module, name, wrong)
     assert check.check_case(*args)
     assert "WRONG" in capsys.readouterr().out

@@ -36,7 +36,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     config = run.config("", 4, TOY)
     sweep.run_one(config, tmp_path / "whole", run.key)
     with monkeypatch.context() as patch:
-        patch.setattr(training.distributed, "stop_signals", stop_after(3))
+        patch.setattr(training.preemption, "stop_signals", stop_after(3))
         with pytest.raises(SystemExit, match="stopped at step 3"):
             sweep.run_one(config, tmp_path / "cut", run.key)
     assert sweep.read_summary(tmp_path / "cut", run.key) is None

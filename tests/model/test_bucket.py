@@ -26,6 +26,7 @@ def bucket():
         yield "gs://bucket"
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket(programs, bucket, monkeypatch, caplog):  # noqa: F811
     workdir = f"{bucket}/some/run"
     config = dataclasses.replace(CONFIG, checkpoints_kept=2)

@@ -236,7 +236,7 @@ ERRORS = {
     "complex logits": (lambda: kp.sinkhorn(jnp.ones((4, 4), complex)), "complex64.*logits.real"),
     "a list": (lambda: kp.sinkhorn([[1.0]]), "logits is a list, not an array: use jnp.asarray"),
     "a list of streams": (lambda: MHC([1.0] * 32, jnp.sin), "streams is a list"),
-    "a list of gains": (lambda: gain_magnitudes([[1.0]]), "h_res is a list"),
+    "a list of gains": (lambda: gain_magnitudes([[1.0]]), r"h_res must be \[L, ..., n, n\]"),
     "a list to widen": (lambda: expand([1.0], n), "x is a list"),
     "float16": (lambda: MHC(X.astype(jnp.float16), jnp.sin), "float16: use bfloat16 or float32"),
     "no streams": (lambda: Readout("sum", C, 0), "n=0: the number of streams must be at least 1"),

@@ -29,6 +29,8 @@ SLURM = {
 def test_an_environment_that_is_not_whole_is_one_line(environment, cause, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    # As in a process of its own: other tests have started this one's devices.
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
     with pytest.raises(distributed.NotConnected, match=cause) as caught:
         distributed.start()
     assert "--num_processes=1" in str(caught.value)

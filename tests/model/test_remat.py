@@ -257,6 +257,7 @@ def test_mhc_keeps_the_gradients_and_runs_layer_functions_once(model):
         assert of_connection_again > of_connection > 0
 
 
+@pytest.mark.slow
 @COMPILES
 @pytest.mark.parametrize("policy", ["none", "mhc"])
 def test_blocks_written_out_give_the_gradients_of_the_scan(policy):
@@ -295,6 +296,7 @@ def test_full_and_offload_keep_the_gradients_and_run_layer_functions_again():
         assert again >= of_f + 5 * MODELS["residual"]["num_blocks"], "the count above sees it"
 
 
+@pytest.mark.slow
 def test_run_goes_on_under_another_policy_with_the_same_curve(tmp_path):
     values = default.get_config()
     values.model.alpha_init = 0.01  # "auto" is above 4 at toy width and strains the tolerances
