@@ -37,6 +37,11 @@ def _with_conditions(handler):
     return conditional
 
 
+def _unknown(request, response, storage, *args, **kwargs):
+    _ = request.data
+    response.status = HTTPStatus.BAD_REQUEST
+
+
 @contextlib.contextmanager
 def emulator(bucket: str) -> Iterator[str]:
     """Serves an empty bucket in memory; the environment variables of the clients point to it."""
@@ -44,7 +49,9 @@ def emulator(bucket: str) -> Iterator[str]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     plain = server.HANDLERS, objects.insert
-    server.HANDLERS = tuple(
+    # Unknown calls are answered with 501, which clients try again for half a minute.
+    move = (r"^/storage/v1/b/.*/o/.*/moveTo/o/.*$", {"POST": _unknown})
+    server.HANDLERS = (move,) + tuple(
         (pattern, {method: _with_conditions(handler) for method, handler in methods.items()})
         for pattern, methods in server.HANDLERS
     )
