@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from interpreted import QUICK, normal
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kp
 from kernels_pallas import dispatch
@@ -141,3 +142,19 @@ def test_phi_precision(implementation):
     of_s, of_x, of_phi = errors("tf32")
     assert max(errors("highest")) < 5e-7 < 5e-5 < min(of_s, of_x)
     assert of_phi < 5e-7  # it does not depend on phi
+
+
+def test_outside_of_jit_an_operation_is_one_program(caplog):
+    """A `shard_map` outside of jit compiles each primitive; the backward of Sinkhorn alone has 20 rounds."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(logits):
+        return jax.lax.psum(kp.sinkhorn(logits).sum(), "d")
+
+    gradient = jax.shard_map(
+        jax.grad(loss), mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=False
+    )
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        gradient(normal(0, 3, 4, 4))
+    compiled = [record for record in caplog.messages if record.startswith("Finished XLA comp")]
+    assert 2 <= len(compiled) < 20, compiled

@@ -6,6 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_remat import executed_primitives
 
 from configs import default
@@ -77,6 +79,26 @@ def loss_and_gradients(config, state, mesh):
         out_shardings=(None, places.params),
     )
     (loss, _), gradients = run(state.params, state.model_state, batch_of(config))
+    return jax.device_get((loss, gradients))
+
+
+def on_explicit_axes(config, state):
+    """The same in a program without `token_sharding`: types say that the first axis splits parameters too."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+
+    def split(x):
+        spec = P(*[None] * (x.ndim - 1), "a") if x.ndim and x.shape[-1] % 4 == 0 else P()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    function = jax.value_and_grad(functools.partial(loss_fn, config=config.model), has_aux=True)
+    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    params = jax.tree.map(split, state.params)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(batch_of(config), NamedSharding(mesh, P("a", "b")))
+        run = jax.jit(function, compiler_options=quick)
+        (loss, _), gradients = run(params, state.model_state, batch)
+    for leaf, gradient in zip(jax.tree.leaves(params), jax.tree.leaves(gradients), strict=True):
+        assert gradient.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
     return jax.device_get((loss, gradients))
 
 
@@ -161,5 +183,8 @@ if __name__ == "__main__":
             got = loss_and_gradients(config, state, sharding.make_mesh(config.mesh))
             check_equal(got, want, mesh)
             print("equal", mesh, flush=True)
+    # The last one, with experts.
+    check_equal(on_explicit_axes(make_config(overrides, {}), state), want, "Explicit")
+    print("equal on Explicit axes", flush=True)
     check_step(make_config(DENSE, {"data": 2, "fsdp": 2, "tensor": 2}))
     print("step ok")
