@@ -8,6 +8,7 @@ import pytest
 from kernels_pallas.sharding import current, token_sharding
 
 
+@pytest.mark.slow
 def test_fused_kernels_on_eight_devices_equal_xla_on_one(run_python):
     program = pathlib.Path(__file__).with_name("eight_devices_kernels.py")
     assert "sharded ok" in run_python(program, devices=8)

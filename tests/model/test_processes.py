@@ -99,6 +99,7 @@ def stop_at_start(processes):
     assert all("Interrupted: stopped at step" in error for error in errors), errors
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_by_other_numbers_of_processes(tmp_path):
     workdir = tmp_path / "run"
     # Rows split over the processes and parameters over all devices; the signal goes to the second one.

@@ -131,6 +131,7 @@ def trace(config):
     jax.eval_shape(step, abstract_state(config), abstract_batch(config))
 
 
+@pytest.mark.slow
 def test_random_configurations():
     """Of 200 every second has one field out of range. A trace takes a second: of a few."""
     configs = [config for config in map(accepted, range(200)) if config]

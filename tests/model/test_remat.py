@@ -410,6 +410,7 @@ def test_fused_attention_of_gpus_runs_once(cudnn, monkeypatch, fields, unpadded)
         assert bool(runs["none"]["pad"]) == (not unpadded)
 
 
+@pytest.mark.slow
 def test_tokens_are_sorted_once():
     runs = {
         policy: executed_primitives(gradient_program(policy, **EXPERTS))

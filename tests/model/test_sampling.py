@@ -217,6 +217,7 @@ def save_run(config, workdir):
     return state
 
 
+@pytest.mark.slow
 def test_sampling_from_a_checkpoint(tmp_path):
     """Reads it as the command does, and refuses what does not fit."""
     values = {"data.source": "synthetic", "data.sequence_length": 8, "model.vocab_size": 256}
