@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -115,8 +116,11 @@ def _run(arguments: list[str], said: str, file_limit: int | None) -> None:
         os.dup2(file.fileno(), 2)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    import tqdm
+
     from mhc_jax import command_line, early_end, main
 
+    tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     early_end.install()
     sys.argv = ["main", *arguments]
     command_line.run(main.main)
