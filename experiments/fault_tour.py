@@ -1,7 +1,7 @@
 """Is anything lost or silently wrong when a run is killed, its files are damaged or its disk is full?
 
     python -m experiments.fault_tour            (15 minutes on two cores)
-    python -m experiments.fault_tour --short    (one minute)
+    python -m experiments.fault_tour --short    (a few of each kind)
 
 Trains a toy model in processes of their own and does to them what happens to runs: kill -9 at random moments
 and inside the writing of a checkpoint, flipped bits, damaged and missing files, a full disk, a second run in
@@ -405,7 +405,7 @@ def main() -> int:
     """Command line; 1 if anything was lost."""
     parser = argparse.ArgumentParser(prog="python -m experiments.fault_tour", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--short", action="store_true", help="a few of each kind, one minute")
+    parser.add_argument("--short", action="store_true", help="a few of each kind")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places (0)")
     output.add_arguments(parser)
     options = parser.parse_args()

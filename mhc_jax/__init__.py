@@ -1,7 +1,8 @@
 """Manifold-Constrained Hyper-Connections (mHC, arXiv 2512.24880) in JAX and Flax."""
 
-import importlib
 import typing
+
+from mhc_jax.lazy import attach
 
 if typing.TYPE_CHECKING:
     from kernels_pallas import __version__
@@ -32,19 +33,9 @@ __all__ = [
 
 # Read when asked for: jax takes seconds to import, and `mhc_jax.main` listens to signals before.
 _PLACES = {
-    "__version__": "kernels_pallas",
+    **dict.fromkeys(__all__, "mhc_jax.connections"),
     **dict.fromkeys(("Birkhoff", "Identity", "Manifold"), "mhc_jax.manifolds"),
     "Readout": "mhc_jax.readout",
+    "__version__": "kernels_pallas",
 }
-
-
-def __getattr__(name: str) -> typing.Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PLACES.get(name, "mhc_jax.connections")), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(__name__, _PLACES)

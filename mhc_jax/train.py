@@ -314,7 +314,8 @@ class Run(Recovery):
                 step + 1, metrics["train/loss"], usual,
             )  # fmt: skip
             metrics["train/loss_before_spike"] = usual
-        if step % self.config.log_every == 0 or usual or bad or step + 1 == self.config.steps:
+        last = step + 1 == self.config.steps
+        if step % self.config.log_every == 0 or usual is not None or bad or last:
             self._write(step + 1, metrics)
         bar.update(1)
         bar.set_postfix(loss=f"{metrics['train/loss']:.3f}", refresh=False)

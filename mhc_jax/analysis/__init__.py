@@ -17,9 +17,8 @@
 `docs/analysis.md` has an example of each. matplotlib is imported by the figures alone.
 """
 
-import importlib
-
 from mhc_jax.gains import GainMagnitudes, gain_magnitudes
+from mhc_jax.lazy import attach
 
 # Read when they are asked for: connections import this package, and figures need matplotlib.
 _LAZY = {
@@ -35,14 +34,6 @@ _LAZY = {
 
 __all__ = ["GainMagnitudes", "gain_magnitudes", *_LAZY]
 
-
-def __getattr__(name: str):
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(
+    __name__, {name: f"{__name__}.{file}" for name, file in _LAZY.items()}
+)

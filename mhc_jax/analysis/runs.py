@@ -10,12 +10,14 @@ A workdir is what training leaves behind, and all that is read here:
 """
 
 import array
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -107,24 +109,27 @@ def read_config(workdir: str | os.PathLike) -> dict:
     """
     workdir = paths.of_user(workdir)
     path = workdir / "config.json"
-    if path.is_file():
-        try:
-            config = json.loads(path.read_text())
-            if not isinstance(config["model"]["connection"], str):
-                raise TypeError("model.connection is no text")
-            return config
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            damage = error
-    from mhc_jax.workdir import read_config as of_checkpoint  # orbax takes a second to import
+    with contextlib.suppress(ValueError, OSError):
+        return _of_training(json.loads(path.read_text()))
+    from mhc_jax import workdir as of_run  # orbax takes a second to import
 
     try:
-        return of_checkpoint(workdir)
+        return _of_training(of_run.read_config(workdir))
     except ValueError as error:
         if path.is_file():
-            raise ValueError(f"{path} is no configuration of a training: {damage!r}") from error
+            raise ValueError(f"{path} is no configuration of a training: {error}") from error
         raise FileNotFoundError(
             f"{workdir} is not a workdir of training: it has no config.json"
         ) from error
+
+
+def _of_training(config: Any) -> dict:
+    try:
+        if isinstance(config["model"]["connection"], str):
+            return config
+    except (TypeError, KeyError):
+        pass
+    raise ValueError("model.connection is no text")
 
 
 def _read(path: epath.Path) -> Arm:

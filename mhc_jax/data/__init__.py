@@ -16,9 +16,8 @@ state = train.get_state()  # a small JSON-able dict: the position and what it be
 ```
 """
 
-import importlib
-
 from mhc_jax.data.config import SOURCES, SPLITS, DataConfig
+from mhc_jax.lazy import attach
 
 # Read when they are asked for: these files need grain and array_record, a model's config does not.
 _LAZY = {
@@ -40,14 +39,6 @@ __all__ = [
     "vocab_size",
 ]
 
-
-def __getattr__(name: str):
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(
+    __name__, {name: f"{__name__}.{file}" for name, file in _LAZY.items()}
+)

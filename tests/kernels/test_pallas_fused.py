@@ -14,7 +14,7 @@ from kernels_pallas.boundary import tpu_blocks
 from kernels_pallas.sinkhorn import tpu as sinkhorn
 from kernels_pallas.testing import oracle
 
-# Half a minute to compile: pytest runs them, CI does not.
+# Long to compile: pytest runs them, CI does not.
 SLOW = pytest.mark.slow
 EPS, ITERATIONS, DRAWS = 1e-6, 4, 4  # 4 iterations run the same code as 20
 # 300 tokens are three windows of one block in two parts, 1000 two of 512 tokens in blocks of 128 (forward of
