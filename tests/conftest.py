@@ -34,6 +34,8 @@ _EXTRAS = {"tpu_compiler": "tpu"}
 
 
 def pytest_collection_modifyitems(items):
+    # The longest begin, so that one worker does not wait for the other's at the end.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     for marker, packages in NEEDS.items():
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if not missing:

@@ -118,6 +118,7 @@ def test_times_of_events_are_summed():
     assert "40.0%" in profile.report(rows, 5, 2.5)
 
 
+@pytest.mark.slow
 def test_a_run_at_toy_size(tmp_path, capsys):
     config, output = tmp_path / "tiny.py", tmp_path / "out" / "speed.json"
     config.write_text(TINY)

@@ -28,6 +28,7 @@ def figures(notebook):
     ]
 
 
+@pytest.mark.long
 def test_the_notebook_runs(stored, monkeypatch):
     monkeypatch.setenv("MHC_NOTEBOOK", "short")
     notebook = nbformat.from_dict(stored)

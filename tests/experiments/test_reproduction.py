@@ -52,6 +52,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     assert whole["learning_rate"] == 1e-2
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_has_a_summary(tmp_path):
     run = Run("main", "HC", 1e30, seed=0)
     sweep.run_one(run.config("", 8, TOY), tmp_path, run.key)

@@ -10,13 +10,13 @@ PROGRAMS = pathlib.Path(__file__).with_name("tpu_programs.py")
 pytestmark = pytest.mark.tpu_compiler
 
 
-def topologies(*names):
-    """The first one in CI, each takes more than a minute."""
-    others = (pytest.param(name, marks=pytest.mark.slow) for name in names[1:])
-    return pytest.mark.parametrize("topology", [names[0], *others])
+SLOW = pytest.mark.slow  # each takes more than a minute
 
 
-@topologies("v5p:2x2x1", "v5e:2x2", "v6e:2x2", "tpu7x:2x2x1")
+@pytest.mark.parametrize(
+    "topology",
+    ["v5p:2x2x1", *(pytest.param(t, marks=SLOW) for t in ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"))],
+)
 def test_every_kernel_compiles_at_every_width(topology, run_python):
     printed = run_python(PROGRAMS, "compile_kernels", topology, tpu_compiler=True)
     assert printed.split() == [
@@ -31,7 +31,8 @@ def test_every_kernel_compiles_at_every_width(topology, run_python):
     ]
 
 
-@topologies("v5p:2x2x1", "v6e:2x2")
+@SLOW
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
 def test_every_kernel_compiles_for_two_and_eight_streams(topology, run_python):
     printed = run_python(PROGRAMS, "compile_other_n", topology, tpu_compiler=True)
     assert printed.split() == ["compiled", "2", "compiled", "8"]

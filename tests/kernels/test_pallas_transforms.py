@@ -34,7 +34,7 @@ def separate(x, y, h_post, h_res, phi, bias, alpha, weight, implementation):
     return x, u, h_post, kp.sinkhorn(h_res, num_iterations=3, implementation=implementation)
 
 
-@pytest.mark.parametrize("sublayer", [fused, separate])
+@pytest.mark.parametrize("sublayer", [fused, pytest.param(separate, marks=pytest.mark.slow)])
 def test_gradient_of_a_vmap_of_a_scan_of_checkpoints(sublayer):
     x, ys = normal(0, 3, T, n * C), normal(1, 3, 2, T, C)
     h_post, h_res = normal(2, 3, T, n), normal(3, 3, T, n, n, scale=0.3)

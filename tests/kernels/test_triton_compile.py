@@ -17,7 +17,12 @@ pytestmark = pytest.mark.gpu_compiler
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+SLOW = pytest.mark.slow  # half a minute each, for the machine code of one more card
+
+
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=SLOW), 90, pytest.param(100, marks=SLOW)]
+)
 def test_compiles_without_spills(capability):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment.update(PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu")

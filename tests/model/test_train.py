@@ -139,7 +139,13 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+# The others take a quarter of a minute each to compile.
+IN_CI = ("residual", "mhc")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in IN_CI else pytest.param(n, marks=pytest.mark.slow) for n in GOLDEN]
+)
 def test_golden_step(name):
     _, metrics = trained(name.split()[0], experts="experts" in name)
     got = float(metrics["train/loss"]), float(metrics["train/grad_norm"])
@@ -422,7 +428,7 @@ def test_state_is_a_pytree_of_arrays():
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_matrices_rounded_ahead_have_the_gradients_of_those_rounded_where_used(parts, monkeypatch):
     config = tiny(
         "mhc", **EXPERTS | {"model.dtype": "bfloat16", "optimizer.accumulate_steps": parts}
