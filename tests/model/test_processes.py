@@ -37,8 +37,7 @@ def start(workdir, count, devices, mesh):
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        # Compiled without optimisation, which is most of the time that a process takes here.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
     }
     fields = [f"--config.{name}={value}" for name, value in (TINY | mesh).items()]
     return [
