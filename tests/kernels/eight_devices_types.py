@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from interpreted import QUICK, normal
+from interpreted import normal
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -101,10 +101,6 @@ LOSSES = {
 }
 
 
-def jit(function):
-    return jax.jit(function, compiler_options=QUICK)
-
-
 def call(function, *args):
     return function(*args)
 
@@ -118,7 +114,7 @@ def wanted(name):
     loss, *args = LOSSES[name]
     if name == "kernels":
         loss = functools.partial(loss, implementation="xla")
-    return jax.device_get(jit(value_and_gradients(loss))(*args))
+    return jax.device_get(jax.jit(value_and_gradients(loss))(*args))
 
 
 def check(case, name, run, values):
@@ -160,7 +156,7 @@ def explicit(mesh, tokens, axis):
     def run(name, evaluate=call):
         args = place(mesh, name, tokens, axis)
         with jax.set_mesh(mesh):
-            got = evaluate(jit(value_and_gradients(LOSSES[name][0])), *args)
+            got = evaluate(jax.jit(value_and_gradients(LOSSES[name][0])), *args)
         types = jax.tree.map(lambda x: (*x.sharding.spec, None, None)[:2], (args, got[1]))
         assert types[0] == types[1], types
         return got
@@ -198,7 +194,7 @@ def manual(mesh, tokens, *, inside, check_vma, axes=frozenset()):
         )
         f = mapped if inside else jax.value_and_grad(mapped, (0, 1, 2))
         with jax.set_mesh(mesh):
-            return evaluate(jit(f), *place(mesh, name, tokens, None))
+            return evaluate(jax.jit(f), *place(mesh, name, tokens, None))
 
     return run
 

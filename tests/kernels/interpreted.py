@@ -7,11 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 BF16, F32 = jnp.bfloat16, jnp.float32
-# Compiling the simulation takes longer than running it. Optimisation makes it longer still, and so do XLA's
-# newer fusion emitters on kernels with Sinkhorn inside (4 times, measured with jaxlib 0.10.2).
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-# For 8 streams: 64 tiles in one fusion take a minute.
-UNFUSED = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "fusion"}
 
 
 def normal(seed, *shape, scale=1.0, dtype=F32):
@@ -19,28 +14,27 @@ def normal(seed, *shape, scale=1.0, dtype=F32):
     return jnp.asarray(values.astype(np.float32)).astype(dtype)
 
 
-def value_and_vjp(op, implementation, options=QUICK):
+def value_and_vjp(op, implementation):
     """Compiled function (args, cotangent) -> flat list of the outputs of `op` and the cotangents of args."""
 
     def both(args, cotangent):
         value, vjp = jax.vjp(functools.partial(op, implementation=implementation), *args)
         return jax.tree.leaves((value, vjp(cotangent)))
 
-    return jax.jit(both, compiler_options=options)
+    return jax.jit(both)
 
 
-def assert_as_exact_as_xla(op, *draws, options=QUICK):
+def assert_as_exact_as_xla(op, *draws):
     """Every output and gradient: error against the float64 oracle at most twice that of "xla".
 
     Args:
       op: takes arrays and `implementation`.
       *draws: (args, cotangent, expected) of the same shapes. The error is the norm over all draws.
-      options: of the compiler, the same for both.
     """
     expected = [draw[2] for draw in draws]
     results = []
     for name in ("pallas", "xla"):
-        f = value_and_vjp(op, name, options)
+        f = value_and_vjp(op, name)
         results.append([f(args, cotangent) for args, cotangent, _ in draws])
     assert [x.dtype for x in results[0][0]] == [x.dtype for x in results[1][0]]
     ours, theirs = (errors(result, expected) for result in results)

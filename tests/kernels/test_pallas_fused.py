@@ -7,7 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from interpreted import BF16, F32, QUICK, UNFUSED, assert_as_exact_as_xla, normal, value_and_vjp
+from interpreted import BF16, F32, assert_as_exact_as_xla, normal, value_and_vjp
 
 import kernels_pallas as kp
 from kernels_pallas.boundary import tpu_blocks
@@ -77,7 +77,7 @@ def test_fused(name, n, C, T, dtype, with_norm):
             options["input_norm_eps"] = EPS
         return getattr(kp, name)(*args, **options)
 
-    both = value_and_vjp(op, "pallas", UNFUSED if n == 8 else QUICK)
+    both = value_and_vjp(op, "pallas")
     draws = 2 if n == 8 or T == 1000 else DRAWS  # two are enough where one is slow
     case = f"{name}+norm" if with_norm else name
     for seed in range(0, 20 * draws, 20):
@@ -99,9 +99,7 @@ def test_columns_from_the_mxu_are_rounded_as_those_from_the_vector_unit(n):
     )
     parameters = jnp.zeros((n * C, m)), jnp.zeros(m), jnp.ones(3)
     options = {"n": n, "num_iterations": 1, "implementation": "pallas"}
-    program = jax.jit(
-        lambda *a: kp.boundary(*a, **options)[-1], compiler_options=UNFUSED if n == 8 else QUICK
-    )
+    program = jax.jit(lambda *a: kp.boundary(*a, **options)[-1])
     streams = program(*update, *parameters)
     exact = jnp.asarray(oracle.post_res(*update), F32).astype(BF16)
     same = (streams == exact).reshape(T, n, C).mean((0, 1))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreted import QUICK, normal
+from interpreted import normal
 from jax.experimental.pallas import tpu as pltpu
 
 import kernels_pallas as kp
@@ -54,7 +54,7 @@ def test_gradient_of_a_vmap_of_a_scan_of_checkpoints(sublayer):
 
     def gradients(implementation):
         f = jax.value_and_grad(functools.partial(loss, implementation=implementation), (0, 1, 2))
-        return jax.jit(f, compiler_options=QUICK).lower(x, ys, parameters)
+        return jax.jit(f).lower(x, ys, parameters)
 
     want = gradients("xla").compile()(x, ys, parameters)
     with pltpu.force_tpu_interpret_mode(True):

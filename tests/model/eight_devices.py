@@ -95,11 +95,10 @@ def on_explicit_axes(config, state):
         return jax.device_put(x, NamedSharding(mesh, spec))
 
     function = jax.value_and_grad(functools.partial(loss_fn, config=config.model), has_aux=True)
-    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
     params = jax.tree.map(split, state.params)
     with jax.set_mesh(mesh):
         batch = jax.device_put(batch_of(config), NamedSharding(mesh, P("a", "b")))
-        run = jax.jit(function, compiler_options=quick)
+        run = jax.jit(function)
         (loss, _), gradients = run(params, state.model_state, batch)
     for leaf, gradient in zip(jax.tree.leaves(params), jax.tree.leaves(gradients), strict=True):
         assert gradient.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)

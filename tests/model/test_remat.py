@@ -171,11 +171,7 @@ def inputs(model):
 def step(model, policy, scan=True):
     """Loss and gradients, and the compiled text."""
     config = model_config(policy, scan_blocks=scan, **MODELS[model])
-    run = jax.jit(
-        jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True),
-        # Twice as fast to compile without the newer emitters.
-        compiler_options={"xla_cpu_use_fusion_emitters": False},
-    )
+    run = jax.jit(jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True))
     compiled = run.lower(*inputs(model)).compile()
     return compiled(*inputs(model)), compiled.as_text()
 
