@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 from configs import default
+from mhc_jax import diagnosis
 from mhc_jax import train as train_module
 from mhc_jax import train_step as train_step_module
 from mhc_jax import trained as trained_module
@@ -261,7 +262,7 @@ def test_gradients_that_are_not_finite_are_named_in_backward_order():
     clean = jnp.zeros((3, 2))
     bad = clean.at[1].set(jnp.nan)
     gradients = {"embedding": {"embedding": bad[1]}, "blocks": {"ffn": {"kernel": bad}}}
-    name = train_step_module._first_gradient_that_is_not_finite
+    name = diagnosis._first_gradient_that_is_not_finite
     assert name(gradients | {"norm": {"scale": clean}}) == "the gradients of block 1: ffn/kernel"
     assert "norm/scale" in name(gradients | {"norm": {"scale": bad}})
     assert "overflow" in name({"blocks": {"ffn": {"kernel": clean}}})
