@@ -2,6 +2,7 @@
 
 Any field of the config can be set: --config.model.n=8. A workdir that holds a checkpoint is resumed.
 The paper's models have an arm for each connection: --config=configs/paper_27b.py:hc
+Compiled programs are kept in the user's cache folder; --no_compilation_cache compiles everything anew.
 With --describe it prints a table of the parameters and ends; nothing is allocated, no workdir needed.
 """
 
@@ -10,8 +11,10 @@ from mhc_jax import early_end
 if __name__ == "__main__":
     early_end.install()
 
+import importlib.util
 import logging
 import os
+import shlex
 import sys
 
 import jax
@@ -19,8 +22,9 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from mhc_jax import command_line, distributed, paths, preemption
+from mhc_jax import command_line, compilation_cache, distributed, paths, preemption
 from mhc_jax.checkpoint import SaveError
+from mhc_jax.config import Config
 from mhc_jax.describe import describe
 from mhc_jax.lock import Locked
 from mhc_jax.recovery import BadData
@@ -36,6 +40,7 @@ _INIT_FROM = flags.DEFINE_string(
     None,
     "WORKDIR or WORKDIR@STEP of another run: a new run starts from its parameters.",
 )
+_NO_CACHE = flags.DEFINE_bool(compilation_cache.FLAG, False, compilation_cache.HELP)
 # Several processes: found by themselves on TPU slices and under SLURM, Open MPI and Kubernetes.
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, where no cluster is found by itself."
@@ -85,6 +90,7 @@ def main(argv):
     _log.info(
         "%d processes, %d devices: %s", jax.process_count(), jax.device_count(), jax.devices()[0]
     )
+    compilation_cache.use(not _NO_CACHE.value)
     try:
         train(config, _WORKDIR.value, init_from=_INIT_FROM.value)
     except Interrupted as error:
@@ -92,6 +98,26 @@ def main(argv):
         preemption.end_now(early_end.TRY_AGAIN)
     except (BadInput, BadData, NonFiniteError, SaveError, Locked) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    if jax.process_index() == 0:
+        print(what_next(config, _WORKDIR.value), flush=True)
+
+
+def what_next(config: Config, workdir: str) -> str:
+    """Where the results of a finished run lie, and the commands that look at them."""
+    quoted = shlex.quote(workdir)
+    commands = [
+        f"python -m experiments.evaluate --workdir={quoted}",
+        f'python -m experiments.sample --workdir={quoted} --prompt="The "',
+        f"python -m experiments.report {quoted} --output=report.html",
+    ]
+    if config.data.source == "synthetic":
+        del commands[1]  # its tokens are no text
+    gains = "" if config.model.connection == "residual" else ", gains/"
+    lines = [f"Results are in {workdir}: metrics.jsonl{gains}, checkpoints/. What they say:"]
+    if importlib.util.find_spec("experiments"):  # not installed: in a clone alone
+        lines += [f"  {command}" for command in commands]
+    lines.append(f"In Python: mhc_jax.analysis.gains_of_run({workdir!r})")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

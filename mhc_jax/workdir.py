@@ -67,6 +67,24 @@ def check_resumable(config: Config, workdir: epath.PathLike) -> None:
         raise ValueError(f"{path} {lost}{error}") from None
 
 
+def is_finished(config: Config, workdir: epath.PathLike) -> bool:
+    """Whether the newest checkpoint is that of the last step. Its arrays are checked by who reads them.
+
+    Raises:
+      ValueError: the workdir belongs to another run.
+    """
+    folder = checkpoint.absolute(epath.Path(workdir) / checkpoint.FOLDER)
+    steps = checkpoint.saved_steps(folder)
+    if not steps or steps[-1] < config.steps:
+        return False
+    check_resumable(config, workdir)
+    try:
+        checkpoint.read_contents(folder / str(steps[-1]))
+    except checkpoint.Damaged:
+        return False
+    return True
+
+
 def check_same_run(there: dict[str, Any], now: dict[str, Any], step: int = 0) -> None:
     """Raises ValueError if a run with the configuration `now` may not go on with one of `there`.
 
