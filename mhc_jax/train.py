@@ -40,7 +40,13 @@ from mhc_jax.train_step import (
     measure_gains,
 )
 from mhc_jax.trained import Source
-from mhc_jax.workdir import check_resumable, check_same_run, claim_workdir, is_finished, update_config
+from mhc_jax.workdir import (
+    check_resumable,
+    check_same_run,
+    claim_workdir,
+    is_finished,
+    update_config,
+)
 
 _log = logging.getLogger(__name__)
 

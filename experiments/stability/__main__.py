@@ -53,7 +53,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--arms", nargs="+", choices=CONNECTIONS, default=list(CONNECTIONS),
                         help="connections to compare")  # fmt: skip
-    parser.add_argument(f"--{compilation_cache.FLAG}", action="store_true", help=compilation_cache.HELP)
+    parser.add_argument(
+        f"--{compilation_cache.FLAG}", action="store_true", help=compilation_cache.HELP
+    )
     return parser.parse_args(arguments)
 
 
@@ -163,7 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file it writes
-    logging.getLogger("mhc_jax.progress").setLevel(logging.INFO)  # where there is no terminal for a bar
+    logging.getLogger("mhc_jax.progress").setLevel(
+        logging.INFO
+    )  # where there is no terminal for a bar
     compilation_cache.use(not options.no_compilation_cache)
     try:
         run_seeds(options, arguments)
