@@ -5,7 +5,8 @@
 
 Reads the newest good checkpoint of each workdir, also of one whose run goes on, and the whole validation
 split that training left out; with --batches=8 the 8 batches that training itself evaluates. --data.path names
-other text, all of which counts. It runs on one device, whatever the model was trained on; experts drop nothing.
+other text, all of which counts. It runs on one device, whatever the model was trained on, and no choice of an
+expert is dropped. Several workdirs (--workdir A B) give a table.
 
 Loss: nats a token, mean over windows of the run's sequence length, ± its standard error over windows
 (windows of one document are not independent: take it as a lower bound). Perplexity: exp(loss). Bits per byte:
@@ -13,6 +14,7 @@ the information of all tokens that were predicted, over the UTF-8 bytes of the t
 compares models with different tokenizers. The token that ends a document counts above, and has no byte below.
 """
 
+import argparse
 import dataclasses
 import functools
 import glob
@@ -26,11 +28,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import tqdm
-from absl import flags
-from absl import logging as absl_logging
 
 from experiments import record
-from mhc_jax import command_line, compilation_cache, paths
+from experiments.output import user_path
+from mhc_jax import compilation_cache, paths
 from mhc_jax.config import Config
 from mhc_jax.data import DataConfig, vocab_size
 from mhc_jax.data.pipeline import validation_order
@@ -39,29 +40,6 @@ from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.sampling import for_sampling
 from mhc_jax.train_step import Params, window_losses
 from mhc_jax.trained import load
-
-_WORKDIR = flags.DEFINE_multi_string(
-    "workdir", None, "Folder of a training or gs://bucket/folder; may be repeated."
-)
-_PATH = flags.DEFINE_string(
-    "data.path", None, "Glob of other text, or of records of write_array_record; quote it."
-)
-_TOKENIZER = flags.DEFINE_string(
-    "data.tokenizer", None, "Where the tokenizer file of the run lies now, if it was moved."
-)
-_SPLIT = flags.DEFINE_enum(
-    "split", None, ["validation", "all"],
-    "Files that count: those that training left out, or all; with --data.path all, else validation.",
-)  # fmt: skip
-_BATCHES = flags.DEFINE_integer(
-    "batches", None, "Evaluate this many batches of the validation split, as training does.", 1
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Windows at once; the numbers do not depend on it.", 1
-)
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the results.")
-_JSON = flags.DEFINE_bool("json", False, "Print the results as JSON instead of a table.")
-_NO_CACHE = flags.DEFINE_bool(compilation_cache.FLAG, False, compilation_cache.HELP)
 
 # Tokens at once, where --batch_size does not say.
 _TOKENS = 2**14
@@ -147,7 +125,7 @@ def _losses(variables, batch, model):
 
 
 def losses_of(variables: Params, config: Config, text: Text, batch_size: int | None = None):
-    """Mean loss of each chosen window and the bytes that it stands for, float64 `[W]` and int64 `[W]` or None.
+    """Mean loss of each chosen window, float64 `[W]`, and the bytes it stands for, int64 `[W]` or None.
 
     Raises:
       ValueError: a record or a text cannot be read.
@@ -240,32 +218,61 @@ def format_table(results: Sequence[dict]) -> str:
     return "\n".join([*lines, *(f"Undefined: {line}." for line in missing)])
 
 
-def main(argv) -> None:
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    if not _WORKDIR.value:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.evaluate", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--workdir", nargs="+", action="extend", default=[],
+        help="folders of trainings, or gs://bucket/folder; may be repeated")  # fmt: skip
+    add("--data.path", dest="path", metavar="GLOB",
+        help="other text, or records of write_array_record; quote it")  # fmt: skip
+    add("--data.tokenizer", dest="tokenizer", metavar="FILE",
+        help="where the tokenizer file of the run lies now, if it was moved")  # fmt: skip
+    add("--split", choices=("validation", "all"),
+        help="files that training leaves out, or all; default with --data.path: all")  # fmt: skip
+    add("--batches", type=_positive, metavar="N",
+        help="the first N batches of the validation split alone, as training evaluates")  # fmt: skip
+    add("--batch_size", type=_positive, metavar="B",
+        help="windows at once; the numbers do not depend on it")  # fmt: skip
+    add("--output", type=user_path, metavar="FILE", help="JSON file for the results")
+    add("--json", action="store_true", help="print the results as JSON instead of a table")
+    add(f"--{compilation_cache.FLAG}", action="store_true", help=compilation_cache.HELP)
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    if not options.workdir:
         sys.exit("--workdir is missing: give the folder of a run, as in --workdir=runs/mhc")
-    try:
-        output = _OUTPUT.value and paths.local(_OUTPUT.value)
-    except ValueError as error:
-        sys.exit(f"bad --output: {error}")
-    logging.getLogger("mhc_jax").setLevel(logging.WARNING)
-    compilation_cache.use(not _NO_CACHE.value)
-    text = {"path": _PATH.value, "tokenizer": _TOKENIZER.value, "split": _SPLIT.value}
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports what it reads
+    compilation_cache.use(not options.no_compilation_cache)
+    text = {name: getattr(options, name) for name in ("path", "tokenizer", "split", "batches")}
     results, failed = [], []
-    for workdir in _WORKDIR.value:
+    for workdir in options.workdir:
         try:
-            results.append(evaluate(workdir, _BATCH_SIZE.value, batches=_BATCHES.value, **text))
+            results.append(evaluate(workdir, options.batch_size, **text))
         except (ValueError, TypeError, OSError) as error:
-            shown = str(error) if str(workdir) in str(error) else f"{workdir}: {error}"
-            failed.append(f"error: {shown}")
-    if output and results:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        paths.write_json(output, {"environment": record.environment(), "results": results})
+            named = workdir in str(error) or len(options.workdir) == 1
+            failed.append(f"error: {error}" if named else f"error: {workdir}: {error}")
+    if options.output and results:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        content = {"environment": record.environment(), "results": results}
+        paths.write_json(options.output, content)
     if results:
-        print(json.dumps(results, indent=1) if _JSON.value else format_table(results), flush=True)
+        print(json.dumps(results, indent=1) if options.json else format_table(results), flush=True)
     if failed:
         sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    main()

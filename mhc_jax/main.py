@@ -11,10 +11,8 @@ from mhc_jax import early_end
 if __name__ == "__main__":
     early_end.install()
 
-import importlib.util
 import logging
 import os
-import shlex
 import sys
 
 import jax
@@ -24,9 +22,9 @@ from ml_collections import config_flags
 
 from mhc_jax import command_line, compilation_cache, distributed, paths, preemption
 from mhc_jax.checkpoint import SaveError
-from mhc_jax.config import Config
 from mhc_jax.describe import describe
 from mhc_jax.lock import Locked
+from mhc_jax.progress import what_next
 from mhc_jax.recovery import BadData
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
@@ -100,24 +98,6 @@ def main(argv):
         sys.exit(f"{type(error).__name__}: {error}")
     if jax.process_index() == 0:
         print(what_next(config, _WORKDIR.value), flush=True)
-
-
-def what_next(config: Config, workdir: str) -> str:
-    """Where the results of a finished run lie, and the commands that look at them."""
-    quoted = shlex.quote(workdir)
-    commands = [
-        f"python -m experiments.evaluate --workdir={quoted}",
-        f'python -m experiments.sample --workdir={quoted} --prompt="The "',
-        f"python -m experiments.report {quoted} --output=report.html",
-    ]
-    if config.data.source == "synthetic":
-        del commands[1]  # its tokens are no text
-    gains = "" if config.model.connection == "residual" else ", gains/"
-    lines = [f"Results are in {workdir}: metrics.jsonl{gains}, checkpoints/. What they say:"]
-    if importlib.util.find_spec("experiments"):  # not installed: in a clone alone
-        lines += [f"  {command}" for command in commands]
-    lines.append(f"In Python: mhc_jax.analysis.gains_of_run({workdir!r})")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

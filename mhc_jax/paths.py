@@ -48,7 +48,7 @@ def local(path: str | os.PathLike) -> pathlib.Path:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where files lie that can be made anew: `$MHC_JAX_CACHE`, else `mhc_jax` in `$XDG_CACHE_HOME` or `~/.cache`.
+    """For what can be made anew: `$MHC_JAX_CACHE`, else `mhc_jax` in `$XDG_CACHE_HOME` or `~/.cache`.
 
     Raises:
       OSError: this user has no home directory.

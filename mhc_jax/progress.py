@@ -1,7 +1,9 @@
-"""How far a run is: a live bar on a terminal, a line in the log now and then where there is none."""
+"""How far a run is, live on a terminal and in the log elsewhere, and what comes after it."""
 
 import contextlib
+import importlib.util
 import logging
+import shlex
 import statistics
 import sys
 import time
@@ -122,3 +124,21 @@ class Progress:
         self._told = time.monotonic()
         if self._shown and self._bar.disable:
             _log.info(*message)
+
+
+def what_next(config: Config, workdir: str) -> str:
+    """Where the results of a finished run lie, and the commands that look at them."""
+    quoted = shlex.quote(workdir)
+    commands = [
+        f"python -m experiments.evaluate --workdir={quoted}",
+        f'python -m experiments.sample --workdir={quoted} --prompt="The "',
+        f"python -m experiments.report {quoted} --output=report.html",
+    ]
+    if config.data.source == "synthetic":
+        del commands[1]  # its tokens are no text
+    gains = "" if config.model.connection == "residual" else ", gains/"
+    lines = [f"Results are in {workdir}: metrics.jsonl{gains}, checkpoints/. What they say:"]
+    if importlib.util.find_spec("experiments"):  # not installed: in a clone alone
+        lines += [f"  {command}" for command in commands]
+    lines.append(f"In Python: mhc_jax.analysis.gains_of_run({workdir!r})")
+    return "\n".join(lines)
