@@ -144,14 +144,14 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     workdir = epath.Path(workdir)
     try:
         return _read(workdir / "config.json")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
         saved = _in_checkpoints(workdir)
         if saved is None:
-            if isinstance(error, FileNotFoundError):
+            if not isinstance(error, ValueError):
                 what = f"{workdir} is not the workdir of a run: it has no config.json"
                 raise ValueError(what) from None
             raise ValueError(f"{workdir}/config.json {error}") from None
-        lost = "is missing" if isinstance(error, FileNotFoundError) else str(error)
+        lost = str(error) if isinstance(error, ValueError) else "is missing"
         _log.warning("%s/config.json %s: that of a checkpoint is used", workdir, lost)
         return saved
 

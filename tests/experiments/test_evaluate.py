@@ -202,6 +202,7 @@ def test_the_command(workdir, synthetic, tmp_path, capsys):
     [
         ([], "--workdir is missing: give the folder of a run"),
         (["--workdir=none"], "none is not the workdir of a run: it has no config.json"),
+        (["--workdir={binary}"], "{binary} is not the workdir of a run: it has no config.json"),
         (["--workdir={empty}"], "{empty} has no checkpoint yet: train with --workdir={empty} first"),
         (["--workdir={run}", "--data.path=none.txt"], "No file matches 'none.txt'"),
         (["--workdir={run}", "--data.path={nothing}"], "{nothing} is empty"),
