@@ -88,6 +88,9 @@ def main(argv):
     _log.info(
         "%d processes, %d devices: %s", jax.process_count(), jax.device_count(), jax.devices()[0]
     )
+    if jax.devices()[0].platform == "cpu" and not flags.FLAGS["verbosity"].present:
+        # There is nothing to choose: all operations are XLA's.
+        logging.getLogger("kernels_pallas").setLevel(logging.WARNING)
     compilation_cache.use(not _NO_CACHE.value)
     try:
         train(config, _WORKDIR.value, init_from=_INIT_FROM.value)

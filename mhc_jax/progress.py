@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import logging
+import os
 import shlex
 import statistics
 import sys
@@ -27,6 +28,14 @@ _LEAST_SECONDS, _MOST_SECONDS = 10.0, 600.0
 def on_terminal() -> bool:
     """Whether a line on stderr can be written over: in a terminal or a notebook."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def _columns() -> int | None:
+    """Width of the bar where a terminal does not say its own, and tqdm would draw none; else None."""
+    try:
+        return None if os.get_terminal_size(sys.stderr.fileno()).columns else 100
+    except OSError:  # no terminal: a notebook
+        return None
 
 
 class Progress:
@@ -56,7 +65,12 @@ class Progress:
         self._begin = self._told = time.monotonic()
         disable = not self._shown or not on_terminal()
         with tqdm.tqdm(
-            total=self._steps, initial=self.step, desc=name, disable=disable, bar_format=_BAR
+            total=self._steps,
+            initial=self.step,
+            desc=name,
+            disable=disable,
+            bar_format=_BAR,
+            ncols=_columns(),
         ) as self._bar:
             yield
 

@@ -73,6 +73,7 @@ def test_a_terminal_shows_a_live_line(clock, caplog, capsys, monkeypatch):
     monkeypatch.setattr(progress, "on_terminal", lambda: True)
     run = progress.Progress(LONG, 100)
     with run.running("mHC"):
+        clock.now = 100.0  # time for a line, were there no terminal
         run._tell("compiling the train step", 31.4)
         run.stepped(2.5, 0.5)
         run._bar.refresh()
@@ -80,6 +81,15 @@ def test_a_terminal_shows_a_live_line(clock, caplog, capsys, monkeypatch):
     assert re.search(r"mHC:  10%.* 100/1000 \[.*, compiling the train step 31 s\]", shown)
     assert re.search(r"101/1000 \[.*, loss 2\.500, 128 tokens/s, 07:29 left\]", shown)
     assert not caplog.records
+
+    class NoWidth:  # of a terminal that `script` makes, for one
+        columns = 0
+
+    monkeypatch.setattr(progress.os, "get_terminal_size", lambda *_: NoWidth)
+    monkeypatch.setattr(progress.sys.stderr, "fileno", lambda: 2, raising=False)
+    with run.running("mHC"):
+        pass
+    assert "mHC:  10%" in capsys.readouterr().err
     silent = progress.Progress(LONG, 100, shown=False)  # another process than the first
     with silent.running("mHC"):
         silent.stepped(2.5, 0.5)
