@@ -109,8 +109,9 @@ class Progress:
 
     @contextlib.contextmanager
     def pause(self, task: str, every: int) -> Iterator[None]:
-        """Something else than a step is done meanwhile, and again in `every` steps (0: at the end)."""
+        """Meanwhile something else is done, "saving", and again in `every` steps (0: at the end)."""
         begin, compiling = time.monotonic(), self._compiling
+        self._bar.set_postfix_str(task)
         yield
         took = time.monotonic() - begin - (self._compiling - compiling)
         self._pauses[task] = every, max(took, 0.0)

@@ -359,13 +359,13 @@ class Run(Recovery):
     def _do_what_is_due(self) -> bool:
         """Returns whether a signal came while a program was compiled for it; then some is left undone."""
         config, step, last = self.config, self.step, self.step == self.config.steps
-        intervals = {
-            self._evaluate: config.eval_every,
-            self._log_gains: config.gains_every,
-            self._save: config.checkpoint_every,
+        tasks = {
+            self._evaluate: ("evaluating", config.eval_every),
+            self._log_gains: ("measuring gains", config.gains_every),
+            self._save: ("saving", config.checkpoint_every),
         }
         due = {
-            task: last or (every and self.step % every == 0) for task, every in intervals.items()
+            task: last or (every and self.step % every == 0) for task, (_, every) in tasks.items()
         }
         due[self._log_gains] |= self._spiked
         if any(due.values()):
@@ -375,7 +375,7 @@ class Run(Recovery):
             try:
                 for task, is_due in due.items():
                     if is_due:
-                        with self._progress.pause(task.__name__, intervals[task]):
+                        with self._progress.pause(*tasks[task]):
                             task()
             except preemption.Stopped:
                 return True
