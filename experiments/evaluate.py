@@ -36,8 +36,8 @@ from mhc_jax.config import Config
 from mhc_jax.data import DataConfig, vocab_size
 from mhc_jax.data.pipeline import validation_order
 from mhc_jax.data.sources import Windows, bytes_of_windows, open_windows
+from mhc_jax.inference import for_sampling
 from mhc_jax.losses import IGNORE_INDEX
-from mhc_jax.sampling import for_sampling
 from mhc_jax.train_step import Params, window_losses
 from mhc_jax.trained import load
 

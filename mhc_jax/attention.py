@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,9 +19,11 @@ from mhc_jax.remat import keep
 def make_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     """The attention that the configuration names, `[B, S, C]` -> `[B, S, C]`.
 
-    It has two methods beside `__call__`, for generating text: `init_cache(batch_size, length)`, and
-    `decode(x, cache, position)` -> (y, cache), the same for tokens `[B, S, C]` that follow on `position`
-    earlier ones in the cache.
+    It has three methods beside `__call__`, for generating text (`mhc_jax.inference`):
+    `init_cache(batch_size, length)`; `prefill(x)` -> (y, rows), which also returns what later tokens need of
+    these, arrays `[B, S, ...]` in the order of a cache; and `decode(x, position, remember)` -> y, the same
+    for tokens that follow on `position` `[B]` earlier ones. `remember(rows)` stores what they leave and
+    returns the cache with it.
     """
     return {"mha": Attention, "mla": LatentAttention}[config.attention](config, rngs=rngs)
 
@@ -42,7 +45,11 @@ class Attention(nnx.Module):
         self.out = linear(config.width, config.width, **make)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out(causal_attention(*self._heads(x, 0)).reshape(x.shape))
+        return self.prefill(x)[0]
+
+    def prefill(self, x: jax.Array) -> tuple[jax.Array, Cache]:
+        q, k, v = self._heads(x, 0)
+        return self.out(causal_attention(q, k, v).reshape(x.shape)), Cache(k, v)
 
     def _heads(self, x, position):
         heads = self.qkv(x).reshape(*x.shape[:2], 3 * self.num_heads, -1)
@@ -54,13 +61,15 @@ class Attention(nnx.Module):
         empty = jnp.zeros((batch_size, length, self.num_heads, head_dim), self.out.dtype)
         return Cache(empty, empty)
 
-    def decode(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
-        q, *new = self._heads(x, position)
-        cache = Cache(*(_write(old, rows, position) for old, rows in zip(cache, new)))
+    def decode(
+        self, x: jax.Array, position: jax.Array, remember: Callable[[Cache], Cache]
+    ) -> jax.Array:
+        q, k, v = self._heads(x, position)
+        cache = remember(Cache(k, v))
         scores = jnp.einsum("bshd,bthd->bhst", q, cache.k, preferred_element_type=jnp.float32)
         weights = _causal_softmax(scores / math.sqrt(q.shape[-1]), position)
         mixed = jnp.einsum("bhst,bthd->bshd", weights.astype(x.dtype), cache.v)
-        return self.out(mixed.reshape(x.shape)), cache
+        return self.out(mixed.reshape(x.shape))
 
 
 class LatentCache(NamedTuple):
@@ -93,13 +102,16 @@ class LatentAttention(nnx.Module):
         self.out = linear(heads * config.head_dim, config.width, **make)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.prefill(x)[0]
+
+    def prefill(self, x: jax.Array) -> tuple[jax.Array, LatentCache]:
         q, q_rotated = self._queries(x, 0)
-        c, k_rotated = self._latent(x, 0)
+        rows = c, k_rotated = self._latent(x, 0)
         # Two products: cutting k and v out of one would copy both, forward and backward.
         k, v = (keep(jnp.einsum("bsc,chd->bshd", c, up)) for up in self._kv_up(x.dtype))
         k_rotated = jnp.broadcast_to(k_rotated[:, :, None], q_rotated.shape)
         q, k = (jnp.concatenate(pair, axis=-1) for pair in ((q, q_rotated), (k, k_rotated)))
-        return self.out(causal_attention(q, k, v).reshape(*x.shape[:2], -1))
+        return self.out(causal_attention(q, k, v).reshape(*x.shape[:2], -1)), rows
 
     def _queries(self, x, position):
         """`[B, S, H, D]` and, rotated, `[B, S, H, R]`."""
@@ -123,16 +135,14 @@ class LatentAttention(nnx.Module):
         return LatentCache(*(jnp.zeros((batch_size, length, w), self.out.dtype) for w in widths))
 
     def decode(
-        self, x: jax.Array, cache: LatentCache, position: jax.Array
-    ) -> tuple[jax.Array, LatentCache]:
+        self, x: jax.Array, position: jax.Array, remember: Callable[[LatentCache], LatentCache]
+    ) -> jax.Array:
         """kv_up is absorbed: queries go into the compressed space, and what they mix comes out of it.
 
         The past is then read as it is stored, kv_rank + R entries a token for all heads.
         """
         q, q_rotated = self._queries(x, position)
-        cache = LatentCache(
-            *(_write(old, rows, position) for old, rows in zip(cache, self._latent(x, position)))
-        )
+        cache = remember(self._latent(x, position))
         k_up, v_up = self._kv_up(x.dtype)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         scores = product(
@@ -141,16 +151,11 @@ class LatentAttention(nnx.Module):
         weights = _causal_softmax(scores / math.sqrt(self.head_dim + self.rope_dim), position)
         mixed = jnp.einsum("bhst,btc->bshc", weights.astype(x.dtype), cache.compressed)
         mixed = jnp.einsum("bshc,chd->bshd", mixed, v_up)
-        return self.out(mixed.reshape(*x.shape[:2], -1)), cache
-
-
-def _write(cache: jax.Array, rows: jax.Array, position: jax.Array) -> jax.Array:
-    """`rows` of new tokens into the cache, from `position` on."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, rows.astype(cache.dtype), position, axis=1)
+        return self.out(mixed.reshape(*x.shape[:2], -1))
 
 
 def _causal_softmax(scores: jax.Array, position: jax.Array) -> jax.Array:
-    """Over the keys of `[B, H, S, T]`, query i standing at `position + i`."""
-    query = position + jnp.arange(scores.shape[2], dtype=jnp.int32)
-    seen = jnp.arange(scores.shape[3], dtype=jnp.int32)[None, :] <= query[:, None]
-    return jax.nn.softmax(scores, where=jnp.broadcast_to(seen, scores.shape), axis=-1)
+    """Over the keys of `[B, H, S, T]`, query i of a sequence standing at its `position + i`."""
+    query = position[:, None] + jnp.arange(scores.shape[2], dtype=jnp.int32)[None]
+    seen = jnp.arange(scores.shape[3], dtype=jnp.int32)[None, None] <= query[..., None]
+    return jax.nn.softmax(scores, where=jnp.broadcast_to(seen[:, None], scores.shape), axis=-1)

@@ -87,19 +87,20 @@ def linear(fan_in: int, fan_out: int, *, dtype, init_std: float, rngs: nnx.Rngs)
     )
 
 
-def rope(x: jax.Array, *, theta: float, offset: int = 0) -> jax.Array:
+def rope(x: jax.Array, *, theta: float, offset: int | jax.Array = 0) -> jax.Array:
     """Rotary position embedding (Su et al., 2021): pairs are (first half, second half) of the last axis.
 
     Args:
       x: `[B, S, H, D]`, D even.
       theta: base of the wavelengths, in tokens.
-      offset: position of the first token.
+      offset: position of the first token; `[B]` where sequences differ in it.
     """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    position = jnp.asarray(offset, jnp.float32) + jnp.arange(x.shape[1], dtype=jnp.float32)
-    angle = position[:, None] * frequency[None, :]
-    cos, sin = (f(angle)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    start = jnp.asarray(offset, jnp.float32).reshape(-1, 1)
+    position = start + jnp.arange(x.shape[1], dtype=jnp.float32)[None]
+    angle = position[..., None] * frequency[None, None, :]
+    cos, sin = (f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x.astype(wide_dtype(x.dtype)), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

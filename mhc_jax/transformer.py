@@ -264,42 +264,87 @@ class Transformer(nnx.Module):
             analysis = jax.tree.map(lambda *xs: jnp.concatenate(xs), *leading, analysis)
         return connection.post(*pending), analysis, aux
 
+    def prefill(self, tokens: jax.Array) -> tuple[jax.Array, list, Any]:
+        """As `hidden_with_aux`, with what the attentions keep of the tokens; see `mhc_jax.inference`.
+
+        Returns:
+          what the unembedding multiplies, `[B, S, C]`, and the rows of the caches, `[B, S, ...]` a leading
+          block and `[blocks, B, S, ...]` of the others.
+        """
+
+        def run(block, pending):
+            rows = None
+
+            def attention(x):
+                nonlocal rows
+                y, rows = block.attention.prefill(x)
+                return y
+
+            return block(pending, attention)[0], rows
+
+        pending, leading = self._start(tokens), []
+        for block in self.leading:
+            pending, rows = run(block, pending)
+            leading.append(rows)
+        graph, variables = nnx.split(self.blocks)
+        pending, stacked = jax.lax.scan(
+            lambda pending, block: run(nnx.merge(graph, block), pending), pending, variables
+        )
+        return self._finish(pending), leading, stacked
+
     def decode(
         self, tokens: jax.Array, leading: list, stacked: Any, position: jax.Array
     ) -> tuple[jax.Array, list, Any]:
-        """Logits of tokens `[B, S]` that follow on `position` earlier ones; see `mhc_jax.sampling`.
+        """Tokens `[B, S]` that follow on `position` `[B]` int32 earlier ones; see `mhc_jax.inference`.
 
         Args:
           tokens: new token ids.
           leading, stacked: caches of the attentions, as the blocks lie.
-          position: scalar int32.
+          position: earlier tokens of each sequence. What does not fit behind them is not stored.
 
         Returns:
-          logits `[B, S, vocab_size]` float32 and the new caches.
+          what the unembedding multiplies, `[B, S, C]`, and the new caches.
         """
+        batch, length = tokens.shape
+        sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        place = position[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
 
-        def run(block, pending, cache):
-            def attention(x):
+        def run(block, pending, cache, *index):
+            def remember(rows):
                 nonlocal cache
-                y, cache = block.attention.decode(x, cache, position)
-                return y
+                cache = jax.tree.map(
+                    lambda old, new: old.at[(*index, sequence, place)].set(
+                        new.astype(old.dtype), mode="drop"
+                    ),
+                    cache,
+                    rows,
+                )
+                return jax.tree.map(lambda x: x[index], cache)
+
+            def attention(x):
+                return block.attention.decode(x, position, remember)
 
             return block(pending, attention)[0], cache
 
-        connection = self.blocks.attention_connection
-        pending = connection.start(expand(self._embed(tokens), self.config.streams))
-        new_leading = []
+        pending, new_leading = self._start(tokens), []
         for block, cache in zip(self.leading, leading, strict=True):
             pending, cache = run(block, pending, cache)
             new_leading.append(cache)
         graph, variables = nnx.split(self.blocks)
-        pending, stacked = jax.lax.scan(
-            lambda pending, xs: run(nnx.merge(graph, xs[0]), pending, xs[1]),
-            pending,
-            (variables, stacked),
+        # The caches are carried, so that new rows alone are written; scanned over, they would be copied.
+        (pending, stacked), _ = jax.lax.scan(
+            lambda carry, xs: (run(nnx.merge(graph, xs[0]), *carry, xs[1]), None),
+            (pending, stacked),
+            (variables, jnp.arange(self.config.num_blocks - len(new_leading), dtype=jnp.int32)),
         )
-        x = self.norm(self.readout(connection.post(*pending)))
-        return unembed(x, self.unembedding), new_leading, stacked
+        return self._finish(pending), new_leading, stacked
+
+    def _start(self, tokens: jax.Array) -> Pending:
+        streams = expand(self._embed(tokens), self.config.streams)
+        return self.blocks.attention_connection.start(streams)
+
+    def _finish(self, pending: Pending) -> jax.Array:
+        return self.norm(self.readout(self.blocks.attention_connection.post(*pending)))
 
     def _embed(self, tokens):
         table = self.embedding.embedding[...]

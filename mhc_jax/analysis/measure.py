@@ -132,7 +132,7 @@ def _ones(sublayers: int) -> GainMagnitudes:
 def _on_text(workdir: pathlib.Path, text: str | bytes, max_sequences: int) -> GainMagnitudes:
     # Here: these modules need the packages of the trainer, and the rest of this file does not.
     from mhc_jax.data import load_tokenizer
-    from mhc_jax.sampling import for_sampling
+    from mhc_jax.inference import for_sampling
     from mhc_jax.trained import load
 
     config, variables, _ = load(workdir)

@@ -24,7 +24,7 @@ from mhc_jax import (
     Readout,
     Residual,
     expand,
-    sampling,
+    inference,
 )
 from mhc_jax.config import from_dict
 from mhc_jax.gains import gain_magnitudes
@@ -199,9 +199,9 @@ def test_training_by_the_strictest_dtype_rules(strict_and_64_bit, name, dtype):
     assert {
         leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(gains, state.variables, one))
     } == {jnp.dtype(jnp.float32)}
-    for_sampling = sampling.for_sampling(config.model)
-    past = jax.eval_shape(lambda: sampling.init_decode(for_sampling, 1, 8))
-    decode = functools.partial(sampling.decode, config=for_sampling)
+    for_sampling = inference.for_sampling(config.model)
+    past = jax.eval_shape(lambda: inference.init_decode(for_sampling, 1, 8))
+    decode = functools.partial(inference.decode, config=for_sampling)
     _, after = jax.eval_shape(
         decode, state.variables, jax.ShapeDtypeStruct((1, 2), jnp.int32), past
     )
