@@ -84,6 +84,10 @@ setup(
         "gpu": ["jax[cuda13]>=0.10", "jax-triton>=0.3,<0.4", "triton>=3.6,<3.7"],
         "gcs": ["gcsfs>=2025.3"],  # workdirs in buckets, gs://
         "tokenizers": ["tokenizers>=0.20"],  # only for data.tokenizer=<file>.json
+        # Tasks of lm-evaluation-harness (experiments.evaluate --tasks). 0.4.13 has the tasks and their index
+        # as they are used here, and a next series may rename them; math: what checks the answers of MATH.
+        # datasets before 4 ran code of data sets, which the tasks' data no longer need.
+        "evaluate": ["lm-eval[math]>=0.4.13,<0.5", "datasets>=4,<6", "tokenizers>=0.20"],
         # pytest 8 knows the options of pyproject.toml; no torch, to keep the environment small.
         "test": [
             "pytest>=8",

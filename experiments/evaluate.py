@@ -2,6 +2,9 @@
 
     python -m experiments.evaluate --workdir=runs/mhc
     python -m experiments.evaluate --workdir=runs/mhc --workdir=runs/hc --data.path='novels/*.txt'
+    python -m experiments.evaluate --workdir runs/residual runs/hc runs/mhc --tasks=table4
+
+With --tasks, what can it do? The benchmarks of Table 4, or any of lm-evaluation-harness (docs/evaluation.md).
 
 Reads the newest good checkpoint of each workdir, also of one whose run goes on, and the whole validation
 split that training left out; with --batches=8 the 8 batches that training itself evaluates. --data.path names
@@ -18,6 +21,7 @@ import argparse
 import dataclasses
 import functools
 import glob
+import importlib.util
 import json
 import logging
 import math
@@ -43,6 +47,7 @@ from mhc_jax.trained import load
 
 # Tokens at once, where --batch_size does not say.
 _TOKENS = 2**14
+_OF_TASKS = ("include_path", "limit", "figure", "no_resume")
 # Key of a result -> heading.
 COLUMNS = {
     "workdir": "workdir",
@@ -238,6 +243,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="windows at once; the numbers do not depend on it")  # fmt: skip
     add("--output", type=user_path, metavar="FILE", help="JSON file for the results")
     add("--json", action="store_true", help="print the results as JSON instead of a table")
+    add("--tasks", metavar="NAMES",
+        help="tasks of lm-evaluation-harness instead: table4, or names with shots, piqa,gsm8k:8")  # fmt: skip
+    add("--include_path", metavar="DIR", help="folder of task files of your own, for --tasks")
+    add("--limit", type=_positive, metavar="N", help="documents of each task, to try it")
+    add("--figure", type=user_path, metavar="FILE", help="figure of the tasks, .png or .svg")
+    add("--no_resume", action="store_true",
+        help="ask everything anew, also what an earlier run of the same weights has answered")  # fmt: skip
     add(f"--{compilation_cache.FLAG}", action="store_true", help=compilation_cache.HELP)
     return parser.parse_args(arguments)
 
@@ -249,6 +261,22 @@ def _positive(text: str) -> int:
     return number
 
 
+def run_tasks(options: argparse.Namespace) -> None:
+    """`experiments.benchmarks`, which needs packages of its own; ends the program if they are missing."""
+    alone = [f"--{name}" for name in ("split", "batches") if getattr(options, name)]
+    alone += ["--data.path"] if options.path else []
+    if alone:
+        sys.exit(f"{alone[0]} is for text: leave it out with --tasks")
+    if importlib.util.find_spec("lm_eval") is None:
+        sys.exit("--tasks needs lm-evaluation-harness: pip install -e '.[evaluate]'")
+    from experiments import benchmarks
+
+    try:
+        benchmarks.main(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if not options.workdir:
@@ -256,6 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports what it reads
     compilation_cache.use(not options.no_compilation_cache)
+    if options.tasks is not None:
+        run_tasks(options)
+        return
+    alone = [name for name in _OF_TASKS if getattr(options, name)]
+    if alone:
+        sys.exit(f"--{alone[0]} is for tasks: add --tasks, or leave it out")
     text = {name: getattr(options, name) for name in ("path", "tokenizer", "split", "batches")}
     results, failed = [], []
     for workdir in options.workdir:

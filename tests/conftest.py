@@ -37,8 +37,9 @@ NEEDS = {
     "gpu_interpreter": ("triton", "jax_triton", "torch"),
     "gpu_compiler": ("triton",),
     "parity": ("torch", "transformers"),
+    "harness": ("lm_eval", "datasets"),
 }
-_EXTRAS = {"tpu_compiler": "tpu"}
+_EXTRAS = {"tpu_compiler": "tpu", "harness": "evaluate"}
 
 
 def pytest_collection_modifyitems(items):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from configs import default
 from mhc_jax.checkpoint import Checkpoints
@@ -18,7 +17,7 @@ from mhc_jax.inference import decode, for_sampling, init_decode
 from mhc_jax.layers import look_up
 from mhc_jax.sampling import generate
 from mhc_jax.train import claim_workdir
-from mhc_jax.train_step import init_state, model_graph
+from mhc_jax.train_step import init_state
 from mhc_jax.trained import load
 
 DENSE = {
@@ -48,29 +47,6 @@ def make(overrides):
     return config.model, jax.tree.map(
         lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), state.variables
     )
-
-
-# With mHC too: a token's streams and mappings depend on that token alone.
-@pytest.mark.parametrize(
-    ("overrides", "at_a_time"),
-    [(DENSE, 2), (MOE, 1)],
-    ids=["mha-mhc", "mla-moe-residual"],
-)
-def test_decoding_equals_the_whole_forward_pass(overrides, at_a_time):
-    """A few tokens at a time."""
-    config, variables = make(overrides)
-    tokens = np.random.default_rng(1).integers(0, 32, (2, 8), dtype=np.int32)
-    want = jax.jit(lambda v, t: nnx.merge(model_graph(config), v)(t))(variables, tokens)
-    assert float(jnp.abs(want).max()) > 0.1
-    run = jax.jit(lambda v, t, s: decode(v, t, s, config))
-    state, got = init_decode(config, 2, 8), []
-    for start in range(0, 8, at_a_time):
-        logits, state = run(variables, tokens[:, start : start + at_a_time], state)
-        got.append(logits)
-    np.testing.assert_allclose(
-        jnp.concatenate(got, 1), want, atol=2e-5 * float(jnp.abs(want).max())
-    )
-    assert (state.position == 8).all()
 
 
 def logits_model(logits):
