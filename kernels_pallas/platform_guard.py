@@ -20,10 +20,11 @@ def require_platform(op: str, implementation: str, args: tuple) -> tuple:
     Raises:
       NotImplementedError: when the program is lowered for another platform, unless kernels are interpreted.
     """
-    first, *rest = args
+    (first, *rest), tree = jax.tree.flatten(args)
     if not first.size or _interpreted(implementation):  # no tokens, no kernel
         return args
-    return _require_p.bind(first, op=op, implementation=implementation), *rest
+    first = _require_p.bind(first, op=op, implementation=implementation)
+    return jax.tree.unflatten(tree, (first, *rest))
 
 
 def _interpreted(implementation: str) -> bool:
