@@ -9,7 +9,7 @@ import functools
 
 import jax
 
-from kernels_pallas import placement
+from kernels_pallas import conventions, placement
 from kernels_pallas.boundary import reference
 from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.pre import check_norm
@@ -23,12 +23,12 @@ from kernels_pallas.shapes import (
     check_streams,
     num_columns,
 )
-from kernels_pallas.sinkhorn import check_num_iterations
+from kernels_pallas.sinkhorn import check_sinkhorn
 
 
 def _run(op, definition, static, *args):
     *static, implementation = static
-    names = ("n", "num_iterations", "norm_eps", "input_norm_eps")
+    names = ("n", "num_iterations", "norm_eps", "input_norm_eps", "sinkhorn_eps", "pre_eps")
     return run(op, definition, implementation, *args, **dict(zip(names, static)))
 
 
@@ -75,8 +75,7 @@ def _boundary_backward(static, residuals, cotangents):
 _boundary.defvjp(_boundary_forward, _boundary_backward)
 
 
-def _parameters(streams, phi, bias, alpha, n, num_iterations, phi_precision):
-    check_num_iterations(num_iterations)
+def _parameters(streams, phi, bias, alpha, n, phi_precision):
     m = num_columns(n)
     check_floating(phi=phi, bias=bias, alpha=alpha)
     check_phi(streams, phi, m)
@@ -90,6 +89,17 @@ def _parameters(streams, phi, bias, alpha, n, num_iterations, phi_precision):
     }
 
 
+def _transposed_parameters(args, at, n):
+    """Transposes the logits of h_res in phi and bias, the arguments at `at` and behind it."""
+    phi, bias = (conventions.transposed_columns(x, n) for x in args[at : at + 2])
+    return *args[:at], phi, bias, *args[at + 2 :]
+
+
+def _transposed_res(outputs):
+    layer_input, h_post, h_res, streams = outputs
+    return layer_input, h_post, conventions.transposed(h_res), streams
+
+
 def read(
     streams: jax.Array,
     phi: jax.Array,
@@ -98,6 +108,9 @@ def read(
     *,
     n: int,
     num_iterations: int = 20,
+    sinkhorn_eps: float = 0.0,
+    last: str = "rows",
+    pre_eps: float = 0.0,
     norm_eps: float = 1e-20,
     phi_precision: str = "tf32",
     input_norm_weight: jax.Array | None = None,
@@ -120,6 +133,7 @@ def read(
       phi, bias, alpha: `[n*C, n*n+2n]`, `[n*n+2n]`, `[3]` float32, as in `mappings`.
       n: number of streams.
       num_iterations: t_max of Eq. 9.
+      sinkhorn_eps, last, pre_eps: as in `mappings`.
       norm_eps: added to the mean square of the streams.
       phi_precision: as in `projection`.
       input_norm_weight, input_norm_eps: RMSNorm of the layer input, as in `pre`; None: no norm.
@@ -134,13 +148,17 @@ def read(
       NotImplementedError: the named implementation cannot run here.
     """
     width = check_streams(streams, n)
-    parameters = _parameters(streams, phi, bias, alpha, n, num_iterations, phi_precision)
+    parameters = _parameters(streams, phi, bias, alpha, n, phi_precision)
+    sinkhorn_eps = check_sinkhorn(num_iterations, "sinkhorn_eps", sinkhorn_eps, last)
+    pre_eps = conventions.check_eps("pre_eps", pre_eps)
     weight = check_norm(input_norm_weight, input_norm_eps, width, parameters["phi"].dtype)
-    static = (n, num_iterations, norm_eps, input_norm_eps, implementation)
+    static = (n, num_iterations, norm_eps, input_norm_eps, sinkhorn_eps, pre_eps, implementation)
     args = placement.aligned(
         reference.read_forward, streams=streams, **parameters, input_norm_weight=weight
     )
-    return _read(*args, static)
+    if last == "rows":
+        return _read(*args, static)
+    return _transposed_res(_read(*_transposed_parameters(args, 1, n), static))
 
 
 def boundary(
@@ -154,6 +172,9 @@ def boundary(
     *,
     n: int,
     num_iterations: int = 20,
+    sinkhorn_eps: float = 0.0,
+    last: str = "rows",
+    pre_eps: float = 0.0,
     norm_eps: float = 1e-20,
     phi_precision: str = "tf32",
     input_norm_weight: jax.Array | None = None,
@@ -174,7 +195,8 @@ def boundary(
 
     Args:
       streams, layer_output, h_post, h_res: the pending update, as in `post_res`.
-      phi, bias, alpha, n, num_iterations, norm_eps, phi_precision: of the next sublayer, as in `read`.
+      phi, bias, alpha, n, num_iterations, sinkhorn_eps, last, pre_eps, norm_eps, phi_precision: of the next
+        sublayer, as in `read`.
       input_norm_weight, input_norm_eps: RMSNorm of the next layer input, as in `read`.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
@@ -192,10 +214,12 @@ def boundary(
     check_layer_output(streams, layer_output, width)
     check_shape("h_post", h_post, (*lead, n))
     check_shape("h_res", h_res, (*lead, n, n))
-    parameters = _parameters(streams, phi, bias, alpha, n, num_iterations, phi_precision)
+    parameters = _parameters(streams, phi, bias, alpha, n, phi_precision)
+    sinkhorn_eps = check_sinkhorn(num_iterations, "sinkhorn_eps", sinkhorn_eps, last)
+    pre_eps = conventions.check_eps("pre_eps", pre_eps)
     dtype = parameters["phi"].dtype
     weight = check_norm(input_norm_weight, input_norm_eps, width, dtype)
-    static = (n, num_iterations, norm_eps, input_norm_eps, implementation)
+    static = (n, num_iterations, norm_eps, input_norm_eps, sinkhorn_eps, pre_eps, implementation)
     args = placement.aligned(
         reference.forward,
         streams=streams,
@@ -205,4 +229,6 @@ def boundary(
         **parameters,
         input_norm_weight=weight,
     )
-    return _boundary(*args, static)
+    if last == "rows":
+        return _boundary(*args, static)
+    return _transposed_res(_boundary(*_transposed_parameters(args, 4, n), static))

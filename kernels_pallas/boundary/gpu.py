@@ -39,6 +39,8 @@ def finish_read(streams, parts, phi, bias, alpha, weight, static):
         eps=static["norm_eps"],
         splits=parts.shape[0],
         stride=parts.shape[-1],
+        sinkhorn_eps=static["sinkhorn_eps"],
+        pre_eps=static["pre_eps"],
     )
     h_pre, h_post, h_res, s, r = launch(parts, parts, bias, alpha, T)
     h_pre, h_post = h_pre.reshape(*lead, n), h_post.reshape(*lead, n)
@@ -116,9 +118,8 @@ def mappings_backward(streams: jax.Array, a: ReadBackward, static, fragments: in
         launch = pre.backward_normed_launch(T, C, n, streams.dtype, eps, write_dx=False)
         dh_pre, dweight, d_input = launch(streams, a.h_pre, a.weight, d_input, T)
     rounds = streams.dtype == jnp.bfloat16
-    launch = mappings.backward_launch(
-        T, n, static["num_iterations"], round_ds=rounds, fragments=fragments
-    )
+    options = {"round_ds": rounds, "fragments": fragments, "sinkhorn_eps": static["sinkhorn_eps"]}
+    launch = mappings.backward_launch(T, n, static["num_iterations"], **options)
     ds, dr, gates, pairs = launch(a.s, a.r, a.bias, a.alpha, dh_pre, a.dh_post, a.dh_res, T)
     cotangents = (ds, pairs, dr) if fragments else (ds, dr)
     return d_input, cotangents, (gates, dweight)

@@ -29,10 +29,13 @@ def read_forward(
     num_iterations: int,
     norm_eps: float,
     input_norm_eps: float | None,
+    sinkhorn_eps: float = 0.0,
+    pre_eps: float = 0.0,
 ) -> tuple[jax.Array, ...]:
     """Returns layer_input, h_post, h_res, and for the backward h_pre, s, r."""
     s, r = projection.forward(streams, phi, norm_eps=norm_eps)
-    h_pre, h_post, h_res = mappings.forward(s, r, bias, alpha, n=n, num_iterations=num_iterations)
+    options = {"num_iterations": num_iterations, "sinkhorn_eps": sinkhorn_eps, "pre_eps": pre_eps}
+    h_pre, h_post, h_res = mappings.forward(s, r, bias, alpha, n=n, **options)
     if input_norm_eps is None:
         layer_input = pre.forward(streams, h_pre)
     else:
@@ -42,21 +45,19 @@ def read_forward(
 
 @layout("...k, km, m, g, c, ...n, ...m, ..., ...c, ...n, ...nn, ...k -> ...k, km, m, g, c")
 def read_backward(
-    streams: jax.Array,
-    *arrays: jax.Array | None,
-    n: int,
-    num_iterations: int,
-    norm_eps: float,
-    input_norm_eps: float | None,
+    streams: jax.Array, *arrays: jax.Array | None, norm_eps: float, **static
 ) -> tuple[jax.Array, ...]:
     """Returns the cotangents (dx, dphi, dbias, dalpha, dweight); dx includes `d_streams`."""
-    static = {"n": n, "num_iterations": num_iterations, "input_norm_eps": input_norm_eps}
+    del norm_eps  # r is there
     dx, *d_parameters = _unrounded_read_backward(streams, *arrays, **static)
     return dx.astype(streams.dtype), *d_parameters
 
 
-def _unrounded_read_backward(streams, *arrays, n, num_iterations, input_norm_eps):
+def _unrounded_read_backward(
+    streams, *arrays, n, num_iterations, input_norm_eps, sinkhorn_eps=0.0, pre_eps=0.0
+):
     """Does the same with dx in float32."""
+    del pre_eps  # in h_pre already
     a = ReadBackward(*arrays)
     d_input, d_weight = a.d_input, None
     if input_norm_eps is not None:
@@ -74,6 +75,7 @@ def _unrounded_read_backward(streams, *arrays, n, num_iterations, input_norm_eps
         a.dh_res,
         n=n,
         num_iterations=num_iterations,
+        sinkhorn_eps=sinkhorn_eps,
     )
     if streams.dtype == jnp.bfloat16:
         ds = round_to_tf32(ds)

@@ -25,7 +25,7 @@ from kernels_pallas.sinkhorn import tpu as sinkhorn
 __all__ = ["backward", "check", "forward", "read_backward", "read_forward"]
 
 
-def check(streams, *args, n, num_iterations, norm_eps, input_norm_eps):
+def check(streams, *args, n, num_iterations, **_):
     """Raises NotImplementedError unless the kernels accept dtype, n, width and options."""
     pallas_call.check_dtypes(streams, n)
     sinkhorn.check_iterates(n, num_iterations)

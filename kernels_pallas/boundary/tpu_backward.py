@@ -37,7 +37,7 @@ def _round_tf32(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _transpose_window(ref, tiles, n, num_iterations):
+def _transpose_window(ref, tiles, n, num_iterations, sinkhorn_eps):
     """Goes back through every column but those of h_pre, for a window; that needs no pass over the streams.
 
     Leaves in `ref.saved_rows`, a token a row: h_pre, s of h_pre, ds of the others, their part of dr, r.
@@ -49,7 +49,9 @@ def _transpose_window(ref, tiles, n, num_iterations):
         s, (r,) = (sinkhorn.spread(x[...], ref.spread) for x in (ref.s, ref.r))
         d = [sinkhorn.spread(x[...], ref.d_spread) for x in (ref.dh_post, ref.dh_res)]
         normed, logits = mappings.logits(s, r, ref.bias, ref.alpha, n)
-        dh = mappings.post_res_backward(logits, *d, ref.iterates, n, num_iterations)
+        dh = mappings.post_res_backward(
+            logits, *d, ref.iterates, n, num_iterations, sinkhorn_eps
+        )
         others = dh, normed[n:]
         mappings.add_parameter_sums(*others, exists, ref.dbias, ref.dalpha, n, first=n)
         ds, dr = mappings.projection_backward(*others, r, ref.alpha, n, first=n)
@@ -132,7 +134,7 @@ def _transpose_write(ref, tiles, n):
         ref.d_old_res[...] = dh[n : n + n * n]
 
 
-def _kernel(*refs, names, tiles, n, num_iterations, input_norm_eps):
+def _kernel(*refs, names, tiles, n, num_iterations, input_norm_eps, sinkhorn_eps):
     ref = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
     normed, fused = input_norm_eps is not None, hasattr(ref, "y")
     if not normed:
@@ -144,14 +146,14 @@ def _kernel(*refs, names, tiles, n, num_iterations, input_norm_eps):
     tiles.zero_past_end(ref.x)
     if fused:
         post_res.load_coefficients(tiles, ref.old_post, ref.old_res, ref.post_rows, ref.res_rows)
-    _transpose_window(ref, tiles, n, num_iterations)
+    _transpose_window(ref, tiles, n, num_iterations, sinkhorn_eps)
     _transpose_input(ref, tiles, n, input_norm_eps)
     _transpose_projection(ref, tiles, n)
     if fused:
         _transpose_write(ref, tiles, n)
 
 
-def _call(x, update, a: ReadBackward, *, n, num_iterations, input_norm_eps):
+def _call(x, update, a: ReadBackward, *, n, num_iterations, input_norm_eps, sinkhorn_eps):
     """Runs the kernel and returns its named outputs; `update` is empty for `read`."""
     (num_tokens, width), m, normed = x.shape, num_columns(n), input_norm_eps is not None
     block = backward_tokens(width, n, x.dtype, num_iterations, fused=bool(update))
@@ -217,6 +219,7 @@ def _call(x, update, a: ReadBackward, *, n, num_iterations, input_norm_eps):
             n=n,
             num_iterations=num_iterations,
             input_norm_eps=input_norm_eps,
+            sinkhorn_eps=sinkhorn_eps,
         ),
         *(array for array, _ in inputs.values()),
         name="mhc_boundary_backward" if update else "mhc_read_backward",
@@ -242,18 +245,17 @@ def _d_parameters(out):
 def read_backward(
     streams: jax.Array,
     *arrays: jax.Array | None,
-    n: int,
-    num_iterations: int,
     norm_eps: float,
-    input_norm_eps: float | None,
+    pre_eps: float,
+    **static,
 ) -> tuple[jax.Array, *tuple[jax.Array | None, ...]]:
     """Returns the cotangents (dx, dphi, dbias, dalpha, dweight); dx includes `d_streams`."""
-    del norm_eps
+    del norm_eps, pre_eps  # in r and h_pre
     a = ReadBackward._make(arrays)
     x = pallas_call.flat_tokens(streams)
     if not x.shape[0]:
         return streams, *_no_parameters(a)
-    out = _call(x, (), a, n=n, num_iterations=num_iterations, input_norm_eps=input_norm_eps)
+    out = _call(x, (), a, **static)
     return out["dx"].reshape(streams.shape), *_d_parameters(out)
 
 
@@ -271,17 +273,14 @@ def backward(
     n: int,
     num_iterations: int,
     norm_eps: float,
-    input_norm_eps: float | None,
+    pre_eps: float,
+    **options,
 ) -> tuple[jax.Array | None, ...]:
     """Returns the cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
-    static: dict[str, Any] = {
-        "n": n,
-        "num_iterations": num_iterations,
-        "input_norm_eps": input_norm_eps,
-    }
+    static: dict[str, Any] = {"n": n, "num_iterations": num_iterations, **options}
     x, lead, update = new_streams, streams.shape[:-1], (streams, layer_output, h_post, h_res)
     if not fits_fused_backward(x.shape[-1], n, x.dtype, num_iterations):
-        g, *d_parameters = read_backward(x, *arrays, norm_eps=norm_eps, **static)
+        g, *d_parameters = read_backward(x, *arrays, norm_eps=norm_eps, pre_eps=pre_eps, **static)
         return *post_res.backward(*update, g), *d_parameters
     a, x = ReadBackward._make(arrays), pallas_call.flat_tokens(x)
     if not x.shape[0]:

@@ -25,7 +25,18 @@ from kernels_pallas.sinkhorn.tpu import spread_shape
 from kernels_pallas.token_tiles import LANES, TokenTiles, sinkhorn_window
 
 
-def _read_block(x_ref, refs, tiles, n, num_iterations, norm_eps, input_norm_eps, beside=None):
+def _read_block(
+    x_ref,
+    refs,
+    tiles,
+    n,
+    num_iterations,
+    norm_eps,
+    input_norm_eps,
+    sinkhorn_eps,
+    pre_eps,
+    beside=None,
+):
     """Computes projection and layer input of `x_ref`, after the last block of a window its coefficients.
 
     Scratch, a token a row: `saved_rows_ref` s, r; `h_rows_ref` h_pre. `beside()` runs beside the projection,
@@ -45,7 +56,7 @@ def _read_block(x_ref, refs, tiles, n, num_iterations, norm_eps, input_norm_eps,
         saved_rows_ref[rows, m : m + 1] = jnp.sqrt(squares / x_ref.shape[1] + norm_eps)
         r = saved_rows_ref[rows, :].T[m : m + 1]
         _, logits = mappings.logits(rows_of(s[:n]), r, bias_ref, alpha_ref, n)
-        pallas_math.store_rows(h_rows_ref, columns_of(mappings.gate(logits)))
+        pallas_math.store_rows(h_rows_ref, columns_of(mappings.gate(logits, eps=pre_eps)))
 
     @functools.partial(tiles.row_groups, unroll=input_unroll(out_ref.shape[-1]))
     def _(rows, window_rows):
@@ -61,6 +72,8 @@ def _read_block(x_ref, refs, tiles, n, num_iterations, norm_eps, input_norm_eps,
             *(s_ref, r_ref, bias_ref, alpha_ref, h_pre_ref, h_post_ref, h_res_ref, spread_ref),
             n=n,
             num_iterations=num_iterations,
+            sinkhorn_eps=sinkhorn_eps,
+            pre_eps=pre_eps,
         )
 
 

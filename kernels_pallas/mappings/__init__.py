@@ -4,44 +4,31 @@ import functools
 
 import jax
 
-from kernels_pallas import placement
+from kernels_pallas import conventions, placement
 from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.mappings import reference
 from kernels_pallas.projection import projection
 from kernels_pallas.shapes import check_floating, check_phi, check_shape, check_streams, num_columns
-from kernels_pallas.sinkhorn import check_num_iterations
+from kernels_pallas.sinkhorn import check_sinkhorn
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(4, 5, 6))
-def _coefficients(s, r, bias, alpha, n, num_iterations, implementation):
-    return run(
-        "coefficients",
-        reference.forward,
-        implementation,
-        s,
-        r,
-        bias,
-        alpha,
-        n=n,
-        num_iterations=num_iterations,
-    )
+def _run(definition, static, *args):
+    *static, implementation = static
+    names = ("n", "num_iterations", "sinkhorn_eps", "pre_eps")
+    return run("coefficients", definition, implementation, *args, **dict(zip(names, static)))
 
 
-def _forward(s, r, bias, alpha, n, num_iterations, implementation):
-    outputs = _coefficients(s, r, bias, alpha, n, num_iterations, implementation)
-    return outputs, (s, r, bias, alpha)
+@functools.partial(custom_vjp, nondiff_argnums=(4,))
+def _coefficients(s, r, bias, alpha, static):
+    return _run(reference.forward, static, s, r, bias, alpha)
 
 
-def _backward(n, num_iterations, implementation, residuals, cotangents):
-    return run(
-        "coefficients",
-        reference.backward,
-        implementation,
-        *residuals,
-        *cotangents,
-        n=n,
-        num_iterations=num_iterations,
-    )
+def _forward(s, r, bias, alpha, static):
+    return _coefficients(s, r, bias, alpha, static), (s, r, bias, alpha)
+
+
+def _backward(static, residuals, cotangents):
+    return _run(reference.backward, static, *residuals, *cotangents)
 
 
 _coefficients.defvjp(_forward, _backward)
@@ -55,6 +42,9 @@ def coefficients(
     *,
     n: int,
     num_iterations: int = 20,
+    sinkhorn_eps: float = 0.0,
+    last: str = "rows",
+    pre_eps: float = 0.0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scale, bias, sigmoids and Sinkhorn-Knopp on the result of the projection (Eqs. 16-19).
@@ -62,8 +52,8 @@ def coefficients(
     Equivalent to the following, with `alpha` spread over its columns:
 
         h = alpha * s / r[..., None] + bias
-        h_pre, h_post = sigmoid(h[..., :n]), 2 * sigmoid(h[..., n : 2 * n])
-        h_res = sinkhorn(h[..., 2 * n :].reshape(..., n, n))
+        h_pre, h_post = sigmoid(h[..., :n]) + pre_eps, 2 * sigmoid(h[..., n : 2 * n])
+        h_res = sinkhorn(h[..., 2 * n :].reshape(..., n, n), eps=sinkhorn_eps, last=last)
 
     Only `s` and `r` are stored; the backward recomputes the rest, the iterates included.
 
@@ -73,12 +63,14 @@ def coefficients(
       alpha: `[3]` float32, gating factors of pre, post, res.
       n: number of streams.
       num_iterations: t_max of Eq. 9.
+      sinkhorn_eps, last, pre_eps: as in `mappings`.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
       h_pre `[..., n]`, h_post `[..., n]`, h_res `[..., n, n]`, float32.
     """
-    check_num_iterations(num_iterations)
+    sinkhorn_eps = check_sinkhorn(num_iterations, "sinkhorn_eps", sinkhorn_eps, last)
+    pre_eps = conventions.check_eps("pre_eps", pre_eps)
     check_floating(s=s, r=r, bias=bias, alpha=alpha)
     m = num_columns(n)
     check_shape("s", s, (*r.shape, m))
@@ -86,7 +78,12 @@ def coefficients(
     check_shape("alpha", alpha, (3,))
     bias, alpha = bias.astype(s.dtype), alpha.astype(s.dtype)
     s, r, bias, alpha = placement.aligned(reference.forward, s=s, r=r, bias=bias, alpha=alpha)
-    return _coefficients(s, r, bias, alpha, n, num_iterations, implementation)
+    static = (n, num_iterations, sinkhorn_eps, pre_eps, implementation)
+    if last == "rows":
+        return _coefficients(s, r, bias, alpha, static)
+    s, bias = (conventions.transposed_columns(x, n) for x in (s, bias))
+    h_pre, h_post, h_res = _coefficients(s, r, bias, alpha, static)
+    return h_pre, h_post, conventions.transposed(h_res)
 
 
 def mappings(
@@ -97,6 +94,9 @@ def mappings(
     *,
     n: int,
     num_iterations: int = 20,
+    sinkhorn_eps: float = 0.0,
+    last: str = "rows",
+    pre_eps: float = 0.0,
     norm_eps: float = 1e-20,
     phi_precision: str = "tf32",
     implementation: str | None = None,
@@ -112,6 +112,9 @@ def mappings(
       alpha: `[3]` float32, gating factors of pre, post, res.
       n: number of streams.
       num_iterations: t_max of Eq. 9.
+      sinkhorn_eps, last: `eps` and `last` of `sinkhorn`; other implementations have other ones, see
+        `kernels_pallas.conventions`.
+      pre_eps: added to h_pre behind the sigmoid, as DeepSeek-V4 does.
       norm_eps: added to the mean square of the streams.
       phi_precision: as in `projection`.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
@@ -136,5 +139,14 @@ def mappings(
         implementation=implementation,
     )
     return coefficients(
-        s, r, bias, alpha, n=n, num_iterations=num_iterations, implementation=implementation
+        s,
+        r,
+        bias,
+        alpha,
+        n=n,
+        num_iterations=num_iterations,
+        sinkhorn_eps=sinkhorn_eps,
+        last=last,
+        pre_eps=pre_eps,
+        implementation=implementation,
     )

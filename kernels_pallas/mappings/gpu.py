@@ -70,6 +70,8 @@ def mhc_coefficients_forward(
     EPS: tl.constexpr,
     LD: tl.constexpr,
     SPLITS: tl.constexpr,
+    SINKHORN_EPS: tl.constexpr,
+    PRE_EPS: tl.constexpr,
 ):
     """Writes h_pre, h_post, h_res of TOKENS tokens.
 
@@ -84,7 +86,10 @@ def mhc_coefficients_forward(
     pre = _load(s_ptr, rows, i, mask, T, LD, SPLITS)
     post = _load(s_ptr + N, rows, i, mask, T, LD, SPLITS)
     h = pre / r * tl.load(alpha_ptr) + tl.load(bias_ptr + i)
-    tl.store(pre_ptr + rows * N + i, _sigmoid(h), mask=mask)
+    if PRE_EPS > 0:
+        tl.store(pre_ptr + rows * N + i, _sigmoid(h) + PRE_EPS, mask=mask)
+    else:
+        tl.store(pre_ptr + rows * N + i, _sigmoid(h), mask=mask)
     h = post / r * tl.load(alpha_ptr + 1) + tl.load(bias_ptr + N + i)
     tl.store(post_ptr + rows * N + i, 2.0 * _sigmoid(h), mask=mask)
     if K:
@@ -98,12 +103,21 @@ def mhc_coefficients_forward(
     if K:
         tl.store(s_out_ptr + rows * M + 2 * N + ij, res, mask=mask)
     logits = res / r * tl.load(alpha_ptr + 2) + tl.load(bias_ptr + 2 * N + ij)
-    res = sinkhorn.project(logits, None, NUM_ITERATIONS)
+    res = sinkhorn.project(logits, None, NUM_ITERATIONS, SINKHORN_EPS)
     tl.store(res_ptr + rows * (N * N) + ij, res, mask=mask)
 
 
 def forward_launch(
-    T: int, n: int, num_iterations: int, *, K=0, eps=0.0, splits=1, stride=0
+    T: int,
+    n: int,
+    num_iterations: int,
+    *,
+    K=0,
+    eps=0.0,
+    splits=1,
+    stride=0,
+    sinkhorn_eps=0.0,
+    pre_eps=0.0,
 ) -> Launch:
     """Makes the launch from s and r, or (K > 0) from partial sums [splits, T, stride]."""
     m = n * n + 2 * n
@@ -126,12 +140,14 @@ def forward_launch(
             "EPS": eps,
             "LD": stride or m,
             "SPLITS": splits,
+            "SINKHORN_EPS": sinkhorn_eps,
+            "PRE_EPS": pre_eps,
         },
         num_warps=1,
     )
 
 
-def check(s: jax.Array, *_, n: int, num_iterations: int) -> None:
+def check(s: jax.Array, *_, n: int, num_iterations: int, **__) -> None:
     """Raises NotImplementedError for n other than 2, 4, 8, for float64 or too many iterations."""
     triton_call.check_n(n)
     if s.dtype != jnp.float32:
@@ -140,13 +156,20 @@ def check(s: jax.Array, *_, n: int, num_iterations: int) -> None:
 
 
 def forward(
-    s: jax.Array, r: jax.Array, bias: jax.Array, alpha: jax.Array, *, n: int, num_iterations: int
+    s: jax.Array,
+    r: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    *,
+    n: int,
+    num_iterations: int,
+    **eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Maps s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
     shapes = ((*r.shape, n), (*r.shape, n), (*r.shape, n, n))
     T = triton_call.num_tokens(r.shape)
     if T:
-        outputs = forward_launch(T, n, num_iterations)(s, r, bias, alpha, T)
+        outputs = forward_launch(T, n, num_iterations, **eps)(s, r, bias, alpha, T)
     else:
         outputs = triton_call.empty_like(*((shape, s.dtype) for shape in shapes))
     h_pre, h_post, h_res = (out.reshape(shape) for out, shape in zip(outputs, shapes))
@@ -164,12 +187,14 @@ def backward(
     *,
     n: int,
     num_iterations: int,
+    sinkhorn_eps: float = 0.0,
+    pre_eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns the cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
+    del pre_eps  # a constant beside the sigmoid
     T = triton_call.num_tokens(r.shape)
     if not T:
         return s, r, jnp.zeros_like(bias), jnp.zeros_like(alpha)
-    ds, dr, sums, _ = backward_launch(T, n, num_iterations)(
-        s, r, bias, alpha, dh_pre, dh_post, dh_res, T
-    )
+    launch = backward_launch(T, n, num_iterations, sinkhorn_eps=sinkhorn_eps)
+    ds, dr, sums, _ = launch(s, r, bias, alpha, dh_pre, dh_post, dh_res, T)
     return ds.reshape(s.shape), dr.reshape(r.shape), *parameter_gradients(sums, n)

@@ -93,6 +93,7 @@ def mhc_coefficients_backward(
     NUM_ITERATIONS: tl.constexpr,
     ROUND: tl.constexpr,
     FRAGMENTS: tl.constexpr,
+    SINKHORN_EPS: tl.constexpr,
 ):
     """Writes ds, dr, and a column of sums [2, M, programs] over its tokens: of dh and of dh * s / r.
 
@@ -148,7 +149,7 @@ def mhc_coefficients_backward(
     alpha = tl.load(alpha_ptr + 2)
     d = tl.load(dres_ptr + rows * (N * N) + ij, mask=mask, other=0.0)
     logits = normed * alpha + tl.load(bias_ptr + 2 * N + ij)
-    d = sinkhorn.project_backward(logits, d, None, NUM_ITERATIONS)
+    d = sinkhorn.project_backward(logits, d, None, NUM_ITERATIONS, SINKHORN_EPS)
     ds = d * alpha / r
     if ROUND:
         ds = round_tf32(ds)
@@ -168,7 +169,13 @@ def mhc_coefficients_backward(
 
 
 def backward_launch(
-    T: int, n: int, num_iterations: int, *, round_ds: bool = False, fragments: int = 0
+    T: int,
+    n: int,
+    num_iterations: int,
+    *,
+    round_ds: bool = False,
+    fragments: int = 0,
+    sinkhorn_eps: float = 0.0,
 ) -> Launch:
     """Makes the launch of the backward; `round_ds` rounds ds to TF32 as the projection's backward wants it.
 
@@ -193,6 +200,7 @@ def backward_launch(
             "NUM_ITERATIONS": num_iterations,
             "ROUND": round_ds,
             "FRAGMENTS": fragments,
+            "SINKHORN_EPS": sinkhorn_eps,
         },
         num_warps=1,
     )
