@@ -42,12 +42,16 @@ def check_eps(name: str, eps: float, least: float = 0.0) -> float:
       ValueError: negative, not finite, or below `least` but not 0.
     """
     if not isinstance(eps, numbers.Real):
-        raise TypeError(f"{name} is a {type(eps).__name__}, not a number: use 0.0 or for example 1e-6")
+        raise TypeError(
+            f"{name} is a {type(eps).__name__}, not a number: use 0.0 or for example 1e-6"
+        )
     eps = float(eps)
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"{name}={eps}: use 0.0 or a positive number, for example 1e-6")
     if 0 < eps < least:
-        raise ValueError(f"{name}={eps}: use 0.0 or at least {least}, below it float32 may divide by 0")
+        raise ValueError(
+            f"{name}={eps}: use 0.0 or at least {least}, below it float32 may divide by 0"
+        )
     return eps
 
 

@@ -5,7 +5,8 @@ Interpreter. A named implementation="pallas" raises on a CPU. Inside
 """
 
 import math
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +58,40 @@ def call(
             flops=flops, transcendentals=transcendentals, bytes_accessed=size
         ),
     )(*operands)
+
+
+def call_named(
+    kernel: Callable,
+    inputs: Mapping[str, tuple[jax.Array, pl.BlockSpec]],
+    outputs: Mapping[str, tuple[tuple[int, ...], Any, pl.BlockSpec]],
+    scratch: Mapping[str, tuple[tuple[int, ...], Any]],
+    **options,
+) -> dict[str, jax.Array]:
+    """Does `call` for a kernel with many arrays: it gets one namespace, whose fields are their references.
+
+    Args:
+      kernel: called with a `types.SimpleNamespace`.
+      inputs, outputs, scratch: of each name the array or its shape and dtype, and its blocks.
+      **options: as in `call`.
+
+    Returns:
+      the outputs by name.
+    """
+    names = *inputs, *outputs, *scratch
+
+    def with_names(*refs):
+        kernel(types.SimpleNamespace(**dict(zip(names, refs, strict=True))))
+
+    results = call(
+        with_names,
+        *(array for array, _ in inputs.values()),
+        in_specs=[spec for _, spec in inputs.values()],
+        out_specs=[spec for *_, spec in outputs.values()],
+        out_shapes=[(shape, dtype) for shape, dtype, _ in outputs.values()],
+        scratch_shapes=[pltpu.VMEM(*shape) for shape in scratch.values()],
+        **options,
+    )
+    return dict(zip(outputs, results, strict=True))
 
 
 def check_dtypes(streams: jax.Array, n: int) -> None:

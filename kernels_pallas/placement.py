@@ -76,7 +76,8 @@ def _named(arguments: dict[str, Any], shapes: tuple) -> Iterator[tuple[str, jax.
     """Name, array and layout of everything that is there."""
     for (name, value), shape in zip(arguments.items(), shapes, strict=True):
         fields, tree = jax.tree_util.tree_flatten_with_path(shape)
-        for (path, text), x in zip(fields, tree.flatten_up_to(value), strict=True):
+        arrays = tree.flatten_up_to(value)  # type: ignore[attr-defined]
+        for (path, text), x in zip(fields, arrays, strict=True):
             if x is not None:
                 yield path[-1].name if path else name, x, text
 

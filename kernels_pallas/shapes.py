@@ -96,6 +96,17 @@ def check_layer_output(streams: jax.Array, layer_output: jax.Array, width: int) 
         )
 
 
+def check_update(
+    streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, h_res: jax.Array, n: int
+) -> None:
+    """Checks what is written to streams `[..., n*C]`; raises as `check_layer_output` and `check_shape`."""
+    lead, width = streams.shape[:-1], streams.shape[-1] // n
+    check_floating(h_post=h_post, h_res=h_res)
+    check_layer_output(streams, layer_output, width)
+    check_shape("h_post", h_post, (*lead, n))
+    check_shape("h_res", h_res, (*lead, n, n))
+
+
 def check_phi(streams: jax.Array, phi: jax.Array, num_columns: int | None = None) -> None:
     """Raises ValueError unless `phi` has a row for each entry of a token, and `num_columns` columns."""
     columns = phi.shape[1:] if num_columns is None else (num_columns,)

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import cuda_call
+from kernels_pallas.boundary.contract import Update
 from kernels_pallas.cuda_call import CudaLaunch
+from kernels_pallas.mappings.gpu import Fragments
 from kernels_pallas.precision import split_bf16
 from kernels_pallas.triton_call import cdiv, full_waves, multiprocessors, num_tokens, struct
 
@@ -79,6 +81,45 @@ def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLau
         num_warps=8,
         shared_bytes=_shared_bytes(mix),
     )
+
+
+def boundary_backward(
+    update: Update,
+    g: jax.Array,
+    d: jax.Array,
+    h_pre: jax.Array,
+    phi: jax.Array,
+    fragments: Fragments,
+) -> tuple[jax.Array, ...]:
+    """Runs backward.cu with the write; T > 0.
+
+    Args:
+      update: streams, layer output, h_post, h_res before the write.
+      g, d: cotangents of the new streams and of the weighted sum.
+      h_pre, phi: of the read.
+      fragments: of `mappings.gpu.backward_to_fragments`.
+
+    Returns:
+      dx [T, 4C], dy [T, C], partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
+    """
+    T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
+    return backward_launch(T, C, mix=True)(*update, g, d, h_pre, phi, *fragments, T)
+
+
+def read_backward(
+    streams: jax.Array,
+    g: jax.Array,
+    d: jax.Array,
+    h_pre: jax.Array,
+    phi: jax.Array,
+    fragments: Fragments,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs backward.cu without the write: dx [T, 4C], partial sums of dphi; arguments as above, T > 0."""
+    T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
+    not_read = d, h_pre, h_pre  # in place of y, h_post, h_res
+    launch = backward_launch(T, C, mix=False)
+    dx, _, _, dphi = launch(streams, *not_read, g, d, h_pre, phi, *fragments, T)
+    return dx, dphi
 
 
 def forward_launch(T: int, C: int) -> CudaLaunch:

@@ -13,153 +13,147 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import triton_call, triton_sums
-from kernels_pallas.boundary.arguments import ReadBackward
+from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
 from kernels_pallas.mappings import gpu as mappings
 from kernels_pallas.post_res import gpu as post_res
 from kernels_pallas.pre import gpu as pre
 from kernels_pallas.projection import gpu as projection
 
 
-def check(streams: jax.Array, *_, n: int, num_iterations: int, **__) -> None:
+def check(first: jax.Array | Update, *_, static: ReadStatic) -> None:
     """Raises NotImplementedError for n other than 2, 4, 8, for float64 or too many iterations."""
-    triton_call.check_n(n)
-    triton_call.check_streams_dtype(streams.dtype)
-    mappings.sinkhorn.check_iterations(num_iterations)
+    triton_call.check_n(static.n)
+    triton_call.check_streams_dtype(jax.tree.leaves(first)[0].dtype)
+    mappings.sinkhorn.check_iterations(static.num_iterations)
 
 
-def finish_read(streams, parts, phi, bias, alpha, weight, static):
-    """Computes the results of `read_forward` from the projection's partial sums."""
-    n, lead, (K, m) = static["n"], streams.shape[:-1], phi.shape
-    T = triton_call.num_tokens(lead)
-    launch = mappings.forward_launch(
-        T,
-        n,
-        static["num_iterations"],
+def finish_read(
+    streams: jax.Array, sums: jax.Array, parameters: Parameters, static: ReadStatic
+) -> tuple[ReadOut, Saved]:
+    """Does a read from the projection's partial sums on."""
+    n, lead, (K, m) = static.n, streams.shape[:-1], parameters.phi.shape
+    h_pre, h_post, h_res, s, r = mappings.forward_of_sums(
+        sums,
+        parameters.bias,
+        parameters.alpha,
         K=K,
-        eps=static["norm_eps"],
-        splits=parts.shape[0],
-        stride=parts.shape[-1],
-        sinkhorn_eps=static["sinkhorn_eps"],
-        pre_eps=static["pre_eps"],
+        n=n,
+        num_iterations=static.num_iterations,
+        norm_eps=static.norm_eps,
+        sinkhorn_eps=static.sinkhorn_eps,
+        pre_eps=static.pre_eps,
     )
-    h_pre, h_post, h_res, s, r = launch(parts, parts, bias, alpha, T)
     h_pre, h_post = h_pre.reshape(*lead, n), h_post.reshape(*lead, n)
-    if static["input_norm_eps"] is None:
+    weight, eps = parameters.weight, static.input_norm_eps
+    if weight is None or eps is None:
         layer_input = pre.forward(streams, h_pre)
     else:
-        layer_input = pre.forward_normed(streams, h_pre, weight, eps=static["input_norm_eps"])
-    return (
-        layer_input,
-        h_post,
-        h_res.reshape(*lead, n, n),
-        h_pre,
-        s.reshape(*lead, m),
-        r.reshape(lead),
-    )
+        layer_input = pre.forward_normed(streams, h_pre, weight, eps=eps)
+    out = ReadOut(layer_input, h_post, h_res.reshape(*lead, n, n))
+    return out, Saved(h_pre, s.reshape(*lead, m), r.reshape(lead))
 
 
-def empty_read(streams, n):
+def empty_read(streams: jax.Array, n: int) -> tuple[ReadOut, Saved]:
     """Returns the results of `read_forward` for no tokens."""
     lead, C = streams.shape[:-1], streams.shape[-1] // n
     shapes = ((n,), (n, n), (n,), (n * n + 2 * n,), ())
-    rest = triton_call.empty_like(*(((*lead, *shape), jnp.float32) for shape in shapes))
-    return streams[..., :C], *rest
+    h_post, h_res, *saved = triton_call.empty_like(
+        *(((*lead, *shape), jnp.float32) for shape in shapes)
+    )
+    return ReadOut(streams[..., :C], h_post, h_res), Saved(*saved)
 
 
 def read_forward(
-    streams: jax.Array,
-    phi: jax.Array,
-    bias: jax.Array,
-    alpha: jax.Array,
-    weight: jax.Array | None,
-    **static,
-) -> tuple[jax.Array, ...]:
-    """Returns layer_input, h_post, h_res, h_pre, s, r."""
+    streams: jax.Array, parameters: Parameters, *, static: ReadStatic
+) -> tuple[ReadOut, Saved]:
+    """Does the read of a sublayer."""
     if not triton_call.num_tokens(streams.shape[:-1]):
-        return empty_read(streams, static["n"])
-    parts = projection.partial_sums(streams, phi)
-    return finish_read(streams, parts, phi, bias, alpha, weight, static)
-
-
-def no_gradients(a: ReadBackward) -> tuple[jax.Array | None, ...]:
-    """Returns the cotangents of the parameters for no tokens."""
-    parameters = (a.phi, a.bias, a.alpha, a.weight)
-    return tuple(None if p is None else jnp.zeros_like(p) for p in parameters)
+        return empty_read(streams, static.n)
+    sums = projection.partial_sums(streams, parameters.phi)
+    return finish_read(streams, sums, parameters, static)
 
 
 def read_backward(
-    streams: jax.Array, *arrays: jax.Array | None, **static
-) -> tuple[jax.Array | None, ...]:
-    """Returns the cotangents (dx, dphi, dbias, dalpha, dweight)."""
-    a = ReadBackward._make(arrays)
-    n, (K, m), T = static["n"], a.phi.shape, triton_call.num_tokens(a.r.shape)
-    if not T:
-        return streams, *no_gradients(a)
-    d_input, cotangents, (gates, dweight) = mappings_backward(streams, a, static)
-    launch = projection.backward_launch(T, K, n, m, streams.dtype, accumulate=True)
-    dx, dphi = launch(streams, a.phi, a.r, *cotangents, a.d_streams, d_input, a.h_pre, T)
-    return dx.reshape(streams.shape), *triton_sums.parameter_gradients(dphi, gates, dweight, n)
+    streams: jax.Array,
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    d_streams: jax.Array,
+    *,
+    static: ReadStatic,
+) -> tuple[jax.Array, Parameters]:
+    """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
+    if not triton_call.num_tokens(saved.r.shape):
+        return streams, parameters.no_cotangents()
+    d_sum, dh_pre, d_weight = input_backward(streams, parameters, saved, d, static)
+    ds, dr, d_gates = mappings.backward_to_projection(
+        *mappings_operands(parameters, saved, d, dh_pre),
+        round_ds=streams.dtype == jnp.bfloat16,
+        **mappings_static(static),
+    )
+    dx, dphi = projection.backward_and_add(
+        streams, parameters.phi, saved.r, ds, dr, d_streams, d_sum, saved.h_pre
+    )
+    d_parameters = triton_sums.parameter_gradients(dphi, d_gates, d_weight, static.n)
+    return dx.reshape(streams.shape), Parameters(*d_parameters)
 
 
-def mappings_backward(streams: jax.Array, a: ReadBackward, static, fragments: int = 0):
-    """Goes back from the layer input and the mappings to the projection.
+def input_backward(
+    streams: jax.Array, parameters: Parameters, saved: Saved, d: ReadOut, static: ReadStatic
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Goes back from the layer input: cotangents of the weighted sum, of h_pre, partial sums of dweight."""
+    h_pre, d_input = saved.h_pre, d.layer_input
+    weight, eps = parameters.weight, static.input_norm_eps
+    if weight is None or eps is None:
+        return d_input, pre.backward_of_weights(streams, h_pre, d_input), None
+    return pre.backward_of_weights_normed(streams, h_pre, weight, d_input, eps=eps)
 
-    Returns the cotangent of the weighted sum; (ds, dr), or with `fragments` the operands of backward.cu
-    (`mappings.backward_launch`); partial sums for (dbias and dalpha, dweight).
-    """
-    n, T, C = static["n"], triton_call.num_tokens(a.r.shape), a.d_input.shape[-1]
-    d_input, dweight = a.d_input, None
-    if static["input_norm_eps"] is None:
-        launch = pre.backward_launch(T, C, n, streams.dtype, write_dx=False)
-        dh_pre, _ = launch(streams, a.h_pre, d_input)
-    else:
-        eps = static["input_norm_eps"]
-        assert a.weight is not None
-        launch = pre.backward_normed_launch(T, C, n, streams.dtype, eps, write_dx=False)
-        dh_pre, dweight, d_input = launch(streams, a.h_pre, a.weight, d_input, T)
-    rounds = streams.dtype == jnp.bfloat16
-    options = {"round_ds": rounds, "fragments": fragments, "sinkhorn_eps": static["sinkhorn_eps"]}
-    launch = mappings.backward_launch(T, n, static["num_iterations"], **options)
-    ds, dr, gates, pairs = launch(a.s, a.r, a.bias, a.alpha, dh_pre, a.dh_post, a.dh_res, T)
-    cotangents = (ds, pairs, dr) if fragments else (ds, dr)
-    return d_input, cotangents, (gates, dweight)
+
+def mappings_operands(
+    parameters: Parameters, saved: Saved, d: ReadOut, dh_pre: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Returns the arrays that the backward of the mappings takes."""
+    forward = saved.s, saved.r, parameters.bias, parameters.alpha
+    return *forward, dh_pre, d.h_post, d.h_res
+
+
+def mappings_static(static: ReadStatic) -> dict:
+    """Returns the static arguments of the backward of the mappings."""
+    return {
+        "n": static.n,
+        "num_iterations": static.num_iterations,
+        "sinkhorn_eps": static.sinkhorn_eps,
+    }
 
 
 def forward(
-    streams: jax.Array,
-    layer_output: jax.Array,
-    h_post: jax.Array,
-    h_res: jax.Array,
-    phi: jax.Array,
-    bias: jax.Array,
-    alpha: jax.Array,
-    weight: jax.Array | None,
-    **static,
-) -> tuple[jax.Array, ...]:
-    """Returns new streams, then what `read_forward` returns for them."""
-    new_streams = post_res.forward(streams, layer_output, h_post, h_res)
-    return new_streams, *read_forward(new_streams, phi, bias, alpha, weight, **static)
+    update: Update, parameters: Parameters, *, static: ReadStatic
+) -> tuple[jax.Array, ReadOut, Saved]:
+    """Does the write, then the read of the new streams."""
+    new_streams = post_res.forward(*update)
+    return new_streams, *read_forward(new_streams, parameters, static=static)
 
 
 def backward(
-    streams: jax.Array,
-    layer_output: jax.Array,
-    h_post: jax.Array,
-    h_res: jax.Array,
+    update: Update,
     new_streams: jax.Array,
-    *arrays: jax.Array | None,
-    **static,
-) -> tuple[jax.Array | None, ...]:
-    """Returns the cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
-    a = ReadBackward._make(arrays)
-    update = (streams, layer_output, h_post, h_res)
-    (K, m), T = a.phi.shape, triton_call.num_tokens(a.r.shape)
-    if not T:
-        return *update, *no_gradients(a)
-    n = static["n"]
-    d_input, cotangents, (gates, dweight) = mappings_backward(new_streams, a, static)
-    launch = projection.backward_launch(T, K, 1, m, streams.dtype, accumulate=False)
-    unused = (new_streams, new_streams, a.r)
-    d_projection, dphi = launch(new_streams, a.phi, a.r, *cotangents, *unused, T)
-    d_update = post_res.backward_of_sum(*update, a.d_streams, d_projection, d_input, a.h_pre)
-    return *d_update, *triton_sums.parameter_gradients(dphi, gates, dweight, n)
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    d_new: jax.Array,
+    *,
+    static: ReadStatic,
+) -> tuple[Update, Parameters]:
+    """Returns the cotangents of the update and of the parameters."""
+    if not triton_call.num_tokens(saved.r.shape):
+        return update, parameters.no_cotangents()
+    d_sum, dh_pre, d_weight = input_backward(new_streams, parameters, saved, d, static)
+    ds, dr, d_gates = mappings.backward_to_projection(
+        *mappings_operands(parameters, saved, d, dh_pre),
+        round_ds=new_streams.dtype == jnp.bfloat16,
+        **mappings_static(static),
+    )
+    d_projection, dphi = projection.backward_sums(new_streams, parameters.phi, saved.r, ds, dr)
+    d_update = post_res.backward_of_sum(*update, d_new, d_projection, d_sum, saved.h_pre)
+    d_parameters = triton_sums.parameter_gradients(dphi, d_gates, d_weight, static.n)
+    return Update(*d_update), Parameters(*d_parameters)

@@ -1,16 +1,13 @@
 """Backward of `read` and `boundary` on TPU; see tpu.py."""
 
 import functools
-import types
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import pallas_call, pallas_math
-from kernels_pallas.boundary.arguments import ReadBackward
+from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
 from kernels_pallas.boundary.tpu_blocks import (
     SCALARS,
     backward_tokens,
@@ -37,11 +34,12 @@ def _round_tf32(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _transpose_window(ref, tiles, n, num_iterations, sinkhorn_eps):
+def _transpose_window(ref, tiles, static):
     """Goes back through every column but those of h_pre, for a window; that needs no pass over the streams.
 
     Leaves in `ref.saved_rows`, a token a row: h_pre, s of h_pre, ds of the others, their part of dr, r.
     """
+    n = static.n
     exists, do = mappings.tile_mask(tiles), tiles.first_of_window() & tiles.in_range()
 
     @pl.when(do)
@@ -50,7 +48,7 @@ def _transpose_window(ref, tiles, n, num_iterations, sinkhorn_eps):
         d = [sinkhorn.spread(x[...], ref.d_spread) for x in (ref.dh_post, ref.dh_res)]
         normed, logits = mappings.logits(s, r, ref.bias, ref.alpha, n)
         dh = mappings.post_res_backward(
-            logits, *d, ref.iterates, n, num_iterations, sinkhorn_eps
+            logits, *d, ref.iterates, n, static.num_iterations, static.sinkhorn_eps
         )
         others = dh, normed[n:]
         mappings.add_parameter_sums(*others, exists, ref.dbias, ref.dalpha, n, first=n)
@@ -134,48 +132,64 @@ def _transpose_write(ref, tiles, n):
         ref.d_old_res[...] = dh[n : n + n * n]
 
 
-def _kernel(*refs, names, tiles, n, num_iterations, input_norm_eps, sinkhorn_eps):
-    ref = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
-    normed, fused = input_norm_eps is not None, hasattr(ref, "y")
-    if not normed:
+def _kernel(ref, tiles, static):
+    fused = hasattr(ref, "y")
+    if not static.has_norm:
         ref.d_sum = ref.d
     elif fused:
         ref.d_sum = ref.dy  # not yet in use
-    sums = ref.dphi, ref.dbias, ref.dalpha, *([ref.d_weight] if normed else [])
-    tiles.zero_sums(*sums)
+    tiles.zero_sums(ref.dphi, ref.dbias, ref.dalpha, *([ref.d_weight] if static.has_norm else []))
     tiles.zero_past_end(ref.x)
     if fused:
         post_res.load_coefficients(tiles, ref.old_post, ref.old_res, ref.post_rows, ref.res_rows)
-    _transpose_window(ref, tiles, n, num_iterations, sinkhorn_eps)
-    _transpose_input(ref, tiles, n, input_norm_eps)
-    _transpose_projection(ref, tiles, n)
+    _transpose_window(ref, tiles, static)
+    _transpose_input(ref, tiles, static.n, static.input_norm_eps)
+    _transpose_projection(ref, tiles, static.n)
     if fused:
-        _transpose_write(ref, tiles, n)
+        _transpose_write(ref, tiles, static.n)
 
 
-def _call(x, update, a: ReadBackward, *, n, num_iterations, input_norm_eps, sinkhorn_eps):
-    """Runs the kernel and returns its named outputs; `update` is empty for `read`."""
-    (num_tokens, width), m, normed = x.shape, num_columns(n), input_norm_eps is not None
-    block = backward_tokens(width, n, x.dtype, num_iterations, fused=bool(update))
+def _call(
+    x: jax.Array,
+    update: Update | None,
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    g: jax.Array,
+    static: ReadStatic,
+) -> dict[str, jax.Array]:
+    """Runs the kernel and returns its named outputs.
+
+    Args:
+      x: the streams that were read, [T, n*C].
+      update: what was written before; None: nothing.
+      parameters, saved: of the read.
+      d, g: cotangents of what was read, and of the streams.
+      static: of the read.
+    """
+    n, f32 = static.n, jnp.float32
+    (num_tokens, row), m, fused = x.shape, num_columns(n), update is not None
+    width = row // n
+    block = backward_tokens(row, n, x.dtype, static.num_iterations, fused=fused)
     tiles = TokenTiles(num_tokens, block, max_parts=2, min_window=sinkhorn_window(num_tokens))
-    operand, window, f32 = projection.phi_operand(a.phi, x.dtype), tiles.window, jnp.float32
-    row, layer_row, columns = tiles.rows(width), tiles.rows(width // n), tiles.columns
+    operand, window = projection.phi_operand(parameters.phi, x.dtype), tiles.window
+    rows, layer_rows, columns = tiles.rows(row), tiles.rows(width), tiles.columns
     flat, last = pallas_call.flat_tokens, pallas_call.tokens_last
     inputs = {
-        "x": (x, row),
+        "x": (x, rows),
         "phi": (operand, tiles.whole(*operand.shape)),
-        "bias": (a.bias, SCALARS),
-        "alpha": (a.alpha, SCALARS),
-        "h_pre": (last(a.h_pre), columns(n)),
-        "s": (last(a.s), columns(m)),
-        "r": (a.r.reshape(1, num_tokens), columns(1)),
-        "d": (flat(a.d_input), layer_row),
-        "dh_post": (last(a.dh_post), columns(n)),
-        "dh_res": (last(a.dh_res, 2), columns(n * n)),
-        "g": (flat(a.d_streams), row),
+        "bias": (parameters.bias, SCALARS),
+        "alpha": (parameters.alpha, SCALARS),
+        "h_pre": (last(saved.h_pre), columns(n)),
+        "s": (last(saved.s), columns(m)),
+        "r": (saved.r.reshape(1, num_tokens), columns(1)),
+        "d": (flat(d.layer_input), layer_rows),
+        "dh_post": (last(d.h_post), columns(n)),
+        "dh_res": (last(d.h_res, 2), columns(n * n)),
+        "g": (flat(g), rows),
     }
-    outputs = {"dx": (x.shape, x.dtype, row)}
-    sums = {"dphi": (m, width), "dbias": (m, 8, LANES), "dalpha": (3, 8, LANES)}
+    outputs = {"dx": (x.shape, x.dtype, rows)}
+    sums = {"dphi": (m, row), "dbias": (m, 8, LANES), "dalpha": (3, 8, LANES)}
     scratch = {
         "saved_rows": ((window, LANES), f32),
         "dh_rows": ((block, LANES), f32),
@@ -183,22 +197,20 @@ def _call(x, update, a: ReadBackward, *, n, num_iterations, input_norm_eps, sink
         "spread": (sinkhorn.spread_shape(m, window), f32),
         "spread_pre": ((n, block, LANES), f32),
         "d_spread": (sinkhorn.spread_shape(n * n, window), f32),
-        "iterates": (sinkhorn.iterates_shape(n, num_iterations, window), f32),
+        "iterates": (sinkhorn.iterates_shape(n, static.num_iterations, window), f32),
     }
-    if normed:
-        assert a.weight is not None
-        inputs["weight"] = (a.weight.reshape(1, -1), tiles.whole(1, width // n))
-        sums["d_weight"] = (MIN_TOKENS, width // n)
-    if update:
-        old_x, y, old_post, old_res = update
+    if parameters.weight is not None:
+        inputs["weight"] = (parameters.weight.reshape(1, -1), tiles.whole(1, width))
+        sums["d_weight"] = (MIN_TOKENS, width)
+    if update is not None:
         inputs |= {
-            "old_x": (flat(old_x), row),
-            "y": (flat(y), layer_row),
-            "old_post": (last(old_post), columns(n)),
-            "old_res": (last(old_res, 2), columns(n * n)),
+            "old_x": (flat(update.streams), rows),
+            "y": (flat(update.layer_output), layer_rows),
+            "old_post": (last(update.h_post), columns(n)),
+            "old_res": (last(update.h_res, 2), columns(n * n)),
         }
         outputs |= {
-            "dy": ((num_tokens, width // n), x.dtype, layer_row),
+            "dy": ((num_tokens, width), x.dtype, layer_rows),
             "d_old_post": ((n, num_tokens), f32, columns(n)),
             "d_old_res": ((n * n, num_tokens), f32, columns(n * n)),
         }
@@ -207,88 +219,68 @@ def _call(x, update, a: ReadBackward, *, n, num_iterations, input_norm_eps, sink
         if x.dtype == jnp.bfloat16:
             scratch["gram"] = post_res.gram_shape(block, n), f32
         scratch["spread_old"] = (n + n * n, block, LANES), f32
-    elif normed:
-        scratch["d_sum"] = (block, width // n), x.dtype
+    elif static.has_norm:
+        scratch["d_sum"] = (block, width), x.dtype
     for name, shape in sums.items():
         outputs[name] = (tiles.parts, *shape), f32, tiles.sums(*shape)
-    results = pallas_call.call(
-        functools.partial(
-            _kernel,
-            names=(*inputs, *outputs, *scratch),
-            tiles=tiles,
-            n=n,
-            num_iterations=num_iterations,
-            input_norm_eps=input_norm_eps,
-            sinkhorn_eps=sinkhorn_eps,
-        ),
-        *(array for array, _ in inputs.values()),
-        name="mhc_boundary_backward" if update else "mhc_read_backward",
+    return pallas_call.call_named(
+        functools.partial(_kernel, tiles=tiles, static=static),
+        *(inputs, outputs, scratch),
+        name="mhc_boundary_backward" if fused else "mhc_read_backward",
         grid=tiles.grid,
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for *_, spec in outputs.values()],
-        out_shapes=[(shape, dtype) for shape, dtype, _ in outputs.values()],
         semantics=tiles.semantics,
-        scratch_shapes=[pltpu.VMEM(*shape) for shape in scratch.values()],
-        flops=(4 * m + 6 + 4 * (n + 1) * bool(update)) * x.size,
+        flops=(4 * m + 6 + 4 * (n + 1) * fused) * x.size,
         transcendentals=4 * m * num_tokens,
     )
-    return dict(zip(outputs, results, strict=True))
 
 
-def _d_parameters(out):
-    """Adds up the kernel's partial sums to (dphi, dbias, dalpha, dweight)."""
+def _d_parameters(out: dict[str, jax.Array]) -> Parameters:
+    """Adds up the kernel's partial sums."""
     d_weight = out["d_weight"].sum(axis=(0, 1)) if "d_weight" in out else None
     dbias, dalpha = (out[name].sum(axis=(0, 2, 3)) for name in ("dbias", "dalpha"))
-    return out["dphi"].sum(axis=0).T, dbias, dalpha, d_weight
+    return Parameters(out["dphi"].sum(axis=0).T, dbias, dalpha, d_weight)
 
 
 def read_backward(
     streams: jax.Array,
-    *arrays: jax.Array | None,
-    norm_eps: float,
-    pre_eps: float,
-    **static,
-) -> tuple[jax.Array, *tuple[jax.Array | None, ...]]:
-    """Returns the cotangents (dx, dphi, dbias, dalpha, dweight); dx includes `d_streams`."""
-    del norm_eps, pre_eps  # in r and h_pre
-    a = ReadBackward._make(arrays)
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    d_streams: jax.Array,
+    *,
+    static: ReadStatic,
+) -> tuple[jax.Array, Parameters]:
+    """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
     x = pallas_call.flat_tokens(streams)
     if not x.shape[0]:
-        return streams, *_no_parameters(a)
-    out = _call(x, (), a, **static)
-    return out["dx"].reshape(streams.shape), *_d_parameters(out)
-
-
-def _no_parameters(a):
-    return (None if p is None else p * 0 for p in (a.phi, a.bias, a.alpha, a.weight))
+        return streams, parameters.no_cotangents()
+    out = _call(x, None, parameters, saved, d, d_streams, static)
+    return out["dx"].reshape(streams.shape), _d_parameters(out)
 
 
 def backward(
-    streams: jax.Array,
-    layer_output: jax.Array,
-    h_post: jax.Array,
-    h_res: jax.Array,
+    update: Update,
     new_streams: jax.Array,
-    *arrays: jax.Array | None,
-    n: int,
-    num_iterations: int,
-    norm_eps: float,
-    pre_eps: float,
-    **options,
-) -> tuple[jax.Array | None, ...]:
-    """Returns the cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
-    static: dict[str, Any] = {"n": n, "num_iterations": num_iterations, **options}
-    x, lead, update = new_streams, streams.shape[:-1], (streams, layer_output, h_post, h_res)
-    if not fits_fused_backward(x.shape[-1], n, x.dtype, num_iterations):
-        g, *d_parameters = read_backward(x, *arrays, norm_eps=norm_eps, pre_eps=pre_eps, **static)
-        return *post_res.backward(*update, g), *d_parameters
-    a, x = ReadBackward._make(arrays), pallas_call.flat_tokens(x)
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    d_new: jax.Array,
+    *,
+    static: ReadStatic,
+) -> tuple[Update, Parameters]:
+    """Returns the cotangents of the update and of the parameters."""
+    row, n, dtype = new_streams.shape[-1], static.n, new_streams.dtype
+    if not fits_fused_backward(row, n, dtype, static.num_iterations):
+        g, d_parameters = read_backward(*(new_streams, parameters, saved, d, d_new), static=static)
+        return Update(*post_res.backward(*update, g)), d_parameters
+    x, lead = pallas_call.flat_tokens(new_streams), new_streams.shape[:-1]
     if not x.shape[0]:
-        return *update, *_no_parameters(a)
-    out = _call(x, update, a, **static)
-    return (
-        *(out["dx"].reshape(streams.shape), out["dy"].reshape(layer_output.shape)),
+        return update, parameters.no_cotangents()
+    out = _call(x, update, parameters, saved, d, d_new, static)
+    d_update = Update(
+        out["dx"].reshape(new_streams.shape),
+        out["dy"].reshape(update.layer_output.shape),
         pallas_call.tokens_first(out["d_old_post"], lead, (n,)),
         pallas_call.tokens_first(out["d_old_res"], lead, (n, n)),
-        *_d_parameters(out),
     )
+    return d_update, _d_parameters(out)

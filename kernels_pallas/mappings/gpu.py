@@ -5,6 +5,8 @@ with the partial sums of a projection that was split over K. The backward can en
 projection's backward.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -176,6 +178,29 @@ def forward(
     return h_pre, h_post, h_res
 
 
+def forward_of_sums(
+    sums, bias, alpha, *, K, n, num_iterations, norm_eps, sinkhorn_eps, pre_eps
+) -> tuple[jax.Array, ...]:
+    """Does `forward` from partial sums of the projection of K columns, `projection.gpu.partial_sums`; T > 0.
+
+    Returns:
+      h_pre [T, n], h_post [T, n], h_res [T, n, n], s [T, m], r [T].
+    """
+    splits, T, stride = sums.shape
+    launch = forward_launch(
+        T,
+        n,
+        num_iterations,
+        K=K,
+        eps=norm_eps,
+        splits=splits,
+        stride=stride,
+        sinkhorn_eps=sinkhorn_eps,
+        pre_eps=pre_eps,
+    )
+    return launch(sums, sums, bias, alpha, T)
+
+
 def backward(
     s: jax.Array,
     r: jax.Array,
@@ -195,6 +220,49 @@ def backward(
     T = triton_call.num_tokens(r.shape)
     if not T:
         return s, r, jnp.zeros_like(bias), jnp.zeros_like(alpha)
-    launch = backward_launch(T, n, num_iterations, sinkhorn_eps=sinkhorn_eps)
-    ds, dr, sums, _ = launch(s, r, bias, alpha, dh_pre, dh_post, dh_res, T)
+    args = (s, r, bias, alpha, dh_pre, dh_post, dh_res)
+    options = {"n": n, "num_iterations": num_iterations, "sinkhorn_eps": sinkhorn_eps}
+    ds, dr, sums = backward_to_projection(*args, round_ds=False, **options)
     return ds.reshape(s.shape), dr.reshape(r.shape), *parameter_gradients(sums, n)
+
+
+def backward_to_projection(
+    s, r, bias, alpha, dh_pre, dh_post, dh_res, *, round_ds, n, num_iterations, sinkhorn_eps
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Does `backward` but for the second stage: ds [T, m], dr [T], sums [2, m, programs]; T > 0.
+
+    Args:
+      s, r, bias, alpha, dh_pre, dh_post, dh_res: as in `backward`.
+      round_ds: to TF32, as the projection's backward wants it of bfloat16 streams.
+      n, num_iterations, sinkhorn_eps: as in `backward`.
+    """
+    T = triton_call.num_tokens(r.shape)
+    options = {"round_ds": round_ds, "sinkhorn_eps": sinkhorn_eps}
+    launch = backward_launch(T, n, num_iterations, **options)
+    ds, dr, sums, _ = launch(s, r, bias, alpha, dh_pre, dh_post, dh_res, T)
+    return ds, dr, sums
+
+
+class Fragments(NamedTuple):
+    """What goes back to the streams, as boundary/backward.cu reads it (n = 4).
+
+    Attributes:
+      ds: rounded to TF32, in the order of the lanes, `[tiles, 3, 32, 4]` float32.
+      pairs: high and low terms of the same, `[tiles, 3, 32, 8]` bfloat16.
+      kappa: the factor of the streams, dr / (r K), `[T]`.
+    """
+
+    ds: jax.Array
+    pairs: jax.Array
+    kappa: jax.Array
+
+
+def backward_to_fragments(
+    s, r, bias, alpha, dh_pre, dh_post, dh_res, *, K, n, num_iterations, sinkhorn_eps
+) -> tuple[Fragments, jax.Array]:
+    """Does `backward_to_projection` for a projection of K columns in CUDA; T > 0."""
+    T = triton_call.num_tokens(r.shape)
+    options = {"round_ds": True, "fragments": K, "sinkhorn_eps": sinkhorn_eps}
+    launch = backward_launch(T, n, num_iterations, **options)
+    ds, kappa, sums, pairs = launch(s, r, bias, alpha, dh_pre, dh_post, dh_res, T)
+    return Fragments(ds, pairs, kappa), sums

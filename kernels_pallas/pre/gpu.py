@@ -307,6 +307,14 @@ def backward(
     return dx.reshape(streams.shape), dh_pre.reshape(h_pre.shape)
 
 
+def backward_of_weights(streams: jax.Array, h_pre: jax.Array, d: jax.Array) -> jax.Array:
+    """Returns dh_pre alone: who sums dx somewhere else does not write it here; T > 0."""
+    T, n = triton_call.num_tokens(h_pre.shape[:-1]), h_pre.shape[-1]
+    launch = backward_launch(T, d.shape[-1], n, streams.dtype, write_dx=False)
+    dh_pre, _ = launch(streams, h_pre, d)
+    return dh_pre
+
+
 def forward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, *, eps: float
 ) -> jax.Array:
@@ -330,3 +338,13 @@ def backward_normed(
     launch = backward_normed_launch(T, C, n, streams.dtype, eps, write_dx=True)
     dh_pre, dweight, dx = launch(streams, h_pre, weight, d, T)
     return dx.reshape(streams.shape), dh_pre.reshape(h_pre.shape), dweight.sum(0)
+
+
+def backward_of_weights_normed(
+    streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the cotangent of the weighted sum in place of dx, dh_pre, partial sums of dweight; T > 0."""
+    T, n = triton_call.num_tokens(h_pre.shape[:-1]), h_pre.shape[-1]
+    launch = backward_normed_launch(T, d.shape[-1], n, streams.dtype, eps, write_dx=False)
+    dh_pre, dweight, d_sum = launch(streams, h_pre, weight, d, T)
+    return d_sum, dh_pre, dweight

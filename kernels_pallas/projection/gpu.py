@@ -336,10 +336,37 @@ def backward(
     streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
+    if not triton_call.num_tokens(r.shape):
+        return streams, jnp.zeros_like(phi)
+    dx, dphi = backward_sums(streams, phi, r, ds, dr)
+    return dx.reshape(streams.shape), dphi.sum(0)
+
+
+def backward_sums(
+    streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Does `backward` but for the second stage: dx [T, K], partial sums of dphi [splits, K, m]; T > 0."""
     K, m = phi.shape
     T = triton_call.num_tokens(r.shape)
-    if not T:
-        return streams, jnp.zeros_like(phi)
     launch = backward_launch(T, K, 1, m, streams.dtype, accumulate=False)
-    dx, dphi = launch(streams, phi, r, ds, dr, streams, streams, r, T)
-    return dx.reshape(streams.shape), dphi.sum(0)
+    not_read = streams, streams, r
+    dx, dphi = launch(streams, phi, r, ds, dr, *not_read, T)
+    return dx, dphi
+
+
+def backward_and_add(
+    streams: jax.Array,
+    phi: jax.Array,
+    r: jax.Array,
+    ds: jax.Array,
+    dr: jax.Array,
+    d_streams: jax.Array,
+    d_sum: jax.Array,
+    h_pre: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Does `backward_sums` and adds d_streams and h_pre (x) d_sum to dx; T > 0."""
+    K, m = phi.shape
+    T, n = triton_call.num_tokens(r.shape), h_pre.shape[-1]
+    launch = backward_launch(T, K, n, m, streams.dtype, accumulate=True)
+    dx, dphi = launch(streams, phi, r, ds, dr, d_streams, d_sum, h_pre, T)
+    return dx, dphi

@@ -123,7 +123,7 @@ def mhc_sinkhorn_forward(
     """Computes h_res of TOKENS matrices."""
     offsets, mask, valid = _tile(T, N, P, TOKENS)
     logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0)
-    if N == P:  # noqa: SIM108 (Triton decides at compile time)
+    if N == P:
         out = project(logits, None, NUM_ITERATIONS, EPS)
     else:
         out = project(logits, valid, NUM_ITERATIONS, EPS)

@@ -7,6 +7,7 @@ import pathlib
 # As the tests of kernels, whichever comes first: Triton chooses its interpreter when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -31,8 +32,8 @@ def test_check_passes_and_names_what_is_wrong(case, capsys, monkeypatch):
     real = getattr(module, name)
 
     def wrong(*args, **static):
-        first, *rest = real(*args, **static)
-        return (first, *rest[:-1], rest[-1] * 1.0001)
+        leaves, tree = jax.tree.flatten(real(*args, **static))
+        return jax.tree.unflatten(tree, (*leaves[:-1], leaves[-1] * 1.0001))
 
     wrong.layout, wrong.__name__ = getattr(real, "layout", None), name
     monkeypatch.setattr(module, name, wrong)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kp
 from kernels_pallas import dispatch
+from kernels_pallas.boundary.contract import Parameters, ReadStatic
 from kernels_pallas.precision import round_to_tf32
 
 
@@ -29,10 +30,10 @@ def _definition(op, direction="forward"):
 
 
 def _read(x, *parameters, input_norm_weight, implementation, **static):
-    outputs = _definition("boundary", "read_forward")(
-        x, *parameters, input_norm_weight, norm_eps=1e-20, **static
+    out, _ = _definition("boundary", "read_forward")(
+        x, Parameters(*parameters, input_norm_weight), static=ReadStatic(norm_eps=1e-20, **static)
     )
-    return *outputs[:3], x
+    return *out, x
 
 
 def _mappings(x, phi, bias, alpha, *, implementation, **static):
