@@ -7,9 +7,9 @@
 | Megatron-Core before May 2026 (`H_res x`) | 1e-6 | "columns" |
 | Liger-Kernel | 1e-6, `pre_eps` 0 | "columns" |
 
-`last` always speaks of our h_res, whose entry (i, j) leads from stream j into stream i. DeepSeek-V4 stores its
-transpose, comb, and normalises the columns of comb last: these are rows of h_res. `mhc_jax.interop` reads and
-writes the weights of these implementations.
+`last` always speaks of our h_res, whose entry (i, j) leads from stream j into stream i. DeepSeek-V4 stores
+its transpose, comb, and normalises the columns of comb last: these are rows of h_res. `mhc_jax.interop` reads
+and writes the weights of these implementations.
 """
 
 import math
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 LAST = ("rows", "columns")
 LEAST_EPS = 1e-30
-"""A row of exp(logits) may underflow to 0 in float32; then n * eps is its sum, and 1 over it must be finite."""
+"""A row of the first softmax may underflow to 0. The inverse of its sum, (n + 1) eps, must be finite."""
 
 
 def check_last(last: str) -> None:
@@ -42,12 +42,16 @@ def check_eps(name: str, eps: float, least: float = 0.0) -> float:
       ValueError: negative, not finite, or below `least` but not 0.
     """
     if not isinstance(eps, numbers.Real):
-        raise TypeError(f"{name} is a {type(eps).__name__}, not a number: use 0.0 or for example 1e-6")
+        raise TypeError(
+            f"{name} is a {type(eps).__name__}, not a number: use 0.0 or for example 1e-6"
+        )
     eps = float(eps)
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"{name}={eps}: use 0.0 or a positive number, for example 1e-6")
     if 0 < eps < least:
-        raise ValueError(f"{name}={eps}: use 0.0 or at least {least}, below it float32 may divide by 0")
+        raise ValueError(
+            f"{name}={eps}: use 0.0 or at least {least}, below it float32 may divide by 0"
+        )
     return eps
 
 

@@ -49,9 +49,7 @@ def _transpose_window(ref, tiles, n, num_iterations, sinkhorn_eps):
         s, (r,) = (sinkhorn.spread(x[...], ref.spread) for x in (ref.s, ref.r))
         d = [sinkhorn.spread(x[...], ref.d_spread) for x in (ref.dh_post, ref.dh_res)]
         normed, logits = mappings.logits(s, r, ref.bias, ref.alpha, n)
-        dh = mappings.post_res_backward(
-            logits, *d, ref.iterates, n, num_iterations, sinkhorn_eps
-        )
+        dh = mappings.post_res_backward(logits, *d, ref.iterates, n, num_iterations, sinkhorn_eps)
         others = dh, normed[n:]
         mappings.add_parameter_sums(*others, exists, ref.dbias, ref.dalpha, n, first=n)
         ds, dr = mappings.projection_backward(*others, r, ref.alpha, n, first=n)

@@ -186,15 +186,11 @@ def project_backward(
     return as_matrix(list(last)), d_logits
 
 
-def _first_iteration_backward(
-    logits: Matrix, first: Matrix, d_first: Matrix, eps: float
-) -> Matrix:
+def _first_iteration_backward(logits: Matrix, first: Matrix, d_first: Matrix, eps: float) -> Matrix:
     if eps:
         softmax = _softmax_columns(logits)
         d_rows = _transpose_rows(d_first, *_first_of_eps(softmax, eps))
-        d_log = [
-            [tile * d for tile, d in zip(row, d_row)] for row, d_row in zip(softmax, d_rows)
-        ]
+        d_log = [[tile * d for tile, d in zip(row, d_row)] for row, d_row in zip(softmax, d_rows)]
     else:
         d_log = []
         for d_row, row in zip(d_first, first):
