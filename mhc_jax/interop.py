@@ -9,8 +9,8 @@
 
 Only layouts change: the other implementations keep phi transposed or h_res transposed, and alpha in three
 pieces. `DEEPSEEK_V4`, `MEGATRON`, `MEGATRON_UNTRANSPOSED` and `LIGER` are their conventions
-(`kernels_pallas.conventions`) at their default eps, as options of `ManifoldHyperConnections`. phi is rounded to
-TF32 in use, which the others do not do; `phi_precision="highest"` leaves it as it is, for float32 streams.
+(`kernels_pallas.conventions`) at their default eps, as options of `ManifoldHyperConnections`. phi is rounded
+to TF32 in use, which the others do not do; `phi_precision="highest"` leaves it as it is, for float32 streams.
 
 Every function takes NumPy, JAX or PyTorch arrays of any floating dtype and returns NumPy arrays: float64 for
 float64, else float32. n and C follow from the shapes.
@@ -27,9 +27,9 @@ DEEPSEEK_V4 = {"manifold": Birkhoff(eps=1e-6), "pre_eps": 1e-6, "norm_eps": 1e-6
 """Its head is `Readout("head", C, n, eps=1e-6, norm_eps=1e-6)`."""
 
 MEGATRON = {"manifold": Birkhoff(eps=1e-6), "pre_eps": 1e-6}
-"""Megatron-Core since May 2026. It divides by ||x|| / sqrt(nC) + 1e-6, which no `norm_eps` equals: logits differ
-by 1e-6 of their dynamic part where the streams have size 1. Its learned output contraction has the layout of
-DeepSeek-V4's head."""
+"""Megatron-Core since May 2026. It divides by ||x|| / sqrt(nC) + 1e-6, which no `norm_eps` equals: logits
+differ by 1e-6 of their dynamic part where the streams have size 1. Its learned output contraction has the
+layout of DeepSeek-V4's head."""
 
 MEGATRON_UNTRANSPOSED = {"manifold": Birkhoff(eps=1e-6, last="columns"), "pre_eps": 1e-6}
 """Megatron-Core before May 2026, which applied h_res where it now applies its transpose."""
