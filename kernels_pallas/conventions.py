@@ -7,9 +7,9 @@
 | Megatron-Core before May 2026 (`H_res x`) | 1e-6 | "columns" |
 | Liger-Kernel | 1e-6, `pre_eps` 0 | "columns" |
 
-`last` always speaks of our h_res, whose entry (i, j) leads from stream j into stream i. DeepSeek-V4 stores its
-transpose, comb, and normalises the columns of comb last: these are rows of h_res. `mhc_jax.interop` reads and
-writes the weights of these implementations.
+`last` always speaks of our h_res, whose entry (i, j) leads from stream j into stream i. DeepSeek-V4 stores
+its transpose, comb, and normalises the columns of comb last: these are rows of h_res. `mhc_jax.interop` reads
+and writes the weights of these implementations.
 """
 
 import math
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 LAST = ("rows", "columns")
 LEAST_EPS = 1e-30
-"""A row of exp(logits) may underflow to 0 in float32; then n * eps is its sum, and 1 over it must be finite."""
+"""A row of the first softmax may underflow to 0. The inverse of its sum, (n + 1) eps, must be finite."""
 
 
 def check_last(last: str) -> None:

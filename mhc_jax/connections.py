@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import kernels_pallas as kernels
+from kernels_pallas.conventions import check_eps
 from kernels_pallas.placement import whole
 from kernels_pallas.precision import wide_dtype
 from kernels_pallas.projection import check_phi_precision
@@ -264,11 +265,16 @@ class ManifoldHyperConnections(_WideConnection):
     summing to 1: the network then equals the residual one, and the streams still differ in what they
     read. (With symmetric mappings and phi = 0 they would stay identical for ever.)
 
+    Weights of other implementations (`mhc_jax.interop`) need their eps: those of DeepSeek-V4
+
+        ManifoldHyperConnections(C, 4, manifold=Birkhoff(eps=1e-6), pre_eps=1e-6, norm_eps=1e-6)
+
     Args:
       width: C.
       n: number of streams, at least 1. With n = 1 the identity path of the residual connection is back.
       sublayer_index: position among the attention and FFN sublayers, from 0; may be traced.
-      manifold: the constraint on h_res.
+      manifold: the constraint on h_res; an instance, such as `Birkhoff(num_iterations=20)`.
+      pre_eps: added to h_pre behind the sigmoid.
       alpha_init: gating factors at the start (Table 5: 0.01), or "auto": by n and width, see
         `mhc_jax.initialisation`.
       pre_init_gap: the read mapping starts at sigmoid(-gap) for the streams that are not read.
@@ -279,7 +285,8 @@ class ManifoldHyperConnections(_WideConnection):
       rngs: not used, since no parameter starts from random numbers.
 
     Raises:
-      ValueError: width < 1, n < 1, or so many streams that h_pre cannot sum to 1 at this gap.
+      ValueError: width < 1, n < 1, a negative pre_eps, or so many streams that h_pre cannot sum to 1 at this
+        gap.
     """
 
     def __init__(
@@ -289,6 +296,7 @@ class ManifoldHyperConnections(_WideConnection):
         *,
         sublayer_index: int | jax.Array = 0,
         manifold: Manifold | None = None,
+        pre_eps: float = 0.0,
         alpha_init: float | str = "auto",
         pre_init_gap: float = 4.0,
         res_init_gap: float = 8.0,
@@ -303,6 +311,7 @@ class ManifoldHyperConnections(_WideConnection):
         self.width = width
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
         self.phi_precision = phi_precision
+        self.pre_eps = check_eps("pre_eps", pre_eps)
         expect(self)
         self.manifold = Birkhoff() if manifold is None else manifold
         if isinstance(self.manifold, type):
@@ -362,6 +371,9 @@ class ManifoldHyperConnections(_WideConnection):
             "alpha": self.alpha[...],
             "n": self.n,
             "num_iterations": self.manifold.num_iterations,
+            "sinkhorn_eps": self.manifold.eps,
+            "last": self.manifold.last,
+            "pre_eps": self.pre_eps,
             "norm_eps": self.norm_eps,
             "phi_precision": self.phi_precision,
             "input_norm_weight": None if norm is None else norm.scale[...],
@@ -384,7 +396,10 @@ class ManifoldHyperConnections(_WideConnection):
             gate * part + jnp.broadcast_to(static, part.shape)
             for gate, part, static in zip(whole(self.alpha[...]).astype(s.dtype), parts, statics)
         )
-        return jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), self.manifold.project(res, n)
+        h_pre = jax.nn.sigmoid(pre)
+        if self.pre_eps:
+            h_pre = h_pre + self.pre_eps
+        return h_pre, 2 * jax.nn.sigmoid(post), self.manifold.project(res, n)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import sinkhorn
+from kernels_pallas.sinkhorn import check_sinkhorn
 
 
 class Manifold(Protocol):
@@ -28,9 +29,19 @@ class Birkhoff:
 
     Attributes:
       num_iterations: t_max of Eq. 9.
+      eps: added to the first softmax and to every sum; other implementations have 1e-6.
+      last: "rows" or "columns" of h_res, which are normalised last; see `kernels_pallas.sinkhorn`.
+
+    Raises:
+      ValueError: num_iterations < 1, a negative eps, or another last.
     """
 
     num_iterations: int = 20
+    eps: float = 0.0
+    last: str = "rows"
+
+    def __post_init__(self):
+        check_sinkhorn(self.num_iterations, "eps", self.eps, self.last)
 
     def num_logits(self, n: int) -> int:
         return n * n
@@ -40,7 +51,7 @@ class Birkhoff:
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
         matrices = logits.reshape(*logits.shape[:-1], n, n)
-        return sinkhorn(matrices, num_iterations=self.num_iterations)
+        return sinkhorn(matrices, num_iterations=self.num_iterations, eps=self.eps, last=self.last)
 
 
 @dataclasses.dataclass(frozen=True)

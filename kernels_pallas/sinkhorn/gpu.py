@@ -23,8 +23,8 @@ _PAD = tl.constexpr(-3.0e38)  # a logit that no |logit| <= 1e30 comes near
 def first_iteration(logits, valid, EPS: tl.constexpr):
     """Returns the softmax over rows of the log-softmax over columns, and the softmax over columns.
 
-    `valid` marks the entries of matrices whose n is no power of two (None: all); the rest stay zero. With EPS,
-    which is a lower bound of every entry, no logarithm is needed.
+    `valid` marks the entries of matrices whose n is no power of two (None: all); the rest stay zero. With
+    EPS, a lower bound of every entry, no logarithm is needed.
     """
     if valid is not None:
         logits = tl.where(valid, logits, _PAD)

@@ -379,7 +379,10 @@ def test_transformations(transform):
         float32_close(a, b, 100)
 
 
-def test_oracle_gradients_by_central_differences():
+@pytest.mark.parametrize(
+    "convention", [{}, {"sinkhorn_eps": 0.05, "last": "columns", "pre_eps": 0.1}]
+)
+def test_oracle_gradients_by_central_differences(convention):
     n, rng = 3, np.random.default_rng(0)
     m = n * n + 2 * n
     s, r, bias, alpha = (
@@ -392,9 +395,10 @@ def test_oracle_gradients_by_central_differences():
     inputs = (s, r, bias, alpha)
 
     def value(*args):
-        return sum((w * h).sum() for w, h in zip(weights, oracle.coefficients(*args, n)))
+        outputs = oracle.coefficients(*args, n, **convention)
+        return sum((w * h).sum() for w, h in zip(weights, outputs))
 
-    gradients = oracle.coefficients_vjp(*inputs, *weights, n)
+    gradients = oracle.coefficients_vjp(*inputs, *weights, n, **convention)
     for k, gradient in enumerate(gradients):
         direction, step = rng.normal(size=inputs[k].shape), 1e-6
         up, down = list(inputs), list(inputs)
@@ -426,6 +430,25 @@ def test_bad_arguments_name_the_number():
         kp.sinkhorn(normal(0, 4, 4), num_iterations=0)
     with pytest.raises(ValueError, match="square"):
         kp.sinkhorn(normal(0, 4, 3))
+    for bad in (
+        {"eps": -1e-6},
+        {"eps": jnp.nan},
+        {"eps": jnp.inf},
+        {"eps": 1e-40},
+        {"last": "row"},
+    ):
+        (name, value), *_ = bad.items()
+        with pytest.raises(ValueError, match=f"^{name}={value!r}: use|^last='row' is unknown"):
+            kp.sinkhorn(normal(0, 4, 4), **bad)
+    with pytest.raises(TypeError, match=r"^eps is a .*Array.*, not a number"):
+        kp.sinkhorn(normal(0, 4, 4), eps=jnp.float32(1e-6))
+    parameters = normal(2, 4 * C, 24), normal(3, 24), normal(4, 3)
+    for bad in ({"sinkhorn_eps": -1.0}, {"pre_eps": -1.0}, {"last": "column"}):
+        ((name, value),) = bad.items()
+        update = x, x[:, :C], h, normal(5, 5, 4, 4)
+        for op, args in ((kp.read, (x,)), (kp.mappings, (x,)), (kp.boundary, update)):
+            with pytest.raises(ValueError, match=f"^{name}={value!r}"):
+                op(*args, *parameters, n=4, **bad)
     with pytest.raises(TypeError, match="int32"):
         kp.pre(x.astype(jnp.int32), h)
     with pytest.raises(ValueError, match="'mosaic' is unknown"):

@@ -58,6 +58,11 @@ def launches(capability: int):
     yield "finish", projection.finish_launch(T, K, m, 2, 1e-20), [f, i]
     yield "sums", triton_sums.launch(16, K, n, 512, (2112, C)), [f] * 4
     yield "sums with mappings", triton_sums.launch(13, K, n, 512, (2112, C), 40, T), [f] * 4
+    eps = {"sinkhorn_eps": 1e-6, "pre_eps": 1e-6}
+    parts = mappings.forward_launch(T, n, 20, K=K, eps=1e-6, splits=2, stride=28, **eps)
+    yield "mappings with eps", parts, [f, f, f, f, i]
+    launch = mappings.backward_launch(T, n, 20, round_ds=True, fragments=K, sinkhorn_eps=1e-6)
+    yield "mappings backward with eps", launch, [f] * 7 + [i]
     parts = mappings.forward_launch(T, n, 20, K=K, eps=1e-20, splits=2, stride=28)
     yield "mappings of forward.cu", parts, [f, f, f, f, i]
     launch = mappings.backward_launch(T, n, 20, round_ds=True, fragments=K)
