@@ -35,7 +35,7 @@ def _interpreted(implementation: str) -> bool:
         setting = getattr(config, "pallas_tpu_interpret_mode_context_manager", None)
         return setting is None or bool(setting.value)
     # Not at the top: triton may not be installed. Here its kernels have been found.
-    from kernels_pallas.triton_call import INTERPRET
+    from kernels_pallas.gpu.device import INTERPRET
 
     return INTERPRET
 

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from kernels_pallas.boundary import tpu as boundary
 from kernels_pallas.boundary import tpu_blocks as blocks
 from kernels_pallas.boundary import tpu_mix
-from kernels_pallas.mappings import tpu as mappings
+from kernels_pallas.coefficients import tpu as mappings
 from kernels_pallas.post_res import tpu as post_res
 from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
 from kernels_pallas.sinkhorn import tpu as sinkhorn
-from kernels_pallas.token_tiles import MIN_TOKENS, sinkhorn_window
+from kernels_pallas.tpu.tiles import MIN_TOKENS, sinkhorn_window
 
 
 def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 20):

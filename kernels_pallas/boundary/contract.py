@@ -1,7 +1,7 @@
 """What `read` and `boundary` take and return, by name, the same from the public operation to each kernel.
 
-A backend (`reference.py`, `tpu.py`, `gpu.py`, `cuda.py`) has four functions, with `static: ReadStatic` as the
-last argument of each:
+A backend (`reference.py`, `tpu.py`, `triton.py`, `cuda.py`) has four functions. The last argument of each is
+`static: ReadStatic`:
 
     read_forward(streams, parameters)                           -> ReadOut, Saved
     read_backward(streams, parameters, saved, d, d_streams)     -> dx, d_parameters

@@ -7,12 +7,13 @@ backward.cu runs on 8.0 too.
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import cuda_call
 from kernels_pallas.boundary.contract import Update
-from kernels_pallas.cuda_call import CudaLaunch
-from kernels_pallas.mappings.gpu import Fragments
+from kernels_pallas.coefficients.triton import Fragments
+from kernels_pallas.gpu import cuda_launch
+from kernels_pallas.gpu.cuda_launch import CudaLaunch
+from kernels_pallas.gpu.device import cdiv, full_waves, multiprocessors, num_tokens
+from kernels_pallas.gpu.launch import struct
 from kernels_pallas.precision import split_bf16
-from kernels_pallas.triton_call import cdiv, full_waves, multiprocessors, num_tokens, struct
 
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
@@ -52,7 +53,7 @@ def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
         raise NotImplementedError(f"C={C}: the CUDA kernels take multiples of {_COLUMNS}")
     if T * C >= 1 << 32:
         raise NotImplementedError(f"T*C={T * C} on a device: the CUDA kernels take less than 2**32")
-    missing = cuda_call.missing(shared_bytes)
+    missing = cuda_launch.missing(shared_bytes)
     if missing:
         raise NotImplementedError(missing)
 

@@ -20,7 +20,7 @@ from kernels_pallas.boundary.contract import (
     Saved,
     Update,
 )
-from kernels_pallas.mappings import reference as mappings
+from kernels_pallas.coefficients import reference as coefficients
 from kernels_pallas.post_res import reference as post_res
 from kernels_pallas.pre import reference as pre
 from kernels_pallas.precision import round_to, round_to_tf32
@@ -34,7 +34,7 @@ def read_forward(
 ) -> tuple[ReadOut, Saved]:
     """Does the read of a sublayer."""
     s, r = projection.forward(streams, parameters.phi, norm_eps=static.norm_eps)
-    h_pre, h_post, h_res = mappings.forward(
+    h_pre, h_post, h_res = coefficients.forward(
         s,
         r,
         parameters.bias,
@@ -76,7 +76,7 @@ def _unrounded_read_backward(streams, parameters, saved, d, d_streams, static):
             streams, h_pre, parameters.weight, d_sum, eps=static.input_norm_eps
         )
     _, dh_pre = pre.backward(streams, h_pre, d_sum)
-    ds, dr, dbias, dalpha = mappings.backward(
+    ds, dr, dbias, dalpha = coefficients.backward(
         saved.s,
         saved.r,
         parameters.bias,

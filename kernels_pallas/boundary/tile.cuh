@@ -1,6 +1,6 @@
 // Shared by forward.cu and backward.cu: four streams of tokens in pieces of 16 tokens x 8 columns.
 #pragma once
-#include "cuda/warp.cuh"
+#include "gpu/warp.cuh"
 
 constexpr int N = 4, M = N * N + 2 * N;
 constexpr int TOKENS = 16;                    // of a warp's product of matrices

@@ -18,12 +18,12 @@ cotangents of h_post and h_res are known before any pass over the streams.
 
 import jax
 
-from kernels_pallas import pallas_call
 from kernels_pallas.boundary import tpu_blocks as blocks
 from kernels_pallas.boundary.contract import ReadStatic, Update
 from kernels_pallas.boundary.tpu_backward import backward, read_backward
 from kernels_pallas.boundary.tpu_forward import forward, read_forward
 from kernels_pallas.sinkhorn import tpu as sinkhorn
+from kernels_pallas.tpu import call as tpu_call
 
 __all__ = ["backward", "check", "forward", "read_backward", "read_forward"]
 
@@ -31,7 +31,7 @@ __all__ = ["backward", "check", "forward", "read_backward", "read_forward"]
 def check(first: jax.Array | Update, *_, static: ReadStatic) -> None:
     """Raises NotImplementedError unless the kernels accept dtype, n, width and options."""
     streams, n = jax.tree.leaves(first)[0], static.n
-    pallas_call.check_dtypes(streams, n)
+    tpu_call.check_dtypes(streams, n)
     sinkhorn.check_iterates(n, static.num_iterations)
     row, dtype = streams.shape[-1], streams.dtype
     blocks.forward_tokens(row, n, dtype, fused=True)

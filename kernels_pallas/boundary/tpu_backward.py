@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas import pallas_call, pallas_math
 from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
 from kernels_pallas.boundary.tpu_blocks import (
     SCALARS,
@@ -16,14 +15,16 @@ from kernels_pallas.boundary.tpu_blocks import (
     input_unroll,
     rows_of,
 )
-from kernels_pallas.mappings import tpu as mappings
-from kernels_pallas.pallas_math import LaneSums
+from kernels_pallas.coefficients import tpu as coefficients
 from kernels_pallas.post_res import tpu as post_res
 from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
 from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn import tpu as sinkhorn
-from kernels_pallas.token_tiles import LANES, MIN_TOKENS, TokenTiles, sinkhorn_window
+from kernels_pallas.tpu import call as tpu_call
+from kernels_pallas.tpu import math as tpu_math
+from kernels_pallas.tpu.math import LaneSums
+from kernels_pallas.tpu.tiles import LANES, MIN_TOKENS, TokenTiles, sinkhorn_window
 
 
 def _round_tf32(x: jax.Array) -> jax.Array:
@@ -40,22 +41,22 @@ def _transpose_window(ref, tiles, static):
     Leaves in `ref.saved_rows`, a token a row: h_pre, s of h_pre, ds of the others, their part of dr, r.
     """
     n = static.n
-    exists, do = mappings.tile_mask(tiles), tiles.first_of_window() & tiles.in_range()
+    exists, do = coefficients.tile_mask(tiles), tiles.first_of_window() & tiles.in_range()
 
     @pl.when(do)
     def _():
         s, (r,) = (sinkhorn.spread(x[...], ref.spread) for x in (ref.s, ref.r))
         d = [sinkhorn.spread(x[...], ref.d_spread) for x in (ref.dh_post, ref.dh_res)]
-        normed, logits = mappings.logits(s, r, ref.bias, ref.alpha, n)
-        dh = mappings.post_res_backward(
+        normed, logits = coefficients.logits(s, r, ref.bias, ref.alpha, n)
+        dh = coefficients.post_res_backward(
             logits, *d, ref.iterates, n, static.num_iterations, static.sinkhorn_eps
         )
         others = dh, normed[n:]
-        mappings.add_parameter_sums(*others, exists, ref.dbias, ref.dalpha, n, first=n)
-        ds, dr = mappings.projection_backward(*others, r, ref.alpha, n, first=n)
+        coefficients.add_parameter_sums(*others, exists, ref.dbias, ref.dalpha, n, first=n)
+        ds, dr = coefficients.projection_backward(*others, r, ref.alpha, n, first=n)
         sinkhorn.gather([*ds, dr, r], ref.spread, ref.columns)
         saved = [ref.h_pre[...], ref.s[:n], ref.columns[...]]
-        pallas_math.store_rows(ref.saved_rows, jnp.concatenate(saved, axis=0))
+        tpu_math.store_rows(ref.saved_rows, jnp.concatenate(saved, axis=0))
 
 
 def _transpose_input(ref, tiles, n, eps):
@@ -74,7 +75,7 @@ def _transpose_input(ref, tiles, n, eps):
             for i in range(n):
                 x = ref.x[rows, pl.ds(i * width + columns.start, columns.size)]
                 sums[i].add(x.astype(jnp.float32) * d)
-        ref.dh_rows[rows, :] = pallas_math.lane_columns([x.total() for x in sums], LANES)
+        ref.dh_rows[rows, :] = tpu_math.lane_columns([x.total() for x in sums], LANES)
 
 
 def _transpose_projection(ref, tiles, n):
@@ -89,10 +90,10 @@ def _transpose_projection(ref, tiles, n):
         saved, d_pre = ref.saved_rows[rows, :].T, ref.dh_rows[...].T[:n]
         s, ds = saved[n : 2 * n], saved[2 * n : n + m]
         dr, r = saved[n + m : n + m + 1], saved[n + m + 1 : n + m + 2]
-        normed, logits = mappings.logits(rows_of(s), r, ref.bias, ref.alpha, n)
-        dh = mappings.gate_backward(logits, rows_of(d_pre))
-        mappings.add_parameter_sums(dh, normed, exists, ref.dbias, ref.dalpha, n)
-        ds_pre, dr_pre = mappings.projection_backward(dh, normed, r, ref.alpha, n)
+        normed, logits = coefficients.logits(rows_of(s), r, ref.bias, ref.alpha, n)
+        dh = coefficients.gate_backward(logits, rows_of(d_pre))
+        coefficients.add_parameter_sums(dh, normed, exists, ref.dbias, ref.dalpha, n)
+        ds_pre, dr_pre = coefficients.projection_backward(dh, normed, r, ref.alpha, n)
         # Tokens past the end have undefined coefficients and may not reach dphi.
         ds = jnp.where(exists, columns_of([*ds_pre, ds]), 0)
         if ref.x.dtype == jnp.bfloat16:
@@ -107,7 +108,7 @@ def _transpose_projection(ref, tiles, n):
 
             def of_stream(i):
                 g = ref.g[:, pl.ds(i * width + c, size)].astype(jnp.float32)
-                return pallas_math.across(ref.spread_pre[i], size) * d + g
+                return tpu_math.across(ref.spread_pre[i], size) * d + g
 
             return of_stream
 
@@ -174,7 +175,7 @@ def _call(
     tiles = TokenTiles(num_tokens, block, max_parts=2, min_window=sinkhorn_window(num_tokens))
     operand, window = projection.phi_operand(parameters.phi, x.dtype), tiles.window
     rows, layer_rows, columns = tiles.rows(row), tiles.rows(width), tiles.columns
-    flat, last = pallas_call.flat_tokens, pallas_call.tokens_last
+    flat, last = tpu_call.flat_tokens, tpu_call.tokens_last
     inputs = {
         "x": (x, rows),
         "phi": (operand, tiles.whole(*operand.shape)),
@@ -223,7 +224,7 @@ def _call(
         scratch["d_sum"] = (block, width), x.dtype
     for name, shape in sums.items():
         outputs[name] = (tiles.parts, *shape), f32, tiles.sums(*shape)
-    return pallas_call.call_named(
+    return tpu_call.call_named(
         functools.partial(_kernel, tiles=tiles, static=static),
         *(inputs, outputs, scratch),
         name="mhc_boundary_backward" if fused else "mhc_read_backward",
@@ -251,7 +252,7 @@ def read_backward(
     static: ReadStatic,
 ) -> tuple[jax.Array, Parameters]:
     """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
-    x = pallas_call.flat_tokens(streams)
+    x = tpu_call.flat_tokens(streams)
     if not x.shape[0]:
         return streams, parameters.no_cotangents()
     out = _call(x, None, parameters, saved, d, d_streams, static)
@@ -273,14 +274,14 @@ def backward(
     if not fits_fused_backward(row, n, dtype, static.num_iterations):
         g, d_parameters = read_backward(*(new_streams, parameters, saved, d, d_new), static=static)
         return Update(*post_res.backward(*update, g)), d_parameters
-    x, lead = pallas_call.flat_tokens(new_streams), new_streams.shape[:-1]
+    x, lead = tpu_call.flat_tokens(new_streams), new_streams.shape[:-1]
     if not x.shape[0]:
         return update, parameters.no_cotangents()
     out = _call(x, update, parameters, saved, d, d_new, static)
     d_update = Update(
         out["dx"].reshape(new_streams.shape),
         out["dy"].reshape(update.layer_output.shape),
-        pallas_call.tokens_first(out["d_old_post"], lead, (n,)),
-        pallas_call.tokens_first(out["d_old_res"], lead, (n, n)),
+        tpu_call.tokens_first(out["d_old_post"], lead, (n,)),
+        tpu_call.tokens_first(out["d_old_res"], lead, (n, n)),
     )
     return d_update, _d_parameters(out)

@@ -17,7 +17,7 @@ from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
 from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn import tpu as sinkhorn
-from kernels_pallas.token_tiles import FULL_WINDOW, LANES, tokens_per_block
+from kernels_pallas.tpu.tiles import FULL_WINDOW, LANES, tokens_per_block
 
 SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
 

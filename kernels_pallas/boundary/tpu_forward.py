@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas import pallas_call, pallas_math
 from kernels_pallas.boundary import tpu_mix
 from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
 from kernels_pallas.boundary.tpu_blocks import (
@@ -17,13 +16,15 @@ from kernels_pallas.boundary.tpu_blocks import (
     input_unroll,
     rows_of,
 )
-from kernels_pallas.mappings import tpu as mappings
+from kernels_pallas.coefficients import tpu as coefficients
 from kernels_pallas.post_res import tpu as post_res
 from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
 from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn.tpu import spread_shape
-from kernels_pallas.token_tiles import LANES, TokenTiles, sinkhorn_window
+from kernels_pallas.tpu import call as tpu_call
+from kernels_pallas.tpu import math as tpu_math
+from kernels_pallas.tpu.tiles import LANES, TokenTiles, sinkhorn_window
 
 
 def _read(ref, tiles, static, beside=None):
@@ -44,9 +45,9 @@ def _read(ref, tiles, static, beside=None):
         root = jnp.sqrt(squares / ref.read.shape[1] + static.norm_eps)
         ref.saved_rows[rows, m : m + 1] = root
         r = ref.saved_rows[rows, :].T[m : m + 1]
-        _, logits = mappings.logits(rows_of(s[:n]), r, ref.bias, ref.alpha, n)
-        gates = mappings.gate(logits, eps=static.pre_eps)
-        pallas_math.store_rows(ref.h_rows, columns_of(gates))
+        _, logits = coefficients.logits(rows_of(s[:n]), r, ref.bias, ref.alpha, n)
+        gates = coefficients.gate(logits, eps=static.pre_eps)
+        tpu_math.store_rows(ref.h_rows, columns_of(gates))
 
     @functools.partial(tiles.row_groups, unroll=input_unroll(ref.layer_input.shape[-1]))
     def _(rows, window_rows):
@@ -60,7 +61,7 @@ def _read(ref, tiles, static, beside=None):
         saved = ref.saved_rows[...].T
         ref.s[...] = saved[:m]
         ref.r[...] = saved[m : m + 1]
-        mappings.write_coefficients(
+        coefficients.write_coefficients(
             *(ref.s, ref.r, ref.bias, ref.alpha, ref.h_pre, ref.h_post, ref.h_res, ref.spread),
             n=n,
             num_iterations=static.num_iterations,
@@ -133,9 +134,9 @@ def _call(
     scratch["spread"] = spread_shape(m, tiles.window), f32
     if update is not None:
         inputs |= {
-            "y": (pallas_call.flat_tokens(update.layer_output), tiles.rows(width)),
-            "old_post": (pallas_call.tokens_last(update.h_post), columns(n)),
-            "old_res": (pallas_call.tokens_last(update.h_res, 2), columns(n * n)),
+            "y": (tpu_call.flat_tokens(update.layer_output), tiles.rows(width)),
+            "old_post": (tpu_call.tokens_last(update.h_post), columns(n)),
+            "old_res": (tpu_call.tokens_last(update.h_res, 2), columns(n * n)),
         }
         outputs["new"] = x.shape, x.dtype, tiles.rows(row)
         scratch["post_rows"] = scratch["res_rows"] = scratch["saved_rows"]
@@ -153,7 +154,7 @@ def _call(
     outputs["layer_input"] = (num_tokens, width), x.dtype, tiles.rows(width)
     for name, k in {"h_pre": n, "h_post": n, "h_res": n * n, "s": m, "r": 1}.items():
         outputs[name] = (k, num_tokens), f32, columns(k)
-    return pallas_call.call_named(
+    return tpu_call.call_named(
         functools.partial(_boundary_kernel if fused else _read_kernel, tiles=tiles, static=static),
         *(inputs, outputs, scratch),
         name="mhc_boundary_forward" if fused else "mhc_read_forward",
@@ -168,7 +169,7 @@ def _unflatten(out: dict[str, jax.Array], lead: tuple[int, ...], n: int) -> tupl
     """Brings the kernel's outputs to the shapes of the reference."""
 
     def first(name, *last):
-        return pallas_call.tokens_first(out[name], lead, last)
+        return tpu_call.tokens_first(out[name], lead, last)
 
     layer_input = out["layer_input"].reshape(*lead, -1)
     return (
@@ -191,7 +192,7 @@ def read_forward(
     streams: jax.Array, parameters: Parameters, *, static: ReadStatic
 ) -> tuple[ReadOut, Saved]:
     """Does the read of a sublayer."""
-    x = pallas_call.flat_tokens(streams)
+    x = tpu_call.flat_tokens(streams)
     if not x.shape[0]:
         return _empty_read(streams, static.n)
     return _unflatten(_call(x, None, parameters, static), streams.shape[:-1], static.n)
@@ -202,7 +203,7 @@ def forward(
 ) -> tuple[jax.Array, ReadOut, Saved]:
     """Does the write, then the read of the new streams."""
     streams = update.streams
-    x = pallas_call.flat_tokens(streams)
+    x = tpu_call.flat_tokens(streams)
     if not x.shape[0]:
         return streams, *_empty_read(streams, static.n)
     out = _call(x, update, parameters, static)

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call, pallas_math
-from kernels_pallas.token_tiles import LANES, VMEM_BLOCKS, TokenTiles
+from kernels_pallas.tpu import call as tpu_call
+from kernels_pallas.tpu import math as tpu_math
+from kernels_pallas.tpu.tiles import LANES, VMEM_BLOCKS, TokenTiles
 
 # Two registers an entry. With one the units would be idle for the latency of each reciprocal.
 SUBLANES = 16
@@ -36,7 +37,7 @@ def check(logits, d_h_res=None, *, num_iterations, **_):
 
 def check_iterates(n: int, num_iterations: int) -> None:
     """Raises NotImplementedError unless n is 2, 4, 8 and the iterates of a block fit into VMEM."""
-    pallas_call.check_n(n)
+    tpu_call.check_n(n)
     size = math.prod(iterates_shape(n, num_iterations)) * 4
     if size > VMEM_BLOCKS:
         raise NotImplementedError(
@@ -154,7 +155,7 @@ def _transpose_rows(d_rows: Matrix, rows: Matrix, inverse: list[jax.Array]) -> M
     """Returns the cotangent of x for rows = x / sum(x)."""
     out = []
     for d_row, row, inv in zip(d_rows, rows, inverse):
-        mean = pallas_math.weighted_sum(d_row, row)
+        mean = tpu_math.weighted_sum(d_row, row)
         out.append([(d - mean) * inv for d in d_row])
     return out
 
@@ -194,7 +195,7 @@ def _first_iteration_backward(logits: Matrix, first: Matrix, d_first: Matrix, ep
     else:
         d_log = []
         for d_row, row in zip(d_first, first):
-            mean = pallas_math.weighted_sum(d_row, row)
+            mean = tpu_math.weighted_sum(d_row, row)
             d_log.append([tile * (d - mean) for d, tile in zip(d_row, row)])
         softmax = _softmax_columns(logits)
     totals = [_total(column) for column in _transposed(d_log)]
@@ -221,7 +222,7 @@ def _backward_kernel(
 def _call(kernel, name, arrays, scratch, transcendentals):
     m, num_tokens = arrays[0].shape
     tiles = TokenTiles(num_tokens, TOKENS)
-    (out,) = pallas_call.call(
+    (out,) = tpu_call.call(
         kernel,
         *arrays,
         name=name,
@@ -244,11 +245,11 @@ def forward(logits: jax.Array, *, num_iterations: int, eps: float = 0.0) -> jax.
     out = _call(
         functools.partial(_forward_kernel, num_iterations=num_iterations, eps=eps),
         "mhc_sinkhorn_forward",
-        [pallas_call.tokens_last(logits, 2)],
+        [tpu_call.tokens_last(logits, 2)],
         [spread_shape(m)],
         transcendentals=2 * logits.size,
     )
-    return pallas_call.tokens_first(out, logits.shape[:-2], logits.shape[-2:])
+    return tpu_call.tokens_first(out, logits.shape[:-2], logits.shape[-2:])
 
 
 def backward(
@@ -261,8 +262,8 @@ def backward(
     out = _call(
         functools.partial(_backward_kernel, num_iterations=num_iterations, eps=eps),
         "mhc_sinkhorn_backward",
-        [pallas_call.tokens_last(logits, 2), pallas_call.tokens_last(d_h_res, 2)],
+        [tpu_call.tokens_last(logits, 2), tpu_call.tokens_last(d_h_res, 2)],
         [spread_shape(n * n), spread_shape(n * n), iterates_shape(n, num_iterations)],
         transcendentals=3 * logits.size,
     )
-    return pallas_call.tokens_first(out, logits.shape[:-2], logits.shape[-2:])
+    return tpu_call.tokens_first(out, logits.shape[:-2], logits.shape[-2:])

@@ -9,9 +9,10 @@ import jax
 import triton
 import triton.language as tl
 
-from kernels_pallas import triton_call
-from kernels_pallas.triton_call import Launch, struct
-from kernels_pallas.triton_math import exp, opaque
+from kernels_pallas.gpu import device
+from kernels_pallas.gpu.launch import struct
+from kernels_pallas.gpu.triton_launch import TritonLaunch
+from kernels_pallas.gpu.triton_math import exp, opaque
 
 # 40 iterates keep 160 of a thread's 255 registers.
 MAX_BACKWARD_ITERATIONS = 40
@@ -159,20 +160,20 @@ def tokens_per_program(n: int) -> int:
     With four warps Triton would lay the rows of a matrix across warps, and each column sum would go through
     shared memory with a barrier.
     """
-    padded = triton_call.next_power_of_2(n)
+    padded = device.next_power_of_2(n)
     return max(1, 32 * min(4, padded) // (padded * padded))
 
 
-def launch(kernel, T: int, n: int, num_iterations: int, eps: float = 0.0) -> Launch:
+def launch(kernel, T: int, n: int, num_iterations: int, eps: float = 0.0) -> TritonLaunch:
     """Makes the launch of either kernel for logits [T, n, n]."""
     tokens = tokens_per_program(n)
-    return Launch(
+    return TritonLaunch(
         kernel=kernel,
-        grid=(triton_call.cdiv(T, tokens),),
+        grid=(device.cdiv(T, tokens),),
         outputs=(struct((T, n, n)),),
         constants={
             "N": n,
-            "P": triton_call.next_power_of_2(n),
+            "P": device.next_power_of_2(n),
             "TOKENS": tokens,
             "NUM_ITERATIONS": num_iterations,
             "EPS": eps,
@@ -202,7 +203,7 @@ def check(logits: jax.Array, *_, num_iterations: int, **__) -> None:
 
 def _run(kernel, logits, *rest, num_iterations, eps=0.0):
     *lead, n, _ = logits.shape
-    T = triton_call.num_tokens(lead)
+    T = device.num_tokens(lead)
     if not T:
         return logits
     (out,) = launch(kernel, T, n, num_iterations, eps)(logits, *rest, T)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.token_tiles import LANES
+from kernels_pallas.tpu.tiles import LANES
 
 
 def store_rows(rows_ref, block: jax.Array, rows=slice(None)) -> None:

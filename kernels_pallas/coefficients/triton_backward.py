@@ -1,4 +1,4 @@
-"""Backward of the mappings in Triton; see gpu.py."""
+"""Backward of the mappings in Triton; see triton.py."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,12 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from kernels_pallas import triton_call
-from kernels_pallas.mappings.gpu_tiles import gates, matrices
-from kernels_pallas.sinkhorn import gpu as sinkhorn
-from kernels_pallas.triton_call import Launch, struct
-from kernels_pallas.triton_math import exp, round_tf32
+from kernels_pallas.coefficients.triton_tiles import gates, matrices
+from kernels_pallas.gpu import device
+from kernels_pallas.gpu.launch import struct
+from kernels_pallas.gpu.triton_launch import TritonLaunch
+from kernels_pallas.gpu.triton_math import exp, round_tf32
+from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
 @triton.jit
@@ -176,7 +177,7 @@ def backward_launch(
     round_ds: bool = False,
     fragments: int = 0,
     sinkhorn_eps: float = 0.0,
-) -> Launch:
+) -> TritonLaunch:
     """Makes the launch of the backward; `round_ds` rounds ds to TF32 as the projection's backward wants it.
 
     Outputs: ds [T, m], dr [T], sums [2, m, programs]; with `fragments` = K (n = 4 only) ds as float32
@@ -184,8 +185,8 @@ def backward_launch(
     """
     m = n * n + 2 * n
     tokens = sinkhorn.tokens_per_program(n)
-    programs, tiles = triton_call.cdiv(T, tokens), triton_call.cdiv(T, 16)
-    return Launch(
+    programs, tiles = device.cdiv(T, tokens), device.cdiv(T, 16)
+    return TritonLaunch(
         kernel=mhc_coefficients_backward,
         grid=(programs,),
         outputs=(

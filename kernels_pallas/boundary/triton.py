@@ -12,28 +12,28 @@ C++.
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import triton_call, triton_sums
 from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
-from kernels_pallas.mappings import gpu as mappings
-from kernels_pallas.post_res import gpu as post_res
-from kernels_pallas.pre import gpu as pre
-from kernels_pallas.projection import gpu as projection
+from kernels_pallas.coefficients import triton as coefficients
+from kernels_pallas.gpu import device, sums
+from kernels_pallas.post_res import triton as post_res
+from kernels_pallas.pre import triton as pre
+from kernels_pallas.projection import triton as projection
 
 
 def check(first: jax.Array | Update, *_, static: ReadStatic) -> None:
     """Raises NotImplementedError for n other than 2, 4, 8, for float64 or too many iterations."""
-    triton_call.check_n(static.n)
-    triton_call.check_streams_dtype(jax.tree.leaves(first)[0].dtype)
-    mappings.sinkhorn.check_iterations(static.num_iterations)
+    device.check_n(static.n)
+    device.check_streams_dtype(jax.tree.leaves(first)[0].dtype)
+    coefficients.sinkhorn.check_iterations(static.num_iterations)
 
 
 def finish_read(
-    streams: jax.Array, sums: jax.Array, parameters: Parameters, static: ReadStatic
+    streams: jax.Array, projected: jax.Array, parameters: Parameters, static: ReadStatic
 ) -> tuple[ReadOut, Saved]:
     """Does a read from the projection's partial sums on."""
     n, lead, (K, m) = static.n, streams.shape[:-1], parameters.phi.shape
-    h_pre, h_post, h_res, s, r = mappings.forward_of_sums(
-        sums,
+    h_pre, h_post, h_res, s, r = coefficients.forward_of_sums(
+        projected,
         parameters.bias,
         parameters.alpha,
         K=K,
@@ -57,9 +57,7 @@ def empty_read(streams: jax.Array, n: int) -> tuple[ReadOut, Saved]:
     """Returns the results of `read_forward` for no tokens."""
     lead, C = streams.shape[:-1], streams.shape[-1] // n
     shapes = ((n,), (n, n), (n,), (n * n + 2 * n,), ())
-    h_post, h_res, *saved = triton_call.empty_like(
-        *(((*lead, *shape), jnp.float32) for shape in shapes)
-    )
+    h_post, h_res, *saved = device.empty_like(*(((*lead, *shape), jnp.float32) for shape in shapes))
     return ReadOut(streams[..., :C], h_post, h_res), Saved(*saved)
 
 
@@ -67,10 +65,10 @@ def read_forward(
     streams: jax.Array, parameters: Parameters, *, static: ReadStatic
 ) -> tuple[ReadOut, Saved]:
     """Does the read of a sublayer."""
-    if not triton_call.num_tokens(streams.shape[:-1]):
+    if not device.num_tokens(streams.shape[:-1]):
         return empty_read(streams, static.n)
-    sums = projection.partial_sums(streams, parameters.phi)
-    return finish_read(streams, sums, parameters, static)
+    projected = projection.partial_sums(streams, parameters.phi)
+    return finish_read(streams, projected, parameters, static)
 
 
 def read_backward(
@@ -83,10 +81,10 @@ def read_backward(
     static: ReadStatic,
 ) -> tuple[jax.Array, Parameters]:
     """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
-    if not triton_call.num_tokens(saved.r.shape):
+    if not device.num_tokens(saved.r.shape):
         return streams, parameters.no_cotangents()
     d_sum, dh_pre, d_weight = input_backward(streams, parameters, saved, d, static)
-    ds, dr, d_gates = mappings.backward_to_projection(
+    ds, dr, d_gates = coefficients.backward_to_projection(
         *mappings_operands(parameters, saved, d, dh_pre),
         round_ds=streams.dtype == jnp.bfloat16,
         **mappings_static(static),
@@ -94,7 +92,7 @@ def read_backward(
     dx, dphi = projection.backward_and_add(
         streams, parameters.phi, saved.r, ds, dr, d_streams, d_sum, saved.h_pre
     )
-    d_parameters = triton_sums.parameter_gradients(dphi, d_gates, d_weight, static.n)
+    d_parameters = sums.parameter_gradients(dphi, d_gates, d_weight, static.n)
     return dx.reshape(streams.shape), Parameters(*d_parameters)
 
 
@@ -145,15 +143,15 @@ def backward(
     static: ReadStatic,
 ) -> tuple[Update, Parameters]:
     """Returns the cotangents of the update and of the parameters."""
-    if not triton_call.num_tokens(saved.r.shape):
+    if not device.num_tokens(saved.r.shape):
         return update, parameters.no_cotangents()
     d_sum, dh_pre, d_weight = input_backward(new_streams, parameters, saved, d, static)
-    ds, dr, d_gates = mappings.backward_to_projection(
+    ds, dr, d_gates = coefficients.backward_to_projection(
         *mappings_operands(parameters, saved, d, dh_pre),
         round_ds=new_streams.dtype == jnp.bfloat16,
         **mappings_static(static),
     )
     d_projection, dphi = projection.backward_sums(new_streams, parameters.phi, saved.r, ds, dr)
     d_update = post_res.backward_of_sum(*update, d_new, d_projection, d_sum, saved.h_pre)
-    d_parameters = triton_sums.parameter_gradients(dphi, d_gates, d_weight, static.n)
+    d_parameters = sums.parameter_gradients(dphi, d_gates, d_weight, static.n)
     return Update(*d_update), Parameters(*d_parameters)

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call, pallas_math
 from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn import tpu as sinkhorn
 from kernels_pallas.sinkhorn.tpu import SUBLANES, TOKENS, gather, spread, spread_shape
-from kernels_pallas.token_tiles import LANES, TokenTiles
+from kernels_pallas.tpu import call as tpu_call
+from kernels_pallas.tpu import math as tpu_math
+from kernels_pallas.tpu.tiles import LANES, TokenTiles
 
 
 def check(s, r, bias, alpha, dh_pre=None, dh_post=None, dh_res=None, *, n, num_iterations, **_):
@@ -77,7 +78,7 @@ def projection_backward(
     """Returns (ds, their part of dr) as tiles of the columns from `first` on (inside a kernel)."""
     d_normed = [tile * alpha_ref[group] for tile, group in zip(dh, _groups(n)[first:])]
     products = [d * tile for d, tile in zip(d_normed, normed, strict=True)]
-    return [tile / r for tile in d_normed], -pallas_math.tree_sum(products) / r
+    return [tile / r for tile in d_normed], -tpu_math.tree_sum(products) / r
 
 
 def add_parameter_sums(
@@ -94,7 +95,7 @@ def add_parameter_sums(
         dbias_ref[first + k, :rows, :lanes] += jnp.where(exists, tile, 0)
     for group in sorted(set(groups)):
         products = [d * x for d, x, g in zip(dh, normed, groups, strict=True) if g == group]
-        dalpha_ref[group, :rows, :lanes] += jnp.where(exists, pallas_math.tree_sum(products), 0)
+        dalpha_ref[group, :rows, :lanes] += jnp.where(exists, tpu_math.tree_sum(products), 0)
 
 
 def write_coefficients(
@@ -188,7 +189,7 @@ def forward(
         return gate, gate, jnp.zeros((*lead, n, n), s.dtype)
     num_tokens = r.size
     tiles = TokenTiles(num_tokens, TOKENS)
-    h_pre, h_post, h_res = pallas_call.call(
+    h_pre, h_post, h_res = tpu_call.call(
         functools.partial(
             write_coefficients,
             n=n,
@@ -196,7 +197,7 @@ def forward(
             sinkhorn_eps=sinkhorn_eps,
             pre_eps=pre_eps,
         ),
-        *(pallas_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
+        *(tpu_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
         name="mhc_coefficients_forward",
         grid=tiles.grid,
         in_specs=[tiles.columns(m), tiles.columns(1), _SCALARS, _SCALARS],
@@ -207,9 +208,9 @@ def forward(
         transcendentals=3 * s.size,
     )
     return (
-        pallas_call.tokens_first(h_pre, lead, (n,)),
-        pallas_call.tokens_first(h_post, lead, (n,)),
-        pallas_call.tokens_first(h_res, lead, (n, n)),
+        tpu_call.tokens_first(h_pre, lead, (n,)),
+        tpu_call.tokens_first(h_post, lead, (n,)),
+        tpu_call.tokens_first(h_res, lead, (n, n)),
     )
 
 
@@ -235,7 +236,7 @@ def backward(
     num_tokens = r.size
     tiles = TokenTiles(num_tokens, TOKENS, max_parts=2)
     sums = ((m, SUBLANES, LANES), (3, SUBLANES, LANES))
-    ds, dr, dbias, dalpha = pallas_call.call(
+    ds, dr, dbias, dalpha = tpu_call.call(
         functools.partial(
             _backward_kernel,
             tiles=tiles,
@@ -243,9 +244,9 @@ def backward(
             num_iterations=num_iterations,
             sinkhorn_eps=sinkhorn_eps,
         ),
-        *(pallas_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
-        *(pallas_call.tokens_last(dh_pre), pallas_call.tokens_last(dh_post)),
-        pallas_call.tokens_last(dh_res, 2),
+        *(tpu_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
+        *(tpu_call.tokens_last(dh_pre), tpu_call.tokens_last(dh_post)),
+        tpu_call.tokens_last(dh_res, 2),
         name="mhc_coefficients_backward",
         grid=tiles.grid,
         in_specs=[
@@ -267,7 +268,7 @@ def backward(
         transcendentals=4 * s.size,
     )
     return (
-        pallas_call.tokens_first(ds, lead, (m,)),
+        tpu_call.tokens_first(ds, lead, (m,)),
         dr.reshape(lead),
         dbias.sum(axis=(0, 2, 3)),
         dalpha.sum(axis=(0, 2, 3)),

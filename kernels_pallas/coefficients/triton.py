@@ -1,6 +1,6 @@
 """Coefficients from the projection in Triton: a few floats a token, one thread a row of h_res.
 
-The fused operations use these kernels too; gpu_backward.py has that of the backward. The forward can begin
+The fused operations use these kernels too; triton_backward.py has that of the backward. The forward can begin
 with the partial sums of a projection that was split over K. The backward can end with the operands of the
 projection's backward.
 """
@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from kernels_pallas import triton_call
-from kernels_pallas.mappings.gpu_backward import backward_launch, parameter_gradients
-from kernels_pallas.mappings.gpu_tiles import gates, matrices
-from kernels_pallas.sinkhorn import gpu as sinkhorn
-from kernels_pallas.triton_call import Launch, struct
-from kernels_pallas.triton_math import exp
+from kernels_pallas.coefficients.triton_backward import backward_launch, parameter_gradients
+from kernels_pallas.coefficients.triton_tiles import gates, matrices
+from kernels_pallas.gpu import device
+from kernels_pallas.gpu.launch import struct
+from kernels_pallas.gpu.triton_launch import TritonLaunch
+from kernels_pallas.gpu.triton_math import exp
+from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
 @triton.jit
@@ -120,13 +121,13 @@ def forward_launch(
     stride=0,
     sinkhorn_eps=0.0,
     pre_eps=0.0,
-) -> Launch:
+) -> TritonLaunch:
     """Makes the launch from s and r, or (K > 0) from partial sums [splits, T, stride]."""
     m = n * n + 2 * n
     tokens = sinkhorn.tokens_per_program(n)
-    return Launch(
+    return TritonLaunch(
         kernel=mhc_coefficients_forward,
-        grid=(triton_call.cdiv(T, tokens),),
+        grid=(device.cdiv(T, tokens),),
         outputs=(
             struct((T, n)),
             struct((T, n)),
@@ -151,7 +152,7 @@ def forward_launch(
 
 def check(s: jax.Array, *_, n: int, num_iterations: int, **__) -> None:
     """Raises NotImplementedError for n other than 2, 4, 8, for float64 or too many iterations."""
-    triton_call.check_n(n)
+    device.check_n(n)
     if s.dtype != jnp.float32:
         raise NotImplementedError(f"{s.dtype} coefficients: the Triton kernels take float32")
     sinkhorn.check_iterations(num_iterations)
@@ -169,11 +170,11 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Maps s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
     shapes = ((*r.shape, n), (*r.shape, n), (*r.shape, n, n))
-    T = triton_call.num_tokens(r.shape)
+    T = device.num_tokens(r.shape)
     if T:
         outputs = forward_launch(T, n, num_iterations, **eps)(s, r, bias, alpha, T)
     else:
-        outputs = triton_call.empty_like(*((shape, s.dtype) for shape in shapes))
+        outputs = device.empty_like(*((shape, s.dtype) for shape in shapes))
     h_pre, h_post, h_res = (out.reshape(shape) for out, shape in zip(outputs, shapes))
     return h_pre, h_post, h_res
 
@@ -217,7 +218,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns the cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
     del pre_eps  # a constant beside the sigmoid
-    T = triton_call.num_tokens(r.shape)
+    T = device.num_tokens(r.shape)
     if not T:
         return s, r, jnp.zeros_like(bias), jnp.zeros_like(alpha)
     args = (s, r, bias, alpha, dh_pre, dh_post, dh_res)
@@ -236,7 +237,7 @@ def backward_to_projection(
       round_ds: to TF32, as the projection's backward wants it of bfloat16 streams.
       n, num_iterations, sinkhorn_eps: as in `backward`.
     """
-    T = triton_call.num_tokens(r.shape)
+    T = device.num_tokens(r.shape)
     options = {"round_ds": round_ds, "sinkhorn_eps": sinkhorn_eps}
     launch = backward_launch(T, n, num_iterations, **options)
     ds, dr, sums, _ = launch(s, r, bias, alpha, dh_pre, dh_post, dh_res, T)
@@ -261,7 +262,7 @@ def backward_to_fragments(
     s, r, bias, alpha, dh_pre, dh_post, dh_res, *, K, n, num_iterations, sinkhorn_eps
 ) -> tuple[Fragments, jax.Array]:
     """Does `backward_to_projection` for a projection of K columns in CUDA; T > 0."""
-    T = triton_call.num_tokens(r.shape)
+    T = device.num_tokens(r.shape)
     options = {"round_ds": True, "fragments": K, "sinkhorn_eps": sinkhorn_eps}
     launch = backward_launch(T, n, num_iterations, **options)
     ds, kappa, sums, pairs = launch(s, r, bias, alpha, dh_pre, dh_post, dh_res, T)
