@@ -119,6 +119,18 @@ def check_phi(streams: jax.Array, phi: jax.Array, num_columns: int | None = None
         )
 
 
+def check_kernel_n(n: int) -> None:
+    """Raises NotImplementedError for a number of streams that no kernel takes."""
+    if n not in (2, 4, 8):
+        raise NotImplementedError(f"n={n}: the kernels take n = 2, 4 or 8")
+
+
+def check_kernel_dtype(dtype) -> None:
+    """Raises NotImplementedError for streams that no kernel takes: float64."""
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"{dtype} streams: the kernels take bfloat16 or float32")
+
+
 def check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
     """Raises ValueError unless `x.shape == expected`."""
     if x.shape != expected:

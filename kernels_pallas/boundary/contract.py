@@ -14,6 +14,7 @@ Cotangents have the type of what they belong to: `d` is a `ReadOut`, `d_paramete
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class ReadStatic(NamedTuple):
@@ -78,6 +79,17 @@ class Saved(NamedTuple):
     h_pre: jax.Array
     s: jax.Array
     r: jax.Array
+
+
+def empty_read(streams: jax.Array, n: int) -> tuple[ReadOut, Saved]:
+    """Returns the results of `read_forward` for no tokens."""
+    *lead, row = streams.shape
+
+    def nothing(*last):
+        return jnp.zeros((*lead, *last), jnp.float32)
+
+    out = ReadOut(streams[..., : row // n], nothing(n), nothing(n, n))
+    return out, Saved(nothing(n), nothing(n * n + 2 * n), nothing())
 
 
 STREAMS = "...k"

@@ -10,7 +10,14 @@ write. The second stage of all sums comes last. The forward of `read` is Triton'
 import jax
 
 from kernels_pallas.boundary import cuda_launches, triton
-from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
+from kernels_pallas.boundary.contract import (
+    Parameters,
+    ReadOut,
+    ReadStatic,
+    Saved,
+    Update,
+    empty_read,
+)
 from kernels_pallas.boundary.triton import read_forward
 from kernels_pallas.coefficients import triton as coefficients
 from kernels_pallas.gpu import device, sums
@@ -38,7 +45,7 @@ def forward(
     streams, n = update.streams, static.n
     T = device.num_tokens(streams.shape[:-1])
     if not T:
-        return streams, *triton.empty_read(streams, n)
+        return streams, *empty_read(streams, n)
     launch = cuda_launches.forward_launch(T, streams.shape[-1] // n)
     new_streams, projected = launch(*update, cuda_launches.phi_fragments(parameters.phi), T)
     new_streams = new_streams.reshape(streams.shape)

@@ -22,8 +22,8 @@ from kernels_pallas.boundary import tpu_blocks as blocks
 from kernels_pallas.boundary.contract import ReadStatic, Update
 from kernels_pallas.boundary.tpu_backward import backward, read_backward
 from kernels_pallas.boundary.tpu_forward import forward, read_forward
+from kernels_pallas.shapes import check_kernel_dtype, check_kernel_n
 from kernels_pallas.sinkhorn import tpu as sinkhorn
-from kernels_pallas.tpu import call as tpu_call
 
 __all__ = ["backward", "check", "forward", "read_backward", "read_forward"]
 
@@ -31,7 +31,8 @@ __all__ = ["backward", "check", "forward", "read_backward", "read_forward"]
 def check(first: jax.Array | Update, *_, static: ReadStatic) -> None:
     """Raises NotImplementedError unless the kernels accept dtype, n, width and options."""
     streams, n = jax.tree.leaves(first)[0], static.n
-    tpu_call.check_dtypes(streams, n)
+    check_kernel_dtype(streams.dtype)
+    check_kernel_n(n)
     sinkhorn.check_iterates(n, static.num_iterations)
     row, dtype = streams.shape[-1], streams.dtype
     blocks.forward_tokens(row, n, dtype, fused=True)

@@ -8,7 +8,6 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
 from kernels_pallas.boundary.tpu_blocks import (
-    SCALARS,
     backward_tokens,
     columns_of,
     fits_fused_backward,
@@ -25,14 +24,6 @@ from kernels_pallas.tpu import call as tpu_call
 from kernels_pallas.tpu import math as tpu_math
 from kernels_pallas.tpu.math import LaneSums
 from kernels_pallas.tpu.tiles import LANES, MIN_TOKENS, TokenTiles, sinkhorn_window
-
-
-def _round_tf32(x: jax.Array) -> jax.Array:
-    """Rounds float32 to 10 mantissa bits, to nearest even, by integers (a kernel has no reduce_precision)."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    odd = (bits >> jnp.uint32(13)) & jnp.uint32(1)
-    bits = (bits + jnp.uint32(0xFFF) + odd) & jnp.uint32(0xFFFFE000)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _transpose_window(ref, tiles, static):
@@ -97,7 +88,7 @@ def _transpose_projection(ref, tiles, n):
         # Tokens past the end have undefined coefficients and may not reach dphi.
         ds = jnp.where(exists, columns_of([*ds_pre, ds]), 0)
         if ref.x.dtype == jnp.bfloat16:
-            ds = _round_tf32(ds)
+            ds = tpu_math.round_tf32(ds)
         scale = (dr + dr_pre) / (r * ref.x.shape[1])
         scale = jnp.broadcast_to(scale, (LANES, tiles.block)).T
         for i in range(n):
@@ -179,8 +170,8 @@ def _call(
     inputs = {
         "x": (x, rows),
         "phi": (operand, tiles.whole(*operand.shape)),
-        "bias": (parameters.bias, SCALARS),
-        "alpha": (parameters.alpha, SCALARS),
+        "bias": (parameters.bias, tpu_call.SCALARS),
+        "alpha": (parameters.alpha, tpu_call.SCALARS),
         "h_pre": (last(saved.h_pre), columns(n)),
         "s": (last(saved.s), columns(m)),
         "r": (saved.r.reshape(1, num_tokens), columns(1)),

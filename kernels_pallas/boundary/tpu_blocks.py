@@ -10,16 +10,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
 from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn import tpu as sinkhorn
 from kernels_pallas.tpu.tiles import FULL_WINDOW, LANES, tokens_per_block
-
-SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
 def _tokens(row, n, dtype, rows, fixed, most):

@@ -8,9 +8,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.boundary import tpu_mix
-from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
+from kernels_pallas.boundary.contract import (
+    Parameters,
+    ReadOut,
+    ReadStatic,
+    Saved,
+    Update,
+    empty_read,
+)
 from kernels_pallas.boundary.tpu_blocks import (
-    SCALARS,
     columns_of,
     forward_tokens,
     input_unroll,
@@ -146,8 +152,8 @@ def _call(
     operand = projection.phi_operand(parameters.phi, x.dtype)
     inputs |= {
         "phi": (operand, tiles.whole(*operand.shape)),
-        "bias": (parameters.bias, SCALARS),
-        "alpha": (parameters.alpha, SCALARS),
+        "bias": (parameters.bias, tpu_call.SCALARS),
+        "alpha": (parameters.alpha, tpu_call.SCALARS),
     }
     if parameters.weight is not None:
         inputs["weight"] = parameters.weight.reshape(1, width), tiles.whole(1, width)
@@ -178,23 +184,13 @@ def _unflatten(out: dict[str, jax.Array], lead: tuple[int, ...], n: int) -> tupl
     )
 
 
-def _empty_read(streams: jax.Array, n: int) -> tuple[ReadOut, Saved]:
-    lead, width = streams.shape[:-1], streams.shape[-1] // n
-
-    def zeros(*last, dtype=jnp.float32):
-        return jnp.zeros((*lead, *last), dtype)
-
-    out = ReadOut(zeros(width, dtype=streams.dtype), zeros(n), zeros(n, n))
-    return out, Saved(zeros(n), zeros(num_columns(n)), zeros())
-
-
 def read_forward(
     streams: jax.Array, parameters: Parameters, *, static: ReadStatic
 ) -> tuple[ReadOut, Saved]:
     """Does the read of a sublayer."""
     x = tpu_call.flat_tokens(streams)
     if not x.shape[0]:
-        return _empty_read(streams, static.n)
+        return empty_read(streams, static.n)
     return _unflatten(_call(x, None, parameters, static), streams.shape[:-1], static.n)
 
 
@@ -205,6 +201,6 @@ def forward(
     streams = update.streams
     x = tpu_call.flat_tokens(streams)
     if not x.shape[0]:
-        return streams, *_empty_read(streams, static.n)
+        return streams, *empty_read(streams, static.n)
     out = _call(x, update, parameters, static)
     return out["new"].reshape(streams.shape), *_unflatten(out, streams.shape[:-1], static.n)

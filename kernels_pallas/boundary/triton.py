@@ -12,18 +12,26 @@ C++.
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
+from kernels_pallas.boundary.contract import (
+    Parameters,
+    ReadOut,
+    ReadStatic,
+    Saved,
+    Update,
+    empty_read,
+)
 from kernels_pallas.coefficients import triton as coefficients
 from kernels_pallas.gpu import device, sums
 from kernels_pallas.post_res import triton as post_res
 from kernels_pallas.pre import triton as pre
 from kernels_pallas.projection import triton as projection
+from kernels_pallas.shapes import check_kernel_dtype, check_kernel_n
 
 
 def check(first: jax.Array | Update, *_, static: ReadStatic) -> None:
     """Raises NotImplementedError for n other than 2, 4, 8, for float64 or too many iterations."""
-    device.check_n(static.n)
-    device.check_streams_dtype(jax.tree.leaves(first)[0].dtype)
+    check_kernel_n(static.n)
+    check_kernel_dtype(jax.tree.leaves(first)[0].dtype)
     coefficients.sinkhorn.check_iterations(static.num_iterations)
 
 
@@ -51,14 +59,6 @@ def finish_read(
         layer_input = pre.forward_normed(streams, h_pre, weight, eps=eps)
     out = ReadOut(layer_input, h_post, h_res.reshape(*lead, n, n))
     return out, Saved(h_pre, s.reshape(*lead, m), r.reshape(lead))
-
-
-def empty_read(streams: jax.Array, n: int) -> tuple[ReadOut, Saved]:
-    """Returns the results of `read_forward` for no tokens."""
-    lead, C = streams.shape[:-1], streams.shape[-1] // n
-    shapes = ((n,), (n, n), (n,), (n * n + 2 * n,), ())
-    h_post, h_res, *saved = device.empty_like(*(((*lead, *shape), jnp.float32) for shape in shapes))
-    return ReadOut(streams[..., :C], h_post, h_res), Saved(*saved)
 
 
 def read_forward(

@@ -168,9 +168,6 @@ def tile_mask(tiles) -> jax.Array:
     return jnp.logical_and(token < tiles.window, tiles.first_token() + token < tiles.num_tokens)
 
 
-_SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
-
-
 def forward(
     s: jax.Array,
     r: jax.Array,
@@ -200,7 +197,7 @@ def forward(
         *(tpu_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
         name="mhc_coefficients_forward",
         grid=tiles.grid,
-        in_specs=[tiles.columns(m), tiles.columns(1), _SCALARS, _SCALARS],
+        in_specs=[tiles.columns(m), tiles.columns(1), tpu_call.SCALARS, tpu_call.SCALARS],
         out_specs=[tiles.columns(n), tiles.columns(n), tiles.columns(n * n)],
         out_shapes=[((rows, num_tokens), s.dtype) for rows in (n, n, n * n)],
         semantics=tiles.semantics,
@@ -250,7 +247,7 @@ def backward(
         name="mhc_coefficients_backward",
         grid=tiles.grid,
         in_specs=[
-            *(tiles.columns(m), tiles.columns(1), _SCALARS, _SCALARS),
+            *(tiles.columns(m), tiles.columns(1), tpu_call.SCALARS, tpu_call.SCALARS),
             *(tiles.columns(n), tiles.columns(n), tiles.columns(n * n)),
         ],
         out_specs=[tiles.columns(m), tiles.columns(1), *(tiles.sums(*shape) for shape in sums)],

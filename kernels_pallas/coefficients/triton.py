@@ -18,6 +18,7 @@ from kernels_pallas.gpu import device
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
 from kernels_pallas.gpu.triton_math import exp
+from kernels_pallas.shapes import check_kernel_n
 from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
@@ -152,7 +153,7 @@ def forward_launch(
 
 def check(s: jax.Array, *_, n: int, num_iterations: int, **__) -> None:
     """Raises NotImplementedError for n other than 2, 4, 8, for float64 or too many iterations."""
-    device.check_n(n)
+    check_kernel_n(n)
     if s.dtype != jnp.float32:
         raise NotImplementedError(f"{s.dtype} coefficients: the Triton kernels take float32")
     sinkhorn.check_iterations(num_iterations)

@@ -60,15 +60,3 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(x: int) -> int:
     """The least power of two that is at least x."""
     return 1 << (x - 1).bit_length()
-
-
-def check_n(n: int) -> None:
-    """Raises NotImplementedError for a number of streams without a kernel."""
-    if n not in (2, 4, 8):
-        raise NotImplementedError(f"n={n}: the Triton kernels take n = 2, 4 or 8")
-
-
-def check_streams_dtype(dtype) -> None:
-    """Raises NotImplementedError for streams that are neither bfloat16 nor float32."""
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"{dtype} streams: the Triton kernels take bfloat16 or float32")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.shapes import check_kernel_dtype, check_kernel_n
 from kernels_pallas.tpu import call as tpu_call
 from kernels_pallas.tpu import math as tpu_math
 from kernels_pallas.tpu.math import LaneSums
@@ -24,7 +25,8 @@ CHUNK = 512
 def check(streams, h_pre, *_, eps=None):
     """Raises NotImplementedError unless the kernels accept dtype, n and width."""
     n = h_pre.shape[-1]
-    tpu_call.check_dtypes(streams, n)
+    check_kernel_dtype(streams.dtype)
+    check_kernel_n(n)
     block_tokens(streams.shape[-1], n, streams.dtype)
 
 

@@ -17,6 +17,7 @@ from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
 from kernels_pallas.gpu.triton_math import dot, dot_tf32, load_tile, opaque, store_tile
 from kernels_pallas.precision import split_bf16
+from kernels_pallas.shapes import check_kernel_dtype
 
 
 @triton.jit
@@ -306,7 +307,7 @@ def _backward_splits(blocks: int, tiles: int, per_multiprocessor: int) -> int:
 
 def check(streams: jax.Array, phi: jax.Array, *_, **__) -> None:
     """Raises NotImplementedError for float64 and for more than 127 columns of phi."""
-    device.check_streams_dtype(streams.dtype)
+    check_kernel_dtype(streams.dtype)
     if phi.shape[1] > 127:
         raise NotImplementedError(f"phi has {phi.shape[1]} columns: the Triton kernel takes 127")
 

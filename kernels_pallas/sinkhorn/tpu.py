@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.shapes import check_kernel_n
 from kernels_pallas.tpu import call as tpu_call
 from kernels_pallas.tpu import math as tpu_math
 from kernels_pallas.tpu.tiles import LANES, VMEM_BLOCKS, TokenTiles
@@ -37,7 +38,7 @@ def check(logits, d_h_res=None, *, num_iterations, **_):
 
 def check_iterates(n: int, num_iterations: int) -> None:
     """Raises NotImplementedError unless n is 2, 4, 8 and the iterates of a block fit into VMEM."""
-    tpu_call.check_n(n)
+    check_kernel_n(n)
     size = math.prod(iterates_shape(n, num_iterations)) * 4
     if size > VMEM_BLOCKS:
         raise NotImplementedError(

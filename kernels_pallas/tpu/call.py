@@ -18,6 +18,8 @@ from kernels_pallas.varying import alike, varying_axes
 
 # v5p and TPU7x have 64 MiB of VMEM a core (v5e and v6e 128): 52 MiB leave room for what XLA keeps there.
 VMEM_LIMIT = 52 * 2**20
+# Blocks of numbers that a kernel reads one by one.
+SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
 def call(
@@ -92,19 +94,6 @@ def call_named(
         **options,
     )
     return dict(zip(outputs, results, strict=True))
-
-
-def check_dtypes(streams: jax.Array, n: int) -> None:
-    """Raises NotImplementedError for what no kernel takes: float64, n other than 2, 4, 8."""
-    if streams.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"streams are {streams.dtype}: kernels take bfloat16 and float32")
-    check_n(n)
-
-
-def check_n(n: int) -> None:
-    """Raises NotImplementedError unless n is 2, 4 or 8."""
-    if n not in (2, 4, 8):
-        raise NotImplementedError(f"n={n}: kernels take 2, 4 or 8 streams")
 
 
 def flat_tokens(x: jax.Array, trailing: int = 1) -> jax.Array:
