@@ -45,6 +45,8 @@ constexpr int OWN = KAPPA + TOKENS * 4;
 // Shared memory holds the rows of STAGES tiles, the token data of two, phi (6 float4 a thread) and, if MIX, t in
 // bfloat16, laid out as x: of two tiles in turn, or (TERMS 2) high and low terms of one.
 constexpr int OWNS = STAGES * STAGE, PHI = OWNS + 2 * OWN, TOTAL = PHI + 6 * 16 * THREADS;
+static_assert(SHARED_BYTES == TOTAL + MIX * 2 * STREAMS, "cuda_launches.py counts otherwise");
+static_assert(SUMS == TOKEN_SUMS, "cuda_launches.py counts otherwise");
 
 __device__ __forceinline__ int key(int stream, int token) { return token % 8 ^ stream % 2 * 4; }
 

@@ -15,13 +15,17 @@ from kernels_pallas.gpu.device import cdiv, full_waves, multiprocessors, num_tok
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.precision import split_bf16
 
+# Both sides need these sizes: the sources get them as macros and assert what they add up to.
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
+_WARPS = 8  # of a program
+_TOKEN_SUMS = 20  # partial sums of dh_res and dh_post that a token has
+_PARTS = 28  # numbers of a token in forward.cu's result: s, the sum of squares, 3 unused
 # bfloat16 numbers that stand for one number of t, the cotangent of the new streams, in dh_res and dh_post.
 # The timed form has 1; 2 is exact to 2e-6 and has run in the emulator alone. `kernel_speed --terms` decides.
 TERMS = 1
 # Two tiles of x and y for each of eight warps, and two of phi (forward.cu).
-FORWARD_BYTES = 2 * 8 * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
+FORWARD_BYTES = 2 * _WARPS * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
 
 
 def _shared_bytes(mix: bool) -> int:
@@ -58,12 +62,15 @@ def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
         raise NotImplementedError(missing)
 
 
+def _sizes(C: int) -> dict[str, int]:
+    return {"C": C, "COLUMNS": _COLUMNS, "TOKENS": _TOKENS, "WARPS": _WARPS}
+
+
 def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLaunch:
     """Makes the launch of backward.cu; `terms`: bfloat16 numbers for one of t in dh_res and dh_post.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
-    phi [4C, 24], fragments of ds and kappa (`mappings.gpu.backward_launch`), T; without `mix`, y, h_post and
-    h_res are not read. Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi
+    phi [4C, 24], `coefficients.triton.Fragments`, T; without `mix`, y, h_post and h_res are not read. Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi
     [splits, 4C, 24].
     """
     slabs = C // _COLUMNS
@@ -75,11 +82,11 @@ def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLau
         outputs=(
             struct((T, 4 * C), jnp.bfloat16),
             struct((T, C) if mix else (1,), jnp.bfloat16),
-            struct((slabs, T, 20) if mix else (1,)),
+            struct((slabs, T, _TOKEN_SUMS) if mix else (1,)),
             struct((splits, 4 * C, 24)),
         ),
-        constants={"C": C, "MIX": int(mix), "TERMS": terms},
-        num_warps=8,
+        constants={"MIX": int(mix), "TERMS": terms, "TOKEN_SUMS": _TOKEN_SUMS, **_sizes(C)},
+        num_warps=_WARPS,
         shared_bytes=_shared_bytes(mix),
     )
 
@@ -98,7 +105,7 @@ def boundary_backward(
       update: streams, layer output, h_post, h_res before the write.
       g, d: cotangents of the new streams and of the weighted sum.
       h_pre, phi: of the read.
-      fragments: of `mappings.gpu.backward_to_fragments`.
+      fragments: of `coefficients.triton.backward_to_fragments`.
 
     Returns:
       dx [T, 4C], dy [T, C], partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
@@ -129,14 +136,14 @@ def forward_launch(T: int, C: int) -> CudaLaunch:
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], `phi_fragments`, T. Outputs: x', partial
     sums of s and (column 24) of the squares of x' [splits, T, 28].
     """
-    splits = _forward_splits(C // _COLUMNS, cdiv(T, 128))
+    splits = _forward_splits(C // _COLUMNS, cdiv(T, _WARPS * _TOKENS))
     return CudaLaunch(
         kernel="mhc_boundary_forward",
         source="boundary/forward.cu",
-        grid=(min(multiprocessors(), cdiv(T, 128) * splits),),
-        outputs=(struct((T, 4 * C), jnp.bfloat16), struct((splits, T, 28))),
-        constants={"C": C, "SPLITS": splits},
-        num_warps=8,
+        grid=(min(multiprocessors(), cdiv(T, _WARPS * _TOKENS) * splits),),
+        outputs=(struct((T, 4 * C), jnp.bfloat16), struct((splits, T, _PARTS))),
+        constants={"SPLITS": splits, "PARTS": _PARTS, **_sizes(C)},
+        num_warps=_WARPS,
         shared_bytes=FORWARD_BYTES,
     )
 

@@ -50,11 +50,16 @@ class CudaLaunch(Launch):
     source: str = ""
     shared_bytes: int = 0
 
+    @property
+    def macros(self) -> dict[str, int]:
+        """What the source is compiled with; it asserts that it needs SHARED_BYTES."""
+        return {**self.constants, "SHARED_BYTES": self.shared_bytes}
+
     def _call(self, args: list) -> tuple[jax.Array, ...]:
         from jax._src.lib import gpu_triton  # fails where jax has no CUDA, hence only here
 
         capability = device.capability()
-        ptx = compile_ptx(self.source, tuple(self.constants.items()), capability)
+        ptx = compile_ptx(self.source, tuple(self.macros.items()), capability)
         kernel = gpu_triton.TritonKernel(
             self.kernel, self.num_warps, 1, self.shared_bytes, ptx, "", capability
         )
@@ -82,7 +87,7 @@ class CudaLaunch(Launch):
         from kernels_pallas.testing import emulate  # not in the wheel, hence only here
 
         outputs = [np.full(o.shape, jnp.nan, o.dtype) for o in self.outputs]
-        kernel = emulate.compile(_FOLDER / self.source, self.kernel, self.constants)
+        kernel = emulate.compile(_FOLDER / self.source, self.kernel, self.macros)
         threads = 32 * self.num_warps
         kernel(self.grid, threads, self.shared_bytes, [*args, *outputs], seed=seed)
         return tuple(outputs)

@@ -22,6 +22,8 @@ from kernels_pallas.gpu import cuda_launch
 from kernels_pallas.precision import round_to_tf32
 from kernels_pallas.testing import emulate
 
+PACKAGE = pathlib.Path(cuda_launches.__file__).parents[1]
+
 pytestmark = pytest.mark.gpu_interpreter
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -104,7 +106,7 @@ def test_forward_is_the_same_for_any_order_and_number_of_programs(programs):
 )
 def test_a_missing_barrier_is_seen(tmp_path, barrier, output):
     """The test above can fail: without a barrier of its loop the kernel is wrong."""
-    source = (pathlib.Path(cuda_launch.__file__).parent / "boundary/backward.cu").read_text()
+    source = (PACKAGE / "boundary/backward.cu").read_text()
     assert source.count(barrier) == 1
     path = tmp_path / "backward.cu"
     path.write_text(source.replace(barrier, "\n"))
@@ -131,7 +133,7 @@ def test_compiles_without_spills(tmp_path, capability, name):
     import triton
 
     launch = LAUNCHES[name]
-    ptx = cuda_launch.compile_ptx(launch.source, tuple(launch.constants.items()), capability)
+    ptx = cuda_launch.compile_ptx(launch.source, tuple(launch.macros.items()), capability)
     path = tmp_path / "kernel.ptx"
     path.write_text(ptx)
     tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -159,6 +161,15 @@ def test_a_compiler_error_names_file_and_line(tmp_path):
     if emulate.available():
         with pytest.raises(emulate.CompilationError, match="missing"):
             emulate.compile(path, "f", {})
+
+
+@pytest.mark.skipif(not emulate.available(), reason="no g++")
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_both_sides_must_count_the_same_bytes(name):
+    launch = LAUNCHES[name]
+    wrong = {**launch.macros, "SHARED_BYTES": launch.shared_bytes + 16}
+    with pytest.raises(emulate.CompilationError, match="counts otherwise"):
+        emulate.compile(PACKAGE / launch.source, launch.kernel, wrong)
 
 
 def test_a_device_that_is_not_supported_is_named():
