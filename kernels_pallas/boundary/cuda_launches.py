@@ -70,8 +70,8 @@ def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLau
     """Makes the launch of backward.cu; `terms`: bfloat16 numbers for one of t in dh_res and dh_post.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
-    phi [4C, 24], `coefficients.triton.Fragments`, T; without `mix`, y, h_post and h_res are not read. Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi
-    [splits, 4C, 24].
+    phi [4C, 24], `coefficients.triton.Fragments`, T; without `mix`, y, h_post and h_res are not read.
+    Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
     """
     slabs = C // _COLUMNS
     splits = _splits(slabs, cdiv(T, _TOKENS))

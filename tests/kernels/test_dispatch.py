@@ -144,7 +144,7 @@ def test_explain_on_a_cpu(op):
         ({"C": 100}, "triton", {"cuda": "C=100: the CUDA kernels take multiples of 64"}),
         ({"n": 8}, "triton", {"cuda": "n=8: the CUDA kernels take n = 4"}),
         ({"dtype": "float32"}, "triton", {"cuda": "float32 streams: the CUDA kernels take bf"}),
-        ({"n": 3}, "xla", {"triton": "n=3: the Triton", "cuda": "n=3"}),
+        ({"n": 3}, "xla", {"triton": "n=3: the kernels", "cuda": "n=3"}),
         ({"num_iterations": 99}, "xla", {"triton": "num_iterations=99", "cuda": "=99"}),
     ],
 )
@@ -184,11 +184,11 @@ def test_a_gpu_without_bfloat16_takes_xla(monkeypatch, capability, taken):
 
 @pytest.mark.gpu_interpreter
 def test_none_takes_what_explain_says(monkeypatch):
-    from kernels_pallas.boundary import cuda, gpu
+    from kernels_pallas.boundary import cuda, triton
 
     def backends():
         called = []
-        for name, backend in (("cuda", cuda), ("triton", gpu)):
+        for name, backend in (("cuda", cuda), ("triton", triton)):
 
             def forward(*args, name=name, real=backend.forward, **static):
                 called.append(name)
