@@ -74,6 +74,7 @@ setup(
         "etils[epath]>=1.9",  # paths in buckets; orbax has it too
         "tensorstore>=0.1.60",  # conditional writes of the workdir's lock; orbax has it too
         "tensorboardX>=2.6",  # events without TensorFlow
+        "filelock>=3.12",  # jax locks its cache of compiled programs with it
         "tqdm>=4.60",  # progress bars
         "matplotlib>=3.9",  # figures of experiments; oldest with NumPy 2
     ],

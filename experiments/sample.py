@@ -12,7 +12,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from mhc_jax import command_line
+from mhc_jax import command_line, compilation_cache
 from mhc_jax.data import load_tokenizer
 from mhc_jax.sampling import for_sampling, generate
 from mhc_jax.trained import load
@@ -23,6 +23,7 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to generate at mos
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the random draws.")
+_NO_CACHE = flags.DEFINE_bool(compilation_cache.FLAG, False, compilation_cache.HELP)
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/ whose model the workdir must hold; not needed."
 )
@@ -45,6 +46,7 @@ def stream(ids, tokenizer, write, prompt=()) -> None:
 def main(argv) -> None:
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("mhc_jax").setLevel(logging.WARNING)
+    compilation_cache.use(not _NO_CACHE.value)
     expected = None if _CONFIG.value is None else command_line.load_config(_CONFIG).model
     try:
         config, variables, _ = load(_WORKDIR.value, expected)

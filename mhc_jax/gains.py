@@ -286,16 +286,17 @@ def load(path: str | os.PathLike) -> tuple[GainMagnitudes, int]:
       ValueError: it is no file of gains, or only a part of one; the message names it.
     """
     try:
-        # Opened here: numpy leaves a file that is torn open.
-        with (
-            epath.Path(path).open("rb") as opened,
-            np.load(io.BytesIO(opened.read()), allow_pickle=False) as file,
-        ):
+        # Read here: numpy leaves a file that is torn open, and speaks of pickles where it is none of its own.
+        content = epath.Path(path).read_bytes()
+        if not content.startswith(b"PK"):
+            raise ValueError("it is no .npz archive")
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             found = {name: file[name] for name in GainMagnitudes._fields if name in file}
             step = int(file["step"])
         for name in _LATER_FIELDS - found.keys():
             like = "matrix_single" if name == "matrix_std" else "single_forward"
             found[name] = np.full_like(found[like], np.nan)
+        _check_stored(found)
         return GainMagnitudes(**found), step
     except FileNotFoundError:
         raise
@@ -309,6 +310,19 @@ def load(path: str | os.PathLike) -> tuple[GainMagnitudes, int]:
         zlib.error,
     ) as error:
         raise ValueError(f"{path} is no file of gains, or a part of one: {error}") from error
+
+
+def _check_stored(found: dict[str, np.ndarray]) -> None:
+    """Raises ValueError unless all arrays are of the same sublayers and streams."""
+    square = np.shape(found["matrix_single"])
+    if len(square) != 3 or square[1] != square[2] or not square[0]:
+        raise ValueError(f"matrix_single {square} is not [L, n, n]")
+    for name, array in found.items():
+        wanted = square if name.startswith("matrix") else square[:1]
+        if array.shape != wanted:
+            raise ValueError(f"{name} {array.shape} does not fit matrix_single {square}")
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ValueError(f"{name} holds {array.dtype}, no float32")
 
 
 # Not in the files of the first releases.

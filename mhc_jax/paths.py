@@ -47,6 +47,21 @@ def local(path: str | os.PathLike) -> pathlib.Path:
     return pathlib.Path(found)
 
 
+def cache_folder() -> pathlib.Path:
+    """For what can be made anew: `$MHC_JAX_CACHE`, else `mhc_jax` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+      OSError: this user has no home directory.
+    """
+    own = os.environ.get("MHC_JAX_CACHE")
+    folder = pathlib.Path(own or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        folder = folder.expanduser()
+    except RuntimeError as error:
+        raise OSError(f"{folder}: {error} Set MHC_JAX_CACHE to a folder") from None
+    return folder if own else folder / "mhc_jax"
+
+
 def is_bucket(path: os.PathLike) -> bool:
     """Whether the path lies in a bucket, where objects appear whole and folders cannot be renamed."""
     return os.fspath(path).startswith("gs://")

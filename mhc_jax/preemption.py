@@ -28,6 +28,8 @@ _LAST_OF_START = 7200
 _SECONDS_A_CALL = 0.5
 _SECONDS_BETWEEN_LINES = 10.0
 
+Tell = Callable[[str, float], None]  # what goes on, and for how many seconds
+
 
 class Stopped(BaseException):
     """Raised out of whatever the main thread was at; no `except Exception` may hold it up."""
@@ -43,7 +45,7 @@ class Stop:
     def start_is_over(self) -> None:
         """Called before the first step. Raises Stopped if a signal came before."""
 
-    def during(self, function: Callable[[], _T], what: str) -> _T:
+    def during(self, function: Callable[[], _T], what: str, tell: Tell | None = None) -> _T:
         """Calls a function that the main thread cannot leave by itself; tells how long it takes.
 
         Raises:
@@ -72,8 +74,8 @@ class _Alone(Stop):
         self._starting = False
         self._ask()
 
-    def during(self, function: Callable[[], _T], what: str) -> _T:
-        return in_thread(function, what, self._ask)
+    def during(self, function: Callable[[], _T], what: str, tell: Tell | None = None) -> _T:
+        return in_thread(function, what, self._ask, tell)
 
     def _ask(self) -> None:
         if self._requested:
@@ -94,10 +96,9 @@ class _Together(Stop):
             self._ask()
         self._starting = False
 
-    def during(self, function: Callable[[], _T], what: str) -> _T:
-        if self._starting:
-            return in_thread(function, what, self._ask)
-        return function()  # no process may stop here alone
+    def during(self, function: Callable[[], _T], what: str, tell: Tell | None = None) -> _T:
+        # Behind the start no process may stop here alone.
+        return in_thread(function, what, self._ask if self._starting else None, tell)
 
     def _ask(self) -> None:
         if self._calls < _LAST_OF_START:
@@ -121,9 +122,16 @@ def stop_signals() -> Iterator[Stop]:
             yield stop
 
 
-def during(stop: Callable[[int], bool] | None, function: Callable[[], _T], what: str) -> _T:
-    """`Stop.during`, or the function alone where `stop` is none of `stop_signals`."""
-    return stop.during(function, what) if isinstance(stop, Stop) else function()
+def during(
+    stop: Callable[[int], bool] | None,
+    function: Callable[[], _T],
+    what: str,
+    tell: Tell | None = None,
+) -> _T:
+    """`Stop.during`; where `stop` is none of `stop_signals`, no signal ends the waiting."""
+    if isinstance(stop, Stop):
+        return stop.during(function, what, tell)
+    return in_thread(function, what, None, tell)
 
 
 def start_is_over(stop: Callable[[int], bool]) -> None:
@@ -132,13 +140,19 @@ def start_is_over(stop: Callable[[int], bool]) -> None:
         stop.start_is_over()
 
 
-def in_thread(function: Callable[[], _T], what: str, ask: Callable[[], None] = lambda: None) -> _T:
+def in_thread(
+    function: Callable[[], _T],
+    what: str,
+    ask: Callable[[], None] | None = None,
+    tell: Tell | None = None,
+) -> _T:
     """Calls a function in a thread; the main thread waits, open for signals, and tells the time.
 
     Args:
       function: gets none of jax's settings that were made for this thread alone.
       what: "compiling the train step".
       ask: called twice a second; what it raises ends the waiting.
+      tell: called twice a second with `what` and the seconds so far; None: a line in the log every 10 s.
     """
     outcome = {}
 
@@ -153,8 +167,11 @@ def in_thread(function: Callable[[], _T], what: str, ask: Callable[[], None] = l
     thread.start()
     while thread.is_alive():
         thread.join(_SECONDS_A_CALL)
-        ask()
-        if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+        if ask:
+            ask()
+        if tell:
+            tell(what, time.monotonic() - begin)
+        elif time.monotonic() - told > _SECONDS_BETWEEN_LINES:
             told = time.monotonic()
             _log.info("%s ... %d s", what, told - begin)
     if "error" in outcome:

@@ -50,7 +50,7 @@ class Recovery:
             )
         _log.warning("%s", said)
 
-    def _roll_back(self, step, batch, position, metrics, bar) -> None:
+    def _roll_back(self, step, batch, position, metrics) -> None:
         """To the newest checkpoint; the data go on behind the batch of the bad step."""
         self.checkpoints.wait()
         to = self.checkpoints.latest_step or 0
@@ -68,8 +68,7 @@ class Recovery:
         self.step, self._in_flight, self._clock = int(self.state.step), None, None
         if self.writer:
             self._on_disk(self.writer.go_back, self.step)
-        bar.n = self.step
-        bar.refresh()
+        self._progress.back_to(self.step)
 
     def _save_good(self) -> str:
         """Saves the state if it is finite; says what is saved."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tqdm
 
 from kernels_pallas import dispatch
 from mhc_jax import distributed, gains, health, paths, preemption, sharding
@@ -30,6 +29,7 @@ from mhc_jax.initialisation import read_logit
 from mhc_jax.lock import WorkdirLock
 from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.metrics import MetricWriter
+from mhc_jax.progress import Progress
 from mhc_jax.recovery import UNREADABLE, NonFiniteError, Recovery, what
 from mhc_jax.train_step import (
     abstract_batch,
@@ -40,7 +40,13 @@ from mhc_jax.train_step import (
     measure_gains,
 )
 from mhc_jax.trained import Source
-from mhc_jax.workdir import check_resumable, check_same_run, claim_workdir, update_config
+from mhc_jax.workdir import (
+    check_resumable,
+    check_same_run,
+    claim_workdir,
+    is_finished,
+    update_config,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +111,10 @@ def train(
     """
     with preemption.stop_signals() as stop:
         try:
+            workdir = paths.of_user(workdir)
+            if _is_finished(config, workdir):
+                _log.info("%s is finished: all %d steps are done", workdir, config.steps)
+                return {}
             check_config(config)
             run = Run(config, workdir, init_from)
         except preemption.Stopped:
@@ -118,6 +128,13 @@ def train(
         finally:
             run.close()
     return run.last_metrics
+
+
+def _is_finished(config: Config, workdir: os.PathLike) -> bool:
+    """What process 0 finds: all processes take the same way."""
+    found = []
+    distributed.on_first(lambda: found.append(is_finished(config, workdir)))
+    return distributed.from_first([found == [True]])[0] == 1
 
 
 class Run(Recovery):
@@ -154,6 +171,7 @@ class Run(Recovery):
         self._gains_tokens = next(one)["inputs"]
         self._abstract = abstract_state(config, self.mesh)
         self._train_step = jit_train_step(config, self.mesh)
+        _log.info("tracing the train step")
         self._train_step.eval_shape(
             self._abstract, abstract_batch(config)
         )  # the trace is used by the first step
@@ -164,6 +182,7 @@ class Run(Recovery):
             self.close()
             raise
         self.step = int(self.state.step)
+        self._progress = Progress(config, self.step, shown=self.is_main)
         self.last_metrics: dict[str, float] = {}
         compile_ = functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
         self._eval_step = compile_(
@@ -219,29 +238,27 @@ class Run(Recovery):
           stop: asked after each step whether to save and end, see `preemption.stop_signals`.
           name: shown beside the progress bar.
         """
-        config, self._stop = self.config, stop
-        if self.step < config.steps:
-            self._start(stop)
-        with tqdm.tqdm(
-            total=config.steps, initial=self.step, desc=name, disable=not self.is_main, unit="step"
-        ) as bar:
-            while self.step < config.steps:
-                self._dispatch(bar)
-                asked = self._do_what_is_due(bar)
-                self._look_after_saves(bar)
-                if (stop(self.step) or asked) and self.step < config.steps:
-                    self._fetch(bar)
+        self._stop = stop
+        with self._progress.running(name):
+            if self.step < self.config.steps:
+                self._start(stop)
+            while self.step < self.config.steps:
+                self._dispatch()
+                asked = self._do_what_is_due()
+                self._look_after_saves()
+                if (stop(self.step) or asked) and self.step < self.config.steps:
+                    self._fetch()
                     self._save()
-                    self._look_after_saves(bar, wait=True)
+                    self._look_after_saves(wait=True)
                     raise Interrupted(
                         f"stopped at step {self.step}, saved in {self.workdir}: run again to go on"
                     )
-            self._look_after_saves(bar, wait=True)
+            self._look_after_saves(wait=True)
 
     def _start(self, stop: Callable[[int], bool]) -> None:
         """Compiles the step while the main thread listens to signals."""
         try:
-            self._train_step = preemption.during(
+            self._train_step = self._progress.compile(
                 stop,
                 self._train_step.lower(self._abstract, abstract_batch(self.config)).compile,
                 "compiling the train step",
@@ -265,7 +282,7 @@ class Run(Recovery):
             if self.lock:
                 self.lock.release()
 
-    def _dispatch(self, bar) -> None:
+    def _dispatch(self) -> None:
         """Starts step k, then fetches the metrics of step k - 1 while it runs."""
         position = self.data.get_state()
         try:
@@ -273,7 +290,7 @@ class Run(Recovery):
         except UNREADABLE as error:
             step = self.step
             self.data.set_state(position)
-            self._fetch(bar)
+            self._fetch()
             if self.step != step:
                 return  # a step was not finite, and the run is back at a checkpoint
             raise self._bad_data(error) from error
@@ -284,16 +301,16 @@ class Run(Recovery):
         previous, self._in_flight = self._in_flight, (self.step, batch, position, metrics)
         self.step += 1
         if previous:
-            self._report(previous, bar)
+            self._report(previous)
 
-    def _fetch(self, bar) -> None:
+    def _fetch(self) -> None:
         """Waits for the newest step; the clock stops, since what follows is not training time."""
         if self._in_flight:
             previous, self._in_flight = self._in_flight, None
-            self._report(previous, bar)
+            self._report(previous)
         self._clock = None
 
-    def _report(self, dispatched, bar) -> None:
+    def _report(self, dispatched) -> None:
         step, batch, position, metrics = dispatched
         metrics = {key: float(value) for key, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
@@ -317,12 +334,11 @@ class Run(Recovery):
         last = step + 1 == self.config.steps
         if step % self.config.log_every == 0 or usual is not None or bad or last:
             self._write(step + 1, metrics)
-        bar.update(1)
-        bar.set_postfix(loss=f"{metrics['train/loss']:.3f}", refresh=False)
+        self._progress.stepped(metrics["train/loss"], metrics.get("train/seconds_per_step"))
         if skipped:
             self._note_skipped(step, metrics)
         elif bad and self.config.on_non_finite == "rollback":
-            self._roll_back(step, batch, position, metrics, bar)
+            self._roll_back(step, batch, position, metrics)
         elif bad:
             self._fail(step, batch, position, metrics)
         else:
@@ -340,26 +356,27 @@ class Run(Recovery):
             where = f"not found, the search failed with {type(error).__name__}: {error}"
         raise NonFiniteError(f"{what(step, metrics)}. First non-finite: {where}. {saved}")
 
-    def _do_what_is_due(self, bar) -> bool:
+    def _do_what_is_due(self) -> bool:
         """Returns whether a signal came while a program was compiled for it; then some is left undone."""
         config, step, last = self.config, self.step, self.step == self.config.steps
+        tasks = {
+            self._evaluate: ("evaluating", config.eval_every),
+            self._log_gains: ("measuring gains", config.gains_every),
+            self._save: ("saving", config.checkpoint_every),
+        }
         due = {
-            task: last or (every and self.step % every == 0)
-            for task, every in (
-                (self._evaluate, config.eval_every),
-                (self._log_gains, config.gains_every),
-                (self._save, config.checkpoint_every),
-            )
+            task: last or (every and self.step % every == 0) for task, (_, every) in tasks.items()
         }
         due[self._log_gains] |= self._spiked
         if any(due.values()):
-            self._fetch(bar)  # nothing of a step that was not finite is evaluated or saved
+            self._fetch()  # nothing of a step that was not finite is evaluated or saved
             if self.step != step:  # it was, and the run is back at a checkpoint
                 return False
             try:
                 for task, is_due in due.items():
                     if is_due:
-                        task()
+                        with self._progress.pause(*tasks[task]):
+                            task()
             except preemption.Stopped:
                 return True
         return False
@@ -369,7 +386,7 @@ class Run(Recovery):
         if name not in self._compiled:
             stop = self._stop if self.step < self.config.steps else None
             compile_ = program.lower(*args).compile
-            preemption.during(stop, compile_, f"compiling the {name}")
+            self._progress.compile(stop, compile_, f"compiling the {name}")
             self._compiled.add(name)
 
     def _evaluate(self) -> None:
@@ -418,7 +435,7 @@ class Run(Recovery):
         except SaveError as error:
             self._save_again(error)
 
-    def _look_after_saves(self, bar, wait: bool = False) -> None:
+    def _look_after_saves(self, wait: bool = False) -> None:
         """Asked after every step: whether the save in the background has failed."""
         if self.lock:
             self.lock.check()
@@ -428,7 +445,7 @@ class Run(Recovery):
             else:
                 self.checkpoints.poll()
         except SaveError as error:
-            self._fetch(bar)  # nothing of a step that was not finite is saved
+            self._fetch()  # nothing of a step that was not finite is saved
             self._save_again(error)
 
     def _save_again(self, error: SaveError) -> None:

@@ -108,6 +108,21 @@ def evaluate(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
     return linear_cross_entropy(x, model.unembedding, batch["targets"], config.loss_chunks)
 
 
+def window_losses(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
+    """Cross-entropy in nats a token of each row of a batch, float32 `[B]`; else as `evaluate`."""
+    config = _exact(config)
+    model = nnx.merge(model_graph(config), variables)
+    x, _ = model.hidden_with_aux(batch["inputs"])
+    chunks = config.loss_chunks if x.shape[1] % config.loss_chunks == 0 else 1
+
+    def one(row):
+        hidden, targets = row
+        return linear_cross_entropy(hidden[None], model.unembedding, targets[None], chunks)
+
+    # One after the other: the logits of one row are there at a time.
+    return jax.lax.map(one, (x, batch["targets"]))
+
+
 def _narrowed(params: Params, dtype) -> Params:
     """Matrices of the blocks in the dtype of their products, which rounds them where they are used anyway.
 

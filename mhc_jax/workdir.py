@@ -67,6 +67,24 @@ def check_resumable(config: Config, workdir: epath.PathLike) -> None:
         raise ValueError(f"{path} {lost}{error}") from None
 
 
+def is_finished(config: Config, workdir: epath.PathLike) -> bool:
+    """Whether the newest checkpoint is that of the last step. Its arrays are checked by who reads them.
+
+    Raises:
+      ValueError: the workdir belongs to another run.
+    """
+    folder = checkpoint.absolute(epath.Path(workdir) / checkpoint.FOLDER)
+    steps = checkpoint.saved_steps(folder)
+    if not steps or steps[-1] < config.steps:
+        return False
+    check_resumable(config, workdir)
+    try:
+        checkpoint.read_contents(folder / str(steps[-1]))
+    except checkpoint.Damaged:
+        return False
+    return True
+
+
 def check_same_run(there: dict[str, Any], now: dict[str, Any], step: int = 0) -> None:
     """Raises ValueError if a run with the configuration `now` may not go on with one of `there`.
 
@@ -126,14 +144,14 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     workdir = epath.Path(workdir)
     try:
         return _read(workdir / "config.json")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
         saved = _in_checkpoints(workdir)
         if saved is None:
-            if isinstance(error, FileNotFoundError):
+            if not isinstance(error, ValueError):
                 what = f"{workdir} is not the workdir of a run: it has no config.json"
                 raise ValueError(what) from None
             raise ValueError(f"{workdir}/config.json {error}") from None
-        lost = "is missing" if isinstance(error, FileNotFoundError) else str(error)
+        lost = str(error) if isinstance(error, ValueError) else "is missing"
         _log.warning("%s/config.json %s: that of a checkpoint is used", workdir, lost)
         return saved
 

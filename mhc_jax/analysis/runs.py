@@ -77,6 +77,7 @@ def read_metrics(path: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     # Line by line into flat arrays: 16 bytes a number, where a million lines of objects are a gigabyte.
     table: dict[str, tuple[array.array, array.array]] = {}
+    skipped, first = 0, ""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -88,7 +89,11 @@ def read_metrics(path: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                     steps.append(step)
                     found.append(value)
             except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
-                log.warning("%s line %d skipped: %r", path, number, error)
+                skipped, first = skipped + 1, first or f"line {number}: {error!r}"
+    if skipped:
+        log.warning(
+            "%s: %d lines are no metrics and skipped, the first is %s", path, skipped, first
+        )
     return {key: _latest(*map(np.asarray, columns)) for key, columns in table.items()}
 
 

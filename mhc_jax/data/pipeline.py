@@ -97,22 +97,16 @@ def make_iterator(
             f"process_count={process_count}: it counts the rows of all processes together."
         )
     windows = sources.open_windows(config, split)
+    _check_enough(len(windows), split, batch_size)
     # Numbers of windows are shuffled and batched, and a batch reads its windows at once: grain spends
     # 80 us on each element of a source, which for rows would be 20 ms a batch of 256.
-    source = grain.MapDataset.range(len(windows))
-    if len(windows) < batch_size:
-        raise ValueError(
-            f"The {split} split has {len(windows)} windows, batch_size={batch_size} needs as many at least: "
-            f"lower batch_size or sequence_length, or {_MORE_WINDOWS[split]}."
-        )
     if split == "train":
         # Spread by SeedSequence because grain adds the epoch to the seed: with the plain number,
         # epoch 1 of seed 0 would be epoch 0 of seed 1.
         seed = int(np.random.SeedSequence(config.shuffle_seed).generate_state(1)[0])
-        rows = source.shuffle(seed=seed).repeat()
+        rows = grain.MapDataset.range(len(windows)).shuffle(seed=seed).repeat()
     else:
-        whole = len(windows) - len(windows) % batch_size
-        rows = source.shuffle(seed=_VALIDATION_ORDER_SEED)[:whole].repeat(reseed_each_epoch=False)
+        rows = _validation_rows(len(windows), batch_size).repeat(reseed_each_epoch=False)
     batches = rows.batch(batch_size // process_count, drop_remainder=True)
     share = batches[process_index::process_count].map(
         functools.partial(_read_batch, windows, on_corrupt)
@@ -128,6 +122,29 @@ def make_iterator(
         identity["shuffle_seed"] = config.shuffle_seed
     reads = _DISK_READS if config.source == "array_record" else _MEMORY_READS
     return BatchIterator(iter(share.to_iter_dataset(reads)), identity)
+
+
+def validation_order(num_windows: int, batch_size: int) -> list[int]:
+    """Indices of the windows of one pass over the validation split, in the order of its batches.
+
+    Raises:
+      ValueError: fewer windows than a batch.
+    """
+    _check_enough(num_windows, "validation", batch_size)
+    return [int(index) for index in _validation_rows(num_windows, batch_size)]
+
+
+def _validation_rows(num_windows: int, batch_size: int) -> grain.MapDataset:
+    whole = num_windows - num_windows % batch_size
+    return grain.MapDataset.range(num_windows).shuffle(seed=_VALIDATION_ORDER_SEED)[:whole]
+
+
+def _check_enough(num_windows: int, split: str, batch_size: int) -> None:
+    if num_windows < batch_size:
+        raise ValueError(
+            f"The {split} split has {num_windows} windows, batch_size={batch_size} needs as many at least: "
+            f"lower batch_size or sequence_length, or {_MORE_WINDOWS[split]}."
+        )
 
 
 class BatchIterator(grain.DatasetIterator):

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -67,15 +68,16 @@ class TokenWindows:
     window may span several documents; the separator between them is predicted like any token.
     """
 
-    def __init__(self, tokens: Tokens, sequence_length: int, split: str):
+    def __init__(self, tokens: Tokens, sequence_length: int, split: str | None):
         self._tokens = tokens
         self.sequence_length = sequence_length
         self.fingerprint = tokens.fingerprint
         if len(tokens) < sequence_length + 1:
+            remedy = "lower sequence_length, add text or change validation_fraction"
             raise ValueError(
-                f"The {split} split holds {len(tokens)} tokens, one window of "
-                f"sequence_length={sequence_length} needs {sequence_length + 1}: lower "
-                "sequence_length, add text or change validation_fraction."
+                f"The {f'{split} split' if split else 'text'} holds {len(tokens)} tokens, one window of "
+                f"sequence_length={sequence_length} needs {sequence_length + 1}: "
+                f"{remedy if split else 'give more text'}."
             )
 
     def __len__(self) -> int:
@@ -117,14 +119,19 @@ class SyntheticWindows:
         return self._ring[positions % len(self._ring)]
 
 
-def open_windows(config: DataConfig, split: str) -> Windows:
+def open_windows(config: DataConfig, split: str | None) -> Windows:
     """Opens the source that `config` names.
+
+    Args:
+      config: what to read.
+      split: "train" or "validation"; None: all files of a text, which is then only measured.
 
     Raises:
       ValueError: anything wrong with the split, files, tokenizer or sequence length, before the
         first batch is made.
     """
-    check_split(split)
+    if split is not None or config.source not in ("stdlib", "text"):
+        check_split(split)
     if config.source == "synthetic":
         return SyntheticWindows(config, split)
     if config.source == "array_record":
@@ -132,6 +139,32 @@ def open_windows(config: DataConfig, split: str) -> Windows:
     else:
         tokens = _encode_in_memory(_chosen(config, split), config.tokenizer)
     return TokenWindows(tokens, config.sequence_length, split)
+
+
+def bytes_of_windows(
+    config: DataConfig, split: str | None
+) -> Callable[[int, np.ndarray], int] | None:
+    """How many bytes of text the targets of a window stand for, by its index and its tokens.
+
+    The separator stands for none. None where nobody can tell: synthetic tokens, and records of a
+    tokenizer whose ids alone do not say it, since they have no text beside them.
+
+    Args:
+      config, split: as for `open_windows`.
+    """
+    if config.source == "synthetic":
+        return None
+    tokenizer = load_tokenizer(config.tokenizer)
+    of_ids = tokenizer.bytes_of_ids()
+    if of_ids is not None:
+        return lambda index, window: int(of_ids[window[1:]].sum())
+    if config.source == "array_record":
+        return None
+    documents = [files.read_document(file) for file in _chosen(config, split)]
+    found = [np.append(counts, 0) for counts in tokenizer.bytes_of_tokens(documents)]
+    before = np.append(0, np.cumsum(np.concatenate(found)))
+    length = config.sequence_length
+    return lambda index, _: int(before[(index + 1) * length + 1] - before[index * length + 1])
 
 
 def check_files(config: DataConfig) -> None:
@@ -155,9 +188,11 @@ def _open_records(config: DataConfig, split: str) -> records.ArrayRecordTokens:
     )
 
 
-def _chosen(config: DataConfig, split: str) -> tuple[TextFile, ...]:
+def _chosen(config: DataConfig, split: str | None) -> tuple[TextFile, ...]:
     load_tokenizer(config.tokenizer)  # a wrong name fails before the files are listed
     found = files.stdlib_files() if config.source == "stdlib" else files.glob_files(config.path)
+    if split is None:
+        return tuple(found)
     return files.split_files(found, validation_fraction=config.validation_fraction, split=split)
 
 

@@ -14,19 +14,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mhc_jax import paths
 from mhc_jax.data.files import TextFile, read_document
 from mhc_jax.data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-
-
-def folder() -> pathlib.Path:
-    """`$MHC_JAX_CACHE`, else `mhc_jax` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
-    own = os.environ.get("MHC_JAX_CACHE")
-    if own:
-        return pathlib.Path(own).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(cache).expanduser() / "mhc_jax"
 
 
 def key(documents: Sequence[TextFile], tokenizer: Tokenizer) -> str:
@@ -59,23 +51,25 @@ def is_intact(key: str, fingerprint: str) -> bool:
     """Whether the ids of a key are those that were saved, by their fingerprint."""
     if any(path.name == _name(key, fingerprint) for path in _files(key)):
         return True
-    _log.warning("token ids in %s are damaged: tokenizing again", folder())
+    _log.warning("token ids in %s are damaged: tokenizing again", paths.cache_folder())
     return False
 
 
 def save(key: str, tokens: np.ndarray, fingerprint: str) -> None:
     """Saves ids as a whole or not at all; a full disk or a folder that is not writable is a warning."""
-    path = folder() / _name(key, fingerprint)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = None
     try:
+        path = paths.cache_folder() / _name(key, fingerprint)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             np.save(file, tokens, allow_pickle=False)
         part.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        _log.warning("token ids are not kept in %s (%s)", path.parent, error)
+        if part:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        _log.warning("token ids are not kept (%s)", error)
 
 
 def _name(key: str, fingerprint: str) -> str:
@@ -83,4 +77,7 @@ def _name(key: str, fingerprint: str) -> str:
 
 
 def _files(key: str) -> list[pathlib.Path]:
-    return sorted(folder().glob(f"tokens-{key}-*.npy"))
+    try:
+        return sorted(paths.cache_folder().glob(f"tokens-{key}-*.npy"))
+    except OSError:
+        return []  # `save` says why

@@ -331,4 +331,4 @@ def test_a_corpus_is_tokenized_once(text_config, tokenizer_file, tmp_path, monke
     assert number
     monkeypatch.setenv("MHC_JAX_CACHE", str(kept / "no folder"))
     assert read() == (other, number)
-    assert "are not kept in" in caplog.text
+    assert "token ids are not kept (" in caplog.text

@@ -110,7 +110,8 @@ def test_logistics_change_and_steps_grow(finished, texts, tmp_path):
 
 def test_another_random_number_generator_is_named(finished):
     config, path = finished
-    config = with_fields(json_config(path), log_every=3)  # traced anew
+    config = json_config(path)
+    config = with_fields(config, steps=config.steps + 1)  # traced anew, and not finished
     kept = saved(path)
     with jax.default_prng_impl("rbg"), pytest.raises(BadInput) as caught:
         train(config, path)

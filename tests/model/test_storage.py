@@ -239,7 +239,7 @@ def test_the_state_is_saved_again_at_once(
         CONFIG, eval_every=0, gains_every=0, checkpoints_kept=9, on_failed_save=policy
     )
     run = Run(config, tmp_path)
-    monkeypatch.setattr(run, "_do_what_is_due", lambda bar: run._save() if run.step == 1 else None)
+    monkeypatch.setattr(run, "_do_what_is_due", lambda: run._save() if run.step == 1 else None)
     poll = run.checkpoints.poll
 
     def slow_poll():  # by the end of a step here the save has not been tried yet

@@ -271,8 +271,8 @@ def test_gradients_that_are_not_finite_are_named_in_backward_order():
 def test_sigterm_saves_before_it_ends(tmp_path, monkeypatch):
     report = train_module.Run._report
 
-    def kill_after_step_2(run, dispatched, bar):
-        report(run, dispatched, bar)
+    def kill_after_step_2(run, dispatched):
+        report(run, dispatched)
         if dispatched[0] == 1:
             signal.raise_signal(signal.SIGTERM)
 
