@@ -57,7 +57,8 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
         ("post_res", "backward", post_res, (x, y, h, h_res, x), {}, block),
     ]
     # With the RMSNorm of the layer input, as the model calls them.
-    fused = {**coefficients, "norm_eps": 1e-20, "input_norm_eps": 1e-20}
+    eps = {"sinkhorn_eps": 0.0, "pre_eps": 0.0}
+    fused = {**coefficients, **eps, "norm_eps": 1e-20, "input_norm_eps": 1e-20}
     parameters = phi, bias, alpha, S((C,), f32)
 
     def fused_steps(block, *parts):

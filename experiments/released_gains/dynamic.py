@@ -80,10 +80,11 @@ def mappings(
     import torch.nn.functional as F
 
     try:
-        content = text.read_text()
+        with text.open() as file:
+            content = file.read(16 * max_tokens)  # letters, more than there are in so many tokens
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--text={text} cannot be read: {error}") from None
-    tokens = tokenizer(content[: 16 * max_tokens], return_tensors="pt")["input_ids"][:, :max_tokens]
+    tokens = tokenizer(content, return_tensors="pt")["input_ids"][:, :max_tokens]
     if not tokens.numel():
         raise ValueError(f"--text={text} has no tokens")
     connections, found = _connections(model), {}

@@ -36,12 +36,12 @@ def patterns(rows: dict[str, tuple[np.ndarray, np.ndarray]], dynamic_std: np.nda
             label = rf"$h_\mathrm{{{name}}}$"
             axes.plot(x, dynamic_std[:, k], color="#0072B2", linestyle=dashes, label=label)
         axes.set_title(
-            r"Dynamic part of the logits: $|\alpha| \cdot \|\phi\|$, which is its standard deviation"
+            r"Dynamic part of the logits: $|\alpha| \, \|\phi\|$ (their std if the streams were noise)"
         )
         axes.set_ylabel("mean over logits")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.25 * max(dynamic_std.max(), 1e-6))
         style.sublayer_axis(axes)
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.legend(loc="upper right", ncols=3)
     return figure
 
 

@@ -69,7 +69,9 @@ def read(folder: pathlib.Path, progress: Callable[[list], Iterable] = iter) -> C
     _check_complete(found, config, folder)
     read_ones = [_read(name, found[name]) for name in progress(sorted(found, key=_order))]
     sublayers = [one for one in read_ones if one.name != "head"]
-    sizes = {(_num_streams(one), one.C): one.name for one in sublayers}
+    sizes: dict[tuple[int, int], str] = {}
+    for one in sublayers:
+        sizes.setdefault((_num_streams(one), one.C), one.name)
     if len(sizes) > 1:
         (a, first), (b, second), *_ = sizes.items()
         raise ValueError(

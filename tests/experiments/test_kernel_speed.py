@@ -1,5 +1,6 @@
 """kernel_speed: what --check sees, the chart of a result file, the cost of terms, all without a GPU."""
 
+import functools
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import record
-from experiments.kernel_speed import chart, check
+from experiments.kernel_speed import chart, check, tpu_cases
 from kernels_pallas.boundary import reference
 from kernels_pallas.testing import emulate
 
@@ -107,3 +108,10 @@ def test_the_cost_of_two_terms(monkeypatch, capsys):
     assert "set TERMS = 2" in capsys.readouterr().out
     terms.run(((16, 64),))
     assert "set TERMS = 1" in capsys.readouterr().out
+
+
+def test_the_tpu_cases_have_the_arguments_of_the_kernels():
+    cases = tpu_cases.cases(2048, 256, BF16, n=2, num_iterations=2)  # short traces
+    for op, direction, kernel, args, options, _ in cases:
+        outputs = jax.eval_shape(functools.partial(kernel, **options), *args)
+        assert jax.tree.leaves(outputs), (op, direction)

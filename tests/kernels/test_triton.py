@@ -4,6 +4,7 @@ The error of every output and cotangent may be at most twice that of implementat
 """
 
 # ruff: noqa: E402 (imported once the packages are known to be there)
+import functools
 import importlib.util
 import inspect
 import math
@@ -133,6 +134,13 @@ def test_sinkhorn(n, scale):
     logits, d = normal(0, 9, n, n, scale=scale), normal(1, 9, n, n)
     truth = [oracle.sinkhorn(logits), oracle.sinkhorn_vjp(logits, d)]
     assert_as_good_as_xla(kp.sinkhorn, (logits,), d, truth)
+
+
+def test_sinkhorn_with_eps_and_padding():
+    n, convention = 3, {"eps": 1e-6, "last": "columns"}
+    logits, d = normal(0, 9, n, n, scale=10.0), normal(1, 9, n, n)
+    truth = [oracle.sinkhorn(logits, **convention), oracle.sinkhorn_vjp(logits, d, **convention)]
+    assert_as_good_as_xla(functools.partial(kp.sinkhorn, **convention), (logits,), d, truth)
 
 
 def test_sinkhorn_of_huge_logits_is_finite_with_unit_rows():

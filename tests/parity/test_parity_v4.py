@@ -32,6 +32,7 @@ def test_equals_the_stored_arrays(n, C, dtype, tolerance):
 
 
 @pytest.mark.parity
+@pytest.mark.xdist_group("transformers")  # imported once, which takes long
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize(("n", "C"), deepseek_v4.SHAPES)
 def test_equals_transformers(n, C, dtype, tolerance):
