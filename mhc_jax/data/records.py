@@ -1,4 +1,4 @@
-"""Token ids in ArrayRecord files: a folder of shards and a `metadata.json`.
+"""Stores token ids in ArrayRecord files: a folder of shards and a `metadata.json`.
 
 The documents of a split, each followed by the separator, form one stream of ids. The stream is
 cut into records of `chunk_length` ids (the last one may be shorter), little-endian, and record
@@ -28,15 +28,15 @@ _log = logging.getLogger(__name__)
 
 METADATA_NAME = "metadata.json"
 _DTYPES = ("uint8", "uint16", "int32")
-# 8 KiB of uint16: long enough to compress, short enough that a window reads little it drops.
+# 8 KiB of uint16: long enough to compress, short enough that a window reads little that it does not use.
 CHUNK_LENGTH = 4096
 
 
 class BadRecord(ValueError):
-    """A record that is not what was written; the message has the file.
+    """A record differs from what was written; the message names the file.
 
     Attributes:
-      length: bytes of a record that has too many or too few.
+      length: bytes of a record that is too long or too short.
     """
 
     def __init__(self, message: str, length: int | None = None):
@@ -67,7 +67,7 @@ class Metadata:
     splits: dict[str, SplitMetadata]
 
     def write(self, folder: pathlib.Path) -> None:
-        """Writes `metadata.json`. Done last: a folder without it is unfinished."""
+        """Writes `metadata.json`. This comes last: a folder without it is unfinished."""
         fields = dataclasses.asdict(self) | {"sha256": self._sha256()}
         (folder / METADATA_NAME).write_text(json.dumps(fields, indent=2) + "\n")
 
@@ -80,7 +80,7 @@ class Metadata:
         """Reads `metadata.json`.
 
         Raises:
-          ValueError: missing, not ours, or a field that cannot be right.
+          ValueError: it is missing, it is not ours, or a field cannot be right.
         """
         found = cls._with_checksum(folder)[0]
         found._check(folder / METADATA_NAME)
@@ -159,7 +159,7 @@ def write_split(
       documents: ids of each document, `[num_tokens]`, separator included.
       shards: number of files.
     """
-    # Group size 1: one record a read, which is what random access needs.
+    # Group size 1: a read fetches one record, as random access needs.
     paths = [str(shard_path(folder, split, shard, shards)) for shard in range(shards)]
     writers = [ArrayRecordWriter(path, "group_size:1") for path in paths]
     digest = hashlib.sha256()
@@ -222,7 +222,7 @@ class ArrayRecordTokens:
                 f"{folder} holds {len(self._source)} {split} records, {METADATA_NAME} says "
                 f"{records}: write the folder again."
             )
-        # Position of the first record of each shard when the shards are put end to end.
+        # Position of each shard's first record, with the shards put end to end.
         sizes = [len(range(shard, records, self._shards)) for shard in range(self._shards)]
         self._first = np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist()
         self._warned: set[int] = set()
@@ -264,11 +264,11 @@ class ArrayRecordTokens:
             raise
 
     def _read(self, index: int) -> np.ndarray:
-        """Record `index`; raises BadRecord."""
+        """Returns record `index`; raises BadRecord."""
         place = f"record {index // self._shards} of {self._paths[index % self._shards]}"
         try:
             content = self._source[self._first[index % self._shards] + index // self._shards]
-        except Exception as error:  # RuntimeError, and IndexError of its index
+        except Exception as error:  # RuntimeError, and IndexError for a bad index of the file
             raise BadRecord(f"{place} cannot be read ({_first_line(error)})") from error
         wanted = min(self._chunk_length, self._tokens - index * self._chunk_length)
         if len(content) != wanted * self._dtype.itemsize:
@@ -314,8 +314,8 @@ def open_records(
       split: "train" or "validation".
 
     Raises:
-      ValueError: no file, several folders, shards or metadata missing, or written with another
-        tokenizer or validation fraction.
+      ValueError: there is no file, there are several folders, shards or metadata are missing, or the files
+        were written with another tokenizer or validation fraction.
     """
     folder = paths.local(patterns)
     if not folder.is_dir():
