@@ -14,6 +14,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -46,12 +47,19 @@ class BadRecord(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitMetadata:
-    """Counts of one split; `fingerprint` is a hash of its ids."""
+    """Counts and hashes of one split.
+
+    Attributes:
+      fingerprint: hash of all its ids.
+      first_records: hash of the first record of each shard ("" if it has none), which tells shards apart
+        that have equal sizes. None in older folders.
+    """
 
     shards: int
     documents: int
     tokens: int
     fingerprint: str
+    first_records: list[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,11 +76,18 @@ class Metadata:
 
     def write(self, folder: pathlib.Path) -> None:
         """Writes `metadata.json`. This comes last: a folder without it is unfinished."""
-        fields = dataclasses.asdict(self) | {"sha256": self._sha256()}
+        fields = self._fields() | {"sha256": self._sha256()}
         (folder / METADATA_NAME).write_text(json.dumps(fields, indent=2) + "\n")
 
+    def _fields(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        for split in fields["splits"].values():
+            if split["first_records"] is None:  # as the folder was written
+                del split["first_records"]
+        return fields
+
     def _sha256(self) -> str:
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        text = json.dumps(self._fields(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
@@ -141,6 +156,10 @@ class Metadata:
             count(f"splits.{name}.tokens", split.tokens, split.documents)
             text = isinstance(split.fingerprint, str)
             require(text, f"splits.{name}.fingerprint", split.fingerprint, "text")
+            first = split.first_records
+            texts = isinstance(first, list) and all(isinstance(x, str) for x in first)
+            texts = first is None or (texts and len(first) == split.shards)
+            require(texts, f"splits.{name}.first_records", first, f"a list of {split.shards} texts")
 
 
 def shard_path(folder: pathlib.Path, split: str, shard: int, shards: int) -> pathlib.Path:
@@ -163,6 +182,7 @@ def write_split(
     paths = [str(shard_path(folder, split, shard, shards)) for shard in range(shards)]
     writers = [ArrayRecordWriter(path, "group_size:1") for path in paths]
     digest = hashlib.sha256()
+    first_records = [""] * shards
     count = tokens = records = 0
     pending = None
 
@@ -170,6 +190,8 @@ def write_split(
         nonlocal records
         content = chunk.astype(chunk.dtype.newbyteorder("<")).tobytes()
         digest.update(content)
+        if records < shards:
+            first_records[records] = _hash(content)
         writers[records % shards].write(content)
         records += 1
 
@@ -188,8 +210,16 @@ def write_split(
         for writer in writers:
             writer.close()
     return SplitMetadata(
-        shards=shards, documents=count, tokens=tokens, fingerprint=digest.hexdigest()[:16]
+        shards=shards,
+        documents=count,
+        tokens=tokens,
+        fingerprint=digest.hexdigest()[:16],
+        first_records=first_records,
     )
+
+
+def _hash(record: bytes) -> str:
+    return hashlib.sha256(record).hexdigest()[:16]
 
 
 class ArrayRecordTokens:
@@ -232,6 +262,27 @@ class ArrayRecordTokens:
             except BadRecord as error:
                 if error.length is not None:
                     raise ValueError(f"{error}: {METADATA_NAME} belongs to other files.") from error
+        if counts.first_records is not None:
+            self._check_first_records(counts.first_records)
+
+    def _check_first_records(self, expected: list[str]) -> None:
+        """Raises ValueError if a shard begins with another record than was written; one read a shard."""
+        for path, place, hashed in zip(self._paths, self._first, expected):
+            if not hashed:
+                continue
+            try:
+                found = _hash(self._source[place])
+            except Exception:
+                continue  # a damaged record, which `on_corrupt` is about
+            if found != hashed:
+                other = next(
+                    (p for p, h in zip(self._paths, expected) if h == found),
+                    "no shard of the folder",
+                )
+                raise ValueError(
+                    f"{path} is not the file that was written under this name, it begins like {other}: give "
+                    "the shards their names back, or write the folder again."
+                )
 
     def _name_the_shard(self, records: int) -> None:
         """Raises ValueError if one shard alone has too few records or too many."""
