@@ -11,6 +11,7 @@ import argparse
 import base64
 import datetime
 import html
+import json
 import logging
 import math
 import os
@@ -208,7 +209,7 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]], kind: str) -> str
 
 def _settings(arms: Sequence[Arm]) -> tuple[str, str]:
     """Lists the settings that differ between the arms and, folded, those that do not."""
-    flat = [_flat(arm.config) for arm in arms]
+    flat = [_flat(arm.config) | _origin(arm) for arm in arms]
     keys = list(dict.fromkeys(key for config in flat for key in config))
     lines = {key: [config.get(key, "-") for config in flat] for key in keys}
     differs = [[key, *values] for key, values in lines.items() if len(set(values)) > 1]
@@ -222,6 +223,18 @@ def _settings(arms: Sequence[Arm]) -> tuple[str, str]:
         f"<details><summary>Settings of all arms alike ({len(shared)})</summary>"
         f"{_table(['setting', 'value'], shared, 'settings')}</details>"
     )
+
+
+def _origin(arm: Arm) -> dict[str, str]:
+    """Returns the setting `init_from` of a run that started from another's parameters."""
+    try:
+        found = json.loads((arm.path / "init_from.json").read_text())
+        return {"init_from": f"step {found['step']} of {found['workdir']}"}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError) as error:
+        log.warning("%s/init_from.json cannot be read: %r", arm.path, error)
+        return {}
 
 
 def _dates(arms: Sequence[Arm]) -> str:

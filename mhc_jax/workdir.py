@@ -15,6 +15,8 @@ from mhc_jax.optimizer import begin_of_decay
 
 _log = logging.getLogger(__name__)
 
+ORIGIN = "init_from.json"
+
 
 def claim_workdir(config: Config, workdir: epath.PathLike) -> None:
     """Writes config.json (process 0), or checks that the one there is the same.
@@ -111,6 +113,20 @@ def update_config(config: Config, workdir: epath.PathLike) -> None:
     path, values = epath.Path(workdir) / "config.json", dataclasses.asdict(config)
     if differences(_read(path), values):
         paths.write_json(path, values)
+
+
+def write_origin(workdir: epath.PathLike, source: Any) -> None:
+    """Writes init_from.json of a new run: workdir and step of its first parameters; process 0 only.
+
+    Args:
+      workdir: of the run.
+      source: a `trained.Source` that has been read; None removes what an earlier try has left.
+    """
+    path = epath.Path(workdir) / ORIGIN
+    if source is not None:
+        paths.write_json(path, {"workdir": str(source.workdir), "step": source.step})
+    elif path.exists():
+        path.unlink()
 
 
 def _newest_step(workdir: epath.Path) -> int:
