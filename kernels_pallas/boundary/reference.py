@@ -94,7 +94,9 @@ def forward(
     **static,
 ) -> tuple[jax.Array, ...]:
     """Returns new streams, then what `read_forward` returns for them."""
-    new_streams = post_res.forward(streams, layer_output, h_post, h_res)
+    # Stored whole, for the projection of the whole row; see `post_res.forward` about the barrier.
+    rows = post_res.new_rows(streams, layer_output, h_post, h_res)
+    new_streams = jax.lax.optimization_barrier(jnp.concatenate(rows, axis=-1))
     return new_streams, *read_forward(new_streams, *parameters, **static)
 
 
