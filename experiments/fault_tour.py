@@ -1,7 +1,7 @@
 """Is anything lost or silently wrong when a run is killed, its files are damaged or its disk is full?
 
     python -m experiments.fault_tour            (15 minutes on two cores)
-    python -m experiments.fault_tour --short    (a few of each kind)
+    python -m experiments.fault_tour --short    (one to six of each kind, a minute; a stage of CI)
 
 Trains a toy model in separate processes and does to them what happens to runs: kill -9 at random moments
 and while a checkpoint is written, flipped bits, damaged and missing files, a full disk, a second run in the
@@ -201,13 +201,13 @@ class Tour:
         yield seen
         yield harmless
 
-    def damage(self) -> Iterator[Row]:
-        """Damages the newest checkpoint in every kind of way, then all checkpoints."""
+    def damage(self, number: int) -> Iterator[Row]:
+        """Damages the newest checkpoint in `number` kinds of ways, then all checkpoints."""
         row = Row("damaged newest checkpoint")
         newest, before = sorted(_saved(self.folder / "straight"))[:-3:-1]
-        for name, damage in DAMAGE.items():
+        for name in self.rng.sample(list(DAMAGE), number):
             copy = self._copy("damaged")
-            damage(_newest(copy))
+            DAMAGE[name](_newest(copy))
             step, right, said = _restore(copy)
             row.count(step == before and right and f"STEP {newest} IN" in said, f"{name}: {said}")
         yield row
@@ -378,7 +378,11 @@ def _restore(workdir: pathlib.Path, steps: int | None = None) -> tuple[int | Non
     log.addHandler(handler)
     log.propagate = False
     checkpoints = checkpoint.Checkpoints(workdir, kept=config.checkpoints_kept)
-    data = make_iterator(config.data, split="train", batch_size=config.batch_size)
+    data, validation = (
+        make_iterator(config.data, split=split, batch_size=config.batch_size)
+        for split in ("train", "validation")
+    )
+    data.pair_with(validation)  # as training does
     try:
         state = checkpoints.restore(abstract_state(config, sharding.make_mesh(config.mesh)), data)
     except ValueError as error:
@@ -411,9 +415,9 @@ def main() -> int:
     output.add_arguments(parser)
     options = parser.parse_args()
     number = (
-        {"kills": 4, "flips": 10, "sigterm": 2}
+        {"kills": 2, "flips": 6, "damage": 4, "sigterm": 1}
         if options.short
-        else {"kills": 50, "flips": 60, "sigterm": 10}
+        else {"kills": 50, "flips": 60, "damage": len(DAMAGE), "sigterm": 10}
     )
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     rows: list[Row] = []
@@ -423,7 +427,7 @@ def main() -> int:
         for part in (
             tour.kills(number["kills"]),
             tour.flips(number["flips"]),
-            tour.damage(),
+            tour.damage(number["damage"]),
             tour.full_disk(),
             tour.locks(),
             tour.sigterm(number["sigterm"]),
