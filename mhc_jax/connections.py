@@ -36,7 +36,7 @@ from mhc_jax.manifolds import Birkhoff, Manifold
 
 
 class Mappings(NamedTuple):
-    """Mappings of one sublayer that `post` needs; both None for `Residual`.
+    """The mappings of one sublayer that `post` needs; both None for `Residual`.
 
     Attributes:
       h_post: `[..., n]` float32, the write mapping.
@@ -48,11 +48,11 @@ class Mappings(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """The write of a sublayer that the next one has still to do: `post(*pending)`.
+    """A write that the next sublayer still has to do: `post(*pending)`.
 
     Attributes:
       streams: `[..., n*C]`, as the sublayer read them.
-      layer_output: `[..., C]`, output of its F; None: there is nothing to write.
+      layer_output: `[..., C]`, output of its F; None if there is nothing to write.
       mappings: its `Mappings`; None without a layer output.
     """
 
@@ -74,7 +74,7 @@ class Connection(nnx.Module):
     n: int
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
-        """Reads the layer input `[..., C]` and the mappings that `post` needs."""
+        """Returns the layer input `[..., C]` and the mappings that `post` needs."""
         raise NotImplementedError
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
@@ -84,10 +84,9 @@ class Connection(nnx.Module):
     def read(
         self, streams: jax.Array, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
-        """As `pre`, but returns the streams too, and with `norm` the layer input after it.
+        """Like `pre`, but also returns the streams; with `norm`, the layer input is normalised by it.
 
-        What follows should use the returned streams: mHC then sums all cotangents of the streams in one
-        pass.
+        Use the returned streams from there on: mHC then sums all cotangents of the streams in one pass.
 
         Returns:
           streams `[..., n*C]`, layer input `[..., C]` and mappings.
@@ -104,10 +103,11 @@ class Connection(nnx.Module):
         return self.read(self.post(*pending), norm)
 
     def start(self, streams: jax.Array) -> Pending:
-        """A pending update that leaves `streams` as they are: how a scan over sublayers begins."""
+        """Returns a pending update that changes nothing; a scan over sublayers begins with it."""
         n, width = self.n, check_streams(streams, self.n)
         dtype = wide_dtype(streams.dtype)
-        # Made from the streams, they live where the streams do: a scan wants the types of its own results.
+        # They are computed from the streams so that they have the streams' sharding: the carry of a scan
+        # must have the types of its results.
         h_post = jnp.zeros_like(streams[..., :n], dtype)
         identity = jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*h_post.shape, n))
         return Pending(
@@ -117,7 +117,7 @@ class Connection(nnx.Module):
         )
 
     def __call__(self, streams: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """One sublayer around any callable `[..., C]` -> `[..., C]`, its pre-norm inside (Eq. 3)."""
+        """Runs one sublayer (Eq. 3) around any callable `[..., C]` -> `[..., C]` with its own pre-norm."""
         streams, layer_input, mappings = self.read(streams)
         with _no_linen_modules_inside():
             layer_output = layer(layer_input)
@@ -128,7 +128,7 @@ class Residual(Connection):
     """x + F(x) (Eq. 1): one stream, no parameters.
 
     Args:
-      rngs: not used, for modules and bridges that pass it to everything.
+      rngs: not used; accepted because modules and bridges pass it to every layer.
     """
 
     def __init__(self, *, rngs: nnx.Rngs | None = None):
@@ -150,7 +150,7 @@ class Residual(Connection):
 
 
 class _WideConnection(Connection):
-    """Hyper-connections of either kind: `post` is the same weighted write."""
+    """What HC and mHC share: `post` is the same weighted write."""
 
     width: int
     implementation: str | None
@@ -331,7 +331,7 @@ class ManifoldHyperConnections(_WideConnection):
 
     @property
     def _fused(self) -> bool:
-        """Whether the kernels know the manifold; a subclass of Birkhoff may project otherwise."""
+        """Whether the kernels compute this manifold; a subclass of Birkhoff may project differently."""
         return type(self.manifold) is Birkhoff
 
     def read(
@@ -364,7 +364,7 @@ class ManifoldHyperConnections(_WideConnection):
         return layer_input, Mappings(h_post, report(self, h_res, streams))
 
     def _arguments(self, norm: RMSNorm | None) -> dict:
-        """What the fused operations need beside the streams."""
+        """Returns what the fused operations need beside the streams."""
         return {
             "phi": self.phi[...],
             "bias": self.bias[...],
@@ -404,7 +404,7 @@ class ManifoldHyperConnections(_WideConnection):
 
 @contextlib.contextmanager
 def _no_linen_modules_inside() -> Iterator[None]:
-    """Raises where a layer makes Linen modules inside of a connection that Linen called through the bridge.
+    """Raises ValueError if a layer makes Linen modules inside a connection that the bridge called.
 
     They would become parameters of the bridge's module, and `apply` would not find them in ours.
     """
@@ -425,7 +425,7 @@ def _no_linen_modules_inside() -> Iterator[None]:
 
 
 def _initial_read_logits(n: int, gap: float, sublayer_index: int | jax.Array) -> jax.Array:
-    """`[n]` logits of h_pre: -gap but for one stream, whose logit makes the sigmoids sum to 1."""
+    """Returns the `[n]` logits of h_pre: all -gap but one, which makes the sigmoids sum to 1."""
     read = read_logit(n, gap)
     logits = jnp.where(jnp.arange(n) == sublayer_index % n, read, -gap)
     return logits.astype(jnp.float32)

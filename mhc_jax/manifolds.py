@@ -1,4 +1,4 @@
-"""Sets to which the residual mapping h_res of mHC is constrained (Section 4.1 of the paper)."""
+"""Constrains the residual mapping h_res of mHC (Section 4.1 of the paper)."""
 
 import dataclasses
 from typing import Protocol
@@ -11,16 +11,16 @@ from kernels_pallas.sinkhorn import check_sinkhorn
 
 
 class Manifold(Protocol):
-    """A constraint on h_res: how many logits it takes, and the map from logits to matrices."""
+    """A constraint on h_res: how many logits it needs, and the map from logits to matrices."""
 
     def num_logits(self, n: int) -> int:
-        """Logits for one token, i.e. columns of phi and entries of bias beyond the first 2n."""
+        """Returns the logits of one token: columns of phi and entries of bias beyond the first 2n."""
 
     def initial_logits(self, n: int, gap: float) -> jax.Array:
-        """`[num_logits(n)]` float32 whose projection is near the identity, nearer with a larger gap."""
+        """Returns `[num_logits(n)]` float32 that project near the identity, nearer with a larger gap."""
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
-        """`[..., num_logits(n)]` float32 -> h_res `[..., n, n]` float32."""
+        """Maps logits `[..., num_logits(n)]` float32 to h_res `[..., n, n]` float32."""
 
 
 @dataclasses.dataclass(frozen=True)

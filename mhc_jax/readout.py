@@ -1,4 +1,4 @@
-"""From the n streams back to one, after the last sublayer."""
+"""Reads one stream out of n, after the last sublayer."""
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ READOUTS = ("sum", "mean", "head")
 class Readout(nnx.Module):
     """Reads the streams out: `[..., n*C]` -> `[..., C]`, in the dtype of the streams.
 
-    `sum` and `mean` have no parameters. `head` weighs the streams for each token with
-    sigmoid(alpha * (RMSNorm(vec(x)) phi) + bias) + eps, own phi, bias and alpha, starting at 1/2 each.
+    `sum` and `mean` have no parameters. `head` weighs the streams of each token with sigmoid(alpha *
+    (RMSNorm(vec(x)) phi) + bias) + eps; it has its own phi, bias and alpha, and all weights start at 1/2.
 
     Args:
       kind: "sum", "mean" or "head".
       width: C.
       n: number of streams.
-      alpha_init: gating factor of the head at the start, or "auto", as mHC's.
+      alpha_init: gating factor of the head at the start, or "auto", as for mHC.
       eps: added to the weights of the head behind the sigmoid; DeepSeek-V4 has 1e-6.
       norm_eps: of the head's RMSNorm.
       phi_precision: of the head, "tf32" or "highest", see `kernels_pallas.projection`.

@@ -46,6 +46,7 @@ from mhc_jax.workdir import (
     claim_workdir,
     is_finished,
     update_config,
+    write_origin,
 )
 
 _log = logging.getLogger(__name__)
@@ -217,7 +218,10 @@ class Run(Recovery):
         """From a checkpoint of this workdir, else from `init_from`, else from scratch."""
         if self.checkpoints.latest_step is None:
             state = jit_init_state(self.config, self.mesh)()
-            return self._source.fill(state, self._abstract) if self._source else state
+            if self._source:
+                state = self._source.fill(state, self._abstract)
+            distributed.on_first(lambda: write_origin(self.workdir, self._source))
+            return state
         values = dataclasses.asdict(self.config)
         state = self.checkpoints.restore(
             self._abstract,

@@ -67,7 +67,7 @@ class Source:
 
     Attributes:
       workdir: of a training.
-      step: of the checkpoint; None: the newest good one.
+      step: of the checkpoint; None: the newest good one, until `fill` has found it.
 
     Raises:
       ValueError: no run there, no checkpoint of that step, or one of another model: with the fields.
@@ -95,8 +95,8 @@ class Source:
     def fill(self, state: TrainState, abstract: TrainState) -> TrainState:
         """`state` with the parameters and the model state from there, placed as `abstract` says."""
         wanted = {"params": abstract.params, "model_state": abstract.model_state}
-        step, arrays = _newest(self.workdir, self.step, wanted, self._config)
-        _log.info("parameters from step %d of %s", step, self.workdir)
+        self.step, arrays = _newest(self.workdir, self.step, wanted, self._config)
+        _log.info("parameters from step %d of %s", self.step, self.workdir)
         return dataclasses.replace(state, **arrays)
 
 

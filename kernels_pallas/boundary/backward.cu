@@ -18,6 +18,7 @@
 // Constants: C; MIX (0 or 1); TERMS, the bfloat16 numbers that stand for one number of t in these sums. With 2, high +
 // low, the sums agree with the definition to 2^-17 (errors of 2e-6). With 1, t is rounded and x' in kappa x' is not:
 // errors of 2e-3 in dh_res and dh_post and of 1e-6 in dx and dy, but 70 instructions and one barrier a tile fewer.
+// Launches of few tokens have two (cuda_launches.py).
 #include "boundary/tile.cuh"
 
 #if MIX

@@ -22,8 +22,11 @@ _WARPS = 8  # of a program
 _TOKEN_SUMS = 20  # partial sums of dh_res and dh_post that a token has
 _PARTS = 28  # numbers of a token in forward.cu's result: s, the sum of squares, 3 unused
 # bfloat16 numbers that stand for one number of t, the cotangent of the new streams, in dh_res and dh_post.
-# The timed form has 1; 2 is exact to 2e-6 and has run in the emulator alone. `kernel_speed --terms` decides.
+# One makes errors of 2e-3, which few tokens do not average out: 5e-3 with a single token. Two are exact to
+# 2e-6 but take the place of the next tile's t, which costs 2.5 τ of a long launch (`kernel_speed --terms`).
+# Up to `FEW_TOKENS` that is nothing: the four tiles go to programs of their own, which have no next tile.
 TERMS = 1
+FEW_TOKENS = 64
 # Two tiles of x and y for each of eight warps, and two of phi (forward.cu).
 FORWARD_BYTES = 2 * _WARPS * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
 
@@ -66,8 +69,11 @@ def _sizes(C: int) -> dict[str, int]:
     return {"C": C, "COLUMNS": _COLUMNS, "TOKENS": _TOKENS, "WARPS": _WARPS}
 
 
-def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLaunch:
-    """Makes the launch of backward.cu; `terms`: bfloat16 numbers for one of t in dh_res and dh_post.
+def backward_launch(T: int, C: int, *, mix: bool, terms: int | None = None) -> CudaLaunch:
+    """Makes the launch of backward.cu.
+
+    `terms` bfloat16 numbers stand for one of t in dh_res and dh_post. None takes two up to `FEW_TOKENS`, then
+    `TERMS`.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
     phi [4C, 24], `coefficients.triton.Fragments`, T; without `mix`, y, h_post and h_res are not read.
@@ -75,6 +81,8 @@ def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLau
     """
     slabs = C // _COLUMNS
     splits = _splits(slabs, cdiv(T, _TOKENS))
+    if terms is None:
+        terms = 2 if T <= FEW_TOKENS else TERMS
     return CudaLaunch(
         kernel="mhc_boundary_backward" if mix else "mhc_read_backward",
         source="boundary/backward.cu",

@@ -102,7 +102,9 @@ def forward(
     update: Update, parameters: Parameters, *, static: ReadStatic
 ) -> tuple[jax.Array, ReadOut, Saved]:
     """Does the write, then the read of the new streams."""
-    new_streams = post_res.forward(*update)
+    # Stored whole, for the projection of the whole row; see `post_res.forward` about the barrier.
+    rows = post_res.new_rows(*update)
+    new_streams = jax.lax.optimization_barrier(jnp.concatenate(rows, axis=-1))
     return new_streams, *read_forward(new_streams, parameters, static=static)
 
 

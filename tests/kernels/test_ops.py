@@ -1,5 +1,6 @@
 """The operations and their gradients (implementation "xla") against the float64 oracle."""
 
+import functools
 import re
 import sys
 import types
@@ -12,6 +13,7 @@ import pytest
 import kernels_pallas as kp
 from kernels_pallas import dispatch
 from kernels_pallas.boundary import reference as boundary_reference
+from kernels_pallas.boundary.contract import Parameters, ReadStatic, Update
 from kernels_pallas.precision import round_to, round_to_tf32, split_bf16
 from kernels_pallas.testing import oracle
 
@@ -319,7 +321,7 @@ def test_the_limits_see_a_rounding_too_many_or_too_few(monkeypatch):
     def backward(x, y, h_post, h_res, g):
         return write.backward(x, y, h_post, h_res, round_to(g, jnp.bfloat16))
 
-    rounded = types.SimpleNamespace(forward=write.forward, backward=backward)
+    rounded = types.SimpleNamespace(new_rows=write.new_rows, backward=backward)
     for name, value, leaves in (
         ("post_res", rounded, {"dx", "dy", "dh_post", "dh_res"}),
         ("round_to_tf32", lambda ds: ds, {"dphi"}),
@@ -336,8 +338,25 @@ def test_new_streams_are_rounded_by_what_xla_does_not_drop():
     args = x, y, normal(2, 2, 4), normal(3, 2, 4, 4)
     traced = jax.make_jaxpr(boundary_reference.post_res.forward)(*args)
     rounding = "reduce_precision[exponent_bits=8 mantissa_bits=7]"
-    assert str(traced).count(rounding) == 1
+    assert str(traced).count(rounding) == 4
     assert rounding not in str(jax.make_jaxpr(boundary_reference.post_res.forward)(*_wide(args)))
+
+
+@pytest.mark.parametrize(("op", "shapes"), [("post_res", [(2, 4)] * 4), ("boundary", [(2, 16)])])
+def test_new_streams_are_stored_in_their_dtype(op, shapes):
+    """XLA undoes conversions of what the backward reads: without the barrier it stores float32 streams."""
+    args = [normal(0, 2, 16, dtype=jnp.bfloat16), normal(1, 2, 4, dtype=jnp.bfloat16)]
+    args += [normal(2, 2, 4), normal(3, 2, 4, 4)]
+    forward = boundary_reference.post_res.forward
+    if op == "boundary":
+        parameters = Parameters(normal(4, 16, 24), normal(5, 24), normal(6, 3), None)
+        args = Update(*args), parameters
+        static = ReadStatic(n=4, num_iterations=2, norm_eps=1e-6, input_norm_eps=None)
+        forward = functools.partial(boundary_reference.forward, static=static)
+    traced = jax.make_jaxpr(forward)(*args)
+    [barrier] = [e for e in traced.eqns if e.primitive.name == "optimization_barrier"]
+    assert [v.aval.shape for v in barrier.invars] == shapes
+    assert {v.aval.dtype for v in barrier.invars} == {jnp.dtype(jnp.bfloat16)}
 
 
 def _wide(args):
