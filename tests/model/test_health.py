@@ -175,6 +175,10 @@ def test_rolling_back_without_end_stops(tmp_path):
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     config = small()
     run = Run(config, tmp_path)
+    state, batch = jax.tree.map(jnp.copy, run.state), next(run.data)
+    batch["targets"][:] = 10_000
+    with jax.debug_nans(True):
+        assert "loss" in find_non_finite(state, batch, config)
     run.state = run.state.replace(
         params=jax.tree.map(lambda x: x.at[0].set(jnp.inf), run.state.params)
     )
@@ -201,7 +205,8 @@ def test_spikes():
     still = health.Spikes()
     assert [still.usual(2.0 + 1e-6 * (k % 2)) for k in range(50)] == [None] * 50
     assert still.usual(2.00001) is None
-    assert health.Spikes().usual(100.0) is None
+    young = health.Spikes()
+    assert [young.usual(loss) for loss in [2.0] * 19 + [100.0]] == [None] * 20
 
 
 @pytest.mark.slow
