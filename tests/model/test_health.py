@@ -127,7 +127,7 @@ def test_skip_leaves_the_update_out_and_counts(tmp_path, monkeypatch, caplog):
     # It goes on counting where it was.
     again = Run(config, tmp_path)
     again.close()
-    assert again._skipped == 2
+    assert again._faults._skipped_updates == 2
 
 
 def test_skipping_without_end_stops(tmp_path, monkeypatch):
