@@ -1,4 +1,4 @@
-"""What the training loop knows of faults: how many there were, and when to give up."""
+"""Counts the faults of a run and tells when to give up."""
 
 import logging
 import math
@@ -38,7 +38,7 @@ class Faults:
         self._spikes, self.spiked = health.Spikes(), False
 
     def count(self, metrics: dict[str, float]) -> bool:
-        """Returns whether the update of a step was left out; its skipped windows become those so far."""
+        """Returns whether the update of a step was left out; makes its count of skipped windows a sum so far."""
         if "data/skipped_windows" in metrics:
             self._skipped_windows += int(metrics["data/skipped_windows"])
             metrics["data/skipped_windows"] = self._skipped_windows
@@ -59,14 +59,14 @@ class Faults:
         return usual
 
     def skipped(self, step: int, metrics: dict[str, float]) -> tuple[str, bool]:
-        """What to say of an update that was left out, and whether to give up."""
+        """Returns what to say of an update that was left out, and whether to give up."""
         said = f"{what(step, metrics)}. Its update is left out, {self._skipped_updates} so far"
         if self._in_a_row < health.MOST_SKIPPED_IN_A_ROW:
             return said, False
         return f"{said}, {self._in_a_row} in a row: no batch is to blame", True
 
     def may_go_back(self, to: int) -> bool:
-        """Whether another return to the checkpoint of step `to` makes sense."""
+        """Returns whether another return to the checkpoint of step `to` makes sense."""
         self._rollbacks[to] = self._rollbacks.get(to, 0) + 1
         if self._rollbacks[to] <= health.MOST_ROLLBACKS:
             return True
@@ -75,7 +75,7 @@ class Faults:
 
 
 def bad_data(step: int, error: Exception, saved: str) -> BadData:
-    """The error for a batch that cannot be read.
+    """Makes the error for a batch that cannot be read.
 
     Args:
       step: updates done.
@@ -88,7 +88,7 @@ def bad_data(step: int, error: Exception, saved: str) -> BadData:
 
 
 def what(step: int, metrics: dict[str, float]) -> str:
-    """The numbers of a step that was not finite, as messages begin."""
+    """Names the numbers of a step that was not finite; messages begin with it."""
     loss, norm = metrics["train/loss"], metrics["train/grad_norm"]
     update = ", its update is not finite" if math.isfinite(loss) and math.isfinite(norm) else ""
     return f"step {step + 1}: loss {loss}, gradient norm {norm}{update}"

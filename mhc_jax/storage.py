@@ -1,6 +1,6 @@
-"""The workdir of a run while it trains: its lock, checkpoints, metrics and files of gains.
+"""Holds the workdir of a run while it trains: its lock, checkpoints, metrics and files of gains.
 
-What a failure to write means is decided here, by `config.on_failed_save`.
+`config.on_failed_save` decides here what a failure to write means.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class Storage:
-    """A workdir that nobody else writes to meanwhile.
+    """Owns a workdir; nobody else writes to it meanwhile.
 
     All processes call every method together; process 0 alone writes metrics and gains.
 
@@ -69,7 +69,7 @@ class Storage:
 
     @property
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint."""
+        """Returns the step of the newest checkpoint, None without one."""
         return self._checkpoints.latest_step
 
     def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
@@ -82,7 +82,7 @@ class Storage:
         return state
 
     def begin(self, step: int) -> None:
-        """Called when the state of `step` is there: opens the files that a refused run leaves alone."""
+        """Opens the files that a refused run leaves alone; called when the state of `step` is there."""
         distributed.on_first(lambda: update_config(self._config, self.workdir))
         if jax.process_index() == 0:
             tensorboard = self._config.tensorboard
@@ -112,7 +112,7 @@ class Storage:
             self._save_again(error, state, data)
 
     def save_if_finite(self, state: TrainState, data: grain.DatasetIterator) -> str:
-        """Saves at the end of a run that something went wrong with; says what is saved."""
+        """Saves at the end of a run that went wrong; returns what to say of it."""
         bad = health.first_non_finite(state)
         if bad:
             last = self.latest_step
@@ -134,7 +134,7 @@ class Storage:
         now: Callable[[], tuple[TrainState, grain.DatasetIterator]],
         wait: bool = False,
     ) -> None:
-        """Asked after every step: whether the workdir is still ours, and whether a save has failed.
+        """Checks after every step that the workdir is still ours and that no save has failed.
 
         Args:
           now: returns what is saved in place of a save that failed.
@@ -185,7 +185,7 @@ class Storage:
             self._on_disk(gains.save, path, measured, step)
 
     def go_back(self, step: int) -> None:
-        """The next metrics follow on `step` updates; raises as `write`."""
+        """Lets the next metrics follow on `step` updates; raises as `write`."""
         if self._writer:
             self._on_disk(self._writer.go_back, step)
 

@@ -50,7 +50,7 @@ class Interrupted(RuntimeError):
 
 
 def check_config(config: Config) -> None:
-    """What the fields cannot tell alone, before anything is allocated.
+    """Checks what fields cannot tell one by one, before anything is allocated.
 
     Raises:
       ValueError: mesh against devices and sizes, vocabulary against data, streams against their start.
@@ -86,7 +86,7 @@ def train(
         or be "gs://bucket/folder". One run at a time may have it.
       name: shown beside the progress bar; by default the connection.
       init_from: "WORKDIR" or "WORKDIR@STEP" of another run, whose parameters a new run starts from; the
-        optimizer, the data and the schedule begin anew. One that is resumed does not look there.
+        optimizer, the data and the schedule begin anew. A run that is resumed ignores it.
 
     Returns:
       the last value of every metric that this call wrote (none if the run was finished already).
@@ -112,7 +112,7 @@ def train(
         except (ValueError, TypeError, NotImplementedError, OSError) as error:
             raise BadInput(str(error)) from error
         try:
-            # The loop looks at every step itself, and then for the place; jax would lose the state.
+            # The loop checks every step itself and then looks for the place; jax's checks would lose the state.
             with jax.debug_nans(False), jax.debug_infs(False):
                 run.loop(stop, name or config.model.connection)
         finally:
@@ -121,14 +121,14 @@ def train(
 
 
 def _is_finished(config: Config, workdir: os.PathLike) -> bool:
-    """What process 0 finds: all processes take the same way."""
+    """Asks process 0, so that all processes take the same way."""
     found = []
     distributed.on_first(lambda: found.append(is_finished(config, workdir)))
     return distributed.from_first([found == [True]])[0] == 1
 
 
 class Run:
-    """State of one training run on its way through the steps."""
+    """Holds one training run on its way through the steps."""
 
     def __init__(self, config: Config, workdir: str | os.PathLike, init_from: str | None = None):
         # What can be refused is refused before the workdir or the memory of a device is touched: first what
@@ -186,12 +186,12 @@ class Run:
         self._gains_tokens = next(one)["inputs"]
 
     def _jit(self, function: Callable) -> Callable:
-        """`function(variables, batch, config=...)` with its results on every device."""
+        """Compiles `function(variables, batch, config=...)`; every device gets its results."""
         program = sharding.on_mesh(functools.partial(function, config=self.config.model), self.mesh)
         return jax.jit(program, out_shardings=sharding.replicated(self.mesh))
 
     def _newest_state(self) -> TrainState:
-        """From a checkpoint of this workdir, else from `init_from`, else from scratch."""
+        """Returns the state of the newest checkpoint, else of `init_from`, else a fresh one."""
         if self.storage.latest_step is not None:
             return self.storage.restore(self._abstract, self.data)
         state = jit_init_state(self.config, self.mesh)()
@@ -201,7 +201,7 @@ class Run:
         return state
 
     def loop(self, stop: Callable[[int], bool], name: str) -> None:
-        """Steps up to `config.steps`, with whatever is due after each.
+        """Runs the steps up to `config.steps`, and after each whatever is due.
 
         Args:
           stop: asked after each step whether to save and end, see `preemption.stop_signals`.
@@ -298,7 +298,7 @@ class Run:
             self._fail(step, batch, position, metrics)
 
     def _roll_back(self, step, batch, position, metrics) -> None:
-        """To the newest checkpoint; the data go on behind the batch of the bad step."""
+        """Goes back to the newest checkpoint; the data go on behind the batch of the bad step."""
         self.storage.wait()
         to = self.storage.latest_step or 0
         if not self._faults.may_go_back(to):
@@ -327,7 +327,7 @@ class Run:
         raise NonFiniteError(f"{what(step, metrics)}. First non-finite: {where}. {saved}")
 
     def _do_what_is_due(self) -> bool:
-        """Returns whether a signal came while a program was compiled for it; then some is left undone."""
+        """Returns whether a signal came while a program was being compiled; some tasks are then left undone."""
         config, step, last = self.config, self.step, self.step == self.config.steps
         tasks = {
             self._evaluate: ("evaluating", config.eval_every),
@@ -352,7 +352,7 @@ class Run:
         return False
 
     def _compile(self, program, name: str, *args) -> None:
-        """The first time, open for signals unless this is the last step; calls then find it compiled."""
+        """Compiles a program before its first call. Signals end the waiting, unless this is the last step."""
         if name not in self._compiled:
             stop = self._stop if self.step < self.config.steps else None
             compile_ = program.lower(*args).compile
