@@ -337,7 +337,7 @@ def saved_steps(folder: epath.Path) -> list[int]:
 
 
 def read_contents(folder: epath.Path) -> dict[str, Any] | None:
-    """Reads the item `contents` of a step's folder: step, configuration, checksums. None: an older checkpoint.
+    """Reads the item `contents` of a step's folder: step, configuration, checksums; None if it is older.
 
     Raises:
       Damaged: it is missing, or is not what was saved.

@@ -38,7 +38,7 @@ class Faults:
         self._spikes, self.spiked = health.Spikes(), False
 
     def count(self, metrics: dict[str, float]) -> bool:
-        """Returns whether the update of a step was left out; makes its count of skipped windows a sum so far."""
+        """Returns whether a step's update was left out; makes its count of skipped windows a sum."""
         if "data/skipped_windows" in metrics:
             self._skipped_windows += int(metrics["data/skipped_windows"])
             metrics["data/skipped_windows"] = self._skipped_windows

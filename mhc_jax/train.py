@@ -112,7 +112,7 @@ def train(
         except (ValueError, TypeError, NotImplementedError, OSError) as error:
             raise BadInput(str(error)) from error
         try:
-            # The loop checks every step itself and then looks for the place; jax's checks would lose the state.
+            # The loop checks every step itself and then looks for the place; jax's would lose the state.
             with jax.debug_nans(False), jax.debug_infs(False):
                 run.loop(stop, name or config.model.connection)
         finally:
@@ -327,7 +327,7 @@ class Run:
         raise NonFiniteError(f"{what(step, metrics)}. First non-finite: {where}. {saved}")
 
     def _do_what_is_due(self) -> bool:
-        """Returns whether a signal came while a program was being compiled; some tasks are then left undone."""
+        """Returns whether a signal came during a compilation; some tasks are then left undone."""
         config, step, last = self.config, self.step, self.step == self.config.steps
         tasks = {
             self._evaluate: ("evaluating", config.eval_every),

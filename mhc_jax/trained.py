@@ -63,7 +63,7 @@ def load(
 
 
 class Source:
-    """Names the run that a new one takes its parameters from: "WORKDIR", or "WORKDIR@STEP" for one checkpoint.
+    """Names where a new run takes its parameters from: "WORKDIR", or "WORKDIR@STEP" for one checkpoint.
 
     Attributes:
       workdir: of a training.
