@@ -331,6 +331,7 @@ def write_report(
             raise ValueError("; ".join(left_out))
         rows = list(table_rows or map(_row, arms))
         figures = _figures(arms, baseline, step)
+        differing, alike = _settings(arms)
     finally:
         log.removeHandler(said)
     columns = _columns(rows)
@@ -346,7 +347,6 @@ def write_report(
     if len(notes) > _MOST_LINES:
         notes = [*notes[:_MOST_LINES], f"and {len(notes) - _MOST_LINES} more lines of this kind"]
     remarks = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    differing, alike = _settings(arms)
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
