@@ -88,6 +88,7 @@ setup(
         # as they are used here, and a next series may rename them; math: what checks the answers of MATH.
         # datasets before 4 ran code of data sets, which the tasks' data no longer need.
         "evaluate": ["lm-eval[math]>=0.4.13,<0.5", "datasets>=4,<6", "tokenizers>=0.20"],
+        "released": ["safetensors>=0.5"],  # experiments.released_gains
         # pytest 8 knows the options of pyproject.toml; no torch, to keep the environment small.
         "test": [
             "pytest>=8",
@@ -95,6 +96,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.18",
             "tokenizers>=0.20",
+            "safetensors>=0.5",
             "gcsfs>=2025.3",
             "gcp-storage-emulator>=2026.7",  # a bucket on this machine
             "setuptools>=70.1",  # builds the wheel without the network

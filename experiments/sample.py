@@ -1,7 +1,7 @@
 """Continues a prompt with a trained model: python -m experiments.sample --workdir=runs/mhc --prompt="import "
 
-Text comes out as it is generated. The newest checkpoint of the workdir is read, and may be one of a run
-that is still going; it runs on one device, whatever it was trained on.
+Prints text while it is generated. It reads the newest checkpoint of the workdir, whose run may still be
+going, and runs on one device, whatever it was trained on.
 """
 
 import logging
@@ -31,14 +31,14 @@ _CONFIG = config_flags.DEFINE_config_file(
 
 
 def stream(ids, tokenizer, write, prompt=()) -> None:
-    """Writes the text of ids behind those of `prompt` as it becomes certain; a document's end ends it."""
+    """Writes the text of the ids after `prompt` as soon as it is certain; the end of a document ends it."""
     seen, written = [], ""
     for token in ids:
         if token == tokenizer.separator:
             break
         seen.append(token)
         text = tokenizer.decode(seen, prompt)
-        if not text.endswith("\ufffd"):  # else the rest of a character may still come
+        if not text.endswith("\ufffd"):  # otherwise the rest of a character may still come
             write(text[len(written) :])
             written = text
     write(tokenizer.decode(seen, prompt)[len(written) :] + "\n")

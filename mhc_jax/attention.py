@@ -17,7 +17,7 @@ from mhc_jax.remat import keep
 
 
 def make_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
-    """The attention that the configuration names, `[B, S, C]` -> `[B, S, C]`.
+    """Returns the attention that the configuration names, `[B, S, C]` -> `[B, S, C]`.
 
     It has three methods beside `__call__`, for generating text (`mhc_jax.inference`):
     `init_cache(batch_size, length)`; `prefill(x)` -> (y, rows), which also returns what later tokens need of
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
 
 
 class LatentCache(NamedTuple):
-    """What all heads share of past tokens: c `[B, length, kv_rank]` and r `[B, length, rope_dim]`."""
+    """What all heads share about past tokens: c `[B, length, kv_rank]` and r `[B, length, rope_dim]`."""
 
     compressed: jax.Array
     rotated: jax.Array
@@ -107,14 +107,14 @@ class LatentAttention(nnx.Module):
     def prefill(self, x: jax.Array) -> tuple[jax.Array, LatentCache]:
         q, q_rotated = self._queries(x, 0)
         rows = c, k_rotated = self._latent(x, 0)
-        # Two products: cutting k and v out of one would copy both, forward and backward.
+        # Two products: cutting k and v out of one product would copy both, forward and backward.
         k, v = (keep(jnp.einsum("bsc,chd->bshd", c, up)) for up in self._kv_up(x.dtype))
         k_rotated = jnp.broadcast_to(k_rotated[:, :, None], q_rotated.shape)
         q, k = (jnp.concatenate(pair, axis=-1) for pair in ((q, q_rotated), (k, k_rotated)))
         return self.out(causal_attention(q, k, v).reshape(*x.shape[:2], -1)), rows
 
     def _queries(self, x, position):
-        """`[B, S, H, D]` and, rotated, `[B, S, H, R]`."""
+        """Returns queries `[B, S, H, D]` and their rotated part `[B, S, H, R]`."""
         q = self.q(x).reshape(*x.shape[:2], self.num_heads, -1)
         q, rotated = jnp.split(q, (self.head_dim,), axis=-1)
         return q, rope(rotated, theta=self.rope_theta, offset=position)
@@ -125,7 +125,7 @@ class LatentAttention(nnx.Module):
         return LatentCache(self.kv_norm(compressed), rotated)
 
     def _kv_up(self, dtype):
-        """kv_up's columns for keys and for values, each `[kv_rank, H, D]`."""
+        """Returns kv_up's columns for keys and for values, each `[kv_rank, H, D]`."""
         kernel = whole(self.kv_up.kernel[...]).astype(dtype)
         kernel = kernel.reshape(kernel.shape[0], self.num_heads, 2, self.head_dim)
         return [part[:, :, 0] for part in jnp.split(kernel, 2, axis=2)]
@@ -137,9 +137,9 @@ class LatentAttention(nnx.Module):
     def decode(
         self, x: jax.Array, position: jax.Array, remember: Callable[[LatentCache], LatentCache]
     ) -> jax.Array:
-        """kv_up is absorbed: queries go into the compressed space, and what they mix comes out of it.
+        """Attends in the compressed space: queries are mapped into it, and the result is mapped out of it.
 
-        The past is then read as it is stored, kv_rank + R entries a token for all heads.
+        So kv_up never expands the past, which is read as stored: kv_rank + R entries a token for all heads.
         """
         q, q_rotated = self._queries(x, position)
         cache = remember(self._latent(x, position))
@@ -155,7 +155,7 @@ class LatentAttention(nnx.Module):
 
 
 def _causal_softmax(scores: jax.Array, position: jax.Array) -> jax.Array:
-    """Over the keys of `[B, H, S, T]`, query i of a sequence standing at its `position + i`."""
+    """Softmax over the keys of `[B, H, S, T]`; query i of a sequence stands at its `position + i`."""
     query = position[:, None] + jnp.arange(scores.shape[2], dtype=jnp.int32)[None]
     seen = jnp.arange(scores.shape[3], dtype=jnp.int32)[None, None] <= query[..., None]
     return jax.nn.softmax(scores, where=jnp.broadcast_to(seen[:, None], scores.shape), axis=-1)

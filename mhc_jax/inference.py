@@ -43,7 +43,7 @@ _STEPS = 8
 class DecodeState(NamedTuple):
     """The keys and values of earlier tokens.
 
-    The streams of a token depend on that token's attention alone, so nothing of the connections is kept.
+    Tokens meet only in attention, so nothing of the connections is kept.
 
     Attributes:
       position: tokens so far of each sequence, int32 `[B]`.
@@ -62,13 +62,13 @@ class DecodeState(NamedTuple):
 
 
 def for_sampling(config: ModelConfig) -> ModelConfig:
-    """The model as it generates: no choice dropped, nothing recomputed, kernels of the machine at hand."""
+    """Returns settings for generating: nothing dropped, nothing recomputed, kernels of this machine."""
     return dataclasses.replace(config, moe_dispatch="dropless", remat="none", implementation=None)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def cast_weights(variables: Params, config: ModelConfig) -> Params:
-    """Parameters that are only used rounded to the dtype of the activations, in that dtype.
+    """Casts the parameters that are only used rounded to the dtype of the activations.
 
     Used instead of `variables` they give the same numbers, and are neither read in float32 nor cast at every
     token.
@@ -83,7 +83,7 @@ def cast_weights(variables: Params, config: ModelConfig) -> Params:
 
 
 def init_decode(config: ModelConfig, batch_size: int, length: int) -> DecodeState:
-    """An empty past with room for `length` tokens of `batch_size` sequences."""
+    """Returns an empty past with room for `length` tokens of `batch_size` sequences."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     cache = model.blocks.attention.init_cache(batch_size, length)
     stacked = config.num_blocks - config.num_leading
@@ -103,7 +103,7 @@ def prefill(
     room: int,
     padding: str = "right",
 ) -> tuple[jax.Array, DecodeState]:
-    """Prompts of different lengths, whole, by the attention of training.
+    """Reads prompts of different lengths, whole, by the attention of training.
 
     Args:
       variables: of the model.
@@ -146,7 +146,7 @@ def prefill(
 def decode(
     variables: Params, tokens: jax.Array, state: DecodeState, config: ModelConfig
 ) -> tuple[jax.Array, DecodeState]:
-    """Logits `[B, S, vocab_size]` float32 of tokens `[B, S]` that follow on those of `state`.
+    """Returns logits `[B, S, vocab_size]` float32 of tokens `[B, S]` that follow those of `state`.
 
     Raises:
       ValueError: more tokens than `state` has room for, or an id outside of the vocabulary. Where the number
@@ -171,7 +171,7 @@ def decode(
 def token_scores(
     variables: Params, tokens: jax.Array, targets: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-likelihood in nats of each target, float32, and whether it is the likeliest token; both `[B, S]`.
+    """Returns log-likelihoods of targets in nats, float32, and whether each is the likeliest; `[B, S]`.
 
     Args:
       variables: of the model.
@@ -198,14 +198,14 @@ def token_scores(
 def draw(
     logits: jax.Array, keys: jax.Array, temperature: float, *, greedy: bool, top_k: int
 ) -> jax.Array:
-    """A token of each row of logits `[B, V]`, int32 `[B]`, each by its own key `[B]`."""
+    """Draws a token of each row of logits `[B, V]`, int32 `[B]`, each by its own key `[B]`."""
     if greedy:
         return logits.argmax(-1).astype(jnp.int32)
     candidates = jnp.broadcast_to(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape)
     if top_k:
         logits, candidates = jax.lax.top_k(logits, top_k)
-    # The likeliest at 0, so that no temperature makes infinities of several; below the smallest normal
-    # number it would be rounded to 0.
+    # The likeliest logit becomes 0, so that no temperature makes several infinite. A temperature below the
+    # smallest normal number would be rounded to 0.
     logits -= logits.max(-1, keepdims=True)
     scaled = logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
     drawn = jax.vmap(jax.random.categorical)(keys, scaled)

@@ -1,7 +1,8 @@
-"""SIGTERM and Ctrl-C: a run that starts ends at once, one in the loop saves first; all processes together.
+"""Handles SIGTERM and Ctrl-C: a run that starts ends at once, a run in the loop saves first.
 
-Nothing is lost before the first step, so that a run may end anywhere there. What the main thread cannot
-leave, such as a compilation of minutes, runs in a thread of its own while the main thread listens.
+Before the first step nothing is lost, so a run may end anywhere there. A call that the main thread cannot
+leave, such as a compilation of minutes, gets a thread of its own while the main thread listens. Several
+processes stop together.
 """
 
 import contextlib
@@ -32,14 +33,14 @@ Tell = Callable[[str, float], None]  # what goes on, and for how many seconds
 
 
 class Stopped(BaseException):
-    """Raised out of whatever the main thread was at; no `except Exception` may hold it up."""
+    """Ends whatever the main thread is doing. It is no Exception, so that no `except Exception` stops it."""
 
 
 class Stop:
-    """Whether a signal has asked to end. This one never says so; for threads, which get no signals."""
+    """Tells whether a signal has asked to end. This one never does: threads get no signals."""
 
     def __call__(self, step: int) -> bool:
-        """Whether to save after `step` updates and end; every process asks after every step."""
+        """Returns whether to save after `step` updates and end; every process asks after every step."""
         return False
 
     def start_is_over(self) -> None:
@@ -55,7 +56,7 @@ class Stop:
 
 
 class _Alone(Stop):
-    """One process: its own signals."""
+    """Listens to the signals of the only process."""
 
     def __init__(self):
         self._starting, self._requested = True, False
@@ -83,7 +84,7 @@ class _Alone(Stop):
 
 
 class _Together(Stop):
-    """Several processes: the notice that jax's coordination service hands on to all of them."""
+    """Listens to the notice that jax's coordination service gives to all of several processes."""
 
     def __init__(self):
         self._calls, self._starting = 0, True
@@ -109,11 +110,11 @@ class _Together(Stop):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Yields who to ask whether SIGINT or SIGTERM has come."""
+    """Yields the object that knows whether SIGINT or SIGTERM has come."""
     if threading.current_thread() is not threading.main_thread():
         yield Stop()
     elif jax.distributed.is_initialized():
-        # It has a handler of SIGTERM of its own.
+        # jax has its own handler of SIGTERM.
         with _handled({signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}):
             yield _Together()
     else:
@@ -128,14 +129,14 @@ def during(
     what: str,
     tell: Tell | None = None,
 ) -> _T:
-    """`Stop.during`; where `stop` is none of `stop_signals`, no signal ends the waiting."""
+    """Calls `Stop.during`; if `stop` does not come from `stop_signals`, no signal ends the waiting."""
     if isinstance(stop, Stop):
         return stop.during(function, what, tell)
     return in_thread(function, what, None, tell)
 
 
 def start_is_over(stop: Callable[[int], bool]) -> None:
-    """`Stop.start_is_over` where `stop` is one of `stop_signals`."""
+    """Calls `Stop.start_is_over` if `stop` comes from `stop_signals`."""
     if isinstance(stop, Stop):
         stop.start_is_over()
 
@@ -149,7 +150,7 @@ def in_thread(
     """Calls a function in a thread; the main thread waits, open for signals, and tells the time.
 
     Args:
-      function: gets none of jax's settings that were made for this thread alone.
+      function: does not see settings of jax that were made for this thread alone.
       what: "compiling the train step".
       ask: called twice a second; what it raises ends the waiting.
       tell: called twice a second with `what` and the seconds so far; None: a line in the log every 10 s.

@@ -1,4 +1,4 @@
-"""Continuing one prompt token by token, as text is shown."""
+"""Continues one prompt token by token, as text is shown."""
 
 from collections.abc import Iterator
 
@@ -23,15 +23,15 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Token ids that follow on `prompt`, one at a time.
+    """Yields token ids that follow `prompt`, one at a time.
 
     Args:
       variables: of the model, `TrainState.variables`.
       prompt: `[S]` integers below the vocabulary, at least one.
-      config: of the model, best `mhc_jax.inference.for_sampling`.
+      config: of the model, preferably from `mhc_jax.inference.for_sampling`.
       max_tokens: how many to generate.
-      temperature: divides the logits; 0 takes the likeliest token, a tiny one draws among those that tie.
-      top_k: draws from exactly k tokens, the likeliest, of equal ones those with lower ids; 0: from all.
+      temperature: divides the logits. 0 takes the likeliest token; a tiny one draws among tokens that tie.
+      top_k: draws from the k likeliest tokens, of equal ones those with lower ids; 0 draws from all.
       seed: of the draws.
 
     Raises:

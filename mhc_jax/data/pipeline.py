@@ -1,4 +1,4 @@
-"""From windows to batches: order, epochs, the share of each process, position."""
+"""Turns windows into batches: order, epochs, the share of each process, position."""
 
 import copy
 import functools
@@ -13,13 +13,13 @@ from mhc_jax.data.records import BadRecord
 from mhc_jax.data.tokenizer import load_tokenizer
 from mhc_jax.losses import IGNORE_INDEX
 
-# Validation has one order for every run, so that losses of different seeds compare. Shuffled, so
-# that the first few batches are a sample of all files and not the alphabetically first ones.
+# Validation has the same order in every run, so that losses of different seeds compare. It is shuffled, so
+# that the first few batches are a sample of all files, not of the alphabetically first ones.
 _VALIDATION_ORDER_SEED = 0
 
 # Threads and prefetched batches. Grain's own default buffer of 500 would hold gigabytes at long
-# sequences. Arrays in memory need one thread, more would contend for the interpreter lock; reads
-# from disk wait, so several batches are read at once. Batches come out in order either way.
+# sequences. Arrays in memory need one thread; more would contend for the interpreter lock. Reads from disk
+# wait, so several batches are read at once. Batches come out in order either way.
 _MEMORY_READS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 _DISK_READS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
 
@@ -76,16 +76,17 @@ def make_iterator(
       batch_size: rows of the global batch.
       process_index: this process, usually `jax.process_index()`.
       process_count: all of them, usually `jax.process_count()`.
-      on_corrupt: about a record of "array_record" that cannot be read: "stop" raises `records.BadRecord`
-        from `next`; with "skip" the targets of its windows are `losses.IGNORE_INDEX` and do not count.
+      on_corrupt: what happens if a record of "array_record" cannot be read. "stop" raises
+        `records.BadRecord` from `next`. With "skip" the targets of its windows are `losses.IGNORE_INDEX`
+        and do not count.
 
     Returns:
       An iterator over `{"inputs": int32 [batch_size / process_count, sequence_length], "targets":
       the same}` with `get_state()` and `set_state()`, see `BatchIterator`.
 
     Raises:
-      ValueError: batch_size is not divisible by process_count, no such process, fewer windows
-        than a batch, or a fault of the source that is named in the message.
+      ValueError: batch_size is not divisible by process_count, there is no such process, there are fewer
+        windows than a batch has rows, or the source has a fault that the message names.
     """
     if process_count < 1 or not 0 <= process_index < process_count:
         raise ValueError(
@@ -98,11 +99,11 @@ def make_iterator(
         )
     windows = sources.open_windows(config, split)
     _check_enough(len(windows), split, batch_size)
-    # Numbers of windows are shuffled and batched, and a batch reads its windows at once: grain spends
-    # 80 us on each element of a source, which for rows would be 20 ms a batch of 256.
+    # Indices of windows are shuffled and batched, and a batch reads its windows at once: grain spends 80 us
+    # on each element of a source, so rows as elements would cost 20 ms for a batch of 256.
     if split == "train":
-        # Spread by SeedSequence because grain adds the epoch to the seed: with the plain number,
-        # epoch 1 of seed 0 would be epoch 0 of seed 1.
+        # SeedSequence spreads the seed because grain adds the epoch to it: with the plain number, epoch 1
+        # of seed 0 would be epoch 0 of seed 1.
         seed = int(np.random.SeedSequence(config.shuffle_seed).generate_state(1)[0])
         rows = grain.MapDataset.range(len(windows)).shuffle(seed=seed).repeat()
     else:
@@ -180,7 +181,7 @@ class BatchIterator(grain.DatasetIterator):
         """
         state = copy.copy(state)
         saved = state.pop("identity", {})
-        if "validation_corpus" not in saved:  # from before there was one
+        if "validation_corpus" not in saved:  # saved before the validation corpus was part of it
             saved = {**saved, "validation_corpus": self._identity.get("validation_corpus")}
         differing = [
             f"{name}: saved {saved.get(name)!r}, now {self._identity.get(name)!r}"

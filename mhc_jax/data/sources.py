@@ -1,4 +1,4 @@
-"""Windows of tokens with random access: what the pipeline shuffles and batches."""
+"""Gives random access to windows of tokens, which the pipeline shuffles and batches."""
 
 import functools
 import hashlib
@@ -12,10 +12,10 @@ from mhc_jax.data.config import SPLITS, DataConfig, check_split
 from mhc_jax.data.files import TextFile
 from mhc_jax.data.tokenizer import load_tokenizer
 
-# Windows of both splits of the synthetic source together.
+# Number of windows of the synthetic source, both splits together.
 SYNTHETIC_WINDOWS = 2**16
 
-# Drawn evenly: steps of 1, 2, 3, 5 with probability 1/2, 1/4, 1/8, 1/8.
+# An even draw from these gives steps of 1, 2, 3, 5 with probability 1/2, 1/4, 1/8, 1/8.
 _SYNTHETIC_STEPS = np.asarray([1, 1, 1, 1, 2, 2, 3, 5])
 _SYNTHETIC_SEED = 20
 
@@ -32,7 +32,7 @@ class Tokens(Protocol):
 
 
 class Windows(Protocol):
-    """Windows by index. `fingerprint` changes with their content."""
+    """Windows of tokens by index. `fingerprint` changes with their content."""
 
     fingerprint: str
     sequence_length: int
@@ -93,7 +93,7 @@ class SyntheticWindows:
 
     The tokens stand on a ring in a fixed random order; from each token the chain goes 1, 2, 3 or 5
     places on with probability 1/2, 1/4, 1/8, 1/8. A model that knows the chain reaches a
-    cross-entropy of 1.75 bits = 1.213 nats a token. Both splits speak the same language;
+    cross-entropy of 1.75 bits = 1.213 nats a token. Both splits come from the same chain;
     `validation_fraction` of the `SYNTHETIC_WINDOWS` windows are the validation split.
     """
 
@@ -127,8 +127,8 @@ def open_windows(config: DataConfig, split: str | None) -> Windows:
       split: "train" or "validation"; None: all files of a text, which is then only measured.
 
     Raises:
-      ValueError: anything wrong with the split, files, tokenizer or sequence length, before the
-        first batch is made.
+      ValueError: split, files, tokenizer or sequence length are wrong; raised before the first batch is
+        made.
     """
     if split is not None or config.source not in ("stdlib", "text"):
         check_split(split)
@@ -168,10 +168,10 @@ def bytes_of_windows(
 
 
 def check_files(config: DataConfig) -> None:
-    """What `open_windows` refuses without reading a text, for both splits.
+    """Refuses, for both splits, what `open_windows` would refuse without reading a text.
 
     Raises:
-      ValueError: anything wrong with names, files, tokenizer or records.
+      ValueError: names, files, tokenizer or records are wrong.
     """
     if config.source == "synthetic":
         return
@@ -196,8 +196,8 @@ def _chosen(config: DataConfig, split: str | None) -> tuple[TextFile, ...]:
     return files.split_files(found, validation_fraction=config.validation_fraction, split=split)
 
 
-# Kept for one train and one validation split: a loop that makes a new validation iterator for each
-# evaluation must not tokenize again. `TextFile` carries size and time, so edited files are re-read.
+# Kept for one train and one validation split, since a loop may make a new validation iterator for each
+# evaluation and must not tokenize again. `TextFile` has size and time, so edited files are read again.
 @functools.lru_cache(maxsize=2)
 def _encode_in_memory(chosen: tuple[TextFile, ...], tokenizer_name: str) -> MemoryTokens:
     tokenizer = load_tokenizer(tokenizer_name)

@@ -1,7 +1,8 @@
-"""Token ids of texts on disk, so that a corpus is tokenized once.
+"""Keeps the token ids of texts on disk, so that a corpus is tokenized once.
 
-A file's name has a hash of tokenizer and texts, and one of the ids: it is found by content, wherever the
-texts lie and whenever they were changed, and a damaged one is not used. Files may be deleted at any time.
+A file's name has a hash of tokenizer and texts, and a hash of the ids. So it is found by content, wherever
+the texts lie and whenever they were changed, and a damaged one is not used. Files may be deleted at any
+time.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def key(documents: Sequence[TextFile], tokenizer: Tokenizer) -> str:
-    """Hash of all that the ids depend on: the texts in their order, the tokenizer and its library.
+    """Returns a hash of all that the ids depend on: the texts in order, the tokenizer and its library.
 
     Raises:
       ValueError: as `read_document`.
@@ -35,7 +36,7 @@ def key(documents: Sequence[TextFile], tokenizer: Tokenizer) -> str:
 
 
 def load(key: str) -> np.ndarray | None:
-    """The ids of a key, or None."""
+    """Returns the ids of a key, or None."""
     for path in _files(key):
         try:
             found = np.load(path, allow_pickle=False)
@@ -48,7 +49,7 @@ def load(key: str) -> np.ndarray | None:
 
 
 def is_intact(key: str, fingerprint: str) -> bool:
-    """Whether the ids of a key are those that were saved, by their fingerprint."""
+    """Returns whether the ids of a key are those that were saved, by their fingerprint."""
     if any(path.name == _name(key, fingerprint) for path in _files(key)):
         return True
     _log.warning("token ids in %s are damaged: tokenizing again", paths.cache_folder())
@@ -56,7 +57,7 @@ def is_intact(key: str, fingerprint: str) -> bool:
 
 
 def save(key: str, tokens: np.ndarray, fingerprint: str) -> None:
-    """Saves ids as a whole or not at all; a full disk or a folder that is not writable is a warning."""
+    """Saves ids whole or not at all; a full disk or a read-only folder gives a warning."""
     part = None
     try:
         path = paths.cache_folder() / _name(key, fingerprint)

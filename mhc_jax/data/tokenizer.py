@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, or a Hugging Face `tokenizers` JSON file."""
+"""Turns text into token ids: bytes, or a Hugging Face `tokenizers` JSON file."""
 
 import functools
 import hashlib
@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-# Tried in this order; what the common tokenizers call the end of a document.
+# The names that common tokenizers give to the end of a document, tried in this order.
 SEPARATORS = (
     "<|endoftext|>",
     "</s>",
@@ -42,10 +42,10 @@ class Tokenizer(Protocol):
         """Encodes UTF-8 documents into one array `[num_tokens]` of `dtype` each."""
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
-        """Text that token ids add behind those of `after`.
+        """Returns the text that token ids add after those of `after`.
 
-        Decoded alone, a first word would lose the space before it (Metaspace, WordPiece). A character whose
-        bytes are not all there becomes U+FFFD.
+        Decoded alone, a first word would lose the space before it (Metaspace, WordPiece). A character with
+        missing bytes becomes U+FFFD.
         """
 
     def bytes_of_ids(self) -> np.ndarray | None:
@@ -87,7 +87,7 @@ class FileTokenizer:
     """A tokenizer stored by the Hugging Face `tokenizers` library."""
 
     def __init__(self, path: str):
-        # Imported here: bytes, the default, need no such library.
+        # Imported here, because the default, bytes, does not need it.
         try:
             import tokenizers
         except ModuleNotFoundError as error:
@@ -175,7 +175,8 @@ def load_tokenizer(name: str) -> Tokenizer:
       name: "byte" or the path of a `tokenizers` JSON file.
 
     Raises:
-      ValueError: no such file, not a tokenizer, no separator token in it, or no package tokenizers.
+      ValueError: the file does not exist, is no tokenizer or has no separator token, or the package
+        tokenizers is missing.
     """
     if name == "byte":
         return ByteTokenizer()

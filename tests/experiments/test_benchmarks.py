@@ -15,9 +15,9 @@ from experiments import evaluate
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.data import make_iterator
 from mhc_jax.inference import for_sampling
-from mhc_jax.train import claim_workdir
 from mhc_jax.train_step import init_state, model_graph
 from mhc_jax.trained import load
+from mhc_jax.workdir import claim_workdir
 
 pytestmark = [
     pytest.mark.harness,

@@ -21,8 +21,9 @@ from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.metrics import MetricWriter
-from mhc_jax.train import BadInput, NonFiniteError, Run, claim_workdir, train
+from mhc_jax.train import BadInput, NonFiniteError, Run, train
 from mhc_jax.train_step import TrainState, analyse, jit_init_state, jit_train_step
+from mhc_jax.workdir import claim_workdir
 
 # One process: the tests share what they compile and run.
 pytestmark = pytest.mark.xdist_group("loop")
@@ -127,7 +128,7 @@ def test_a_finished_run_says_so_before_anything_is_read(workdir, monkeypatch, ca
             "check_files",
             "make_iterator",
             "abstract_state",
-            "Checkpoints",
+            "Storage",
         ):
             patch.setattr(train_module, name, refuse)
         assert train(CONFIG, workdir.path) == {}

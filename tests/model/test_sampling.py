@@ -19,6 +19,7 @@ from mhc_jax.sampling import generate
 from mhc_jax.train import claim_workdir
 from mhc_jax.train_step import init_state
 from mhc_jax.trained import load
+from mhc_jax.workdir import claim_workdir
 
 DENSE = {
     "model.vocab_size": 32, "model.num_blocks": 2, "model.width": 16, "model.num_heads": 2,

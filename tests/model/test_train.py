@@ -24,7 +24,7 @@ from mhc_jax.config import CONNECTIONS, ModelConfig, OptimizerConfig, from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.optimizer import decay_mask, make_schedule
-from mhc_jax.train import BadInput, Interrupted, NonFiniteError, claim_workdir, train
+from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 from mhc_jax.train_step import (
     TrainState,
     analyse,
@@ -34,6 +34,7 @@ from mhc_jax.train_step import (
     model_graph,
     train_step,
 )
+from mhc_jax.workdir import claim_workdir
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 
