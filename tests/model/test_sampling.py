@@ -16,7 +16,6 @@ from mhc_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from mhc_jax.inference import decode, for_sampling, init_decode
 from mhc_jax.layers import look_up
 from mhc_jax.sampling import generate
-from mhc_jax.train import claim_workdir
 from mhc_jax.train_step import init_state
 from mhc_jax.trained import load
 from mhc_jax.workdir import claim_workdir

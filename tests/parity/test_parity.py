@@ -9,6 +9,7 @@ import functools
 import numpy as np
 import pytest
 
+from mhc_jax.inference import Inference
 from tests.parity import deepseek
 from tests.parity.make_golden import PATH
 
@@ -43,3 +44,23 @@ def test_equals_transformers(arm):
     want, got = deepseek.theirs(deepseek.make_config(tied=arm == "tied")), ours(arm)
     assert set(want) == set(got)
     compare(want, got)
+
+
+def test_log_likelihoods_equal_the_stored_logits():
+    """What benchmarks rest on: continuations of several lengths, scored in one padded batch."""
+    config = deepseek.make_config(tied=False)
+    params, model_state = deepseek.weights(config)
+    variables = {**params, "blocks": deepseek._with(params["blocks"], model_state["blocks"])}
+    with np.load(PATH) as file:
+        logits = file["untied:logits"].astype(np.float64)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    tokens = deepseek.batch_of(config)["inputs"]
+    cases = [(0, 12, 5), (1, 9, 3), (1, 12, 11), (0, 2, 1)]
+    pairs = [
+        (tokens[r, : end - k].tolist(), tokens[r, end - k : end].tolist()) for r, end, k in cases
+    ]
+    got = dict(Inference(variables, config.model).score(pairs))
+    for index, (row, end, k) in enumerate(cases):
+        places = np.arange(end - k, end)
+        want = logs[row, places - 1, tokens[row, places]].sum()
+        assert abs(got[index][0] - want) < 1e-4 * abs(want)
