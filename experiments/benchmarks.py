@@ -4,6 +4,7 @@
 of the paper's Table 4 with its shots. Needs pip install -e ".[evaluate]".
 """
 
+import dataclasses
 import difflib
 import functools
 import itertools
@@ -338,7 +339,7 @@ def _cache_of(harness: Harness, config: Config, variables) -> str:
     key = checksum.of_json(
         {
             "arrays": checksum.of_arrays(variables),
-            "dtype": config.model.dtype,
+            "model": dataclasses.asdict(config.model),
             "tokenizer": harness._tokenizer.identity,
             "max_length": harness.max_length,
         }

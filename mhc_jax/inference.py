@@ -241,18 +241,15 @@ def start(variables, tokens, lengths, keys, temperature, *, config, greedy, top_
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "steps"), donate_argnames="batch")
 def proceed(
-    variables, batch: Batch, active, temperature, *, config, greedy, top_k, steps
+    variables, batch: Batch, temperature, *, config, greedy, top_k, steps
 ) -> tuple[Batch, jax.Array]:
-    """Draws `steps` more tokens, `[B, steps]`; rows that are not `active` `[B]` stay where they are."""
+    """Draws `steps` more tokens of each sequence, `[B, steps]`."""
 
     def step(batch, _):
         logits, state = decode(variables, batch.token[:, None], batch.state, config)
-        # A row that has ended writes its last place again, which never runs out.
-        position = jnp.where(active, state.position, batch.state.position)
         keys = _fold(batch.keys, batch.drawn)
         token = draw(logits[:, 0], keys, temperature, greedy=greedy, top_k=top_k)
-        after = Batch(state._replace(position=position), token, batch.keys, batch.drawn + 1)
-        return after, token
+        return Batch(state, token, batch.keys, batch.drawn + 1), token
 
     batch, tokens = jax.lax.scan(step, batch, length=steps)
     return batch, tokens.T
@@ -387,13 +384,13 @@ class Inference:
             room = size + calls * steps
             batch = start(self.variables, tokens, lengths, keys, temperature, room=room, **how)
             ids = [[token] for token in np.asarray(batch.token).tolist()[: len(indices)]]
-            active = np.arange(rows) < len(indices)
+            active = [True] * len(indices)
             for _ in range(calls):
                 for row, index in enumerate(indices):
                     active[row] = active[row] and not is_done(index, ids[row])
-                if not active.any():
+                if not any(active):
                     break
-                batch, new = proceed(self.variables, batch, active, temperature, steps=steps, **how)
+                batch, new = proceed(self.variables, batch, temperature, steps=steps, **how)
                 for row, found in enumerate(np.asarray(new).tolist()[: len(indices)]):
                     ids[row] += found if active[row] else []
             yield from ((index, found[:max_tokens]) for index, found in zip(indices, ids))

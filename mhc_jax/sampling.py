@@ -52,9 +52,8 @@ def _generate(variables, prompt, config, max_tokens, temperature, top_k, seed):
     lengths = np.asarray([len(prompt)], np.int32)
     batch = start(variables, tokens, lengths, keys_of(seed, [0]), temperature, room=room, **how)
     yield int(batch.token[0])
-    active = np.ones(1, bool)
     for _ in range(max_tokens - 1):
-        batch, _ = proceed(variables, batch, active, temperature, steps=1, **how)
+        batch, _ = proceed(variables, batch, temperature, steps=1, **how)
         yield int(batch.token[0])
 
 
