@@ -1,5 +1,6 @@
-"""Where arrays live: one mesh of five axes, and the rules from names of dimensions to its axes.
+"""Where arrays live: one mesh of six axes, and the rules from names of dimensions to its axes.
 
+    pipe      blocks split into stages: `mhc_jax.pipeline`
     data      batches split, parameters whole: gradients are summed
     fsdp      batches split, parameters and optimizer state split too and gathered where they are used
     expert    batches split, experts split: tokens travel to their experts
@@ -32,7 +33,7 @@ from kernels_pallas.sharding import (
 )
 from mhc_jax.config import Config, MeshConfig
 
-AXES = ("data", "fsdp", "expert", "tensor", "sequence")
+AXES = ("pipe", "data", "fsdp", "expert", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp", "expert")
 
 # Logical name of a dimension -> mesh axis. A dimension may have two names: split by the first, then by the
