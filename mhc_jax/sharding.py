@@ -179,11 +179,32 @@ def _free(spec: PartitionSpec, mesh: Mesh | AbstractMesh, without: tuple = ()) -
     return PartitionSpec(*groups)
 
 
-def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def _over_pipe(
+    spec: PartitionSpec, name: str, shape: tuple[int, ...], sizes: Mapping[str, int], stages: bool
+) -> PartitionSpec:
+    """`spec` with the axis pipe: along the blocks of a stack, else where fsdp splits, if it divides there."""
+    if sizes.get("pipe", 1) == 1:
+        return spec
+    if stages and name.startswith("blocks/"):
+        return PartitionSpec("pipe", *spec[1:])
+    for dimension, group in enumerate(spec):
+        axes = axis_names((group,))
+        parts = math.prod(sizes[axis] for axis in axes) * sizes["pipe"]
+        if "fsdp" in axes and shape[dimension] % parts == 0:
+            return PartitionSpec(*spec[:dimension], ("pipe", *axes), *spec[dimension + 1 :])
+    return spec
+
+
+def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh, *, stages: bool = True) -> Any:
     """NamedSharding of every array of a train state, parameters or gradients.
 
     What lies below dict keys goes by them (parameters, and each of the optimizer's trees that mirror them);
     what does not (counters, keys of the random numbers) is whole on every device.
+
+    Args:
+      tree: arrays or their shapes.
+      mesh: of the run.
+      stages: stacks of blocks lie as `mhc_jax.pipeline` has them; False: as the model has them.
 
     Raises:
       ValueError: no rule knows a path, or a dimension is not divisible by its axis.
@@ -194,7 +215,8 @@ def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
         if not keys:
             return replicated(mesh)
         name = "/".join(keys)
-        spec = _free(parameter_spec(name, len(leaf.shape)), mesh)
+        spec = parameter_spec(name, len(leaf.shape))
+        spec = _free(_over_pipe(spec, name, leaf.shape, mesh.shape, stages), mesh)
         for size, group in zip(leaf.shape, spec):
             axes = axis_names((group,))
             if size % math.prod(mesh.shape[axis] for axis in axes):

@@ -1,17 +1,14 @@
 """Estimated times of a block and of the head, from FLOPs and bytes, and those of a stage."""
 
 import dataclasses
-import functools
-import math
 
-import jax
 import numpy as np
 
 from experiments.hardware import Chip
 from mhc_jax.config import ModelConfig
+from mhc_jax.pipeline.layout import block_flops
 from mhc_jax.pipeline.placement import Placement
 from mhc_jax.pipeline.timeline import StageTimes
-from mhc_jax.train_step import init_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,23 +28,6 @@ class BlockTimes:
     @property
     def total(self) -> float:
         return self.forward + self.recompute + self.backward
-
-
-@functools.cache
-def block_flops(config: ModelConfig, sequence_length: int) -> float:
-    """Forward FLOPs of a token in one block of the stack: matrices of the experts it uses, and attention."""
-    params = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))["blocks"]
-    total = 0.0
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        names = [key.key for key in path]
-        if leaf.ndim < 3:
-            continue  # stacked vectors
-        used = config.experts_per_token / config.num_experts if "experts" in names else 1
-        total += 2 * used * math.prod(leaf.shape[1:])
-    value = config.head_dim if config.attention == "mla" else config.width // config.num_heads
-    query = value + (config.rope_dim if config.attention == "mla" else 0)
-    # A token sees half of the sequence on average.
-    return total + 2 * config.num_heads * sequence_length / 2 * (query + value)
 
 
 def connection_elements(config: ModelConfig) -> tuple[int, int]:

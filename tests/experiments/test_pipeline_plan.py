@@ -10,8 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.pipeline_plan.costs import BlockTimes, block_flops, stage_times
+from experiments.pipeline_plan.costs import BlockTimes, stage_times
 from mhc_jax.pipeline import make_schedule, place
+from mhc_jax.pipeline.layout import block_flops
 from mhc_jax.pipeline.timeline import StageTimes, simulate
 
 
