@@ -8,20 +8,8 @@ import jax
 
 from mhc_jax import units
 from mhc_jax.config import Config, ModelConfig
+from mhc_jax.parameters import PARTS, path_of, rule_of
 from mhc_jax.train_step import init_params
-
-# Part -> names in a parameter's path, one of which is enough. First match wins.
-_PARTS = {
-    "embedding": ("embedding",),
-    "unembedding": ("unembed",),
-    "attention": ("attention",),
-    "connections": ("attention_connection", "ffn_connection", "readout"),
-    "router": ("router",),
-    "routed experts": ("experts",),
-    "shared experts": ("shared",),
-    "dense FFN": ("ffn",),
-    "norms": ("attention_norm", "ffn_norm", "norm"),
-}
 
 
 class Count(NamedTuple):
@@ -38,11 +26,9 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
     experts it does not choose. What is not a parameter (the balance bias) does not count.
     """
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    totals = dict.fromkeys(_PARTS, 0)
+    totals = dict.fromkeys(PARTS, 0)
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
-        names = {str(key.key) for key in path}
-        part = next(part for part, known in _PARTS.items() if names & set(known))
-        totals[part] += math.prod(leaf.shape)
+        totals[rule_of(path_of(path)).part] += math.prod(leaf.shape)
 
     def active(part, total):
         if part == "embedding":

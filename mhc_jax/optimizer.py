@@ -7,11 +7,7 @@ import jax
 import optax
 
 from mhc_jax.config import OptimizerConfig
-
-# Last names of parameter paths. Weight decay on the logits of h_res would drive it to J/n, on alpha it
-# would switch the dynamic mappings off.
-DECAYED = frozenset({"kernel", "embedding", "phi", "theta", "gate", "up", "down"})
-NOT_DECAYED = frozenset({"scale", "bias", "alpha"})
+from mhc_jax.parameters import path_of, rule_of
 
 # Table 5: x0.316 at 80 % and x0.1 at 90 % of the steps, both of the base rate.
 STEP_DECAY = ((0.8, 0.316), (0.9, 0.1))
@@ -68,22 +64,12 @@ def begin_of_decay(config: OptimizerConfig, steps: int) -> int | None:
 
 
 def decay_mask(params):
-    """True for the parameters that weight decay acts on, decided by the last name of their path.
+    """True for the parameters that weight decay acts on (`parameters.RULES`).
 
     Raises:
-      ValueError: a parameter name that neither `DECAYED` nor `NOT_DECAYED` knows.
+      ValueError: a parameter that no rule knows.
     """
-
-    def decays(path, _):
-        name = path[-1].key
-        if name not in DECAYED | NOT_DECAYED:
-            raise ValueError(
-                f"no weight-decay rule for parameter {jax.tree_util.keystr(path)}: add {name!r} to "
-                "DECAYED or NOT_DECAYED in mhc_jax/optimizer.py"
-            )
-        return name in DECAYED
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: rule_of(path_of(path)).decays, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

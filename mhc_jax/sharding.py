@@ -7,15 +7,15 @@
     tensor    heads, hidden entries of an FFN and vocabulary split
     sequence  the length of a sequence split
 
-Parameters get their rule by path (`PARAMETERS`), optimizer state has that of its parameter. Activations are
-split by token alone. The n*C entries of the streams are never split: the norm, the projection and the
-mixing of n streams need all entries of a token, so that a split would turn the cheapest operations of the
-network into communication; and the streams of one device's tokens are small beside its parameters.
+Parameters get their rule by path (`parameters.RULES`), optimizer state has that of its parameter.
+Activations are split by token alone. The n*C entries of the streams are never split: the norm, the
+projection and the mixing of n streams need all entries of a token, so that a split would turn the cheapest
+operations of the network into communication; and the streams of one device's tokens are small beside its
+parameters.
 """
 
 import functools
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,12 +32,12 @@ from kernels_pallas.sharding import (
     token_sharding,
 )
 from mhc_jax.config import Config, MeshConfig
+from mhc_jax.parameters import Dimension, path_of, rule_of
 
 AXES = ("pipe", "data", "fsdp", "expert", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp", "expert")
 
-# Logical name of a dimension -> mesh axis. A dimension may have two names: split by the first, then by the
-# second.
+# Logical name of a dimension -> mesh axis.
 LOGICAL = {
     "rows": "fsdp",
     "heads": "tensor",
@@ -45,25 +45,6 @@ LOGICAL = {
     "vocab": "tensor",
     "experts": "expert",
 }
-
-# Path of a parameter (regular expression, the whole of it) -> logical names of its last dimensions. First
-# match wins. Dimensions before these count blocks and are not split. fsdp splits the rows of a matrix, never
-# its columns: arrays of a TPU lie in tiles of 8 rows and 128 columns, and the columns of a share would have
-# to be a multiple of 128 to be gathered without padding.
-PARAMETERS = (
-    (r"embedding/embedding", (("vocab", "rows"), None)),
-    (r"unembed/kernel", ("rows", "vocab")),
-    (r".*/attention/(qkv|q|kv_up)/kernel", ("rows", "heads")),
-    (r".*/attention/kv_down/kernel", ("rows", None)),
-    (r".*/attention/out/kernel", (("heads", "rows"), None)),
-    (r".*/router/kernel", ("rows", None)),
-    (r".*/experts/(gate|up)", ("experts", "rows", "ffn")),
-    (r".*/experts/down", ("experts", ("ffn", "rows"), None)),
-    (r".*/(gate|up)/kernel", ("rows", "ffn")),
-    (r".*/down/kernel", (("ffn", "rows"), None)),
-    (r".*/phi", ("rows", None)),
-    (r".*/(scale|bias|alpha|theta|balance_bias)", ()),
-)
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -145,7 +126,7 @@ def by_token(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
 
 
-def _axes(names: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+def _axes(names: Dimension) -> str | tuple[str, ...] | None:
     """Mesh axes of a dimension with these logical names."""
     if isinstance(names, tuple):
         return tuple(LOGICAL[name] for name in names)
@@ -162,13 +143,9 @@ def parameter_spec(path: str, num_dimensions: int) -> PartitionSpec:
     Raises:
       ValueError: no rule knows the path.
     """
-    for pattern, dimensions in PARAMETERS:
-        if re.fullmatch(pattern, path):
-            lead = (None,) * (num_dimensions - len(dimensions))
-            return PartitionSpec(*lead, *map(_axes, dimensions))
-    raise ValueError(
-        f"no sharding rule for parameter {path}: add one to PARAMETERS in mhc_jax/sharding.py"
-    )
+    split = rule_of(path).split
+    lead = (None,) * (num_dimensions - len(split))
+    return PartitionSpec(*lead, *map(_axes, split))
 
 
 def _free(spec: PartitionSpec, mesh: Mesh | AbstractMesh, without: tuple = ()) -> PartitionSpec:
@@ -211,10 +188,9 @@ def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh, *, stages: bool = True)
     """
 
     def rule(path, leaf):
-        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        if not keys:
+        name = path_of(path)
+        if not name:
             return replicated(mesh)
-        name = "/".join(keys)
         spec = parameter_spec(name, len(leaf.shape))
         spec = _free(_over_pipe(spec, name, leaf.shape, mesh.shape, stages), mesh)
         for size, group in zip(leaf.shape, spec):

@@ -25,6 +25,7 @@ from mhc_jax.checkpoint import (
 )
 from mhc_jax.config import Config
 from mhc_jax.data import check_files, make_iterator, vocab_size
+from mhc_jax.diagnosis import find_non_finite
 from mhc_jax.initialisation import read_logit
 from mhc_jax.lock import WorkdirLock
 from mhc_jax.losses import IGNORE_INDEX
@@ -34,7 +35,6 @@ from mhc_jax.train_step import (
     abstract_batch,
     abstract_state,
     evaluate,
-    find_non_finite,
     jit_init_state,
     jit_train_step,
     measure_gains,

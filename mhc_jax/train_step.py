@@ -18,6 +18,7 @@ from mhc_jax.health import all_finite
 from mhc_jax.losses import IGNORE_INDEX, linear_cross_entropy, num_counted
 from mhc_jax.moe import MoEAux
 from mhc_jax.optimizer import make_optimizer, make_schedule
+from mhc_jax.parameters import path_of, rule_of
 from mhc_jax.pipeline import Layout, Pipeline
 from mhc_jax.sharding import by_token, on_mesh, replicated, split_parameters, tree_shardings
 from mhc_jax.transformer import Analysis, Transformer
@@ -112,13 +113,11 @@ def _narrowed(params: Params, dtype) -> Params:
     """Matrices of the blocks in the dtype of their products, which rounds them where they are used anyway.
 
     Once a part of a batch then, not again in recomputation; and their gradients, which have that dtype, are
-    stacked in it. Not the router's, which is used in float32.
+    stacked in it.
     """
 
     def narrow(path, leaf):
-        names = [key.key for key in path]
-        matrix = names[0] in ("blocks", "leading") and names[-1] in ("kernel", "gate", "up", "down")
-        return leaf.astype(dtype) if matrix and "router" not in names else leaf
+        return leaf.astype(dtype) if rule_of(path_of(path)).narrow else leaf
 
     return jax.tree_util.tree_map_with_path(narrow, params)
 
@@ -151,7 +150,7 @@ def loss_fn(
     return loss if aux is None else loss + aux.balance_loss.sum(), (loss, aux)
 
 
-def _loss_and_gradients(params: Params, model_state: Params, batch: Batch, config: Config):
+def loss_and_gradients(params: Params, model_state: Params, batch: Batch, config: Config):
     """(cross-entropy, aux or None) and the gradients, over all parts of the batch."""
     gradient = jax.grad(functools.partial(loss_fn, config=config.model), has_aux=True)
     parts = config.optimizer.accumulate_steps
@@ -214,7 +213,7 @@ def train_step(
     """
     arguments = state.params, state.model_state, batch
     if pipeline is None:
-        (loss, aux), gradients = _loss_and_gradients(*arguments, config)
+        (loss, aux), gradients = loss_and_gradients(*arguments, config)
     else:
         (loss, aux), gradients = pipeline.loss_and_gradients(*arguments)
     with jax.named_scope("optimizer"):
@@ -336,77 +335,3 @@ def measure_gains(
     found = analyse(variables, tokens, _exact(config))
     measured = gains.gain_magnitudes(found.h_res[:, 0])._replace(stream_cosine=found.stream_cosine)
     return measured, found.stream_cosine[-1]
-
-
-# Order in which the backward pass reaches the parts of the model.
-_BACKWARD_ORDER = ("unembed", "norm", "readout", "blocks", "leading", "embedding")
-
-
-def find_non_finite(
-    state: TrainState, batch: Batch, config: Config, mesh: Mesh | None = None
-) -> str:
-    """Where what is not finite arises first: a parameter, a sublayer, the loss, a gradient, the update.
-
-    `jax_debug_nans` and `jax_debug_infs` are off meanwhile: they would end the search at the first program.
-    """
-    with jax.debug_nans(False), jax.debug_infs(False):
-        return _find_non_finite(state, batch, config, mesh)
-
-
-def _find_non_finite(state, batch, config, mesh):
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state.variables)[0]:
-        if not jnp.isfinite(leaf).all():
-            return f"parameter {_name(path)} before the step"
-    forward = jax.jit(on_mesh(functools.partial(analyse, config=config.model), mesh))
-    backward = functools.partial(_loss_and_gradients, config=config)
-    found = forward(state.variables, batch["inputs"])
-    for index, (streams, output) in enumerate(zip(found.streams_finite, found.output_finite)):
-        where = f"sublayer {index} ({('attention', 'FFN')[index % 2]} of block {index // 2})"
-        if not streams:
-            return f"the streams read by {where}"
-        if not output:
-            return f"the output of {where}"
-    (loss, _), gradients = jax.jit(on_mesh(backward, mesh))(state.params, state.model_state, batch)
-    if not jnp.isfinite(loss):
-        return "the read-out, the logits or the loss: all sublayers were finite"
-    if jnp.isfinite(optax.tree.norm(gradients)):
-        return _first_update_that_is_not_finite(state, gradients, config)
-    return _first_gradient_that_is_not_finite(gradients)
-
-
-def _first_gradient_that_is_not_finite(gradients: Params) -> str:
-    for part in _BACKWARD_ORDER:
-        bad = {
-            _name(path): ~jnp.isfinite(leaf)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(gradients.get(part, {}))[0]
-            if not jnp.isfinite(leaf).all()
-        }
-        if not bad:
-            continue
-        if part != "blocks":
-            return f"the gradient of {part}/{next(iter(bad))}"
-        # Blocks are stacked along the first axis, and the last one is met first.
-        last = {name: int(jnp.argwhere(flags)[:, 0].max()) for name, flags in bad.items()}
-        block = max(last.values())
-        names = ", ".join(name for name in last if last[name] == block)
-        block += len(gradients.get("leading", ()))
-        return f"the gradients of block {block}: {names}"
-    return "the norm of the gradient: its entries are finite, their squares overflow"
-
-
-def _first_update_that_is_not_finite(state: TrainState, gradients: Params, config: Config) -> str:
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    updates, _ = jax.jit(optimizer.update)(gradients, state.opt_state, state.params)
-    rate = make_schedule(config.optimizer, config.steps)(updates_done(state.opt_state))
-    settings = f"learning rate {rate:g}" + "".join(
-        f", {name}={getattr(config.optimizer, name):g}"
-        for name in ("b1", "b2", "eps", "weight_decay")
-    )
-    for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]:
-        if not jnp.isfinite(leaf).all():
-            return f"the update of {_name(path)}, whose gradient is finite ({settings})"
-    return f"the sum of a parameter and its update ({settings})"
-
-
-def _name(path) -> str:
-    return "/".join(str(key.key) for key in path)

@@ -29,7 +29,7 @@ from experiments.init_study.runs import (
     second_runs,
 )
 from experiments.output import user_path
-from mhc_jax import optimizer, train_step
+from mhc_jax import optimizer, parameters, train_step
 
 QUESTION = "init_study"
 MODULE = f"experiments.{QUESTION}"
@@ -80,8 +80,8 @@ def train_one(run: Run, options: argparse.Namespace) -> None:
         return _with_rate(inner, run.rate_factor)
 
     def init_variables(config, key):
-        parameters, state = plain_init(config, key)
-        return jax.tree_util.tree_map_with_path(_random_phi(key), parameters), state
+        params, state = plain_init(config, key)
+        return jax.tree_util.tree_map_with_path(_random_phi(key), params), state
 
     plain_init = train_step.init_variables
     patches = []
@@ -90,8 +90,11 @@ def train_one(run: Run, options: argparse.Namespace) -> None:
     if run.random_phi:
         patches.append(mock.patch.object(train_step, "init_variables", init_variables))
     if not run.decay_phi:
-        patches.append(mock.patch.object(optimizer, "DECAYED", optimizer.DECAYED - {"phi"}))
-        patches.append(mock.patch.object(optimizer, "NOT_DECAYED", optimizer.NOT_DECAYED | {"phi"}))
+        rules = [
+            rule._replace(decays=rule.decays and not rule.pattern.endswith("/phi"))
+            for rule in parameters.RULES
+        ]
+        patches.append(mock.patch.object(parameters, "RULES", rules))
     for patch in patches:
         patch.start()
     try:
@@ -109,8 +112,8 @@ def _with_rate(inner: optax.GradientTransformation, factor: float) -> optax.Grad
             lambda path, x: factor * x if path[-1].key in ("alpha", "bias") else x, updates
         )
 
-    def update(gradients, state, parameters=None):
-        updates, state = inner.update(gradients, state, parameters)
+    def update(gradients, state, params=None):
+        updates, state = inner.update(gradients, state, params)
         return scaled(updates), state
 
     return optax.GradientTransformation(inner.init, update)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from experiments.recompute import models
-from experiments.step_time import compile_arm, time_arms
+from experiments.step_time.__main__ import compile_arm, time_arms
 
 # Layer shape of the paper's 27B model, dense; 16 sublayers, for which Eq. 20 gives L_r = 4.
 SHAPE = {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import attention_speed
+from experiments.attention_speed import __main__ as attention_speed
 
 
 def test_a_run_at_toy_size(tmp_path, capsys):

@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 
-from experiments import balance, output, record
+from experiments import output, record
+from experiments.balance import __main__ as balance
 from experiments.kernel_speed import chart
 from experiments.recompute import figure
 

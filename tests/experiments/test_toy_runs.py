@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import moe_speed, record, step_time
+from experiments import record
+from experiments.moe_speed import __main__ as moe_speed
 from experiments.recompute import __main__ as recompute
 from experiments.recompute import step_time as recompute_step_time
+from experiments.step_time import __main__ as step_time
 from mhc_jax.config import Config
 from mhc_jax.train_step import abstract_state
 
 # It sets flags of XLA when it is imported, which other tests' programs would inherit.
 with pytest.MonkeyPatch.context() as _patch:
     _patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
-    from experiments import scaling
+    from experiments.scaling import __main__ as scaling
 
     SCALING_FLAGS = os.environ["XLA_FLAGS"]
 

@@ -11,12 +11,12 @@ import pytest
 from test_train import tiny
 
 from mhc_jax import health
+from mhc_jax.diagnosis import find_non_finite
 from mhc_jax.train import NonFiniteError, Run, train
 from mhc_jax.train_step import (
     abstract_batch,
     abstract_state,
     evaluate,
-    find_non_finite,
     measure_gains,
 )
 from mhc_jax.trained import load

@@ -236,7 +236,7 @@ def test_activations_are_split_by_token_and_gradients_as_their_parameters(parts,
     )
     mesh = make_mesh(fsdp=2, data=2, expert=2, sequence=2)
     state = abstract_state(config, mesh)
-    run = functools.partial(train_step_module._loss_and_gradients, config=config)
+    run = functools.partial(train_step_module.loss_and_gradients, config=config)
     jax.eval_shape(
         sharding.on_mesh(run, mesh), state.params, state.model_state, abstract_batch(config)
     )

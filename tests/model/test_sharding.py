@@ -68,7 +68,7 @@ def test_rules_by_path():
     down = sharding.parameter_spec("blocks/ffn/experts/down", 4)
     assert down == P(None, "expert", ("tensor", "fsdp"), None)
     assert sharding.parameter_spec("blocks/attention_connection/bias", 2) == P(None, None)
-    with pytest.raises(ValueError, match="no sharding rule for parameter blocks/ffn/gates"):
+    with pytest.raises(ValueError, match="no rule for parameter blocks/ffn/gates"):
         sharding.parameter_spec("blocks/ffn/gates", 2)
 
 

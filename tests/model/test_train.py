@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 from configs import default
+from mhc_jax import diagnosis
 from mhc_jax import train as train_module
 from mhc_jax import train_step as train_step_module
 from mhc_jax import trained as trained_module
@@ -261,7 +262,7 @@ def test_gradients_that_are_not_finite_are_named_in_backward_order():
     clean = jnp.zeros((3, 2))
     bad = clean.at[1].set(jnp.nan)
     gradients = {"embedding": {"embedding": bad[1]}, "blocks": {"ffn": {"kernel": bad}}}
-    name = train_step_module._first_gradient_that_is_not_finite
+    name = diagnosis._first_gradient_that_is_not_finite
     assert name(gradients | {"norm": {"scale": clean}}) == "the gradients of block 1: ffn/kernel"
     assert "norm/scale" in name(gradients | {"norm": {"scale": bad}})
     assert "overflow" in name({"blocks": {"ffn": {"kernel": clean}}})
@@ -341,7 +342,7 @@ def test_no_decay_on_norms_bias_and_alpha():
         decayed = {path[-1].key for path, value in masks if value}
         assert decayed <= {"kernel", "embedding", "phi", "theta"}
         assert {path[-1].key for path, value in masks if not value} <= {"scale", "bias", "alpha"}
-    with pytest.raises(ValueError, match="no weight-decay rule for parameter"):
+    with pytest.raises(ValueError, match="no rule for parameter gates"):
         decay_mask({"gates": jnp.zeros(3)})
 
 
@@ -436,7 +437,7 @@ def test_matrices_rounded_ahead_have_the_gradients_of_those_rounded_where_used(p
     state, batch = randomized(fresh(config)), batch_of(config)
 
     def gradients():
-        function = functools.partial(train_step_module._loss_and_gradients, config=config)
+        function = functools.partial(train_step_module.loss_and_gradients, config=config)
         return jax.jit(function)(state.params, state.model_state, batch)[1]
 
     got = gradients()
