@@ -83,7 +83,7 @@ class Recovery:
             )
             return f"Not saved: {bad} was not finite before that step either; {there}."
         try:
-            self.checkpoints.save(self.state, self.data)
+            self.checkpoints.save(self.layout.store(self.state), self.data)
             self.checkpoints.wait()
         except SaveError as error:
             return f"The state before that step is lost: {error}."

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import tqdm
 
 from kernels_pallas import dispatch
-from mhc_jax import distributed, gains, health, paths, preemption, sharding
+from mhc_jax import distributed, gains, health, paths, pipeline, preemption, sharding
 from mhc_jax.checkpoint import (
     FOLDER,
     Checkpoints,
@@ -60,7 +60,9 @@ def check_config(config: Config) -> None:
       ValueError: mesh against devices and sizes, vocabulary against data, streams against their start.
       NotImplementedError: kernels that cannot run on these devices.
     """
-    sharding.check_divisible(config, sharding.mesh_sizes(config.mesh, jax.device_count()))
+    sizes = sharding.mesh_sizes(config.mesh, jax.device_count())
+    sharding.check_divisible(config, sizes)
+    pipeline.check(config, sizes)
     dispatch.check_platform(config.model.implementation, jax.devices()[0].platform)
     if config.model.connection == "mhc":
         try:
@@ -152,6 +154,7 @@ class Run(Recovery):
             config.data, split="validation", batch_size=1, on_corrupt=config.on_corrupt_data
         )
         self._gains_tokens = next(one)["inputs"]
+        self.layout = pipeline.Layout(config, self.mesh)
         self._abstract = abstract_state(config, self.mesh)
         self._train_step = jit_train_step(config, self.mesh)
         self._train_step.eval_shape(
@@ -166,12 +169,14 @@ class Run(Recovery):
         self.step = int(self.state.step)
         self.last_metrics: dict[str, float] = {}
         compile_ = functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
-        self._eval_step = compile_(
-            sharding.on_mesh(functools.partial(evaluate, config=config.model), self.mesh)
-        )
-        self._gains = compile_(
-            sharding.on_mesh(functools.partial(measure_gains, config=config.model), self.mesh)
-        )
+
+        def of_stored(function):
+            def call(variables, batch):
+                return function(self.layout.stored(variables), batch, config.model)
+
+            return compile_(sharding.on_mesh(call, self.mesh))
+
+        self._eval_step, self._gains = of_stored(evaluate), of_stored(measure_gains)
         self._begin_recovery()
         self._compiled, self._stop = set(), None
         self._in_flight = None  # (step, batch, position before it, metrics) of the newest step
@@ -198,15 +203,20 @@ class Run(Recovery):
         """From a checkpoint of this workdir, else from `init_from`, else from scratch."""
         if self.checkpoints.latest_step is None:
             state = jit_init_state(self.config, self.mesh)()
-            return self._source.fill(state, self._abstract) if self._source else state
+            if not self._source:
+                return state
+            state = self._source.fill(
+                self.layout.store(state), self.layout.abstract_stored(self._abstract)
+            )
+            return self.layout.restore(state)
         values = dataclasses.asdict(self.config)
         state = self.checkpoints.restore(
-            self._abstract,
+            self.layout.abstract_stored(self._abstract),
             self.data,
             functools.partial(check_same_run, now=values, step=self.checkpoints.latest_step),
         )
         _log.info("resumed %s at step %d", self.workdir, state.step)
-        return state
+        return self.layout.restore(state)
 
     def _take_lock(self) -> None:
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -335,7 +345,7 @@ class Run(Recovery):
         self.state = self.state.replace(healthy=~self.state.healthy)
         saved = self._save_good()
         try:
-            where = find_non_finite(self.state, batch, self.config, self.mesh)
+            where = find_non_finite(self.layout.store(self.state), batch, self.config, self.mesh)
         except Exception as error:  # the search must not hide what it was to explain
             where = f"not found, the search failed with {type(error).__name__}: {error}"
         raise NonFiniteError(f"{what(step, metrics)}. First non-finite: {where}. {saved}")
@@ -414,7 +424,7 @@ class Run(Recovery):
         if self.writer:
             self._on_disk(self.writer.flush)  # who goes on from here has all lines up to here
         try:
-            self.checkpoints.save(self.state, self.data)
+            self.checkpoints.save(self.layout.store(self.state), self.data)
         except SaveError as error:
             self._save_again(error)
 
@@ -437,7 +447,7 @@ class Run(Recovery):
             raise error  # the others do not know of it, and saving takes all
         _log.error("%s; trying step %d now", error, self.step)
         try:
-            self.checkpoints.save(self.state, self.data)
+            self.checkpoints.save(self.layout.store(self.state), self.data)
             self.checkpoints.wait()
         except SaveError as again:
             if self.config.on_failed_save == "stop":

@@ -290,9 +290,13 @@ def _places(config: Config, mesh: Mesh) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
 
 
+def _is_staged(mesh: Mesh) -> bool:
+    return mesh.shape.get("pipe", 1) > 1
+
+
 def _init_placed(config: Config, mesh: Mesh) -> TrainState:
     state = init_state(config)
-    return state if mesh.shape["pipe"] == 1 else Layout(config, mesh).placed(state)
+    return Layout(config, mesh).placed(state) if _is_staged(mesh) else state
 
 
 def jit_init_state(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
@@ -303,8 +307,8 @@ def jit_init_state(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
 
 def jit_train_step(config: Config, mesh: Mesh | None = None) -> Callable:
     """`train_step` compiled for this configuration, with the state's buffers reused."""
-    staged = mesh is not None and mesh.shape["pipe"] > 1
-    pipeline = Pipeline(config, mesh, _narrowed) if staged else None
+    is_staged = mesh is not None and _is_staged(mesh)
+    pipeline = Pipeline(config, mesh, _narrowed) if is_staged else None
     step = on_mesh(functools.partial(train_step, config=config, pipeline=pipeline), mesh)
     if mesh is None:
         return jax.jit(step, donate_argnums=0)

@@ -12,7 +12,20 @@ from mhc_jax.pipeline.schedule import SCHEDULES, Schedule, make_schedule
 # The configuration needs the names of schedules alone; what follows imports it.
 __getattr__, __dir__ = attach(
     __name__,
-    {"Layout": "mhc_jax.pipeline.layout", "Pipeline": "mhc_jax.pipeline.execute"},
+    {
+        "Layout": "mhc_jax.pipeline.layout",
+        "check": "mhc_jax.pipeline.layout",
+        "Pipeline": "mhc_jax.pipeline.execute",
+    },
 )
 
-__all__ = ["SCHEDULES", "Layout", "Pipeline", "Placement", "Schedule", "make_schedule", "place"]
+__all__ = [
+    "SCHEDULES",
+    "Layout",
+    "Pipeline",
+    "Placement",
+    "Schedule",
+    "check",
+    "make_schedule",
+    "place",
+]

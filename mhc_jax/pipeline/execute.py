@@ -13,6 +13,7 @@ gathered once a step, in front of the schedule, and gradients are summed over th
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -25,13 +26,15 @@ from mhc_jax.config import Config
 from mhc_jax.losses import num_counted
 from mhc_jax.moe import MoEAux
 from mhc_jax.pipeline import stages
-from mhc_jax.pipeline.layout import Layout
+from mhc_jax.pipeline.layout import Layout, check
 from mhc_jax.pipeline.residuals import zeros
 from mhc_jax.pipeline.schedule import make_schedule
 from mhc_jax.pipeline.tables import make_tables
+from mhc_jax.pipeline.timeline import microbatch_warning
 
 Tree = Any
 AXIS = "pipe"
+_log = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -55,7 +58,10 @@ class Pipeline:
         self._placement = self.layout.placement
         self._devices = mesh.shape[AXIS]
         self._parts = config.optimizer.accumulate_steps
-        stages.group_size(config.model, self._placement.counts)
+        check(config, mesh.shape)
+        warning = microbatch_warning(config.pipe_schedule, self._devices, self._parts)
+        if warning:
+            _log.warning(warning)
 
     def loss_and_gradients(
         self, params: Tree, model_state: Tree, batch: dict[str, jax.Array]

@@ -7,6 +7,7 @@ mesh axis `pipe` along them. Checkpoints, evaluation and gains have the stack as
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from mhc_jax import sharding
 from mhc_jax.config import Config, ModelConfig
 from mhc_jax.pipeline.placement import Placement, place
+from mhc_jax.pipeline.stages import group_size
 from mhc_jax.transformer import Block
 
 Tree = Any
@@ -40,6 +42,27 @@ class Layout:
     def __init__(self, config: Config, mesh: Mesh):
         self._mesh = mesh
         self.placement = placement_of(config, mesh.shape["pipe"])
+        self._store = jax.jit(self.stored)
+        self._restore = jax.jit(self._in_place)
+
+    def store(self, state: Tree) -> Tree:
+        """`stored` of arrays, as checkpoints have them."""
+        return state if self.is_identity else self._store(state)
+
+    def restore(self, state: Tree) -> Tree:
+        """`placed` of arrays, as the train step takes them."""
+        return state if self.is_identity else self._restore(state)
+
+    def abstract_stored(self, abstract: Tree) -> Tree:
+        """Shapes, dtypes and places of `store(state)` for those of a state."""
+        if self.is_identity:
+            return abstract
+        shapes = jax.eval_shape(self.stored, abstract)
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            shapes,
+            sharding.tree_shardings(shapes, self._mesh, stages=False),
+        )
 
     @property
     def is_identity(self) -> bool:
@@ -65,6 +88,11 @@ class Layout:
         order = self.placement.order
         return np.argsort(order, kind="stable")[np.count_nonzero(order < 0) :]
 
+    def _in_place(self, tree):
+        tree = self.placed(tree)
+        places = sharding.tree_shardings(tree, self._mesh)
+        return jax.lax.with_sharding_constraint(tree, places)
+
     def _moved(self, tree, rows, is_there):
         # Whole along the rows while they move, split along another dimension: no device has all of a stack.
         tree = jax.lax.with_sharding_constraint(
@@ -88,6 +116,19 @@ def is_of_stack(path) -> bool:
     return any(isinstance(k, jax.tree_util.DictKey) and k.key == "blocks" for k in path)
 
 
+def check(config: Config, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError where a run does not fit the axis pipe of a mesh of these sizes."""
+    if sizes["pipe"] == 1:
+        return
+    for axis in ("expert", "tensor", "sequence"):
+        if sizes[axis] > 1:
+            raise ValueError(
+                f"mesh.{axis}={sizes[axis]} does not go with mesh.pipe={sizes['pipe']}: give its devices to "
+                "mesh.data or mesh.fsdp"
+            )
+    group_size(config.model, placement_of(config, sizes["pipe"]).counts)
+
+
 def placement_of(config: Config, num_devices: int) -> Placement:
     """The placement of a run on `num_devices` devices along the pipeline.
 
@@ -95,6 +136,8 @@ def placement_of(config: Config, num_devices: int) -> Placement:
       ValueError: more stages than blocks.
     """
     model = config.model
+    if num_devices == 1:
+        return Placement(1, (model.num_blocks - model.num_leading,))
     return place(
         model.num_blocks,
         num_devices,

@@ -52,7 +52,7 @@ def make_config(overrides, case):
     values = default.get_config()
     values.model.alpha_init = 0.01  # "auto" is above 4 at toy width and strains the tolerances
     case = {"data": 1} | case
-    case = {name if "." in name or name == "pipe_schedule" else f"mesh.{name}": value for name, value in case.items()}
+    case = {name if "." in name else f"mesh.{name}": value for name, value in case.items()}
     values.update_from_flattened_dict(overrides | case)
     return from_dict(values)
 

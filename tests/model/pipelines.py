@@ -1,0 +1,198 @@
+"""Run by test_pipeline.py in a process of its own with simulated devices: stages against one device."""
+
+import functools
+import pathlib
+import re
+import shutil
+import sys
+
+import jax
+import numpy as np
+from eight_devices import DENSE, MOE, batch_of, check_equal, make_config, randomized
+
+from mhc_jax import preemption, sharding, train
+from mhc_jax.pipeline import Layout, Pipeline
+from mhc_jax.train_step import (
+    _narrowed,
+    abstract_batch,
+    abstract_state,
+    init_state,
+    jit_init_state,
+    jit_train_step,
+    loss_and_gradients,
+)
+
+PARTS = {"optimizer.accumulate_steps": 4, "batch_size": 16}
+RESIDUAL, HC = {"model.connection": "residual"}, {"model.connection": "hc"}
+FOUR, FIVE = {"model.num_blocks": 4}, {"model.num_blocks": 5}
+MOE4 = MOE | {"model.num_blocks": 5, "model.sequence_balance_weight": 0.01}
+REMAT = {"model.remat": "mhc"}
+
+
+def schedule(name):
+    return {"pipe_schedule": name}
+
+
+# The model, then the schedules and meshes that one device's gradients are compared with.
+CASES = {
+    "short": (
+        (DENSE | FIVE, (
+            (schedule("1f1b"), {"pipe": 2, "data": 2, "fsdp": 2}),
+            (schedule("dualpipev"), {"pipe": 2}),
+        )),
+        (MOE4 | REMAT, ((schedule("1f1b"), {"pipe": 4, "data": 2}),)),
+    ),
+    "all": tuple(
+        (model | connection, tuple(
+            (schedule(name) | remat, mesh)
+            for name in ("gpipe", "1f1b", "dualpipev")
+            for remat in ({}, REMAT, {"model.remat": "full"})
+            for mesh in ({"pipe": 2}, {"pipe": 4, "data": 2}, {"pipe": 2, "fsdp": 2, "data": 2})
+        ))
+        for model in (DENSE | {"model.num_blocks": 9}, MOE4 | {"model.num_blocks": 10})
+        for connection in (RESIDUAL, HC, {}, {"model.n": 4}, {"model.tie_embeddings": True})
+    ),
+}  # fmt: skip
+
+
+def mesh_of(config):
+    size = np.prod([getattr(config.mesh, axis) for axis in sharding.AXES])
+    return sharding.make_mesh(config.mesh, jax.devices()[:size])
+
+
+def on_stages(config, state, batch):
+    """Loss, reports and gradients in the order of the model, and the program."""
+    mesh = mesh_of(config)
+    pipeline = Pipeline(config, mesh, _narrowed)
+    layout = pipeline.layout
+
+    def run(params, model_state, batch):
+        placed = layout.placed(params), layout.placed(model_state)
+        (loss, aux), gradients = pipeline.loss_and_gradients(*placed, batch)
+        return loss, aux and pipeline.stored_reports(aux), layout.stored(gradients)
+
+    batch = jax.device_put(batch, sharding.by_token(mesh))
+    run = jax.jit(sharding.on_mesh(run, mesh))
+    program = run.lower(state.params, state.model_state, batch).compile()
+    return jax.device_get(program(state.params, state.model_state, batch)), program.as_text()
+
+
+def check_gradients(model, cases):
+    config = make_config(model | PARTS, {})
+    state = jax.device_get(randomized(jax.jit(functools.partial(init_state, config))()))
+    batch = batch_of(config)
+    # Some targets do not count, unevenly over the micro-batches.
+    batch["targets"][:3, 2:] = -100
+    one = jax.jit(functools.partial(loss_and_gradients, config=config))
+    (loss, aux), gradients = jax.device_get(one(state.params, state.model_state, batch))
+    for fields, mesh in cases:
+        config = make_config(model | PARTS | fields, mesh)
+        (got, reports, got_gradients), program = on_stages(config, state, batch)
+        check_equal((got, got_gradients), (loss, gradients), (fields, mesh))
+        if aux is not None:
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), reports, aux
+            )
+        check_program(program)
+        print("equal", fields, mesh, flush=True)
+
+
+def check_program(text):
+    """A collective-permute that only some devices reach would hang."""
+    computations = dict(
+        re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S)
+    )
+    called = {
+        name: set(re.findall(r"%([\w.\-]+)", body)) & {*computations}
+        for name, body in computations.items()
+    }
+    inside, left = set(), []
+    for body in computations.values():
+        for line in body.splitlines():
+            if " conditional(" in line:
+                left += re.findall(r"%([\w.\-]+)", line.split(" conditional(")[1])
+    left = [name for name in left if name in computations]
+    assert left, "no work is conditional"
+    while left:
+        name = left.pop()
+        if name not in inside:
+            inside.add(name)
+            left += called[name]
+    permutes = {
+        name: body.count(" collective-permute(") + body.count(" collective-permute-start(")
+        for name, body in computations.items()
+    }
+    assert sum(permutes.values()) >= 1
+    assert not any(permutes[name] for name in inside), "a collective-permute in a conditional"
+
+
+def check_steps(fields, mesh, blocks):
+    """Three optimizer steps, from a state that lies in the stages."""
+    states, losses = [], []
+    for case in ({}, mesh):
+        config = make_config(DENSE | PARTS | fields | {"model.num_blocks": blocks}, case)
+        where = mesh_of(config)
+        layout, state = Layout(config, where), jit_init_state(config, where)()
+        places = jax.tree.map(lambda x: x.sharding, abstract_state(config, where))
+        step = jit_train_step(config, where)
+        for k in range(3):
+            rows = np.random.default_rng(k).integers(0, 64, (2, 16, 8), dtype=np.int32)
+            batch = dict(zip(abstract_batch(config), rows))
+            state, metrics = step(state, jax.device_put(batch, sharding.by_token(where)))
+            losses.append(float(metrics["train/loss"]))
+        assert jax.tree.map(lambda x: x.sharding, state) == places
+        states.append(jax.device_get(layout.store(state)))
+    np.testing.assert_allclose(losses[3:], losses[:3], rtol=1e-5)
+    # Adam divides by the size of a gradient: where that is rounding noise, so is the update.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5),
+        states[1].params,
+        states[0].params,
+    )
+    gate = state.params["blocks"]["ffn"]["gate"]["kernel"]
+    assert gate.addressable_shards[0].data.shape[0] == gate.shape[0] // mesh["pipe"]
+    print("three steps are equal", fields, mesh, flush=True)
+
+
+def trained(config, workdir):
+    """The state at the end of a run, in the order of the model."""
+    run = train.Run(config, workdir)
+    with preemption.stop_signals() as stop:
+        run.loop(stop, "run")
+    state = jax.device_get(run.layout.store(run.state))
+    run.close()
+    return state
+
+
+def check_checkpoints(folder):
+    """Of a run with stages, one that goes on without them from its middle, and back."""
+    fields = DENSE | RESIDUAL | FIVE | schedule("dualpipev") | {
+        "steps": 4, "checkpoint_every": 2, "checkpoints_kept": 9, "data.source": "synthetic",
+        "optimizer.accumulate_steps": 2, "eval_batches": 1, "tensorboard": False,
+    }  # fmt: skip
+    before = None
+    for number, mesh in enumerate(({"pipe": 2}, {"data": 2}, {"pipe": 2})):
+        workdir = folder / str(number)
+        if before is not None:
+            shutil.copytree(folder / str(number - 1), workdir)
+            shutil.rmtree(workdir / "checkpoints" / "4")
+        state = trained(make_config(fields, mesh), workdir)
+        assert int(state.step) == 4
+        if before is not None:
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5),
+                state.params,
+                before.params,
+            )
+        before = state
+        print("went on", mesh, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "checkpoint":
+        check_checkpoints(pathlib.Path(sys.argv[2]))
+        sys.exit(print("all ok"))
+    for model, cases in CASES[sys.argv[1]]:
+        check_gradients(model, cases)
+    check_steps(schedule("dualpipev"), {"pipe": 2, "data": 2}, 5)
+    print("all ok")
