@@ -15,6 +15,7 @@ __getattr__, __dir__ = attach(
     {
         "Layout": "mhc_jax.pipeline.layout",
         "check": "mhc_jax.pipeline.layout",
+        "placement_of": "mhc_jax.pipeline.layout",
         "Pipeline": "mhc_jax.pipeline.execute",
     },
 )
@@ -28,4 +29,5 @@ __all__ = [
     "check",
     "make_schedule",
     "place",
+    "placement_of",
 ]

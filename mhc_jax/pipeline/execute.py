@@ -154,7 +154,6 @@ class Pipeline:
         entering, leaving = stages.shell_parts(model, shell)
         up = [(i, i + 1) for i in range(self._devices - 1)]
         down = [(i + 1, i) for i in range(self._devices - 1)]
-        send = functools.partial(jax.lax.ppermute, axis_name=AXIS)
 
         def slots(shape, count):
             return jnp.zeros((count, *shape.shape), shape.dtype)
@@ -229,8 +228,8 @@ class Pipeline:
 
         def tick(carry, now):
             sent = carry["back"]
-            back_above = send(sent, perm=down)
-            back_below = send(sent, perm=up) if chunks > 1 else None
+            back_above = send(sent, down)
+            back_below = send(sent, up) if chunks > 1 else None
             nothing = zeros(streams)
             ahead, out = jax.lax.switch(
                 now["run"],
@@ -241,8 +240,8 @@ class Pipeline:
                 carry["ahead"],
                 now,
             )
-            above = send(out, perm=down) if chunks > 1 else None
-            below = send(out, perm=up)
+            above = send(out, down) if chunks > 1 else None
+            below = send(out, up)
             cotangents = carry["cotangents"].at[now["back_from_above"]].set(back_above)
             if chunks > 1:
                 cotangents = cotangents.at[now["back_from_below"]].set(back_below)
@@ -329,7 +328,7 @@ class Pipeline:
                 y, *sums = jax.lax.cond(
                     is_there, work, lambda *same: same, x, objective, loss, total
                 )
-                x = jax.lax.ppermute(y, AXIS, [(i, i + 1) for i in range(devices - 1)])
+                x = send(y, [(i, i + 1) for i in range(devices - 1)])
                 return (x, *sums), None
 
             zero = jnp.zeros((), jnp.float32)
@@ -342,6 +341,11 @@ class Pipeline:
             rows, shell
         )
         return loss, total, *gradients
+
+
+def send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
+    """`x` of the device that is first in a pair, on the one that is second; zeros where none sends."""
+    return jax.lax.ppermute(x, AXIS, pairs)
 
 
 def _added(total: Tree, more: Tree) -> Tree:
