@@ -227,8 +227,8 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", options.pipe)
     if jax.device_count() < options.pipe:
         sys.exit(
-            f"{jax.device_count()} devices here, --pipe={options.pipe}: lower it, or give --toy for simulated "
-            "ones"
+            f"{jax.device_count()} devices here, --pipe={options.pipe}: lower it, or give --toy for "
+            "simulated ones"
         )
     print(f"{options.pipe} x {jax.devices()[0].device_kind}, XLA_FLAGS={os.environ['XLA_FLAGS']}")
     print(

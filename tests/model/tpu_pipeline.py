@@ -14,7 +14,7 @@ from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
 FIELDS = {
     "batch_size": 16, "data.sequence_length": 512, "optimizer.accumulate_steps": 8,
     "model.num_blocks": 4, "model.width": 256, "model.num_heads": 2, "model.ffn_width": 512,
-    "mesh.pipe": 2, "mesh.data": 2, "model.remat": "full",
+    "mesh.pipe": 2, "mesh.data": 2, "model.connection": "residual",
 }  # fmt: skip
 
 
@@ -53,7 +53,4 @@ if __name__ == "__main__":
     mesh = sharding.make_mesh(config.mesh, list(devices)[:4])
     step = jit_train_step(config, mesh)
     compiled = step.lower(abstract_state(config, mesh), abstract_batch(config)).compile()
-    text = compiled.as_text()
-    if len(sys.argv) > 3:
-        open(sys.argv[3], "w").write(text)
-    print(*transfers(parse(text)[0]))
+    print(*transfers(parse(compiled.as_text())[0]))
