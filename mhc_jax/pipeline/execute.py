@@ -359,15 +359,15 @@ def _both(a: Tree, b: Tree) -> Tree:
 
 
 def _split_axes(spec: PartitionSpec, ndim: int):
-    """(dimension, axes) for each that a parameter is gathered along; not the stages' own."""
+    """(dimension, axes) for each that a parameter is gathered along; not for stages and experts."""
     for dimension, group in enumerate((*spec, *[None] * (ndim - len(spec)))):
         axes = sharding.axis_names((group,))
-        if axes and not (dimension == 0 and axes == (AXIS,)):
+        if axes and axes not in ((AXIS,), ("expert",)):
             yield dimension, axes
 
 
 def _gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """A parameter whole, but for the stages that other devices have."""
+    """A parameter whole, but for the stages and experts that other devices have."""
     for dimension, axes in _split_axes(spec, x.ndim):
         if jax.lax.axis_size(axes) > 1:
             x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
@@ -375,10 +375,14 @@ def _gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def _summed(axes: tuple[str, ...], x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The sum over `axes`, split as the parameter is, in float32."""
-    x, left = x.astype(jnp.float32), axes
+    """The sum over `axes`, split as the parameter is, in float32.
+
+    Tokens travel to their experts: what splits these needs no sum.
+    """
+    x, own = x.astype(jnp.float32), sharding.axis_names(spec)
+    left = tuple(axis for axis in axes if axis != "expert" or axis not in own)
     for dimension, split in _split_axes(spec, x.ndim):
         left = tuple(axis for axis in left if axis not in split)
         if jax.lax.axis_size(split) > 1:
             x = jax.lax.psum_scatter(x, split, scatter_dimension=dimension, tiled=True)
-    return jax.lax.psum(x, left)
+    return jax.lax.psum(x, left) if left else x

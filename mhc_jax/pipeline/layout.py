@@ -120,11 +120,11 @@ def check(config: Config, sizes: Mapping[str, int]) -> None:
     """Raises ValueError where a run does not fit the axis pipe of a mesh of these sizes."""
     if sizes["pipe"] == 1:
         return
-    for axis in ("expert", "tensor", "sequence"):
+    for axis in ("tensor", "sequence"):
         if sizes[axis] > 1:
             raise ValueError(
                 f"mesh.{axis}={sizes[axis]} does not go with mesh.pipe={sizes['pipe']}: give its devices to "
-                "mesh.data or mesh.fsdp"
+                "mesh.data, mesh.fsdp or mesh.expert"
             )
     group_size(config.model, placement_of(config, sizes["pipe"]).counts)
 

@@ -24,8 +24,9 @@ from mhc_jax.train_step import (
 
 PARTS = {"optimizer.accumulate_steps": 4, "batch_size": 16}
 RESIDUAL, HC = {"model.connection": "residual"}, {"model.connection": "hc"}
-FIVE = {"model.num_blocks": 5}
-MOE6 = MOE | {"model.num_blocks": 6, "model.sequence_balance_weight": 0.01}
+MOE4 = MOE | {
+    "model.num_blocks": 4, "model.attention": "mha", "model.sequence_balance_weight": 0.01,
+}  # fmt: skip
 REMAT = {"model.remat": "mhc"}
 
 
@@ -39,16 +40,17 @@ CASES = {
         (DENSE | {"model.num_blocks": 3}, (
             (schedule("1f1b"), {"pipe": 2, "data": 2, "fsdp": 2}),
         )),
-        (MOE6 | RESIDUAL, ((schedule("dualpipev") | REMAT, {"pipe": 2, "data": 2}),)),
+        (MOE4 | RESIDUAL, ((schedule("1f1b") | REMAT, {"pipe": 2, "expert": 2, "data": 2}),)),
     ),
     "all": tuple(
         (model | connection, tuple(
             (schedule(name) | remat, mesh)
             for name in ("gpipe", "1f1b", "dualpipev")
             for remat in ({}, REMAT, {"model.remat": "full"})
-            for mesh in ({"pipe": 2}, {"pipe": 4, "data": 2}, {"pipe": 2, "fsdp": 2, "data": 2})
+            for mesh in ({"pipe": 2}, {"pipe": 4, "data": 2}, {"pipe": 2, "fsdp": 2, "data": 2},
+                         {"pipe": 2, "expert": 2, "fsdp": 2})
         ))
-        for model in (DENSE | {"model.num_blocks": 9}, MOE6 | {"model.num_blocks": 10})
+        for model in (DENSE | {"model.num_blocks": 9}, MOE4 | {"model.num_blocks": 10})
         for connection in (RESIDUAL, HC, {}, {"model.n": 4}, {"model.tie_embeddings": True})
     ),
 }  # fmt: skip
@@ -165,7 +167,7 @@ def trained(config, workdir):
 
 def check_checkpoints(folder):
     """Runs with and without stages are equal, also where one goes on from the middle of the other."""
-    fields = DENSE | RESIDUAL | FIVE | schedule("dualpipev") | {
+    fields = DENSE | RESIDUAL | {"model.num_blocks": 4} | schedule("dualpipev") | {
         "steps": 4, "checkpoint_every": 2, "checkpoints_kept": 9, "data.source": "synthetic",
         "optimizer.accumulate_steps": 2, "eval_batches": 1, "tensorboard": False,
     }  # fmt: skip
