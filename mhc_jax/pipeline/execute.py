@@ -227,10 +227,8 @@ class Pipeline:
             return done, dx
 
         def tick(carry, now):
-            sent = carry["back"]
-            back_above = send(sent, down)
-            back_below = send(sent, up) if chunks > 1 else None
-            nothing = zeros(streams)
+            sent, nothing = carry["back"], zeros(streams)
+            arriving = send(sent, down), send(sent, up) if chunks > 1 else None
             ahead, out = jax.lax.switch(
                 now["run"],
                 [
@@ -240,14 +238,14 @@ class Pipeline:
                 carry["ahead"],
                 now,
             )
-            above = send(out, down) if chunks > 1 else None
-            below = send(out, up)
-            cotangents = carry["cotangents"].at[now["back_from_above"]].set(back_above)
+            (above, below), out = _behind(arriving, out)
+            cotangents = carry["cotangents"].at[now["back_from_above"]].set(above)
             if chunks > 1:
-                cotangents = cotangents.at[now["back_from_below"]].set(back_below)
+                cotangents = cotangents.at[now["back_from_below"]].set(below)
                 cotangents = cotangents.at[now["back_turned"]].set(sent)
             cotangents = cotangents.at[now["loss"]].set(out)
-            back, made = jax.lax.switch(
+            arriving = send(out, down) if chunks > 1 else None, send(out, up)
+            behind, made = jax.lax.switch(
                 now["back_run"],
                 [
                     lambda operands, kept, cotangents, now: (operands, nothing),
@@ -258,13 +256,14 @@ class Pipeline:
                 cotangents,
                 now,
             )
+            (above, below), made = _behind(arriving, made)
             waiting = ahead["streams"].at[now["from_below"]].set(below)
             if chunks > 1:
                 waiting = waiting.at[now["from_above"]].set(above)
                 waiting = waiting.at[now["turned"]].set(out)
             carry = {
                 "ahead": ahead | {"streams": waiting},
-                "behind": back,
+                "behind": behind,
                 "cotangents": cotangents,
                 "back": made,
             }
@@ -346,6 +345,11 @@ class Pipeline:
 def send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
     """`x` of the device that is first in a pair, on the one that is second; zeros where none sends."""
     return jax.lax.ppermute(x, AXIS, pairs)
+
+
+def _behind(arriving: Tree, made: jax.Array) -> tuple[Tree, jax.Array]:
+    """Both, `arriving` not before `made`: a compiler that takes a conditional for short would wait for it."""
+    return jax.lax.optimization_barrier((arriving, made))
 
 
 def _added(total: Tree, more: Tree) -> Tree:

@@ -27,13 +27,22 @@ RESIDUAL, HC = {"model.connection": "residual"}, {"model.connection": "hc"}
 MOE4 = MOE | {
     "model.num_blocks": 4, "model.attention": "mha", "model.sequence_balance_weight": 0.01,
 }  # fmt: skip
-REMAT = {"model.remat": "mhc"}
+REMAT, FULL = {"model.remat": "mhc"}, {"model.remat": "full"}
 
 
 def schedule(name):
     return {"pipe_schedule": name}
 
 
+# Every schedule with uneven stages, stored and recomputed.
+MIXED = (
+    (schedule("gpipe"), {"pipe": 2}),
+    (schedule("gpipe") | REMAT, {"pipe": 4, "data": 2}),
+    (schedule("1f1b"), {"pipe": 4, "data": 2}),
+    (schedule("1f1b") | FULL, {"pipe": 2, "data": 2, "fsdp": 2}),
+    (schedule("dualpipev"), {"pipe": 2, "fsdp": 2}),
+    (schedule("dualpipev") | REMAT, {"pipe": 2, "data": 2}),
+)
 # The model, then the schedules and meshes that one device's gradients are compared with.
 CASES = {
     "short": (
@@ -42,16 +51,14 @@ CASES = {
         )),
         (MOE4 | RESIDUAL, ((schedule("1f1b") | REMAT, {"pipe": 2, "expert": 2, "data": 2}),)),
     ),
-    "all": tuple(
-        (model | connection, tuple(
-            (schedule(name) | remat, mesh)
-            for name in ("gpipe", "1f1b", "dualpipev")
-            for remat in ({}, REMAT, {"model.remat": "full"})
-            for mesh in ({"pipe": 2}, {"pipe": 4, "data": 2}, {"pipe": 2, "fsdp": 2, "data": 2},
-                         {"pipe": 2, "expert": 2, "fsdp": 2})
-        ))
-        for model in (DENSE | {"model.num_blocks": 9}, MOE4 | {"model.num_blocks": 10})
-        for connection in (RESIDUAL, HC, {}, {"model.n": 4}, {"model.tie_embeddings": True})
+    "all": (
+        *((DENSE | {"model.num_blocks": 5} | connection, MIXED)
+          for connection in (RESIDUAL, HC, {}, {"model.n": 4}, {"model.tie_embeddings": True})),
+        *((MOE4 | {"model.num_blocks": 6, "model.attention": "mla"} | connection,
+           (*MIXED, (schedule("dualpipev") | FULL, {"pipe": 2, "expert": 2, "fsdp": 2})))
+          for connection in (RESIDUAL, {"model.readout": "head"})),
+        (DENSE | RESIDUAL | {"model.num_blocks": 17},
+         ((schedule("1f1b"), {"pipe": 8}), (schedule("dualpipev") | REMAT, {"pipe": 8}))),
     ),
 }  # fmt: skip
 

@@ -26,6 +26,18 @@ def test_a_checkpoint_goes_on_with_and_without_stages(run_python, tmp_path):
     assert printed.endswith("all ok\n")
 
 
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize(
+    ("topology", "name", "sends"),
+    [("v5p:2x2x1", "1f1b", 2), pytest.param("v6e:2x2", "dualpipev", 4, marks=pytest.mark.slow)],
+)
+def test_transfers_are_hidden_on_a_slice(run_python, topology, name, sends):
+    """All in the background, with the conditional of the products between their start and their end."""
+    program = PROGRAM.with_name("tpu_pipeline.py")
+    found = run_python(program, topology, name, tpu_compiler=True).split()
+    assert found == [str(sends)] * 2
+
+
 def config(**fields):
     values = default.get_config()
     values.update_from_flattened_dict(fields)
