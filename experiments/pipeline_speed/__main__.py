@@ -7,7 +7,8 @@ Result:   a line an arm: milliseconds of a step beside the ideal (all work of th
 
 A dense decoder of 1.4 billion parameters in bfloat16, nothing recomputed. The times of a stage that ideal and
 plan use are measured on one device, forward and backward by themselves. "no transfers" is the same program
-whose devices keep what they would send: wrong numbers, the same work.
+whose devices keep what they would send: wrong numbers, the same work. "hidden sends" have the products of a
+tick between their start and their end in the compiled program.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import numpy as np
 
 from configs import default
 from experiments import output
+from experiments.pipeline_plan.hidden import count_sends
 from experiments.timing import random_batch, time_ms
 from mhc_jax import remat, sharding
 from mhc_jax.config import Config, from_dict
@@ -178,6 +180,8 @@ class Arm:
     plan: float = 0.0
     one_transfer: float = 0.0
     temporaries_GiB: float = 0.0
+    sends: int = 0
+    hidden_sends: int = 0
 
     @property
     def bubble(self) -> float:
@@ -188,8 +192,8 @@ class Arm:
         return 100 * (1 - self.ideal / self.plan)
 
 
-def time_steps(config: Config, mesh, timed: int) -> tuple[float, float]:
-    """Median milliseconds of a whole train step, and GiB of temporaries of a device."""
+def time_steps(config: Config, mesh, timed: int):
+    """Median milliseconds of a whole train step, and its compiled program."""
     step = jit_train_step(config, mesh)
     compiled = step.lower(abstract_state(config, mesh), abstract_batch(config)).compile()
     state = jit_init_state(config, mesh)()
@@ -200,7 +204,7 @@ def time_steps(config: Config, mesh, timed: int) -> tuple[float, float]:
         state, metrics = compiled(state, batch)
         jax.block_until_ready((state, metrics))
         times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[2:]), compiled.memory_analysis().temp_size_in_bytes / 2**30
+    return statistics.median(times[2:]), compiled
 
 
 def measure(options: argparse.Namespace, connection: str, schedule: str, parts: int) -> Arm:
@@ -212,7 +216,9 @@ def measure(options: argparse.Namespace, connection: str, schedule: str, parts: 
     timeline = simulate(make_schedule(schedule, options.pipe, parts), times, transfer)
     arm.ideal, arm.plan = 1e3 * timeline.ideal, 1e3 * timeline.seconds
     arm.one_transfer = 1e3 * transfer
-    arm.step, arm.temporaries_GiB = time_steps(config, mesh, options.timed)
+    arm.step, compiled = time_steps(config, mesh, options.timed)
+    arm.temporaries_GiB = compiled.memory_analysis().temp_size_in_bytes / 2**30
+    arm.sends, arm.hidden_sends, _ = count_sends(compiled.as_text())
     send, execute.send = execute.send, lambda x, pairs: x
     try:
         arm.without_transfers, _ = time_steps(config, mesh, options.timed)
@@ -233,7 +239,8 @@ def main() -> None:
     print(f"{options.pipe} x {jax.devices()[0].device_kind}, XLA_FLAGS={os.environ['XLA_FLAGS']}")
     print(
         f"{'connection':<11}{'schedule':<11}{'parts':>6}{'ms a step':>11}{'ideal':>9}{'/ ideal':>9}"
-        f"{'plan':>9}{'bubble %':>10}{'planned %':>11}{'ms a send':>11}{'no transfers':>14}{'GiB':>7}",
+        f"{'plan':>9}{'bubble %':>10}{'planned %':>11}{'ms a send':>11}{'no transfers':>14}{'GiB':>7}"
+        f"{'hidden sends':>14}",
         flush=True,
     )
     arms = []
@@ -249,7 +256,8 @@ def main() -> None:
                     f"{connection:<11}{schedule:<11}{parts:>6}{arm.step:>11.1f}{arm.ideal:>9.1f}"
                     f"{arm.step / arm.ideal:>9.3f}{arm.plan:>9.1f}{arm.bubble:>10.1f}"
                     f"{arm.planned_bubble:>11.1f}{arm.one_transfer:>11.3f}"
-                    f"{arm.without_transfers:>14.1f}{arm.temporaries_GiB:>7.1f}",
+                    f"{arm.without_transfers:>14.1f}{arm.temporaries_GiB:>7.1f}"
+                    f"{arm.hidden_sends:>9} of {arm.sends}",
                     flush=True,
                 )
     flags, shape = os.environ["XLA_FLAGS"], output.shape_of(options)

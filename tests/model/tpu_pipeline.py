@@ -1,12 +1,11 @@
 """Run by test_pipeline.py in a process of its own with libtpu: transfers of a pipeline on a slice of TPUs."""
 
-import re
 import sys
 
 from jax.experimental import topologies
 
 from configs import default
-from experiments.pod_plan.text import parse
+from experiments.pipeline_plan.hidden import count_sends
 from mhc_jax import sharding
 from mhc_jax.config import from_dict
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
@@ -18,32 +17,6 @@ FIELDS = {
 }  # fmt: skip
 
 
-def transfers(computations):
-    """(in the background, of these with a conditional between start and done) of the permutes sent."""
-    found, hidden, inside = 0, 0, 0
-    branches = set()
-    for body in computations.values():
-        for instruction in body.values():
-            if instruction.opcode == "conditional":
-                branches.update(re.findall(r"%([\w.\-]+)", instruction.attributes))
-    for name, body in computations.items():
-        order = list(body.values())
-        for place, start in enumerate(order):
-            if not start.opcode.startswith("collective-permute"):
-                continue
-            inside += name in branches
-            if start.opcode != "collective-permute-start":
-                continue
-            found += 1
-            done = next(
-                k for k, i in enumerate(order)
-                if i.opcode == "collective-permute-done" and start.name in i.operands
-            )  # fmt: skip
-            hidden += any(i.opcode == "conditional" for i in order[place:done])
-    assert not inside, "a collective-permute in a conditional"
-    return found, hidden
-
-
 if __name__ == "__main__":
     topology, name = sys.argv[1:3]
     values = default.get_config()
@@ -53,4 +26,4 @@ if __name__ == "__main__":
     mesh = sharding.make_mesh(config.mesh, list(devices)[:4])
     step = jit_train_step(config, mesh)
     compiled = step.lower(abstract_state(config, mesh), abstract_batch(config)).compile()
-    print(*transfers(parse(compiled.as_text())[0]))
+    print(*count_sends(compiled.as_text()))
