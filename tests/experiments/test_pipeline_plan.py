@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.pipeline_plan.costs import BlockTimes, stage_times
+from experiments.pipeline_plan.hidden import count_sends
 from mhc_jax.pipeline import make_schedule, place
 from mhc_jax.pipeline.layout import block_flops
 from mhc_jax.pipeline.timeline import StageTimes, simulate
@@ -119,3 +120,38 @@ def test_flops_of_a_block_are_those_of_its_active_parameters():
     # A leading block has as many as a token uses in the others, but for the router.
     expected = 2 * (active - head) / model.num_blocks
     assert block_flops(model, sequence_length=0) == pytest.approx(expected, rel=0.01)
+
+
+PROGRAM = """
+HloModule jit_step, is_scheduled=true
+
+%inner (x.1: f32[8]) -> f32[8] {
+  %x.1 = f32[8]{0} parameter(0)
+  ROOT %inside = f32[8]{0} collective-permute(%x.1), source_target_pairs={{0,1}}
+}
+
+%branch_0 (x.2: f32[8]) -> f32[8] {
+  %x.2 = f32[8]{0} parameter(0)
+  ROOT %called = f32[8]{0} call(%x.2), to_apply=%inner
+}
+
+%branch_1 (x.3: f32[8]) -> f32[8] {
+  ROOT %x.3 = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (p: s32[], x: f32[8]) -> f32[8] {
+  %p = s32[] parameter(0)
+  %x = f32[8]{0} parameter(1)
+  %start = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %early = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), source_target_pairs={{1,0}}
+  %ended = f32[8]{0} collective-permute-done(%early)
+  %work = f32[8]{0} conditional(%p, %x, %x), branch_computations={%branch_0, %branch_1}
+  %end = f32[8]{0} collective-permute-done(%start)
+  ROOT %sum = f32[8]{0} add(%work, %end)
+}
+"""
+
+
+def test_sends_are_counted():
+    assert count_sends(PROGRAM) == (3, 1, 1)
+    assert count_sends(PROGRAM.replace("to_apply=%inner", "to_apply=%branch_1")) == (3, 1, 0)
