@@ -74,6 +74,7 @@ setup(
         "etils[epath]>=1.9",  # paths in buckets; orbax has it too
         "tensorstore>=0.1.60",  # conditional writes of the workdir's lock; orbax has it too
         "tensorboardX>=2.6",  # events without TensorFlow
+        "filelock>=3.12",  # jax locks its cache of compiled programs with it
         "tqdm>=4.60",  # progress bars
         "matplotlib>=3.9",  # figures of experiments; oldest with NumPy 2
     ],
@@ -83,6 +84,7 @@ setup(
         "gpu": ["jax[cuda13]>=0.10", "jax-triton>=0.3,<0.4", "triton>=3.6,<3.7"],
         "gcs": ["gcsfs>=2025.3"],  # workdirs in buckets, gs://
         "tokenizers": ["tokenizers>=0.20"],  # only for data.tokenizer=<file>.json
+        "released": ["safetensors>=0.5"],  # experiments.released_gains
         # pytest 8 knows the options of pyproject.toml; no torch, to keep the environment small.
         "test": [
             "pytest>=8",
@@ -90,6 +92,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.18",
             "tokenizers>=0.20",
+            "safetensors>=0.5",
             "gcsfs>=2025.3",
             "gcp-storage-emulator>=2026.7",  # a bucket on this machine
             "setuptools>=70.1",  # builds the wheel without the network

@@ -1,7 +1,7 @@
-"""Every field with its default, and nothing else. The other configs say what differs and why.
+"""Sets every field to its default. The other configs say what differs and why.
 
-The range of every number stands in mhc_jax/ranges.py, in this order. Any field can be set on the command
-line: --config.model.n=8 --config.optimizer.learning_rate=1e-3
+mhc_jax/ranges.py has the range of every number, in this order. Any field can be set on the command line:
+--config.model.n=8 --config.optimizer.learning_rate=1e-3
 """
 
 import ml_collections
@@ -20,13 +20,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoint_every = 500  # steps between checkpoints, 0: only at the end
     config.checkpoints_kept = 2  # newest checkpoints kept, >= 1
     config.on_failed_save = (
-        "stop"  # if a checkpoint fails, and the next try too: "stop" or "continue"
+        "stop"  # if a checkpoint and the next try both fail: "stop" or "continue"
     )
-    # A step whose loss, gradient or update is not finite: stop | skip (leave its update out, go on) |
+    # If loss, gradient or update of a step is not finite: stop | skip (leave its update out, go on) |
     # rollback (to the newest checkpoint, past the batches since).
     config.on_non_finite = "stop"
     config.on_corrupt_data = (
-        "stop"  # a record of array_record that is damaged: stop | skip (and count)
+        "stop"  # if a record of array_record is damaged: stop | skip (and count)
     )
     config.tensorboard = True  # write TensorBoard events beside metrics.jsonl
     # Order of work where mesh.pipe > 1: gpipe | 1f1b | dualpipev (docs/pipeline.md). May change when a run is
@@ -49,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.shared_experts = 2  # experts that every token uses
     model.expert_width = 896  # hidden entries of one expert
     model.leading_dense_blocks = 1  # first blocks, with an FFN of all experts that a token uses
-    # How tokens reach their experts: auto | dropless | capacity; auto is the best of the platform.
+    # How tokens reach their experts: auto (the platform's best) | dropless | capacity.
     model.moe_dispatch = "auto"
     model.capacity_factor = 1.25  # capacity: places of an expert over the mean load, >= 1
     model.balance_rate = 1e-3  # step of the router's balance bias against its load, 0: none
@@ -82,10 +82,10 @@ def get_config() -> ml_collections.ConfigDict:
     model.remat = "none"
     # L_r, sublayers between two stored streams: an even number as text, or auto (Eq. 20).
     model.recompute_block = "auto"
-    # True: one block is compiled and looped over. False: all are written out, which compiles longer and saves
-    # the copies of what the backward pass needs into stacked arrays and back. May change too.
+    # True compiles one block and loops over it. False writes all blocks out: this compiles longer, but what
+    # the backward pass needs is not copied into stacked arrays and back. May change too.
     model.scan_blocks = True
-    # Parts of a device's tokens that have their logits one after the other. May change too.
+    # Number of parts in which a device's tokens get their logits, one after the other. May change too.
     model.loss_chunks = 1
 
     optimizer = config.optimizer = ml_collections.ConfigDict()

@@ -11,8 +11,8 @@ Machine:  written for a pod, where no time was measured. One H200 takes 393 ms f
 Result:   of the paper: mHC ends below the residual arm in loss, by a margin that shrinks little from 3B to
           27B (Fig. 6a); the number is in the figure only.
 
-Table 5 fixes all but: init_std and balance_rate (DeepSeek-V3's here), clip_norm, what the connections start
-at, and the data.
+Table 5 does not fix init_std and balance_rate (here DeepSeek-V3's), clip_norm, the start of the
+connections, and the data.
 """
 
 from configs import default
@@ -50,8 +50,8 @@ def get_config(connection: str = "mhc"):
     model.balance_rate = 1e-3
     model.alpha_init = 0.01
     model.init_std = 0.006
-    # The paper's recomputation, one block at a time: the optimum of Eq. 20 (3 blocks for 27B) stores
-    # a third of the streams but has three blocks to compile, minutes each.
+    # The paper's recomputation, one block at a time. The optimum of Eq. 20 (3 blocks for 27B) stores a
+    # third of the streams, but three blocks have to be compiled, minutes each.
     model.remat = "mhc"
     model.recompute_block = "2"
     model.loss_chunks = 16  # 20480 tokens a chip would be 10 GiB of logits
@@ -68,7 +68,7 @@ def get_config(connection: str = "mhc"):
     data.tokenizer = "data/tokenizer.json"
     data.sequence_length = 4096
 
-    # Parameters and optimizer state do not fit one chip: every device holds a share of both.
+    # Parameters and optimizer state do not fit on one chip, so every device holds a share of both.
     config.mesh.data = 1
     config.mesh.fsdp = -1
     return config

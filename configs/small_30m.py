@@ -28,11 +28,11 @@ def get_config(connection: str = "mhc"):
     model.head_dim = 64
     model.rope_dim = 32
     model.kv_rank = 256
-    model.expert_width = 256  # multiples of 128: the grouped matmul of Hopper GPUs
+    model.expert_width = 256  # multiples of 128, for the grouped matmul of Hopper GPUs
     model.init_std = 0.02
     model.alpha_init = "auto"  # Table 5's 0.01 is for rows of 5120 and more
     model.remat = "none"  # fits one GPU as it is
-    model.scan_blocks = False  # few blocks compile fast; no copies into stacked arrays
+    model.scan_blocks = False  # few blocks compile fast and need no copies into stacked arrays
     model.loss_chunks = 1
 
     optimizer = config.optimizer

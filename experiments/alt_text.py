@@ -1,4 +1,4 @@
-"""What is seen in a figure, for those who do not see it: one or two sentences from the same numbers."""
+"""Describes a figure in one or two sentences for readers who cannot see it, from the same numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,11 +12,11 @@ Gains = Mapping[str, GainMagnitudes]
 
 
 def describe(name: str, arms: Sequence[Arm], gains: Gains, baseline: Arm) -> str:
-    """The alternative text of a figure of `experiments.figures.make_figures`.
+    """Returns the alternative text of a figure of `experiments.figures.make_figures`.
 
     Args:
-      name: of the figure; "mappings_..." with the name of an arm in `gains` in place of the dots.
-      arms, gains, baseline: what was drawn.
+      name: of the figure; "mappings_" is followed by the name of an arm in `gains`.
+      arms, gains, baseline: the data of the figure.
     """
     if name.startswith("mappings_"):
         return _mappings(name.removeprefix("mappings_"), gains)

@@ -2,8 +2,8 @@
 
     python -m experiments.checkpoint_cost --config=configs/mhc.py
 
-Saves and restores the state of a config in a temporary folder (or --folder), and times the checksums alone,
-how long `save` holds training up, how long until everything is written, reading, and verifying what was read.
+Saves and restores the state of a config in a temporary folder (or --folder). Times the checksums alone, how
+long `save` blocks training, how long until everything is written, reading, and verifying what was read.
 """
 
 import functools
@@ -28,7 +28,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Every time is the median of so many
 
 
 def measure(config: Config, folder: pathlib.Path, rounds: int) -> dict[str, float]:
-    """Bytes of the state, and seconds of every part."""
+    """Returns the bytes of the state, and the seconds of every part."""
     mesh = sharding.make_mesh(config.mesh)
     state = jax.block_until_ready(jit_init_state(config, mesh)())
     data = make_iterator(config.data, split="train", batch_size=config.batch_size)

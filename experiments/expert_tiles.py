@@ -5,8 +5,9 @@ Result:   for each product of the layer the fastest tiles and their TFLOP/s, bes
           a dense matmul of the same FLOPs; all candidates as JSON with --output.
 
 Sizes are those of the paper's 3B layer on 8 x 4096 tokens: width 1280, 64 experts of width 896, 6 a token;
-groups of random routing. A candidate whose tiles do not divide the columns computes some in vain, which its
-TFLOP/s pay for. One that differs from the model's tiles in its result, or does not run, is named as such.
+groups of random routing. A candidate whose tiles do not divide the columns computes some for nothing, which
+lowers its TFLOP/s. A candidate that does not run, or whose result differs from that of the model's tiles,
+is marked.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def products(options) -> dict[str, tuple]:
-    """Name -> (function of tiles, arrays and tiles; its arrays; the model's tiles)."""
+    """Returns name -> (function of arrays and tiles; its arrays; the model's tiles)."""
     rows, width, hidden, groups = (
         getattr(options, name) for name in ("rows", "width", "expert_width", "num_experts")
     )
@@ -76,7 +77,7 @@ def products(options) -> dict[str, tuple]:
 
 
 def measure(function, arrays, tiles: Tiles, expected, repeats: int):
-    """A row of the result, and what the product was (None if it failed)."""
+    """Returns a row of the result, and the product (None if it failed)."""
     row = tiles._asdict()
     try:
         run = jax.jit(function, static_argnums=2)
@@ -85,7 +86,7 @@ def measure(function, arrays, tiles: Tiles, expected, repeats: int):
             difference = jnp.abs(found.astype(jnp.float32) - expected).max()
             row["difference"] = float(difference / jnp.abs(expected).max())
         row["ms"] = time_ms(run, *arrays, tiles, repeats=repeats, rounds=3)
-    except Exception as error:  # no shared memory or registers for it, or no kernel here
+    except Exception as error:  # too little shared memory, too few registers, or no kernel here
         row["failed"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return row, None
     return row, found

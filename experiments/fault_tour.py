@@ -1,11 +1,11 @@
 """Is anything lost or silently wrong when a run is killed, its files are damaged or its disk is full?
 
     python -m experiments.fault_tour            (15 minutes on two cores)
-    python -m experiments.fault_tour --short    (a few of each kind)
+    python -m experiments.fault_tour --short    (one to six of each kind, a minute; a stage of CI)
 
-Trains a toy model in processes of their own and does to them what happens to runs: kill -9 at random moments
-and inside the writing of a checkpoint, flipped bits, damaged and missing files, a full disk, a second run in
-the same workdir, SIGTERM while the program starts. Prints a table of what was tried, survived and lost.
+Trains a toy model in separate processes and does to them what happens to runs: kill -9 at random moments
+and while a checkpoint is written, flipped bits, damaged and missing files, a full disk, a second run in the
+same workdir, SIGTERM while the program starts. Prints a table of what was tried, survived and lost.
 Survived means: after the kills the last checkpoint is bit for bit that of a run that nobody disturbed, and
 every step is logged with the same loss; a damaged checkpoint was named and the one before it used, or the
 damage was harmless; everything else ended with one line and the exit code that says what to do. Exits with 1
@@ -53,7 +53,7 @@ class Row:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def count(self, survived: bool, note: str = "") -> None:
-        """Adds a try; the note of one that was lost is kept."""
+        """Counts a try; keeps the note of a lost one."""
         self.tried += 1
         self.survived += survived
         if not survived:
@@ -65,9 +65,10 @@ class Trainer:
 
     Args:
       arguments: of the command line.
-      said: file for what it says.
-      file_limit: largest size of a file that it may write, in bytes.
-      whole: a new interpreter; else a copy of one that has imported everything, which takes seconds.
+      said: file for its output.
+      file_limit: largest file that it may write, in bytes.
+      whole: True starts a new interpreter. False copies one that has imported everything, which saves
+        seconds.
     """
 
     def __init__(
@@ -85,18 +86,18 @@ class Trainer:
             self.pid = self._process.pid
 
     def ended(self) -> bool:
-        """Whether it has."""
+        """Returns whether the process has ended."""
         if isinstance(self._process, subprocess.Popen):
             return self._process.poll() is not None
         return self._process.exitcode is not None
 
     def send(self, number: int) -> None:
-        """A signal, if it still goes on."""
+        """Sends a signal, if the process still runs."""
         if not self.ended():
             os.kill(self.pid, number)
 
     def finish(self) -> tuple[int, str]:
-        """Waits; returns exit code and what it said, without the progress bar."""
+        """Waits; returns exit code and output, without the progress bar."""
         if isinstance(self._process, subprocess.Popen):
             code = self._process.wait(300)
         else:
@@ -120,7 +121,7 @@ def _run(arguments: list[str], said: str, file_limit: int | None) -> None:
 
     from mhc_jax import command_line, early_end, main
 
-    tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
+    tqdm.tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore, which a kill leaves behind
     early_end.install()
     sys.argv = ["main", *arguments]
     command_line.run(main.main)
@@ -134,14 +135,14 @@ class Tour:
         os.environ |= {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            # Compiled once: what is tried here is what comes before and after.
+            # Compiled once, since the tour tests what comes before and after compilation.
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         _COPIES.set_forkserver_preload(["mhc_jax.main"])
 
     def start(self, workdir: pathlib.Path, steps: int, file_limit=None, whole=False, **fields):
-        """A process that trains."""
+        """Starts a process that trains."""
         given = FIELDS | {"steps": steps} | fields
         arguments = [f"--config.{name}={value}" for name, value in given.items()]
         arguments = [f"--config={ROOT}/configs/default.py", *arguments, f"--workdir={workdir}"]
@@ -153,7 +154,7 @@ class Tour:
         return self.start(workdir, steps, **options).finish()
 
     def kills(self, number: int) -> Iterator[Row]:
-        """kill -9 at random moments, every other one inside the writing of a checkpoint."""
+        """Kills runs with -9 at random moments, every other one while a checkpoint is written."""
         rows = Row("kill -9 at a random moment"), Row("kill -9 inside a checkpoint's writing")
         ended = Row("run that was killed so often")
         workdir, straight = self.folder / "killed", self.folder / "straight"
@@ -161,7 +162,7 @@ class Tour:
         for trial in range(number):
             inside = trial % 2
             before = _steps(workdir)
-            left = _unfinished(workdir)  # of the kill before
+            left = _unfinished(workdir)  # left by the kill before
             process = self.start(workdir, steps)
             more = self.rng.randint(1, 5)
             while not process.ended() and not (
@@ -181,7 +182,7 @@ class Tour:
         yield ended
 
     def flips(self, number: int) -> Iterator[Row]:
-        """One bit of one file of the newest checkpoint, the file by chance or by its size."""
+        """Flips one bit of one file of the newest checkpoint; files are drawn evenly or by size."""
         seen, harmless = Row("flipped bit, seen"), Row("flipped bit, harmless")
         for trial in range(number):
             copy = self._copy("flipped")
@@ -200,13 +201,13 @@ class Tour:
         yield seen
         yield harmless
 
-    def damage(self) -> Iterator[Row]:
-        """The newest checkpoint damaged in every kind of way, then all of them."""
+    def damage(self, number: int) -> Iterator[Row]:
+        """Damages the newest checkpoint in `number` kinds of ways, then all checkpoints."""
         row = Row("damaged newest checkpoint")
         newest, before = sorted(_saved(self.folder / "straight"))[:-3:-1]
-        for name, damage in DAMAGE.items():
+        for name in self.rng.sample(list(DAMAGE), number):
             copy = self._copy("damaged")
-            damage(_newest(copy))
+            DAMAGE[name](_newest(copy))
             step, right, said = _restore(copy)
             row.count(step == before and right and f"STEP {newest} IN" in said, f"{name}: {said}")
         yield row
@@ -223,13 +224,13 @@ class Tour:
         yield row
 
     def full_disk(self) -> Iterator[Row]:
-        """A run goes on, but no file may grow beyond 32 KiB, which the arrays of a state do."""
+        """Resumes a run that may not write files above 32 KiB; the arrays of a state are larger."""
         row = Row("full disk")
         straight = self.folder / "straight"
         steps = max(_saved(straight))
         for policy, expected in (("stop", 1), ("continue", 0)):
             workdir = self._copy(f"full_{policy}")
-            (workdir / "metrics.jsonl").unlink()  # would be too large already
+            (workdir / "metrics.jsonl").unlink()  # it would already be too large
             saved = _saved(workdir)
             shutil.rmtree(workdir / "checkpoints" / str(saved.pop()))
             code, said = self.train(workdir, steps, file_limit=2**15, on_failed_save=policy)
@@ -240,7 +241,7 @@ class Tour:
         yield row
 
     def locks(self) -> Iterator[Row]:
-        """A second run in the same workdir; then the first is killed."""
+        """Starts a second run in the same workdir, then kills the first."""
         row = Row("two runs in one workdir")
         workdir = self.folder / "locked"
         first = self.start(workdir, 100000)
@@ -264,7 +265,7 @@ class Tour:
         yield row
 
     def sigterm(self, number: int) -> Iterator[Row]:
-        """SIGTERM at moments from the imports to the first steps; the same command goes on after it."""
+        """Sends SIGTERM between the imports and the first steps; the same command then goes on."""
         row = Row("SIGTERM while the program starts")
         workdir = self.folder / "terminated"
         begin = time.monotonic()
@@ -327,7 +328,7 @@ def _contents(workdir: pathlib.Path) -> dict:
 
 
 def _losses(workdir: pathlib.Path) -> dict[int, float]:
-    """Step -> loss; a run that was killed may have left half a line."""
+    """Returns step -> loss; a killed run may have left half a line."""
     found = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         try:
@@ -345,7 +346,7 @@ def _steps(workdir: pathlib.Path) -> int:
 
 
 def _unfinished(workdir: pathlib.Path) -> set[tuple[str, int]]:
-    """Checkpoints that are being written, by name and inode."""
+    """Returns the checkpoints that are being written, by name and inode."""
     folder = workdir / "checkpoints"
     found = os.scandir(folder) if folder.is_dir() else []
     return {(entry.name, entry.inode()) for entry in found if "tmp" in entry.name}
@@ -356,7 +357,7 @@ def _last_line(said: str) -> str:
 
 
 def _restore(workdir: pathlib.Path, steps: int | None = None) -> tuple[int | None, bool, str]:
-    """Step of what a run would go on from, whether it is what was saved, and what was said."""
+    """Returns the step that a run would resume from, whether the state is what was saved, and the output."""
     from configs import default
     from mhc_jax import checkpoint, checksum, sharding
     from mhc_jax.config import from_dict
@@ -377,7 +378,11 @@ def _restore(workdir: pathlib.Path, steps: int | None = None) -> tuple[int | Non
     log.addHandler(handler)
     log.propagate = False
     checkpoints = checkpoint.Checkpoints(workdir, kept=config.checkpoints_kept)
-    data = make_iterator(config.data, split="train", batch_size=config.batch_size)
+    data, validation = (
+        make_iterator(config.data, split=split, batch_size=config.batch_size)
+        for split in ("train", "validation")
+    )
+    data.pair_with(validation)  # as training does
     try:
         state = checkpoints.restore(abstract_state(config, sharding.make_mesh(config.mesh)), data)
     except ValueError as error:
@@ -392,7 +397,7 @@ def _restore(workdir: pathlib.Path, steps: int | None = None) -> tuple[int | Non
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text."""
+    """Formats the rows as text."""
     lines = [f"{'fault':40s} {'tried':>6s} {'survived':>9s} {'lost':>5s}"]
     for row in rows:
         lost = row.tried - row.survived
@@ -402,7 +407,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    """Command line; 1 if anything was lost."""
+    """Runs the tour; returns 1 if anything was lost."""
     parser = argparse.ArgumentParser(prog="python -m experiments.fault_tour", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--short", action="store_true", help="a few of each kind")
@@ -410,9 +415,9 @@ def main() -> int:
     output.add_arguments(parser)
     options = parser.parse_args()
     number = (
-        {"kills": 4, "flips": 10, "sigterm": 2}
+        {"kills": 2, "flips": 6, "damage": 4, "sigterm": 1}
         if options.short
-        else {"kills": 50, "flips": 60, "sigterm": 10}
+        else {"kills": 50, "flips": 60, "damage": len(DAMAGE), "sigterm": 10}
     )
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     rows: list[Row] = []
@@ -422,7 +427,7 @@ def main() -> int:
         for part in (
             tour.kills(number["kills"]),
             tour.flips(number["flips"]),
-            tour.damage(),
+            tour.damage(number["damage"]),
             tour.full_disk(),
             tour.locks(),
             tour.sigterm(number["sigterm"]),

@@ -3,10 +3,10 @@
     python -m experiments.figures WORKDIR [WORKDIR ...] --baseline NAME_OR_WORKDIR --output DIR
 
 Writes loss, stability, gains, mappings_<arm>, collapse, spread and growth, each as .png and .svg, in seconds
-on any machine; the drawing is `mhc_jax.analysis`'s. What an arm has not got (gains of a residual network, a
-run still going, a file that cannot be read) is left out with a line in the log. Expect of mHC: forward gain
-1, composite backward gain below 2, gradient norm near that of the residual network; of HC: composite gains of
-1e3 and more in a deep network.
+on any machine; the drawing is `mhc_jax.analysis`'s. What an arm lacks (gains of a residual network, a run
+that has not ended, a file that cannot be read) is left out with a line in the log. Expect of mHC: forward
+gain 1, composite backward gain below 2, gradient norm near that of the residual network; of HC: composite
+gains of 1e3 and more in a deep network.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from mhc_jax.analysis import style
 from mhc_jax.analysis.runs import Arm, choose_baseline, log, read_arms
 from mhc_jax.gains import GainMagnitudes
 
-Gains = dict[str, tuple[GainMagnitudes, int]]  # by the arm's name, with the step
+Gains = dict[str, tuple[GainMagnitudes, int]]  # names of arms, with the step
 
 
 def choose_gains(arms: Sequence[Arm], step: int | None = None) -> Gains:
-    """Gains to compare: of `step`, else of the last step that all arms with gains share."""
+    """Chooses the gains to compare: those of `step`, else of the last step that all arms with gains share."""
     having = [arm for arm in arms if arm.gains]
     common = set.intersection(*(set(arm.gains) for arm in having)) if having else set()
     if having and step is None and not common:
@@ -53,7 +53,7 @@ def choose_gains(arms: Sequence[Arm], step: int | None = None) -> Gains:
 
 
 def plot_loss(arms: Sequence[Arm]) -> Figure:
-    """Training loss, and validation loss where there is any, against steps."""
+    """Draws training loss, and validation loss if there is any, against steps."""
     panels = [("train/loss", "Training loss")]
     if any(len(arm.series("validation/loss")[0]) for arm in arms):
         panels.append(("validation/loss", "Validation loss"))
@@ -74,7 +74,7 @@ def plot_loss(arms: Sequence[Arm]) -> Figure:
 
 
 def plot_growth(arms: Sequence[Arm]) -> Figure:
-    """The largest single and composite gain of every logged step."""
+    """Draws the largest single and composite gain of every logged step."""
     with style.styled():
         figure, grid = style.panels(1, 2, 3.3)
         for axes, kind in zip(grid[0], ("single", "composite")):
@@ -109,17 +109,17 @@ def make_figures(
     step: int | None = None,
     formats: Sequence[str] = ("png", "svg"),
 ) -> list[epath.Path]:
-    """Draws all that the arms' files allow.
+    """Draws every figure that the arms' files allow.
 
     Args:
-      arms: as read_arms gives them.
+      arms: from `read_arms`.
       output: folder for the files, made if needed.
-      baseline: what choose_baseline takes.
-      step: whose gains to show; None for the last one that all arms have.
+      baseline: as for `choose_baseline`.
+      step: shows the gains of this step; None for the last step that all arms have.
       formats: suffixes of the files, without the dot.
 
     Returns:
-      Paths without suffix; each has a file of every format.
+      paths without suffix; each has a file of every format.
     """
     reference = choose_baseline(arms, baseline)
     chosen = choose_gains(arms, step)
@@ -155,7 +155,7 @@ def make_figures(
 
 
 def _unused(name: str, taken) -> str:
-    """The name, with a number behind it if two arms differ in signs alone."""
+    """Returns the name, followed by a number if two arms differ only in punctuation."""
     number = 2
     while name in taken:
         name, number = f"{name.removesuffix(f'_{number - 1}')}_{number}", number + 1
@@ -163,7 +163,7 @@ def _unused(name: str, taken) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 2 with one line on stderr where a workdir or the baseline is not there."""
+    """Runs the command; returns 2, with one line on stderr, if a workdir or the baseline does not exist."""
     parser = argparse.ArgumentParser(prog="python -m experiments.figures", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("workdir", nargs="+")

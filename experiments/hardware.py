@@ -1,18 +1,18 @@
-"""The one table of hardware peaks that estimates and MFU divide by: of data sheets, nothing measured."""
+"""Holds the hardware peaks that estimates and MFU divide by; all come from data sheets, none was measured."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one chip.
+    """The peaks of one chip.
 
     Attributes:
       flops: dense bfloat16 FLOP/s.
       bandwidth: of HBM, bytes/s.
       hbm: GiB for a TPU, GB for a GPU, as the data sheets count.
-      link: bytes/s of both directions of one torus axis of a TPU, what a ring over one mesh axis can use.
-        None where it is not known or there is no torus.
+      link: bytes/s of both directions of one torus axis of a TPU, which a ring over one mesh axis can use.
+        None if it is not known or there is no torus.
     """
 
     flops: float

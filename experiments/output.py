@@ -1,4 +1,4 @@
-"""Where an experiment puts its result: into a file of one's own, or where results of the repository lie."""
+"""Writes an experiment's result to a file of one's own, or to the results of the repository."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ OPTIONS = ("output", "record")
 
 
 def user_path(text: str) -> pathlib.Path:
-    """For `type=` of an argument: a path of this machine with `~` expanded."""
+    """Returns a path of this machine with `~` expanded; for `type=` of an argument."""
     try:
         return paths.local(text)
     except ValueError as error:
@@ -30,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def shape_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that say what was measured."""
+    """Returns the options that say what was measured."""
     return {name: value for name, value in vars(options).items() if name not in OPTIONS}
 
 
 def write(options: argparse.Namespace, question: str, payload: dict[str, Any]) -> None:
-    """Writes what was asked for, with the environment of this process; says where."""
+    """Writes the result where it was asked for, with the environment of this process, and says where."""
     if options.record:
         print(f"wrote {record.write(question, payload)}", flush=True)
     if options.output:

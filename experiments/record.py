@@ -1,9 +1,9 @@
-"""The recorder of all results: what was measured, on what, by which code, in one JSON file a device.
+"""Records results: what was measured, on what, by which code, in one JSON file per device.
 
 `record.write("init_study", {"arms": ...})` writes experiments/init_study/results/nvidia_h200.json:
 `{"environment": {"device": ..., "commit": ..., "command": ..., ...}, "arms": ...}`.
-Several processes of one machine may fill one file, each its own key, with `update`: the key then carries its
-own environment.
+Several processes of one machine may fill one file with `update`, each its own key, which then has its own
+environment.
 """
 
 import contextlib
@@ -28,17 +28,17 @@ from mhc_jax.metrics import jsonable
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "triton", "jax-triton", "libtpu")
 FOLDER = pathlib.Path(__file__).parent
-# Whoever copies the tree says here what was copied; MHC_DIRTY=1 if it was changed.
+# Set these when you copy the tree without git: the commit that was copied, and MHC_DIRTY=1 if it was changed.
 COMMIT_VARIABLE, DIRTY_VARIABLE = "MHC_COMMIT", "MHC_DIRTY"
 
 
 def environment(seed: int | None = None) -> dict[str, Any]:
-    """What a result depends on: device, driver, versions, code, command, date and seed.
+    """Returns what a result depends on: device, driver, versions, code, command, date and seed.
 
     Starts JAX's backend if it has not started yet.
 
     Args:
-      seed: of the run, where it has one.
+      seed: of the run, if it has one.
 
     Returns:
       A dict for JSON: `device` {name, count, processes, platform}, `driver` (None without an NVIDIA driver),
@@ -64,7 +64,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
 
 
 def device_slug(name: str | None = None, count: int | None = None) -> str:
-    """The name of a device's file: nvidia_h200, nvidia_h100_x4, tpu_v5p, cpu.
+    """Returns the name of a device's file: nvidia_h200, nvidia_h100_x4, tpu_v5p, cpu.
 
     Args:
       name: JAX's `device_kind`; None: that of this machine.
@@ -72,7 +72,7 @@ def device_slug(name: str | None = None, count: int | None = None) -> str:
     """
     if name is None:
         name, count = jax.devices()[0].device_kind, count or jax.device_count()
-    # "NVIDIA H100 80GB HBM3" is an H100 like any other.
+    # "NVIDIA H100 80GB HBM3" becomes H100, like every other H100.
     name = re.sub(r"\b(\d+GB|HBM\d\w*|PCIe|SXM\d*)\b", "", name, flags=re.IGNORECASE)
     slug = "_".join(re.findall(r"[a-z0-9]+", name.lower()))
     return slug if slug == "cpu" or not count or count == 1 else f"{slug}_x{count}"
@@ -81,7 +81,7 @@ def device_slug(name: str | None = None, count: int | None = None) -> str:
 def result_path(
     question: str, device: str | None = None, folder: pathlib.Path | None = None
 ) -> pathlib.Path:
-    """`folder/question/results/device.json`.
+    """Returns `folder/question/results/device.json`.
 
     Args:
       question: name of the experiment: letters, digits and `_`.
@@ -102,14 +102,14 @@ def write(
     seed: int | None = None,
     folder: pathlib.Path | None = None,
 ) -> pathlib.Path:
-    """Writes `{"environment": {...}, **payload}` in one move; replaces an earlier result.
+    """Writes `{"environment": {...}, **payload}` whole or not at all; replaces an earlier result.
 
     Returns:
       The path, see `result_path`.
 
     Raises:
       ValueError: the payload has a key `environment`.
-      TypeError: it holds what JSON cannot; names where.
+      TypeError: it holds a value that JSON cannot; the message says where.
     """
     if "environment" in payload:
         raise ValueError("The payload has a key 'environment', which the recorder writes itself.")
@@ -131,14 +131,14 @@ def update(
 ) -> pathlib.Path:
     """Sets one key of a result file to `{"environment": {...}, **value}` and keeps all others.
 
-    Safe with several processes on one machine: the file is locked from reading to writing. `key` may be a
+    Several processes of one machine may do so: the file is locked from reading to writing. `key` may be a
     path: "arms/mhc/0" is `content["arms"]["mhc"]["0"]`.
 
     Returns:
       The path, see `result_path`.
 
     Raises:
-      ValueError: `value` has a key `environment`, or the path leads through something that is no object.
+      ValueError: `value` has a key `environment`, or the path leads through a value that is no object.
     """
     names = key.split("/")
     if "environment" in value or "environment" in names or not all(names):
@@ -160,7 +160,7 @@ def update(
 
 
 def newest(question: str, folder: pathlib.Path | None = None) -> pathlib.Path:
-    """The result file of a question whose environment has the latest date.
+    """Returns a question's result file with the latest date in its environment.
 
     Raises:
       FileNotFoundError: the question has no result with an environment.
@@ -177,7 +177,7 @@ def newest(question: str, folder: pathlib.Path | None = None) -> pathlib.Path:
 
 
 def read(path: pathlib.Path | str) -> dict[str, Any]:
-    """Reads a result file. Numbers that JSON cannot hold stay "nan", "inf", "-inf", which `float` takes."""
+    """Reads a result file. Numbers that JSON cannot hold stay "nan", "inf", "-inf", which `float` reads."""
     try:
         return json.loads(pathlib.Path(path).read_text())
     except json.JSONDecodeError as error:
@@ -185,7 +185,7 @@ def read(path: pathlib.Path | str) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command of this process as one types it, `python -m package.module` included."""
+    """Returns the command of this process as one types it, with `python -m package.module`."""
     arguments = list(sys.orig_argv[1:])
     return shlex.join(["python", *arguments])
 
@@ -196,7 +196,7 @@ def _driver() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Python and the installed ones of `PACKAGES`."""
+    """Returns the versions of Python and of those `PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -206,13 +206,13 @@ def versions() -> dict[str, str]:
 
 def _code(folder: pathlib.Path) -> dict[str, Any]:
     commit, dirty = os.environ.get(COMMIT_VARIABLE), os.environ.get(DIRTY_VARIABLE)
-    if commit:  # before git: a copy may lie in some other repository, or in an older checkout
+    if commit:  # before git: a copy may lie inside another repository
         note = f"from {COMMIT_VARIABLE}"
         return {"commit": commit, "dirty": dirty == "1" if dirty else None, "commit_note": note}
     git = ("git", "-C", str(folder))
     # A copy below some other repository (an environment, a home folder) is not that repository.
     if _run(*git, "ls-files", pathlib.Path(__file__).name):
-        # Not the results: the first arm's would make the second arm dirty.
+        # Results do not count: the first arm's would make the second arm dirty.
         paths = (":/", ":(top,exclude,glob)**/results/**")
         changes = _run(*git, "status", "--porcelain", "--untracked-files=all", "--", *paths)
         lines = (changes or "").splitlines()
@@ -223,7 +223,7 @@ def _code(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _run(*command: str) -> str | None:
-    """Output of a command, None if it is not there or fails."""
+    """Returns the output of a command, None if it does not exist or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
@@ -234,7 +234,7 @@ def _run(*command: str) -> str | None:
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A file of its own: the result file is replaced, and a lock on it would guard the old one.
+    # The lock is a file of its own: the result file is replaced, so a lock on it would guard the old one.
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -251,7 +251,7 @@ def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def _strict(value: Any, where: str) -> Any:
-    """The value as strict JSON holds it: NumPy and JAX numbers as Python's, nan and infinities as text."""
+    """Converts a value to strict JSON: NumPy and JAX numbers to Python's, nan and infinities to text."""
     if isinstance(value, dict):
         wrong = [key for key in value if not isinstance(key, str)]
         if wrong:

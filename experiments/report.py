@@ -1,16 +1,17 @@
-"""One page on a comparison: what came out, what differs, the table, the figures and how to read them.
+"""Writes one page on a comparison: the result, what differs, a table, the figures and how to read them.
 
     python -m experiments.report WORKDIR [WORKDIR ...] --output report.html
 
-Reads workdirs alone and writes one self-contained file (inline style, figures inside), for a
-browser, a phone or an attachment. A workdir that cannot be read is left out, and the page says so.
-`summarize` and `format_table` give the same table to a terminal.
+Reads only workdirs and writes one self-contained file (style and figures inside) for a browser, a phone or
+an attachment. A workdir that cannot be read is left out, and the page says so. `summarize` and
+`format_table` give the same table to a terminal.
 """
 
 import argparse
 import base64
 import datetime
 import html
+import json
 import logging
 import math
 import os
@@ -30,7 +31,7 @@ from mhc_jax.analysis import style
 from mhc_jax.analysis.runs import Arm, choose_baseline, log, read_arms
 
 GAINS = ("single_forward", "single_backward", "composite_forward", "composite_backward")
-# Key of summarize -> heading.
+# Keys of `summarize` -> headings.
 COLUMNS = {
     "arm": "arm",
     "step": "last step",
@@ -120,11 +121,11 @@ td::before{content:attr(data-label);text-align:left;opacity:.75}td:first-child{f
 
 
 def summarize(workdir: str | os.PathLike) -> dict:
-    """The table's row for one workdir, from its files alone.
+    """Returns the table's row for one workdir, from its files alone.
 
     Returns:
       The keys of COLUMNS: `arm` str, `step` int, the others float; None for what was never logged.
-      A largest value is nan or inf as soon as one value was.
+      A largest value is nan or inf if one value was.
 
     Raises:
       FileNotFoundError: no metrics.jsonl or config.json.
@@ -153,7 +154,7 @@ def _row(arm: Arm) -> dict:
 
 
 def format_value(key: str, value) -> str:
-    """A cell of the table: losses to 4 decimals, other numbers to 4 digits, "-" for None."""
+    """Formats a cell of the table: losses to 4 decimals, other numbers to 4 digits, "-" for None."""
     if value is None:
         return "-"
     if not isinstance(value, float):
@@ -164,13 +165,13 @@ def format_value(key: str, value) -> str:
 
 
 def _columns(rows: Sequence[Mapping]) -> dict[str, str]:
-    """COLUMNS, and any further key that the caller put into its rows."""
+    """Returns COLUMNS, and any further key that the caller put into its rows."""
     extra = {key: key.replace("_", " ") for row in rows for key in row if key not in COLUMNS}
     return COLUMNS | extra
 
 
 def format_table(rows: Sequence[Mapping]) -> str:
-    """Rows of `summarize` as aligned text for the terminal, headings broken over lines."""
+    """Formats rows of `summarize` as aligned text for the terminal, with headings over several lines."""
     columns = {key: title.replace(",", "").split() for key, title in _columns(rows).items()}
     height = max(map(len, columns.values()))
     grid = [
@@ -184,7 +185,7 @@ def format_table(rows: Sequence[Mapping]) -> str:
 
 
 def _flat(tree: Mapping, prefix: str = "") -> dict[str, str]:
-    """{"model.n": "4", ...} of a nested config."""
+    """Flattens a nested config to {"model.n": "4", ...}."""
     flat = {}
     for key, value in tree.items():
         nested = isinstance(value, Mapping) and value
@@ -193,7 +194,7 @@ def _flat(tree: Mapping, prefix: str = "") -> dict[str, str]:
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]], kind: str) -> str:
-    """A table; on a narrow page each row becomes a list, whose labels are the headings."""
+    """Makes a table; on a narrow page each row becomes a list, labelled with the headings."""
     names = [html.escape(cell) for cell in head]
     cells = (
         "".join(f'<td data-label="{n}">{html.escape(cell)}</td>' for n, cell in zip(names, line))
@@ -207,8 +208,8 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]], kind: str) -> str
 
 
 def _settings(arms: Sequence[Arm]) -> tuple[str, str]:
-    """What differs between the arms, and, folded, what does not."""
-    flat = [_flat(arm.config) for arm in arms]
+    """Lists the settings that differ between the arms and, folded, those that do not."""
+    flat = [_flat(arm.config) | _origin(arm) for arm in arms]
     keys = list(dict.fromkeys(key for config in flat for key in config))
     lines = {key: [config.get(key, "-") for config in flat] for key in keys}
     differs = [[key, *values] for key, values in lines.items() if len(set(values)) > 1]
@@ -224,8 +225,20 @@ def _settings(arms: Sequence[Arm]) -> tuple[str, str]:
     )
 
 
+def _origin(arm: Arm) -> dict[str, str]:
+    """Returns the setting `init_from` of a run that started from another's parameters."""
+    try:
+        found = json.loads((arm.path / "init_from.json").read_text())
+        return {"init_from": f"step {found['step']} of {found['workdir']}"}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError) as error:
+        log.warning("%s/init_from.json cannot be read: %r", arm.path, error)
+        return {}
+
+
 def _dates(arms: Sequence[Arm]) -> str:
-    """When the files were written: config.json at the start, metrics.jsonl with the last line."""
+    """Says when the files were written: config.json at the start, metrics.jsonl with the last line."""
     names = ("config.json", "metrics.jsonl")
     times = sorted((arm.path / name).stat().mtime for arm in arms for name in names)
     first, last = (datetime.datetime.fromtimestamp(t, datetime.UTC) for t in (times[0], times[-1]))
@@ -238,7 +251,7 @@ def _svg(path: epath.Path) -> str:
 
 
 def _figures(arms: Sequence[Arm], baseline: str | None, step: int | None) -> str:
-    """All figures, each for a wide and for a narrow page."""
+    """Makes all figures, each for a wide and for a narrow page."""
     reference = choose_baseline(arms, baseline)
     gains = {name: found for name, (found, _) in choose_gains(arms, step).items()}
     images: dict[str, str] = {}
@@ -263,7 +276,7 @@ def _figures(arms: Sequence[Arm], baseline: str | None, step: int | None) -> str
 
 
 class _Warnings(logging.Handler):
-    """What was said of files while the page was made, each line once."""
+    """Collects the warnings about files while the page is made, each line once."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -289,7 +302,7 @@ def write_report(
     baseline: str | None = None,
     step: int | None = None,
 ) -> list[Mapping]:
-    """Writes the page; a workdir that cannot be read is left out of it and named in its notes.
+    """Writes the page; its notes name each workdir that cannot be read and is left out.
 
     Args:
       path: file to write; its folder is made.
@@ -297,15 +310,15 @@ def write_report(
       title: heading of the page.
       table_rows: as `summarize` gives them, one a workdir, further keys become columns; None to compute them.
       notes: a paragraph each, plain text.
-      command, dates, versions (package -> version): how the workdirs were made; without them the command of
-        this process, the times of their files, the packages of this process.
+      command, dates, versions (package -> version): how the workdirs were made. Defaults: the command of
+        this process, the times of the files, the packages of this process.
       baseline, step: as for experiments.figures.make_figures.
 
     Returns:
       the rows of the table.
 
     Raises:
-      ValueError: there is no such baseline, or no workdir that can be read.
+      ValueError: there is no such baseline, or no workdir can be read.
     """
     if not workdirs:
         raise ValueError("a report needs at least one workdir")
@@ -318,6 +331,7 @@ def write_report(
             raise ValueError("; ".join(left_out))
         rows = list(table_rows or map(_row, arms))
         figures = _figures(arms, baseline, step)
+        differing, alike = _settings(arms)
     finally:
         log.removeHandler(said)
     columns = _columns(rows)
@@ -333,7 +347,6 @@ def write_report(
     if len(notes) > _MOST_LINES:
         notes = [*notes[:_MOST_LINES], f"and {len(notes) - _MOST_LINES} more lines of this kind"]
     remarks = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    differing, alike = _settings(arms)
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

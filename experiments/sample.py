@@ -1,7 +1,7 @@
 """Continues a prompt with a trained model: python -m experiments.sample --workdir=runs/mhc --prompt="import "
 
-Text comes out as it is generated. The newest checkpoint of the workdir is read, and may be one of a run
-that is still going; it runs on one device, whatever it was trained on.
+Prints text while it is generated. It reads the newest checkpoint of the workdir, whose run may still be
+going, and runs on one device, whatever it was trained on.
 """
 
 import logging
@@ -12,7 +12,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from mhc_jax import command_line
+from mhc_jax import command_line, compilation_cache
 from mhc_jax.data import load_tokenizer
 from mhc_jax.sampling import for_sampling, generate
 from mhc_jax.trained import load
@@ -23,20 +23,21 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to generate at mos
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the random draws.")
+_NO_CACHE = flags.DEFINE_bool(compilation_cache.FLAG, False, compilation_cache.HELP)
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/ whose model the workdir must hold; not needed."
 )
 
 
 def stream(ids, tokenizer, write, prompt=()) -> None:
-    """Writes the text of ids behind those of `prompt` as it becomes certain; a document's end ends it."""
+    """Writes the text of the ids after `prompt` as soon as it is certain; the end of a document ends it."""
     seen, written = [], ""
     for token in ids:
         if token == tokenizer.separator:
             break
         seen.append(token)
         text = tokenizer.decode(seen, prompt)
-        if not text.endswith("\ufffd"):  # else the rest of a character may still come
+        if not text.endswith("\ufffd"):  # otherwise the rest of a character may still come
             write(text[len(written) :])
             written = text
     write(tokenizer.decode(seen, prompt)[len(written) :] + "\n")
@@ -45,6 +46,7 @@ def stream(ids, tokenizer, write, prompt=()) -> None:
 def main(argv) -> None:
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("mhc_jax").setLevel(logging.WARNING)
+    compilation_cache.use(not _NO_CACHE.value)
     expected = None if _CONFIG.value is None else command_line.load_config(_CONFIG).model
     try:
         config, variables, _ = load(_WORKDIR.value, expected)

@@ -1,7 +1,7 @@
-"""Many trainings side by side: one process a run, several runs a GPU, each resumable, one small summary each.
+"""Runs many trainings side by side: a process per run, several per GPU, resumable, with summaries.
 
-A study names its runs by text keys and gives a `Config` for each. `run_all` starts `python -m <module> --run
-KEY` for every key that has no summary yet, so a study that was cut goes on where it was: finished runs are
+A study names its runs by text keys and gives a `Config` for each. `run_all` starts `python -m <module>
+--run KEY` for every key without a summary, so an interrupted study goes on where it was: finished runs are
 kept, unfinished ones resume from their last checkpoint.
 """
 
@@ -28,9 +28,9 @@ from mhc_jax.metrics import jsonable
 from mhc_jax.train import Interrupted, NonFiniteError, train
 
 SUMMARY = "summary.json"
-CURVE_POINTS = 60  # of a training curve in a summary: means over equal parts of the run
+CURVE_POINTS = 60  # points of a training curve in a summary: means over equal parts of the run
 
-# Series of a summary -> metric.
+# Series of a summary -> its metric.
 GAIN_SERIES = {
     "single_forward": "gains/single_forward_max",
     "single_backward": "gains/single_backward_max",
@@ -42,7 +42,7 @@ GAIN_SERIES = {
 
 
 def gpus() -> list[str]:
-    """Ids of the GPUs that this process may use, [] without any; the driver is asked, not JAX."""
+    """Returns the ids of the GPUs that this process may use, [] without any. It asks the driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [gpu for gpu in visible.split(",") if gpu]
@@ -70,9 +70,9 @@ def run_all(
       keys: in the order in which they are started.
       output: folder of the study; a run's workdir is `output / KEY`.
       arguments: see `module`.
-      per_gpu: runs that share a GPU (they fill each other's start-up); without a GPU, runs side by side.
-      deadline: `time.monotonic()` after which no run is started and those going are stopped, with their
-        state saved; None: no limit.
+      per_gpu: runs that share a GPU (one runs while another starts); without a GPU, runs side by side.
+      deadline: after this `time.monotonic()` no run is started, and running ones save their state and stop;
+        None: no limit.
 
     Returns:
       the keys without a summary at the end.
@@ -111,7 +111,7 @@ def _run_process(module, key, output, arguments, gpu, per_gpu, deadline) -> None
     if gpu:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / per_gpu:.3f}"
-    # Runs of a study differ in numbers, not in programs: the second run of a program loads it.
+    # Runs of a study often share a program, which the second run loads from this cache.
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str((output / "cache").absolute()))
     command = [sys.executable, "-m", module, "--run", key, "--output", str(output)]
     command += arguments
@@ -160,20 +160,20 @@ def run_one(config: Config, output: pathlib.Path, key: str) -> None:
 
 
 def read_summary(output: pathlib.Path, key: str) -> dict[str, Any] | None:
-    """What `run_one` wrote, or None."""
+    """Returns what `run_one` wrote, or None."""
     with contextlib.suppress(FileNotFoundError):
         return json.loads((output / key / SUMMARY).read_text())
     return None
 
 
 def read_summaries(output: pathlib.Path, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Summaries by key, of the runs that have one."""
+    """Returns the summaries by key, of the runs that have one."""
     found = {key: read_summary(output, key) for key in keys}
     return {key: summary for key, summary in found.items() if summary is not None}
 
 
 def summarize(workdir: pathlib.Path) -> dict[str, Any]:
-    """The curves of a workdir in a few hundred numbers, strict JSON.
+    """Summarizes the curves of a workdir in a few hundred numbers, as strict JSON.
 
     Returns:
       `validation_loss` (the last, nats a token), `validation` [[step, loss], ...], `train` and `grad_norm`

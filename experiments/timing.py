@@ -1,4 +1,4 @@
-"""What the experiments that time programs share: random batches, and the time of a call."""
+"""Makes random batches and times calls, for the experiments that time programs."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ from mhc_jax.train_step import abstract_batch
 
 
 def random_batch(config: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Random tokens of a batch, on the host."""
+    """Returns a batch of random tokens on the host."""
     return {
         name: rng.integers(0, config.model.vocab_size, x.shape, np.int32)
         for name, x in abstract_batch(config).items()
@@ -20,9 +20,9 @@ def random_batch(config: Config, rng: np.random.Generator) -> dict[str, np.ndarr
 
 
 def time_ms(function: Callable, *args, repeats: int, rounds: int) -> float:
-    """Milliseconds of a call among `repeats` that are dispatched without waiting; the median of `rounds`.
+    """Returns milliseconds per call, the median of `rounds` of `repeats` calls without waiting between.
 
-    The function has to be compiled before.
+    The function must already be compiled.
     """
     times = []
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""What a comparison showed, in two sentences computed from its runs."""
+"""Says in two sentences, computed from the runs, what a comparison showed."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from mhc_jax.analysis.runs import NAMES, Arm
 from mhc_jax.analysis.style import short
 from mhc_jax.config import MAY_CHANGE
 
-LAST_STEPS = 20  # one batch is noise: arms differ by less than the batches of neighbouring steps do
+LAST_STEPS = 20  # one batch is noise: arms differ by less than batches of neighbouring steps do
 
 
 class _Group(NamedTuple):
@@ -24,17 +24,17 @@ class _Group(NamedTuple):
 
 
 def verdict(rows: Sequence[Mapping], arms: Sequence[Arm] = ()) -> str:
-    """Losses against residual (else the first arm) with their noise; gains, and how far h_res moved.
+    """Compares losses with residual (else the first arm), then gains and how far h_res moved.
 
     Args:
-      rows: as `experiments.report.summarize` gives them.
-      arms: the runs of the rows, in the same order. Without them nothing is known of noise and seeds.
+      rows: from `experiments.report.summarize`.
+      arms: the runs of the rows, in the same order. Without them noise and seeds are unknown.
 
     Returns:
-      such as "Against residual, in validation loss, HC ends 0.310 ± 0.012 nats lower; mHC ends 0.251 ±
-      0.010 nats lower (±: standard error of the last 20 training losses, paired by step). The largest
-      composite gain is 2879 in HC and 1.70 in mHC; h_res moved by 0.94 in HC and 0.31 in mHC from where
-      it began (Frobenius norm, mean over sublayers)."
+      a text such as "Against residual, in validation loss, HC ends 0.310 ± 0.012 nats lower; mHC ends 0.251
+      ± 0.010 nats lower (±: standard error of the last 20 training losses, paired by step). The largest
+      composite gain is 2879 in HC and 1.70 in mHC; h_res moved by 0.94 in HC and 0.31 in mHC from where it
+      began (Frobenius norm, mean over sublayers)."
     """
     groups = _groups(rows, arms)
     if not groups:
@@ -51,7 +51,7 @@ def _groups(rows: Sequence[Mapping], arms: Sequence[Arm]) -> list[_Group]:
         seed = arm.config.get("seed")
         seed = seed if isinstance(seed, int) else 0
         key = _without_seed(arm.config)
-        if seed in found.get(key, _Group("", {}, {})).rows:  # the same run twice, or without seeds
+        if seed in found.get(key, _Group("", {}, {})).rows:  # the same run twice, or no seeds
             key += str(arm.path)
         group = found.setdefault(key, _Group(row["arm"], {}, {}))
         group.rows[seed], group.arms[seed] = row, arm
@@ -63,14 +63,14 @@ def _groups(rows: Sequence[Mapping], arms: Sequence[Arm]) -> list[_Group]:
 
 
 def _label(group: _Group) -> str:
-    """The connection's name for several seeds, the arm's own name for one."""
+    """Returns the connection's name for several seeds, the arm's own name for one."""
     if len(group.rows) == 1:
         return group.label
     return f"{group.label.split(' (')[0]} ({len(group.rows)} seeds)"
 
 
 def _without_seed(config: Mapping) -> str:
-    """A configuration as text, without seeds and without what does not change the result."""
+    """Returns a configuration as text, without seeds and fields that do not change the result."""
 
     def keep(tree, prefix=""):
         return {
@@ -111,7 +111,7 @@ def _of_one(group: _Group) -> str:
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; nan for that of one value."""
+    """Returns the mean and its standard error, which is nan for one value."""
     values = np.asarray(values, float)
     with np.errstate(invalid="ignore"):
         error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -119,7 +119,7 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _against(group: _Group, baseline: _Group) -> tuple[str, str]:
-    """What is said of one arm, and what its noise is that of."""
+    """Returns the sentence about one arm, and what its noise describes."""
 
     def losses(of):
         found = {seed: row.get("validation_loss") for seed, row in of.rows.items()}
@@ -150,7 +150,7 @@ def _against(group: _Group, baseline: _Group) -> tuple[str, str]:
 
 
 def _batch_noise(group: _Group, baseline: _Group) -> float:
-    """Standard error of the mean difference of the last training losses; batches are mostly the same."""
+    """Returns the standard error of the mean difference of the last training losses."""
     for seed in group.arms.keys() & baseline.arms.keys():
         steps, losses = group.arms[seed].series("train/loss")
         others, reference = baseline.arms[seed].series("train/loss")
@@ -193,10 +193,10 @@ def _and(parts: Sequence[str]) -> str:
 
 
 def h_res_moved(arm: Arm) -> float | None:
-    """||mean h_res(l) - h_res(l) at the start||, Frobenius, mean over sublayers l; of the newest gains.
+    """Returns ||mean h_res(l) - h_res(l) at the start|| (Frobenius), mean over l, of the newest gains.
 
     At the start h_res is the identity (HC), or the projection of logits that are -res_init_gap off the
-    diagonal (mHC). None without readable gains.
+    diagonal (mHC). Returns None without readable gains.
     """
     if not arm.gains:
         return None
@@ -209,7 +209,7 @@ def h_res_moved(arm: Arm) -> float | None:
     model = arm.config["model"]
     off = 0.0
     if arm.connection == "mhc" and model.get("manifold", "birkhoff") == "birkhoff":
-        # Equal rows and columns: one normalisation makes this matrix doubly stochastic.
+        # All rows and columns are alike, so one normalisation makes this matrix doubly stochastic.
         weight = math.exp(-float(model.get("res_init_gap", 8.0)))
         off = weight / (1 + (n - 1) * weight)
     start = (1 - n * off) * np.eye(n) + off

@@ -1,6 +1,6 @@
 """Tokenizes text files once and writes them as ArrayRecord files.
 
-For corpora that are too large to tokenize at each start or to hold in memory. Train with
+Use it for corpora that are too large to tokenize at each start or to hold in memory. Train with
 `source="array_record"`, `path="OUTPUT/*.array_record"` and the same tokenizer and
 validation_fraction; the batches are those of `source="text"` on the same files. The format is
 described in `mhc_jax/data/records.py`.
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
       arguments: command line; None takes the process's own.
 
     Raises:
-      ValueError: no files, unreadable files, a wrong tokenizer, or an output folder in use.
+      ValueError: there are no files, a file cannot be read, the tokenizer is wrong, or the output folder is
+        in use.
     """
     options = parse_arguments(arguments)
     tokenizer = load_tokenizer(options.tokenizer)

@@ -20,9 +20,10 @@ own tokens, and gradients of parameters are summed over the axes that split toke
 """
 
 from kernels_pallas.boundary import boundary, read
+from kernels_pallas.coefficients import coefficients
 from kernels_pallas.dispatch import IMPLEMENTATIONS
 from kernels_pallas.explain import explain
-from kernels_pallas.mappings import coefficients, mappings
+from kernels_pallas.mappings import mappings
 from kernels_pallas.post_res import post_res
 from kernels_pallas.pre import pre
 from kernels_pallas.projection import projection

@@ -113,10 +113,10 @@ class _Function(NamedTuple):
     order: int
 
     @property
-    def layout(self) -> tuple[list[str], list[str]]:
+    def layout(self) -> tuple[tuple, Any]:
         arguments, results = self.definition.layout  # type: ignore[attr-defined]
         for _ in range(self.order):
-            arguments, results = arguments + results, arguments
+            arguments, results = (*arguments, results), arguments
         return arguments, results
 
     def __call__(self, *args):
@@ -129,11 +129,9 @@ class _Function(NamedTuple):
     def _defined(self, *args):
         if not self.order:
             return self.definition(*args, **dict(self.static))
-        lower = self._replace(order=self.order - 1)
-        arguments, results = lower.layout
-        primals, cotangents = args[: len(arguments)], args[len(arguments) :]
-        _, vjp = jax.vjp(lower._defined, *primals)
-        return vjp(cotangents if len(results) > 1 else cotangents[0])
+        *primals, cotangents = args
+        _, vjp = jax.vjp(self._replace(order=self.order - 1)._defined, *primals)
+        return vjp(cotangents)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -147,8 +145,7 @@ def _forward(function, *args):
 
 def _backward(function, args, cotangents):
     derivative = function._replace(order=function.order + 1)
-    cotangents = cotangents if len(function.layout[1]) > 1 else (cotangents,)
-    return tuple(_call(derivative, *args, *cotangents))
+    return _call(derivative, *args, cotangents)
 
 
 _call.defvjp(_forward, _backward)

@@ -4,7 +4,7 @@
 |---|---|---|
 | "xla" | `reference.py` | plain jnp, the definition; runs everywhere |
 | "pallas" | `tpu.py` | Pallas for TPUs |
-| "triton" | `gpu.py` | Triton alone |
+| "triton" | `triton.py` | Triton alone |
 | "cuda" | `cuda.py` | passes over the streams in CUDA C++, the operation's small kernels in Triton |
 
 None takes the best implementation that the platform has for the operation and its arguments, and says so once
@@ -37,7 +37,7 @@ from kernels_pallas import sharding
 from kernels_pallas.platform_guard import require_platform
 
 IMPLEMENTATIONS = ("xla", "pallas", "triton", "cuda")
-_FILES = {"xla": "reference", "pallas": "tpu", "triton": "gpu", "cuda": "cuda"}
+_FILES = {"xla": "reference", "pallas": "tpu", "triton": "triton", "cuda": "cuda"}
 # Kernels by the platform of a device ("gpu") and of a lowering ("cuda"), the best first.
 KERNELS = {"tpu": ("pallas",), "gpu": ("cuda", "triton")}
 _LOWERING = {"tpu": "tpu", "gpu": "cuda"}
@@ -45,7 +45,7 @@ _LEAST_CAPABILITY = 80  # of a GPU, times 10: Ampere. A T4 has 7.5.
 # Operation -> the folder that holds it.
 OPS = {
     "projection": "projection",
-    "coefficients": "mappings",
+    "coefficients": "coefficients",
     "sinkhorn": "sinkhorn",
     "pre": "pre",
     "post_res": "post_res",
@@ -203,7 +203,7 @@ def _too_old(implementation: str) -> str | None:
     """Says why the GPUs of this process cannot run an installed kernel; None if they can, or without one."""
     if implementation not in KERNELS["gpu"]:
         return None
-    capability = importlib.import_module("kernels_pallas.triton_call").capability()
+    capability = importlib.import_module("kernels_pallas.gpu.device").capability()
     if capability < _LEAST_CAPABILITY:
         return (
             f"compute capability {capability / 10}: the GPU kernels need {_LEAST_CAPABILITY / 10}, the first "

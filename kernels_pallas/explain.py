@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from kernels_pallas.boundary import boundary, read
-from kernels_pallas.mappings import coefficients, mappings
+from kernels_pallas.coefficients import coefficients
+from kernels_pallas.mappings import mappings
 from kernels_pallas.post_res import post_res
 from kernels_pallas.pre import pre
 from kernels_pallas.projection import projection

@@ -7,17 +7,13 @@ parameter is.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels_pallas import sharding
-
-
-def _num_trailing(shape: str) -> int:
-    return len(shape.removeprefix("..."))
 
 
 def _axes(x: jax.Array) -> tuple:
@@ -32,29 +28,30 @@ def _explicit_mesh(*arrays: jax.Array | None):
     return next((mesh for mesh in meshes if mesh.explicit_axes), None)
 
 
-def aligned(definition: Callable, **arguments: jax.Array | None) -> tuple[Any, ...]:
+def aligned(definition: Callable, **arguments: Any) -> tuple[Any, ...]:
     """Arguments of an operation as `call_by_type` takes them: tokens split alike, parameters whole.
 
-    Tokens are split as the first argument that is split at all.
+    Tokens are split as the first array that is split at all.
 
     Args:
       definition: the forward function of `reference.py`, with its `layout`.
-      **arguments: by the names that the user knows, in the order of the layout; None: not there.
+      **arguments: in the order of the layout. Arrays by the names that the user knows, or named tuples of
+        arrays whose fields have these names; None: not there.
 
     Raises:
-      ValueError: an argument is split along a dimension other than those of the tokens.
+      ValueError: an array is split along a dimension other than those of the tokens.
     """
-    arrays = tuple(arguments.values())
-    mesh = _explicit_mesh(*arrays)
+    values = tuple(arguments.values())
+    mesh = _explicit_mesh(*jax.tree.leaves(values))
     if mesh is None:
-        return arrays
+        return values
     shapes, _ = definition.layout  # type: ignore[attr-defined]
     tokens = ()
-    for (name, x), shape in zip(arguments.items(), shapes, strict=True):
-        if x is None or not shape.startswith("..."):
+    for name, x, shape in _named(arguments, shapes):
+        if not shape.startswith("..."):
             continue
-        split = _axes(x)
-        lead, rest = split[: x.ndim - _num_trailing(shape)], split[x.ndim - _num_trailing(shape) :]
+        split, dimensions = _axes(x), x.ndim - sharding.num_trailing(shape)
+        lead, rest = split[:dimensions], split[dimensions:]
         if any(rest):
             axes = ", ".join(map(repr, sharding.axis_names(rest)))
             raise ValueError(
@@ -64,7 +61,7 @@ def aligned(definition: Callable, **arguments: jax.Array | None) -> tuple[Any, .
         if any(lead) and not any(tokens):
             tokens = lead
 
-    def place(x, shape):
+    def place(shape, x):
         if x is None:
             return None
         lead = tokens if shape.startswith("...") else ()
@@ -72,7 +69,17 @@ def aligned(definition: Callable, **arguments: jax.Array | None) -> tuple[Any, .
             return x
         return _reshard(x, mesh, lead)
 
-    return tuple(map(place, arrays, shapes))
+    return jax.tree.map(place, shapes, values)
+
+
+def _named(arguments: dict[str, Any], shapes: tuple) -> Iterator[tuple[str, jax.Array, str]]:
+    """Name, array and layout of everything that is there."""
+    for (name, value), shape in zip(arguments.items(), shapes, strict=True):
+        fields, tree = jax.tree_util.tree_flatten_with_path(shape)
+        arrays = tree.flatten_up_to(value)  # type: ignore[attr-defined]
+        for (path, text), x in zip(fields, arrays, strict=True):
+            if x is not None:
+                yield path[-1].name if path else name, x, text
 
 
 def whole(parameter: jax.Array) -> jax.Array:
@@ -126,18 +133,20 @@ def _reshard(x, mesh, lead):
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
-def call_by_type(function: Any, tokens: jax.Array, *args: jax.Array | None):
+def call_by_type(function: Any, *args: Any):
     """Calls `function` per device of the Explicit axes that the types of its arguments name.
 
     Args:
       function: hashable, with a `layout` as `sharding.layout` gives it.
-      tokens, *args: as `aligned` returns them; None stands for a parameter that is not there.
+      *args: as `aligned` returns them, the streams or what else has tokens first; None stands for a parameter
+        that is not there.
     """
+    tokens = jax.tree.leaves(args)[0]
     mesh = jax.typeof(tokens).sharding.mesh
     if not mesh.explicit_axes and not mesh.manual_axes:
-        return function(tokens, *args)
-    lead = _axes(tokens)[: tokens.ndim - _num_trailing(function.layout[0][0])]
-    return _jitted(function, mesh, lead, sharding.current())(tokens, *args)
+        return function(*args)
+    lead = _axes(tokens)[: len(sharding.lead_of(function.layout[0], args))]
+    return _jitted(function, mesh, lead, sharding.current())(*args)
 
 
 @functools.cache

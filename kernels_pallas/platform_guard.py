@@ -20,10 +20,11 @@ def require_platform(op: str, implementation: str, args: tuple) -> tuple:
     Raises:
       NotImplementedError: when the program is lowered for another platform, unless kernels are interpreted.
     """
-    first, *rest = args
+    (first, *rest), tree = jax.tree.flatten(args)
     if not first.size or _interpreted(implementation):  # no tokens, no kernel
         return args
-    return _require_p.bind(first, op=op, implementation=implementation), *rest
+    first = _require_p.bind(first, op=op, implementation=implementation)
+    return jax.tree.unflatten(tree, (first, *rest))
 
 
 def _interpreted(implementation: str) -> bool:
@@ -34,7 +35,7 @@ def _interpreted(implementation: str) -> bool:
         setting = getattr(config, "pallas_tpu_interpret_mode_context_manager", None)
         return setting is None or bool(setting.value)
     # Not at the top: triton may not be installed. Here its kernels have been found.
-    from kernels_pallas.triton_call import INTERPRET
+    from kernels_pallas.gpu.device import INTERPRET
 
     return INTERPRET
 

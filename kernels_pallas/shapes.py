@@ -96,6 +96,17 @@ def check_layer_output(streams: jax.Array, layer_output: jax.Array, width: int) 
         )
 
 
+def check_update(
+    streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, h_res: jax.Array, n: int
+) -> None:
+    """Checks what is written to streams `[..., n*C]`; raises as `check_layer_output` and `check_shape`."""
+    lead, width = streams.shape[:-1], streams.shape[-1] // n
+    check_floating(h_post=h_post, h_res=h_res)
+    check_layer_output(streams, layer_output, width)
+    check_shape("h_post", h_post, (*lead, n))
+    check_shape("h_res", h_res, (*lead, n, n))
+
+
 def check_phi(streams: jax.Array, phi: jax.Array, num_columns: int | None = None) -> None:
     """Raises ValueError unless `phi` has a row for each entry of a token, and `num_columns` columns."""
     columns = phi.shape[1:] if num_columns is None else (num_columns,)
@@ -106,6 +117,18 @@ def check_phi(streams: jax.Array, phi: jax.Array, num_columns: int | None = None
             f"streams {streams.shape} and phi {phi.shape} do not fit: the last axis of the streams is n*C, "
             "all streams of a token, and phi has as many rows"
         )
+
+
+def check_kernel_n(n: int) -> None:
+    """Raises NotImplementedError for a number of streams that no kernel takes."""
+    if n not in (2, 4, 8):
+        raise NotImplementedError(f"n={n}: the kernels take n = 2, 4 or 8")
+
+
+def check_kernel_dtype(dtype) -> None:
+    """Raises NotImplementedError for streams that no kernel takes: float64."""
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"{dtype} streams: the kernels take bfloat16 or float32")
 
 
 def check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:

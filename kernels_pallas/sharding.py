@@ -18,7 +18,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
@@ -126,14 +126,18 @@ def divisible(mesh: Mesh | AbstractMesh, axes, lead: tuple[int, ...]):
     )
 
 
-def layout(text: str) -> Callable[[Callable], Callable]:
-    """Decorator: shapes of the arrays that a function of a backend takes and returns, as in an einsum.
+def layout(arguments: Any, results: Any = None) -> Callable[[Callable], Callable]:
+    """Decorator: shapes of the arrays that a function of a backend takes and returns.
 
     `layout("...k, km -> ...m, ...")` says: two arguments, two results. What begins with `...` has the leading
     token axes and is split along them, the rest are parameters, whole on every device, or their gradients,
-    summed over the tokens. A letter is one dimension. The definition (`reference.py`) carries it for all.
+    summed over the tokens. A letter is one dimension. Arguments and results that are named tuples of arrays
+    have named tuples of such texts: `layout(("...k", PARAMETERS), (READ_OUT, SAVED))`. The definition
+    (`reference.py`) carries it for all.
     """
-    arguments, results = (side.strip().split(", ") for side in text.split("->"))
+    if results is None:
+        left, right = (tuple(side.strip().split(", ")) for side in arguments.split("->"))
+        arguments, results = left, right if len(right) > 1 else right[0]
 
     def decorate(function):
         function.layout = arguments, results
@@ -142,18 +146,29 @@ def layout(text: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def lead_of(layout: Any, args: tuple) -> tuple[int, ...]:
+    """The leading token axes: what the first array has before the dimensions that its layout names."""
+    shape = jax.tree.leaves(args)[0].shape
+    return shape[: len(shape) - num_trailing(jax.tree.leaves(layout)[0])]
+
+
+def num_trailing(shape: str) -> int:
+    """Dimensions of a token in an array of this layout."""
+    return len(shape.removeprefix("..."))
+
+
 def on_device(definition: Callable, args: tuple) -> tuple:
     """Shapes and dtypes of `args` (None for what is not there) as `per_device` passes them on.
 
     Args:
       definition: the function of `reference.py` that takes them, with its `layout`.
-      args: arrays.
+      args: arrays, or named tuples of them.
     """
     sharding = current()
     if sharding is None or sharding.mesh.size == 1:
         return args
     shapes, _ = definition.layout  # type: ignore[attr-defined]
-    lead = args[0].shape[: args[0].ndim - len(shapes[0].removeprefix("..."))]
+    lead = lead_of(shapes, args)
     used = divisible(*sharding, lead)
     local = tuple(
         size // math.prod(sharding.mesh.shape[name] for name in axis_names((group,)))
@@ -166,7 +181,7 @@ def on_device(definition: Callable, args: tuple) -> tuple:
             return x
         return jax.ShapeDtypeStruct((*local, *x.shape[len(lead) :]), x.dtype)
 
-    return tuple(map(struct, shapes, args))
+    return jax.tree.map(struct, shapes, args)
 
 
 def per_device(definition: Callable, function: Callable) -> Callable:
@@ -174,17 +189,17 @@ def per_device(definition: Callable, function: Callable) -> Callable:
 
     Args:
       definition: the same function of `reference.py`, with its `layout`.
-      function: of a kernel backend; takes and returns arrays (None for a parameter that is not there).
+      function: of a kernel backend; takes and returns what the layout says (None for a parameter that is not
+        there).
     """
     where = current()
     if where is None or where.mesh.size == 1:
         return function
     arguments, _ = definition.layout  # type: ignore[attr-defined]
-    num_trailing = len(arguments[0].removeprefix("..."))
 
     def call(*args):
-        lead = args[0].shape[: args[0].ndim - num_trailing]
-        return over_mesh(definition, function, where.mesh, divisible(*where, lead))(*args)
+        axes = divisible(*where, lead_of(arguments, args))
+        return over_mesh(definition, function, where.mesh, axes)(*args)
 
     return call
 
@@ -210,19 +225,19 @@ def over_mesh(
     splits_tokens = axis_names(axes)
 
     def specs(shapes):
-        return tuple(PartitionSpec(*axes if s.startswith("...") else ()) for s in shapes)
+        return jax.tree.map(lambda s: PartitionSpec(*axes if s.startswith("...") else ()), shapes)
+
+    def whole(shape, x):
+        if x is None or not splits_tokens or shape.startswith("..."):
+            return x
+        # Over the axes that split tokens only: along the others every device has the same sum.
+        return jax.lax.psum(x, splits_tokens)
 
     def body(*local):
-        outputs = function(*local)
-        outputs = outputs if len(results) > 1 else (outputs,)
-        # Over the axes that split tokens only: along the others every device has the same sum.
-        return tuple(
-            jax.lax.psum(x, splits_tokens) if splits_tokens and not shape.startswith("...") else x
-            for x, shape in zip(outputs, results, strict=True)
-        )
+        return jax.tree.map(whole, results, function(*local))
 
     def call(*args):
-        outputs = jax.shard_map(
+        return jax.shard_map(
             body,
             mesh=mesh,
             in_specs=specs(arguments),
@@ -230,8 +245,7 @@ def over_mesh(
             axis_names=names,
             # Only where a `shard_map` around this one wants to know: JAX's simple interpreter of Pallas, for
             # one, does not say what varies.
-            check_vma=bool(varying_axes(*args)),
+            check_vma=bool(varying_axes(*jax.tree.leaves(args))),
         )(*args)
-        return outputs if len(results) > 1 else outputs[0]
 
     return call

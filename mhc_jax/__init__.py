@@ -31,7 +31,7 @@ __all__ = [
     "expand",
 ]
 
-# Read when asked for: jax takes seconds to import, and `mhc_jax.main` listens to signals before.
+# Each name is imported on first use: jax takes seconds to import, and `mhc_jax.main` handles signals earlier.
 _PLACES = {
     **dict.fromkeys(__all__, "mhc_jax.connections"),
     **dict.fromkeys(("Birkhoff", "Identity", "Manifold"), "mhc_jax.manifolds"),

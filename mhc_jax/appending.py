@@ -1,4 +1,4 @@
-"""Text that grows by whole lines, in a file or in a bucket, where nothing can be appended to an object."""
+"""Appends whole lines to a text in a file or in a bucket, whose objects cannot grow."""
 
 import os
 import time
@@ -8,7 +8,7 @@ from etils import epath
 
 from mhc_jax import paths
 
-# A bucket takes one change of an object a second, and each costs a request.
+# A bucket allows one change of an object a second, and each change costs a request.
 _SECONDS_BETWEEN_UPLOADS = 30.0
 
 
@@ -16,17 +16,17 @@ class Lines(Protocol):
     """Where lines go."""
 
     def write(self, text: str) -> None:
-        """Appends text; in a file it is there at once, also after a kill."""
+        """Appends text. In a file it is there at once and survives a kill."""
 
     def flush(self) -> None:
-        """Returns when all that was written is there for others."""
+        """Returns when other processes can read all that was written."""
 
     def close(self) -> None:
         """Flushes and ends."""
 
 
 def open_lines(path: epath.Path) -> Lines:
-    """Opens a text for appending; half a line at its end, of a killed run, is kept apart from the next."""
+    """Opens a text for appending. If a killed run left half a line at its end, the next line starts anew."""
     return _BucketLines(path) if paths.is_bucket(path) else _FileLines(path)
 
 
@@ -37,7 +37,7 @@ class _FileLines:
             with open(path, "rb") as file:
                 file.seek(-1, os.SEEK_END)
                 self._cut = file.read() != b"\n"
-        # Unbuffered: after a full disk nothing is left that every later write and the end would try again.
+        # Unbuffered: a buffer that met a full disk would be written again by every later write and by close.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in `close`
 
     def write(self, text: str) -> None:

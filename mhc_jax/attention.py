@@ -16,7 +16,7 @@ from mhc_jax.remat import keep
 
 
 def make_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
-    """The attention that the configuration names, `[B, S, C]` -> `[B, S, C]`.
+    """Returns the attention that the configuration names, `[B, S, C]` -> `[B, S, C]`.
 
     It has two methods beside `__call__`, for generating text: `init_cache(batch_size, length)`, and
     `decode(x, cache, position)` -> (y, cache), the same for tokens `[B, S, C]` that follow on `position`
@@ -64,7 +64,7 @@ class Attention(nnx.Module):
 
 
 class LatentCache(NamedTuple):
-    """What all heads share of past tokens: c `[B, length, kv_rank]` and r `[B, length, rope_dim]`."""
+    """What all heads share about past tokens: c `[B, length, kv_rank]` and r `[B, length, rope_dim]`."""
 
     compressed: jax.Array
     rotated: jax.Array
@@ -95,14 +95,14 @@ class LatentAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         q, q_rotated = self._queries(x, 0)
         c, k_rotated = self._latent(x, 0)
-        # Two products: cutting k and v out of one would copy both, forward and backward.
+        # Two products: cutting k and v out of one product would copy both, forward and backward.
         k, v = (keep(jnp.einsum("bsc,chd->bshd", c, up)) for up in self._kv_up(x.dtype))
         k_rotated = jnp.broadcast_to(k_rotated[:, :, None], q_rotated.shape)
         q, k = (jnp.concatenate(pair, axis=-1) for pair in ((q, q_rotated), (k, k_rotated)))
         return self.out(causal_attention(q, k, v).reshape(*x.shape[:2], -1))
 
     def _queries(self, x, position):
-        """`[B, S, H, D]` and, rotated, `[B, S, H, R]`."""
+        """Returns queries `[B, S, H, D]` and their rotated part `[B, S, H, R]`."""
         q = self.q(x).reshape(*x.shape[:2], self.num_heads, -1)
         q, rotated = jnp.split(q, (self.head_dim,), axis=-1)
         return q, rope(rotated, theta=self.rope_theta, offset=position)
@@ -113,7 +113,7 @@ class LatentAttention(nnx.Module):
         return LatentCache(self.kv_norm(compressed), rotated)
 
     def _kv_up(self, dtype):
-        """kv_up's columns for keys and for values, each `[kv_rank, H, D]`."""
+        """Returns kv_up's columns for keys and for values, each `[kv_rank, H, D]`."""
         kernel = whole(self.kv_up.kernel[...]).astype(dtype)
         kernel = kernel.reshape(kernel.shape[0], self.num_heads, 2, self.head_dim)
         return [part[:, :, 0] for part in jnp.split(kernel, 2, axis=2)]
@@ -125,9 +125,9 @@ class LatentAttention(nnx.Module):
     def decode(
         self, x: jax.Array, cache: LatentCache, position: jax.Array
     ) -> tuple[jax.Array, LatentCache]:
-        """kv_up is absorbed: queries go into the compressed space, and what they mix comes out of it.
+        """Attends in the compressed space: queries are mapped into it, and the result is mapped out of it.
 
-        The past is then read as it is stored, kv_rank + R entries a token for all heads.
+        So kv_up never expands the past, which is read as stored: kv_rank + R entries a token for all heads.
         """
         q, q_rotated = self._queries(x, position)
         cache = LatentCache(
@@ -145,12 +145,12 @@ class LatentAttention(nnx.Module):
 
 
 def _write(cache: jax.Array, rows: jax.Array, position: jax.Array) -> jax.Array:
-    """`rows` of new tokens into the cache, from `position` on."""
+    """Writes the `rows` of new tokens into the cache, from `position` on."""
     return jax.lax.dynamic_update_slice_in_dim(cache, rows.astype(cache.dtype), position, axis=1)
 
 
 def _causal_softmax(scores: jax.Array, position: jax.Array) -> jax.Array:
-    """Over the keys of `[B, H, S, T]`, query i standing at `position + i`."""
+    """Softmax over the keys of `[B, H, S, T]`; query i stands at `position + i`."""
     query = position + jnp.arange(scores.shape[2], dtype=jnp.int32)
     seen = jnp.arange(scores.shape[3], dtype=jnp.int32)[None, :] <= query[:, None]
     return jax.nn.softmax(scores, where=jnp.broadcast_to(seen, scores.shape), axis=-1)

@@ -1,4 +1,4 @@
-"""Checkpoints of the train state and of the position in the data, through orbax.
+"""Saves and restores the train state and the position in the data, through orbax.
 
 A step's folder holds three items: `state` (the arrays), `data` (the position in the data) and `contents`:
 the run's configuration and checksums of the other two, so that nothing is restored that is not what was
@@ -34,19 +34,19 @@ PROBE = "checkpoints_probe"
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """What failed and why is said once, by `SaveError` or `Damaged`, not for each array and each layer."""
+    """Drops what orbax logs of a failure: `SaveError` or `Damaged` says it once, not for each array."""
     of_orbax = record.exc_info and "orbax" in record.pathname
     return not (of_orbax or "exception was never retrieved" in str(record.msg))
 
 
 def _not_the_loop(unraisable, following) -> None:
-    # Orbax ends its event loop at the first error; what arrives after it has nobody to tell.
+    # Orbax ends its event loop at the first error; later errors have nobody to go to.
     if str(unraisable.exc_value) != "Event loop is closed":
         following(unraisable)
 
 
 def _quiet() -> None:
-    """One error of storage would print a traceback for every array beside the line that counts."""
+    """Silences the tracebacks that one error of storage prints for every array."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)  # a second time it changes nothing
     if getattr(sys.unraisablehook, "func", None) is not _not_the_loop:
@@ -72,7 +72,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The newest checkpoints below `workdir/checkpoints`, one folder a step.
+    """Keeps the newest checkpoints below `workdir/checkpoints`, one folder a step.
 
     Saving is asynchronous: training goes on while files are written; `poll` tells whether it failed, `wait`
     waits for the end. All processes of a run call every method together. What is saved does not depend on
@@ -252,7 +252,7 @@ class Checkpoints:
 
 
 def probe(workdir: epath.PathLike) -> None:
-    """Saves and restores a few numbers in the way of a train state; process 0 alone.
+    """Saves and restores a few numbers as a train state would be; process 0 calls it alone.
 
     Raises:
       ValueError: the file system does not do what checkpoints need, such as to rename a folder.
@@ -291,7 +291,7 @@ def newest_good(
     read: Callable[[int], Any],
     verify: Callable[[int, Any], Any],
 ) -> tuple[int, Any, list[int]]:
-    """The newest checkpoint that is what was saved; damaged ones are named in warnings.
+    """Finds the newest undamaged checkpoint; a warning names each damaged one.
 
     Args:
       folder: of the checkpoints; a run may be writing to it.
@@ -332,12 +332,12 @@ def newest_good(
 
 
 def saved_steps(folder: epath.Path) -> list[int]:
-    """Steps whose checkpoints are complete as far as names tell, in order."""
+    """Returns the steps whose checkpoints are complete as far as names tell, in order."""
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
 
 
 def read_contents(folder: epath.Path) -> dict[str, Any] | None:
-    """The item `contents` of a step's folder: step, configuration and checksums; None if it is older.
+    """Reads the item `contents` of a step's folder: step, configuration, checksums; None if it is older.
 
     Raises:
       Damaged: it is missing, or is not what was saved.
@@ -355,7 +355,7 @@ def read_contents(folder: epath.Path) -> dict[str, Any] | None:
 
 
 def read_position(folder: epath.Path, contents: dict[str, Any] | None) -> Any:
-    """The position in the data in a step's folder.
+    """Reads the position in the data from a step's folder.
 
     Raises:
       Damaged: it is not what was saved.
@@ -367,7 +367,7 @@ def read_position(folder: epath.Path, contents: dict[str, Any] | None) -> Any:
 
 
 def check_shapes(folder: epath.Path, wanted: TrainState) -> None:
-    """The shapes of a step's whole state.
+    """Compares the shapes of a step's whole state with those that are wanted.
 
     Raises:
       Refused: an array has another shape than `wanted` says; names the array and the cause.
@@ -395,7 +395,7 @@ def check_shapes(folder: epath.Path, wanted: TrainState) -> None:
 
 
 def read_arrays(folder: epath.Path, wanted: Any) -> Any:
-    """The arrays of the item `state` in a step's folder that `wanted` names, placed as it says.
+    """Reads the arrays of the item `state` that `wanted` names, and places them as it says.
 
     Each process reads for itself: no barrier, at which one that fails would leave the others waiting.
     """
@@ -423,7 +423,7 @@ def _one_error_alone() -> Iterator[None]:
 
 
 def check_arrays(contents: dict[str, Any] | None, arrays: Any) -> None:
-    """All processes together.
+    """Compares restored arrays with their checksums; all processes call it together.
 
     Raises:
       Damaged: an array is not what was saved; names it.
@@ -439,13 +439,13 @@ def check_arrays(contents: dict[str, Any] | None, arrays: Any) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
+    """Returns the kind and the first line of an error."""
     text = next((line for line in map(str.strip, str(error).splitlines()) if line), "")
     return f"{type(error).__name__}: {text}"[:300]
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Orbax takes no relative paths; one in a bucket is absolute."""
+    """Makes a path absolute, since orbax takes no relative ones; one in a bucket is absolute already."""
     path = epath.Path(path)
     return path if paths.is_bucket(path) else epath.Path(os.path.abspath(path))
 

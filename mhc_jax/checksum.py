@@ -1,4 +1,4 @@
-"""Checksums of arrays, made where the arrays lie, and of JSON values."""
+"""Computes checksums of arrays, on the devices that hold them, and of JSON values."""
 
 import functools
 import hashlib
@@ -11,12 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def of_arrays(tree: Any) -> dict[str, int]:
-    """Checksum of each array of a tree, by its path such as "params/blocks/ffn/gate".
+    """Returns the checksum of each array of a tree, by its path, such as "params/blocks/ffn/gate".
 
     The checksum is the sum over all elements, modulo 2^32, of a hash of the element's bits and its index in
-    the whole array. So it is a sum over shards too: the same on any mesh and with any number of processes,
-    and made on the devices, which send one number an array. One changed element, whatever its bits, is
-    always seen, since the hash is a permutation of the bits; a change of several passes once in 2^32.
+    the whole array. So shards can be summed apart: the result is the same on any mesh and with any number
+    of processes, and devices send one number per array. A change of one element is always seen, since the
+    hash is a permutation of the bits. A change of several elements goes unseen once in 2^32.
 
     Args:
       tree: of real arrays on one device or on one mesh. All processes that have a part of them call this
@@ -31,12 +31,12 @@ def of_arrays(tree: Any) -> dict[str, int]:
 
 
 def of_json(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
+    """Returns the SHA-256 of a JSON value; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def name(path: tuple) -> str:
-    """A tree's path as text: "opt_state/1/0/mu/embedding"; the keys of a stored list are text too."""
+    """Returns a tree's path as text: "opt_state/1/0/mu/embedding"; the keys of a stored list are text too."""
     return "/".join(
         str(next(getattr(key, k) for k in ("key", "name", "idx") if hasattr(key, k)))
         for key in path
@@ -73,8 +73,8 @@ def _bits(x: jax.Array) -> jax.Array:
 def _mix(x: jax.Array) -> jax.Array:
     """A permutation of the 32-bit integers in which every bit depends on all (C. Wellons, "lowbias32").
 
-    A plain product with the index would not do: modulo 2^32 the highest bit, a float's sign, gives the same
-    term at every place, so that two flipped signs cancel.
+    A plain product with the index is not enough: modulo 2^32 the highest bit, a float's sign, adds the same
+    term at every place, so two flipped signs would cancel.
     """
     x ^= x >> 16
     x *= jnp.uint32(0x7FEB352D)

@@ -1,4 +1,4 @@
-"""What the commands share: their config file, and one line for what is wrong on the command line.
+"""Loads the config of a command and reports a wrong command line in one line.
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
 
@@ -25,12 +25,12 @@ CLONE = (
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """`absl.app.run` that says what is wrong on the command line in one line and ends with code 1."""
+    """Runs `absl.app.run`; a wrong command line gives one line and exit code 1."""
     app.run(_without_arguments(main), flags_parser=_parse_flags)
 
 
 def load_config(flag: flags.FlagHolder) -> Config:
-    """The config of a flag of `DEFINE_config_file`; ends the program if there is none or it is wrong."""
+    """Returns the config of a `DEFINE_config_file` flag; ends the program if it is missing or wrong."""
     if flag.value is None:
         sys.exit(f"--{flag.name} is missing: give a file, as in --{flag.name}=configs/mhc.py")
     try:
@@ -82,7 +82,7 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) ->
         sys.exit(f"bad --config: it imports {error.name}, and {CLONE}")
     except flags.Error as error:
         sys.exit(f"bad flags: {_one_line(error)}")
-    except (AttributeError, KeyError) as error:  # how ml_collections says it
+    except (AttributeError, KeyError) as error:  # the wording of ml_collections
         text = _one_line(error)
         name = (re.findall(r"[\"'](\w+)[\"']", text) or [""])[-1]
         given = next(
@@ -96,8 +96,8 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) ->
 
 
 def _one_line(error: Exception) -> str:
-    # ml_collections wraps the KeyError of an unknown field, message and all, and puts the traceback of an
-    # error inside of the config file into the message.
+    # ml_collections wraps the KeyError of an unknown field, and puts the whole traceback of an error in the
+    # config file into its message.
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     text = str(error.args[0]) if error.args else type(error).__name__

@@ -1,6 +1,6 @@
 """Frozen settings. Every field is required here: defaults live in `configs/default.py` alone.
 
-Below `config.py` nothing sees a ConfigDict, so that a misspelt or missing field fails at once.
+The library works on these dataclasses, never on a ConfigDict, so a misspelt or missing field fails at once.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def _one_of(name: str, value: Any, choices: typing.Iterable[Any]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Decoder and its connection; what each field means stands in `configs/default.py`."""
+    """Decoder and its connection; `configs/default.py` explains each field."""
 
     vocab_size: int
     num_blocks: int
@@ -126,7 +126,7 @@ class ModelConfig:
             )
 
     def _resolve_alpha(self):
-        """Puts the number for "auto", so that a run's config.json holds what it started from."""
+        """Replaces "auto" by its number, so that a run's config.json holds what it started from."""
         if self.connection == "hc":
             alpha = hc_alpha(self.alpha_init)
         else:
@@ -146,12 +146,12 @@ class ModelConfig:
 
     @property
     def leading_ffn_width(self) -> int:
-        """Hidden entries of the FFN of a leading dense block: as many as a token uses in the others."""
+        """Hidden entries of a leading dense block's FFN: as many as one token uses in the other blocks."""
         return (self.experts_per_token + self.shared_experts) * self.expert_width
 
     @property
     def streams(self) -> int:
-        """Streams of the residual state: n, or 1 for the residual connection."""
+        """Number of streams: n, or 1 for the residual connection."""
         return 1 if self.connection == "residual" else self.n
 
     @property
@@ -182,7 +182,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; one axis may be -1, all devices that the others leave."""
+    """Devices along each axis of the mesh; one axis may be -1 and then takes all devices that are left."""
 
     pipe: int
     data: int
@@ -245,9 +245,9 @@ class Config:
             )
 
 
-# Fields that say where and how a run is computed and what is written about it, not what is learned;
-# beginnings of dotted names. The text behind `data.path` and `data.tokenizer` may not change: the position in
-# the data has a hash of its tokens.
+# These fields (beginnings of dotted names) say where and how a run is computed and what it writes, not what
+# it learns. The paths of text and tokenizer may change, their content may not: the saved position in the
+# data includes a hash of the tokens.
 MAY_CHANGE = (
     "log_every",
     "eval_every",
@@ -270,19 +270,19 @@ MAY_CHANGE = (
 )
 
 
-# Policies that older config.json do not have.
+# Older config.json files lack these policies.
 _LATER = ("on_failed_save", "on_non_finite", "on_corrupt_data")
 
 
 def from_workdir(values: Mapping[str, Any]) -> Config:
-    """The configuration in a config.json, also one from before some of the fields existed.
+    """Reads the configuration of a config.json, also of one that is older than some fields.
 
     Raises:
       ValueError, TypeError: as `from_dict`.
     """
     values = {**dict.fromkeys(_LATER, "stop"), "pipe_schedule": "1f1b", **values}
     if isinstance(values.get("model"), Mapping):
-        # Before there was the field, blocks were always scanned.
+        # Before this field existed, blocks were always scanned.
         values = {**values, "model": {"scan_blocks": True, **values["model"]}}
     if isinstance(values.get("mesh"), Mapping):
         values = {**values, "mesh": {"pipe": 1, **values["mesh"]}}

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import kernels_pallas as kernels
+from kernels_pallas.conventions import check_eps
 from kernels_pallas.placement import whole
 from kernels_pallas.precision import wide_dtype
 from kernels_pallas.projection import check_phi_precision
@@ -35,7 +36,7 @@ from mhc_jax.manifolds import Birkhoff, Manifold
 
 
 class Mappings(NamedTuple):
-    """Mappings of one sublayer that `post` needs; both None for `Residual`.
+    """The mappings of one sublayer that `post` needs; both None for `Residual`.
 
     Attributes:
       h_post: `[..., n]` float32, the write mapping.
@@ -47,11 +48,11 @@ class Mappings(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """The write of a sublayer that the next one has still to do: `post(*pending)`.
+    """A write that the next sublayer still has to do: `post(*pending)`.
 
     Attributes:
       streams: `[..., n*C]`, as the sublayer read them.
-      layer_output: `[..., C]`, output of its F; None: there is nothing to write.
+      layer_output: `[..., C]`, output of its F; None if there is nothing to write.
       mappings: its `Mappings`; None without a layer output.
     """
 
@@ -73,7 +74,7 @@ class Connection(nnx.Module):
     n: int
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
-        """Reads the layer input `[..., C]` and the mappings that `post` needs."""
+        """Returns the layer input `[..., C]` and the mappings that `post` needs."""
         raise NotImplementedError
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
@@ -83,10 +84,9 @@ class Connection(nnx.Module):
     def read(
         self, streams: jax.Array, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
-        """As `pre`, but returns the streams too, and with `norm` the layer input after it.
+        """Like `pre`, but also returns the streams; with `norm`, the layer input is normalised by it.
 
-        What follows should use the returned streams: mHC then sums all cotangents of the streams in one
-        pass.
+        Use the returned streams from there on: mHC then sums all cotangents of the streams in one pass.
 
         Returns:
           streams `[..., n*C]`, layer input `[..., C]` and mappings.
@@ -103,10 +103,11 @@ class Connection(nnx.Module):
         return self.read(self.post(*pending), norm)
 
     def start(self, streams: jax.Array) -> Pending:
-        """A pending update that leaves `streams` as they are: how a scan over sublayers begins."""
+        """Returns a pending update that changes nothing; a scan over sublayers begins with it."""
         n, width = self.n, check_streams(streams, self.n)
         dtype = wide_dtype(streams.dtype)
-        # Made from the streams, they live where the streams do: a scan wants the types of its own results.
+        # They are computed from the streams so that they have the streams' sharding: the carry of a scan
+        # must have the types of its results.
         h_post = jnp.zeros_like(streams[..., :n], dtype)
         identity = jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*h_post.shape, n))
         return Pending(
@@ -116,7 +117,7 @@ class Connection(nnx.Module):
         )
 
     def __call__(self, streams: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """One sublayer around any callable `[..., C]` -> `[..., C]`, its pre-norm inside (Eq. 3)."""
+        """Runs one sublayer (Eq. 3) around any callable `[..., C]` -> `[..., C]` with its own pre-norm."""
         streams, layer_input, mappings = self.read(streams)
         with _no_linen_modules_inside():
             layer_output = layer(layer_input)
@@ -127,7 +128,7 @@ class Residual(Connection):
     """x + F(x) (Eq. 1): one stream, no parameters.
 
     Args:
-      rngs: not used, for modules and bridges that pass it to everything.
+      rngs: not used; accepted because modules and bridges pass it to every layer.
     """
 
     def __init__(self, *, rngs: nnx.Rngs | None = None):
@@ -149,7 +150,7 @@ class Residual(Connection):
 
 
 class _WideConnection(Connection):
-    """Hyper-connections of either kind: `post` is the same weighted write."""
+    """What HC and mHC share: `post` is the same weighted write."""
 
     width: int
     implementation: str | None
@@ -264,11 +265,16 @@ class ManifoldHyperConnections(_WideConnection):
     summing to 1: the network then equals the residual one, and the streams still differ in what they
     read. (With symmetric mappings and phi = 0 they would stay identical for ever.)
 
+    Weights of other implementations (`mhc_jax.interop`) need their eps: those of DeepSeek-V4
+
+        ManifoldHyperConnections(C, 4, manifold=Birkhoff(eps=1e-6), pre_eps=1e-6, norm_eps=1e-6)
+
     Args:
       width: C.
       n: number of streams, at least 1. With n = 1 the identity path of the residual connection is back.
       sublayer_index: position among the attention and FFN sublayers, from 0; may be traced.
-      manifold: the constraint on h_res.
+      manifold: the constraint on h_res; an instance, such as `Birkhoff(num_iterations=20)`.
+      pre_eps: added to h_pre behind the sigmoid.
       alpha_init: gating factors at the start (Table 5: 0.01), or "auto": by n and width, see
         `mhc_jax.initialisation`.
       pre_init_gap: the read mapping starts at sigmoid(-gap) for the streams that are not read.
@@ -279,7 +285,8 @@ class ManifoldHyperConnections(_WideConnection):
       rngs: not used, since no parameter starts from random numbers.
 
     Raises:
-      ValueError: width < 1, n < 1, or so many streams that h_pre cannot sum to 1 at this gap.
+      ValueError: width < 1, n < 1, a negative pre_eps, or so many streams that h_pre cannot sum to 1 at this
+        gap.
     """
 
     def __init__(
@@ -289,6 +296,7 @@ class ManifoldHyperConnections(_WideConnection):
         *,
         sublayer_index: int | jax.Array = 0,
         manifold: Manifold | None = None,
+        pre_eps: float = 0.0,
         alpha_init: float | str = "auto",
         pre_init_gap: float = 4.0,
         res_init_gap: float = 8.0,
@@ -303,6 +311,7 @@ class ManifoldHyperConnections(_WideConnection):
         self.width = width
         self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
         self.phi_precision = phi_precision
+        self.pre_eps = check_eps("pre_eps", pre_eps)
         expect(self)
         self.manifold = Birkhoff() if manifold is None else manifold
         if isinstance(self.manifold, type):
@@ -322,7 +331,7 @@ class ManifoldHyperConnections(_WideConnection):
 
     @property
     def _fused(self) -> bool:
-        """Whether the kernels know the manifold; a subclass of Birkhoff may project otherwise."""
+        """Whether the kernels compute this manifold; a subclass of Birkhoff may project differently."""
         return type(self.manifold) is Birkhoff
 
     def read(
@@ -355,13 +364,16 @@ class ManifoldHyperConnections(_WideConnection):
         return layer_input, Mappings(h_post, report(self, h_res, streams))
 
     def _arguments(self, norm: RMSNorm | None) -> dict:
-        """What the fused operations need beside the streams."""
+        """Returns what the fused operations need beside the streams."""
         return {
             "phi": self.phi[...],
             "bias": self.bias[...],
             "alpha": self.alpha[...],
             "n": self.n,
             "num_iterations": self.manifold.num_iterations,
+            "sinkhorn_eps": self.manifold.eps,
+            "last": self.manifold.last,
+            "pre_eps": self.pre_eps,
             "norm_eps": self.norm_eps,
             "phi_precision": self.phi_precision,
             "input_norm_weight": None if norm is None else norm.scale[...],
@@ -384,12 +396,15 @@ class ManifoldHyperConnections(_WideConnection):
             gate * part + jnp.broadcast_to(static, part.shape)
             for gate, part, static in zip(whole(self.alpha[...]).astype(s.dtype), parts, statics)
         )
-        return jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), self.manifold.project(res, n)
+        h_pre = jax.nn.sigmoid(pre)
+        if self.pre_eps:
+            h_pre = h_pre + self.pre_eps
+        return h_pre, 2 * jax.nn.sigmoid(post), self.manifold.project(res, n)
 
 
 @contextlib.contextmanager
 def _no_linen_modules_inside() -> Iterator[None]:
-    """Raises where a layer makes Linen modules inside of a connection that Linen called through the bridge.
+    """Raises ValueError if a layer makes Linen modules inside a connection that the bridge called.
 
     They would become parameters of the bridge's module, and `apply` would not find them in ours.
     """
@@ -410,7 +425,7 @@ def _no_linen_modules_inside() -> Iterator[None]:
 
 
 def _initial_read_logits(n: int, gap: float, sublayer_index: int | jax.Array) -> jax.Array:
-    """`[n]` logits of h_pre: -gap but for one stream, whose logit makes the sigmoids sum to 1."""
+    """Returns the `[n]` logits of h_pre: all -gap but one, which makes the sigmoids sum to 1."""
     read = read_logit(n, gap)
     logits = jnp.where(jnp.arange(n) == sublayer_index % n, read, -gap)
     return logits.astype(jnp.float32)

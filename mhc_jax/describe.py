@@ -1,4 +1,4 @@
-"""How many parameters a configuration has, by part, counted without allocating any."""
+"""Counts the parameters of a configuration by part, without allocating any."""
 
 import functools
 import math
@@ -13,17 +13,18 @@ from mhc_jax.train_step import init_params
 
 
 class Count(NamedTuple):
-    """Parameters of one part: all, and those that one token uses."""
+    """Number of parameters of one part: all of them, and those that one token uses."""
 
     total: int
     active: int
 
 
 def count_parameters(config: ModelConfig) -> dict[str, Count]:
-    """Parameters of each part; parts that the model does not have are left out.
+    """Counts the parameters of each part; parts that the model does not have are left out.
 
-    A token uses all but the embedding (it looks one row up; an embedding that also unembeds counts) and the
-    experts it does not choose. What is not a parameter (the balance bias) does not count.
+    A token uses all parameters except the experts it does not choose and the embedding, of which it looks
+    up one row (an embedding that also unembeds counts). The balance bias is no parameter and does not
+    count.
     """
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     totals = dict.fromkeys(PARTS, 0)
@@ -41,12 +42,12 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
 
 
 def sums(counts: dict[str, Count]) -> Count:
-    """Parameters of the whole model."""
+    """Sums the parts to those of the whole model."""
     return Count(*(sum(column) for column in zip(*counts.values())))
 
 
 def describe(config: Config) -> str:
-    """A table of the parameters by part, and what the run would train on."""
+    """Returns a table of the parameters by part, and what the run would train on."""
     model = config.model
     counts = count_parameters(model)
     lines = [f"{'part':<18}{'parameters':>18}{'active':>18}"]

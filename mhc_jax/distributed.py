@@ -1,4 +1,4 @@
-"""Several processes, one run: how they find each other and how they agree."""
+"""Connects the processes of one run and lets them agree."""
 
 import contextlib
 import logging
@@ -14,23 +14,23 @@ from jax.experimental import multihost_utils
 _log = logging.getLogger(__name__)
 
 
-# What launchers set, and jax reads, where it is said how many processes there are.
+# Variables in which launchers give the number of processes; jax reads them too.
 _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _LAUNCHERS = ("SLURM_", "OMPI_", "JAX_COORDINATOR")
 
 
-# Seconds that processes wait for each other. jax's own limit, at which its runtime aborts the process with
-# pages of stacks, lies far behind it.
+# Seconds that processes wait for each other. jax's own limit is far longer, and at that limit its runtime
+# aborts the process with pages of stack traces.
 PATIENCE = 300.0
 _JAX_PATIENCE = 10**6
 
 
 class NotConnected(RuntimeError):
-    """The processes of a run did not find each other; the message says the cause and the way out."""
+    """The processes of a run did not find each other; the message names the cause and the fix."""
 
 
 def waiting_for(num_processes: int | None = None) -> str:
-    """What `start` waits for, for the log; `num_processes` as given to it."""
+    """Returns a text for the log that says what `start` waits for; `num_processes` as given to it."""
     if num_processes == 1:
         return "looking for devices"
     if num_processes is not None:
@@ -44,7 +44,7 @@ def waiting_for(num_processes: int | None = None) -> str:
 
 
 def patience() -> Callable[[], None]:
-    """Returns what to ask while `start` waits in another thread: raises NotConnected when the time is up."""
+    """Returns a function to call while `start` waits in another thread; it raises NotConnected at last."""
     end = time.monotonic() + PATIENCE
 
     def ask():
@@ -62,8 +62,8 @@ _connected = threading.Event()
 def _one_line() -> Iterator[None]:
     try:
         yield
-    # Of jax's look at the environment: KeyError of a variable, ValueError of a number, RuntimeError of the
-    # address or of the time that is up.
+    # jax raises KeyError for a missing variable, ValueError for a bad number, and RuntimeError for a bad
+    # address or a timeout.
     except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
         if isinstance(error, KeyError):
             cause = f"the environment variable {error} is missing"
@@ -87,15 +87,15 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Connects the processes of a run; has to come before anything asks for devices.
+    """Connects the processes of a run. Call it before anything asks for devices.
 
-    Without arguments jax looks for a cluster that it knows (TPU slice, GKE, SLURM, Open MPI, Kubernetes) and
-    a process that finds none runs alone.
+    Without arguments jax looks for a cluster that it knows (TPU slice, GKE, SLURM, Open MPI, Kubernetes). A
+    process that finds none runs alone.
 
     Args:
       coordinator_address: "host:port" of process 0, reachable from all.
       num_processes: how many there are; 1: alone, without a look for a cluster.
-      process_id: number of this one, from 0.
+      process_id: number of this process, from 0.
 
     Raises:
       ValueError: some of the three are missing, or the id is not below the number.
@@ -145,7 +145,7 @@ def barrier(name: str) -> None:
 
 
 def first_error(error: str | None) -> str | None:
-    """Of what went wrong on any process (None: nothing) the first; all processes get the same answer."""
+    """Returns the first error of any process, None if there is none; all processes get the same answer."""
     if jax.process_count() == 1:
         return error
     size = 1000
@@ -176,7 +176,7 @@ def on_first(function: Callable[[], None]) -> None:
 
 
 def from_first(numbers: Sequence[int]) -> list[int]:
-    """The integers that process 0 has."""
+    """Returns the integers of process 0 on all processes."""
     if jax.process_count() == 1:
         return list(numbers)
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))

@@ -1,19 +1,19 @@
-"""SIGTERM before a run has begun. Imports nothing that takes long, since it is there for the imports too."""
+"""Handles SIGTERM before a run has begun, even during imports; so this module imports nothing slow."""
 
 import os
 import signal
 import sys
 
-# EX_TEMPFAIL: a scheduler may start the same command again; after other errors it may not.
+# EX_TEMPFAIL: tells a scheduler to start the same command again. Other codes mean that it must not.
 TRY_AGAIN = 75
 
 
 def install() -> None:
-    """SIGTERM ends the program at once with `TRY_AGAIN`: nothing has been computed that could be lost."""
+    """Lets SIGTERM end the program at once with `TRY_AGAIN`, since nothing can be lost yet."""
     signal.signal(signal.SIGTERM, _end)
 
 
 def _end(number, frame) -> None:
-    # Not through SystemExit, which a package that is being imported may catch.
+    # SystemExit would not do: a package that is being imported may catch it.
     os.write(sys.stderr.fileno(), b"Interrupted: stopped before the run began, run again\n")
     os._exit(TRY_AGAIN)

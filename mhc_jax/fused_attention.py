@@ -1,12 +1,12 @@
-"""Causal softmax attention by the fused kernel of each platform's library, on one device or over a mesh.
+"""Runs causal softmax attention with each platform's fused kernel, on one device or over a mesh.
 
 GPU: cuDNN through `jax.nn.dot_product_attention`. TPU: splash attention of `jax.experimental.pallas`.
-Elsewhere, and where the kernels do not take the sizes, the unfused one of `jax.nn`.
+Other platforms, and sizes that the kernels refuse, use the unfused one of `jax.nn`.
 
 Under `kernels_pallas.sharding.token_sharding` it runs in `shard_map`: sequences split by their axes, heads
-over `tensor`. If the length of a sequence is split, its axis changes over to the heads as well (an
-all-to-all: each device then has whole sequences of fewer heads, and causality leaves none idle). Where the
-heads do not divide, keys and values are gathered instead.
+over `tensor`. If the sequence length is split, an all-to-all splits heads over that axis instead: each
+device then has whole sequences of fewer heads, and the causal mask leaves no device idle. If the heads do
+not divide, keys and values are gathered instead.
 """
 
 import functools
@@ -23,9 +23,9 @@ from kernels_pallas import placement, sharding
 from kernels_pallas.varying import varying_axes
 from mhc_jax.remat import KEEP_NAME
 
-# On Hopper GPUs cuDNN takes values narrower than keys as they are, but only a function that JAX keeps to
-# itself asks it to (`unpadded_cudnn`): 3.0 ms forward and backward instead of 4.4 (H200, 4 x 4096 tokens, 16
-# heads of 192 and 128). False: values are padded with zeros for the public function.
+# On Hopper GPUs cuDNN takes values narrower than keys as they are, but only through a private function of
+# JAX (`unpadded_cudnn`): 3.0 ms forward and backward instead of 4.4 (H200, 4 x 4096 tokens, 16 heads of 192
+# and 128). False pads values with zeros for the public function.
 UNPADDED_VALUES = True
 
 # Queries and keys of a tile of the TPU kernel: larger ones reuse a tile more often, and 512 with heads of 192
@@ -57,7 +57,7 @@ def _causal_attention(q, k, v):
         fused = _fused(device, q, v)
         if fused is None:
             return _unfused(q, k, v)
-        # A program may be traced on one platform and lowered for another.
+        # A program may be traced on one platform and lowered for another one.
         platform = {"gpu": "cuda"}.get(device.platform, device.platform)
         return jax.lax.platform_dependent(q, k, v, default=_unfused, **{platform: fused})
     mesh = active.mesh
@@ -102,25 +102,25 @@ def _unfused(q, k, v, *, offset=None):
         query = offset + jnp.arange(q.shape[1], dtype=jnp.int32)
         mask = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :] <= query[:, None]
         options = {"mask": mask[None, None]}
-    # It adds float32 to bfloat16, which a program of strict promotion would refuse.
+    # `jax.nn` adds float32 to bfloat16, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
         out = jax.nn.dot_product_attention(q, k, padded, **options)
     return out[..., : v.shape[-1]]
 
 
 def _pad(v, width):
-    """Zeros up to `width`: `jax.nn` wants values as wide as keys."""
+    """Pads with zeros to `width`, since `jax.nn` wants values as wide as keys."""
     return jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, width - v.shape[-1])))
 
 
 def _fused(device, q, v) -> Callable | None:
-    """The kernel of this device, or None where there is none for these arrays."""
+    """Returns the kernel of this device, or None if it has none for these arrays."""
     if device.platform == "gpu":
         capability = float(device.compute_capability)
         widest = 0 if capability < 8 else 128 if capability < 9 else 256
         takes = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= widest
         return _cudnn if takes else None
-    # Splash attention does not say what varies over the Manual axes of a `shard_map` that asks for it.
+    # Splash attention does not declare what varies over Manual axes, which `shard_map` with check_vma needs.
     if device.platform == "tpu" and not varying_axes(q, v):
         tile = next((t for t in _SPLASH_TILES if q.shape[1] % t == 0), None)
         return tile and functools.partial(_splash, tile=tile)
@@ -133,7 +133,7 @@ def _cudnn(q, k, v):
 
 
 def padded_cudnn(q, k, v):
-    """`causal_attention` by cuDNN through `jax.nn`, which wants values as wide as keys."""
+    """Runs `causal_attention` by cuDNN through `jax.nn`, which wants values as wide as keys."""
     out = jax.nn.dot_product_attention(
         q, k, _pad(v, q.shape[-1]), is_causal=True, implementation="cudnn"
     )
@@ -142,16 +142,16 @@ def padded_cudnn(q, k, v):
 
 @functools.cache
 def unpadded_cudnn() -> Callable | None:
-    """`causal_attention` by cuDNN for values narrower than keys; None where JAX or the GPU has no such thing.
+    """Runs `causal_attention` by cuDNN with values narrower than keys; None if JAX or the GPU cannot.
 
-    The function is private to JAX: whatever another version has changed of it means that there is none.
+    The function is private to JAX. If another version has changed it, there is none.
     """
     try:
         from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
         parameters = inspect.signature(cudnn.dot_product_attention).parameters
         causal = cudnn.MaskType.CAUSAL
-        # As JAX demands for keys and values of different widths.
+        # JAX demands this for keys and values of different widths.
         able = cudnn.check_cudnn_version() >= 91000 and cudnn.check_compute_capability("9.0")
     except (ImportError, AttributeError, TypeError, RuntimeError):  # RuntimeError: no cuDNN
         return None

@@ -1,8 +1,8 @@
-"""Sums over tokens of all that gain magnitudes are made of: what `mhc_jax.gains` divides by the tokens.
+"""Sums over tokens what gain magnitudes are made of; `mhc_jax.gains` divides it by the tokens.
 
-Everything is float32. Composites of unconstrained mappings leave the range of float32, so each is
-kept as mantissa * 2**exponent, one exponent a token, and so are their sums. A gain too large for float32
-comes out as inf, and never as the NaN of inf - inf. Powers of two are exact: in range nothing is rounded
+Everything is float32. Composites of unconstrained mappings leave the range of float32, so each is kept as
+mantissa * 2**exponent with one exponent per token, and so are their sums. A gain too large for float32
+becomes inf, never the NaN of inf - inf. Powers of two are exact, so nothing in range is rounded
 differently.
 """
 
@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# One-sided Jacobi converges quadratically: for n = 4 the last digit stands still after 4 sweeps, for
-# collapsed n = 8 matrices after 8.
+# One-sided Jacobi converges quadratically: the last digit no longer changes after 4 sweeps for n = 4, and
+# after 8 for collapsed n = 8 matrices.
 _JACOBI_SWEEPS = 5
 _JACOBI_SWEEPS_ABOVE_4 = 8
 _TINY = float(np.finfo(np.float32).tiny)
-# Entries of h_res that are analysed at once, 16 MB: beside h_res the analysis needs about ten times that,
-# however many tokens there are.
+# Entries of h_res that are analysed at once, 16 MB. The analysis needs about ten times that beside h_res,
+# whatever the number of tokens.
 _CHUNK = 2**22
-_NOTHING = -(2**20)  # exponent of an empty sum, below every other
+_NOTHING = -(2**20)  # exponent of an empty sum, below all others
 
 
 def _power_of_two(k: jax.Array) -> jax.Array:
@@ -32,7 +32,7 @@ def _power_of_two(k: jax.Array) -> jax.Array:
 
 
 def _rescale(mantissa: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Moves powers of two from mantissa [n, n, T] into exponent [T]: largest |entry| in [1, 2)."""
+    """Moves powers of two from mantissa [n, n, T] into exponent [T]; the largest |entry| is in [1, 2)."""
     peak = jnp.max(jnp.abs(mantissa), axis=(0, 1))
     k = ((lax.bitcast_convert_type(peak, jnp.int32) >> 23) & 0xFF) - 127
     k = jnp.clip(k, -126, 126)  # both 2**k and 2**-k must exist
@@ -51,7 +51,7 @@ class Scaled(NamedTuple):
         return Scaled(here + there, top)
 
     def plain(self) -> jax.Array:
-        """[L, K] float32, overflowing only here."""
+        """Returns value * 2**exponent [L, K] float32, which may overflow only here."""
         # 2**top in three factors: beyond +-378 every normal float32 has become inf or 0 anyway.
         top = jnp.clip(self.exponent, -378, 378)
         third = _power_of_two(top // 3)
@@ -59,12 +59,12 @@ class Scaled(NamedTuple):
 
 
 def _weight(below: jax.Array) -> jax.Array:
-    """2**below for below <= 0; what is 2**126 times smaller than the largest counts as 0."""
+    """Returns 2**below for below <= 0; what is 2**126 times smaller than the largest counts as 0."""
     return jnp.where(below < -126, 0.0, _power_of_two(below))
 
 
 def _scaled_squares(x: jax.Array, over: jax.Array | None = None) -> Scaled:
-    """Squares of x [L, K], or their sum over the last axis of [L, K, T] weighed by `over` [T]."""
+    """Squares x [L, K], or sums the squares of [L, K, T] over T with weights `over` [T]."""
     axes = tuple(range(1, x.ndim))
     _, k = jnp.frexp(jnp.max(jnp.abs(x), axis=axes))
     k = jnp.clip(k, -126, 126)
@@ -116,8 +116,8 @@ class GainSums(NamedTuple):
 def _sum_over_tokens(value: jax.Array, exponent: jax.Array, share: jax.Array) -> Scaled:
     """Sum over T of share [T] * value [L, K, T] * 2**exponent [L, T].
 
-    The tokens share the largest exponent while they are summed, so signed entries cancel as they
-    should where inf - inf would be NaN.
+    The tokens share the largest exponent while they are summed, so large signed entries cancel instead of
+    giving the NaN of inf - inf.
     """
     top = jnp.max(exponent, axis=-1, keepdims=True)
     weight = _weight(exponent - top) * share[None]
@@ -125,12 +125,12 @@ def _sum_over_tokens(value: jax.Array, exponent: jax.Array, share: jax.Array) ->
 
 
 def _amax(matrix: jax.Array, axis: int) -> jax.Array:
-    """Largest |sum over `axis`| of matrix [L, n, n, T]: axis 2 sums rows, 1 columns; [L, 1, T]."""
+    """Returns [L, 1, T], the largest |sum over `axis`| of matrix [L, n, n, T]; axis 2 sums rows."""
     return jnp.max(jnp.abs(jnp.sum(matrix, axis=axis)), axis=1, keepdims=True)
 
 
 def _row_entropy(matrix: jax.Array) -> jax.Array:
-    """Entropy in nats of the rows of matrix [L, n, n, T]: [L, n, T]."""
+    """Returns the entropy in nats of the rows of matrix [L, n, n, T]: [L, n, T]."""
     size = jnp.abs(matrix)
     size = size / jnp.maximum(jnp.max(size, axis=2, keepdims=True), _TINY)
     weight = size / jnp.maximum(jnp.sum(size, axis=2, keepdims=True), _TINY)
@@ -138,7 +138,7 @@ def _row_entropy(matrix: jax.Array) -> jax.Array:
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b per token, [n, n, T]. Not a dot: those round float32 to bfloat16 or TF32 by default."""
+    """Returns a @ b per token, [n, n, T]. A dot would round float32 to bfloat16 or TF32 by default."""
     # n outer products; one jnp.sum over an [n, n, n, T] product took 1.7x the whole analysis on CPU.
     terms = [a[:, j][:, None] * b[j][None] for j in range(a.shape[0])]
     return functools.reduce(jnp.add, terms)
@@ -147,10 +147,10 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 def singular_values(matrix: jax.Array) -> jax.Array:
     """Singular values of many small matrices by one-sided Jacobi rotations.
 
-    Rotates pairs of columns until all are orthogonal; their norms are the singular values. These
-    are exact to about 1e-7 of the largest, where sqrt(eigvalsh(M^T M)) is lost below 3e-4 of it,
-    and collapsed composites live there. Nothing but element-wise work over the tokens, so every
-    platform is quick at it and no token needs to be left out.
+    Rotates pairs of columns until all are orthogonal; their norms are the singular values. They are exact
+    to about 1e-7 of the largest. sqrt(eigvalsh(M^T M)) loses all digits below 3e-4 of it, where the values
+    of collapsed composites lie. All work is element-wise over the tokens, so it is fast on every platform
+    and no token is left out.
 
     Args:
       matrix: [n, n, T] float32, tokens last; finite and not far from 1 in size.
@@ -159,7 +159,7 @@ def singular_values(matrix: jax.Array) -> jax.Array:
       [n, T] float32, descending.
     """
     n = matrix.shape[0]
-    half = (n + 1) // 2  # an odd n plays with a column of zeros
+    half = (n + 1) // 2  # an odd n is paired with a column of zeros
     columns = jnp.pad(jnp.moveaxis(matrix, 1, 0), ((0, 2 * half - n), (0, 0), (0, 0)))
 
     def turn(_, pairs):
@@ -175,8 +175,8 @@ def singular_values(matrix: jax.Array) -> jax.Array:
         a, b = cos * a - sin * b, sin * a + cos * b
         if half == 1:
             return a, b
-        # Round robin: the first column stays, the others move up one seat; in 2 half - 1 turns
-        # each has met each. (All pairs written out compiled in 6 s for n = 8, this in less than 1.)
+        # Round robin: the first column stays, the others move up by one; after 2 half - 1 turns all pairs
+        # have met. (All pairs written out compiled in 6 s for n = 8, this in less than 1.)
         return jnp.concatenate([a[:1], b[:1], a[1:-1]]), jnp.concatenate([b[1:], a[-1:]])
 
     turns = (_JACOBI_SWEEPS if n <= 4 else _JACOBI_SWEEPS_ABOVE_4) * (2 * half - 1)
@@ -186,7 +186,7 @@ def singular_values(matrix: jax.Array) -> jax.Array:
 
 
 def _composites(h_res: jax.Array, reverse: bool) -> tuple[jax.Array, jax.Array]:
-    """Products over depth of h_res [L, n, n, T], as mantissas [L, n, n, T] and exponents [L, T].
+    """Multiplies h_res [L, n, n, T] over depth: mantissas [L, n, n, T] and exponents [L, T].
 
     Entry l is h_res(l) ... h_res(1), or with `reverse` h_res(L) ... h_res(l).
     """
@@ -203,7 +203,7 @@ def _composites(h_res: jax.Array, reverse: bool) -> tuple[jax.Array, jax.Array]:
 
 
 def _sums(h_res: jax.Array, share: jax.Array) -> GainSums:
-    """GainSums of h_res [L, T, n, n]; share [T] is 1 for a token that counts, 0 for one that does not."""
+    """Returns GainSums of h_res [L, T, n, n]; share [T] is 1 for a token that counts, else 0."""
     # Tokens last: they fill the lanes of a TPU, where [T, 4, 4] would be padded 64-fold.
     h_res = jnp.moveaxis(h_res.astype(jnp.float32), 1, -1)
     sublayers, n, _, tokens = h_res.shape
@@ -248,13 +248,13 @@ def _sums(h_res: jax.Array, share: jax.Array) -> GainSums:
 
 
 def tokens_at_once(shape: tuple[int, ...]) -> int:
-    """Of h_res of shape [L, T, n, n]; equal parts."""
+    """Returns how many tokens of h_res [L, T, n, n] are analysed at once, in equal parts."""
     tokens = shape[1]
     return -(-tokens // -(-math.prod(shape) // _CHUNK))
 
 
 def gain_sums(h_res: jax.Array) -> GainSums:
-    """GainSums of h_res [L, T, n, n], a bounded number of tokens at a time."""
+    """Returns GainSums of h_res [L, T, n, n], from a bounded number of tokens at a time."""
     sublayers, tokens, n, _ = h_res.shape
     size = tokens_at_once(h_res.shape)
     chunks = -(-tokens // size)

@@ -2,13 +2,13 @@
 
 A residual mapping `h_res` [n, n] carries the streams forward, x -> h_res x, and its transpose
 carries the gradient back. Its worst forward amplification is the largest absolute row sum, its
-worst backward amplification the largest absolute column sum ("Amax gain magnitude"). Across depth
-it is the product of the mappings that counts, h_res(l) ... h_res(1): the composite.
+worst backward amplification the largest absolute column sum ("Amax gain magnitude"). Over several sublayers
+the product h_res(l) ... h_res(1) counts, the composite.
 
-Amax cannot see collapse: the composite J/n (J is all ones) has gain 1 and has forgotten which
-stream was which. The singular values, the distances to I and J/n, and `stream_cosine` can.
+Amax cannot see collapse: the composite J/n (J is all ones) has gain 1, but all streams are then the same
+mixture. The singular values, the distances to I and J/n, and `stream_cosine` can.
 
-Everything is float32; how sums of exploding composites stay in range is said in `mhc_jax.gain_sums`.
+Everything is float32; `mhc_jax.gain_sums` says how sums of exploding composites stay in range.
 """
 
 import functools
@@ -28,7 +28,7 @@ from mhc_jax.gain_sums import GainSums, gain_sums, tokens_at_once
 
 
 class GainMagnitudes(NamedTuple):
-    """Gains of some tokens; a pytree of float32 arrays. Entry l - 1 belongs to sublayer l.
+    """The gains of some tokens, a pytree of float32 arrays. Entry l - 1 belongs to sublayer l.
 
     The four gains are the paper's: those of each token first, then the mean over tokens.
     `of_mean_matrices` has the other definition.
@@ -74,10 +74,10 @@ class GainMagnitudes(NamedTuple):
     stream_cosine: jax.Array
 
     def of_mean_matrices(self) -> "GainMagnitudes":
-        """With the gains of the token-averaged matrices in place of the token-averaged gains.
+        """Replaces the token-averaged gains by the gains of the token-averaged matrices.
 
-        They are the sums that Fig. 8 writes beside its matrices. What differs in sign between tokens cancels
-        in them, so they are never larger.
+        These are the sums that Fig. 8 writes beside its matrices. They are never larger, since entries of
+        different sign cancel between tokens.
         """
         single, head, tail = (
             np.asarray(matrix, np.float64)  # a row of large float32 has a sum beyond it
@@ -99,7 +99,7 @@ class GainMagnitudes(NamedTuple):
 
 
 def finish(sums: GainSums) -> GainMagnitudes:
-    """The means over the tokens of `sums`; without stream cosines."""
+    """Returns the means over the tokens of `sums`, without stream cosines."""
     n2 = sums.squares.value.shape[-1]
     n, sublayers = round(n2**0.5), len(sums.squares.value)
     single, head, tail, distances = (
@@ -138,7 +138,7 @@ _plus = jax.jit(GainSums.plus)
 
 
 def gain_magnitudes(h_res: Any) -> GainMagnitudes:
-    """Gains, composites and collapse diagnostics of residual mappings (Figs. 3, 7 and 8).
+    """Computes gains, composites and collapse diagnostics of residual mappings (Figs. 3, 7 and 8).
 
     Equivalent, for each token and in exact arithmetic, to
 
@@ -146,7 +146,7 @@ def gain_magnitudes(h_res: Any) -> GainMagnitudes:
         backward = [h[L-1]];  for l in L-2 ... 0: backward.insert(0, backward[0] @ h[l])
         amax_forward = lambda m: abs(m.sum(1)).max();  amax_backward = lambda m: abs(m.sum(0)).max()
 
-    with means over tokens taken last (a composite is averaged, averages are not composed).
+    with means over tokens taken last: composites are averaged, not made from averages.
 
         h_res = np.tile(np.eye(4), (48, 100, 1, 1))  # 48 sublayers, 100 tokens
         assert gain_magnitudes(h_res).composite_forward[-1] == 1
@@ -167,13 +167,13 @@ def gain_magnitudes(h_res: Any) -> GainMagnitudes:
     tokens, size = h_res.shape[1], tokens_at_once(h_res.shape)
     if isinstance(h_res, jax.Array) or size == tokens:
         return _of_tokens(h_res)
-    # Of the host, where it may be larger than the device's memory.
+    # It stays on the host, since it may be larger than the device's memory.
     parts = (_sums_of_tokens(h_res[:, k : k + size]) for k in range(0, tokens, size))
     return finish(functools.reduce(_plus, parts))
 
 
 def as_mappings(h_res: Any) -> jax.Array:
-    """[L, ..., n, n] of any kind of array -> [L, T, n, n]. Raises ValueError as `gain_magnitudes`."""
+    """Reshapes arrays of any kind, [L, ..., n, n], to [L, T, n, n]. Errors as in `gain_magnitudes`."""
     h_res = _as_array(h_res)
     shape = h_res.shape
     if len(shape) < 3 or shape[-1] != shape[-2] or 0 in shape:
@@ -182,7 +182,7 @@ def as_mappings(h_res: Any) -> jax.Array:
 
 
 def _as_array(x: Any) -> jax.Array | np.ndarray:
-    """Real numbers of any kind; float64 and integers of the host become float32."""
+    """Converts real numbers of any kind; float64 and integers on the host become float32."""
     if isinstance(x, list | tuple):
         parts = [_as_array(part) for part in x]
         shapes = {part.shape for part in parts}
@@ -203,7 +203,7 @@ def _as_array(x: Any) -> jax.Array | np.ndarray:
 
 
 def stream_cosine(streams: jax.Array, n: int) -> jax.Array:
-    """Mean cosine between pairs of streams: 1 when all streams of every token point one way.
+    """Returns the mean cosine between pairs of streams: 1 if all streams of every token point the same way.
 
     Args:
       streams: [..., n*C], any float dtype; stream i is `[..., i*C:(i+1)*C]`.
@@ -235,7 +235,7 @@ def stream_cosine(streams: jax.Array, n: int) -> jax.Array:
 
 
 def summary(gains: GainMagnitudes) -> dict[str, float]:
-    """The numbers worth a line in the log: largest gains over the sublayers, and collapse."""
+    """Returns the numbers for the log: largest gains over the sublayers, and collapse."""
     return {
         "gains/single_forward_max": float(np.max(gains.single_forward)),
         "gains/single_backward_max": float(np.max(gains.single_backward)),
@@ -246,9 +246,9 @@ def summary(gains: GainMagnitudes) -> dict[str, float]:
 
 
 def save(path: str | os.PathLike, gains: GainMagnitudes, step: int) -> None:
-    """Writes `gains` and `step` to an .npz at `path`, whole or not at all (rename at the end).
+    """Writes `gains` and `step` to an .npz at `path`, whole or not at all (it is renamed at the end).
 
-    Makes the directory. The file has one array a field of GainMagnitudes, and `step`.
+    Makes the directory. The file has one array for each field of GainMagnitudes, and `step`.
     """
     path = os.fspath(path)
     arrays = {name: np.asarray(value) for name, value in gains._asdict().items()}
@@ -270,8 +270,8 @@ def save(path: str | os.PathLike, gains: GainMagnitudes, step: int) -> None:
 
 
 def remove_unfinished(folder: str | os.PathLike) -> None:
-    """Removes what killed processes left of `save`; nobody else may be writing to the folder."""
-    if not paths.is_bucket(folder):  # where objects appear whole
+    """Removes unfinished files of killed processes; nobody else may be writing to the folder."""
+    if not paths.is_bucket(folder):  # a bucket's objects appear whole
         for path in epath.Path(folder).glob("*.npz.*.unfinished"):
             path.unlink(missing_ok=True)
 
@@ -282,20 +282,21 @@ def load(path: str | os.PathLike) -> tuple[GainMagnitudes, int]:
     Fields that were not stored yet when the file was written are NaN.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is no file of gains, or only a part of one; the message names it.
+      FileNotFoundError: the file does not exist.
+      ValueError: it is not a file of gains, or only part of one; the message names it.
     """
     try:
-        # Opened here: numpy leaves a file that is torn open.
-        with (
-            epath.Path(path).open("rb") as opened,
-            np.load(io.BytesIO(opened.read()), allow_pickle=False) as file,
-        ):
+        # Read here: numpy leaves a file that is torn open, and speaks of pickles where it is none of its own.
+        content = epath.Path(path).read_bytes()
+        if not content.startswith(b"PK"):
+            raise ValueError("it is no .npz archive")
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             found = {name: file[name] for name in GainMagnitudes._fields if name in file}
             step = int(file["step"])
         for name in _LATER_FIELDS - found.keys():
             like = "matrix_single" if name == "matrix_std" else "single_forward"
             found[name] = np.full_like(found[like], np.nan)
+        _check_stored(found)
         return GainMagnitudes(**found), step
     except FileNotFoundError:
         raise
@@ -311,5 +312,18 @@ def load(path: str | os.PathLike) -> tuple[GainMagnitudes, int]:
         raise ValueError(f"{path} is no file of gains, or a part of one: {error}") from error
 
 
-# Not in the files of the first releases.
+def _check_stored(found: dict[str, np.ndarray]) -> None:
+    """Raises ValueError unless all arrays are of the same sublayers and streams."""
+    square = np.shape(found["matrix_single"])
+    if len(square) != 3 or square[1] != square[2] or not square[0]:
+        raise ValueError(f"matrix_single {square} is not [L, n, n]")
+    for name, array in found.items():
+        wanted = square if name.startswith("matrix") else square[:1]
+        if array.shape != wanted:
+            raise ValueError(f"{name} {array.shape} does not fit matrix_single {square}")
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ValueError(f"{name} holds {array.dtype}, no float32")
+
+
+# Files of the first releases lack it.
 _LATER_FIELDS = {"matrix_std", "row_entropy", "effective_streams", "stream_cosine"}

@@ -1,4 +1,4 @@
-"""What is done about numbers that are not finite, and about losses that jump."""
+"""Finds numbers that are not finite, and losses that jump."""
 
 import collections
 import functools
@@ -13,14 +13,14 @@ from mhc_jax import checksum
 
 ON_NON_FINITE = ("stop", "skip", "rollback")
 
-# Updates left out one after the other, and returns to one checkpoint, after which a run ends: no batch is
-# to blame then.
+# A run ends after so many skipped updates in a row, or so many returns to one checkpoint: the cause is then
+# not a batch.
 MOST_SKIPPED_IN_A_ROW = 100
 MOST_ROLLBACKS = 3
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether every number of all arrays is finite, bool; arrays of integers are."""
+    """Returns whether every number of all arrays is finite (bool); integers always are."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack([jnp.ones((), bool), *(jnp.isfinite(x).all() for x in leaves)]).all()
 
@@ -32,7 +32,7 @@ def _program(mesh: Mesh | None):
 
 
 def first_non_finite(tree: Any) -> str | None:
-    """Path of the first array with a number that is not finite, as in a checkpoint; None if there is none.
+    """Returns the path (as in a checkpoint) of the first array with a number that is not finite, or None.
 
     Args:
       tree: of arrays on one device or on one mesh; all processes that have a part of them call together.
@@ -45,11 +45,11 @@ def first_non_finite(tree: Any) -> str | None:
 
 
 class Spikes:
-    """Finds losses far above those before.
+    """Finds losses far above the ones before.
 
     A spike lies above the median of the last `WINDOW` losses by more than `FACTOR` times their median
-    distance from it. For `WINDOW / 5` steps after one, none is reported: a run that diverges has one each
-    step.
+    distance from it. After a spike none is reported for `WINDOW / 5` steps, since a run that diverges has
+    one at each step.
     """
 
     WINDOW, FACTOR = 100, 10.0
@@ -59,12 +59,12 @@ class Spikes:
         self._quiet = 0
 
     def usual(self, loss: float) -> float | None:
-        """Takes the next loss, a finite one; returns the median of those before if it is a spike."""
+        """Takes the next finite loss; if it is a spike, returns the median of the losses before."""
         found = None
         if len(self._losses) >= self.WINDOW // 5 and not self._quiet:
             median = statistics.median(self._losses)
             spread = statistics.median(abs(x - median) for x in self._losses)
-            # Rounding alone is no spread.
+            # Differences of rounding are not spread.
             if loss - median > self.FACTOR * max(spread, 1e-3 * abs(median)):
                 found, self._quiet = median, self.WINDOW // 5 + 1
         self._quiet = max(self._quiet - 1, 0)

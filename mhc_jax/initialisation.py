@@ -1,21 +1,23 @@
-"""The gating factors alpha at the start, by the width of the streams, and the logits of h_pre."""
+"""Sets the gating factors alpha at the start, by the width of the streams, and the logits of h_pre."""
 
 import math
 
 AUTO = "auto"
 
-# alpha * n*C at the start of mHC: the best of 25 to 800 at n*C = 256, 1024 and 2048 (experiments.init_study).
+# alpha * n*C of mHC at the start: 400 was the best of 25 to 800 at n*C = 256, 1024 and 2048
+# (experiments.init_study).
 MHC_ALPHA_TIMES_ROW = 400.0
-# The best of 0.01, 0.1 and 1 at C = 64, 256 and 512 (the same study); the Hyper-Connections paper has 0.01.
+# 0.1 was the best of 0.01, 0.1 and 1 at C = 64, 256 and 512 (same study); the Hyper-Connections paper has
+# 0.01.
 HC_ALPHA = 0.1
 
 
 def mhc_alpha(alpha_init: float | str, n: int, width: int) -> float:
-    """The gating factors of mHC at the start, and that of the learned read-out.
+    """Returns the gating factors of mHC at the start, and that of the learned read-out.
 
-    "auto" is 400 / (n*C). phi starts at 0, and an Adam step of size lr moves each of its entries by lr, a
-    logit therefore by about alpha * lr * n*C. A factor that does not follow the width leaves the mappings of
-    narrow models where they start. Table 5's 0.01 is meant for n*C = 5120 to 10240, where the rule gives 0.08
+    "auto" is 400 / (n*C). phi starts at 0, and an Adam step of size lr moves each of its entries by lr and
+    so a logit by about alpha * lr * n*C. With a factor that ignores the width, the mappings of narrow
+    models stay where they start. Table 5's 0.01 is meant for n*C = 5120 to 10240, where the rule gives 0.08
     to 0.04.
 
     Args:
@@ -30,19 +32,19 @@ def mhc_alpha(alpha_init: float | str, n: int, width: int) -> float:
 
 
 def hc_alpha(alpha_init: float | str) -> float:
-    """The gating factors of HC at the start; "auto" is 0.1. Arguments and errors as `mhc_alpha`."""
+    """Returns HC's gating factors at the start; "auto" is 0.1. Arguments and errors as in `mhc_alpha`."""
     return _number(alpha_init, HC_ALPHA)
 
 
 def read_logit(n: int, gap: float) -> float:
-    """Logit of the stream that mHC reads at the start: with n - 1 others at -gap the sigmoids sum to 1.
+    """Returns the logit of the stream that mHC reads first: with n - 1 others at -gap the sigmoids sum to 1.
 
     Args:
       n: number of streams.
-      gap: at least 0, and so large that the others leave something for it.
+      gap: at least 0, and so large that the other n - 1 sigmoids sum to less than 1.
 
     Raises:
-      ValueError: they leave nothing.
+      ValueError: the others sum to 1 or more.
     """
     if n == 1:
         return float(gap)

@@ -1,4 +1,4 @@
-"""Embedding, and the parts of a sublayer's F: RMSNorm, rotary position embedding, SwiGLU."""
+"""Holds the embedding and the parts of a sublayer's F: RMSNorm, rotary position embedding, SwiGLU."""
 
 import functools
 
@@ -16,9 +16,9 @@ from mhc_jax.sharding import gathered
 
 
 def look_up(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
-    """Rows of the embedding `[V, C]` in `dtype`: tokens `[B, S]` -> `[B, S, C]`.
+    """Looks up rows of the embedding `[V, C]` in `dtype`: tokens `[B, S]` -> `[B, S, C]`.
 
-    An id outside of the vocabulary gives NaN. The gradient of the table is summed in float32: a sum in
+    An id outside the vocabulary gives NaN. The gradient of the table is summed in float32, since a sum in
     bfloat16 stops growing after 256 equal tokens.
     """
 
@@ -67,7 +67,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Linear):
-    """A matrix whose products a recompute block may store (`mhc_jax.remat`)."""
+    """A linear layer whose products a recompute block may store (`mhc_jax.remat`)."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = placement.beside(x, self.kernel[...]).astype(self.dtype)
@@ -75,7 +75,7 @@ class Linear(nnx.Linear):
 
 
 def linear(fan_in: int, fan_out: int, *, dtype, init_std: float, rngs: nnx.Rngs) -> Linear:
-    """A matrix without bias: float32 parameters, `dtype` products."""
+    """Makes a linear layer without bias: float32 parameters, `dtype` products."""
     return Linear(
         fan_in,
         fan_out,
@@ -88,7 +88,7 @@ def linear(fan_in: int, fan_out: int, *, dtype, init_std: float, rngs: nnx.Rngs)
 
 
 def rope(x: jax.Array, *, theta: float, offset: int = 0) -> jax.Array:
-    """Rotary position embedding (Su et al., 2021): pairs are (first half, second half) of the last axis.
+    """Rotates by position (Su et al., 2021); pairs are (first half, second half) of the last axis.
 
     Args:
       x: `[B, S, H, D]`, D even.

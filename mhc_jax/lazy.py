@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are asked for."""
+"""Imports names of a package on first use."""
 
 import importlib
 import sys
@@ -13,7 +13,7 @@ def attach(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any
 
     Args:
       package: its `__name__`.
-      places: name -> module that has it, absolute.
+      places: name -> absolute name of the module that has it.
     """
     names = vars(sys.modules[package])
 

@@ -1,8 +1,8 @@
-"""One run a workdir: a file `run.lock` that names who trains there and shows that it lives.
+"""Keeps a workdir to one run: a file `run.lock` names who trains there and shows that it lives.
 
-It is written on condition that nobody wrote it meanwhile: tensorstore does so with a lock of its own beside
-a file, and by generation match in a bucket. A lock whose process is gone is taken over: at once on the same
-machine, after a minute without a sign of life on another one.
+It is written only if nobody wrote it meanwhile: tensorstore ensures this by a lock of its own beside a
+file, and by generation match in a bucket. A lock whose process is gone is taken over: at once on the same
+machine, else after a minute without a heartbeat.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class WorkdirLock:
                 return written
 
     def _write(self, expected: bytes) -> bytes:
-        """Generation of the new lock; empty if the one there is not the expected one."""
+        """Returns the generation of the new lock; empty if the present one is not the expected one."""
         value = json.dumps(self._mine | {"heartbeat": time.time()})
         return self._store.write(NAME, value, if_equal=expected).result().generation
 
@@ -72,7 +72,7 @@ class WorkdirLock:
         if here is not None:
             _log.info("took over the lock of %s: its process is gone", self._workdir)
             return
-        # By clocks of two machines nothing can be said: watch whether it is renewed.
+        # The clocks of two machines may differ, so watch whether the lock is renewed.
         age = time.time() - holder.get("heartbeat", 0)
         least = min(2 * HEARTBEAT_SECONDS, STALE_SECONDS)
         patience = max(STALE_SECONDS - age, least) if age >= 0 else STALE_SECONDS
@@ -97,15 +97,15 @@ class WorkdirLock:
 
     def _renew(self) -> None:
         while not self._end.wait(HEARTBEAT_SECONDS):
-            # A full disk or a network that is away must not end the run; the next try may do.
+            # A full disk or a lost network must not end the run; the next try may work.
             with contextlib.suppress(Exception):
                 self.renew()
 
     def renew(self) -> None:
-        """Shows a sign of life now.
+        """Renews the lock now.
 
         Raises:
-          Locked: another run has taken the workdir over, since this process stood still for a minute.
+          Locked: another run has taken the workdir over, because this process stood still for a minute.
         """
         with self._guard:
             if self._lost is None and not self._end.is_set():
@@ -121,7 +121,7 @@ class WorkdirLock:
         holder = _parse(found.value) if found.state == "value" else {}
         if holder and holder.get("token") != self._mine["token"]:
             self._lost = self._line(holder)
-        else:  # someone removed it by hand, or a write of ours was answered late
+        else:  # someone removed it by hand, or our own write was answered late
             self._generation = found.stamp.generation
 
     def check(self) -> None:
@@ -130,7 +130,7 @@ class WorkdirLock:
             raise Locked(self._lost)
 
     def release(self) -> None:
-        """Gives the workdir back; does nothing the second time."""
+        """Gives the workdir back; a second call does nothing."""
         self._end.set()
         with self._guard:
             generation, self._generation = self._generation, b""
@@ -162,7 +162,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _lives(holder: dict[str, Any]) -> bool | None:
-    """Whether the process of a lock is there; None if it ran where this process cannot see it."""
+    """Returns whether the process of a lock exists; None if it ran where this process cannot see it."""
     here = _this_process()
     if any(holder.get(name) != here[name] for name in ("host", "machine")):
         return None
@@ -170,7 +170,7 @@ def _lives(holder: dict[str, Any]) -> bool | None:
         return False
     if holder.get("pid_namespace") != here["pid_namespace"]:
         return None
-    # A number may belong to another process by now, one that began later.
+    # The number may by now belong to another process that began later.
     return _exists(holder.get("pid")) and holder.get("started") == _started(holder["pid"])
 
 
@@ -183,12 +183,12 @@ def _exists(pid: Any) -> bool:
         return False
     except OSError:
         return True  # of another user
-    # One that has ended is there until its parent asks for it.
+    # A process that has ended stays visible until its parent asks for it.
     return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()[:1] != ["Z"]
 
 
 def _started(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot; None where there is no /proc."""
+    """Returns when a process began, in clock ticks since boot; None without /proc."""
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return int(fields[19]) if len(fields) > 19 else None
 
@@ -206,7 +206,7 @@ def _read(path: str) -> str:
 
 
 def _parse(value: bytes) -> dict[str, Any]:
-    """The content of a lock; {} if it is none, which is judged as that of another machine."""
+    """Returns the content of a lock; {} if it is not a lock, which then counts as another machine's."""
     with contextlib.suppress(ValueError):
         found = json.loads(value)
         if isinstance(found, dict):

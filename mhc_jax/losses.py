@@ -1,4 +1,4 @@
-"""Training loss, with or without ever holding all logits."""
+"""Computes the training loss, with all logits at once or in chunks."""
 
 import functools
 
@@ -13,16 +13,16 @@ from kernels_pallas.precision import wide_dtype
 from kernels_pallas.varying import as_varying, varying_axes
 from mhc_jax import sharding
 
-# Target of a token that does not count, as in torch and transformers.
+# The target of a token that does not count, as in torch and transformers.
 IGNORE_INDEX = -100
 
 
 def unembed(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Logits `[..., V]` float32 of x `[..., C]`, products in the dtype of x in both directions.
+    """Returns logits `[..., V]` float32 of x `[..., C]`; products are in the dtype of x in both directions.
 
-    The cotangent of the logits is rounded to the dtype of x: left in float32 it would turn both products of
-    the backward into float32 ones (TF32 on GPUs, half the rate) and be written at twice the size. The
-    gradient of the matrix is summed in float32.
+    The cotangent of the logits is rounded to the dtype of x: a float32 cotangent would make both products
+    of the backward float32 (TF32 on GPUs, half the rate) and take twice the memory. The gradient of the
+    matrix is summed in float32.
     """
     return placement.automatic(_unembed, x, matrix, splits=True)
 
@@ -37,7 +37,7 @@ def _unembed_forward(x, matrix):
 
 
 def _unembed_gradients(x, matrix, d_logits):
-    """Of x in its dtype, of the matrix in float32."""
+    """Returns the gradients of x in its dtype and of the matrix in float32."""
     d_logits = d_logits.astype(x.dtype)
     dx = jnp.einsum("...v,cv->...c", d_logits, matrix.astype(x.dtype))
     wide = wide_dtype(x.dtype)
@@ -53,7 +53,7 @@ _unembed.defvjp(_unembed_forward, _unembed_backward)
 
 
 def num_counted(targets: jax.Array, ignore_index: int = IGNORE_INDEX) -> jax.Array:
-    """How many targets count, int32: all but those that are `ignore_index`."""
+    """Returns how many targets count (int32): all but those equal to `ignore_index`."""
     return jnp.sum(targets != ignore_index, dtype=jnp.int32)
 
 
@@ -65,21 +65,22 @@ def linear_cross_entropy(
     *,
     ignore_index: int = IGNORE_INDEX,
 ) -> jax.Array:
-    """Mean negative log-likelihood in nats a token, with the logits of 1/chunks of the tokens at a time.
+    """Returns the mean negative log-likelihood in nats per token, with a part of the logits at a time.
 
-    That of optax.softmax_cross_entropy_with_integer_labels(unembed(x, matrix), targets), over the tokens
-    whose target is not `ignore_index`. A target outside of the vocabulary makes the loss and all gradients
-    NaN; also one from -V to -1, which optax counts from the end. Where no target counts, the loss and the
-    gradients are 0.
+    It is the mean of optax.softmax_cross_entropy_with_integer_labels(unembed(x, matrix), targets) over the
+    tokens whose target is not `ignore_index`. A target outside the vocabulary makes the loss and all
+    gradients NaN, also one from -V to -1, which optax counts from the end. Where no target counts, the loss
+    and the gradients are 0.
 
-    With a vocabulary of 129280 the logits of 16384 tokens are 8 GiB, and their gradient half as much. Where
-    it is differentiated, each chunk makes its gradients while its logits are there, as Liger-Kernel does
-    (Hsu et al., 2024, arXiv 2410.10989): logits are computed once for any number of chunks, and what the
-    backward pass keeps is as large as x and the matrix. Without differentiation the loss alone is computed.
+    With a vocabulary of 129280 the logits of 16384 tokens are 8 GiB, and their gradient half as much. When
+    it is differentiated, each chunk computes its gradients together with its logits, as Liger-Kernel does
+    (Hsu et al., 2024, arXiv 2410.10989). So logits are computed once for any number of chunks, and the
+    backward pass keeps as much as x and the matrix. Without differentiation only the loss is computed.
 
     It has no forward-mode derivative (`jax.jvp`, `jax.hessian`). Rounding is that of `unembed`: products in
     the dtype of x, the gradient of the logits rounded to it, that of the matrix summed in float32. Over a
-    mesh every device cuts its own tokens, and the matrix is gathered and its gradient summed once.
+    mesh every device cuts its own tokens into chunks; the matrix is gathered once and its gradient is
+    summed once.
 
     Args:
       x: `[B, S, C]`.
@@ -103,7 +104,8 @@ def _loss(static, x, matrix, targets):
 
 def _loss_forward(static, x, matrix, targets):
     loss, dx, d_matrix = _per_device(*static, x, matrix, targets, gradients=True)
-    # Split now as the parameter is: it lives through the whole backward pass, 1.2 GiB for 27B's whole matrix.
+    # Split now like the parameter, since it is kept through the whole backward pass: 1.2 GiB for 27B's
+    # whole matrix.
     d_matrix = sharding.split_parameters({"unembed": {"kernel": d_matrix}})["unembed"]["kernel"]
     return loss, (dx, d_matrix.astype(matrix.dtype))
 
@@ -118,7 +120,7 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _per_device(chunks, ignore_index, x, matrix, targets, *, gradients):
-    """The mean loss and, if asked for, its gradients of x and of the matrix."""
+    """Returns the mean loss and, if asked for, its gradients of x and of the matrix."""
     run = functools.partial(
         _in_chunks, chunks=chunks, ignore_index=ignore_index, gradients=gradients
     )
@@ -133,7 +135,7 @@ def _per_device(chunks, ignore_index, x, matrix, targets, *, gradients):
 
     def local(x, narrow, targets, counted):
         loss, *found = run(x, narrow, targets, counted)
-        # Each device's part of a sum, on an axis of its own: XLA sums over that.
+        # Each device returns its part of a sum on an axis of its own, and XLA sums over that axis.
         return loss[None], *(part[None] if i else part for i, part in enumerate(found))
 
     by_device = PartitionSpec(names or None)
@@ -149,7 +151,7 @@ def _per_device(chunks, ignore_index, x, matrix, targets, *, gradients):
 
 
 def _in_chunks(x, matrix, targets, counted, *, chunks, ignore_index, gradients):
-    """This device's part of `_per_device`: its tokens' share of a mean over `counted` tokens."""
+    """Computes this device's part of `_per_device`: its tokens' share of a mean over `counted` tokens."""
     if targets.size % chunks:
         raise ValueError(
             f"model.loss_chunks={chunks} does not divide the {targets.size} tokens of a device: use a "
@@ -179,17 +181,18 @@ def _in_chunks(x, matrix, targets, counted, *, chunks, ignore_index, gradients):
 
 
 def _chunk(x, matrix, targets, counted, ignore_index, gradients):
-    """Of x `[T, C]`: the sum of the losses over `counted`, and its gradients of x and the matrix."""
+    """Returns, for x `[T, C]`, the sum of the losses over `counted` and its gradients of x and the matrix."""
     logits = _unembed(x, matrix)
     shift = jnp.max(logits, axis=-1, keepdims=True)
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - shift), axis=-1, keepdims=True)) + shift
     targets = targets[:, None]
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets
-    # A masked sum takes no pass of its own, and stays a sum where the vocabulary is split.
+    # A masked sum needs no pass of its own, and it remains a sum when the vocabulary is split.
     of_target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1, keepdims=True)
     counts = targets != ignore_index
     valid = ~counts | ((targets >= 0) & (targets < logits.shape[-1]))
-    # NaN by an operation: a constant would trip JAX_DEBUG_NANS where every target is valid.
+    # NaN is the result of an operation: a constant NaN would trip JAX_DEBUG_NANS although every target is
+    # valid.
     divisor = counted * jnp.sqrt(jnp.where(valid, 1.0, -1.0))
     loss = jnp.sum(jnp.where(counts, (log_sum - of_target) / divisor, 0.0))
     if not gradients:

@@ -2,6 +2,7 @@
 
 Any field of the config can be set: --config.model.n=8. A workdir that holds a checkpoint is resumed.
 The paper's models have an arm for each connection: --config=configs/paper_27b.py:hc
+Compiled programs are kept in the user's cache folder; --no_compilation_cache compiles everything anew.
 With --describe it prints a table of the parameters and ends; nothing is allocated, no workdir needed.
 """
 
@@ -19,10 +20,11 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from mhc_jax import command_line, distributed, paths, preemption
+from mhc_jax import command_line, compilation_cache, distributed, paths, preemption
 from mhc_jax.checkpoint import SaveError
 from mhc_jax.describe import describe
 from mhc_jax.lock import Locked
+from mhc_jax.progress import what_next
 from mhc_jax.recovery import BadData
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
@@ -36,6 +38,7 @@ _INIT_FROM = flags.DEFINE_string(
     None,
     "WORKDIR or WORKDIR@STEP of another run: a new run starts from its parameters.",
 )
+_NO_CACHE = flags.DEFINE_bool(compilation_cache.FLAG, False, compilation_cache.HELP)
 # Several processes: found by themselves on TPU slices and under SLURM, Open MPI and Kubernetes.
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, where no cluster is found by itself."
@@ -85,6 +88,10 @@ def main(argv):
     _log.info(
         "%d processes, %d devices: %s", jax.process_count(), jax.device_count(), jax.devices()[0]
     )
+    if jax.devices()[0].platform == "cpu" and not flags.FLAGS["verbosity"].present:
+        # There is nothing to choose: all operations are XLA's.
+        logging.getLogger("kernels_pallas").setLevel(logging.WARNING)
+    compilation_cache.use(not _NO_CACHE.value)
     try:
         train(config, _WORKDIR.value, init_from=_INIT_FROM.value)
     except Interrupted as error:
@@ -92,6 +99,8 @@ def main(argv):
         preemption.end_now(early_end.TRY_AGAIN)
     except (BadInput, BadData, NonFiniteError, SaveError, Locked) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    if jax.process_index() == 0:
+        print(what_next(config, _WORKDIR.value), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sets to which the residual mapping h_res of mHC is constrained (Section 4.1 of the paper)."""
+"""Constrains the residual mapping h_res of mHC (Section 4.1 of the paper)."""
 
 import dataclasses
 from typing import Protocol
@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import sinkhorn
+from kernels_pallas.sinkhorn import check_sinkhorn
 
 
 class Manifold(Protocol):
-    """A constraint on h_res: how many logits it takes, and the map from logits to matrices."""
+    """A constraint on h_res: how many logits it needs, and the map from logits to matrices."""
 
     def num_logits(self, n: int) -> int:
-        """Logits for one token, i.e. columns of phi and entries of bias beyond the first 2n."""
+        """Returns the logits of one token: columns of phi and entries of bias beyond the first 2n."""
 
     def initial_logits(self, n: int, gap: float) -> jax.Array:
-        """`[num_logits(n)]` float32 whose projection is near the identity, nearer with a larger gap."""
+        """Returns `[num_logits(n)]` float32 that project near the identity, nearer with a larger gap."""
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
-        """`[..., num_logits(n)]` float32 -> h_res `[..., n, n]` float32."""
+        """Maps logits `[..., num_logits(n)]` float32 to h_res `[..., n, n]` float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,19 @@ class Birkhoff:
 
     Attributes:
       num_iterations: t_max of Eq. 9.
+      eps: added to the first softmax and to every sum; other implementations have 1e-6.
+      last: "rows" or "columns" of h_res, which are normalised last; see `kernels_pallas.sinkhorn`.
+
+    Raises:
+      ValueError: num_iterations < 1, a negative eps, or another last.
     """
 
     num_iterations: int = 20
+    eps: float = 0.0
+    last: str = "rows"
+
+    def __post_init__(self):
+        check_sinkhorn(self.num_iterations, "eps", self.eps, self.last)
 
     def num_logits(self, n: int) -> int:
         return n * n
@@ -40,7 +51,7 @@ class Birkhoff:
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
         matrices = logits.reshape(*logits.shape[:-1], n, n)
-        return sinkhorn(matrices, num_iterations=self.num_iterations)
+        return sinkhorn(matrices, num_iterations=self.num_iterations, eps=self.eps, last=self.last)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Metrics on disk: one JSON object a line beside config.json, and TensorBoard events."""
+"""Writes metrics: one JSON object a line beside config.json, and TensorBoard events."""
 
 import itertools
 import json
@@ -15,15 +15,15 @@ _numbers = itertools.count()
 
 
 def jsonable(value: float) -> float | str:
-    """A float that strict JSON can hold: nan and infinities become "nan", "inf", "-inf"."""
+    """Returns a float as strict JSON can hold it: nan and infinities become "nan", "inf", "-inf"."""
     return value if math.isfinite(value) else str(value)
 
 
 class MetricWriter:
     """Appends to `workdir/metrics.jsonl` and, if asked, to TensorBoard events in `workdir/tensorboard`.
 
-    A killed run keeps all it wrote (in a bucket: all up to its last checkpoint). After a restart steps may
-    repeat; the later line counts, and TensorBoard drops the events of the run before from there on.
+    A killed run keeps all that it wrote (in a bucket: all up to its last checkpoint). After a restart steps
+    may repeat: the later line counts, and TensorBoard drops the earlier events from there on.
 
     Args:
       workdir: of the run.
@@ -38,12 +38,12 @@ class MetricWriter:
         self.go_back(step)
 
     def go_back(self, step: int) -> None:
-        """The next numbers follow on `step` updates, whatever has been written before."""
+        """Says that the next numbers follow `step` updates, whatever has been written before."""
         if self._folder is None:
             return
         if self._board:
             self._board.close()
-        # Files that are opened in the same second would have the same name.
+        # Two files opened in the same second would get the same name.
         self._board = tensorboardX.SummaryWriter(
             self._folder, purge_step=step + 1, filename_suffix=f".{os.getpid()}.{next(_numbers)}"
         )
@@ -57,7 +57,7 @@ class MetricWriter:
                 self._board.add_scalar(name, float(value), step)
 
     def flush(self) -> None:
-        """Returns when all lines are there for others; a file has them at once, a bucket twice a minute."""
+        """Returns when others can read all lines. A file has them at once, a bucket twice a minute."""
         self._lines.flush()
 
     def close(self) -> None:

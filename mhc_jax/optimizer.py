@@ -1,4 +1,4 @@
-"""AdamW with the schedules and decay masks of the experiments."""
+"""Makes AdamW with the schedules and decay masks of the experiments."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ STEP_DECAY = ((0.8, 0.316), (0.9, 0.1))
 
 
 def _promoting(function: Callable) -> Callable:
-    """A function of optax, which mixes dtypes, in a program of `jax_numpy_dtype_promotion="strict"`."""
+    """Lets a function of optax mix dtypes, also under `jax_numpy_dtype_promotion="strict"`."""
 
     @functools.wraps(function)
     def call(*args, **options):
@@ -25,12 +25,12 @@ def _promoting(function: Callable) -> Callable:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate against the number of updates done: linear warm-up from 0, then `config.schedule`.
+    """Returns the learning rate over the updates done: linear warm-up from 0, then `config.schedule`.
 
     Args:
-      config: names the schedule; `wsd` holds the peak and falls linearly over the last
-        `decay_fraction` of the run, `step` is that of the paper.
-      steps: updates of the whole run, the warm-up included.
+      config: names the schedule. `wsd` holds the peak and falls linearly over the last `decay_fraction` of
+        the run; `step` is the paper's.
+      steps: updates of the whole run, warm-up included.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     final = peak * config.final_fraction
@@ -53,7 +53,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def begin_of_decay(config: OptimizerConfig, steps: int) -> int | None:
-    """Updates up to which the rates do not depend on `steps`; None: none does."""
+    """Returns the number of updates up to which the rates do not depend on `steps`; None if no rate does."""
     if config.schedule == "constant":
         return None
     if config.schedule == "wsd":
@@ -64,7 +64,7 @@ def begin_of_decay(config: OptimizerConfig, steps: int) -> int | None:
 
 
 def decay_mask(params):
-    """True for the parameters that weight decay acts on (`parameters.RULES`).
+    """Returns True for the parameters that weight decay acts on (`parameters.RULES`).
 
     Raises:
       ValueError: a parameter that no rule knows.
@@ -73,7 +73,7 @@ def decay_mask(params):
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm (0: none), then AdamW under `make_schedule`."""
+    """Returns clipping by global norm (0: none), then AdamW with the rates of `make_schedule`."""
     adamw = optax.adamw(
         make_schedule(config, steps),
         b1=config.b1,

@@ -1,4 +1,4 @@
-"""Paths that a user gives: on this machine, with `~`, or in a bucket of Google Cloud Storage."""
+"""Reads the paths that a user gives: on this machine, with `~`, or in a bucket of Google Cloud Storage."""
 
 import importlib.util
 import json
@@ -11,10 +11,10 @@ from etils import epath
 
 
 def of_user(path: str | os.PathLike) -> epath.Path:
-    """The path with `~` expanded; "gs://bucket/folder" names a place in a bucket.
+    """Expands `~`; "gs://bucket/folder" names a place in a bucket.
 
     Raises:
-      ValueError: another scheme than gs://, no bucket, an unknown user, or no package that reads gs://.
+      ValueError: a scheme other than gs://, no bucket, an unknown user, or no package that reads gs://.
     """
     text = os.fspath(path)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/{1,2}", text)
@@ -36,7 +36,7 @@ def of_user(path: str | os.PathLike) -> epath.Path:
 
 
 def local(path: str | os.PathLike) -> pathlib.Path:
-    """A path of this machine with `~` expanded.
+    """Returns a path of this machine with `~` expanded.
 
     Raises:
       ValueError: the path has a scheme, or names an unknown user.
@@ -47,13 +47,28 @@ def local(path: str | os.PathLike) -> pathlib.Path:
     return pathlib.Path(found)
 
 
+def cache_folder() -> pathlib.Path:
+    """For what can be made anew: `$MHC_JAX_CACHE`, else `mhc_jax` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+      OSError: this user has no home directory.
+    """
+    own = os.environ.get("MHC_JAX_CACHE")
+    folder = pathlib.Path(own or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        folder = folder.expanduser()
+    except RuntimeError as error:
+        raise OSError(f"{folder}: {error} Set MHC_JAX_CACHE to a folder") from None
+    return folder if own else folder / "mhc_jax"
+
+
 def is_bucket(path: os.PathLike) -> bool:
     """Whether the path lies in a bucket, where objects appear whole and folders cannot be renamed."""
     return os.fspath(path).startswith("gs://")
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a JSON file that is there as a whole or not at all, also after a kill."""
+    """Writes a JSON file whole or not at all, also when the process is killed."""
     text = json.dumps(value, indent=2) + "\n"
     if is_bucket(path):
         path.write_text(text)
@@ -64,7 +79,7 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 
 def move(folder: epath.Path, target: epath.Path) -> None:
-    """Moves a folder, in a bucket object by object."""
+    """Moves a folder; in a bucket, object by object."""
     if is_bucket(folder):
         import fsspec
 

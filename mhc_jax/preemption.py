@@ -1,7 +1,8 @@
-"""SIGTERM and Ctrl-C: a run that starts ends at once, one in the loop saves first; all processes together.
+"""Handles SIGTERM and Ctrl-C: a run that starts ends at once, a run in the loop saves first.
 
-Nothing is lost before the first step, so that a run may end anywhere there. What the main thread cannot
-leave, such as a compilation of minutes, runs in a thread of its own while the main thread listens.
+Before the first step nothing is lost, so a run may end anywhere there. A call that the main thread cannot
+leave, such as a compilation of minutes, gets a thread of its own while the main thread listens. Several
+processes stop together.
 """
 
 import contextlib
@@ -28,22 +29,24 @@ _LAST_OF_START = 7200
 _SECONDS_A_CALL = 0.5
 _SECONDS_BETWEEN_LINES = 10.0
 
+Tell = Callable[[str, float], None]  # what goes on, and for how many seconds
+
 
 class Stopped(BaseException):
-    """Raised out of whatever the main thread was at; no `except Exception` may hold it up."""
+    """Ends whatever the main thread is doing. It is no Exception, so that no `except Exception` stops it."""
 
 
 class Stop:
-    """Whether a signal has asked to end. This one never says so; for threads, which get no signals."""
+    """Tells whether a signal has asked to end. This one never does: threads get no signals."""
 
     def __call__(self, step: int) -> bool:
-        """Whether to save after `step` updates and end; every process asks after every step."""
+        """Returns whether to save after `step` updates and end; every process asks after every step."""
         return False
 
     def start_is_over(self) -> None:
         """Called before the first step. Raises Stopped if a signal came before."""
 
-    def during(self, function: Callable[[], _T], what: str) -> _T:
+    def during(self, function: Callable[[], _T], what: str, tell: Tell | None = None) -> _T:
         """Calls a function that the main thread cannot leave by itself; tells how long it takes.
 
         Raises:
@@ -53,7 +56,7 @@ class Stop:
 
 
 class _Alone(Stop):
-    """One process: its own signals."""
+    """Listens to the signals of the only process."""
 
     def __init__(self):
         self._starting, self._requested = True, False
@@ -72,8 +75,8 @@ class _Alone(Stop):
         self._starting = False
         self._ask()
 
-    def during(self, function: Callable[[], _T], what: str) -> _T:
-        return in_thread(function, what, self._ask)
+    def during(self, function: Callable[[], _T], what: str, tell: Tell | None = None) -> _T:
+        return in_thread(function, what, self._ask, tell)
 
     def _ask(self) -> None:
         if self._requested:
@@ -81,7 +84,7 @@ class _Alone(Stop):
 
 
 class _Together(Stop):
-    """Several processes: the notice that jax's coordination service hands on to all of them."""
+    """Listens to the notice that jax's coordination service gives to all of several processes."""
 
     def __init__(self):
         self._calls, self._starting = 0, True
@@ -94,10 +97,9 @@ class _Together(Stop):
             self._ask()
         self._starting = False
 
-    def during(self, function: Callable[[], _T], what: str) -> _T:
-        if self._starting:
-            return in_thread(function, what, self._ask)
-        return function()  # no process may stop here alone
+    def during(self, function: Callable[[], _T], what: str, tell: Tell | None = None) -> _T:
+        # Behind the start no process may stop here alone.
+        return in_thread(function, what, self._ask if self._starting else None, tell)
 
     def _ask(self) -> None:
         if self._calls < _LAST_OF_START:
@@ -108,11 +110,11 @@ class _Together(Stop):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Yields who to ask whether SIGINT or SIGTERM has come."""
+    """Yields the object that knows whether SIGINT or SIGTERM has come."""
     if threading.current_thread() is not threading.main_thread():
         yield Stop()
     elif jax.distributed.is_initialized():
-        # It has a handler of SIGTERM of its own.
+        # jax has its own handler of SIGTERM.
         with _handled({signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}):
             yield _Together()
     else:
@@ -121,24 +123,37 @@ def stop_signals() -> Iterator[Stop]:
             yield stop
 
 
-def during(stop: Callable[[int], bool] | None, function: Callable[[], _T], what: str) -> _T:
-    """`Stop.during`, or the function alone where `stop` is none of `stop_signals`."""
-    return stop.during(function, what) if isinstance(stop, Stop) else function()
+def during(
+    stop: Callable[[int], bool] | None,
+    function: Callable[[], _T],
+    what: str,
+    tell: Tell | None = None,
+) -> _T:
+    """Calls `Stop.during`; if `stop` does not come from `stop_signals`, no signal ends the waiting."""
+    if isinstance(stop, Stop):
+        return stop.during(function, what, tell)
+    return in_thread(function, what, None, tell)
 
 
 def start_is_over(stop: Callable[[int], bool]) -> None:
-    """`Stop.start_is_over` where `stop` is one of `stop_signals`."""
+    """Calls `Stop.start_is_over` if `stop` comes from `stop_signals`."""
     if isinstance(stop, Stop):
         stop.start_is_over()
 
 
-def in_thread(function: Callable[[], _T], what: str, ask: Callable[[], None] = lambda: None) -> _T:
+def in_thread(
+    function: Callable[[], _T],
+    what: str,
+    ask: Callable[[], None] | None = None,
+    tell: Tell | None = None,
+) -> _T:
     """Calls a function in a thread; the main thread waits, open for signals, and tells the time.
 
     Args:
-      function: gets none of jax's settings that were made for this thread alone.
+      function: does not see settings of jax that were made for this thread alone.
       what: "compiling the train step".
       ask: called twice a second; what it raises ends the waiting.
+      tell: called twice a second with `what` and the seconds so far; None: a line in the log every 10 s.
     """
     outcome = {}
 
@@ -153,8 +168,11 @@ def in_thread(function: Callable[[], _T], what: str, ask: Callable[[], None] = l
     thread.start()
     while thread.is_alive():
         thread.join(_SECONDS_A_CALL)
-        ask()
-        if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+        if ask:
+            ask()
+        if tell:
+            tell(what, time.monotonic() - begin)
+        elif time.monotonic() - told > _SECONDS_BETWEEN_LINES:
             told = time.monotonic()
             _log.info("%s ... %d s", what, told - begin)
     if "error" in outcome:

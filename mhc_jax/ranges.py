@@ -1,7 +1,6 @@
 """The range of every number of a configuration, one line a field. Defaults: `configs/default.py`, same order.
 
-What two fields have to be to each other (heads and width, warm-up and steps, ...) is checked where the
-fields are put together, in `mhc_jax.config`.
+`mhc_jax.config` checks what two fields must fulfil together (heads and width, warm-up and steps, ...).
 """
 
 from collections.abc import Mapping
@@ -9,14 +8,14 @@ from typing import Any, NamedTuple
 
 
 class Range(NamedTuple):
-    """Numbers that a field may be. Two integers as ends: the field is an integer.
+    """The numbers that a field allows. If both ends are integers, so is the field.
 
     Attributes:
       least: smallest value.
       most: largest value.
       exclusive: neither end belongs to it.
-      besides: one value more, with a meaning of its own.
-      words: how it is said, where the ends alone would not do.
+      besides: one more value, which has a meaning of its own.
+      words: the text for messages, if the ends alone do not say it.
     """
 
     least: float
@@ -97,7 +96,7 @@ RANGES = {
     "data.sequence_length": Range(1, 2**24),
     "data.validation_fraction": Range(0.0, 1.0, exclusive=True),
     "data.shuffle_seed": Range(0, 2**32 - 1),
-    # Below 8 the four successors of a token in the synthetic language would not be distinct.
+    # With fewer than 8 the four successors of a token in the synthetic language would coincide.
     "data.synthetic_vocab_size": Range(8, 2**24),
     "mesh.pipe": Range(1, 2**20, besides=-1),
     "mesh.data": Range(1, 2**20, besides=-1),
@@ -109,14 +108,14 @@ RANGES = {
 
 
 def check(fields: Mapping[str, Any], prefix: str = "") -> None:
-    """Looks at every number among `fields`.
+    """Checks every number among `fields`.
 
     Args:
       fields: name -> value; text and nested configurations are passed over.
-      prefix: what stands before the names in `RANGES`, as in "model.".
+      prefix: what comes before the names in `RANGES`, such as "model.".
 
     Raises:
-      ValueError: the first value outside of its range, with its name and the range.
+      ValueError: a value is outside its range; the message has its name and the range.
     """
     for name, value in fields.items():
         allowed = RANGES.get(prefix + name)

@@ -1,10 +1,11 @@
-"""From the n streams back to one, after the last sublayer."""
+"""Reads one stream out of n, after the last sublayer."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import kernels_pallas as kernels
+from kernels_pallas.conventions import check_eps
 from kernels_pallas.placement import whole
 from kernels_pallas.projection import check_phi_precision
 from kernels_pallas.shapes import check_size, check_width
@@ -16,21 +17,22 @@ READOUTS = ("sum", "mean", "head")
 class Readout(nnx.Module):
     """Reads the streams out: `[..., n*C]` -> `[..., C]`, in the dtype of the streams.
 
-    `sum` and `mean` have no parameters. `head` weighs the streams for each token with
-    sigmoid(alpha * (RMSNorm(vec(x)) phi) + bias), own phi, bias and alpha, starting at 1/2 each.
+    `sum` and `mean` have no parameters. `head` weighs the streams of each token with sigmoid(alpha *
+    (RMSNorm(vec(x)) phi) + bias) + eps; it has its own phi, bias and alpha, and all weights start at 1/2.
 
     Args:
       kind: "sum", "mean" or "head".
       width: C.
       n: number of streams.
-      alpha_init: gating factor of the head at the start, or "auto", as mHC's.
+      alpha_init: gating factor of the head at the start, or "auto", as for mHC.
+      eps: added to the weights of the head behind the sigmoid; DeepSeek-V4 has 1e-6.
       norm_eps: of the head's RMSNorm.
       phi_precision: of the head, "tf32" or "highest", see `kernels_pallas.projection`.
       implementation: of the kernels, see `kernels_pallas`.
       rngs: not used, since no parameter starts from random numbers.
 
     Raises:
-      ValueError: unknown kind, or streams that are not `[..., n*C]`.
+      ValueError: unknown kind, a negative eps, an eps without a head, or streams that are not `[..., n*C]`.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Readout(nnx.Module):
         width: int,
         n: int,
         *,
+        eps: float = 0.0,
         alpha_init: float | str = "auto",
         norm_eps: float = 1e-20,
         phi_precision: str = "tf32",
@@ -52,6 +55,9 @@ class Readout(nnx.Module):
         check_phi_precision(phi_precision)
         self.kind, self.n, self.norm_eps, self.implementation = kind, n, norm_eps, implementation
         self.width, self.phi_precision = width, phi_precision
+        self.eps = check_eps("eps", eps)
+        if eps and kind != "head":
+            raise ValueError(f"eps={eps} is the head's: a read-out by {kind} has none")
         if kind == "head":
             self.phi = nnx.Param(jnp.zeros((n * width, n), jnp.float32))
             self.bias = nnx.Param(jnp.zeros(n, jnp.float32))
@@ -70,7 +76,9 @@ class Readout(nnx.Module):
             implementation=self.implementation,
         )
         bias = jnp.broadcast_to(whole(self.bias[...]).astype(s.dtype), s.shape)
-        return jax.nn.sigmoid(whole(self.alpha[...])[0].astype(s.dtype) * s / r[..., None] + bias)
+        alpha = whole(self.alpha[...])[0].astype(s.dtype)
+        weights = jax.nn.sigmoid(alpha * s / r[..., None] + bias)
+        return weights + self.eps if self.eps else weights
 
     def __call__(self, streams: jax.Array) -> jax.Array:
         check_width(streams, self.n, self.width)

@@ -1,4 +1,4 @@
-"""Generating tokens: the model on new tokens alone, with what earlier ones left in a cache."""
+"""Generates tokens: the model runs on new tokens only and keeps earlier keys and values in a cache."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from mhc_jax.transformer import Transformer
 class DecodeState(NamedTuple):
     """The keys and values of earlier tokens.
 
-    The streams of a token depend on that token's attention alone, so nothing of the connections is kept.
+    Tokens meet only in attention, so nothing of the connections is kept.
 
     Attributes:
       position: tokens so far, int32.
@@ -33,7 +33,7 @@ class DecodeState(NamedTuple):
 
 
 def init_decode(config: ModelConfig, batch_size: int, length: int) -> DecodeState:
-    """An empty past with room for `length` tokens of `batch_size` sequences."""
+    """Returns an empty past with room for `length` tokens of `batch_size` sequences."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     cache = model.blocks.attention.init_cache(batch_size, length)
     stacked = config.num_blocks - config.num_leading
@@ -45,14 +45,14 @@ def init_decode(config: ModelConfig, batch_size: int, length: int) -> DecodeStat
 
 
 def for_sampling(config: ModelConfig) -> ModelConfig:
-    """The model as it generates: no choice dropped, nothing recomputed, kernels of the machine at hand."""
+    """Returns settings for generating: nothing dropped, nothing recomputed, kernels of this machine."""
     return dataclasses.replace(config, moe_dispatch="dropless", remat="none", implementation=None)
 
 
 def decode(
     variables: Params, tokens: jax.Array, state: DecodeState, config: ModelConfig
 ) -> tuple[jax.Array, DecodeState]:
-    """Logits `[B, S, vocab_size]` float32 of tokens `[B, S]` that follow on those of `state`.
+    """Returns logits `[B, S, vocab_size]` float32 of tokens `[B, S]` that follow those of `state`.
 
     Raises:
       ValueError: more tokens than `state` has room for, or an id outside of the vocabulary. Where the number
@@ -68,8 +68,8 @@ def decode(
         )
     model = nnx.merge(model_graph(config), variables)
     logits, leading, blocks = model.decode(tokens, state.leading, state.blocks, state.position)
-    # A write past the end would be moved to the end. NaN by an operation: a constant would trip
-    # JAX_DEBUG_NANS.
+    # JAX would move a write past the end to the end. NaN is the result of an operation: a constant NaN
+    # would trip JAX_DEBUG_NANS.
     logits = logits * jnp.sqrt(jnp.where(state.position + num_tokens <= room, 1.0, -1.0))
     return logits, DecodeState(state.position + tokens.shape[1], leading, blocks)
 
@@ -102,15 +102,15 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Token ids that follow on `prompt`, one at a time.
+    """Yields token ids that follow `prompt`, one at a time.
 
     Args:
       variables: of the model, `TrainState.variables`.
       prompt: `[S]` integers below the vocabulary, at least one.
-      config: of the model, best `for_sampling`.
+      config: of the model, preferably from `for_sampling`.
       max_tokens: how many to generate.
-      temperature: divides the logits; 0 takes the likeliest token, a tiny one draws among those that tie.
-      top_k: draws from exactly k tokens, the likeliest, of equal ones those with lower ids; 0: from all.
+      temperature: divides the logits. 0 takes the likeliest token; a tiny one draws among tokens that tie.
+      top_k: draws from the k likeliest tokens, of equal ones those with lower ids; 0 draws from all.
       seed: of the draws.
 
     Raises:
@@ -152,8 +152,8 @@ def _step(variables, tokens, state, key, temperature, config, greedy, top_k):
     candidates = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
     if top_k:
         logits, candidates = jax.lax.top_k(logits, top_k)
-    # The likeliest at 0, so that no temperature makes infinities of several; below the smallest normal
-    # number it would be rounded to 0.
+    # The likeliest logit becomes 0, so that no temperature makes several infinite. A temperature below the
+    # smallest normal number would be rounded to 0.
     logits -= logits.max(-1, keepdims=True)
     scaled = logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
     drawn = jax.random.categorical(key, scaled)

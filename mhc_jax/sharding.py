@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh of six axes, and the rules from names of dimensions to its axes.
+"""Places arrays on one mesh of six axes, by rules from names of dimensions to its axes.
 
     pipe      blocks split into stages: `mhc_jax.pipeline`
     data      batches split, parameters whole: gradients are summed
@@ -7,11 +7,10 @@
     tensor    heads, hidden entries of an FFN and vocabulary split
     sequence  the length of a sequence split
 
-Parameters get their rule by path (`parameters.RULES`), optimizer state has that of its parameter.
-Activations are split by token alone. The n*C entries of the streams are never split: the norm, the
-projection and the mixing of n streams need all entries of a token, so that a split would turn the cheapest
-operations of the network into communication; and the streams of one device's tokens are small beside its
-parameters.
+A parameter's path decides its rule (`parameters.RULES`); optimizer state has the rule of its parameter.
+Activations are split by token only. The n*C entries of the streams are never split: norm, projection and
+mixing need all entries of a token, so a split would turn the cheapest operations of the network into
+communication. And the streams of one device's tokens are small beside its parameters.
 """
 
 import functools
@@ -48,7 +47,7 @@ LOGICAL = {
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Size of each axis, with the one that is -1 filled up.
+    """Returns the size of each axis; the axis that is -1 takes the rest.
 
     Raises:
       ValueError: the sizes do not multiply out to `num_devices`.
@@ -70,16 +69,16 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of the configuration over `devices`, by default all of all processes."""
+    """Returns the mesh of the configuration over `devices`, by default those of all processes."""
     devices = jax.devices() if devices is None else devices
     sizes = tuple(mesh_sizes(config, len(devices)).values())
-    # A slice of 8x8x8 chips has no axis of 2: unlike jax.make_mesh, split physical axes where needed.
+    # A slice of 8x8x8 chips has no axis of 2. Unlike jax.make_mesh, this splits physical axes where needed.
     array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def check_divisible(config: Config, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError unless batch, sequence, heads and experts divide over their axes of the mesh."""
+    """Raises ValueError unless batch, sequence, heads and experts are divisible by their mesh axes."""
     over = math.prod(sizes[axis] for axis in BATCH_AXES)
     parts = config.optimizer.accumulate_steps
     if config.batch_size % (parts * over):
@@ -122,19 +121,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def by_token(mesh: Mesh) -> NamedSharding:
-    """`[B, S, ...]`: batch over data, fsdp and expert, length over sequence."""
+    """Spec of `[B, S, ...]`: batch over data, fsdp and expert, length over sequence."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
 
 
 def _axes(names: Dimension) -> str | tuple[str, ...] | None:
-    """Mesh axes of a dimension with these logical names."""
+    """Returns the mesh axes of a dimension with these logical names."""
     if isinstance(names, tuple):
         return tuple(LOGICAL[name] for name in names)
     return None if names is None else LOGICAL[names]
 
 
 def parameter_spec(path: str, num_dimensions: int) -> PartitionSpec:
-    """The rule for one parameter.
+    """Returns the rule for one parameter.
 
     Args:
       path: names joined by "/", such as "blocks/ffn/gate/kernel".
@@ -149,7 +148,7 @@ def parameter_spec(path: str, num_dimensions: int) -> PartitionSpec:
 
 
 def _free(spec: PartitionSpec, mesh: Mesh | AbstractMesh, without: tuple = ()) -> PartitionSpec:
-    """`spec` without the axes that a `shard_map` around this has made Manual already."""
+    """Returns `spec` without the axes that an enclosing `shard_map` has made Manual already."""
     names = {*free_sizes(mesh)}.difference(without)
     kept = (tuple(axis for axis in axis_names((group,)) if axis in names) for group in spec)
     groups = (axes[0] if len(axes) == 1 else axes or None for axes in kept)
@@ -159,7 +158,7 @@ def _free(spec: PartitionSpec, mesh: Mesh | AbstractMesh, without: tuple = ()) -
 def _over_pipe(
     spec: PartitionSpec, name: str, shape: tuple[int, ...], sizes: Mapping[str, int], stages: bool
 ) -> PartitionSpec:
-    """`spec` with the axis pipe: along the blocks of a stack, else where fsdp splits, if it divides there."""
+    """Returns `spec` with the axis pipe: along the blocks of a stack, else where fsdp splits, if it divides there."""
     if sizes.get("pipe", 1) == 1:
         return spec
     if stages and name.startswith("blocks/"):
@@ -173,10 +172,10 @@ def _over_pipe(
 
 
 def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh, *, stages: bool = True) -> Any:
-    """NamedSharding of every array of a train state, parameters or gradients.
+    """Returns the NamedSharding of every array of a train state, parameters or gradients.
 
-    What lies below dict keys goes by them (parameters, and each of the optimizer's trees that mirror them);
-    what does not (counters, keys of the random numbers) is whole on every device.
+    Arrays below dict keys (parameters, and the optimizer's trees that mirror them) follow the rule of these
+    keys. All others (counters, random keys) are whole on every device.
 
     Args:
       tree: arrays or their shapes.
@@ -206,7 +205,7 @@ def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh, *, stages: bool = True)
 
 
 def on_mesh(function, mesh: Mesh | None):
-    """`function`, traced so that its kernels and `constrain` know where tokens live on `mesh`."""
+    """Returns `function`, traced so that its kernels and `constrain` know where tokens live on `mesh`."""
     if mesh is None:
         return function
 
@@ -219,9 +218,9 @@ def on_mesh(function, mesh: Mesh | None):
 
 
 def token_spec(lead: tuple[int, ...]) -> tuple[Mesh | AbstractMesh | None, PartitionSpec]:
-    """The mesh of the program that is traced, or None, and where tokens `[B, S]` live on it.
+    """Returns the mesh of the traced program, or None, and where tokens `[B, S]` live on it.
 
-    A dimension that does not divide (one sequence for gains) stays whole.
+    A dimension that is not divisible (one sequence for gains) stays whole.
     """
     where = current()
     if where is None:
@@ -230,16 +229,16 @@ def token_spec(lead: tuple[int, ...]) -> tuple[Mesh | AbstractMesh | None, Parti
 
 
 def split_by_token(x: jax.Array) -> jax.Array:
-    """Keeps `[B, S, C]` split by token alone; without it XLA may split C as the parameters are."""
+    """Keeps `[B, S, C]` split by token only; without it XLA may split C like the parameters."""
     mesh, spec = token_spec(x.shape[:2])
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def gathered(path: str, x: jax.Array) -> jax.Array:
-    """The parameter `x` of this path whole along fsdp, as it is needed; other axes still split it.
+    """Gathers the parameter `x` of this path along fsdp; other axes still split it.
 
-    XLA gathers matrices of products by itself. A table that is looked up it would rather leave split, and
-    then move every token's entries between devices.
+    XLA gathers the matrices of products by itself. But it leaves a lookup table split and then moves every
+    token's entries between devices.
     """
     where = current()
     if where is None:
@@ -249,7 +248,7 @@ def gathered(path: str, x: jax.Array) -> jax.Array:
 
 
 def split_parameters(tree: Any) -> Any:
-    """Keeps gradients split as their parameters, so that a sum over parts of a batch holds only its share."""
+    """Keeps gradients split like their parameters, so that each device accumulates only its share."""
     where = current()
     if where is None:
         return tree
@@ -261,13 +260,13 @@ class BatchPlacement:
 
     Processes that share a row of the mesh's batch axes (tensor or sequence across processes) read the same
     rows. On a TPU slice the rows of a process need not lie side by side in the global batch: the share with
-    the lowest rows gets the first rows of the data, which permutes a batch but loses and repeats nothing.
+    the lowest rows gets the first rows of the data. That permutes a batch; no row is lost or repeated.
 
     Attributes:
       index, count: the share of this process, and the number of different shares.
 
     Raises:
-      ValueError: processes hold partly the same rows.
+      ValueError: two processes share some of their rows, but not all.
     """
 
     def __init__(self, mesh: Mesh, batch_size: int):
@@ -290,7 +289,7 @@ class BatchPlacement:
         self._local = {first: start for (first, _), start in zip(sorted(mine), starts)}
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows `[B / count, S]` -> global arrays `[B, S]`."""
+        """Makes global arrays `[B, S]` of this process's rows `[B / count, S]`."""
 
         def place(rows):
             def piece(index):

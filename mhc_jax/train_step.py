@@ -1,4 +1,4 @@
-"""The pure functions of training: state and batch in, state and metrics out."""
+"""Defines the pure functions of training, from state and batch to state and metrics."""
 
 import dataclasses
 import functools
@@ -34,13 +34,13 @@ class TrainState:
     Attributes:
       step: updates done, int32.
       params: nested dict of float32 arrays, blocks stacked along the first axis.
-      model_state: what the model has beside parameters, a nested dict of the same kind: the router's
-        balance bias. Empty for a dense model.
+      model_state: what the model has beside parameters, the router's balance bias, as a nested dict of the
+        same kind. Empty for a dense model.
       opt_state: of the optimizer.
       rng: key from which random layers draw, folded with `step`; the dense decoder has none.
-      healthy: False from the first step whose loss, gradient norm or new parameters were not finite; such
-        a step and all later ones leave `params`, `model_state` and `opt_state` as they were before it. With
-        `on_non_finite = "skip"` it stays True: that update alone is left out, and the next batch follows.
+      healthy: False from the first step whose loss, gradient norm or new parameters were not finite; that
+        step and all later ones leave `params`, `model_state` and `opt_state` as they were before it. With
+        `on_non_finite = "skip"` it stays True: only that update is left out, and the next batch follows.
     """
 
     step: jax.Array
@@ -52,35 +52,35 @@ class TrainState:
 
     @property
     def variables(self) -> Params:
-        """Parameters and model state in one nested dict: what the model is run with."""
+        """Returns parameters and model state in one nested dict, as the model takes them."""
         return _merged(self.params, self.model_state)
 
 
 def _merged(a: Params, b: Params) -> Params:
-    """Both nested dicts in one; no leaf is in both."""
+    """Merges two nested dicts that share no leaf."""
     common = {key: _merged(a[key], b[key]) for key in a.keys() & b.keys()}
     return a | b | common
 
 
 @functools.cache
 def model_graph(config: ModelConfig) -> nnx.GraphDef:
-    """The structure of the model, without its parameters."""
+    """Returns the structure of the model, without its parameters."""
     return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> tuple[Params, Params]:
-    """Fresh parameters and model state, float32, as nested dicts (see `TrainState`)."""
+    """Makes fresh parameters and model state, float32, as nested dicts (see `TrainState`)."""
     _, params, model_state = nnx.split(Transformer(config, rngs=nnx.Rngs(key)), nnx.Param, ...)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters as a nested dict."""
+    """Makes fresh float32 parameters as a nested dict."""
     return init_variables(config, key)[0]
 
 
 def init_state(config: Config) -> TrainState:
-    """State before the first step; the seed decides parameters and rng."""
+    """Makes the state before the first step; the seed decides parameters and rng."""
     params_key, rng = jax.random.split(jax.random.key(config.seed))
     params, model_state = init_variables(config.model, params_key)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -99,9 +99,9 @@ def _exact(config: ModelConfig) -> ModelConfig:
 
 
 def evaluate(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
-    """Mean cross-entropy in nats a token of batch `inputs`, `targets` `[B, S]` int32.
+    """Returns the mean cross-entropy, in nats per token, of a batch of `inputs` and `targets` `[B, S]` int32.
 
-    Of the exact model: no choice of an expert is dropped, whatever `moe_dispatch` training uses.
+    The model is exact: no choice of an expert is dropped, whatever `moe_dispatch` training uses.
     """
     config = _exact(config)
     model = nnx.merge(model_graph(config), variables)
@@ -109,11 +109,26 @@ def evaluate(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
     return linear_cross_entropy(x, model.unembedding, batch["targets"], config.loss_chunks)
 
 
-def _narrowed(params: Params, dtype) -> Params:
-    """Matrices of the blocks in the dtype of their products, which rounds them where they are used anyway.
+def window_losses(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
+    """Cross-entropy in nats a token of each row of a batch, float32 `[B]`; else as `evaluate`."""
+    config = _exact(config)
+    model = nnx.merge(model_graph(config), variables)
+    x, _ = model.hidden_with_aux(batch["inputs"])
+    chunks = config.loss_chunks if x.shape[1] % config.loss_chunks == 0 else 1
 
-    Once a part of a batch then, not again in recomputation; and their gradients, which have that dtype, are
-    stacked in it.
+    def one(row):
+        hidden, targets = row
+        return linear_cross_entropy(hidden[None], model.unembedding, targets[None], chunks)
+
+    # One after the other: the logits of one row are there at a time.
+    return jax.lax.map(one, (x, batch["targets"]))
+
+
+def _narrowed(params: Params, dtype) -> Params:
+    """Casts the matrices of the blocks to the dtype of their products, which would round them anyway.
+
+    So they are cast once per part of a batch and not again in recomputation, and their gradients are
+    stacked in that dtype.
     """
 
     def narrow(path, leaf):
@@ -129,16 +144,16 @@ def loss_fn(
     config: ModelConfig,
     share: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, tuple[jax.Array, MoEAux | None]]:
-    """What is minimised: cross-entropy and the balance losses of all blocks.
+    """Returns what is minimised: cross-entropy plus the balance losses of all blocks.
 
     Args:
       params, model_state: see `TrainState`.
       batch: `inputs`, `targets` `[B, S]` int32; a target of `losses.IGNORE_INDEX` does not count.
       config: of the model.
-      share: factor of the cross-entropy, for a part of a batch with fewer targets that count.
+      share: factor of the cross-entropy, for a part of a batch in which fewer targets count.
 
     Returns:
-      that loss, and beside it the cross-entropy alone and the report of the blocks with experts.
+      that loss; then the cross-entropy alone, and the report of the blocks with experts.
     """
     narrow = _narrowed(params, config.activation_dtype)
     model = nnx.merge(model_graph(config), _merged(narrow, model_state))
@@ -151,7 +166,7 @@ def loss_fn(
 
 
 def loss_and_gradients(params: Params, model_state: Params, batch: Batch, config: Config):
-    """(cross-entropy, aux or None) and the gradients, over all parts of the batch."""
+    """Returns (cross-entropy, aux or None) and the gradients, over all parts of the batch."""
     gradient = jax.grad(functools.partial(loss_fn, config=config.model), has_aux=True)
     parts = config.optimizer.accumulate_steps
     if parts == 1:
@@ -195,7 +210,7 @@ def _moe_metrics(aux: MoEAux) -> dict[str, jax.Array]:
 def train_step(
     state: TrainState, batch: Batch, config: Config, pipeline: Pipeline | None = None
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer update.
+    """Does one optimizer update.
 
     Args:
       state: donated by `jit_train_step`.
@@ -205,11 +220,10 @@ def train_step(
 
     Returns:
       the new state, and float32 scalars: `train/loss` (cross-entropy before the update),
-      `train/grad_norm` (before clipping), `train/learning_rate`; `train/skipped_updates` so far where
-      they are skipped, `data/skipped_windows` of this batch where windows are; with experts also
-      `moe/max_load` (load
-      of the busiest expert over the mean load, of the worst block), `moe/dropped` (share of all choices)
-      and `moe/balance_loss` (the part of the loss that is not cross-entropy).
+      `train/grad_norm` (before clipping), `train/learning_rate`; `train/skipped_updates` so far if updates
+      may be skipped, `data/skipped_windows` of this batch if windows may be; with experts also
+      `moe/max_load` (load of the busiest expert over the mean load, of the worst block), `moe/dropped`
+      (share of all choices) and `moe/balance_loss` (the part of the loss that is not cross-entropy).
     """
     arguments = state.params, state.model_state, batch
     if pipeline is None:
@@ -260,13 +274,13 @@ def train_step(
 
 
 def updates_done(opt_state: Any) -> jax.Array:
-    """Updates that the optimizer has made: `TrainState.step` but for those that were skipped."""
+    """Returns how many updates the optimizer has made: `TrainState.step` less those that were skipped."""
     return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
 @functools.cache
 def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
-    """Shapes, dtypes and, on a mesh, places of the train state; nothing is allocated.
+    """Returns shapes, dtypes and, on a mesh, shardings of the train state; nothing is allocated.
 
     On a mesh with stages it is the state that `jit_train_step` takes, see `pipeline.Layout`.
     """
@@ -281,7 +295,7 @@ def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
 
 
 def abstract_batch(config: Config) -> Batch:
-    """Shapes and dtypes of a batch."""
+    """Returns shapes and dtypes of a batch."""
     shape = config.batch_size, config.data.sequence_length
     return {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("inputs", "targets")}
 
@@ -300,13 +314,13 @@ def _init_placed(config: Config, mesh: Mesh) -> TrainState:
 
 
 def jit_init_state(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
-    """`init_state`, each device making its own part: no host ever holds the whole."""
+    """Compiles `init_state`; each device makes its own part, so no host ever holds the whole."""
     init = functools.partial(_init_placed, config, mesh)
     return jax.jit(init, out_shardings=_places(config, mesh))
 
 
 def jit_train_step(config: Config, mesh: Mesh | None = None) -> Callable:
-    """`train_step` compiled for this configuration, with the state's buffers reused."""
+    """Compiles `train_step` for this configuration; it reuses the state's buffers."""
     is_staged = mesh is not None and _is_staged(mesh)
     pipeline = Pipeline(config, mesh, _narrowed) if is_staged else None
     step = on_mesh(functools.partial(train_step, config=config, pipeline=pipeline), mesh)
@@ -322,16 +336,16 @@ def jit_train_step(config: Config, mesh: Mesh | None = None) -> Callable:
 
 
 def analyse(variables: Params, tokens: jax.Array, config: ModelConfig) -> Analysis:
-    """Forward pass over `[B, S]` tokens for gain magnitudes or for finding what is not finite."""
+    """Runs a forward pass over `[B, S]` tokens, for gain magnitudes or to find what is not finite."""
     return nnx.merge(model_graph(config), variables).analyse(tokens)
 
 
 def measure_gains(
     variables: Params, tokens: jax.Array, config: ModelConfig
 ) -> tuple[gains.GainMagnitudes, jax.Array]:
-    """Gain magnitudes (Figs. 3, 7, 8) over the tokens `[1, S]` of one sequence; hc and mhc only.
+    """Measures gain magnitudes (Figs. 3, 7, 8) over the tokens `[1, S]` of one sequence; hc and mhc only.
 
-    Of the exact model, as `evaluate`.
+    The model is exact, as in `evaluate`.
 
     Returns:
       the gains, and the mean cosine between the streams that the last sublayer reads (1: collapsed).

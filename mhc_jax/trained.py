@@ -1,4 +1,4 @@
-"""Reading what a finished or running training has left: the configuration and the newest weights."""
+"""Reads what a finished or running training has left: the configuration and the newest weights."""
 
 import dataclasses
 import logging
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 def load(
     workdir: str | os.PathLike, model: ModelConfig | None = None
 ) -> tuple[Config, Params, int]:
-    """The configuration of a workdir, the newest good `TrainState.variables` in it, and their step.
+    """Reads the configuration of a workdir, its newest good `TrainState.variables` and their step.
 
     A damaged checkpoint is named in a warning, and the one before it is read. The arrays lie on the first
     device, and the optimizer's are not read.
@@ -63,11 +63,11 @@ def load(
 
 
 class Source:
-    """Where a new run takes its parameters from: "WORKDIR" or, of one checkpoint, "WORKDIR@STEP".
+    """Names where a new run takes its parameters from: "WORKDIR", or "WORKDIR@STEP" for one checkpoint.
 
     Attributes:
       workdir: of a training.
-      step: of the checkpoint; None: the newest good one.
+      step: of the checkpoint; None: the newest good one, until `fill` has found it.
 
     Raises:
       ValueError: no run there, no checkpoint of that step, or one of another model: with the fields.
@@ -93,10 +93,10 @@ class Source:
             raise ValueError(f"{self.workdir} has no checkpoint yet")
 
     def fill(self, state: TrainState, abstract: TrainState) -> TrainState:
-        """`state` with the parameters and the model state from there, placed as `abstract` says."""
+        """Returns `state` with the parameters and the model state from there, placed as `abstract` says."""
         wanted = {"params": abstract.params, "model_state": abstract.model_state}
-        step, arrays = _newest(self.workdir, self.step, wanted, self._config)
-        _log.info("parameters from step %d of %s", step, self.workdir)
+        self.step, arrays = _newest(self.workdir, self.step, wanted, self._config)
+        _log.info("parameters from step %d of %s", self.step, self.workdir)
         return dataclasses.replace(state, **arrays)
 
 
@@ -128,7 +128,7 @@ def _read(workdir: str | os.PathLike) -> tuple[epath.Path, Config]:
 def _newest(
     workdir: epath.Path, only: int | None, wanted: dict, config: Config
 ) -> tuple[int, dict]:
-    """Step and arrays of the newest good checkpoint, or of step `only`."""
+    """Reads step and arrays of the newest good checkpoint, or of step `only`."""
     folder = absolute(workdir / FOLDER)
     if not saved_steps(folder):
         raise ValueError(f"{workdir} has no checkpoint yet: train with --workdir={workdir} first")
@@ -161,7 +161,7 @@ def _newest(
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    """Shape of each array by its path; the keys of a stored list are text."""
+    """Returns the shape of each array by its path; the keys of a stored list are text."""
     return {
         "/".join(str(key.key) for key in path): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]

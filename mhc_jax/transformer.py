@@ -1,4 +1,4 @@
-"""Pre-norm decoder whose blocks know nothing of the connection around their sublayers."""
+"""Defines the pre-norm decoder; its blocks work with any connection around their sublayers."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from mhc_jax.sharding import split_by_token
 
 
 def make_connection(config: ModelConfig, sublayer_index: int | jax.Array) -> Connection:
-    """The connection that the configuration names, for one sublayer."""
+    """Makes the connection that the configuration names, for one sublayer."""
     if config.connection == "residual":
         return Residual()
     common = {
@@ -69,12 +69,12 @@ def _make_ffn(config: ModelConfig, *, leading: bool, rngs: nnx.Rngs) -> SwiGLU |
 
 
 class Block(nnx.Module):
-    """Attention and FFN, each a sublayer with its own pre-norm and its own connection.
+    """Attention and FFN; each is a sublayer with its own pre-norm and its own connection.
 
     Args:
       config: of the model.
       index: position among all blocks, from 0; may be traced.
-      leading: a dense block before those with experts.
+      leading: whether it is a dense block before those with experts.
     """
 
     def __init__(
@@ -95,15 +95,15 @@ class Block(nnx.Module):
     def __call__(
         self, pending: Pending, attention: Callable[[jax.Array], jax.Array] | None = None
     ) -> tuple[Pending, list[Pending], MoEAux | None]:
-        """Does the write of the block before, then its own two sublayers but for the last write.
+        """Does the write of the block before, then its own two sublayers except for the last write.
 
         Args:
           pending: of the block before.
-          attention: called in place of the block's own on whole sequences; how tokens are decoded.
+          attention: called in place of the block's own attention; decoding uses it.
 
         Returns:
-          its own pending write, that of both sublayers in order (for analysis), and what its experts
-          report (None: it has none).
+          its pending write; what both sublayers did, in order (for analysis); what its experts report (None
+          without experts).
         """
         writes, aux = [], None
         for name, connection, norm, layer in (
@@ -128,7 +128,7 @@ class Block(nnx.Module):
 
 
 class Analysis(NamedTuple):
-    """What a forward pass can show of its L sublayers, in order of execution.
+    """What a forward pass shows about its L sublayers, in order of execution.
 
     Attributes:
       h_res: `[L, B, S, n, n]` float32, or None for the residual connection.
@@ -161,7 +161,7 @@ class Transformer(nnx.Module):
     """Decoder language model: embedding, blocks, read-out of the streams, norm, logits.
 
     `leading` is the list of dense blocks before those with experts (empty for a dense model), `blocks` the
-    stack of all others: equal ones, scanned (so that one is compiled whatever the depth) unless
+    stack of all others. These are equal, so they are scanned and one is compiled whatever the depth, unless
     `scan_blocks` is False. Sublayers are counted through both.
     """
 
@@ -206,31 +206,31 @@ class Transformer(nnx.Module):
             )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Token ids `[B, S]` int32 -> logits `[B, S, vocab_size]` float32."""
+        """Maps token ids `[B, S]` int32 to logits `[B, S, vocab_size]` float32."""
         return self.with_aux(tokens)[0]
 
     def with_aux(self, tokens: jax.Array) -> tuple[jax.Array, MoEAux | None]:
-        """Logits as `__call__`, and what the blocks with experts report, stacked along a first axis."""
+        """Returns logits like `__call__`, and the stacked reports of the blocks with experts."""
         x, aux = self.hidden_with_aux(tokens)
         return unembed(x, self.unembedding), aux
 
     def hidden_with_aux(self, tokens: jax.Array) -> tuple[jax.Array, MoEAux | None]:
-        """What the unembedding multiplies, `[B, S, C]`, and the report as `with_aux`."""
+        """Returns the input of the unembedding, `[B, S, C]`, and the report like `with_aux`."""
         streams, _, aux = self._run_blocks(tokens, analyse=False)
         return self.norm(self.readout(streams)), aux
 
     @property
     def unembedding(self) -> jax.Array:
-        """`[C, vocab_size]` float32."""
+        """Returns the matrix `[C, vocab_size]` float32."""
         tied = self.config.tie_embeddings
         return self.embedding.embedding[...].T if tied else self.unembed.kernel[...]
 
     def analyse(self, tokens: jax.Array) -> Analysis:
-        """Token ids `[B, S]` -> what the sublayers did, L = 2 x num_blocks of them."""
+        """Maps token ids `[B, S]` to what the L = 2 x num_blocks sublayers did."""
         return self._run_blocks(tokens, analyse=True)[1]
 
     def _run_blocks(self, tokens, *, analyse):
-        """The streams at the end, `Analysis` of all sublayers or None, and the stacked `MoEAux` or None."""
+        """Returns the last streams, `Analysis` of all sublayers or None, and the stacked `MoEAux` or None."""
         connection = self.blocks.attention_connection  # start and post need no parameters
 
         def run(block, pending):
@@ -241,7 +241,7 @@ class Transformer(nnx.Module):
         if self.config.remat != "none" and not analyse:
             return self._run_groups(streams)
         scan = self.config.scan_blocks
-        # Every step of a scan has to do a write; a first block outside of it has none to do.
+        # Every step of a scan does a write; a first block outside the scan has none to do.
         first_in_scan = scan and not self.leading
         pending = connection.start(streams) if first_in_scan else Pending(streams, None, None)
         leading = []
@@ -267,11 +267,11 @@ class Transformer(nnx.Module):
     def decode(
         self, tokens: jax.Array, leading: list, stacked: Any, position: jax.Array
     ) -> tuple[jax.Array, list, Any]:
-        """Logits of tokens `[B, S]` that follow on `position` earlier ones; see `mhc_jax.sampling`.
+        """Returns logits of tokens `[B, S]` that follow `position` earlier ones; see `mhc_jax.sampling`.
 
         Args:
           tokens: new token ids.
-          leading, stacked: caches of the attentions, as the blocks lie.
+          leading, stacked: caches of the attentions, arranged like the blocks.
           position: scalar int32.
 
         Returns:
@@ -306,7 +306,7 @@ class Transformer(nnx.Module):
         return split_by_token(look_up(table, tokens, self.config.activation_dtype))
 
     def _run_groups(self, streams):
-        """As `_run_blocks`, in recompute blocks: see `mhc_jax.remat`."""
+        """Does what `_run_blocks` does, in recompute blocks; see `mhc_jax.remat`."""
         config = self.config
         finish = self.blocks.attention_connection.post
         size = config.blocks_per_group

@@ -1,4 +1,4 @@
-"""Whose workdir it is: config.json there, and the configuration in its checkpoints."""
+"""Checks whose workdir it is, by config.json and by the configuration in its checkpoints."""
 
 import dataclasses
 import json
@@ -15,24 +15,26 @@ from mhc_jax.optimizer import begin_of_decay
 
 _log = logging.getLogger(__name__)
 
+ORIGIN = "init_from.json"
+
 
 def claim_workdir(config: Config, workdir: epath.PathLike) -> None:
     """Writes config.json (process 0), or checks that the one there is the same.
 
-    How a run is computed (`MAY_CHANGE`) may differ: it goes on with any number of devices and any
-    `model.remat`. Where config.json is missing or damaged, that of the newest checkpoint counts.
+    Fields in `MAY_CHANGE` may differ: a run goes on with any number of devices and any `model.remat`. If
+    config.json is missing or damaged, the newest checkpoint's configuration counts.
 
     Raises:
-      ValueError: the fields in which a workdir of an earlier run differs, or a workdir that the processes
-        do not share.
+      ValueError: the workdir belongs to a run that differs (the message names the fields), or the processes
+        do not share it.
     """
     workdir = epath.Path(workdir)
     path, values = workdir / "config.json", dataclasses.asdict(config)
-    # Process 0 writes first, then all processes read: they then see the same file and take the same branch.
+    # Process 0 writes first, then all processes read: so they see the same file and take the same branch.
     distributed.on_first(lambda: _write_if_missing(path, values))
     deadline = (
         time.monotonic() + 60
-    )  # network file systems remember for a while that a file is not there
+    )  # network file systems may remember for a while that the file does not exist
     while not path.exists():
         if time.monotonic() > deadline:
             raise ValueError(
@@ -47,7 +49,7 @@ def claim_workdir(config: Config, workdir: epath.PathLike) -> None:
 
 
 def check_resumable(config: Config, workdir: epath.PathLike) -> None:
-    """What `claim_workdir` refuses, without touching the workdir: for the very beginning.
+    """Refuses what `claim_workdir` would, without touching the workdir; runs at the very beginning.
 
     Raises:
       ValueError: the workdir belongs to another run.
@@ -67,12 +69,30 @@ def check_resumable(config: Config, workdir: epath.PathLike) -> None:
         raise ValueError(f"{path} {lost}{error}") from None
 
 
+def is_finished(config: Config, workdir: epath.PathLike) -> bool:
+    """Whether the newest checkpoint is that of the last step. Its arrays are checked by who reads them.
+
+    Raises:
+      ValueError: the workdir belongs to another run.
+    """
+    folder = checkpoint.absolute(epath.Path(workdir) / checkpoint.FOLDER)
+    steps = checkpoint.saved_steps(folder)
+    if not steps or steps[-1] < config.steps:
+        return False
+    check_resumable(config, workdir)
+    try:
+        checkpoint.read_contents(folder / str(steps[-1]))
+    except checkpoint.Damaged:
+        return False
+    return True
+
+
 def check_same_run(there: dict[str, Any], now: dict[str, Any], step: int = 0) -> None:
     """Raises ValueError if a run with the configuration `now` may not go on with one of `there`.
 
     Args:
       there, now: nested dicts.
-      step: that the run has reached; `steps` may grow where the rates up to it stay what they were.
+      step: the step that the run has reached; `steps` may grow if the rates up to it stay the same.
     """
     differing = conflicts(there, now)
     reason = ""
@@ -88,14 +108,14 @@ def check_same_run(there: dict[str, Any], now: dict[str, Any], step: int = 0) ->
 
 
 def _why_not_more_steps(there: dict[str, Any], now: dict[str, Any], step: int) -> str:
-    """Empty if the run may go on up to `now["steps"]`."""
+    """Returns why the run may not go on up to `now["steps"]`; empty if it may."""
     old, new = there["steps"], now["steps"]
     if not isinstance(old, int) or new < old:
         return ". steps may only grow"
     try:
         optimizer = OptimizerConfig(**there["optimizer"])
     except (KeyError, TypeError, ValueError):
-        return ""  # another field says so
+        return ""  # another field is reported
     begin = begin_of_decay(optimizer, old)
     if begin is None or (optimizer.schedule == "wsd" and step <= begin):
         return ""
@@ -107,10 +127,24 @@ def _why_not_more_steps(there: dict[str, Any], now: dict[str, Any], step: int) -
 
 
 def update_config(config: Config, workdir: epath.PathLike) -> None:
-    """Writes what has changed of a run that goes on (`MAY_CHANGE`, steps) to config.json; process 0 alone."""
+    """Writes the fields that a resumed run changes (`MAY_CHANGE`, steps) to config.json; process 0 only."""
     path, values = epath.Path(workdir) / "config.json", dataclasses.asdict(config)
     if differences(_read(path), values):
         paths.write_json(path, values)
+
+
+def write_origin(workdir: epath.PathLike, source: Any) -> None:
+    """Writes init_from.json of a new run: workdir and step of its first parameters; process 0 only.
+
+    Args:
+      workdir: of the run.
+      source: a `trained.Source` that has been read; None removes what an earlier try has left.
+    """
+    path = epath.Path(workdir) / ORIGIN
+    if source is not None:
+        paths.write_json(path, {"workdir": str(source.workdir), "step": source.step})
+    elif path.exists():
+        path.unlink()
 
 
 def _newest_step(workdir: epath.Path) -> int:
@@ -118,22 +152,22 @@ def _newest_step(workdir: epath.Path) -> int:
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
-    """The fields in config.json or, with a warning where that is missing or damaged, in a checkpoint.
+    """Returns the fields of config.json; if it is missing or damaged, those of a checkpoint, with a warning.
 
     Raises:
-      ValueError: neither is there.
+      ValueError: neither exists.
     """
     workdir = epath.Path(workdir)
     try:
         return _read(workdir / "config.json")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
         saved = _in_checkpoints(workdir)
         if saved is None:
-            if isinstance(error, FileNotFoundError):
+            if not isinstance(error, ValueError):
                 what = f"{workdir} is not the workdir of a run: it has no config.json"
                 raise ValueError(what) from None
             raise ValueError(f"{workdir}/config.json {error}") from None
-        lost = "is missing" if isinstance(error, FileNotFoundError) else str(error)
+        lost = str(error) if isinstance(error, ValueError) else "is missing"
         _log.warning("%s/config.json %s: that of a checkpoint is used", workdir, lost)
         return saved
 
@@ -170,7 +204,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
 
 
 def _in_checkpoints(workdir: epath.Path) -> dict[str, Any] | None:
-    """The configuration in the newest checkpoint that has a good one."""
+    """Returns the newest configuration in a checkpoint that can be read."""
     folder = checkpoint.absolute(workdir / checkpoint.FOLDER)
     for step in reversed(checkpoint.saved_steps(folder)):
         try:

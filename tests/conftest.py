@@ -18,6 +18,10 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # an unknown flag 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+# No test writes to its user's cache.
+if "MHC_JAX_CACHE" not in os.environ:
+    _tokens = tempfile.TemporaryDirectory()
+    os.environ["MHC_JAX_CACHE"] = _tokens.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax

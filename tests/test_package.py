@@ -18,12 +18,14 @@ import mhc_jax
 ROOT = pathlib.Path(__file__).parents[1]
 TRAINER = (
     "grain", "array_record", "orbax", "tensorstore", "tensorboardX", "tqdm", "ml_collections", "matplotlib",
-    "tokenizers",
+    "tokenizers", "filelock",
 )  # fmt: skip
 # The modules that may import them.
 NEED_TRAINER = {
     "mhc_jax.checkpoint", "mhc_jax.lock", "mhc_jax.main", "mhc_jax.metrics", "mhc_jax.recovery",
-    "mhc_jax.train", "mhc_jax.trained", "mhc_jax.workdir", "mhc_jax.remat.__main__", "mhc_jax.data.files",
+    "mhc_jax.compilation_cache", "mhc_jax.progress", "mhc_jax.storage", "mhc_jax.train",
+    "mhc_jax.trained",
+    "mhc_jax.workdir", "mhc_jax.remat.__main__", "mhc_jax.data.files",
     "mhc_jax.data.pipeline", "mhc_jax.data.records", "mhc_jax.data.sources", "mhc_jax.data.token_cache",
     "mhc_jax.analysis.losses", "mhc_jax.analysis.plots", "mhc_jax.analysis.style",
 }  # fmt: skip

@@ -4,10 +4,10 @@ Command:  python -m experiments.attention_speed            (one GPU with 60 GiB 
 Result:   milliseconds and TFLOP/s, forward and forward + backward, also as JSON with --output or --record.
 
 Heads of MLA at 27B (32) and 3B (16): queries and keys of 192 entries, values of 128, bfloat16, 4 sequences of
-4096 tokens. TFLOP/s are those of the causal half with values of 128, 2 S (S + 1) / 2 (192 + 128) a head and
-sequence, three times that with backward. `fused` is what the models run: one of the two arms of cuDNN, as
-UNPADDED_VALUES of `mhc_jax.fused_attention` says. `jax.nn` wants values as wide as keys, so they are padded
-with zeros for it; `cudnn, unpadded` asks cuDNN through a function that JAX keeps to itself.
+4096 tokens. TFLOP/s count the causal half with values of 128: 2 S (S + 1) / 2 (192 + 128) per head and
+sequence, three times that with backward. `fused` is what the models run, one of the two cuDNN arms;
+UNPADDED_VALUES of `mhc_jax.fused_attention` decides. `jax.nn` wants values as wide as keys, so `cudnn,
+padded` pads them with zeros; `cudnn, unpadded` calls cuDNN through a private function of JAX.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def plain(q, k, v):
-    """XLA's, scores and all; values as wide as they are."""
+    """Runs XLA's plain attention, which stores the scores; values keep their width."""
     scores = jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32)
     position = jnp.arange(q.shape[1])
     seen = position[None, :] <= position[:, None]
@@ -65,7 +65,7 @@ ARMS = {
 
 
 def measure(options: argparse.Namespace, heads: int) -> list[dict]:
-    """One row an arm; an arm that cannot run says why."""
+    """Returns one row per arm; an arm that cannot run says why."""
     lead = options.batch_size, options.sequence_length, heads
     q, k, v, dy = (
         jax.random.normal(jax.random.key(seed), (*lead, width), jnp.bfloat16)
@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace, heads: int) -> list[dict]:
             run = functools.partial(time_ms, repeats=options.repeats, rounds=5)
             row["forward_ms"] = run(forward, q, k, v)
             row["both_ms"] = run(both, q, k, v, dy)
-        except Exception as error:  # memory, or no such kernel here: the other arms still count
+        except Exception as error:  # memory or kernel is missing: the other arms still run
             row["failed"] = str(error).splitlines()[0][:200]
             continue
         row["forward_tflops"] = flops / row["forward_ms"] / 1e9

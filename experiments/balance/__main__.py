@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_config(options: argparse.Namespace, balance_rate: float) -> Config:
-    """One arm: three blocks with 8 experts, 2 a token, 2048 tokens a step."""
+    """Returns the config of an arm: three blocks with 8 experts, 2 per token, 2048 tokens per step."""
     values = small_30m.get_config("residual")
     values.seed = values.data.shuffle_seed = options.seed
     values.steps, values.batch_size, values.log_every = options.steps, 16, 1
@@ -79,7 +79,7 @@ def make_config(options: argparse.Namespace, balance_rate: float) -> Config:
 
 
 def final_load(workdir: pathlib.Path, split: str) -> np.ndarray:
-    """Load of each expert over its block's mean `[blocks, E]`, over windows of a split in a new order."""
+    """Returns each expert's load over its block's mean `[blocks, E]`, on newly ordered windows."""
     config, variables, _ = load(workdir)
     data = dataclasses.replace(config.data, shuffle_seed=config.data.shuffle_seed + 1)
 

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 from kernels_pallas.boundary import tpu as boundary
 from kernels_pallas.boundary import tpu_blocks as blocks
 from kernels_pallas.boundary import tpu_mix
-from kernels_pallas.mappings import tpu as mappings
+from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
+from kernels_pallas.coefficients import tpu as mappings
 from kernels_pallas.post_res import tpu as post_res
 from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
 from kernels_pallas.sinkhorn import tpu as sinkhorn
-from kernels_pallas.token_tiles import MIN_TOKENS, sinkhorn_window
+from kernels_pallas.tpu.tiles import MIN_TOKENS, sinkhorn_window
 
 
 def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 20):
@@ -57,8 +58,8 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
         ("post_res", "backward", post_res, (x, y, h, h_res, x), {}, block),
     ]
     # With the RMSNorm of the layer input, as the model calls them.
-    fused = {**coefficients, "norm_eps": 1e-20, "input_norm_eps": 1e-20}
-    parameters = phi, bias, alpha, S((C,), f32)
+    static = {"static": ReadStatic(n, num_iterations, norm_eps=1e-20, input_norm_eps=1e-20)}
+    parameters = Parameters(phi, bias, alpha, S((C,), f32))
 
     def fused_steps(block, *parts):
         """`parts`: the conditional regions, each how often a step runs it and the trips of its loops."""
@@ -76,7 +77,8 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
         block = blocks.backward_tokens(n * C, n, dtype, num_iterations, fused=fused)
         return fused_steps(block, ("first",), *parts)
 
-    update, cotangents = (x, y, h, h_res), (*parameters, h, s, r, y, h, h_res, x)
+    update = Update(x, y, h, h_res)
+    cotangents = parameters, Saved(h, s, r), ReadOut(y, h, h_res), x
     rows, input_rows = ("step", "rows"), ("step", "input rows")
     block = blocks.forward_tokens(n * C, n, dtype, fused=True)
     mixed_rows = ("step", block // (tpu_mix.group_tokens(block, n, dtype) or MIN_TOKENS))
@@ -84,19 +86,19 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
     project, transpose = ("window", again), ("window", again, again)
     table += [
         (
-            *("read", "forward", boundary, (x, *parameters), fused),
+            *("read", "forward", boundary, (x, parameters), static),
             forward_steps(input_rows, project, fused=False),
         ),
         (
-            *("read", "backward", boundary, (x, *cotangents), fused),
+            *("read", "backward", boundary, (x, *cotangents), static),
             backward_steps(transpose, input_rows, step, fused=False),
         ),
         (
-            *("boundary", "forward", boundary, (*update, *parameters), fused),
+            *("boundary", "forward", boundary, (update, parameters), static),
             forward_steps(window, window, mixed_rows, input_rows, project, fused=True),
         ),
         (
-            *("boundary", "backward", boundary, (*update, x, *cotangents), fused),
+            *("boundary", "backward", boundary, (update, x, *cotangents), static),
             backward_steps(window, transpose, input_rows, rows, window, fused=True),
         ),
     ]

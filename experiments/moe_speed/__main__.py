@@ -4,8 +4,8 @@ Command:  python -m experiments.moe_speed                  (one GPU with 60 GiB 
 Result:   a table of milliseconds and of the share of the dense rate, also as JSON with --output or --record.
 
 The layer of the paper's 27B model on 16384 tokens: width 2560, 72 experts of width 1536, 6 a token and 2
-shared; bfloat16 products, float32 parameters and gradients, router and casts included. FLOPs are those of
-the active experts' matrices, 3 x 6 C F for each of a token's 8. Routing is that of random weights.
+shared; bfloat16 products, float32 parameters and gradients, router and casts included. FLOPs count the
+active experts' matrices, 3 x 6 C F for each of a token's 8. Routing comes from random weights.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def time_ms(function, *args, repeats: int) -> float:
-    """Median milliseconds of a call of the compiled function."""
+    """Returns the median milliseconds of a call of the compiled function."""
     times = []
     for _ in range(3 + repeats):
         start = time.perf_counter()
@@ -58,7 +58,7 @@ def time_ms(function, *args, repeats: int) -> float:
 
 
 def forward_backward(function):
-    """jit of (args, cotangent) -> output and the gradients of all args."""
+    """Compiles (args, cotangent) -> output and the gradients of all args."""
 
     @jax.jit
     def both(args, cotangent):
@@ -81,7 +81,7 @@ def layer_config(options: argparse.Namespace, name: str, factor: float) -> Model
 
 
 def time_layer(options, name: str, factor: float, x, dy) -> dict:
-    """The whole layer: output, gradients of all parameters and of the input."""
+    """Times the whole layer: output, gradients of all parameters and of the input."""
     config = layer_config(options, name, factor)
     graph, params, rest = nnx.split(MoE(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
 
@@ -104,7 +104,7 @@ def time_layer(options, name: str, factor: float, x, dy) -> dict:
 
 
 def time_dense(options, active_width: int) -> float:
-    """Six matmuls, forward and backward of a gated FFN of this width, and nothing else."""
+    """Times only the matmuls of a gated FFN of this width, forward and backward."""
     tokens, width = options.tokens, options.width
     x, dy = normal(1, tokens, width), normal(2, tokens, width)
     gate_up = normal(3, width, 2 * active_width)
@@ -120,7 +120,7 @@ def time_dense(options, active_width: int) -> float:
 
 
 def time_parts(options, x) -> dict[str, float]:
-    """Milliseconds of the parts of the layer, each by itself; router and experts forward and backward."""
+    """Times the parts of the layer, each by itself; router and experts forward and backward."""
     k, num_experts = options.experts_per_token, options.num_experts
     ms = functools.partial(time_ms, repeats=options.repeats)
     tokens = x.reshape(-1, options.width)
@@ -147,7 +147,7 @@ def time_parts(options, x) -> dict[str, float]:
         rows = plan(routing.experts)
 
         filled = dispatch.to_rows(tokens, rows)
-        # Each is the other's backward: timed apart, since XLA would merge the two gathers.
+        # Each is the other's backward. They are timed apart, since XLA would merge the two gathers.
         parts[f"{name}: to rows"] = ms(jax.jit(dispatch.to_rows), tokens, rows)
         parts[f"{name}: to tokens"] = ms(jax.jit(dispatch.to_tokens), filled, rows)
         row_weights = dispatch.weights_to_rows(routing.weights, rows)

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 
-# Gradients travel while the next products run. Before jax starts, and an outer setting wins.
+# Lets gradients travel while the next products run. Set before jax starts; a setting of the user wins.
 os.environ["XLA_FLAGS"] = (
     "--xla_gpu_enable_latency_hiding_scheduler=true " + os.environ.get("XLA_FLAGS", "")
 ).strip()
@@ -103,7 +103,7 @@ class Arm:
 
     @property
     def temporaries(self) -> float:
-        """GiB of one device."""
+        """Returns the temporary memory of one device in GiB."""
         return self._step.memory_analysis().temp_size_in_bytes / 2**30
 
 
@@ -142,7 +142,7 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(Arm.compile, arms.values()))
     rng = np.random.default_rng(0)
-    for _ in range(ROUNDS):  # arms in turn, so that a drift of the clock meets all of them
+    for _ in range(ROUNDS):  # arms take turns, so that a drift of the clock meets all of them
         for arm in arms.values():
             arm.time(rng)
     rows = rows_of(arms)

@@ -23,6 +23,7 @@ from experiments import record, report
 from experiments.output import user_path
 from experiments.reproduction.tables import format_table, mean_and_error
 from experiments.verdict import verdict
+from mhc_jax import compilation_cache
 from mhc_jax.analysis.runs import read_arms
 from mhc_jax.config import CONNECTIONS, from_dict
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
@@ -52,6 +53,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--arms", nargs="+", choices=CONNECTIONS, default=list(CONNECTIONS),
                         help="connections to compare")  # fmt: skip
+    parser.add_argument(
+        f"--{compilation_cache.FLAG}", action="store_true", help=compilation_cache.HELP
+    )
     return parser.parse_args(arguments)
 
 
@@ -159,7 +163,12 @@ def run_seeds(options: argparse.Namespace, arguments: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
+    logging.basicConfig(format="%(message)s")
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file it writes
+    logging.getLogger("mhc_jax.progress").setLevel(
+        logging.INFO
+    )  # where there is no terminal for a bar
+    compilation_cache.use(not options.no_compilation_cache)
     try:
         run_seeds(options, arguments)
     except (BadInput, Interrupted) as error:

@@ -78,7 +78,7 @@ def make_config(options: argparse.Namespace, arm: Arm) -> Config:
 
 
 def compile_arm(config: Config):
-    """(initialisation, train step), compiled ahead of time."""
+    """Compiles (initialisation, train step) ahead of time."""
     init = jax.jit(functools.partial(init_state, config))
     state = jax.eval_shape(init)
     step = jit_train_step(config).lower(state, abstract_batch(config))
@@ -88,11 +88,11 @@ def compile_arm(config: Config):
 def time_arms(
     configs: Mapping[Any, Config], compiled: Mapping[Any, tuple], rng: np.random.Generator
 ) -> dict[Any, list[float]]:
-    """Median milliseconds of a step of each arm on fresh random tokens, ROUNDS times.
+    """Returns ROUNDS median milliseconds of a step of each arm on fresh random tokens.
 
     The arms take turns step by step: a GPU under load lowers its clocks by some per cent within seconds,
-    which arms that ran one after the other would take for a difference between them. Arms with the same
-    connection train one state, so that no more than one a connection has to fit.
+    which would look like a difference between arms that ran one after the other. Arms with the same
+    connection train one state, so memory holds only one per connection.
     """
     connection = {arm: config.model.connection for arm, config in configs.items()}
     states = {}

@@ -9,85 +9,95 @@ import functools
 
 import jax
 
-from kernels_pallas import placement
+from kernels_pallas import conventions, placement
 from kernels_pallas.boundary import reference
+from kernels_pallas.boundary.contract import Parameters, ReadStatic, Update
 from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.pre import check_norm
 from kernels_pallas.precision import wide_dtype
 from kernels_pallas.projection import rounded
 from kernels_pallas.shapes import (
     check_floating,
-    check_layer_output,
     check_phi,
     check_shape,
     check_streams,
+    check_update,
     num_columns,
 )
-from kernels_pallas.sinkhorn import check_num_iterations
+from kernels_pallas.sinkhorn import check_sinkhorn
 
 
-def _run(op, definition, static, *args):
-    *static, implementation = static
-    names = ("n", "num_iterations", "norm_eps", "input_norm_eps")
-    return run(op, definition, implementation, *args, **dict(zip(names, static)))
+@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
+def _read(streams, parameters, static, implementation):
+    return _read_forward(streams, parameters, static, implementation)[0]
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(5,))
-def _read(streams, phi, bias, alpha, weight, static):
-    return _read_forward(streams, phi, bias, alpha, weight, static)[0]
-
-
-def _read_forward(streams, phi, bias, alpha, weight, static):
-    parameters = (phi, bias, alpha, weight)
-    layer_input, h_post, h_res, *saved = _run(
-        "read", reference.read_forward, static, streams, *parameters
+def _read_forward(streams, parameters, static, implementation):
+    out, saved = run(
+        "read", reference.read_forward, implementation, streams, parameters, static=static
     )
-    return (layer_input, h_post, h_res, streams), (streams, *parameters, *saved)
+    return (out, streams), (streams, parameters, saved)
 
 
-def _read_backward(static, residuals, cotangents):
-    return tuple(_run("read", reference.read_backward, static, *residuals, *cotangents))
+def _read_backward(static, implementation, residuals, cotangents):
+    args = *residuals, *cotangents
+    return run("read", reference.read_backward, implementation, *args, static=static)
 
 
 _read.defvjp(_read_forward, _read_backward)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(8,))
-def _boundary(streams, layer_output, h_post, h_res, phi, bias, alpha, weight, static):
-    args = (streams, layer_output, h_post, h_res, phi, bias, alpha, weight)
-    return _boundary_forward(*args, static)[0]
+@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
+def _boundary(update, parameters, static, implementation):
+    return _boundary_forward(update, parameters, static, implementation)[0]
 
 
-def _boundary_forward(streams, layer_output, h_post, h_res, phi, bias, alpha, weight, static):
-    update = (streams, layer_output, h_post, h_res)
-    parameters = (phi, bias, alpha, weight)
-    new_streams, layer_input, new_post, new_res, *saved = _run(
-        "boundary", reference.forward, static, *update, *parameters
+def _boundary_forward(update, parameters, static, implementation):
+    new_streams, out, saved = run(
+        "boundary", reference.forward, implementation, update, parameters, static=static
     )
-    outputs = (layer_input, new_post, new_res, new_streams)
-    return outputs, (*update, new_streams, *parameters, *saved)
+    return (out, new_streams), (update, new_streams, parameters, saved)
 
 
-def _boundary_backward(static, residuals, cotangents):
-    return tuple(_run("boundary", reference.backward, static, *residuals, *cotangents))
+def _boundary_backward(static, implementation, residuals, cotangents):
+    args = *residuals, *cotangents
+    return run("boundary", reference.backward, implementation, *args, static=static)
 
 
 _boundary.defvjp(_boundary_forward, _boundary_backward)
 
 
-def _parameters(streams, phi, bias, alpha, n, num_iterations, phi_precision):
-    check_num_iterations(num_iterations)
-    m = num_columns(n)
+def _checked(
+    streams, width, parameters, phi_precision, static, last
+) -> tuple[Parameters, ReadStatic]:
+    """Both as the backends take them; raises as `read` does."""
+    m = num_columns(static.n)
+    phi, bias, alpha, weight = parameters
     check_floating(phi=phi, bias=bias, alpha=alpha)
     check_phi(streams, phi, m)
     check_shape("bias", bias, (m,))
     check_shape("alpha", alpha, (3,))
     dtype = wide_dtype(streams.dtype)
-    return {
-        "phi": rounded(streams, phi.astype(dtype), phi_precision),
-        "bias": bias.astype(dtype),
-        "alpha": alpha.astype(dtype),
-    }
+    parameters = Parameters(
+        rounded(streams, phi.astype(dtype), phi_precision),
+        bias.astype(dtype),
+        alpha.astype(dtype),
+        check_norm(weight, static.input_norm_eps, width, dtype),
+    )
+    sinkhorn_eps = check_sinkhorn(static.num_iterations, "sinkhorn_eps", static.sinkhorn_eps, last)
+    pre_eps = conventions.check_eps("pre_eps", static.pre_eps)
+    return parameters, static._replace(sinkhorn_eps=sinkhorn_eps, pre_eps=pre_eps)
+
+
+def _with_last(last, call, parameters, n):
+    """`call(parameters)`, a read, with its h_res normalised along `last` at the end."""
+    if last == "columns":  # the transpose of a matrix whose rows are last
+        phi, bias = (conventions.transposed_columns(x, n) for x in parameters[:2])
+        parameters = parameters._replace(phi=phi, bias=bias)
+    (layer_input, h_post, h_res), streams = call(parameters)
+    if last == "columns":
+        h_res = conventions.transposed(h_res)
+    return layer_input, h_post, h_res, streams
 
 
 def read(
@@ -98,6 +108,9 @@ def read(
     *,
     n: int,
     num_iterations: int = 20,
+    sinkhorn_eps: float = 0.0,
+    last: str = "rows",
+    pre_eps: float = 0.0,
     norm_eps: float = 1e-20,
     phi_precision: str = "tf32",
     input_norm_weight: jax.Array | None = None,
@@ -120,6 +133,7 @@ def read(
       phi, bias, alpha: `[n*C, n*n+2n]`, `[n*n+2n]`, `[3]` float32, as in `mappings`.
       n: number of streams.
       num_iterations: t_max of Eq. 9.
+      sinkhorn_eps, last, pre_eps: as in `mappings`.
       norm_eps: added to the mean square of the streams.
       phi_precision: as in `projection`.
       input_norm_weight, input_norm_eps: RMSNorm of the layer input, as in `pre`; None: no norm.
@@ -134,13 +148,15 @@ def read(
       NotImplementedError: the named implementation cannot run here.
     """
     width = check_streams(streams, n)
-    parameters = _parameters(streams, phi, bias, alpha, n, num_iterations, phi_precision)
-    weight = check_norm(input_norm_weight, input_norm_eps, width, parameters["phi"].dtype)
-    static = (n, num_iterations, norm_eps, input_norm_eps, implementation)
-    args = placement.aligned(
-        reference.read_forward, streams=streams, **parameters, input_norm_weight=weight
+    parameters = Parameters(phi, bias, alpha, input_norm_weight)
+    static = ReadStatic(n, num_iterations, norm_eps, input_norm_eps, sinkhorn_eps, pre_eps)
+    parameters, static = _checked(streams, width, parameters, phi_precision, static, last)
+    streams, parameters = placement.aligned(
+        reference.read_forward, streams=streams, parameters=parameters
     )
-    return _read(*args, static)
+    return _with_last(
+        last, lambda parameters: _read(streams, parameters, static, implementation), parameters, n
+    )
 
 
 def boundary(
@@ -154,6 +170,9 @@ def boundary(
     *,
     n: int,
     num_iterations: int = 20,
+    sinkhorn_eps: float = 0.0,
+    last: str = "rows",
+    pre_eps: float = 0.0,
     norm_eps: float = 1e-20,
     phi_precision: str = "tf32",
     input_norm_weight: jax.Array | None = None,
@@ -174,7 +193,8 @@ def boundary(
 
     Args:
       streams, layer_output, h_post, h_res: the pending update, as in `post_res`.
-      phi, bias, alpha, n, num_iterations, norm_eps, phi_precision: of the next sublayer, as in `read`.
+      phi, bias, alpha, n, num_iterations, sinkhorn_eps, last, pre_eps, norm_eps, phi_precision: of the next
+        sublayer, as in `read`.
       input_norm_weight, input_norm_eps: RMSNorm of the next layer input, as in `read`.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
@@ -187,22 +207,19 @@ def boundary(
       NotImplementedError: the named implementation cannot run here.
     """
     width = check_streams(streams, n)
-    lead = streams.shape[:-1]
-    check_floating(h_post=h_post, h_res=h_res)
-    check_layer_output(streams, layer_output, width)
-    check_shape("h_post", h_post, (*lead, n))
-    check_shape("h_res", h_res, (*lead, n, n))
-    parameters = _parameters(streams, phi, bias, alpha, n, num_iterations, phi_precision)
-    dtype = parameters["phi"].dtype
-    weight = check_norm(input_norm_weight, input_norm_eps, width, dtype)
-    static = (n, num_iterations, norm_eps, input_norm_eps, implementation)
-    args = placement.aligned(
+    check_update(streams, layer_output, h_post, h_res, n)
+    parameters = Parameters(phi, bias, alpha, input_norm_weight)
+    static = ReadStatic(n, num_iterations, norm_eps, input_norm_eps, sinkhorn_eps, pre_eps)
+    parameters, static = _checked(streams, width, parameters, phi_precision, static, last)
+    dtype = parameters.phi.dtype
+    update, parameters = placement.aligned(
         reference.forward,
-        streams=streams,
-        layer_output=layer_output,
-        h_post=h_post.astype(dtype),
-        h_res=h_res.astype(dtype),
-        **parameters,
-        input_norm_weight=weight,
+        update=Update(streams, layer_output, h_post.astype(dtype), h_res.astype(dtype)),
+        parameters=parameters,
     )
-    return _boundary(*args, static)
+    return _with_last(
+        last,
+        lambda parameters: _boundary(update, parameters, static, implementation),
+        parameters,
+        n,
+    )

@@ -18,6 +18,7 @@
 // Constants: C; MIX (0 or 1); TERMS, the bfloat16 numbers that stand for one number of t in these sums. With 2, high +
 // low, the sums agree with the definition to 2^-17 (errors of 2e-6). With 1, t is rounded and x' in kappa x' is not:
 // errors of 2e-3 in dh_res and dh_post and of 1e-6 in dx and dy, but 70 instructions and one barrier a tile fewer.
+// Launches of few tokens have two (cuda_launches.py).
 #include "boundary/tile.cuh"
 
 #if MIX
@@ -45,6 +46,8 @@ constexpr int OWN = KAPPA + TOKENS * 4;
 // Shared memory holds the rows of STAGES tiles, the token data of two, phi (6 float4 a thread) and, if MIX, t in
 // bfloat16, laid out as x: of two tiles in turn, or (TERMS 2) high and low terms of one.
 constexpr int OWNS = STAGES * STAGE, PHI = OWNS + 2 * OWN, TOTAL = PHI + 6 * 16 * THREADS;
+static_assert(SHARED_BYTES == TOTAL + MIX * 2 * STREAMS, "cuda_launches.py counts otherwise");
+static_assert(SUMS == TOKEN_SUMS, "cuda_launches.py counts otherwise");
 
 __device__ __forceinline__ int key(int stream, int token) { return token % 8 ^ stream % 2 * 4; }
 

@@ -1,91 +1,109 @@
 """`read` and `boundary` with their large passes in CUDA C++, the small kernels around them in Triton.
 
 The forward of `boundary` does the write and the projection in one kernel (forward.cu, 9C instead of 13C). As
-in gpu.py, one launch for the second stage of the projection and the mappings follows, then F_pre. The
-backward begins as in gpu.py with dh_pre (5C) and the mappings. Then one pass sums every cotangent of the
+in triton.py, one launch for the second stage of the projection and the mappings follows, then F_pre. The
+backward begins as in triton.py with dh_pre (5C) and the mappings. Then one pass sums every cotangent of the
 streams and makes dphi (backward.cu): 13C in `read`, 15C in `boundary`, where it also goes back through the
 write. The second stage of all sums comes last. The forward of `read` is Triton's.
 """
 
 import jax
 
-from kernels_pallas import triton_call, triton_sums
-from kernels_pallas.boundary import cuda_launches, gpu
-from kernels_pallas.boundary.arguments import ReadBackward
-from kernels_pallas.boundary.gpu import read_forward
+from kernels_pallas.boundary import cuda_launches, triton
+from kernels_pallas.boundary.contract import (
+    Parameters,
+    ReadOut,
+    ReadStatic,
+    Saved,
+    Update,
+    empty_read,
+)
+from kernels_pallas.boundary.triton import read_forward
+from kernels_pallas.coefficients import triton as coefficients
+from kernels_pallas.gpu import device, sums
 
 __all__ = ["backward", "check", "check_forward", "forward", "read_backward", "read_forward"]
 
 
-def check(streams: jax.Array, *arrays, **static) -> None:
+def check(first: jax.Array | Update, *_, static: ReadStatic) -> None:
     """Raises NotImplementedError unless backward.cu accepts these arguments and can run here."""
-    gpu.check(streams, *arrays, **static)
-    cuda_launches.check(streams, static["n"], cuda_launches.BACKWARD_BYTES)
+    triton.check(first, static=static)
+    streams = jax.tree.leaves(first)[0]
+    cuda_launches.check(streams, static.n, cuda_launches.BACKWARD_BYTES)
 
 
-def check_forward(streams: jax.Array, *arrays, **static) -> None:
+def check_forward(update: Update, *_, static: ReadStatic) -> None:
     """Raises NotImplementedError unless forward.cu accepts these arguments and can run here."""
-    gpu.check(streams, *arrays, **static)
-    cuda_launches.check(streams, static["n"], cuda_launches.FORWARD_BYTES)
+    triton.check(update, static=static)
+    cuda_launches.check(update.streams, static.n, cuda_launches.FORWARD_BYTES)
 
 
 def forward(
-    streams: jax.Array,
-    layer_output: jax.Array,
-    h_post: jax.Array,
-    h_res: jax.Array,
-    phi: jax.Array,
-    bias: jax.Array,
-    alpha: jax.Array,
-    weight: jax.Array | None,
-    **static,
-) -> tuple[jax.Array, ...]:
-    """Returns new streams, then what `read_forward` returns for them."""
-    T, n = triton_call.num_tokens(streams.shape[:-1]), static["n"]
+    update: Update, parameters: Parameters, *, static: ReadStatic
+) -> tuple[jax.Array, ReadOut, Saved]:
+    """Does the write, then the read of the new streams."""
+    streams, n = update.streams, static.n
+    T = device.num_tokens(streams.shape[:-1])
     if not T:
-        return streams, *gpu.empty_read(streams, n)
+        return streams, *empty_read(streams, n)
     launch = cuda_launches.forward_launch(T, streams.shape[-1] // n)
-    fragments = cuda_launches.phi_fragments(phi)
-    new_streams, parts = launch(streams, layer_output, h_post, h_res, fragments, T)
+    new_streams, projected = launch(*update, cuda_launches.phi_fragments(parameters.phi), T)
     new_streams = new_streams.reshape(streams.shape)
-    return new_streams, *gpu.finish_read(new_streams, parts, phi, bias, alpha, weight, static)
+    return new_streams, *triton.finish_read(new_streams, projected, parameters, static)
+
+
+def _to_fragments(streams, parameters, saved, d, static):
+    """Cotangent of the weighted sum, fragments, partial sums of dbias and dalpha, and of dweight."""
+    d_sum, dh_pre, d_weight = triton.input_backward(streams, parameters, saved, d, static)
+    fragments, d_gates = coefficients.backward_to_fragments(
+        *triton.mappings_operands(parameters, saved, d, dh_pre),
+        K=streams.shape[-1],
+        **triton.mappings_static(static),
+    )
+    return d_sum, fragments, d_gates, d_weight
 
 
 def read_backward(
-    streams: jax.Array, *arrays: jax.Array | None, **static
-) -> tuple[jax.Array | None, ...]:
-    """Returns the cotangents (dx, dphi, dbias, dalpha, dweight)."""
-    a = ReadBackward._make(arrays)
-    n, K, T = static["n"], streams.shape[-1], triton_call.num_tokens(a.r.shape)
-    if not T:
-        return streams, *gpu.no_gradients(a)
-    d_input, fragments, (gates, dweight) = gpu.mappings_backward(streams, a, static, fragments=K)
-    launch = cuda_launches.backward_launch(T, K // n, mix=False)
-    unused = (d_input, a.h_pre, a.dh_res)
-    dx, _, _, dphi = launch(streams, *unused, a.d_streams, d_input, a.h_pre, a.phi, *fragments, T)
-    return dx.reshape(streams.shape), *triton_sums.parameter_gradients(dphi, gates, dweight, n)
+    streams: jax.Array,
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    d_streams: jax.Array,
+    *,
+    static: ReadStatic,
+) -> tuple[jax.Array, Parameters]:
+    """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
+    if not device.num_tokens(saved.r.shape):
+        return streams, parameters.no_cotangents()
+    d_sum, fragments, d_gates, d_weight = _to_fragments(streams, parameters, saved, d, static)
+    dx, dphi = cuda_launches.read_backward(
+        streams, d_streams, d_sum, saved.h_pre, parameters.phi, fragments
+    )
+    d_parameters = sums.parameter_gradients(dphi, d_gates, d_weight, static.n)
+    return dx.reshape(streams.shape), Parameters(*d_parameters)
 
 
 def backward(
-    streams: jax.Array,
-    layer_output: jax.Array,
-    h_post: jax.Array,
-    h_res: jax.Array,
+    update: Update,
     new_streams: jax.Array,
-    *arrays: jax.Array | None,
-    **static,
-) -> tuple[jax.Array | None, ...]:
-    """Returns the cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
-    a = ReadBackward._make(arrays)
-    update = (streams, layer_output, h_post, h_res)
-    n, K, T = static["n"], streams.shape[-1], triton_call.num_tokens(a.r.shape)
-    if not T:
-        return *update, *gpu.no_gradients(a)
-    d_input, fragments, (gates, dweight) = gpu.mappings_backward(
-        new_streams, a, static, fragments=K
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    d_new: jax.Array,
+    *,
+    static: ReadStatic,
+) -> tuple[Update, Parameters]:
+    """Returns the cotangents of the update and of the parameters."""
+    if not device.num_tokens(saved.r.shape):
+        return update, parameters.no_cotangents()
+    d_sum, fragments, d_gates, d_weight = _to_fragments(new_streams, parameters, saved, d, static)
+    dx, dy, d_mappings, dphi = cuda_launches.boundary_backward(
+        update, d_new, d_sum, saved.h_pre, parameters.phi, fragments
     )
-    launch = cuda_launches.backward_launch(T, K // n, mix=True)
-    dx, dy, parts, dphi = launch(*update, a.d_streams, d_input, a.h_pre, a.phi, *fragments, T)
-    d_parameters, dres, dpost = triton_sums.all_gradients(dphi, gates, dweight, parts, n)
-    d_update = (dx, dy, dpost, dres)
-    return *(d.reshape(u.shape) for d, u in zip(d_update, update)), *d_parameters
+    d_parameters, dh_res, dh_post = sums.all_gradients(
+        dphi, d_gates, d_weight, d_mappings, static.n
+    )
+    d_update = Update(dx, dy, dh_post, dh_res)
+    return jax.tree.map(lambda d, x: d.reshape(x.shape), d_update, update), Parameters(
+        *d_parameters
+    )

@@ -7,18 +7,28 @@ backward.cu runs on 8.0 too.
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import cuda_call
-from kernels_pallas.cuda_call import CudaLaunch
+from kernels_pallas.boundary.contract import Update
+from kernels_pallas.coefficients.triton import Fragments
+from kernels_pallas.gpu import cuda_launch
+from kernels_pallas.gpu.cuda_launch import CudaLaunch
+from kernels_pallas.gpu.device import cdiv, full_waves, multiprocessors, num_tokens
+from kernels_pallas.gpu.launch import struct
 from kernels_pallas.precision import split_bf16
-from kernels_pallas.triton_call import cdiv, full_waves, multiprocessors, num_tokens, struct
 
+# Both sides need these sizes: the sources get them as macros and assert what they add up to.
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
+_WARPS = 8  # of a program
+_TOKEN_SUMS = 20  # partial sums of dh_res and dh_post that a token has
+_PARTS = 28  # numbers of a token in forward.cu's result: s, the sum of squares, 3 unused
 # bfloat16 numbers that stand for one number of t, the cotangent of the new streams, in dh_res and dh_post.
-# The timed form has 1; 2 is exact to 2e-6 and has run in the emulator alone. `kernel_speed --terms` decides.
+# One makes errors of 2e-3, which few tokens do not average out: 5e-3 with a single token. Two are exact to
+# 2e-6 but take the place of the next tile's t, which costs 2.5 τ of a long launch (`kernel_speed --terms`).
+# Up to `FEW_TOKENS` that is nothing: the four tiles go to programs of their own, which have no next tile.
 TERMS = 1
+FEW_TOKENS = 64
 # Two tiles of x and y for each of eight warps, and two of phi (forward.cu).
-FORWARD_BYTES = 2 * 8 * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
+FORWARD_BYTES = 2 * _WARPS * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
 
 
 def _shared_bytes(mix: bool) -> int:
@@ -50,21 +60,29 @@ def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
         raise NotImplementedError(f"C={C}: the CUDA kernels take multiples of {_COLUMNS}")
     if T * C >= 1 << 32:
         raise NotImplementedError(f"T*C={T * C} on a device: the CUDA kernels take less than 2**32")
-    missing = cuda_call.missing(shared_bytes)
+    missing = cuda_launch.missing(shared_bytes)
     if missing:
         raise NotImplementedError(missing)
 
 
-def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLaunch:
-    """Makes the launch of backward.cu; `terms`: bfloat16 numbers for one of t in dh_res and dh_post.
+def _sizes(C: int) -> dict[str, int]:
+    return {"C": C, "COLUMNS": _COLUMNS, "TOKENS": _TOKENS, "WARPS": _WARPS}
+
+
+def backward_launch(T: int, C: int, *, mix: bool, terms: int | None = None) -> CudaLaunch:
+    """Makes the launch of backward.cu.
+
+    `terms` bfloat16 numbers stand for one of t in dh_res and dh_post. None takes two up to `FEW_TOKENS`, then
+    `TERMS`.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
-    phi [4C, 24], fragments of ds and kappa (`mappings.gpu.backward_launch`), T; without `mix`, y, h_post and
-    h_res are not read. Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi
-    [splits, 4C, 24].
+    phi [4C, 24], `coefficients.triton.Fragments`, T; without `mix`, y, h_post and h_res are not read.
+    Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
     """
     slabs = C // _COLUMNS
     splits = _splits(slabs, cdiv(T, _TOKENS))
+    if terms is None:
+        terms = 2 if T <= FEW_TOKENS else TERMS
     return CudaLaunch(
         kernel="mhc_boundary_backward" if mix else "mhc_read_backward",
         source="boundary/backward.cu",
@@ -72,13 +90,52 @@ def backward_launch(T: int, C: int, *, mix: bool, terms: int = TERMS) -> CudaLau
         outputs=(
             struct((T, 4 * C), jnp.bfloat16),
             struct((T, C) if mix else (1,), jnp.bfloat16),
-            struct((slabs, T, 20) if mix else (1,)),
+            struct((slabs, T, _TOKEN_SUMS) if mix else (1,)),
             struct((splits, 4 * C, 24)),
         ),
-        constants={"C": C, "MIX": int(mix), "TERMS": terms},
-        num_warps=8,
+        constants={"MIX": int(mix), "TERMS": terms, "TOKEN_SUMS": _TOKEN_SUMS, **_sizes(C)},
+        num_warps=_WARPS,
         shared_bytes=_shared_bytes(mix),
     )
+
+
+def boundary_backward(
+    update: Update,
+    g: jax.Array,
+    d: jax.Array,
+    h_pre: jax.Array,
+    phi: jax.Array,
+    fragments: Fragments,
+) -> tuple[jax.Array, ...]:
+    """Runs backward.cu with the write; T > 0.
+
+    Args:
+      update: streams, layer output, h_post, h_res before the write.
+      g, d: cotangents of the new streams and of the weighted sum.
+      h_pre, phi: of the read.
+      fragments: of `coefficients.triton.backward_to_fragments`.
+
+    Returns:
+      dx [T, 4C], dy [T, C], partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
+    """
+    T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
+    return backward_launch(T, C, mix=True)(*update, g, d, h_pre, phi, *fragments, T)
+
+
+def read_backward(
+    streams: jax.Array,
+    g: jax.Array,
+    d: jax.Array,
+    h_pre: jax.Array,
+    phi: jax.Array,
+    fragments: Fragments,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs backward.cu without the write: dx [T, 4C], partial sums of dphi; arguments as above, T > 0."""
+    T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
+    not_read = d, h_pre, h_pre  # in place of y, h_post, h_res
+    launch = backward_launch(T, C, mix=False)
+    dx, _, _, dphi = launch(streams, *not_read, g, d, h_pre, phi, *fragments, T)
+    return dx, dphi
 
 
 def forward_launch(T: int, C: int) -> CudaLaunch:
@@ -87,14 +144,14 @@ def forward_launch(T: int, C: int) -> CudaLaunch:
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], `phi_fragments`, T. Outputs: x', partial
     sums of s and (column 24) of the squares of x' [splits, T, 28].
     """
-    splits = _forward_splits(C // _COLUMNS, cdiv(T, 128))
+    splits = _forward_splits(C // _COLUMNS, cdiv(T, _WARPS * _TOKENS))
     return CudaLaunch(
         kernel="mhc_boundary_forward",
         source="boundary/forward.cu",
-        grid=(min(multiprocessors(), cdiv(T, 128) * splits),),
-        outputs=(struct((T, 4 * C), jnp.bfloat16), struct((splits, T, 28))),
-        constants={"C": C, "SPLITS": splits},
-        num_warps=8,
+        grid=(min(multiprocessors(), cdiv(T, _WARPS * _TOKENS) * splits),),
+        outputs=(struct((T, 4 * C), jnp.bfloat16), struct((splits, T, _PARTS))),
+        constants={"SPLITS": splits, "PARTS": _PARTS, **_sizes(C)},
+        num_warps=_WARPS,
         shared_bytes=FORWARD_BYTES,
     )
 

@@ -16,14 +16,13 @@
 namespace {
 
 constexpr int STEPS = C / COLUMNS / SPLITS;   // of a tile
-constexpr int PARTS = 28;                     // numbers a token in the result: s, sum of squares, 3 unused
 
 // A warp's tile in shared memory: rows of x (then x') by stream and token, then y. The 16-byte chunks of
 // a row are permuted, chunk c to place c ^ key, so that 8 tokens of a stream do not meet in one bank.
 constexpr int STREAM = TOKENS * PITCH, Y = N * STREAM, TILE = Y + STREAM;
 constexpr int PHI = 2 * WARPS * TILE;         // by 8 columns, two streams, 8 of s and lane: 16 bytes
 constexpr int PHI_TILE = COLUMNS * N * M * 4;
-// In all 2 * WARPS * TILE + 2 * PHI_TILE bytes.
+static_assert(SHARED_BYTES == PHI + 2 * PHI_TILE, "cuda_launches.py counts otherwise");
 
 __device__ __forceinline__ int key(int token) { return token % 8; }
 

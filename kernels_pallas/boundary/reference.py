@@ -8,8 +8,19 @@ streams is summed in float32 and stays float32 in the write's backward.
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.boundary.arguments import ReadBackward
-from kernels_pallas.mappings import reference as mappings
+from kernels_pallas.boundary.contract import (
+    PARAMETERS,
+    READ_OUT,
+    SAVED,
+    STREAMS,
+    UPDATE,
+    Parameters,
+    ReadOut,
+    ReadStatic,
+    Saved,
+    Update,
+)
+from kernels_pallas.coefficients import reference as coefficients
 from kernels_pallas.post_res import reference as post_res
 from kernels_pallas.pre import reference as pre
 from kernels_pallas.precision import round_to, round_to_tf32
@@ -17,104 +28,97 @@ from kernels_pallas.projection import reference as projection
 from kernels_pallas.sharding import layout
 
 
-@layout("...k, km, m, g, c -> ...c, ...n, ...nn, ...n, ...m, ...")
+@layout((STREAMS, PARAMETERS), (READ_OUT, SAVED))
 def read_forward(
-    streams: jax.Array,
-    phi: jax.Array,
-    bias: jax.Array,
-    alpha: jax.Array,
-    weight: jax.Array | None,
-    *,
-    n: int,
-    num_iterations: int,
-    norm_eps: float,
-    input_norm_eps: float | None,
-) -> tuple[jax.Array, ...]:
-    """Returns layer_input, h_post, h_res, and for the backward h_pre, s, r."""
-    s, r = projection.forward(streams, phi, norm_eps=norm_eps)
-    h_pre, h_post, h_res = mappings.forward(s, r, bias, alpha, n=n, num_iterations=num_iterations)
-    if input_norm_eps is None:
-        layer_input = pre.forward(streams, h_pre)
+    streams: jax.Array, parameters: Parameters, *, static: ReadStatic
+) -> tuple[ReadOut, Saved]:
+    """Does the read of a sublayer."""
+    s, r = projection.forward(streams, parameters.phi, norm_eps=static.norm_eps)
+    h_pre, h_post, h_res = coefficients.forward(
+        s,
+        r,
+        parameters.bias,
+        parameters.alpha,
+        n=static.n,
+        num_iterations=static.num_iterations,
+        sinkhorn_eps=static.sinkhorn_eps,
+        pre_eps=static.pre_eps,
+    )
+    if static.has_norm:
+        layer_input = pre.forward_normed(
+            streams, h_pre, parameters.weight, eps=static.input_norm_eps
+        )
     else:
-        layer_input = pre.forward_normed(streams, h_pre, weight, eps=input_norm_eps)
-    return layer_input, h_post, h_res, h_pre, s, r
+        layer_input = pre.forward(streams, h_pre)
+    return ReadOut(layer_input, h_post, h_res), Saved(h_pre, s, r)
 
 
-@layout("...k, km, m, g, c, ...n, ...m, ..., ...c, ...n, ...nn, ...k -> ...k, km, m, g, c")
+@layout((STREAMS, PARAMETERS, SAVED, READ_OUT, STREAMS), (STREAMS, PARAMETERS))
 def read_backward(
     streams: jax.Array,
-    *arrays: jax.Array | None,
-    n: int,
-    num_iterations: int,
-    norm_eps: float,
-    input_norm_eps: float | None,
-) -> tuple[jax.Array, ...]:
-    """Returns the cotangents (dx, dphi, dbias, dalpha, dweight); dx includes `d_streams`."""
-    static = {"n": n, "num_iterations": num_iterations, "input_norm_eps": input_norm_eps}
-    dx, *d_parameters = _unrounded_read_backward(streams, *arrays, **static)
-    return dx.astype(streams.dtype), *d_parameters
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    d_streams: jax.Array,
+    *,
+    static: ReadStatic,
+) -> tuple[jax.Array, Parameters]:
+    """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
+    dx, d_parameters = _unrounded_read_backward(streams, parameters, saved, d, d_streams, static)
+    return dx.astype(streams.dtype), d_parameters
 
 
-def _unrounded_read_backward(streams, *arrays, n, num_iterations, input_norm_eps):
+def _unrounded_read_backward(streams, parameters, saved, d, d_streams, static):
     """Does the same with dx in float32."""
-    a = ReadBackward(*arrays)
-    d_input, d_weight = a.d_input, None
-    if input_norm_eps is not None:
-        d_input, d_weight = pre.norm_backward(
-            streams, a.h_pre, a.weight, d_input, eps=input_norm_eps
+    h_pre, d_sum, d_weight = saved.h_pre, d.layer_input, None
+    if static.has_norm:
+        d_sum, d_weight = pre.norm_backward(
+            streams, h_pre, parameters.weight, d_sum, eps=static.input_norm_eps
         )
-    _, dh_pre = pre.backward(streams, a.h_pre, d_input)
-    ds, dr, dbias, dalpha = mappings.backward(
-        a.s,
-        a.r,
-        a.bias,
-        a.alpha,
+    _, dh_pre = pre.backward(streams, h_pre, d_sum)
+    ds, dr, dbias, dalpha = coefficients.backward(
+        saved.s,
+        saved.r,
+        parameters.bias,
+        parameters.alpha,
         dh_pre,
-        a.dh_post,
-        a.dh_res,
-        n=n,
-        num_iterations=num_iterations,
+        d.h_post,
+        d.h_res,
+        n=static.n,
+        num_iterations=static.num_iterations,
+        sinkhorn_eps=static.sinkhorn_eps,
     )
     if streams.dtype == jnp.bfloat16:
         ds = round_to_tf32(ds)
-    dx, dphi = projection.unrounded_backward(streams, a.phi, a.r, ds, dr)
-    d = round_to(d_input.astype(dx.dtype), streams.dtype)  # an array of its own in the kernels
-    dx = dx + jnp.concatenate([a.h_pre[..., i, None] * d for i in range(n)], axis=-1)
-    dx = dx + a.d_streams.astype(dx.dtype)
-    return dx, dphi, dbias, dalpha, d_weight
+    dx, dphi = projection.unrounded_backward(streams, parameters.phi, saved.r, ds, dr)
+    d_sum = round_to(d_sum.astype(dx.dtype), streams.dtype)  # an array of its own in the kernels
+    dx = dx + jnp.concatenate([h_pre[..., i, None] * d_sum for i in range(static.n)], axis=-1)
+    dx = dx + d_streams.astype(dx.dtype)
+    return dx, Parameters(dphi, dbias, dalpha, d_weight)
 
 
-@layout("...k, ...c, ...n, ...nn, km, m, g, c -> ...k, ...c, ...n, ...nn, ...n, ...m, ...")
+@layout((UPDATE, PARAMETERS), (STREAMS, READ_OUT, SAVED))
 def forward(
-    streams: jax.Array,
-    layer_output: jax.Array,
-    h_post: jax.Array,
-    h_res: jax.Array,
-    *parameters: jax.Array | None,
-    **static,
-) -> tuple[jax.Array, ...]:
-    """Returns new streams, then what `read_forward` returns for them."""
-    new_streams = post_res.forward(streams, layer_output, h_post, h_res)
-    return new_streams, *read_forward(new_streams, *parameters, **static)
+    update: Update, parameters: Parameters, *, static: ReadStatic
+) -> tuple[jax.Array, ReadOut, Saved]:
+    """Does the write, then the read of the new streams."""
+    # Stored whole, for the projection of the whole row; see `post_res.forward` about the barrier.
+    rows = post_res.new_rows(*update)
+    new_streams = jax.lax.optimization_barrier(jnp.concatenate(rows, axis=-1))
+    return new_streams, *read_forward(new_streams, parameters, static=static)
 
 
-@layout(
-    "...k, ...c, ...n, ...nn, ...k, km, m, g, c, ...n, ...m, ..., ...c, ...n, ...nn, ...k"
-    " -> ...k, ...c, ...n, ...nn, km, m, g, c"
-)
+@layout((UPDATE, STREAMS, PARAMETERS, SAVED, READ_OUT, STREAMS), (UPDATE, PARAMETERS))
 def backward(
-    streams: jax.Array,
-    layer_output: jax.Array,
-    h_post: jax.Array,
-    h_res: jax.Array,
+    update: Update,
     new_streams: jax.Array,
-    *read_residuals_and_cotangents: jax.Array | None,
-    norm_eps: float,
-    **static,
-) -> tuple[jax.Array, ...]:
-    """Returns the cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
-    del norm_eps  # r is there
-    g, *d_parameters = _unrounded_read_backward(
-        new_streams, *read_residuals_and_cotangents, **static
-    )
-    return *post_res.backward(streams, layer_output, h_post, h_res, g), *d_parameters
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    d_new: jax.Array,
+    *,
+    static: ReadStatic,
+) -> tuple[Update, Parameters]:
+    """Returns the cotangents of the update and of the parameters."""
+    g, d_parameters = _unrounded_read_backward(new_streams, parameters, saved, d, d_new, static)
+    return Update(*post_res.backward(*update, g)), d_parameters

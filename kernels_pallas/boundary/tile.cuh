@@ -1,12 +1,13 @@
 // Shared by forward.cu and backward.cu: four streams of tokens in pieces of 16 tokens x 8 columns.
+// cuda_launches.py gives the sizes that both sides need: C, COLUMNS (of a program, per stream), TOKENS (of a tile),
+// WARPS and SHARED_BYTES.
 #pragma once
-#include "cuda/warp.cuh"
+#include "gpu/warp.cuh"
 
 constexpr int N = 4, M = N * N + 2 * N;
-constexpr int TOKENS = 16;                    // of a warp's product of matrices
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int COLUMNS = 64;                   // of a tile in shared memory, per stream: rows of 128 bytes
-constexpr int PITCH = 2 * COLUMNS;
+constexpr int PITCH = 2 * COLUMNS, THREADS = 32 * WARPS;
+static_assert(TOKENS == 16, "of a warp's product of matrices");
+static_assert(PITCH == 128, "rows in shared memory, whose 8 chunks are permuted");
 
 // Memory in units of 16 bytes: one register an index, and the address in one instruction.
 __device__ __forceinline__ const uint4* chunk(const void* array, u32 index) {

@@ -16,19 +16,24 @@ the window's blocks (`tpu_blocks`), backward before them. The layer input needs 
 cotangents of h_post and h_res are known before any pass over the streams.
 """
 
-from kernels_pallas import pallas_call
+import jax
+
 from kernels_pallas.boundary import tpu_blocks as blocks
+from kernels_pallas.boundary.contract import ReadStatic, Update
 from kernels_pallas.boundary.tpu_backward import backward, read_backward
 from kernels_pallas.boundary.tpu_forward import forward, read_forward
+from kernels_pallas.shapes import check_kernel_dtype, check_kernel_n
 from kernels_pallas.sinkhorn import tpu as sinkhorn
 
 __all__ = ["backward", "check", "forward", "read_backward", "read_forward"]
 
 
-def check(streams, *args, n, num_iterations, norm_eps, input_norm_eps):
+def check(first: jax.Array | Update, *_, static: ReadStatic) -> None:
     """Raises NotImplementedError unless the kernels accept dtype, n, width and options."""
-    pallas_call.check_dtypes(streams, n)
-    sinkhorn.check_iterates(n, num_iterations)
-    width, dtype = streams.shape[-1], streams.dtype
-    blocks.forward_tokens(width, n, dtype, fused=True)
-    blocks.backward_tokens(width, n, dtype, num_iterations, fused=False)
+    streams, n = jax.tree.leaves(first)[0], static.n
+    check_kernel_dtype(streams.dtype)
+    check_kernel_n(n)
+    sinkhorn.check_iterates(n, static.num_iterations)
+    row, dtype = streams.shape[-1], streams.dtype
+    blocks.forward_tokens(row, n, dtype, fused=True)
+    blocks.backward_tokens(row, n, dtype, static.num_iterations, fused=False)

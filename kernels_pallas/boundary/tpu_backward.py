@@ -1,61 +1,53 @@
 """Backward of `read` and `boundary` on TPU; see tpu.py."""
 
 import functools
-import types
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call, pallas_math
-from kernels_pallas.boundary.arguments import ReadBackward
+from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
 from kernels_pallas.boundary.tpu_blocks import (
-    SCALARS,
     backward_tokens,
     columns_of,
     fits_fused_backward,
     input_unroll,
     rows_of,
 )
-from kernels_pallas.mappings import tpu as mappings
-from kernels_pallas.pallas_math import LaneSums
+from kernels_pallas.coefficients import tpu as coefficients
 from kernels_pallas.post_res import tpu as post_res
 from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
 from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn import tpu as sinkhorn
-from kernels_pallas.token_tiles import LANES, MIN_TOKENS, TokenTiles, sinkhorn_window
+from kernels_pallas.tpu import call as tpu_call
+from kernels_pallas.tpu import math as tpu_math
+from kernels_pallas.tpu.math import LaneSums
+from kernels_pallas.tpu.tiles import LANES, MIN_TOKENS, TokenTiles, sinkhorn_window
 
 
-def _round_tf32(x: jax.Array) -> jax.Array:
-    """Rounds float32 to 10 mantissa bits, to nearest even, by integers (a kernel has no reduce_precision)."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    odd = (bits >> jnp.uint32(13)) & jnp.uint32(1)
-    bits = (bits + jnp.uint32(0xFFF) + odd) & jnp.uint32(0xFFFFE000)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _transpose_window(ref, tiles, n, num_iterations):
+def _transpose_window(ref, tiles, static):
     """Goes back through every column but those of h_pre, for a window; that needs no pass over the streams.
 
     Leaves in `ref.saved_rows`, a token a row: h_pre, s of h_pre, ds of the others, their part of dr, r.
     """
-    exists, do = mappings.tile_mask(tiles), tiles.first_of_window() & tiles.in_range()
+    n = static.n
+    exists, do = coefficients.tile_mask(tiles), tiles.first_of_window() & tiles.in_range()
 
     @pl.when(do)
     def _():
         s, (r,) = (sinkhorn.spread(x[...], ref.spread) for x in (ref.s, ref.r))
         d = [sinkhorn.spread(x[...], ref.d_spread) for x in (ref.dh_post, ref.dh_res)]
-        normed, logits = mappings.logits(s, r, ref.bias, ref.alpha, n)
-        dh = mappings.post_res_backward(logits, *d, ref.iterates, n, num_iterations)
+        normed, logits = coefficients.logits(s, r, ref.bias, ref.alpha, n)
+        dh = coefficients.post_res_backward(
+            logits, *d, ref.iterates, n, static.num_iterations, static.sinkhorn_eps
+        )
         others = dh, normed[n:]
-        mappings.add_parameter_sums(*others, exists, ref.dbias, ref.dalpha, n, first=n)
-        ds, dr = mappings.projection_backward(*others, r, ref.alpha, n, first=n)
+        coefficients.add_parameter_sums(*others, exists, ref.dbias, ref.dalpha, n, first=n)
+        ds, dr = coefficients.projection_backward(*others, r, ref.alpha, n, first=n)
         sinkhorn.gather([*ds, dr, r], ref.spread, ref.columns)
         saved = [ref.h_pre[...], ref.s[:n], ref.columns[...]]
-        pallas_math.store_rows(ref.saved_rows, jnp.concatenate(saved, axis=0))
+        tpu_math.store_rows(ref.saved_rows, jnp.concatenate(saved, axis=0))
 
 
 def _transpose_input(ref, tiles, n, eps):
@@ -74,7 +66,7 @@ def _transpose_input(ref, tiles, n, eps):
             for i in range(n):
                 x = ref.x[rows, pl.ds(i * width + columns.start, columns.size)]
                 sums[i].add(x.astype(jnp.float32) * d)
-        ref.dh_rows[rows, :] = pallas_math.lane_columns([x.total() for x in sums], LANES)
+        ref.dh_rows[rows, :] = tpu_math.lane_columns([x.total() for x in sums], LANES)
 
 
 def _transpose_projection(ref, tiles, n):
@@ -89,14 +81,14 @@ def _transpose_projection(ref, tiles, n):
         saved, d_pre = ref.saved_rows[rows, :].T, ref.dh_rows[...].T[:n]
         s, ds = saved[n : 2 * n], saved[2 * n : n + m]
         dr, r = saved[n + m : n + m + 1], saved[n + m + 1 : n + m + 2]
-        normed, logits = mappings.logits(rows_of(s), r, ref.bias, ref.alpha, n)
-        dh = mappings.gate_backward(logits, rows_of(d_pre))
-        mappings.add_parameter_sums(dh, normed, exists, ref.dbias, ref.dalpha, n)
-        ds_pre, dr_pre = mappings.projection_backward(dh, normed, r, ref.alpha, n)
+        normed, logits = coefficients.logits(rows_of(s), r, ref.bias, ref.alpha, n)
+        dh = coefficients.gate_backward(logits, rows_of(d_pre))
+        coefficients.add_parameter_sums(dh, normed, exists, ref.dbias, ref.dalpha, n)
+        ds_pre, dr_pre = coefficients.projection_backward(dh, normed, r, ref.alpha, n)
         # Tokens past the end have undefined coefficients and may not reach dphi.
         ds = jnp.where(exists, columns_of([*ds_pre, ds]), 0)
         if ref.x.dtype == jnp.bfloat16:
-            ds = _round_tf32(ds)
+            ds = tpu_math.round_tf32(ds)
         scale = (dr + dr_pre) / (r * ref.x.shape[1])
         scale = jnp.broadcast_to(scale, (LANES, tiles.block)).T
         for i in range(n):
@@ -107,7 +99,7 @@ def _transpose_projection(ref, tiles, n):
 
             def of_stream(i):
                 g = ref.g[:, pl.ds(i * width + c, size)].astype(jnp.float32)
-                return pallas_math.across(ref.spread_pre[i], size) * d + g
+                return tpu_math.across(ref.spread_pre[i], size) * d + g
 
             return of_stream
 
@@ -132,48 +124,64 @@ def _transpose_write(ref, tiles, n):
         ref.d_old_res[...] = dh[n : n + n * n]
 
 
-def _kernel(*refs, names, tiles, n, num_iterations, input_norm_eps):
-    ref = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
-    normed, fused = input_norm_eps is not None, hasattr(ref, "y")
-    if not normed:
+def _kernel(ref, tiles, static):
+    fused = hasattr(ref, "y")
+    if not static.has_norm:
         ref.d_sum = ref.d
     elif fused:
         ref.d_sum = ref.dy  # not yet in use
-    sums = ref.dphi, ref.dbias, ref.dalpha, *([ref.d_weight] if normed else [])
-    tiles.zero_sums(*sums)
+    tiles.zero_sums(ref.dphi, ref.dbias, ref.dalpha, *([ref.d_weight] if static.has_norm else []))
     tiles.zero_past_end(ref.x)
     if fused:
         post_res.load_coefficients(tiles, ref.old_post, ref.old_res, ref.post_rows, ref.res_rows)
-    _transpose_window(ref, tiles, n, num_iterations)
-    _transpose_input(ref, tiles, n, input_norm_eps)
-    _transpose_projection(ref, tiles, n)
+    _transpose_window(ref, tiles, static)
+    _transpose_input(ref, tiles, static.n, static.input_norm_eps)
+    _transpose_projection(ref, tiles, static.n)
     if fused:
-        _transpose_write(ref, tiles, n)
+        _transpose_write(ref, tiles, static.n)
 
 
-def _call(x, update, a: ReadBackward, *, n, num_iterations, input_norm_eps):
-    """Runs the kernel and returns its named outputs; `update` is empty for `read`."""
-    (num_tokens, width), m, normed = x.shape, num_columns(n), input_norm_eps is not None
-    block = backward_tokens(width, n, x.dtype, num_iterations, fused=bool(update))
+def _call(
+    x: jax.Array,
+    update: Update | None,
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    g: jax.Array,
+    static: ReadStatic,
+) -> dict[str, jax.Array]:
+    """Runs the kernel and returns its named outputs.
+
+    Args:
+      x: the streams that were read, [T, n*C].
+      update: what was written before; None: nothing.
+      parameters, saved: of the read.
+      d, g: cotangents of what was read, and of the streams.
+      static: of the read.
+    """
+    n, f32 = static.n, jnp.float32
+    (num_tokens, row), m, fused = x.shape, num_columns(n), update is not None
+    width = row // n
+    block = backward_tokens(row, n, x.dtype, static.num_iterations, fused=fused)
     tiles = TokenTiles(num_tokens, block, max_parts=2, min_window=sinkhorn_window(num_tokens))
-    operand, window, f32 = projection.phi_operand(a.phi, x.dtype), tiles.window, jnp.float32
-    row, layer_row, columns = tiles.rows(width), tiles.rows(width // n), tiles.columns
-    flat, last = pallas_call.flat_tokens, pallas_call.tokens_last
+    operand, window = projection.phi_operand(parameters.phi, x.dtype), tiles.window
+    rows, layer_rows, columns = tiles.rows(row), tiles.rows(width), tiles.columns
+    flat, last = tpu_call.flat_tokens, tpu_call.tokens_last
     inputs = {
-        "x": (x, row),
+        "x": (x, rows),
         "phi": (operand, tiles.whole(*operand.shape)),
-        "bias": (a.bias, SCALARS),
-        "alpha": (a.alpha, SCALARS),
-        "h_pre": (last(a.h_pre), columns(n)),
-        "s": (last(a.s), columns(m)),
-        "r": (a.r.reshape(1, num_tokens), columns(1)),
-        "d": (flat(a.d_input), layer_row),
-        "dh_post": (last(a.dh_post), columns(n)),
-        "dh_res": (last(a.dh_res, 2), columns(n * n)),
-        "g": (flat(a.d_streams), row),
+        "bias": (parameters.bias, tpu_call.SCALARS),
+        "alpha": (parameters.alpha, tpu_call.SCALARS),
+        "h_pre": (last(saved.h_pre), columns(n)),
+        "s": (last(saved.s), columns(m)),
+        "r": (saved.r.reshape(1, num_tokens), columns(1)),
+        "d": (flat(d.layer_input), layer_rows),
+        "dh_post": (last(d.h_post), columns(n)),
+        "dh_res": (last(d.h_res, 2), columns(n * n)),
+        "g": (flat(g), rows),
     }
-    outputs = {"dx": (x.shape, x.dtype, row)}
-    sums = {"dphi": (m, width), "dbias": (m, 8, LANES), "dalpha": (3, 8, LANES)}
+    outputs = {"dx": (x.shape, x.dtype, rows)}
+    sums = {"dphi": (m, row), "dbias": (m, 8, LANES), "dalpha": (3, 8, LANES)}
     scratch = {
         "saved_rows": ((window, LANES), f32),
         "dh_rows": ((block, LANES), f32),
@@ -181,22 +189,20 @@ def _call(x, update, a: ReadBackward, *, n, num_iterations, input_norm_eps):
         "spread": (sinkhorn.spread_shape(m, window), f32),
         "spread_pre": ((n, block, LANES), f32),
         "d_spread": (sinkhorn.spread_shape(n * n, window), f32),
-        "iterates": (sinkhorn.iterates_shape(n, num_iterations, window), f32),
+        "iterates": (sinkhorn.iterates_shape(n, static.num_iterations, window), f32),
     }
-    if normed:
-        assert a.weight is not None
-        inputs["weight"] = (a.weight.reshape(1, -1), tiles.whole(1, width // n))
-        sums["d_weight"] = (MIN_TOKENS, width // n)
-    if update:
-        old_x, y, old_post, old_res = update
+    if parameters.weight is not None:
+        inputs["weight"] = (parameters.weight.reshape(1, -1), tiles.whole(1, width))
+        sums["d_weight"] = (MIN_TOKENS, width)
+    if update is not None:
         inputs |= {
-            "old_x": (flat(old_x), row),
-            "y": (flat(y), layer_row),
-            "old_post": (last(old_post), columns(n)),
-            "old_res": (last(old_res, 2), columns(n * n)),
+            "old_x": (flat(update.streams), rows),
+            "y": (flat(update.layer_output), layer_rows),
+            "old_post": (last(update.h_post), columns(n)),
+            "old_res": (last(update.h_res, 2), columns(n * n)),
         }
         outputs |= {
-            "dy": ((num_tokens, width // n), x.dtype, layer_row),
+            "dy": ((num_tokens, width), x.dtype, layer_rows),
             "d_old_post": ((n, num_tokens), f32, columns(n)),
             "d_old_res": ((n * n, num_tokens), f32, columns(n * n)),
         }
@@ -205,91 +211,68 @@ def _call(x, update, a: ReadBackward, *, n, num_iterations, input_norm_eps):
         if x.dtype == jnp.bfloat16:
             scratch["gram"] = post_res.gram_shape(block, n), f32
         scratch["spread_old"] = (n + n * n, block, LANES), f32
-    elif normed:
-        scratch["d_sum"] = (block, width // n), x.dtype
+    elif static.has_norm:
+        scratch["d_sum"] = (block, width), x.dtype
     for name, shape in sums.items():
         outputs[name] = (tiles.parts, *shape), f32, tiles.sums(*shape)
-    results = pallas_call.call(
-        functools.partial(
-            _kernel,
-            names=(*inputs, *outputs, *scratch),
-            tiles=tiles,
-            n=n,
-            num_iterations=num_iterations,
-            input_norm_eps=input_norm_eps,
-        ),
-        *(array for array, _ in inputs.values()),
-        name="mhc_boundary_backward" if update else "mhc_read_backward",
+    return tpu_call.call_named(
+        functools.partial(_kernel, tiles=tiles, static=static),
+        *(inputs, outputs, scratch),
+        name="mhc_boundary_backward" if fused else "mhc_read_backward",
         grid=tiles.grid,
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for *_, spec in outputs.values()],
-        out_shapes=[(shape, dtype) for shape, dtype, _ in outputs.values()],
         semantics=tiles.semantics,
-        scratch_shapes=[pltpu.VMEM(*shape) for shape in scratch.values()],
-        flops=(4 * m + 6 + 4 * (n + 1) * bool(update)) * x.size,
+        flops=(4 * m + 6 + 4 * (n + 1) * fused) * x.size,
         transcendentals=4 * m * num_tokens,
     )
-    return dict(zip(outputs, results, strict=True))
 
 
-def _d_parameters(out):
-    """Adds up the kernel's partial sums to (dphi, dbias, dalpha, dweight)."""
+def _d_parameters(out: dict[str, jax.Array]) -> Parameters:
+    """Adds up the kernel's partial sums."""
     d_weight = out["d_weight"].sum(axis=(0, 1)) if "d_weight" in out else None
     dbias, dalpha = (out[name].sum(axis=(0, 2, 3)) for name in ("dbias", "dalpha"))
-    return out["dphi"].sum(axis=0).T, dbias, dalpha, d_weight
+    return Parameters(out["dphi"].sum(axis=0).T, dbias, dalpha, d_weight)
 
 
 def read_backward(
     streams: jax.Array,
-    *arrays: jax.Array | None,
-    n: int,
-    num_iterations: int,
-    norm_eps: float,
-    input_norm_eps: float | None,
-) -> tuple[jax.Array, *tuple[jax.Array | None, ...]]:
-    """Returns the cotangents (dx, dphi, dbias, dalpha, dweight); dx includes `d_streams`."""
-    del norm_eps
-    a = ReadBackward._make(arrays)
-    x = pallas_call.flat_tokens(streams)
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    d_streams: jax.Array,
+    *,
+    static: ReadStatic,
+) -> tuple[jax.Array, Parameters]:
+    """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
+    x = tpu_call.flat_tokens(streams)
     if not x.shape[0]:
-        return streams, *_no_parameters(a)
-    out = _call(x, (), a, n=n, num_iterations=num_iterations, input_norm_eps=input_norm_eps)
-    return out["dx"].reshape(streams.shape), *_d_parameters(out)
-
-
-def _no_parameters(a):
-    return (None if p is None else p * 0 for p in (a.phi, a.bias, a.alpha, a.weight))
+        return streams, parameters.no_cotangents()
+    out = _call(x, None, parameters, saved, d, d_streams, static)
+    return out["dx"].reshape(streams.shape), _d_parameters(out)
 
 
 def backward(
-    streams: jax.Array,
-    layer_output: jax.Array,
-    h_post: jax.Array,
-    h_res: jax.Array,
+    update: Update,
     new_streams: jax.Array,
-    *arrays: jax.Array | None,
-    n: int,
-    num_iterations: int,
-    norm_eps: float,
-    input_norm_eps: float | None,
-) -> tuple[jax.Array | None, ...]:
-    """Returns the cotangents (dx, dy, dh_post, dh_res), then those of the parameters of `read_backward`."""
-    static: dict[str, Any] = {
-        "n": n,
-        "num_iterations": num_iterations,
-        "input_norm_eps": input_norm_eps,
-    }
-    x, lead, update = new_streams, streams.shape[:-1], (streams, layer_output, h_post, h_res)
-    if not fits_fused_backward(x.shape[-1], n, x.dtype, num_iterations):
-        g, *d_parameters = read_backward(x, *arrays, norm_eps=norm_eps, **static)
-        return *post_res.backward(*update, g), *d_parameters
-    a, x = ReadBackward._make(arrays), pallas_call.flat_tokens(x)
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    d_new: jax.Array,
+    *,
+    static: ReadStatic,
+) -> tuple[Update, Parameters]:
+    """Returns the cotangents of the update and of the parameters."""
+    row, n, dtype = new_streams.shape[-1], static.n, new_streams.dtype
+    if not fits_fused_backward(row, n, dtype, static.num_iterations):
+        g, d_parameters = read_backward(*(new_streams, parameters, saved, d, d_new), static=static)
+        return Update(*post_res.backward(*update, g)), d_parameters
+    x, lead = tpu_call.flat_tokens(new_streams), new_streams.shape[:-1]
     if not x.shape[0]:
-        return *update, *_no_parameters(a)
-    out = _call(x, update, a, **static)
-    return (
-        *(out["dx"].reshape(streams.shape), out["dy"].reshape(layer_output.shape)),
-        pallas_call.tokens_first(out["d_old_post"], lead, (n,)),
-        pallas_call.tokens_first(out["d_old_res"], lead, (n, n)),
-        *_d_parameters(out),
+        return update, parameters.no_cotangents()
+    out = _call(x, update, parameters, saved, d, d_new, static)
+    d_update = Update(
+        out["dx"].reshape(new_streams.shape),
+        out["dy"].reshape(update.layer_output.shape),
+        tpu_call.tokens_first(out["d_old_post"], lead, (n,)),
+        tpu_call.tokens_first(out["d_old_res"], lead, (n, n)),
     )
+    return d_update, _d_parameters(out)

@@ -10,52 +10,48 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
 from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn import tpu as sinkhorn
-from kernels_pallas.token_tiles import FULL_WINDOW, LANES, tokens_per_block
-
-SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
+from kernels_pallas.tpu.tiles import FULL_WINDOW, LANES, tokens_per_block
 
 
-def _tokens(width, n, dtype, rows, fixed, most):
+def _tokens(row, n, dtype, rows, fixed, most):
     return tokens_per_block(
-        int(rows * width) * jnp.dtype(dtype).itemsize,
+        int(rows * row) * jnp.dtype(dtype).itemsize,
         most=most,
-        fixed_bytes=fixed + pre.norm_fixed_bytes(width // n),
-        what=f"boundary with rows of {width}",
+        fixed_bytes=fixed + pre.norm_fixed_bytes(row // n),
+        what=f"boundary with rows of {row}",
     )
 
 
-def forward_tokens(width: int, n: int, dtype, *, fused: bool) -> int:
+def forward_tokens(row: int, n: int, dtype, *, fused: bool) -> int:
     """Returns the tokens of a grid step forward: x in, layer input out; if `fused` also y in, new x out.
 
     Raises:
       NotImplementedError: not even 16 tokens fit.
     """
-    fixed = projection.fixed_bytes(width, num_columns(n), dtype, backward=False)
-    return _tokens(width, n, dtype, 2 + 2 / n if fused else 1 + 1 / n, fixed, most=2 * LANES)
+    fixed = projection.fixed_bytes(row, num_columns(n), dtype, backward=False)
+    return _tokens(row, n, dtype, 2 + 2 / n if fused else 1 + 1 / n, fixed, most=2 * LANES)
 
 
-def backward_tokens(width: int, n: int, dtype, num_iterations: int, *, fused: bool) -> int:
+def backward_tokens(row: int, n: int, dtype, num_iterations: int, *, fused: bool) -> int:
     """Returns the tokens of a grid step backward: x, g, d_input in, dx out; if `fused` also x, y in, dy out.
 
     Raises:
       NotImplementedError: not even 16 tokens fit.
     """
-    fixed = projection.fixed_bytes(width, num_columns(n), dtype, backward=True)
+    fixed = projection.fixed_bytes(row, num_columns(n), dtype, backward=True)
     fixed += math.prod(sinkhorn.iterates_shape(n, num_iterations, FULL_WINDOW)) * 4
-    return _tokens(width, n, dtype, 4 + 3 / n if fused else 3 + 1 / n, fixed, most=LANES)
+    return _tokens(row, n, dtype, 4 + 3 / n if fused else 3 + 1 / n, fixed, most=LANES)
 
 
-def fits_fused_backward(width: int, n: int, dtype, num_iterations: int) -> bool:
+def fits_fused_backward(row: int, n: int, dtype, num_iterations: int) -> bool:
     """Tells whether rows are narrow enough for one backward kernel of the boundary, else it needs two."""
     try:
-        backward_tokens(width, n, dtype, num_iterations, fused=True)
+        backward_tokens(row, n, dtype, num_iterations, fused=True)
     except NotImplementedError:
         return False
     return True

@@ -1,96 +1,107 @@
 """Forward of `read` and `boundary` on TPU; see tpu.py."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call, pallas_math
 from kernels_pallas.boundary import tpu_mix
+from kernels_pallas.boundary.contract import (
+    Parameters,
+    ReadOut,
+    ReadStatic,
+    Saved,
+    Update,
+    empty_read,
+)
 from kernels_pallas.boundary.tpu_blocks import (
-    SCALARS,
     columns_of,
     forward_tokens,
     input_unroll,
     rows_of,
 )
-from kernels_pallas.mappings import tpu as mappings
+from kernels_pallas.coefficients import tpu as coefficients
 from kernels_pallas.post_res import tpu as post_res
 from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
 from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn.tpu import spread_shape
-from kernels_pallas.token_tiles import LANES, TokenTiles, sinkhorn_window
+from kernels_pallas.tpu import call as tpu_call
+from kernels_pallas.tpu import math as tpu_math
+from kernels_pallas.tpu.tiles import LANES, TokenTiles, sinkhorn_window
 
 
-def _read_block(x_ref, refs, tiles, n, num_iterations, norm_eps, input_norm_eps, beside=None):
-    """Computes projection and layer input of `x_ref`, after the last block of a window its coefficients.
+def _read(ref, tiles, static, beside=None):
+    """Computes projection and layer input of `ref.read`, after the last block of a window its coefficients.
 
-    Scratch, a token a row: `saved_rows_ref` s, r; `h_rows_ref` h_pre. `beside()` runs beside the projection,
+    Scratch, a token a row: `ref.saved_rows` s, r; `ref.h_rows` h_pre. `beside()` runs beside the projection,
     which leaves units idle.
     """
-    phi_ref, bias_ref, alpha_ref, *refs, saved_rows_ref, h_rows_ref, spread_ref = refs
-    weight_ref = None if input_norm_eps is None else refs.pop(0)
-    out_ref, h_pre_ref, h_post_ref, h_res_ref, s_ref, r_ref = refs
+    n = static.n
     m, rows = num_columns(n), tiles.window_rows()
 
     @pl.when(tiles.in_range())
     def _():
         if beside is not None:
             beside()
-        s, squares = projection.project_block(x_ref, phi_ref, m)
-        saved_rows_ref[rows, :m] = s.T
-        saved_rows_ref[rows, m : m + 1] = jnp.sqrt(squares / x_ref.shape[1] + norm_eps)
-        r = saved_rows_ref[rows, :].T[m : m + 1]
-        _, logits = mappings.logits(rows_of(s[:n]), r, bias_ref, alpha_ref, n)
-        pallas_math.store_rows(h_rows_ref, columns_of(mappings.gate(logits)))
+        s, squares = projection.project_block(ref.read, ref.phi, m)
+        ref.saved_rows[rows, :m] = s.T
+        root = jnp.sqrt(squares / ref.read.shape[1] + static.norm_eps)
+        ref.saved_rows[rows, m : m + 1] = root
+        r = ref.saved_rows[rows, :].T[m : m + 1]
+        _, logits = coefficients.logits(rows_of(s[:n]), r, ref.bias, ref.alpha, n)
+        gates = coefficients.gate(logits, eps=static.pre_eps)
+        tpu_math.store_rows(ref.h_rows, columns_of(gates))
 
-    @functools.partial(tiles.row_groups, unroll=input_unroll(out_ref.shape[-1]))
+    @functools.partial(tiles.row_groups, unroll=input_unroll(ref.layer_input.shape[-1]))
     def _(rows, window_rows):
         del window_rows
-        pre.read_rows(x_ref, weight_ref, out_ref, rows, h_rows_ref[rows, :], n, input_norm_eps)
+        weight = ref.weight if static.has_norm else None
+        h = ref.h_rows[rows, :]
+        pre.read_rows(ref.read, weight, ref.layer_input, rows, h, n, static.input_norm_eps)
 
     @pl.when(tiles.last_of_window())
     def _():
-        saved = saved_rows_ref[...].T
-        s_ref[...] = saved[:m]
-        r_ref[...] = saved[m : m + 1]
-        mappings.write_coefficients(
-            *(s_ref, r_ref, bias_ref, alpha_ref, h_pre_ref, h_post_ref, h_res_ref, spread_ref),
+        saved = ref.saved_rows[...].T
+        ref.s[...] = saved[:m]
+        ref.r[...] = saved[m : m + 1]
+        coefficients.write_coefficients(
+            *(ref.s, ref.r, ref.bias, ref.alpha, ref.h_pre, ref.h_post, ref.h_res, ref.spread),
             n=n,
-            num_iterations=num_iterations,
+            num_iterations=static.num_iterations,
+            sinkhorn_eps=static.sinkhorn_eps,
+            pre_eps=static.pre_eps,
         )
 
 
-def _read_kernel(x_ref, *refs, **static):
-    _read_block(x_ref, refs, **static)
+def _read_kernel(ref, tiles, static):
+    ref.read = ref.x
+    _read(ref, tiles, static)
 
 
-def _boundary_kernel(x_ref, y_ref, h_post_ref, h_res_ref, *refs, tiles, n, **static):
-    count = 3 if static["input_norm_eps"] is None else 4
-    parameters, (new_ref, *outputs) = refs[:count], refs[count:]
-    tokens = tpu_mix.group_tokens(tiles.block, n, x_ref.dtype)
-    matrices_ref = outputs.pop() if tokens else None
-    *outputs, post_rows_ref, res_rows_ref, spread_ref = outputs
-    post_res.load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
+def _boundary_kernel(ref, tiles, static):
+    n = static.n
+    tokens = tpu_mix.group_tokens(tiles.block, n, ref.x.dtype)
+    rows = ref.post_rows, ref.res_rows
+    post_res.load_coefficients(tiles, ref.old_post, ref.old_res, *rows)
     next_rows = tiles.next_rows()
 
-    def prepare(rows):
-        post_res.spread_coefficients(post_rows_ref, res_rows_ref, rows, n, spread_ref)
+    def prepare(window_rows):
+        post_res.spread_coefficients(*rows, window_rows, n, ref.spread_old)
         if tokens:
-            tpu_mix.store_matrices(spread_ref, matrices_ref, tokens, n)
+            tpu_mix.store_matrices(ref.spread_old, ref.matrices, tokens, n)
 
     pl.when(tiles.first_of_window())(lambda: prepare(pl.ds(0, tiles.block)))
     if tokens:
-        tiles.zero_past_end(x_ref)
+        tiles.zero_past_end(ref.x)
 
         @pl.when(tiles.in_range())
         def _():
             @pl.loop(0, tiles.block // tokens)
             def _(group):
-                refs = x_ref, y_ref, new_ref, spread_ref, matrices_ref
+                refs = ref.x, ref.y, ref.new, ref.spread_old, ref.matrices
                 tpu_mix.write_group(*refs, group, tokens, n)
 
     else:
@@ -98,122 +109,98 @@ def _boundary_kernel(x_ref, y_ref, h_post_ref, h_res_ref, *refs, tiles, n, **sta
         @tiles.row_groups
         def _(rows, window_rows):
             del window_rows
-            h = post_res.spread_rows(spread_ref, rows, n)
-            post_res.write_rows(x_ref, y_ref, new_ref, rows, *h)
+            h = post_res.spread_rows(ref.spread_old, rows, n)
+            post_res.write_rows(ref.x, ref.y, ref.new, rows, *h)
 
-    beside = functools.partial(prepare, next_rows)
-    _read_block(new_ref, (*parameters, *outputs), tiles, n, **static, beside=beside)
+    ref.read = ref.new
+    _read(ref, tiles, static, beside=functools.partial(prepare, next_rows))
 
 
-def _forward(update, phi, bias, alpha, weight, *, n, **static):
-    """Runs the kernel, with F_post,res if `update` has more than the streams."""
-    x, *rest = update
+def _call(
+    x: jax.Array, update: Update | None, parameters: Parameters, static: ReadStatic
+) -> dict[str, jax.Array]:
+    """Runs the kernel and returns its named outputs.
+
+    Args:
+      x: the streams [T, n*C], to be read, or first to be written to.
+      update: what is written; None: nothing.
+      parameters, static: of the read.
+    """
+    n, f32 = static.n, jnp.float32
     (num_tokens, row), m = x.shape, num_columns(n)
-    width, fused = row // n, bool(rest)
-    operand = projection.phi_operand(phi, x.dtype)
+    width, fused = row // n, update is not None
     window = sinkhorn_window(num_tokens)
     block = min(forward_tokens(row, n, x.dtype, fused=fused), window)
     tiles = TokenTiles(num_tokens, block, min_window=window)
-    update_specs = [tiles.rows(width), tiles.columns(n), tiles.columns(n * n)] if fused else []
-    rows_scratch = pltpu.VMEM((tiles.window, LANES), jnp.float32)
-    on_mxu = fused and tpu_mix.group_tokens(block, n, x.dtype)
-    columns = (n, n, n * n, m, 1)
-    normed = static["input_norm_eps"] is not None
-    weight = [weight.reshape(1, width)] if normed else []
-    return pallas_call.call(
-        functools.partial(
-            _boundary_kernel if fused else _read_kernel,
-            tiles=tiles,
-            n=n,
-            **static,
-        ),
-        *(x, *rest, operand, bias, alpha, *weight),
+    columns = tiles.columns
+    inputs = {"x": (x, tiles.rows(row))}
+    outputs: dict[str, Any] = {}
+    scratch: dict[str, Any] = {"saved_rows": ((tiles.window, LANES), f32)}
+    scratch["h_rows"] = (tiles.block, LANES), f32
+    scratch["spread"] = spread_shape(m, tiles.window), f32
+    if update is not None:
+        inputs |= {
+            "y": (tpu_call.flat_tokens(update.layer_output), tiles.rows(width)),
+            "old_post": (tpu_call.tokens_last(update.h_post), columns(n)),
+            "old_res": (tpu_call.tokens_last(update.h_res, 2), columns(n * n)),
+        }
+        outputs["new"] = x.shape, x.dtype, tiles.rows(row)
+        scratch["post_rows"] = scratch["res_rows"] = scratch["saved_rows"]
+        scratch["spread_old"] = (n + n * n, tiles.block, LANES), f32
+        if tpu_mix.group_tokens(block, n, x.dtype):
+            scratch["matrices"] = tpu_mix.matrices_shape(block, n), x.dtype
+    operand = projection.phi_operand(parameters.phi, x.dtype)
+    inputs |= {
+        "phi": (operand, tiles.whole(*operand.shape)),
+        "bias": (parameters.bias, tpu_call.SCALARS),
+        "alpha": (parameters.alpha, tpu_call.SCALARS),
+    }
+    if parameters.weight is not None:
+        inputs["weight"] = parameters.weight.reshape(1, width), tiles.whole(1, width)
+    outputs["layer_input"] = (num_tokens, width), x.dtype, tiles.rows(width)
+    for name, k in {"h_pre": n, "h_post": n, "h_res": n * n, "s": m, "r": 1}.items():
+        outputs[name] = (k, num_tokens), f32, columns(k)
+    return tpu_call.call_named(
+        functools.partial(_boundary_kernel if fused else _read_kernel, tiles=tiles, static=static),
+        *(inputs, outputs, scratch),
         name="mhc_boundary_forward" if fused else "mhc_read_forward",
         grid=tiles.grid,
-        in_specs=[
-            tiles.rows(row),
-            *update_specs,
-            *(tiles.whole(*operand.shape), SCALARS, SCALARS),
-            *([tiles.whole(1, width)] if normed else []),
-        ],
-        out_specs=[
-            *([tiles.rows(row)] if fused else []),
-            tiles.rows(width),
-            *map(tiles.columns, columns),
-        ],
-        out_shapes=[
-            *([(x.shape, x.dtype)] if fused else []),
-            ((num_tokens, width), x.dtype),
-            *(((k, num_tokens), jnp.float32) for k in columns),
-        ],
         semantics=tiles.semantics,
-        scratch_shapes=[
-            rows_scratch,
-            pltpu.VMEM((tiles.block, LANES), jnp.float32),
-            pltpu.VMEM(spread_shape(m, tiles.window), jnp.float32),
-            *([rows_scratch] * 2 if fused else []),
-            *([pltpu.VMEM((n + n * n, tiles.block, LANES), jnp.float32)] if fused else []),
-            *([pltpu.VMEM(tpu_mix.matrices_shape(block, n), x.dtype)] if on_mxu else []),
-        ],
         flops=2 * (m + n + 2) * x.size,
         transcendentals=3 * m * num_tokens,
     )
 
 
-def _unflatten(outputs, lead, n):
-    """Brings the kernel's outputs, the layer input first, to the order and shapes of the reference."""
-    layer_input, h_pre, h_post, h_res, s, r = outputs
-    first = pallas_call.tokens_first
+def _unflatten(out: dict[str, jax.Array], lead: tuple[int, ...], n: int) -> tuple[ReadOut, Saved]:
+    """Brings the kernel's outputs to the shapes of the reference."""
+
+    def first(name, *last):
+        return tpu_call.tokens_first(out[name], lead, last)
+
+    layer_input = out["layer_input"].reshape(*lead, -1)
     return (
-        layer_input.reshape(*lead, -1),
-        first(h_post, lead, (n,)),
-        first(h_res, lead, (n, n)),
-        first(h_pre, lead, (n,)),
-        first(s, lead, (num_columns(n),)),
-        r.reshape(lead),
+        ReadOut(layer_input, first("h_post", n), first("h_res", n, n)),
+        Saved(first("h_pre", n), first("s", num_columns(n)), out["r"].reshape(lead)),
     )
-
-
-def _empty_read(streams, n):
-    lead, width = streams.shape[:-1], streams.shape[-1] // n
-    shapes = (n,), (n, n), (n,), (num_columns(n),), ()
-    coefficients = (jnp.zeros((*lead, *last), jnp.float32) for last in shapes)
-    return jnp.zeros((*lead, width), streams.dtype), *coefficients
 
 
 def read_forward(
-    streams: jax.Array,
-    phi: jax.Array,
-    bias: jax.Array,
-    alpha: jax.Array,
-    weight: jax.Array | None,
-    *,
-    n: int,
-    **static,
-) -> tuple[jax.Array, ...]:
-    """Returns layer_input, h_post, h_res, and for the backward h_pre, s, r."""
-    x = pallas_call.flat_tokens(streams)
+    streams: jax.Array, parameters: Parameters, *, static: ReadStatic
+) -> tuple[ReadOut, Saved]:
+    """Does the read of a sublayer."""
+    x = tpu_call.flat_tokens(streams)
     if not x.shape[0]:
-        return _empty_read(streams, n)
-    outputs = _forward((x,), phi, bias, alpha, weight, n=n, **static)
-    return _unflatten(outputs, streams.shape[:-1], n)
+        return empty_read(streams, static.n)
+    return _unflatten(_call(x, None, parameters, static), streams.shape[:-1], static.n)
 
 
 def forward(
-    streams: jax.Array,
-    layer_output: jax.Array,
-    h_post: jax.Array,
-    h_res: jax.Array,
-    *parameters: jax.Array | None,
-    n: int,
-    **static,
-) -> tuple[jax.Array, ...]:
-    """Returns new streams, then what `read_forward` returns for them."""
-    update = (
-        *(pallas_call.flat_tokens(streams), pallas_call.flat_tokens(layer_output)),
-        *(pallas_call.tokens_last(h_post), pallas_call.tokens_last(h_res, 2)),
-    )
-    if not update[0].shape[0]:
-        return streams, *_empty_read(streams, n)
-    new, *outputs = _forward(update, *parameters, n=n, **static)
-    return new.reshape(streams.shape), *_unflatten(outputs, streams.shape[:-1], n)
+    update: Update, parameters: Parameters, *, static: ReadStatic
+) -> tuple[jax.Array, ReadOut, Saved]:
+    """Does the write, then the read of the new streams."""
+    streams = update.streams
+    x = tpu_call.flat_tokens(streams)
+    if not x.shape[0]:
+        return streams, *empty_read(streams, static.n)
+    out = _call(x, update, parameters, static)
+    return out["new"].reshape(streams.shape), *_unflatten(out, streams.shape[:-1], static.n)

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas import pallas_math
 from kernels_pallas.post_res import tpu as post_res
-from kernels_pallas.token_tiles import LANES
+from kernels_pallas.tpu import math as tpu_math
+from kernels_pallas.tpu.tiles import LANES
 
 _CHUNK = 256  # columns, in turn for the vector unit and for the MXU
 
@@ -57,7 +57,7 @@ def write_group(x_ref, y_ref, out_ref, spread_ref, matrices_ref, group, tokens: 
     rows = pl.ds(pl.multiple_of(group * tokens, tokens), tokens)
     h_post, h_res = post_res.spread_rows(spread_ref, rows, n)
     left = matrices_ref[pl.ds(pl.multiple_of(group * LANES, LANES), LANES), :]
-    for k, (c, size) in enumerate(pallas_math.column_chunks(width, _CHUNK)):
+    for k, (c, size) in enumerate(tpu_math.column_chunks(width, _CHUNK)):
         x = [x_ref[rows, pl.ds(j * width + c, size)] for j in range(n)]
         y = y_ref[rows, pl.ds(c, size)].astype(jnp.float32)
         on_mxu = k % 2 == 1
@@ -67,9 +67,9 @@ def write_group(x_ref, y_ref, out_ref, spread_ref, matrices_ref, group, tokens: 
         else:
             x = [v.astype(jnp.float32) for v in x]
         for i in range(n):
-            h = [pallas_math.across(h, size) for h in (*h_res[i], h_post[i])]
+            h = [tpu_math.across(h, size) for h in (*h_res[i], h_post[i])]
             if on_mxu:
                 new = mixed[i * tokens : (i + 1) * tokens] + h[-1] * y
             else:
-                new = pallas_math.weighted_sum(h, [*x, y])
+                new = tpu_math.weighted_sum(h, [*x, y])
             out_ref[rows, pl.ds(i * width + c, size)] = new.astype(out_ref.dtype)

@@ -10,9 +10,8 @@ from kernels_pallas.post_res import reference
 from kernels_pallas.precision import wide_dtype
 from kernels_pallas.shapes import (
     check_floating,
-    check_layer_output,
-    check_shape,
     check_streams,
+    check_update,
     num_streams,
 )
 
@@ -64,13 +63,10 @@ def post_res(
       TypeError: no array, or another dtype than said above.
       NotImplementedError: the named implementation cannot run here.
     """
-    check_floating(h_post=h_post, h_res=h_res)
+    check_floating(h_post=h_post)
     n = num_streams("h_post", h_post)
-    width = check_streams(streams, n)
-    lead = streams.shape[:-1]
-    check_layer_output(streams, layer_output, width)
-    check_shape("h_post", h_post, (*lead, n))
-    check_shape("h_res", h_res, (*lead, n, n))
+    check_streams(streams, n)
+    check_update(streams, layer_output, h_post, h_res, n)
     dtype = wide_dtype(streams.dtype)
     args = placement.aligned(
         reference.forward,

@@ -15,7 +15,20 @@ from kernels_pallas.sharding import layout
 def forward(
     streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, h_res: jax.Array
 ) -> jax.Array:
-    """Maps [..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C]."""
+    """Maps [..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C].
+
+    The barrier keeps XLA from undoing the conversion of what it stores for the backward pass: it would store
+    float32 streams. It is around the single streams, so that a reader that cuts them out again needs no
+    copies beside the whole.
+    """
+    rows = jax.lax.optimization_barrier(new_rows(streams, layer_output, h_post, h_res))
+    return jnp.concatenate(rows, axis=-1)
+
+
+def new_rows(
+    streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, h_res: jax.Array
+) -> list[jax.Array]:
+    """Returns the n new streams [..., C], rounded to their dtype."""
     n = h_post.shape[-1]
     x = split_streams(streams, n, h_post.dtype)
     y = layer_output.astype(h_post.dtype)
@@ -23,7 +36,7 @@ def forward(
         sum(h_res[..., i, j, None] * x[j] for j in range(n)) + h_post[..., i, None] * y
         for i in range(n)
     ]
-    return round_to(jnp.concatenate(rows, axis=-1), streams.dtype).astype(streams.dtype)
+    return [round_to(row, streams.dtype).astype(streams.dtype) for row in rows]
 
 
 @layout("...k, ...c, ...n, ...nn, ...k -> ...k, ...c, ...n, ...nn")

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call, pallas_math
-from kernels_pallas.pallas_math import LaneSums
-from kernels_pallas.token_tiles import LANES, MIN_TOKENS, TokenTiles, tokens_per_block
+from kernels_pallas.shapes import check_kernel_dtype, check_kernel_n
+from kernels_pallas.tpu import call as tpu_call
+from kernels_pallas.tpu import math as tpu_math
+from kernels_pallas.tpu.math import LaneSums
+from kernels_pallas.tpu.tiles import LANES, MIN_TOKENS, TokenTiles, tokens_per_block
 
 # Columns of one straight-line piece: 4 lane tiles share the spreading of the coefficients.
 CHUNK = 512
@@ -23,7 +25,8 @@ CHUNK = 512
 def check(streams, layer_output, h_post, h_res, d_streams=None):
     """Raises NotImplementedError unless the kernels accept dtype, n and width."""
     n = h_post.shape[-1]
-    pallas_call.check_dtypes(streams, n)
+    check_kernel_dtype(streams.dtype)
+    check_kernel_n(n)
     block_tokens(streams.shape[-1], n, streams.dtype)
 
 
@@ -44,8 +47,8 @@ def load_coefficients(tiles, h_post_ref, h_res_ref, post_rows_ref, res_rows_ref)
 
     @pl.when(tiles.first_of_window())
     def _():
-        pallas_math.store_rows(post_rows_ref, h_post_ref[...])
-        pallas_math.store_rows(res_rows_ref, h_res_ref[...])
+        tpu_math.store_rows(post_rows_ref, h_post_ref[...])
+        tpu_math.store_rows(res_rows_ref, h_res_ref[...])
 
 
 def coefficients(post_rows_ref, res_rows_ref, rows, n):
@@ -76,12 +79,12 @@ def spread_rows(spread_ref, rows, n):
 def write_rows(x_ref, y_ref, out_ref, rows, h_post, h_res) -> None:
     """Writes the new streams of some rows (inside a kernel)."""
     n, width = len(h_post), y_ref.shape[-1]
-    for c, size in pallas_math.column_chunks(width, CHUNK):
+    for c, size in tpu_math.column_chunks(width, CHUNK):
         x = [x_ref[rows, pl.ds(j * width + c, size)].astype(jnp.float32) for j in range(n)]
         y = y_ref[rows, pl.ds(c, size)].astype(jnp.float32)
         for i in range(n):
-            h = [pallas_math.across(h, size) for h in (*h_res[i], h_post[i])]
-            new = pallas_math.weighted_sum(h, [*x, y])
+            h = [tpu_math.across(h, size) for h in (*h_res[i], h_post[i])]
+            new = tpu_math.weighted_sum(h, [*x, y])
             out_ref[rows, pl.ds(i * width + c, size)] = new.astype(out_ref.dtype)
 
 
@@ -116,7 +119,7 @@ def transpose_block(
     def _(rows, window_rows):
         h_post, h_res = coefficients(rows, window_rows)
         gram, sums = None, [LaneSums() for _ in range(n + n * n)]
-        for c, size in pallas_math.column_chunks(width, CHUNK):
+        for c, size in tpu_math.column_chunks(width, CHUNK):
             x = [x_ref[rows, pl.ds(j * width + c, size)] for j in range(n)]
             g = [g_ref[rows, pl.ds(i * width + c, size)] for i in range(n)]
             y = y_ref[rows, pl.ds(c, size)]
@@ -129,17 +132,17 @@ def transpose_block(
                     total.add(of_new * of_old)
             g = [v.astype(jnp.float32) for v in g]
             for j in range(n):
-                h = [pallas_math.across(h_res[i][j], size) for i in range(n)]
-                dx = pallas_math.weighted_sum(h, g)
+                h = [tpu_math.across(h_res[i][j], size) for i in range(n)]
+                dx = tpu_math.weighted_sum(h, g)
                 dx_ref[rows, pl.ds(j * width + c, size)] = dx.astype(dx_ref.dtype)
-            dy = pallas_math.weighted_sum([pallas_math.across(h, size) for h in h_post], g)
+            dy = tpu_math.weighted_sum([tpu_math.across(h, size) for h in h_post], g)
             dy_ref[rows, pl.ds(c, size)] = dy.astype(dy_ref.dtype)
         if gram_ref is not None:
             start = pl.multiple_of(rows.start * n, MIN_TOKENS * n)
             gram_ref[pl.ds(start, MIN_TOKENS * n), : gram.shape[1]] = gram
         else:
             totals = [total.total() for total in sums]
-            dh_rows_ref[window_rows, :] = pallas_math.lane_columns(totals, LANES)
+            dh_rows_ref[window_rows, :] = tpu_math.lane_columns(totals, LANES)
 
     offset = tiles.window_rows().start
     if gram_ref is not None:
@@ -149,7 +152,7 @@ def transpose_block(
             for start in range(0, tiles.block, MIN_TOKENS):
                 totals = _same_token(gram_ref[pl.ds(start * n, MIN_TOKENS * n), :], n)
                 rows = pl.ds(offset + start, MIN_TOKENS)
-                dh_rows_ref[rows, :] = pallas_math.lane_columns(totals, LANES)
+                dh_rows_ref[rows, :] = tpu_math.lane_columns(totals, LANES)
 
 
 def gram_shape(block: int, n: int) -> tuple[int, int]:
@@ -215,11 +218,11 @@ def _backward_kernel(
 
 def _flat(streams, layer_output, h_post, h_res, *d_streams):
     return (
-        pallas_call.flat_tokens(streams),
-        pallas_call.flat_tokens(layer_output),
-        pallas_call.tokens_last(h_post),
-        pallas_call.tokens_last(h_res, 2),
-        *map(pallas_call.flat_tokens, d_streams),
+        tpu_call.flat_tokens(streams),
+        tpu_call.flat_tokens(layer_output),
+        tpu_call.tokens_last(h_post),
+        tpu_call.tokens_last(h_res, 2),
+        *map(tpu_call.flat_tokens, d_streams),
     )
 
 
@@ -236,7 +239,7 @@ def forward(
     if not x.shape[0]:
         return streams
     tiles = TokenTiles(x.shape[0], block_tokens(x.shape[1], n, x.dtype))
-    (new_streams,) = pallas_call.call(
+    (new_streams,) = tpu_call.call(
         functools.partial(_forward_kernel, tiles=tiles, n=n),
         *(x, y, h_post, h_res),
         name="mhc_post_res_forward",
@@ -275,7 +278,7 @@ def backward(
     tiles = TokenTiles(x.shape[0], block_tokens(x.shape[1], n, x.dtype))
     exact = x.dtype == jnp.bfloat16  # products are exact in the MXU
     row, half_row = tiles.rows(x.shape[1]), tiles.rows(y.shape[1])
-    dx, dy, dh_post, dh_res = pallas_call.call(
+    dx, dy, dh_post, dh_res = tpu_call.call(
         functools.partial(_backward_kernel, tiles=tiles, n=n),
         *(x, y, h_post, h_res, g),
         name="mhc_post_res_backward",
@@ -298,6 +301,6 @@ def backward(
     return (
         dx.reshape(shapes[0]),
         dy.reshape(shapes[1]),
-        pallas_call.tokens_first(dh_post, lead, shapes[2][-1:]),
-        pallas_call.tokens_first(dh_res, lead, shapes[3][-2:]),
+        tpu_call.tokens_first(dh_post, lead, shapes[2][-1:]),
+        tpu_call.tokens_first(dh_res, lead, shapes[3][-2:]),
     )

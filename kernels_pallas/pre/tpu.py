@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call, pallas_math
-from kernels_pallas.pallas_math import LaneSums
-from kernels_pallas.token_tiles import LANES, MIN_TOKENS, TokenTiles, tokens_per_block
+from kernels_pallas.shapes import check_kernel_dtype, check_kernel_n
+from kernels_pallas.tpu import call as tpu_call
+from kernels_pallas.tpu import math as tpu_math
+from kernels_pallas.tpu.math import LaneSums
+from kernels_pallas.tpu.tiles import LANES, MIN_TOKENS, TokenTiles, tokens_per_block
 
 # Columns of one straight-line piece: 4 lane tiles share the spreading of the coefficients.
 CHUNK = 512
@@ -23,7 +25,8 @@ CHUNK = 512
 def check(streams, h_pre, *_, eps=None):
     """Raises NotImplementedError unless the kernels accept dtype, n and width."""
     n = h_pre.shape[-1]
-    pallas_call.check_dtypes(streams, n)
+    check_kernel_dtype(streams.dtype)
+    check_kernel_n(n)
     block_tokens(streams.shape[-1], n, streams.dtype)
 
 
@@ -52,14 +55,14 @@ def _load_coefficients(tiles, h_ref, h_rows_ref):
 
     @pl.when(tiles.first_of_window())
     def _():
-        pallas_math.store_rows(h_rows_ref, h_ref[...])
+        tpu_math.store_rows(h_rows_ref, h_ref[...])
 
 
 def _weighted_sums(x_ref, rows, h, n, width):
     """Yields (columns, sum of h_pre x in float32) for each piece of some rows (inside a kernel)."""
-    for c, size in pallas_math.column_chunks(width, CHUNK):
+    for c, size in tpu_math.column_chunks(width, CHUNK):
         x = [x_ref[rows, pl.ds(i * width + c, size)].astype(jnp.float32) for i in range(n)]
-        yield pl.ds(c, size), pallas_math.weighted_sum([h[:, i : i + 1] for i in range(n)], x)
+        yield pl.ds(c, size), tpu_math.weighted_sum([h[:, i : i + 1] for i in range(n)], x)
 
 
 def read_rows(x_ref, weight_ref, out_ref, rows, h, n, eps) -> None:
@@ -92,7 +95,7 @@ def sum_cotangents(x_ref, d_ref, rows, norm, h, n, num_left):
     """
     width = d_ref.shape[-1]
     if norm is None:
-        for c, size in pallas_math.column_chunks(width, CHUNK):
+        for c, size in tpu_math.column_chunks(width, CHUNK):
             yield pl.ds(c, size), d_ref[rows, pl.ds(c, size)].astype(jnp.float32)
         return
     weight_ref, d_weight_ref, eps = norm
@@ -139,7 +142,7 @@ def _backward_kernel(x_ref, h_ref, dy_ref, *refs, tiles, n, eps):
                 of_stream = pl.ds(i * width + columns.start, columns.size)
                 dx_ref[rows, of_stream] = (h[:, i : i + 1] * d).astype(dx_ref.dtype)
                 dh[i].add(x_ref[rows, of_stream].astype(jnp.float32) * d)
-        dh_rows_ref[window_rows, :] = pallas_math.lane_columns([d.total() for d in dh], LANES)
+        dh_rows_ref[window_rows, :] = tpu_math.lane_columns([d.total() for d in dh], LANES)
 
     @pl.when(tiles.last_of_window())
     def _():
@@ -160,14 +163,14 @@ def forward_normed(
 
 def _forward(streams, h_pre, weight, eps):
     n = h_pre.shape[-1]
-    x, h = pallas_call.flat_tokens(streams), pallas_call.tokens_last(h_pre)
+    x, h = tpu_call.flat_tokens(streams), tpu_call.tokens_last(h_pre)
     num_tokens, width = x.shape[0], x.shape[1] // n
     lead = streams.shape[:-1]
     if not num_tokens:
         return jnp.zeros((*lead, width), streams.dtype)
     tiles = TokenTiles(num_tokens, block_tokens(x.shape[1], n, x.dtype))
     weight = [] if eps is None else [weight.reshape(1, width)]
-    (layer_input,) = pallas_call.call(
+    (layer_input,) = tpu_call.call(
         functools.partial(_forward_kernel, tiles=tiles, n=n, eps=eps),
         *(x, h, *weight),
         name="mhc_pre_forward" if eps is None else "mhc_pre_forward_normed",
@@ -202,14 +205,14 @@ def backward_normed(
 
 def _backward(streams, h_pre, weight, d, eps):
     n = h_pre.shape[-1]
-    x, h = pallas_call.flat_tokens(streams), pallas_call.tokens_last(h_pre)
-    normed, dy, width = eps is not None, pallas_call.flat_tokens(d), x.shape[1] // n
+    x, h = tpu_call.flat_tokens(streams), tpu_call.tokens_last(h_pre)
+    normed, dy, width = eps is not None, tpu_call.flat_tokens(d), x.shape[1] // n
     if not x.shape[0]:
         return streams, h_pre, *([jnp.zeros_like(weight)] if normed else [])
     block = block_tokens(x.shape[1], n, x.dtype)
     tiles = TokenTiles(x.shape[0], block, max_parts=2 if normed else 1)
     row, sums = tiles.rows(x.shape[1]), (MIN_TOKENS, width)
-    dx, dh, *d_weight = pallas_call.call(
+    dx, dh, *d_weight = tpu_call.call(
         functools.partial(_backward_kernel, tiles=tiles, n=n, eps=eps),
         *(x, h, dy, *([weight.reshape(1, width)] if normed else [])),
         name="mhc_pre_backward_normed" if normed else "mhc_pre_backward",
@@ -227,5 +230,5 @@ def _backward(streams, h_pre, weight, d, eps):
         scratch_shapes=[pltpu.VMEM((tiles.window, LANES), jnp.float32)] * 2,
         flops=(8 if normed else 4) * x.size,
     )
-    dh_pre = pallas_call.tokens_first(dh, streams.shape[:-1], (n,))
+    dh_pre = tpu_call.tokens_first(dh, streams.shape[:-1], (n,))
     return dx.reshape(streams.shape), dh_pre, *(x.sum(axis=(0, 1)) for x in d_weight)

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call, pallas_math
-from kernels_pallas.pallas_math import LaneSums
 from kernels_pallas.precision import split_bf16
-from kernels_pallas.token_tiles import LANES, TokenTiles, tokens_per_block
+from kernels_pallas.tpu import call as tpu_call
+from kernels_pallas.tpu import math as tpu_math
+from kernels_pallas.tpu.math import LaneSums
+from kernels_pallas.tpu.tiles import LANES, TokenTiles, tokens_per_block
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Columns of x between two additions to the accumulators. They bound the registers that a product occupies.
@@ -101,7 +102,7 @@ def project_block(x_ref, phi_ref, m: int) -> tuple[jax.Array, jax.Array]:
     """Computes s [m, tokens] and the sums of squares [tokens, 1] of a block (inside a kernel)."""
     products: Any = None
     squares = LaneSums()
-    for c, size in pallas_math.column_chunks(x_ref.shape[1], CHUNK):
+    for c, size in tpu_math.column_chunks(x_ref.shape[1], CHUNK):
         x = x_ref[:, pl.ds(c, size)]
         product = _dot(phi_ref[:, pl.ds(c, size)], x, ((1,), (1,)))
         products = product if products is None else products + product
@@ -148,7 +149,7 @@ def backward_block(x_ref, phi_ref, ds, scale, dx_ref, dphi_ref, n=1, addends=Non
         left, right = ds, ds.T
     width = x_ref.shape[1] // n
     # Half the columns with addends, because a piece of every stream is at work then.
-    for c, size in pallas_math.column_chunks(width, CHUNK if addends is None else CHUNK // 2):
+    for c, size in tpu_math.column_chunks(width, CHUNK if addends is None else CHUNK // 2):
         addend = None if addends is None else addends(c, size)
         for i in range(n):
             columns = pl.ds(i * width + c, size)
@@ -158,7 +159,7 @@ def backward_block(x_ref, phi_ref, ds, scale, dx_ref, dphi_ref, n=1, addends=Non
                 high, low = phi[: _padded(m)], phi[_padded(m) :]
                 phi = jnp.concatenate([high, high, low, low], axis=0)
             dx = _dot(right, phi, ((1,), (0,)))
-            dx += pallas_math.across(scale, size) * x.astype(jnp.float32)
+            dx += tpu_math.across(scale, size) * x.astype(jnp.float32)
             if addend is not None:
                 dx += addend(i)
             dx_ref[:, columns] = dx.astype(dx_ref.dtype)
@@ -175,8 +176,8 @@ def _backward_kernel(
     @pl.when(tiles.first_of_window())
     def _():
         ds = jnp.where(exists, ds_ref[...], 0)
-        pallas_math.store_rows(ds_rows_ref, ds)
-        pallas_math.store_rows(scale_rows_ref, scale_ref[...])
+        tpu_math.store_rows(ds_rows_ref, ds)
+        tpu_math.store_rows(scale_rows_ref, scale_ref[...])
 
     tiles.zero_past_end(x_ref)
 
@@ -190,13 +191,13 @@ def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax
     """Maps [..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
     width, m = phi.shape
     lead = streams.shape[:-1]
-    x = pallas_call.flat_tokens(streams)
+    x = tpu_call.flat_tokens(streams)
     num_tokens = x.shape[0]
     if not num_tokens:
         return jnp.zeros((*lead, m), phi.dtype), jnp.zeros(lead, phi.dtype)
     operand = phi_operand(phi, x.dtype)
     tiles = TokenTiles(num_tokens, block_tokens(width, m, x.dtype, backward=False))
-    s, r = pallas_call.call(
+    s, r = tpu_call.call(
         functools.partial(_forward_kernel, tiles=tiles, norm_eps=norm_eps),
         *(x, operand),
         name="mhc_projection_forward",
@@ -208,7 +209,7 @@ def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax
         scratch_shapes=[pltpu.VMEM((tiles.window, LANES), jnp.float32)],
         flops=2 * m * x.size,
     )
-    return pallas_call.tokens_first(s, lead, (m,)), r.reshape(lead)
+    return tpu_call.tokens_first(s, lead, (m,)), r.reshape(lead)
 
 
 def backward(
@@ -216,7 +217,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
     width, m = phi.shape
-    x = pallas_call.flat_tokens(streams)
+    x = tpu_call.flat_tokens(streams)
     num_tokens = x.shape[0]
     if not num_tokens:
         return streams, jnp.zeros_like(phi)
@@ -224,9 +225,9 @@ def backward(
     scale = (dr / (width * r)).reshape(1, num_tokens)
     tiles = TokenTiles(num_tokens, block_tokens(width, m, x.dtype, backward=True), max_parts=2)
     row = tiles.rows(width)
-    dx, dphi = pallas_call.call(
+    dx, dphi = tpu_call.call(
         functools.partial(_backward_kernel, tiles=tiles),
-        *(x, operand, pallas_call.tokens_last(ds), scale),
+        *(x, operand, tpu_call.tokens_last(ds), scale),
         name="mhc_projection_backward",
         grid=tiles.grid,
         in_specs=[row, tiles.whole(*operand.shape), tiles.columns(m), tiles.columns(1)],

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call, pallas_math
-from kernels_pallas.token_tiles import LANES, VMEM_BLOCKS, TokenTiles
+from kernels_pallas.shapes import check_kernel_n
+from kernels_pallas.tpu import call as tpu_call
+from kernels_pallas.tpu import math as tpu_math
+from kernels_pallas.tpu.tiles import LANES, VMEM_BLOCKS, TokenTiles
 
 # Two registers an entry. With one the units would be idle for the latency of each reciprocal.
 SUBLANES = 16
@@ -27,7 +29,7 @@ TOKENS = SUBLANES * LANES
 Matrix = list[list[jax.Array]]
 
 
-def check(logits, d_h_res=None, *, num_iterations):
+def check(logits, d_h_res=None, *, num_iterations, **_):
     """Raises NotImplementedError unless the kernels accept dtype, n and iterations."""
     if logits.dtype != jnp.float32:
         raise NotImplementedError(f"logits are {logits.dtype}: kernels take float32")
@@ -36,7 +38,7 @@ def check(logits, d_h_res=None, *, num_iterations):
 
 def check_iterates(n: int, num_iterations: int) -> None:
     """Raises NotImplementedError unless n is 2, 4, 8 and the iterates of a block fit into VMEM."""
-    pallas_call.check_n(n)
+    check_kernel_n(n)
     size = math.prod(iterates_shape(n, num_iterations)) * 4
     if size > VMEM_BLOCKS:
         raise NotImplementedError(
@@ -98,19 +100,19 @@ def _total(tiles: list[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, tiles)
 
 
-def _normalise_rows(matrix: Matrix) -> tuple[Matrix, list[jax.Array]]:
-    """Divides rows by their sums; returns the reciprocals too: n reciprocals replace n*n divisions."""
-    inverse = [1 / _total(row) for row in matrix]
+def _normalise_rows(matrix: Matrix, eps: float) -> tuple[Matrix, list[jax.Array]]:
+    """Divides rows by their sums + eps; returns the reciprocals too: n replace n*n divisions."""
+    inverse = [1 / (_total(row) + eps if eps else _total(row)) for row in matrix]
     return [[tile * inv for tile in row] for row, inv in zip(matrix, inverse)], inverse
 
 
-def _normalise_columns(matrix: Matrix) -> tuple[Matrix, list[jax.Array]]:
-    rows, inverse = _normalise_rows(_transposed(matrix))
+def _normalise_columns(matrix: Matrix, eps: float) -> tuple[Matrix, list[jax.Array]]:
+    rows, inverse = _normalise_rows(_transposed(matrix), eps)
     return _transposed(rows), inverse
 
 
-def _iterate(matrix: Matrix) -> Matrix:
-    return _normalise_rows(_normalise_columns(matrix)[0])[0]
+def _iterate(matrix: Matrix, eps: float) -> Matrix:
+    return _normalise_rows(_normalise_columns(matrix, eps)[0], eps)[0]
 
 
 def _exp_rows(matrix: Matrix) -> tuple[Matrix, Matrix, list[jax.Array]]:
@@ -125,8 +127,14 @@ def _softmax_columns(logits: Matrix) -> Matrix:
     return _transposed([[tile / total for tile in row] for row, total in zip(exps, sums)])
 
 
-def first_iteration(logits: Matrix) -> Matrix:
+def _first_of_eps(softmax: Matrix, eps: float) -> tuple[Matrix, list[jax.Array]]:
+    return _normalise_rows([[tile + eps for tile in row] for row in softmax], eps)
+
+
+def first_iteration(logits: Matrix, eps: float) -> Matrix:
     """Normalises columns in the log domain, then rows: safe for every |logit| <= 1e30 (see reference.py)."""
+    if eps:
+        return _first_of_eps(_softmax_columns(logits), eps)[0]
     shifted, _, sums = _exp_rows(_transposed(logits))
     logs = [jnp.log(total) for total in sums]
     columns = _transposed([[tile - log for tile in row] for row, log in zip(shifted, logs)])
@@ -134,12 +142,12 @@ def first_iteration(logits: Matrix) -> Matrix:
     return [[tile / total for tile in row] for row, total in zip(exps, sums)]
 
 
-def project(logits: Matrix, num_iterations: int) -> Matrix:
+def project(logits: Matrix, num_iterations: int, eps: float) -> Matrix:
     """Computes the doubly stochastic matrices of the logits (inside a kernel)."""
-    first = tuple(as_tiles(first_iteration(logits)))
+    first = tuple(as_tiles(first_iteration(logits, eps)))
 
     def body(_, tiles):
-        return tuple(as_tiles(_iterate(as_matrix(list(tiles)))))
+        return tuple(as_tiles(_iterate(as_matrix(list(tiles)), eps)))
 
     return as_matrix(list(jax.lax.fori_loop(1, num_iterations, body, first)))
 
@@ -148,43 +156,49 @@ def _transpose_rows(d_rows: Matrix, rows: Matrix, inverse: list[jax.Array]) -> M
     """Returns the cotangent of x for rows = x / sum(x)."""
     out = []
     for d_row, row, inv in zip(d_rows, rows, inverse):
-        mean = pallas_math.weighted_sum(d_row, row)
+        mean = tpu_math.weighted_sum(d_row, row)
         out.append([(d - mean) * inv for d in d_row])
     return out
 
 
 def project_backward(
-    logits: Matrix, d_h_res: Matrix, iterates_ref, num_iterations: int
+    logits: Matrix, d_h_res: Matrix, iterates_ref, num_iterations: int, eps: float
 ) -> tuple[Matrix, Matrix]:
     """Returns (h_res, cotangent of the logits), in a kernel; `iterates_ref` has `iterates_shape`."""
     n, rows = len(logits), logits[0][0].shape[0]
 
     def recompute(t, tiles):
         iterates_ref[t] = jnp.concatenate(tiles, axis=0)
-        return tuple(as_tiles(_iterate(as_matrix(list(tiles)))))
+        return tuple(as_tiles(_iterate(as_matrix(list(tiles)), eps)))
 
     def transpose(step, d_tiles):
         before = as_matrix(_split(iterates_ref[num_iterations - 2 - step], n * n, rows))
-        after_columns, inverse_columns = _normalise_columns(before)
-        after_rows, inverse_rows = _normalise_rows(after_columns)
+        after_columns, inverse_columns = _normalise_columns(before, eps)
+        after_rows, inverse_rows = _normalise_rows(after_columns, eps)
         d_columns = _transpose_rows(as_matrix(list(d_tiles)), after_rows, inverse_rows)
         d_matrix = _transpose_rows(
             _transposed(d_columns), _transposed(after_columns), inverse_columns
         )
         return tuple(as_tiles(_transposed(d_matrix)))
 
-    first = first_iteration(logits)
+    first = first_iteration(logits, eps)
     last = jax.lax.fori_loop(0, num_iterations - 1, recompute, tuple(as_tiles(first)))
     d_tiles = jax.lax.fori_loop(0, num_iterations - 1, transpose, tuple(as_tiles(d_h_res)))
-    return as_matrix(list(last)), _first_iteration_backward(logits, first, as_matrix(list(d_tiles)))
+    d_logits = _first_iteration_backward(logits, first, as_matrix(list(d_tiles)), eps)
+    return as_matrix(list(last)), d_logits
 
 
-def _first_iteration_backward(logits: Matrix, first: Matrix, d_first: Matrix) -> Matrix:
-    d_log = []
-    for d_row, row in zip(d_first, first):
-        mean = pallas_math.weighted_sum(d_row, row)
-        d_log.append([tile * (d - mean) for d, tile in zip(d_row, row)])
-    softmax = _softmax_columns(logits)
+def _first_iteration_backward(logits: Matrix, first: Matrix, d_first: Matrix, eps: float) -> Matrix:
+    if eps:
+        softmax = _softmax_columns(logits)
+        d_rows = _transpose_rows(d_first, *_first_of_eps(softmax, eps))
+        d_log = [[tile * d for tile, d in zip(row, d_row)] for row, d_row in zip(softmax, d_rows)]
+    else:
+        d_log = []
+        for d_row, row in zip(d_first, first):
+            mean = tpu_math.weighted_sum(d_row, row)
+            d_log.append([tile * (d - mean) for d, tile in zip(d_row, row)])
+        softmax = _softmax_columns(logits)
     totals = [_total(column) for column in _transposed(d_log)]
     return [
         [d - weight * total for d, weight, total in zip(d_row, weights, totals)]
@@ -192,24 +206,24 @@ def _first_iteration_backward(logits: Matrix, first: Matrix, d_first: Matrix) ->
     ]
 
 
-def _forward_kernel(logits_ref, out_ref, scratch_ref, *, num_iterations):
+def _forward_kernel(logits_ref, out_ref, scratch_ref, *, num_iterations, eps):
     logits = as_matrix(spread(logits_ref[...], scratch_ref))
-    gather(as_tiles(project(logits, num_iterations)), scratch_ref, out_ref)
+    gather(as_tiles(project(logits, num_iterations, eps)), scratch_ref, out_ref)
 
 
 def _backward_kernel(
-    logits_ref, d_ref, out_ref, scratch_ref, d_scratch_ref, iterates_ref, *, num_iterations
+    logits_ref, d_ref, out_ref, scratch_ref, d_scratch_ref, iterates_ref, *, num_iterations, eps
 ):
     logits = as_matrix(spread(logits_ref[...], scratch_ref))
     d_h_res = as_matrix(spread(d_ref[...], d_scratch_ref))
-    _, d_logits = project_backward(logits, d_h_res, iterates_ref, num_iterations)
+    _, d_logits = project_backward(logits, d_h_res, iterates_ref, num_iterations, eps)
     gather(as_tiles(d_logits), scratch_ref, out_ref)
 
 
 def _call(kernel, name, arrays, scratch, transcendentals):
     m, num_tokens = arrays[0].shape
     tiles = TokenTiles(num_tokens, TOKENS)
-    (out,) = pallas_call.call(
+    (out,) = tpu_call.call(
         kernel,
         *arrays,
         name=name,
@@ -224,31 +238,33 @@ def _call(kernel, name, arrays, scratch, transcendentals):
     return out
 
 
-def forward(logits: jax.Array, *, num_iterations: int) -> jax.Array:
+def forward(logits: jax.Array, *, num_iterations: int, eps: float = 0.0) -> jax.Array:
     """Maps [..., n, n] logits -> [..., n, n]."""
     if not logits.size:
         return logits
     m = logits.shape[-1] ** 2
     out = _call(
-        functools.partial(_forward_kernel, num_iterations=num_iterations),
+        functools.partial(_forward_kernel, num_iterations=num_iterations, eps=eps),
         "mhc_sinkhorn_forward",
-        [pallas_call.tokens_last(logits, 2)],
+        [tpu_call.tokens_last(logits, 2)],
         [spread_shape(m)],
         transcendentals=2 * logits.size,
     )
-    return pallas_call.tokens_first(out, logits.shape[:-2], logits.shape[-2:])
+    return tpu_call.tokens_first(out, logits.shape[:-2], logits.shape[-2:])
 
 
-def backward(logits: jax.Array, d_h_res: jax.Array, *, num_iterations: int) -> jax.Array:
+def backward(
+    logits: jax.Array, d_h_res: jax.Array, *, num_iterations: int, eps: float = 0.0
+) -> jax.Array:
     """Returns the cotangent of the logits; the iterates are recomputed in VMEM."""
     if not logits.size:
         return logits
     n = logits.shape[-1]
     out = _call(
-        functools.partial(_backward_kernel, num_iterations=num_iterations),
+        functools.partial(_backward_kernel, num_iterations=num_iterations, eps=eps),
         "mhc_sinkhorn_backward",
-        [pallas_call.tokens_last(logits, 2), pallas_call.tokens_last(d_h_res, 2)],
+        [tpu_call.tokens_last(logits, 2), tpu_call.tokens_last(d_h_res, 2)],
         [spread_shape(n * n), spread_shape(n * n), iterates_shape(n, num_iterations)],
         transcendentals=3 * logits.size,
     )
-    return pallas_call.tokens_first(out, logits.shape[:-2], logits.shape[-2:])
+    return tpu_call.tokens_first(out, logits.shape[:-2], logits.shape[-2:])

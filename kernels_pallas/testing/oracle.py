@@ -41,24 +41,37 @@ def _logsumexp(x, axis):
     return top + np.log(np.exp(x - top).sum(axis=axis, keepdims=True))
 
 
-def _sinkhorn_tape(logits, num_iterations):
-    log_m = np.asarray(logits, np.float64)
-    tape = []
-    for _ in range(num_iterations):
-        for axis in (-2, -1):  # columns sum over i = axis -2 first, rows last
-            log_m = log_m - _logsumexp(log_m, axis)
-            tape.append((log_m, axis))
+def _sinkhorn_tape(logits, num_iterations, eps, last):
+    """Returns of every step (logarithm of its result, axis, d log(what follows) / d log(its result)).
+
+    These derivatives are 1, but for the first result, the softmax, to which eps is added.
+    """
+    log_m, tape = np.asarray(logits, np.float64), []
+    axes = (-2, -1) if last == "rows" else (-1, -2)  # columns sum over i = axis -2
+    for step in range(2 * num_iterations):
+        axis = axes[step % 2]
+        log_sum = _logsumexp(log_m, axis)
+        if eps and step:
+            log_sum = np.logaddexp(log_sum, np.log(eps))
+        log_m = log_m - log_sum
+        if eps and not step:
+            m = np.exp(log_m)
+            tape.append((log_m, axis, m / (m + eps)))
+            log_m = np.log(m + eps)
+        else:
+            tape.append((log_m, axis, 1.0))
     return tape
 
 
-def sinkhorn(logits, num_iterations=20):
-    return np.exp(_sinkhorn_tape(logits, num_iterations)[-1][0])
+def sinkhorn(logits, num_iterations=20, eps=0.0, last="rows"):
+    return np.exp(_sinkhorn_tape(logits, num_iterations, eps, last)[-1][0])
 
 
-def sinkhorn_vjp(logits, d_h_res, num_iterations=20):
-    tape = _sinkhorn_tape(logits, num_iterations)
+def sinkhorn_vjp(logits, d_h_res, num_iterations=20, eps=0.0, last="rows"):
+    tape = _sinkhorn_tape(logits, num_iterations, eps, last)
     d = np.asarray(d_h_res, np.float64) * np.exp(tape[-1][0])
-    for log_m, axis in reversed(tape):
+    for log_m, axis, factor in reversed(tape):
+        d = d * factor
         d = d - np.exp(log_m) * d.sum(axis=axis, keepdims=True)
     return d
 
@@ -84,19 +97,36 @@ def _logits(s, r, bias, alpha, n):
     return s * columns / r[:, None] + bias, columns
 
 
-def coefficients(s, r, bias, alpha, n, num_iterations=20):
+def coefficients(
+    s, r, bias, alpha, n, num_iterations=20, *, sinkhorn_eps=0.0, last="rows", pre_eps=0.0
+):
     s, r, bias, alpha = _f64(s, r, bias, alpha)
     h, _ = _logits(s, r, bias, alpha, n)
-    h_res = sinkhorn(h[:, 2 * n :].reshape(-1, n, n), num_iterations)
-    return _sigmoid(h[:, :n]), 2 * _sigmoid(h[:, n : 2 * n]), h_res
+    h_res = sinkhorn(h[:, 2 * n :].reshape(-1, n, n), num_iterations, sinkhorn_eps, last)
+    return _sigmoid(h[:, :n]) + pre_eps, 2 * _sigmoid(h[:, n : 2 * n]), h_res
 
 
-def coefficients_vjp(s, r, bias, alpha, dh_pre, dh_post, dh_res, n, num_iterations=20):
-    """Returns (ds, dr, dbias, dalpha)."""
+def coefficients_vjp(
+    s,
+    r,
+    bias,
+    alpha,
+    dh_pre,
+    dh_post,
+    dh_res,
+    n,
+    num_iterations=20,
+    *,
+    sinkhorn_eps=0.0,
+    last="rows",
+    pre_eps=0.0,
+):
+    """Returns (ds, dr, dbias, dalpha), which do not depend on pre_eps."""
     s, r, bias, alpha, dh_pre, dh_post = _f64(s, r, bias, alpha, dh_pre, dh_post)
     h, columns = _logits(s, r, bias, alpha, n)
     h_pre, h_post = _sigmoid(h[:, :n]), 2 * _sigmoid(h[:, n : 2 * n])
-    d_res = sinkhorn_vjp(h[:, 2 * n :].reshape(-1, n, n), dh_res, num_iterations)
+    logits = h[:, 2 * n :].reshape(-1, n, n)
+    d_res = sinkhorn_vjp(logits, dh_res, num_iterations, sinkhorn_eps, last)
     d = np.concatenate(
         [
             dh_pre * (h_pre - h_pre**2),
@@ -159,10 +189,14 @@ def rms_norm_vjp(x, weight, dy, eps=1e-20):
     return d / r - x * (d * x).mean(-1, keepdims=True) / r**3, (dy * x / r).sum(0)
 
 
-def read(x, phi, bias, alpha, weight, n, num_iterations=20, eps=1e-20):
-    """Returns (layer_input, h_post, h_res, streams); weight None: no norm of the layer input."""
+def read(x, phi, bias, alpha, weight, n, num_iterations=20, eps=1e-20, **convention):
+    """Returns (layer_input, h_post, h_res, streams); weight None: no norm of the layer input.
+
+    `convention`: as in `coefficients`.
+    """
     (x,) = _f64(x)
-    h_pre, h_post, h_res = coefficients(*projection(x, phi), bias, alpha, n, num_iterations)
+    options = {"num_iterations": num_iterations, **convention}
+    h_pre, h_post, h_res = coefficients(*projection(x, phi), bias, alpha, n, **options)
     u = pre(x, h_pre)
     return (
         *(u if weight is None else rms_norm(u, weight, eps), h_post, h_res),
@@ -170,19 +204,22 @@ def read(x, phi, bias, alpha, weight, n, num_iterations=20, eps=1e-20):
     )
 
 
-def read_vjp(x, phi, bias, alpha, weight, cotangents, n, num_iterations=20, eps=1e-20):
+def read_vjp(
+    x, phi, bias, alpha, weight, cotangents, n, num_iterations=20, eps=1e-20, **convention
+):
     """Returns (dx, dphi, dbias, dalpha), then dweight if there is a weight."""
     rounds, (x,) = is_bf16(x), _f64(x)
     d, dh_post, dh_res, d_streams = cotangents
     s, r = projection(x, phi)
-    h_pre, _, _ = coefficients(s, r, bias, alpha, n, num_iterations)
+    options = {"num_iterations": num_iterations, **convention}
+    h_pre, _, _ = coefficients(s, r, bias, alpha, n, **options)
     d_weight = []
     if weight is not None:
         d, *d_weight = rms_norm_vjp(pre(x, h_pre), weight, d, eps)
     _, dh_pre = pre_vjp(x, h_pre, d)
     dx, _ = pre_vjp(x, h_pre, round_bits(d, 8) if rounds else d)
     ds, dr, dbias, dalpha = coefficients_vjp(
-        s, r, bias, alpha, dh_pre, dh_post, dh_res, n, num_iterations
+        s, r, bias, alpha, dh_pre, dh_post, dh_res, n, **options
     )
     dx_projection, dphi = projection_vjp(x, phi, round_bits(ds, 11) if rounds else ds, dr)
     return dx + dx_projection + _f64(d_streams)[0], dphi, dbias, dalpha, *d_weight

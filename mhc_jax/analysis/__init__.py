@@ -20,7 +20,7 @@
 from mhc_jax.gains import GainMagnitudes, gain_magnitudes
 from mhc_jax.lazy import attach
 
-# Read when they are asked for: connections import this package, and figures need matplotlib.
+# Imported on first use: connections import this package, and figures need matplotlib.
 _LAZY = {
     "collapse": "plots",
     "gains_of": "measure",

@@ -1,6 +1,6 @@
-"""How the mappings of all sublayers come out of a model that keeps none of them.
+"""Collects the mappings of all sublayers from a model that keeps none of them.
 
-Connections call `report` with every h_res. It does nothing, and leaves the compiled program as it is, unless
+Connections call `report` with every h_res. It does nothing and does not change the compiled program, unless
 somebody collects:
 
 - `flax.nnx.capture(model, nnx.Intermediate)` finds each h_res as an `nnx.Intermediate`;
@@ -22,7 +22,8 @@ from jax.interpreters import batching, mlir
 
 from mhc_jax.gains import stream_cosine
 
-# Part of the key of every cache of traces: a function that was traced while nobody collected is traced again.
+# It is part of the key of every trace cache: a function that was traced while nobody collected is traced
+# again.
 _collecting = jax.make_user_context(False)
 
 _NAME = "h_res"
@@ -33,7 +34,7 @@ mlir.register_lowering(_report_p, lambda ctx, h_res, streams, **_: [h_res])
 
 
 def _batch(args, dims, *, batch_axes):
-    """Axes of vmap come first, whether or not h_res depends on them."""
+    """Puts axes of vmap first, whether or not h_res depends on them."""
     size = next(x.shape[d] for x, d in zip(args, dims) if d is not None)
     args = (
         jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
@@ -46,7 +47,7 @@ batching.primitive_batchers[_report_p] = _batch
 
 
 def _linen_collects() -> bool:
-    """Whether a `ToLinen` around the module at hand may store intermediates."""
+    """Returns whether a `ToLinen` around the present module may store intermediates."""
     find = getattr(nnx.bridge.wrappers, "current_linen_module", lambda: None)
     module = find()
     inside = isinstance(module, nnx.bridge.ToLinen)
@@ -54,16 +55,16 @@ def _linen_collects() -> bool:
 
 
 def expect(connection: nnx.Module) -> None:
-    """Makes the place for what `report` stores in Linen, where a module is made anew for every call."""
+    """Makes the variable in which `report` stores under Linen, which makes a module anew for every call."""
     if _linen_collects():
         connection.h_res = nnx.Intermediate(())
 
 
 def report(connection: nnx.Module, h_res: jax.Array | None, streams: jax.Array) -> jax.Array | None:
-    """h_res as it is, which somebody may collect; see the module.
+    """Returns h_res unchanged, and lets it be collected; see the module's docstring.
 
     Args:
-      connection: whose it is.
+      connection: the connection that reports.
       h_res: `[..., n, n]`; None: of the residual connection, ones `[..., 1, 1]`.
       streams: `[..., n*C]`, what the sublayer reads.
     """
@@ -81,7 +82,7 @@ def report(connection: nnx.Module, h_res: jax.Array | None, streams: jax.Array) 
 
 
 class Collected(NamedTuple):
-    """What a model's connections reported, L sublayers in order of execution.
+    """The reports of a model's connections, L sublayers in order of execution.
 
     Attributes:
       h_res: `[L, ..., n, n]` float32, axes of vmap before those of the tokens.
@@ -93,7 +94,7 @@ class Collected(NamedTuple):
 
 
 def collected(function: Callable) -> Callable[..., Collected]:
-    """The function of the same arguments that returns what connections inside of `function` report.
+    """Returns a function of the same arguments that returns what connections inside `function` report.
 
     Raises (when called):
       ValueError: no connection reported, or they have different numbers of streams or tokens.
@@ -127,7 +128,7 @@ def collected(function: Callable) -> Callable[..., Collected]:
 
 
 def _inner(eqn) -> list[Jaxpr]:
-    """Programs inside of an equation."""
+    """Returns the programs inside an equation."""
     values = jax.tree.leaves(
         list(eqn.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
     )
@@ -140,7 +141,7 @@ def _reports(jaxpr: Jaxpr) -> bool:
 
 
 def _run(jaxpr: Jaxpr, consts, args) -> tuple[list, list]:
-    """Evaluates a program: its outputs, and (h_res [k, ..., n, n], cosine [k]) of what it reports."""
+    """Evaluates a program; returns its outputs and its reports (h_res [k, ..., n, n], cosine [k])."""
     values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
     found: list[tuple[jax.Array, jax.Array]] = []
 
@@ -166,7 +167,7 @@ def _run(jaxpr: Jaxpr, consts, args) -> tuple[list, list]:
 
 
 def _run_nested(eqn, inputs) -> tuple[list, list]:
-    """The same for an equation with a program inside that reports."""
+    """Does the same for an equation with a program inside that reports."""
     name = eqn.primitive.name
     if name == "scan":
         return _run_scan(eqn, inputs)
@@ -177,7 +178,7 @@ def _run_nested(eqn, inputs) -> tuple[list, list]:
         raise NotImplementedError(
             f"a connection inside of {where} cannot be collected: use lax.scan or nnx.scan, on one device"
         )
-    # jit, remat, custom derivatives and their like: the program itself, once.
+    # jit, remat, custom derivatives and the like run their program once.
     (jaxpr,) = (x for x in _inner(eqn) if _reports(x))
     closed = [
         x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_closed) if _is_closed(x)
@@ -196,7 +197,7 @@ def _run_scan(eqn, inputs) -> tuple[list, list]:
     jaxpr, reverse = eqn.params["jaxpr"], eqn.params["reverse"]
     length, unroll = eqn.params["length"], eqn.params["unroll"]
 
-    def stacked(outside, inside):  # versions of jax differ in how the equation says it
+    def stacked(outside, inside):  # jax versions differ in the name of this parameter
         return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outside, inside))
 
     num_carry = len(eqn.outvars) - stacked(eqn.outvars, jaxpr.jaxpr.outvars)
@@ -215,7 +216,7 @@ def _run_scan(eqn, inputs) -> tuple[list, list]:
         raise ValueError(
             f"the connections of a scan have h_res of different shapes, {sorted(shapes)}"
         )
-    # [length, k, ...] of each report of the body -> one sequence, step after step.
+    # From [length, k, ...] of each report of the body to one sequence, step after step.
     h_res, cosine = (jnp.concatenate(parts, axis=1) for parts in zip(*found))
     if reverse:
         h_res, cosine = h_res[::-1], cosine[::-1]

@@ -1,4 +1,4 @@
-"""Figs. 2 and 5: loss gap to a baseline, and gradient norms."""
+"""Draws Figs. 2 and 5: the loss gap to a baseline, and gradient norms."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def _series(name: str, run: Arm | Series, key: str) -> Series:
 
 
 def _common(series: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [K] that all seeds have, and their values [seeds, K]."""
+    """Returns the steps [K] that all seeds have, and their values [seeds, K]."""
     steps = series[0][0]
     for other, _ in series[1:]:
         steps = np.intersect1d(steps, other)
@@ -41,11 +41,11 @@ def loss_gap(
     title: str = "",
     colours: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Figs. 2 and 5: loss minus the loss of a baseline at the same step, and gradient norms.
+    """Draws loss minus the loss of a baseline at the same step, and gradient norms (Figs. 2 and 5).
 
-    The gap is drawn faint as it is and bold as a running mean. Several seeds of one arm are drawn as the mean
-    and a band from the least to the greatest; seed i is compared with seed i of the baseline if it has as
-    many, else with the mean of its seeds.
+    The raw gap is faint and its running mean bold. Several seeds of one arm appear as their mean and a band
+    from the least to the greatest. Seed i is compared with seed i of the baseline if that has as many
+    seeds, else with the mean of its seeds.
 
         loss_gap({"residual": "runs/residual", "mHC": ["runs/mhc_0", "runs/mhc_1"]})
 

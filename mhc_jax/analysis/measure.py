@@ -1,4 +1,4 @@
-"""Gain magnitudes of models and of runs."""
+"""Measures gain magnitudes of models and of runs."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ from mhc_jax.gains import GainMagnitudes
 
 
 def gains_of(model: Any, inputs: Any, *, variables: Mapping | None = None) -> GainMagnitudes:
-    """Gain magnitudes of a model that has connections of this package, on some inputs.
+    """Measures gain magnitudes of a model that has connections of this package, on some inputs.
 
     The model is run once, forward, and is not changed. Its sublayers count in the order of execution,
     wherever they lie: in loops, `nnx.scan`, `nn.scan` or `jax.lax.scan`, under vmap, remat or jit, called
@@ -47,13 +47,13 @@ def gains_of(model: Any, inputs: Any, *, variables: Mapping | None = None) -> Ga
         args, kwargs = (), inputs
     else:
         args, kwargs = inputs if isinstance(inputs, tuple) else (inputs,), {}
-    # Inputs are no arguments of the traced function: some may be flags and no arrays.
+    # Inputs are not arguments of the traced function, since some may be flags instead of arrays.
     found = jax.jit(collected(lambda: function(*args, **kwargs)))()
     return gains_lib.gain_magnitudes(found.h_res)._replace(stream_cosine=found.stream_cosine)
 
 
 def _forward(model: Any, variables: Mapping | None) -> Callable:
-    """The model as a function that leaves it as it is."""
+    """Returns the model as a function that does not change it."""
     method = "__call__"
     if inspect.ismethod(model):
         model, method = model.__self__, model.__name__
@@ -86,25 +86,25 @@ def gains_of_run(
     step: int | None = None,
     max_sequences: int = 16,
 ) -> GainMagnitudes:
-    """Gain magnitudes of a training, as it stored them or on a text of yours.
+    """Returns gain magnitudes of a training, as it stored them or on a text of yours.
 
         gains_of_run("runs/mhc")  # newest file of its gains/: one sequence of its validation text
         gains_of_run("runs/mhc", text=open("novel.txt").read())  # of its newest checkpoint on this text
 
     Args:
       workdir: of a training.
-      text: on which the model of the newest checkpoint is run; None: what training measured. It is cut into
-        sequences of the length that the run was trained on; what is left over at the end counts only in a
-        text shorter than one. Memory is that of one sequence.
+      text: the model of the newest checkpoint reads this text; None returns what training measured. The
+        text is cut into sequences of the run's length. The rest at the end counts only if the text is
+        shorter than one sequence. Memory is that of one sequence.
       step: of the stored gains; None: the newest.
-      max_sequences: as many sequences of the text are read at most.
+      max_sequences: the most sequences of the text that are read.
 
     Returns:
       GainMagnitudes, means over all tokens. Ones for a residual run.
 
     Raises:
       FileNotFoundError: the folder has no config.json.
-      ValueError: no gains or checkpoint there, a file that cannot be read (the message names it), or a text
+      ValueError: no gains or no checkpoint, a file that cannot be read (the message names it), or a text
         without tokens.
     """
     workdir = pathlib.Path(workdir)
@@ -124,13 +124,13 @@ def gains_of_run(
 
 
 def _ones(sublayers: int) -> GainMagnitudes:
-    """Gains of a residual run, which has one stream."""
+    """Returns the gains of a residual run, which has one stream."""
     gains = gains_lib.gain_magnitudes(np.ones((sublayers, 1, 1, 1), np.float32))
     return gains._replace(stream_cosine=jnp.ones(sublayers))
 
 
 def _on_text(workdir: pathlib.Path, text: str | bytes, max_sequences: int) -> GainMagnitudes:
-    # Here: these modules need the packages of the trainer, and the rest of this file does not.
+    # Imported here: these modules need the trainer's packages, the rest of this file does not.
     from mhc_jax.data import load_tokenizer
     from mhc_jax.sampling import for_sampling
     from mhc_jax.trained import load

@@ -1,7 +1,7 @@
-"""Figures of gains: the paper's, and what they do not show.
+"""Draws gains: the paper's figures, and two that the paper does not have.
 
-Each takes a dict {name: what belongs to it} and returns a matplotlib figure, which a notebook shows as the
-last line of a cell. Where a value is a list, its entries are seeds of one arm: drawn are their mean and a
+Each function takes a dict {name: gains} and returns a matplotlib figure, which a notebook shows as the last
+line of a cell. If a value is a list, its entries are seeds of one arm: the figure shows their mean and a
 band from the least to the greatest. A name that begins with residual, HC, mHC or identity has that
 connection's colour.
 """
@@ -34,7 +34,7 @@ HEAD = r"$h_\mathrm{res}(l) \cdots h_\mathrm{res}(1)$"
 
 
 def _by_seed(gains: Mapping[str, Seeds]) -> dict[str, list[GainMagnitudes]]:
-    """{name: [seed, ...]}, checked."""
+    """Returns {name: [seed, ...]} and checks it."""
     if not isinstance(gains, Mapping):
         raise ValueError(f"give a dict {{name: gains}}, not {type(gains).__name__}")
     found = {}
@@ -57,7 +57,7 @@ def _by_seed(gains: Mapping[str, Seeds]) -> dict[str, list[GainMagnitudes]]:
 
 
 def _with_streams(gains: Mapping[str, Seeds]) -> dict[str, list[GainMagnitudes]]:
-    """`_by_seed` without the arms of one stream, which cannot mix; unless there are no others."""
+    """Returns `_by_seed` without the arms of one stream, which cannot mix, unless there are no others."""
     arms = _by_seed(gains)
     several = {n: seeds for n, seeds in arms.items() if np.shape(seeds[0].matrix_single)[-1] > 1}
     return several or arms
@@ -80,10 +80,10 @@ def plot_gains(
     title: str = "",
     colours: Colours = None,
 ) -> Figure:
-    """Figs. 3 and 7: single and composite gains against the sublayer.
+    """Draws single and composite gains against the sublayer (Figs. 3 and 7).
 
-    Arms whose gains stay far closer to 1 than the largest are drawn again below, enlarged: there the range
-    is theirs, and 1 is marked.
+    Arms whose gains stay far closer to 1 than the largest are drawn again below, enlarged to their own
+    range and with 1 marked.
 
         plot_gains({"HC": gains_of_run("runs/hc"), "mHC": [gains_of(model, x) for model in seeds]})
 
@@ -133,7 +133,10 @@ def plot_gains(
 
 
 def _near_one(arms: Mapping[str, Sequence[GainMagnitudes]]) -> list[str]:
-    """Arms that the logarithmic axis of all shows as one flat line, though they are none."""
+    """Returns the arms that the common logarithmic axis shows as a flat line although they vary.
+
+    Below 1e-3 rounding and the eps of Sinkhorn-Knopp are seen, 1e-6 a sublayer, and no gain.
+    """
     away = {}
     for name, seeds in arms.items():
         values = np.concatenate([np.asarray(x, float) for one in seeds for x in one[:4]])
@@ -141,11 +144,11 @@ def _near_one(arms: Mapping[str, Sequence[GainMagnitudes]]) -> list[str]:
             logs = np.abs(np.log(values))
         away[name] = logs.max() if np.isfinite(logs).all() else np.inf
     largest = max(away.values())
-    return [name for name, size in away.items() if 1e-6 < size < largest / 4]
+    return [name for name, size in away.items() if 1e-3 < size < largest / 4]
 
 
 def _enlarge(axes: Axes) -> None:
-    """The range of the data and of 1, a little room around it."""
+    """Sets the y range to the data and 1, with a little room around."""
     low, high = axes.dataLim.ymin, axes.dataLim.ymax
     low, high = min(low, 1.0), max(high, 1.0)
     room = 0.06 * max(high - low, 1e-6)
@@ -154,18 +157,18 @@ def _enlarge(axes: Axes) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """At most two names, since a title has one line."""
+    """Lists at most two names, since a title has one line."""
     return style.plain(", ".join(names)) if len(", ".join(names)) < 24 else f"{len(names)} arms"
 
 
 def heat_maps(
     gains: Mapping[str, Seeds] | GainMagnitudes, *, title: str = "", colours: Colours = None
 ) -> Figure:
-    """Fig. 8: h_res of the first, middle and last sublayer and three composites, mean over tokens.
+    """Draws h_res of the first, middle and last sublayer and three composites, mean over tokens (Fig. 8).
 
-    Rows are labelled with their sums (forward gains into a stream), columns with theirs (backward). The sums
-    are those of the mean matrix, so this is the definition average="matrices" of `plot_gains`. Seeds are
-    averaged. Each matrix has its own scale of colours, at least -1 to 1.
+    Labels of rows are their sums (forward gains into a stream), labels of columns theirs (backward gains).
+    The sums are those of the mean matrix, as with average="matrices" in `plot_gains`. Seeds are averaged.
+    Each matrix has its own scale of colours, at least -1 to 1.
 
         heat_maps({"mHC": gains_of(model, tokens)})
 
@@ -214,7 +217,7 @@ def _six_matrices(figure, seeds: Sequence[GainMagnitudes]) -> None:
         (tail[min(middle, last - 1)], product(last, min(middle + 1, last))),
         (head[-1], product(last, 1)),
     ]
-    # On a narrow page single mappings are left, their composites right.
+    # On a narrow page single mappings are at the left, composites at the right.
     grid = figure.subplots(2, 3) if style.is_wide() else figure.subplots(3, 2).T
     for axes, (matrix, title) in zip(grid.flat, panels):
         style.heat_map(axes, matrix, title)
@@ -230,7 +233,7 @@ def _panels(
     colours: Mapping[str, str],
     title: str,
 ) -> Figure:
-    """A row of panels over the sublayers: (title, ylabel, [(field or function, dashes)], logarithmic)."""
+    """Draws panels over the sublayers: (title, ylabel, [(field or function, dashes)], logarithmic)."""
     chosen = {name: colours[name] for name in arms}
     figure, grid = style.panels(1, len(panels), 3.4)
     for axes, (heading, ylabel, fields, logarithmic) in zip(grid[0], panels):
@@ -244,7 +247,7 @@ def _panels(
             for field, dashes in fields:
                 get = field if callable(field) else lambda one, field=field: getattr(one, field)
                 curves = [np.asarray(get(one), float) for one in seeds]
-                if np.isnan(curves).all():  # not stored when the run was made, or not known
+                if np.isnan(curves).all():  # not stored by that run, or not known
                     continue
                 x = np.arange(1, len(curves[0]) + 1)
                 style.draw_seeds(axes, x, curves, chosen[name], linestyle=dashes)
@@ -258,14 +261,15 @@ def _panels(
 
 
 def collapse(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = None) -> Figure:
-    """Whether the streams become one, which gains cannot show: not in the paper.
+    """Draws whether the streams become one, which gains cannot show (not in the paper).
 
-    Second singular value of the composite and its distance to J/n (all entries 1/n), both 0 when every
-    stream holds the same mixture of those at the beginning; mean cosine between the streams, then 1.
+    The panels are the second singular value of the composite and its distance to J/n (all entries 1/n), and
+    the mean cosine between the streams. When every stream holds the same mixture of the first ones, they
+    are 0, 0 and 1.
 
         collapse({"HC": gains_of_run("runs/hc"), "mHC": gains_of_run("runs/mhc")})
 
-    Args, Raises: as `heat_maps`. Cosines are known of a model or a run, not of mappings alone.
+    Args, Raises: as `heat_maps`. Cosines need a model or a run; mappings alone do not have them.
     """
     arms, colours = _with_streams(gains), _colours(list(gains), colours)
     with style.styled():
@@ -290,11 +294,11 @@ def collapse(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = 
 
 
 def spread(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = None) -> Figure:
-    """How much mappings differ between tokens, and how widely they mix: not in the paper.
+    """Draws how much mappings differ between tokens, and how widely they mix (not in the paper).
 
-    Standard deviation over tokens of the entries of h_res (0: the mapping is static), entropy of its rows (0:
-    each stream goes on alone, log n: all are averaged), and of how many streams of the beginning a stream is
-    made after l sublayers (1 to n).
+    The panels are the standard deviation over tokens of the entries of h_res (0: the mapping is static),
+    the entropy of its rows (0: each stream goes on alone, log n: all are averaged), and how many of the
+    first streams a stream mixes after l sublayers (1 to n).
 
         spread({"mHC": gains_of(model, tokens)})
 
@@ -308,7 +312,7 @@ def spread(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = No
     def others(one):
         std = np.asarray(one.matrix_std)
         n = std.shape[-1]
-        # A single stream has no others.
+        # A single stream has nothing to mix with.
         return std[:, ~np.eye(n, dtype=bool)].mean(-1) if n > 1 else np.full(len(std), np.nan)
 
     with style.styled():

@@ -1,6 +1,6 @@
-"""Reading workdirs: what a comparison of runs is made of.
+"""Reads workdirs for comparisons of runs.
 
-A workdir is what training leaves behind, and all that is read here:
+A workdir is what training leaves behind. These files of it are read:
 
     config.json                 nested; config["model"]["connection"] and ["n"] name the arm
     metrics.jsonl               one JSON object a line, any subset of keys beside "step"; non-finite
@@ -33,13 +33,13 @@ NAMES = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One workdir, read.
+    """A workdir that has been read.
 
     Attributes:
       path: the workdir.
-      name: how figures call it: "residual", "HC", "mHC", with the folder's name where two agree.
+      name: its name in figures: "residual", "HC", "mHC", with the folder's name if two agree.
       connection: config["model"]["connection"].
-      colour: hexadecimal, another for each arm; the connection's own for its first.
+      colour: hexadecimal, different for each arm; the first arm of a connection has the connection's.
       config: config.json.
       metrics: key -> (steps [K] int64, values [K] float64), steps ascending and distinct.
       gains: step -> path of the .npz.
@@ -54,11 +54,11 @@ class Arm:
     gains: dict[int, epath.Path]
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of a metric; empty arrays where it was never logged."""
+        """Returns (steps, values) of a metric; empty arrays if it was never logged."""
         return self.metrics.get(key, (np.zeros(0, np.int64), np.zeros(0)))
 
     def gain_series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of "gains/..." from metrics, with steps only the .npz have filled in."""
+        """Returns (steps, values) of "gains/..." from metrics, and of steps that only the .npz have."""
         steps, values = self.series(key)
         found = dict(zip(steps.tolist(), values.tolist()))
         for step in self.gains.keys() - found.keys():
@@ -75,8 +75,9 @@ def read_metrics(path: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     A run still going may have half a last line, and a killed one half a line in the middle.
     """
-    # Line by line into flat arrays: 16 bytes a number, where a million lines of objects are a gigabyte.
+    # Read line by line into flat arrays, 16 bytes a number: a million lines as objects take a gigabyte.
     table: dict[str, tuple[array.array, array.array]] = {}
+    skipped, first = 0, ""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -88,12 +89,16 @@ def read_metrics(path: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                     steps.append(step)
                     found.append(value)
             except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
-                log.warning("%s line %d skipped: %r", path, number, error)
+                skipped, first = skipped + 1, first or f"line {number}: {error!r}"
+    if skipped:
+        log.warning(
+            "%s: %d lines are no metrics and skipped, the first is %s", path, skipped, first
+        )
     return {key: _latest(*map(np.asarray, columns)) for key, columns in table.items()}
 
 
 def _latest(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """In the order of steps; of a step that is there more than once, the last value."""
+    """Sorts by step and keeps the last value of a step that occurs more than once."""
     order = np.argsort(steps, kind="stable")
     steps, values = steps[order], values[order]
     last = np.append(steps[1:] != steps[:-1], True)
@@ -101,11 +106,11 @@ def _latest(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def read_config(workdir: str | os.PathLike) -> dict:
-    """config.json of a workdir or, where that is damaged or gone, what its newest good checkpoint has of it.
+    """Reads config.json of a workdir or, if that is damaged or gone, the copy in its newest good checkpoint.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it cannot be read, and no checkpoint has it. Both name the file.
+      FileNotFoundError: neither exists.
+      ValueError: it cannot be read, and no checkpoint has a copy. Both errors name the file.
     """
     workdir = paths.of_user(workdir)
     path = workdir / "config.json"
@@ -133,7 +138,7 @@ def _of_training(config: Any) -> dict:
 
 
 def _read(path: epath.Path) -> Arm:
-    """One workdir, without what sets it apart from the others."""
+    """Reads one workdir; name and colour are not yet told apart from the others'."""
     if not (path / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{path} is not a workdir of training: it has no metrics.jsonl")
     config = read_config(path)
@@ -157,11 +162,11 @@ def read_arms(
 
     Args:
       workdirs: of trainings.
-      left_out: takes a line for each workdir that cannot be read; None: that is an error.
+      left_out: a list that takes one line for each unreadable workdir; None raises an error instead.
 
     Raises:
       FileNotFoundError: a workdir has no metrics.jsonl or no config.json; the message names it.
-      ValueError: its config.json is none.
+      ValueError: a config.json is not one of a training.
     """
     arms = []
     for path in map(paths.of_user, workdirs):
@@ -183,7 +188,7 @@ def read_arms(
 
 
 def _told_apart(arms: Sequence[Arm]) -> list[str]:
-    """Names of arms, with as much of the end of their paths as it takes where they agree."""
+    """Returns the names of arms; equal ones get as much of the end of their paths as it takes."""
     names = [arm.name for arm in arms]
     folders = [arm.path.resolve().parts for arm in arms]
     for depth in range(1, 1 + max(map(len, folders), default=0)):
@@ -194,12 +199,12 @@ def _told_apart(arms: Sequence[Arm]) -> list[str]:
             f"{arm.name} ({'/'.join(path[-depth:])})" if arm.name in alike else name
             for arm, path, name in zip(arms, folders, names)
         ]
-    # The same folder twice.
+    # The same folder was given twice.
     return [name if names.count(name) == 1 else f"{name} #{i}" for i, name in enumerate(names, 1)]
 
 
 def stored_gains(workdir: epath.Path) -> dict[int, epath.Path]:
-    """The files of gains in a workdir, by step."""
+    """Returns the files of gains in a workdir, by step."""
     return {
         int(match[1]): file
         for file in sorted((workdir / "gains").glob("*.npz"))
@@ -208,7 +213,7 @@ def stored_gains(workdir: epath.Path) -> dict[int, epath.Path]:
 
 
 def choose_baseline(arms: Sequence[Arm], wanted: str | None) -> Arm:
-    """The arm gaps are taken to: by connection, name, folder or path; else residual; else the first.
+    """Returns the arm `wanted`, by connection, name, folder or path; else residual, else the first.
 
     Raises:
       ValueError: nothing fits `wanted`; the message lists what there is.
@@ -223,19 +228,19 @@ def choose_baseline(arms: Sequence[Arm], wanted: str | None) -> Arm:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` (odd) points, of the finite ones; shorter at both ends."""
+    """Returns the centred mean of the finite ones among `window` (odd) points; fewer at both ends."""
     finite = np.isfinite(values)
     count = _running_sum(finite.astype(float), window)
     total = _running_sum(np.where(finite, values, 0.0), window)
-    # A point that is not finite itself stays so: the curve ends where the run diverged.
+    # A point that is not finite stays so: the curve ends where the run diverged.
     return np.where(finite, total / np.maximum(count, 1), values)
 
 
 def _running_sum(values: np.ndarray, window: int) -> np.ndarray:
-    """Sum of the `window` values around each, in a time that does not depend on `window`.
+    """Sums the `window` values around each, in a time that does not depend on `window`.
 
-    A window is the end of one block of `window` values and the beginning of the next. Differences of one
-    sum over all values would lose the small ones behind a large one.
+    A window is the end of one block of `window` values plus the beginning of the next. Differences of one
+    cumulative sum would lose small values after a large one.
     """
     before = (window - 1) // 2
     blocks = len(values) // window + 2
@@ -244,5 +249,5 @@ def _running_sum(values: np.ndarray, window: int) -> np.ndarray:
     padded = padded.reshape(blocks, window)
     begins = np.cumsum(padded, axis=1).ravel()
     ends = np.cumsum(padded[:, ::-1], axis=1)[:, ::-1].copy()
-    ends[:, 0] = 0  # a window that is one block: the beginning has all of it
+    ends[:, 0] = 0  # if the window is exactly one block, the beginning holds all of it
     return ends.ravel()[: len(values)] + begins[window - 1 : window - 1 + len(values)]

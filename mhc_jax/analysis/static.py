@@ -1,4 +1,4 @@
-"""Gains of the static part of the mappings, which parameters alone tell."""
+"""Computes gains of the static part of the mappings, from parameters alone."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from mhc_jax.manifolds import Birkhoff, Identity, Manifold
 
 
 class _Static(NamedTuple):
-    """h_res `[..., n, n]` of a connection, leading axes for stacked blocks."""
+    """The static h_res `[..., n, n]` of a connection; leading axes count stacked blocks."""
 
     h_res: np.ndarray
 
@@ -23,10 +23,10 @@ class _Static(NamedTuple):
 def static_gains(
     parameters: Any, *, n: int | None = None, manifold: Manifold | None = None
 ) -> GainMagnitudes:
-    """Gain magnitudes of the static mappings: h_res as it is where the dynamic part is zero.
+    """Computes gain magnitudes of the static mappings: h_res where the dynamic part is zero.
 
-    That is the projection of `bias`, the same for every token. No text and no forward pass is needed, so it
-    works for a model of any size; what the mappings do with a token, it does not show.
+    That is the projection of `bias`, the same for every token. It needs no text and no forward pass, so it
+    works for a model of any size. It does not show what the mappings do with a token.
 
         static_gains(model)  # an NNX model
         static_gains(variables["params"])  # nested dicts, of Linen or of a checkpoint
@@ -34,9 +34,9 @@ def static_gains(
 
     Args:
       parameters: an NNX model, nested dicts of parameters, or a sequence of either. A connection's are
-        `phi`, `bias`, `alpha` (mHC) or `theta`, `bias`, `alpha` (HC). A sequence is in order of execution;
-        in modules and dicts the names decide, numbers as numbers. Blocks that are stacked along a first axis,
-        `[N, ...]`, follow one after the other.
+        `phi`, `bias`, `alpha` (mHC) or `theta`, `bias`, `alpha` (HC). A sequence is in order of execution.
+        Modules and dicts are ordered by name, with numbers as numbers. Blocks stacked along a first axis,
+        `[N, ...]`, count one after the other.
       n: number of streams, for parameters in dicts; None: the one with n*n + 2n logits.
       manifold: of mHC's mappings, for parameters in dicts; None: `Identity()` if there are no more than 2n
         logits, else `Birkhoff()`.
@@ -45,7 +45,7 @@ def static_gains(
       GainMagnitudes of L sublayers and one token; ones for residual connections.
 
     Raises:
-      ValueError: no parameters of connections, or shapes that are none of a connection.
+      ValueError: no parameters of connections, or shapes that no connection has.
     """
     return gain_magnitudes(_mappings(parameters, n, manifold))
 
@@ -53,7 +53,7 @@ def static_gains(
 def _mappings(
     parameters: Any, n: int | None = None, manifold: Manifold | None = None
 ) -> np.ndarray:
-    """h_res [L, n, n]; see `static_gains`."""
+    """Returns h_res [L, n, n]; see `static_gains`."""
     tree = _tree(parameters, n, manifold, set())
     if tree is None:
         raise ValueError(
@@ -72,7 +72,7 @@ def _mappings(
 
 
 def _tree(node: Any, n: int | None, manifold: Manifold | None, seen: set[int]) -> Any:
-    """Nested dicts in order, with `_Static` for a connection and a shape for any other array."""
+    """Returns ordered nested dicts, with `_Static` for a connection and a shape for any other array."""
     if isinstance(node, nnx.Variable):
         return np.shape(node.get_value())
     if isinstance(node, nnx.Module | list | tuple | dict) and not isinstance(node, Mapping):
@@ -133,7 +133,7 @@ def _of_parameters(found: Mapping, n: int | None, manifold: Manifold | None) -> 
 
 
 def _array(x: Any) -> np.ndarray:
-    """A parameter on the host, float32: of NNX, of Linen, with or without a box, of PyTorch."""
+    """Returns a parameter of NNX, Linen (boxed or not) or PyTorch as float32 on the host."""
     if isinstance(x, nnx.Variable):
         x = x.get_value()
     if hasattr(x, "unbox"):
@@ -144,9 +144,9 @@ def _array(x: Any) -> np.ndarray:
 
 
 def _sorted(node: Mapping) -> list[tuple[Any, Any]]:
-    """By name, numbers in it as numbers; the leading blocks of our decoder come before the others.
+    """Sorts by name, numbers in it as numbers; the leading blocks of our decoder come first.
 
-    Not as they were defined: modules and dicts that went through JAX have forgotten that.
+    The order of definition is unknown: modules and dicts that went through JAX are sorted.
     """
 
     def key(item):
@@ -160,7 +160,7 @@ def _sorted(node: Mapping) -> list[tuple[Any, Any]]:
 
 
 def _in_order(tree: dict) -> list[np.ndarray]:
-    """h_res [n, n] of every sublayer. Of stacked blocks, all of one block and then all of the next."""
+    """Yields h_res [n, n] of every sublayer; of stacked blocks, all of one block and then all of the next."""
     if isinstance(tree, _Static):
         return list(tree.h_res.reshape(-1, *tree.h_res.shape[-2:]))
     if not isinstance(tree, dict):
@@ -182,19 +182,20 @@ def _connections(tree: Any) -> list[np.ndarray]:
 
 
 def _shapes(tree: Any) -> list[tuple[int, ...]]:
-    """Of all arrays but the connections'."""
+    """Yields the shapes of all arrays except the connections'."""
     if isinstance(tree, dict):
         return [shape for child in tree.values() for shape in _shapes(child)]
     return [] if isinstance(tree, _Static) else [tree]
 
 
 def _stacked(tree: dict) -> int | None:
-    """N, if everything in it is stacked along a first axis of N."""
+    """Returns N if all its arrays are stacked along a first axis of N."""
     found = _connections(tree)
     learned = [h_res for h_res in found if h_res.shape[-1] > 1 or h_res.ndim > 2]
     others = _shapes(tree)
     firsts = {h_res.shape[0] if h_res.ndim == 3 else None for h_res in learned}
     firsts |= {shape[0] if shape else None for shape in others}
-    # Residual connections have no parameters: only those of their blocks tell, and a vector is never stacked.
+    # Residual connections have no parameters, so only those of their blocks tell, and a vector is never
+    # stacked.
     alone = not learned and (not others or min(map(len, others)) < 2)
     return firsts.pop() if found and not alone and len(firsts) == 1 and None not in firsts else None

@@ -1,4 +1,4 @@
-"""The look of every figure: size, fonts, legend, curves that are not finite."""
+"""Sets the look of every figure: size, fonts, legend, curves that are not finite."""
 
 import contextlib
 import contextvars
@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 # 8.4 inches are the 840 pixels of a README column; 150 dots an inch keep screens of two dots a
 # pixel sharp. SVG ids are salted so that the same data gives the same file.
 WIDTH, DPI = 8.4, 150
-NARROW = 4.2  # of a phone, with the same size of letters
+NARROW = 4.2  # the width of a phone, with letters of the same size
 _narrow: contextvars.ContextVar[bool] = contextvars.ContextVar("narrow", default=False)
 STYLE = {
     "font.size": 9.5,
@@ -41,22 +41,22 @@ STYLE = {
     "savefig.facecolor": "white",
     "svg.hashsalt": "mhc_jax",
 }
-# A gain of 1 neither grows nor shrinks: what a residual connection has by definition.
+# A gain of 1 neither grows nor shrinks; a residual connection has it by definition.
 AT_ONE = {"color": "#6B6B6B", "linewidth": 1.0, "linestyle": ":"}
 DIRECTIONS = {"forward": "-", "backward": (0, (4, 2))}
 
 
 def styled() -> AbstractContextManager:
-    """matplotlib's defaults and `STYLE`, whatever the reader's own settings are."""
+    """Applies matplotlib's defaults and `STYLE`, whatever the reader's own settings are."""
     return matplotlib.style.context(["default", STYLE])
 
 
 class StyledFigure(Figure):
-    """A figure that brings its style along and that a notebook shows once, as a cell's last line.
+    """A figure that carries its style and that a notebook shows once, as a cell's last line.
 
     It belongs to no window system and to no pyplot state, so nothing draws it a second time when the cell
-    ends. Whoever draws it (a notebook, `savefig`) draws it in `STYLE`: matplotlib makes ticks when it
-    draws and would take its own settings for them.
+    ends. A notebook and `savefig` draw it in `STYLE`; otherwise matplotlib would make the ticks, which it
+    makes while drawing, with its own settings.
     """
 
     def draw(self, renderer) -> None:
@@ -68,7 +68,7 @@ class StyledFigure(Figure):
             return super().get_tightbbox(*args, **kwargs)
 
     def _repr_png_(self) -> tuple[bytes, dict]:
-        """For notebooks whose pyplot has not taken figures over; half as many pixels as dots."""
+        """Draws for notebooks whose pyplot does not handle figures; it has half as many pixels as dots."""
         file = io.BytesIO()
         self.savefig(file, format="png", dpi=DPI)
         width, height = (round(100 * inches) for inches in self.get_size_inches())
@@ -77,7 +77,7 @@ class StyledFigure(Figure):
 
 @contextlib.contextmanager
 def narrow() -> Iterator[None]:
-    """Figures that are made inside are half as wide, their panels one below the other."""
+    """Makes figures inside it half as wide, with panels one below the other."""
     token = _narrow.set(True)
     try:
         yield
@@ -86,12 +86,12 @@ def narrow() -> Iterator[None]:
 
 
 def is_wide() -> bool:
-    """Whether figures are as wide as a page and not `narrow`."""
+    """Returns whether figures are as wide as a page, not `narrow`."""
     return not _narrow.get()
 
 
 def new_figure(height: float) -> StyledFigure:
-    """A figure of README width (or `narrow`), `height` inches high. Make and fill it inside of `styled`."""
+    """Makes a figure of README width (or `narrow`), `height` inches high. Use it inside `styled`."""
     size = (NARROW if _narrow.get() else WIDTH, height)
     figure = StyledFigure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -99,7 +99,7 @@ def new_figure(height: float) -> StyledFigure:
 
 
 def panels(rows: int, columns: int, height: float) -> tuple[StyledFigure, np.ndarray]:
-    """A figure and its axes [rows, columns], a row `height` inches high; one column if `narrow`."""
+    """Makes a figure and its axes [rows, columns], each row `height` inches high; one column if `narrow`."""
     if not _narrow.get():
         figure = new_figure(height * rows)
         return figure, figure.subplots(rows, columns, squeeze=False)
@@ -108,21 +108,21 @@ def panels(rows: int, columns: int, height: float) -> tuple[StyledFigure, np.nda
 
 
 def wrapped(text: str, letters: int = 62) -> str:
-    """A line that fits the page; `letters` of it fit a narrow one."""
+    """Wraps a line to the page; `letters` of it fit a narrow page."""
     return textwrap.fill(text, letters) if _narrow.get() else text
 
 
 def plain(name: str) -> str:
-    """A name for matplotlib, which takes what stands between two dollar signs for a formula."""
+    """Escapes a name, since matplotlib takes text between two dollar signs for a formula."""
     return name.replace("$", r"\$")
 
 
 def draw(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, **kwargs) -> None:
-    """A curve whose infinite or NaN points are triangles at the upper edge, not silent holes."""
+    """Draws a curve whose infinite or NaN points are triangles at the upper edge instead of holes."""
     kept = _visible(y)
     x, y = x[kept], y[kept]
     finite = np.isfinite(y)
-    # A line of many points is a picture in the SVG too, or it would weigh megabytes.
+    # A line of many points is a bitmap in the SVG, which would otherwise have megabytes.
     axes.plot(x, np.where(finite, y, np.nan), color=colour, rasterized=len(x) > 4000, **kwargs)
     if not finite.all():
         axes.plot(
@@ -138,9 +138,9 @@ def draw(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, **kwargs) -> Non
 
 
 def _visible(y: np.ndarray, most: int = 12_000) -> np.ndarray:
-    """Indices of lowest, highest and one non-finite point of each pixel's worth of a curve, at most `most`.
+    """Returns indices, at most `most`: the lowest, the highest and one non-finite point of each pixel.
 
-    A million points take a gigabyte to draw and look the same.
+    Drawing a million points takes a gigabyte and looks the same.
     """
     if len(y) <= most:
         return np.arange(len(y))
@@ -160,7 +160,7 @@ def _visible(y: np.ndarray, most: int = 12_000) -> np.ndarray:
 
 
 def draw_seeds(axes: Axes, x: np.ndarray, ys: Sequence[np.ndarray], colour: str, **kwargs) -> None:
-    """The mean of several curves, and a band from the least to the greatest of them.
+    """Draws the mean of several curves, and a band from the least to the greatest.
 
     On a logarithmic axis the mean is the geometric one.
     """
@@ -177,7 +177,7 @@ def draw_seeds(axes: Axes, x: np.ndarray, ys: Sequence[np.ndarray], colour: str,
 
 
 def log_axis(axes: Axes) -> None:
-    """Logarithmic y axis; plain numbers where it spans less than a decade (not 1.2 x 10^0)."""
+    """Makes the y axis logarithmic; if it spans less than a decade, with plain numbers (not 1.2 x 10^0)."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high < 10 * low:
@@ -185,26 +185,26 @@ def log_axis(axes: Axes) -> None:
 
 
 def step_axis(axes: Axes) -> None:
-    """Optimizer steps on the x axis: whole numbers, also where there is one."""
+    """Labels optimizer steps on the x axis with whole numbers, even if there is only one."""
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 2.5, 5, 10]))
 
 
 def sublayer_axis(axes: Axes, label: str = "sublayer $l$") -> None:
-    """Sublayers on the x axis, in whole numbers."""
+    """Labels sublayers on the x axis with whole numbers."""
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
 
 
 def plain_ticks(axes: Axes) -> None:
-    """Numbers as they are on the y axis, no offset and no powers of ten."""
+    """Shows plain numbers on the y axis, without offset and powers of ten."""
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.7g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
 def arm_handles(colours: Mapping[str, str], seeds: Mapping[str, int] | None = None) -> list[Line2D]:
-    """Legend entries of arms, each with the number of its seeds if there are several."""
+    """Returns legend entries of arms, each with the number of its seeds if there are several."""
     handles = []
     for name, colour in colours.items():
         count = (seeds or {}).get(name, 1)
@@ -214,7 +214,7 @@ def arm_handles(colours: Mapping[str, str], seeds: Mapping[str, int] | None = No
 
 
 def direction_handles() -> list[Line2D]:
-    """Legend entries: dashes are directions."""
+    """Returns legend entries that explain the dashes of the two directions."""
     sums = {"forward": "row", "backward": "column"}
     return [
         Line2D([], [], color="#333333", linestyle=dashes, label=f"{name} ({sums[name]} sums)")
@@ -223,8 +223,8 @@ def direction_handles() -> list[Line2D]:
 
 
 def figure_legend(figure: Figure, handles: Sequence[Artist], title: str = "") -> None:
-    """Title and one legend above all panels, in as many columns as fit; the page grows by its rows."""
-    for handle in handles:  # a folder's name may be longer than the page
+    """Puts title and one legend above all panels, in as many columns as fit; the page grows by its rows."""
+    for handle in handles:  # a folder's name may be wider than the page
         letters = 42 if _narrow.get() else 90
         handle.set_label(textwrap.fill(str(handle.get_label()), letters, break_on_hyphens=False))
     renderer = figure.canvas.get_renderer()
@@ -245,12 +245,12 @@ def figure_legend(figure: Figure, handles: Sequence[Artist], title: str = "") ->
 
 
 def heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
-    """One matrix of Fig. 8: row sums (forward) at the left, column sums (backward) below."""
+    """Draws one matrix of Fig. 8: row sums (forward) at the left, column sums (backward) below."""
     n = len(matrix)
     finite = np.where(np.isfinite(matrix), matrix, np.sign(matrix) * np.finfo(np.float32).max)
     limit = max(1.0, np.abs(finite).max())
     axes.imshow(finite / limit, cmap="RdBu_r", vmin=-1, vmax=1)
-    with np.errstate(invalid="ignore"):  # inf - inf: the sum of such a row is unknown, nan
+    with np.errstate(invalid="ignore"):  # inf - inf: the sum of such a row is unknown, so NaN
         axes.set_yticks(range(n), map(short, matrix.sum(axis=1, dtype=float)))
         axes.set_xticks(range(n), map(short, matrix.sum(axis=0, dtype=float)))
     axes.tick_params(length=0, labelsize=8.5 if n <= 5 else 7, labelrotation=0)
@@ -259,7 +259,7 @@ def heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.set_title(title, loc="center")
-    for i in range(n if n <= 5 else 0):  # more do not fit at a readable size
+    for i in range(n if n <= 5 else 0):  # more would not be readable
         for j in range(n):
             dark = abs(finite[i, j]) / limit > 0.6
             colour = "white" if dark else "#222222"
@@ -267,7 +267,7 @@ def heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
 
 
 def short(value: float) -> str:
-    """At most six characters: 1.00, -25.1, 4711, 4.7e5, inf."""
+    """Formats in at most six characters: 1.00, -25.1, 4711, 4.7e5, inf."""
     size = abs(value)
     if not np.isfinite(value) or size < 9.995:
         return f"{value:.2f}".replace("-0.00", "0.00")
@@ -282,7 +282,7 @@ def write_figure(figure: Figure, path: epath.PathLike, formats: Sequence[str]) -
     path.parent.mkdir(parents=True, exist_ok=True)
     with styled():
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # keeps what was just laid out, which is half the time
+        figure.set_layout_engine("none")  # reuses the layout, which halves the time
         for form in formats:
             metadata = {"Date": None} if form == "svg" else None
             content = io.BytesIO()

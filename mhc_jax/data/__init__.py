@@ -19,7 +19,7 @@ state = train.get_state()  # a small JSON-able dict: the position and what it be
 from mhc_jax.data.config import SOURCES, SPLITS, DataConfig
 from mhc_jax.lazy import attach
 
-# Read when they are asked for: these files need grain and array_record, a model's config does not.
+# Imported on first use: these files need grain and array_record, a model's config does not.
 _LAZY = {
     "check_files": "sources",
     "load_tokenizer": "tokenizer",

@@ -1,4 +1,4 @@
-"""Text files: finding them, splitting them between train and validation, reading them."""
+"""Finds text files, splits them between train and validation, and reads them."""
 
 import glob
 import hashlib
@@ -24,10 +24,10 @@ _STDLIB_SKIPPED_FOLDERS = {
     "dist-packages",
     "__pycache__",
 }
-# What the build of this one interpreter left behind: paths and compiler flags.
+# Left by the build of this interpreter: paths and compiler flags.
 _STDLIB_BUILD_PREFIXES = ("config-", "_sysconfigdata")
 
-# Documents handed to the tokenizer at once: enough for its threads, few enough to see progress.
+# Documents that the tokenizer gets at once: enough for its threads, few enough to see progress.
 _ENCODE_GROUP = 64
 
 
@@ -38,7 +38,7 @@ class TextFile(NamedTuple):
       path: where to read it.
       relative: path below the folder that was searched, with forward slashes; decides the split.
       size: bytes.
-      modified_ns: time of the last change; with path and size it identifies the content.
+      modified_ns: time of the last change; path, size and time identify the content.
     """
 
     path: str
@@ -56,7 +56,7 @@ def stdlib_files() -> tuple[TextFile, ...]:
     root = sysconfig.get_path("stdlib")
     found = []
     for folder, subfolders, names in os.walk(root):
-        # In place: os.walk then stays out of site-packages, which may be large.
+        # Changed in place, so that os.walk skips site-packages, which may be large.
         subfolders[:] = [name for name in subfolders if not _is_skipped(name)]
         for name in names:
             if name.endswith(".py") and not _is_skipped(name):
@@ -128,7 +128,7 @@ def read_document(file: TextFile) -> bytes:
       UTF-8 bytes without a NUL, at least one.
 
     Raises:
-      ValueError: the file is empty, not UTF-8 or holds a NUL byte; it is named.
+      ValueError: the file (the message names it) is empty, is not UTF-8 or holds a NUL byte.
     """
     content = pathlib.Path(file.path).read_bytes()
     if not content:

@@ -1,4 +1,4 @@
-"""From windows to batches: order, epochs, the share of each process, position."""
+"""Turns windows into batches: order, epochs, the share of each process, position."""
 
 import copy
 import functools
@@ -13,13 +13,13 @@ from mhc_jax.data.records import BadRecord
 from mhc_jax.data.tokenizer import load_tokenizer
 from mhc_jax.losses import IGNORE_INDEX
 
-# Validation has one order for every run, so that losses of different seeds compare. Shuffled, so
-# that the first few batches are a sample of all files and not the alphabetically first ones.
+# Validation has the same order in every run, so that losses of different seeds compare. It is shuffled, so
+# that the first few batches are a sample of all files, not of the alphabetically first ones.
 _VALIDATION_ORDER_SEED = 0
 
 # Threads and prefetched batches. Grain's own default buffer of 500 would hold gigabytes at long
-# sequences. Arrays in memory need one thread, more would contend for the interpreter lock; reads
-# from disk wait, so several batches are read at once. Batches come out in order either way.
+# sequences. Arrays in memory need one thread; more would contend for the interpreter lock. Reads from disk
+# wait, so several batches are read at once. Batches come out in order either way.
 _MEMORY_READS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 _DISK_READS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
 
@@ -76,16 +76,17 @@ def make_iterator(
       batch_size: rows of the global batch.
       process_index: this process, usually `jax.process_index()`.
       process_count: all of them, usually `jax.process_count()`.
-      on_corrupt: about a record of "array_record" that cannot be read: "stop" raises `records.BadRecord`
-        from `next`; with "skip" the targets of its windows are `losses.IGNORE_INDEX` and do not count.
+      on_corrupt: what happens if a record of "array_record" cannot be read. "stop" raises
+        `records.BadRecord` from `next`. With "skip" the targets of its windows are `losses.IGNORE_INDEX`
+        and do not count.
 
     Returns:
       An iterator over `{"inputs": int32 [batch_size / process_count, sequence_length], "targets":
       the same}` with `get_state()` and `set_state()`, see `BatchIterator`.
 
     Raises:
-      ValueError: batch_size is not divisible by process_count, no such process, fewer windows
-        than a batch, or a fault of the source that is named in the message.
+      ValueError: batch_size is not divisible by process_count, there is no such process, there are fewer
+        windows than a batch has rows, or the source has a fault that the message names.
     """
     if process_count < 1 or not 0 <= process_index < process_count:
         raise ValueError(
@@ -97,22 +98,16 @@ def make_iterator(
             f"process_count={process_count}: it counts the rows of all processes together."
         )
     windows = sources.open_windows(config, split)
-    # Numbers of windows are shuffled and batched, and a batch reads its windows at once: grain spends
-    # 80 us on each element of a source, which for rows would be 20 ms a batch of 256.
-    source = grain.MapDataset.range(len(windows))
-    if len(windows) < batch_size:
-        raise ValueError(
-            f"The {split} split has {len(windows)} windows, batch_size={batch_size} needs as many at least: "
-            f"lower batch_size or sequence_length, or {_MORE_WINDOWS[split]}."
-        )
+    _check_enough(len(windows), split, batch_size)
+    # Indices of windows are shuffled and batched, and a batch reads its windows at once: grain spends 80 us
+    # on each element of a source, so rows as elements would cost 20 ms for a batch of 256.
     if split == "train":
-        # Spread by SeedSequence because grain adds the epoch to the seed: with the plain number,
-        # epoch 1 of seed 0 would be epoch 0 of seed 1.
+        # SeedSequence spreads the seed because grain adds the epoch to it: with the plain number, epoch 1
+        # of seed 0 would be epoch 0 of seed 1.
         seed = int(np.random.SeedSequence(config.shuffle_seed).generate_state(1)[0])
-        rows = source.shuffle(seed=seed).repeat()
+        rows = grain.MapDataset.range(len(windows)).shuffle(seed=seed).repeat()
     else:
-        whole = len(windows) - len(windows) % batch_size
-        rows = source.shuffle(seed=_VALIDATION_ORDER_SEED)[:whole].repeat(reseed_each_epoch=False)
+        rows = _validation_rows(len(windows), batch_size).repeat(reseed_each_epoch=False)
     batches = rows.batch(batch_size // process_count, drop_remainder=True)
     share = batches[process_index::process_count].map(
         functools.partial(_read_batch, windows, on_corrupt)
@@ -128,6 +123,29 @@ def make_iterator(
         identity["shuffle_seed"] = config.shuffle_seed
     reads = _DISK_READS if config.source == "array_record" else _MEMORY_READS
     return BatchIterator(iter(share.to_iter_dataset(reads)), identity)
+
+
+def validation_order(num_windows: int, batch_size: int) -> list[int]:
+    """Indices of the windows of one pass over the validation split, in the order of its batches.
+
+    Raises:
+      ValueError: fewer windows than a batch.
+    """
+    _check_enough(num_windows, "validation", batch_size)
+    return [int(index) for index in _validation_rows(num_windows, batch_size)]
+
+
+def _validation_rows(num_windows: int, batch_size: int) -> grain.MapDataset:
+    whole = num_windows - num_windows % batch_size
+    return grain.MapDataset.range(num_windows).shuffle(seed=_VALIDATION_ORDER_SEED)[:whole]
+
+
+def _check_enough(num_windows: int, split: str, batch_size: int) -> None:
+    if num_windows < batch_size:
+        raise ValueError(
+            f"The {split} split has {num_windows} windows, batch_size={batch_size} needs as many at least: "
+            f"lower batch_size or sequence_length, or {_MORE_WINDOWS[split]}."
+        )
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -163,7 +181,7 @@ class BatchIterator(grain.DatasetIterator):
         """
         state = copy.copy(state)
         saved = state.pop("identity", {})
-        if "validation_corpus" not in saved:  # from before there was one
+        if "validation_corpus" not in saved:  # saved before the validation corpus was part of it
             saved = {**saved, "validation_corpus": self._identity.get("validation_corpus")}
         differing = [
             f"{name}: saved {saved.get(name)!r}, now {self._identity.get(name)!r}"

@@ -1,4 +1,4 @@
-"""Token ids in ArrayRecord files: a folder of shards and a `metadata.json`.
+"""Stores token ids in ArrayRecord files: a folder of shards and a `metadata.json`.
 
 The documents of a split, each followed by the separator, form one stream of ids. The stream is
 cut into records of `chunk_length` ids (the last one may be shorter), little-endian, and record
@@ -14,6 +14,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -28,15 +29,15 @@ _log = logging.getLogger(__name__)
 
 METADATA_NAME = "metadata.json"
 _DTYPES = ("uint8", "uint16", "int32")
-# 8 KiB of uint16: long enough to compress, short enough that a window reads little it drops.
+# 8 KiB of uint16: long enough to compress, short enough that a window reads little that it does not use.
 CHUNK_LENGTH = 4096
 
 
 class BadRecord(ValueError):
-    """A record that is not what was written; the message has the file.
+    """A record differs from what was written; the message names the file.
 
     Attributes:
-      length: bytes of a record that has too many or too few.
+      length: bytes of a record that is too long or too short.
     """
 
     def __init__(self, message: str, length: int | None = None):
@@ -46,12 +47,19 @@ class BadRecord(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitMetadata:
-    """Counts of one split; `fingerprint` is a hash of its ids."""
+    """Counts and hashes of one split.
+
+    Attributes:
+      fingerprint: hash of all its ids.
+      first_records: hash of the first record of each shard ("" if it has none), which tells shards apart
+        that have equal sizes. None in older folders.
+    """
 
     shards: int
     documents: int
     tokens: int
     fingerprint: str
+    first_records: list[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,12 +75,19 @@ class Metadata:
     splits: dict[str, SplitMetadata]
 
     def write(self, folder: pathlib.Path) -> None:
-        """Writes `metadata.json`. Done last: a folder without it is unfinished."""
-        fields = dataclasses.asdict(self) | {"sha256": self._sha256()}
+        """Writes `metadata.json`. This comes last: a folder without it is unfinished."""
+        fields = self._fields() | {"sha256": self._sha256()}
         (folder / METADATA_NAME).write_text(json.dumps(fields, indent=2) + "\n")
 
+    def _fields(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        for split in fields["splits"].values():
+            if split["first_records"] is None:  # as the folder was written
+                del split["first_records"]
+        return fields
+
     def _sha256(self) -> str:
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        text = json.dumps(self._fields(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
@@ -80,7 +95,7 @@ class Metadata:
         """Reads `metadata.json`.
 
         Raises:
-          ValueError: missing, not ours, or a field that cannot be right.
+          ValueError: it is missing, it is not ours, or a field cannot be right.
         """
         found = cls._with_checksum(folder)[0]
         found._check(folder / METADATA_NAME)
@@ -141,6 +156,10 @@ class Metadata:
             count(f"splits.{name}.tokens", split.tokens, split.documents)
             text = isinstance(split.fingerprint, str)
             require(text, f"splits.{name}.fingerprint", split.fingerprint, "text")
+            first = split.first_records
+            texts = isinstance(first, list) and all(isinstance(x, str) for x in first)
+            texts = first is None or (texts and len(first) == split.shards)
+            require(texts, f"splits.{name}.first_records", first, f"a list of {split.shards} texts")
 
 
 def shard_path(folder: pathlib.Path, split: str, shard: int, shards: int) -> pathlib.Path:
@@ -159,10 +178,11 @@ def write_split(
       documents: ids of each document, `[num_tokens]`, separator included.
       shards: number of files.
     """
-    # Group size 1: one record a read, which is what random access needs.
+    # Group size 1: a read fetches one record, as random access needs.
     paths = [str(shard_path(folder, split, shard, shards)) for shard in range(shards)]
     writers = [ArrayRecordWriter(path, "group_size:1") for path in paths]
     digest = hashlib.sha256()
+    first_records = [""] * shards
     count = tokens = records = 0
     pending = None
 
@@ -170,6 +190,8 @@ def write_split(
         nonlocal records
         content = chunk.astype(chunk.dtype.newbyteorder("<")).tobytes()
         digest.update(content)
+        if records < shards:
+            first_records[records] = _hash(content)
         writers[records % shards].write(content)
         records += 1
 
@@ -188,8 +210,16 @@ def write_split(
         for writer in writers:
             writer.close()
     return SplitMetadata(
-        shards=shards, documents=count, tokens=tokens, fingerprint=digest.hexdigest()[:16]
+        shards=shards,
+        documents=count,
+        tokens=tokens,
+        fingerprint=digest.hexdigest()[:16],
+        first_records=first_records,
     )
+
+
+def _hash(record: bytes) -> str:
+    return hashlib.sha256(record).hexdigest()[:16]
 
 
 class ArrayRecordTokens:
@@ -222,7 +252,7 @@ class ArrayRecordTokens:
                 f"{folder} holds {len(self._source)} {split} records, {METADATA_NAME} says "
                 f"{records}: write the folder again."
             )
-        # Position of the first record of each shard when the shards are put end to end.
+        # Position of each shard's first record, with the shards put end to end.
         sizes = [len(range(shard, records, self._shards)) for shard in range(self._shards)]
         self._first = np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist()
         self._warned: set[int] = set()
@@ -232,6 +262,27 @@ class ArrayRecordTokens:
             except BadRecord as error:
                 if error.length is not None:
                     raise ValueError(f"{error}: {METADATA_NAME} belongs to other files.") from error
+        if counts.first_records is not None:
+            self._check_first_records(counts.first_records)
+
+    def _check_first_records(self, expected: list[str]) -> None:
+        """Raises ValueError if a shard begins with another record than was written; one read a shard."""
+        for path, place, hashed in zip(self._paths, self._first, expected):
+            if not hashed:
+                continue
+            try:
+                found = _hash(self._source[place])
+            except Exception:
+                continue  # a damaged record, which `on_corrupt` is about
+            if found != hashed:
+                other = next(
+                    (p for p, h in zip(self._paths, expected) if h == found),
+                    "no shard of the folder",
+                )
+                raise ValueError(
+                    f"{path} is not the file that was written under this name, it begins like {other}: give "
+                    "the shards their names back, or write the folder again."
+                )
 
     def _name_the_shard(self, records: int) -> None:
         """Raises ValueError if one shard alone has too few records or too many."""
@@ -264,11 +315,11 @@ class ArrayRecordTokens:
             raise
 
     def _read(self, index: int) -> np.ndarray:
-        """Record `index`; raises BadRecord."""
+        """Returns record `index`; raises BadRecord."""
         place = f"record {index // self._shards} of {self._paths[index % self._shards]}"
         try:
             content = self._source[self._first[index % self._shards] + index // self._shards]
-        except Exception as error:  # RuntimeError, and IndexError of its index
+        except Exception as error:  # RuntimeError, and IndexError for a bad index of the file
             raise BadRecord(f"{place} cannot be read ({_first_line(error)})") from error
         wanted = min(self._chunk_length, self._tokens - index * self._chunk_length)
         if len(content) != wanted * self._dtype.itemsize:
@@ -314,8 +365,8 @@ def open_records(
       split: "train" or "validation".
 
     Raises:
-      ValueError: no file, several folders, shards or metadata missing, or written with another
-        tokenizer or validation fraction.
+      ValueError: there is no file, there are several folders, shards or metadata are missing, or the files
+        were written with another tokenizer or validation fraction.
     """
     folder = paths.local(patterns)
     if not folder.is_dir():

@@ -1,7 +1,8 @@
-"""Windows of tokens with random access: what the pipeline shuffles and batches."""
+"""Gives random access to windows of tokens, which the pipeline shuffles and batches."""
 
 import functools
 import hashlib
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -11,10 +12,10 @@ from mhc_jax.data.config import SPLITS, DataConfig, check_split
 from mhc_jax.data.files import TextFile
 from mhc_jax.data.tokenizer import load_tokenizer
 
-# Windows of both splits of the synthetic source together.
+# Number of windows of the synthetic source, both splits together.
 SYNTHETIC_WINDOWS = 2**16
 
-# Drawn evenly: steps of 1, 2, 3, 5 with probability 1/2, 1/4, 1/8, 1/8.
+# An even draw from these gives steps of 1, 2, 3, 5 with probability 1/2, 1/4, 1/8, 1/8.
 _SYNTHETIC_STEPS = np.asarray([1, 1, 1, 1, 2, 2, 3, 5])
 _SYNTHETIC_SEED = 20
 
@@ -31,7 +32,7 @@ class Tokens(Protocol):
 
 
 class Windows(Protocol):
-    """Windows by index. `fingerprint` changes with their content."""
+    """Windows of tokens by index. `fingerprint` changes with their content."""
 
     fingerprint: str
     sequence_length: int
@@ -67,15 +68,16 @@ class TokenWindows:
     window may span several documents; the separator between them is predicted like any token.
     """
 
-    def __init__(self, tokens: Tokens, sequence_length: int, split: str):
+    def __init__(self, tokens: Tokens, sequence_length: int, split: str | None):
         self._tokens = tokens
         self.sequence_length = sequence_length
         self.fingerprint = tokens.fingerprint
         if len(tokens) < sequence_length + 1:
+            remedy = "lower sequence_length, add text or change validation_fraction"
             raise ValueError(
-                f"The {split} split holds {len(tokens)} tokens, one window of "
-                f"sequence_length={sequence_length} needs {sequence_length + 1}: lower "
-                "sequence_length, add text or change validation_fraction."
+                f"The {f'{split} split' if split else 'text'} holds {len(tokens)} tokens, one window of "
+                f"sequence_length={sequence_length} needs {sequence_length + 1}: "
+                f"{remedy if split else 'give more text'}."
             )
 
     def __len__(self) -> int:
@@ -91,7 +93,7 @@ class SyntheticWindows:
 
     The tokens stand on a ring in a fixed random order; from each token the chain goes 1, 2, 3 or 5
     places on with probability 1/2, 1/4, 1/8, 1/8. A model that knows the chain reaches a
-    cross-entropy of 1.75 bits = 1.213 nats a token. Both splits speak the same language;
+    cross-entropy of 1.75 bits = 1.213 nats a token. Both splits come from the same chain;
     `validation_fraction` of the `SYNTHETIC_WINDOWS` windows are the validation split.
     """
 
@@ -117,14 +119,19 @@ class SyntheticWindows:
         return self._ring[positions % len(self._ring)]
 
 
-def open_windows(config: DataConfig, split: str) -> Windows:
+def open_windows(config: DataConfig, split: str | None) -> Windows:
     """Opens the source that `config` names.
 
+    Args:
+      config: what to read.
+      split: "train" or "validation"; None: all files of a text, which is then only measured.
+
     Raises:
-      ValueError: anything wrong with the split, files, tokenizer or sequence length, before the
-        first batch is made.
+      ValueError: split, files, tokenizer or sequence length are wrong; raised before the first batch is
+        made.
     """
-    check_split(split)
+    if split is not None or config.source not in ("stdlib", "text"):
+        check_split(split)
     if config.source == "synthetic":
         return SyntheticWindows(config, split)
     if config.source == "array_record":
@@ -134,11 +141,37 @@ def open_windows(config: DataConfig, split: str) -> Windows:
     return TokenWindows(tokens, config.sequence_length, split)
 
 
+def bytes_of_windows(
+    config: DataConfig, split: str | None
+) -> Callable[[int, np.ndarray], int] | None:
+    """How many bytes of text the targets of a window stand for, by its index and its tokens.
+
+    The separator stands for none. None where nobody can tell: synthetic tokens, and records of a
+    tokenizer whose ids alone do not say it, since they have no text beside them.
+
+    Args:
+      config, split: as for `open_windows`.
+    """
+    if config.source == "synthetic":
+        return None
+    tokenizer = load_tokenizer(config.tokenizer)
+    of_ids = tokenizer.bytes_of_ids()
+    if of_ids is not None:
+        return lambda index, window: int(of_ids[window[1:]].sum())
+    if config.source == "array_record":
+        return None
+    documents = [files.read_document(file) for file in _chosen(config, split)]
+    found = [np.append(counts, 0) for counts in tokenizer.bytes_of_tokens(documents)]
+    before = np.append(0, np.cumsum(np.concatenate(found)))
+    length = config.sequence_length
+    return lambda index, _: int(before[(index + 1) * length + 1] - before[index * length + 1])
+
+
 def check_files(config: DataConfig) -> None:
-    """What `open_windows` refuses without reading a text, for both splits.
+    """Refuses, for both splits, what `open_windows` would refuse without reading a text.
 
     Raises:
-      ValueError: anything wrong with names, files, tokenizer or records.
+      ValueError: names, files, tokenizer or records are wrong.
     """
     if config.source == "synthetic":
         return
@@ -155,14 +188,16 @@ def _open_records(config: DataConfig, split: str) -> records.ArrayRecordTokens:
     )
 
 
-def _chosen(config: DataConfig, split: str) -> tuple[TextFile, ...]:
+def _chosen(config: DataConfig, split: str | None) -> tuple[TextFile, ...]:
     load_tokenizer(config.tokenizer)  # a wrong name fails before the files are listed
     found = files.stdlib_files() if config.source == "stdlib" else files.glob_files(config.path)
+    if split is None:
+        return tuple(found)
     return files.split_files(found, validation_fraction=config.validation_fraction, split=split)
 
 
-# Kept for one train and one validation split: a loop that makes a new validation iterator for each
-# evaluation must not tokenize again. `TextFile` carries size and time, so edited files are re-read.
+# Kept for one train and one validation split, since a loop may make a new validation iterator for each
+# evaluation and must not tokenize again. `TextFile` has size and time, so edited files are read again.
 @functools.lru_cache(maxsize=2)
 def _encode_in_memory(chosen: tuple[TextFile, ...], tokenizer_name: str) -> MemoryTokens:
     tokenizer = load_tokenizer(tokenizer_name)

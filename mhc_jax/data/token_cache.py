@@ -1,7 +1,8 @@
-"""Token ids of texts on disk, so that a corpus is tokenized once.
+"""Keeps the token ids of texts on disk, so that a corpus is tokenized once.
 
-A file's name has a hash of tokenizer and texts, and one of the ids: it is found by content, wherever the
-texts lie and whenever they were changed, and a damaged one is not used. Files may be deleted at any time.
+A file's name has a hash of tokenizer and texts, and a hash of the ids. So it is found by content, wherever
+the texts lie and whenever they were changed, and a damaged one is not used. Files may be deleted at any
+time.
 """
 
 import contextlib
@@ -14,23 +15,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mhc_jax import paths
 from mhc_jax.data.files import TextFile, read_document
 from mhc_jax.data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-def folder() -> pathlib.Path:
-    """`$MHC_JAX_CACHE`, else `mhc_jax` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
-    own = os.environ.get("MHC_JAX_CACHE")
-    if own:
-        return pathlib.Path(own).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(cache).expanduser() / "mhc_jax"
-
-
 def key(documents: Sequence[TextFile], tokenizer: Tokenizer) -> str:
-    """Hash of all that the ids depend on: the texts in their order, the tokenizer and its library.
+    """Returns a hash of all that the ids depend on: the texts in order, the tokenizer and its library.
 
     Raises:
       ValueError: as `read_document`.
@@ -43,7 +36,7 @@ def key(documents: Sequence[TextFile], tokenizer: Tokenizer) -> str:
 
 
 def load(key: str) -> np.ndarray | None:
-    """The ids of a key, or None."""
+    """Returns the ids of a key, or None."""
     for path in _files(key):
         try:
             found = np.load(path, allow_pickle=False)
@@ -56,26 +49,28 @@ def load(key: str) -> np.ndarray | None:
 
 
 def is_intact(key: str, fingerprint: str) -> bool:
-    """Whether the ids of a key are those that were saved, by their fingerprint."""
+    """Returns whether the ids of a key are those that were saved, by their fingerprint."""
     if any(path.name == _name(key, fingerprint) for path in _files(key)):
         return True
-    _log.warning("token ids in %s are damaged: tokenizing again", folder())
+    _log.warning("token ids in %s are damaged: tokenizing again", paths.cache_folder())
     return False
 
 
 def save(key: str, tokens: np.ndarray, fingerprint: str) -> None:
-    """Saves ids as a whole or not at all; a full disk or a folder that is not writable is a warning."""
-    path = folder() / _name(key, fingerprint)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Saves ids whole or not at all; a full disk or a read-only folder gives a warning."""
+    part = None
     try:
+        path = paths.cache_folder() / _name(key, fingerprint)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             np.save(file, tokens, allow_pickle=False)
         part.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        _log.warning("token ids are not kept in %s (%s)", path.parent, error)
+        if part:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        _log.warning("token ids are not kept (%s)", error)
 
 
 def _name(key: str, fingerprint: str) -> str:
@@ -83,4 +78,7 @@ def _name(key: str, fingerprint: str) -> str:
 
 
 def _files(key: str) -> list[pathlib.Path]:
-    return sorted(folder().glob(f"tokens-{key}-*.npy"))
+    try:
+        return sorted(paths.cache_folder().glob(f"tokens-{key}-*.npy"))
+    except OSError:
+        return []  # `save` says why

@@ -1,7 +1,8 @@
-"""Tokenizers: bytes, or a Hugging Face `tokenizers` JSON file."""
+"""Turns text into token ids: bytes, or a Hugging Face `tokenizers` JSON file."""
 
 import functools
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-# Tried in this order; what the common tokenizers call the end of a document.
+# The names that common tokenizers give to the end of a document, tried in this order.
 SEPARATORS = (
     "<|endoftext|>",
     "</s>",
@@ -41,11 +42,20 @@ class Tokenizer(Protocol):
         """Encodes UTF-8 documents into one array `[num_tokens]` of `dtype` each."""
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
-        """Text that token ids add behind those of `after`.
+        """Returns the text that token ids add after those of `after`.
 
-        Decoded alone, a first word would lose the space before it (Metaspace, WordPiece). A character whose
-        bytes are not all there becomes U+FFFD.
+        Decoded alone, a first word would lose the space before it (Metaspace, WordPiece). A character with
+        missing bytes becomes U+FFFD.
         """
+
+    def bytes_of_ids(self) -> np.ndarray | None:
+        """Bytes of text that each id stands for, int64 `[vocab_size]`; None where ids alone do not tell.
+
+        The separator stands for none.
+        """
+
+    def bytes_of_tokens(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """Bytes that each token of `encode` stands for, int64; those of a document add up to its length."""
 
 
 class ByteTokenizer:
@@ -64,12 +74,20 @@ class ByteTokenizer:
         """See `Tokenizer.decode`."""
         return _added(lambda ids: bytes(ids).decode(errors="replace"), ids, after)
 
+    def bytes_of_ids(self) -> np.ndarray:
+        """See `Tokenizer.bytes_of_ids`."""
+        return (np.arange(self.vocab_size) != self.separator).astype(np.int64)
+
+    def bytes_of_tokens(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """See `Tokenizer.bytes_of_tokens`."""
+        return [np.ones(len(document), np.int64) for document in documents]
+
 
 class FileTokenizer:
     """A tokenizer stored by the Hugging Face `tokenizers` library."""
 
     def __init__(self, path: str):
-        # Imported here: bytes, the default, need no such library.
+        # Imported here, because the default, bytes, does not need it.
         try:
             import tokenizers
         except ModuleNotFoundError as error:
@@ -111,6 +129,44 @@ class FileTokenizer:
         decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
         return _added(decode, ids, after)
 
+    def bytes_of_ids(self) -> np.ndarray | None:
+        """See `Tokenizer.bytes_of_ids`: for byte-level tokenizers that leave the text as it is."""
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        layout = json.loads(self._tokenizer.to_str())
+        before = json.dumps(layout["pre_tokenizer"])
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        whole = vocabulary.keys() >= set(ByteLevel.alphabet())
+        if layout["normalizer"] or not whole or '"type": "ByteLevel"' not in before:
+            return None
+        if '"add_prefix_space": true' in before:  # a byte of the first token that no text has
+            return None
+        found = np.zeros(self.vocab_size, np.int64)
+        for token, number in vocabulary.items():
+            found[number] = len(token)  # a character for each byte
+        for number, token in self._tokenizer.get_added_tokens_decoder().items():
+            found[number] = len(token.content.encode())
+        found[self.separator] = 0
+        return found
+
+    def bytes_of_tokens(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """See `Tokenizer.bytes_of_tokens`: from where in the text each token ends.
+
+        What lies between two tokens belongs to the second, and a character of several tokens to its first.
+        """
+        texts = [document.decode() for document in documents]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        found = []
+        for text, encoding in zip(texts, encodings, strict=True):
+            points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            sizes = 1 + sum((points >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000))
+            before = np.append(0, np.cumsum(sizes))  # bytes before each character
+            ends = np.asarray([end for _, end in encoding.offsets], np.int64)
+            ends = np.maximum.accumulate(ends)
+            ends[-1:] = len(text)
+            found.append(np.diff(before[ends], prepend=0))
+        return found
+
 
 def load_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer that `DataConfig.tokenizer` names.
@@ -119,7 +175,8 @@ def load_tokenizer(name: str) -> Tokenizer:
       name: "byte" or the path of a `tokenizers` JSON file.
 
     Raises:
-      ValueError: no such file, not a tokenizer, no separator token in it, or no package tokenizers.
+      ValueError: the file does not exist, is no tokenizer or has no separator token, or the package
+        tokenizers is missing.
     """
     if name == "byte":
         return ByteTokenizer()

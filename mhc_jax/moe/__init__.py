@@ -1,4 +1,4 @@
-"""Mixture of experts of DeepSeek-V3: routed experts, shared experts, balancing without an auxiliary loss."""
+"""DeepSeek-V3's mixture of experts: routed and shared experts, balanced without an auxiliary loss."""
 
 from mhc_jax.moe.layer import BalanceBias, MoE, MoEAux
 

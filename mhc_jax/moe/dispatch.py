@@ -1,4 +1,4 @@
-"""Tokens to rows grouped by expert, and back: gathers only, in both directions of differentiation.
+"""Moves tokens to rows grouped by expert, and back, by gathers only, forward and backward.
 
 A *choice* is a pair (token t, its j-th expert), numbered t*k + j. A *row* is a place in the buffer that the
 experts' matrices are applied to. `Rows` says which choice is in which row. `to_rows` is the transpose of
@@ -19,12 +19,12 @@ from mhc_jax.remat import keep
 
 
 class Rows(NamedTuple):
-    """R rows for T tokens of k choices, G groups of rows.
+    """R rows, in G groups, for T tokens of k choices.
 
     Attributes:
-      choice_of_row: `[R]` int32 in 0 ... T*k - 1; an arbitrary one in a row that is not filled.
+      choice_of_row: `[R]` int32 in 0 ... T*k - 1; arbitrary in a row that is not filled.
       filled: `[R]` bool.
-      row_of_choice: `[T, k]` int32; R where the choice has no row (dropped, or another device's).
+      row_of_choice: `[T, k]` int32; R if the choice has no row (it is dropped, or belongs to another device).
       sizes: `[G]` int32, filled rows of each group, in order.
     """
 
@@ -35,10 +35,10 @@ class Rows(NamedTuple):
 
 
 def dropless_rows(groups: jax.Array, num_groups: int) -> Rows:
-    """All choices of groups 0 ... G - 1, sorted by group, then by choice.
+    """Sorts all choices of groups 0 ... G - 1 by group, then by choice.
 
     Args:
-      groups: `[T, k]` int32, the k of a token distinct; others than 0 ... G - 1 get no row.
+      groups: `[T, k]` int32, the k of a token are distinct; groups outside 0 ... G - 1 get no row.
 
     Returns:
       R = T min(k, G) rows, the most that can be needed, filled from the front.
@@ -53,7 +53,7 @@ def dropless_rows(groups: jax.Array, num_groups: int) -> Rows:
 
 
 def capacity_rows(groups: jax.Array, num_groups: int, capacity: int) -> Rows:
-    """`capacity` rows for each group; of more choices than that, those of the last tokens are dropped.
+    """Gives each group `capacity` rows; if it has more choices, those of the last tokens are dropped.
 
     Args:
       groups: `[T, k]` int32 in 0 ... G - 1.
@@ -73,12 +73,12 @@ def capacity_rows(groups: jax.Array, num_groups: int, capacity: int) -> Rows:
 
 
 def _kept(rows: Rows) -> Rows:
-    """Stored in recomputation: a few bytes a choice, against sorting them all again."""
+    """Marks the rows to be stored in recomputation: a few bytes a choice save sorting again."""
     return jax.tree.map(keep, rows)
 
 
 def slice_groups(rows: Rows, first: jax.Array, num_groups: int, capacity: int) -> Rows:
-    """Of `capacity_rows`, those of the groups first ... first + num_groups - 1 (first may be traced)."""
+    """Returns the groups first ... first + num_groups - 1 of `capacity_rows`; first may be traced."""
     start, num_rows = first * capacity, num_groups * capacity
     row = rows.row_of_choice - start
     return Rows(
@@ -90,7 +90,7 @@ def slice_groups(rows: Rows, first: jax.Array, num_groups: int, capacity: int) -
 
 
 def _sort(groups: jax.Array, num_groups: int):
-    """Choices ordered by group, where each choice went, and the number in each group."""
+    """Returns the choices ordered by group, the place of each choice, and the number in each group."""
     flat = groups.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     position = jax.lax.platform_dependent(
@@ -98,43 +98,43 @@ def _sort(groups: jax.Array, num_groups: int):
         tpu=lambda order: jnp.argsort(order).astype(order.dtype),
         default=_inverse_permutation,
     )
-    # Under jax_enable_x64 a sum of int32 would be int64.
+    # Under jax_enable_x64 a sum of int32 is int64.
     sizes = jnp.sum(jax.nn.one_hot(flat, num_groups, dtype=jnp.int32), axis=0, dtype=jnp.int32)
     return order, position.reshape(groups.shape), sizes
 
 
 def _inverse_permutation(order):
-    """What argsort gives too; a quarter of the time on a GPU, but a TPU scatters entry after entry."""
+    """Equals argsort. It takes a quarter of the time on a GPU, but a TPU scatters entry after entry."""
     number = jnp.arange(order.size, dtype=jnp.int32)
     return jnp.zeros_like(order).at[order].set(number, unique_indices=True)
 
 
 def to_rows(x: jax.Array, rows: Rows) -> jax.Array:
-    """Tokens `[T, C]` -> rows `[R, C]`; a row that is not filled holds some token's entries."""
+    """Maps tokens `[T, C]` to rows `[R, C]`; a row that is not filled holds some token's entries."""
     return _to_rows(x, rows)
 
 
 def to_tokens(x: jax.Array, rows: Rows) -> jax.Array:
-    """Rows `[R, C]` -> the sum over each token's choices `[T, C]`, in float32, in the dtype of x.
+    """Maps rows `[R, C]` to the sum over each token's choices `[T, C]`, summed in float32, in the dtype of x.
 
-    What stands in rows that are not filled has no effect; their cotangents are arbitrary but finite.
+    Rows that are not filled have no effect; their cotangents are arbitrary but finite.
     """
     return _to_tokens(x, rows)
 
 
 def weights_to_rows(weights: jax.Array, rows: Rows) -> jax.Array:
-    """Weights of the choices `[T, k]` -> of the rows `[R]`, 0 where a row is not filled."""
+    """Maps weights of choices `[T, k]` to weights of rows `[R]`, 0 where a row is not filled."""
     return _weights_to_rows(weights, rows)
 
 
 def _gather_rows(x, rows):
-    # XLA computes the index again for every entry of a row: a plain division, no look at its sign.
+    # XLA computes the index again for every entry of a row, so this division ignores the sign.
     token = jax.lax.div(rows.choice_of_row, np.int32(rows.row_of_choice.shape[1]))
     return _take(x, token)
 
 
 def _take(x, index):
-    """x[index] for an index in 0 ... len(x) - 1, which is not checked."""
+    """Returns x[index] for an index in 0 ... len(x) - 1, without checking it."""
     return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
@@ -158,7 +158,7 @@ def _weights_of_choices(rows_weights, rows):
 
 
 def _linear_in_x(function, transpose):
-    """`function(x, rows)` whose gradient is `transpose(cotangent, rows)`."""
+    """Returns `function(x, rows)` with the gradient `transpose(cotangent, rows)`."""
     op = custom_vjp(function)
 
     def backward(rows, cotangent):

@@ -1,4 +1,4 @@
-"""The experts' SwiGLU over rows grouped by expert."""
+"""Computes the experts' SwiGLU over rows grouped by expert."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,9 +22,9 @@ class ExpertWeights(NamedTuple):
 def expert_ffn(
     x: jax.Array, row_weights: jax.Array, weights: ExpertWeights, matmul: Callable
 ) -> jax.Array:
-    """(silu(x gate) * (x up) * row_weight) down, each row with the matrices of its expert.
+    """Returns (silu(x gate) * (x up) * row_weight) down, each row with the matrices of its expert.
 
-    The routing weight multiplies the hidden entries, F of them instead of C: then the output need not be kept
+    The routing weight multiplies the F hidden entries, not the C outputs: then the output need not be kept
     for the weight's gradient, and a row of weight 0 adds nothing to any gradient.
 
     Args:
@@ -35,13 +35,13 @@ def expert_ffn(
     """
     gate_up = jnp.concatenate([weights.gate, weights.up], axis=-1)
     hidden = keep(matmul(x, gate_up))
-    # Not kept: no gradient needs these rows, and their sum is F's own output, which is stored.
+    # Not kept: no gradient needs these rows; their sum is F's output, which is stored.
     return matmul(_gated(hidden, row_weights), weights.down)
 
 
 @custom_vjp
 def _gated(gate_up, row_weights):
-    """silu(gate) * up * weight in float32; the backward keeps the arguments alone."""
+    """Returns silu(gate) * up * weight in float32; the backward keeps only the arguments."""
     gate, up = _halves(gate_up)
     return (jax.nn.silu(gate) * up * row_weights[..., None]).astype(gate_up.dtype)
 

@@ -1,8 +1,8 @@
-"""Grouped matmul as a loop over blocks of rows, for platforms without a kernel.
+"""Computes the grouped matmul as a loop over blocks of rows, for platforms without a kernel.
 
-XLA lowers `ragged_dot` on CPUs to products of every row with every group: G times the work. Here each
-step of a loop multiplies a block of rows of one group; blocks are small against a group, so that little is
-done for rows of the next one.
+XLA lowers `ragged_dot` on CPUs to products of every row with every group, G times the work. Here each step
+of a loop multiplies a block of rows of one group. Blocks are small against a group, so little work is
+wasted on rows of the next one.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from kernels_pallas.varying import as_varying, varying_axes
 
 
 class _Blocks(NamedTuple):
-    """Group, first row and row after the last of each block `[L]`, the number in use, rows of a block."""
+    """Of each block `[L]` its group, first row and row after the last; the number in use; rows of a block."""
 
     group: jax.Array
     start: jax.Array
@@ -32,7 +32,7 @@ def _blocks(num_rows: int, sizes: jax.Array) -> _Blocks:
     ends, blocks = jnp.cumsum(sizes, dtype=jnp.int32), -(-sizes // rows)
     last = jnp.cumsum(blocks, dtype=jnp.int32)
     index = jnp.arange(num_rows // rows + num_groups, dtype=jnp.int32)
-    # The groups that end at or before a block.
+    # Counts the groups that end at or before a block.
     passed = jnp.sum(index[:, None] >= last[None, :], axis=1, dtype=jnp.int32)
     group = jnp.minimum(passed, num_groups - 1)
     start = (ends - sizes)[group] + (index - (last - blocks)[group]) * rows
@@ -40,7 +40,7 @@ def _blocks(num_rows: int, sizes: jax.Array) -> _Blocks:
 
 
 def forward(x, matrices, sizes, *, transpose=False):
-    """As `grouped_matmul`; with `transpose`, x `[R, N]` times the transposed matrices."""
+    """Computes `grouped_matmul`; with `transpose`, x `[R, N]` times the transposed matrices."""
     blocks = _blocks(x.shape[0], sizes)
     padded = jnp.pad(x, ((0, blocks.rows), (0, 0)))
     over = 1 if transpose else 0  # of one matrix
@@ -55,7 +55,7 @@ def forward(x, matrices, sizes, *, transpose=False):
             (((1,), (over,)), ((), ())),
             preferred_element_type=y.dtype,
         )
-        # Rows of the next group get a wrong product here, and their own in a later step.
+        # Rows of the next group get a wrong product here and the right one in a later step.
         return jax.lax.dynamic_update_slice_in_dim(y, product, blocks.start[i], 0)
 
     y = jax.lax.fori_loop(0, blocks.count, body, y)[: x.shape[0]]
@@ -64,7 +64,7 @@ def forward(x, matrices, sizes, *, transpose=False):
 
 
 def backward(x, matrices, sizes, cotangent):
-    """Gradients of x and of the matrices; those of the matrices are summed in float32."""
+    """Returns the gradients of x and of the matrices; those of the matrices are summed in float32."""
     blocks = _blocks(x.shape[0], sizes)
     padded, d_padded = (jnp.pad(a, ((0, blocks.rows), (0, 0))) for a in (x, cotangent))
 

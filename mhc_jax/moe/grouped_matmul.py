@@ -1,9 +1,9 @@
-"""Rows of each group times the matrix of the group, by what each platform has for it.
+"""Multiplies the rows of each group by the group's matrix, with the best that each platform has.
 
-`jax.lax.ragged_dot` has a fast lowering on TPUs only, and there not for the gradient of the matrices;
-elsewhere it multiplies every row with every group. JAX ships kernels (`jax.experimental.pallas.ops`):
-megablox for that gradient on TPUs, Mosaic GPU ones for bfloat16 on Hopper GPUs. CPUs and other GPUs get a
-loop over blocks of rows.
+`jax.lax.ragged_dot` is fast only on TPUs, and there not for the gradient of the matrices; elsewhere it
+multiplies every row with every group. So TPUs use JAX's megablox kernel for that gradient, Hopper GPUs use
+its Mosaic kernels for bfloat16 (`jax.experimental.pallas.ops`), and CPUs and other GPUs loop over blocks of
+rows.
 """
 
 import functools
@@ -18,11 +18,11 @@ from kernels_pallas.derivatives import custom_vjp
 from kernels_pallas.varying import varying_axes
 from mhc_jax.moe import grouped_loop
 
-_TILE = 128  # that divides every dimension of a matrix in the kernels
+_TILE = 128  # divides every dimension of a matrix in the kernels
 
 
 def has_hopper_kernel(device: jax.Device, dtype, *dimensions: int) -> bool:
-    """Whether `grouped_matmul` is fast on this GPU, for these matrix dimensions and this dtype."""
+    """Returns whether `grouped_matmul` is fast on this GPU, for these matrix dimensions and this dtype."""
     return (
         device.platform == "gpu"
         and getattr(device, "compute_capability", None) == "9.0"
@@ -33,13 +33,13 @@ def has_hopper_kernel(device: jax.Device, dtype, *dimensions: int) -> bool:
 
 
 def _may_use_hopper_kernel(x, matrices) -> bool:
-    # JAX's kernels do not say what varies over the Manual axes of a `shard_map` that asks for it.
+    # JAX's kernels do not declare what varies over Manual axes, which `shard_map` with check_vma needs.
     fast = has_hopper_kernel(jax.devices()[0], x.dtype, *matrices.shape[1:])
     return fast and not varying_axes(x, matrices)
 
 
 def _has_megablox(dimensions) -> bool:
-    # Tracing kernels that could never be compiled would only slow other platforms down.
+    # Tracing kernels that cannot be compiled would only slow other platforms down.
     return _whole_tiles(dimensions) and importlib.util.find_spec("libtpu") is not None
 
 
@@ -50,15 +50,15 @@ def _whole_tiles(dimensions) -> bool:
 def grouped_matmul(
     x: jax.Array, matrices: jax.Array, sizes: jax.Array, *, covers_all_rows: bool = False
 ) -> jax.Array:
-    """Row r of group g -> x[r] @ matrices[g]; rows beyond the groups -> 0.
+    """Returns x[r] @ matrices[g] for row r of group g, and 0 for rows beyond the groups.
 
-    The platform is that of the lowering.
+    The platform of the lowering decides which kernel runs.
 
     Args:
-      x: `[R, K]`, rows of the same group beside each other.
+      x: `[R, K]`, rows of the same group are contiguous.
       matrices: `[G, K, N]`, in the dtype of x.
       sizes: `[G]` int32, rows of each group, their sum at most R.
-      covers_all_rows: promises that the sum is R, which saves a pass over the result on GPUs.
+      covers_all_rows: the caller promises that the sum is R, which saves a pass over the result on GPUs.
 
     Returns:
       `[R, N]` in the dtype of x, summed in float32.
@@ -84,7 +84,7 @@ _grouped_matmul.defvjp(lambda covers, *args: (_grouped_matmul(covers, *args), ar
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _gradients(covers_all_rows, x, matrices, sizes, cotangent):
-    """Row r of group g -> cotangent[r] @ matrices[g]^T, and the sums of x[r]^T cotangent[r] of each group."""
+    """Returns cotangent[r] @ matrices[g]^T for rows r of groups g, and the sums of x[r]^T cotangent[r]."""
     branches = {"tpu": _ragged_dot_backward, "default": grouped_loop.backward}
     if _may_use_hopper_kernel(x, matrices):
         branches["cuda"] = functools.partial(_hopper_backward, covers_all_rows)
@@ -94,7 +94,7 @@ def _gradients(covers_all_rows, x, matrices, sizes, cotangent):
 
 
 def _gradients_backward(covers_all_rows, saved, cotangents):
-    """Both are linear in each factor, so that their derivatives are the same products again."""
+    """Both gradients are linear in each factor, so their derivatives are the same products again."""
     x, matrices, sizes, d = saved
     of_x, of_matrices = _gradients(covers_all_rows, *cotangents[:2], sizes, d)
     of_d = _grouped_matmul(covers_all_rows, cotangents[0], matrices, sizes)
@@ -117,7 +117,7 @@ def _ragged_dot_backward(x, matrices, sizes, cotangent):
 def _megablox_backward(x, matrices, sizes, cotangent):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    # Tiles of the result so large that reading the rows is no bottleneck: at 640 x 1024 a byte read serves
+    # Tiles of the result are so large that reading the rows is no bottleneck: at 640 x 1024 a byte serves
     # 390 FLOPs; v5p needs 170.
     d_matrices = tgmm(
         _pad_rows(x, 512).T,
@@ -144,9 +144,10 @@ class Tiles(NamedTuple):
 
 
 def hopper_tiles(num_columns: int, *, transpose: bool) -> Tiles:
-    """Of `rows_times_matrices`: measured on an H200 at 98304 rows of the 27B layer, 470-560 TFLOP/s.
+    """Returns tiles of `rows_times_matrices`; on an H200, 98304 rows of the 27B layer reach 470-560 TFLOP/s.
 
-    192 columns are faster than 128 in the forward direction and slower with a transposed matrix; 256 spill.
+    192 columns are faster than 128 in the forward direction and slower with a transposed matrix; 256
+    columns spill registers.
     """
     return Tiles(block_n=192 if num_columns % 192 == 0 and not transpose else _TILE)
 
@@ -154,7 +155,7 @@ def hopper_tiles(num_columns: int, *, transpose: bool) -> Tiles:
 def rows_times_matrices(
     x: jax.Array, matrices: jax.Array, sizes: jax.Array, tiles: Tiles, *, transpose: bool = False
 ) -> jax.Array:
-    """`grouped_matmul`, with transposed matrices if asked; rows beyond the groups are left unwritten."""
+    """Computes `grouped_matmul`, with transposed matrices if asked; rows beyond the groups stay unwritten."""
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
 
     return ragged_dot_mgpu.ragged_dot(
@@ -163,7 +164,7 @@ def rows_times_matrices(
 
 
 def rows_times_rows(x: jax.Array, d: jax.Array, sizes: jax.Array, tiles: Tiles) -> jax.Array:
-    """x^T d over the rows of each group: `[R, K]`, `[R, N]` -> `[G, K, N]` in their dtype."""
+    """Sums x^T d over the rows of each group: `[R, K]`, `[R, N]` -> `[G, K, N]` in their dtype."""
     from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu
 
     return transposed_ragged_dot_mgpu.transposed_ragged_dot(
@@ -187,10 +188,10 @@ def _hopper_backward(covers_all_rows, x, matrices, sizes, cotangent):
 
 
 def _pad_rows(x, multiple):
-    """Zero rows appended up to a multiple, which the kernels' copies need."""
+    """Appends zero rows up to a multiple, which the kernels' copies need."""
     return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0))) if x.shape[0] % multiple else x
 
 
 def _largest_tile(size, limit):
-    """The largest multiple of _TILE up to `limit` that divides `size`."""
+    """Returns the largest multiple of _TILE up to `limit` that divides `size`."""
     return max(tile for tile in range(_TILE, limit + 1, _TILE) if size % tile == 0)

@@ -1,4 +1,4 @@
-"""The MoE sublayer's F."""
+"""Defines the MoE sublayer's F."""
 
 from typing import NamedTuple
 
@@ -18,10 +18,10 @@ class BalanceBias(nnx.Variable):
 
 
 class MoEAux(NamedTuple):
-    """What a step needs to know of the routing beside its output.
+    """What a train step needs to know about the routing.
 
     Attributes:
-      load: `[E]` float32, choices that fell on each expert, dropped ones included; sums to B S k.
+      load: `[E]` float32, number of choices of each expert, dropped ones included; sums to B S k.
       balance_loss: scalar float32 to add to the loss, `sequence_balance_weight` times Eq. 17 of DeepSeek-V3.
       dropped: scalar float32, share of the choices without a place in the capacity.
     """
@@ -75,7 +75,7 @@ class MoE(nnx.Module):
             )
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, MoEAux]:
-        """`[B, S, C]` -> `[B, S, C]` in the dtype of the activations, and what the routing was."""
+        """Maps `[B, S, C]` to `[B, S, C]` in the dtype of the activations, and reports the routing."""
         config = self.config
         dtype = config.activation_dtype
         with jax.named_scope("router"):

@@ -1,11 +1,11 @@
-"""The routed experts on one device and over a mesh.
+"""Runs the routed experts on one device and over a mesh.
 
 Under `kernels_pallas.sharding.token_sharding` each device sorts and multiplies its own tokens in `shard_map`.
 Experts are split over the mesh axis `expert`, their hidden entries over `tensor`; other axes (data, fsdp,
-sequence) split tokens only. Matrices come in split over `fsdp`, as they are stored, and are gathered inside:
-the transpose of that gather is a reduce-scatter, so that a device only ever sums its share of the gradient.
-Gathered outside, whole gradients would be all-reduced, which moves nearly twice the bytes. An axis that the
-mesh does not have counts as one of size 1.
+sequence) split tokens only. Matrices enter split over `fsdp`, as they are stored, and are gathered inside.
+The transpose of that gather is a reduce-scatter, so a device sums only its share of the gradient. If they
+were gathered outside, whole gradients would be all-reduced, which moves nearly twice the bytes. An axis
+that the mesh lacks counts as size 1.
 """
 
 import functools
@@ -25,14 +25,14 @@ from mhc_jax.remat import keep
 
 
 class _ExpertAxis(NamedTuple):
-    """Mesh axis over which experts are split; whether it splits tokens too."""
+    """The mesh axis over which experts are split, and whether it splits tokens too."""
 
     name: str
     splits_tokens: bool
 
 
 def choose_dispatch(name: str, width: int, expert_width: int, dtype) -> str:
-    """What "auto" means: dropless where the grouped matmul is fast (and on CPUs), else capacity."""
+    """Returns what "auto" means: dropless where the grouped matmul is fast (and on CPUs), else capacity."""
     if name != "auto":
         return name
     device = sharding.first_device() or jax.devices()[0]
@@ -50,7 +50,7 @@ def routed_experts(
     capacity_factor: float,
     num_experts: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of each token's experts, and which of its choices took part.
+    """Returns the sum of each token's experts, and which of its choices took part.
 
     Args:
       x: `[B, S, C]` in the dtype of the products.
@@ -58,7 +58,7 @@ def routed_experts(
       routing_weights: `[B, S, k]` float32.
       weights: of all experts, in the dtype of x.
       dispatch: "dropless" or "capacity".
-      capacity_factor: of "capacity": each device takes `capacity(...)` of its own tokens' choices for each
+      capacity_factor: for "capacity": each device takes `capacity(...)` of its own tokens' choices for each
         expert.
       num_experts: E, where a `shard_map` around this has made the mesh axis `expert` Manual: `weights` may
         then be those of this device's share, and the axis splits tokens.
@@ -67,7 +67,7 @@ def routed_experts(
       `[B, S, C]` in the dtype of x, and `[B, S, k]` bool, False for a choice that was dropped.
 
     Raises:
-      ValueError: experts or expert width that do not divide over the mesh.
+      ValueError: experts or expert width are not divisible by their mesh axis.
     """
     if num_experts is not None and len(weights.gate) < num_experts:
         axis = _ExpertAxis("expert", splits_tokens=True)
@@ -87,7 +87,7 @@ def _routed_experts(x, experts, routing_weights, weights, *, dispatch, capacity_
     axis = None
     if sizes.get("expert", 1) > 1:
         axis = _ExpertAxis("expert", "expert" in sharding.axis_names(split))
-    # A device that has a part of the sum only returns it on an axis of its own, and XLA sums over that: the
+    # A device with a part of the sum returns it on an axis of its own, and XLA sums over that axis: the
     # transpose of such a sum needs no communication, that of a psum does.
     partial = [name for name in ("tensor",) if sizes.get(name, 1) > 1]
     if axis and not axis.splits_tokens:
@@ -134,7 +134,7 @@ def _check_sizes(sizes: dict[str, int], weights: ExpertWeights) -> None:
 
 
 def _splits_rows(sizes: dict[str, int], weights: ExpertWeights) -> str | None:
-    """The axis fsdp where it divides the rows of all matrices."""
+    """Returns the axis fsdp if it divides the rows of all matrices."""
     size = sizes.get("fsdp", 1)
     _, width, expert_width = weights.gate.shape
     divides = width % size == 0 and expert_width % (size * sizes.get("tensor", 1)) == 0
@@ -142,14 +142,14 @@ def _splits_rows(sizes: dict[str, int], weights: ExpertWeights) -> str | None:
 
 
 def capacity(num_tokens: int, experts_per_token: int, num_experts: int, factor: float) -> int:
-    """Choices that an expert takes: factor x the mean, rounded up to the tiles of matrix units."""
+    """Returns the places of an expert: factor x the mean, rounded up to the tiles of matrix units."""
     mean = num_tokens * experts_per_token / num_experts
     tile = 128 if factor * mean >= 1024 else 8
     return min(math.ceil(factor * mean / tile) * tile, num_tokens)
 
 
 def _one_device(x, experts, routing_weights, weights, name, capacity_factor, axis):
-    """`routed_experts` of one device's tokens and its share of the experts."""
+    """Computes `routed_experts` of one device's tokens and its share of the experts."""
     flat = [a.reshape(-1, a.shape[-1]) for a in (x, experts, routing_weights)]
     if name == "dropless":
         y, kept = _dropless(*flat, weights, axis), jnp.ones(experts.shape, bool)
@@ -159,12 +159,12 @@ def _one_device(x, experts, routing_weights, weights, name, capacity_factor, axi
 
 
 def _dropless(x, experts, routing_weights, weights, axis):
-    """Exact for any routing, hence with rows for the case that all choices fall on one device's experts."""
+    """Is exact for any routing, so it has rows for the case that all choices fall on one device's experts."""
     gathers = axis is not None and axis.splits_tokens
     if gathers:
-        # Recomputation stores what is small, the choices of all devices of the axis. Their x travels again:
-        # kept, it would be axis size x C a token, at 8 devices two fifths of what F of 27B keeps in all; so
-        # would the rows of `_with_capacity`, k x capacity_factor x C.
+        # Recomputation stores only the choices of all devices of the axis, which are small. Their x is sent
+        # again: storing it would take axis size x C per token, at 8 devices two fifths of all that F of 27B
+        # keeps. The rows of `_with_capacity` would take k x capacity_factor x C.
         x = jax.lax.all_gather(x, axis.name, tiled=True)
         experts, routing_weights = (
             keep(jax.lax.all_gather(a, axis.name, tiled=True)) for a in (experts, routing_weights)
@@ -176,7 +176,7 @@ def _dropless(x, experts, routing_weights, weights, axis):
         dispatch.to_rows(x, rows),
         dispatch.weights_to_rows(routing_weights, rows),
         weights,
-        # On one device every choice has a row and every row a choice.
+        # On one device every choice has a row and every row has a choice.
         lambda a, w: grouped_matmul(a, w, rows.sizes, covers_all_rows=axis is None),
     )
     y = dispatch.to_tokens(y, rows)

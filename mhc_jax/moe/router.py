@@ -1,4 +1,4 @@
-"""Which experts a token goes to, with which weights, and the loss that keeps sequences balanced."""
+"""Chooses each token's experts and their weights, and defines the loss that balances sequences."""
 
 import functools
 from typing import NamedTuple
@@ -26,18 +26,18 @@ class Routing(NamedTuple):
 
 
 def route(x: jax.Array, kernel: jax.Array, bias: jax.Array, experts_per_token: int) -> Routing:
-    """Eqs. 12-16 of DeepSeek-V3 (arXiv 2412.19437): the bias takes part in choosing only.
+    """Routes by Eqs. 12-16 of DeepSeek-V3 (arXiv 2412.19437): the bias only takes part in choosing.
 
         scores = sigmoid(x @ kernel);  experts = top_k(scores + bias)
         weights = scores[experts] / (sum(scores[experts]) + 1e-20)
 
-    Everything is float32 to its last bits: two close scores that swap change the model.
+    Everything is full float32: if two close scores swap, the model changes.
 
     Args:
       x: `[..., C]`.
       kernel: `[C, E]`.
       bias: `[E]`, gets no gradient.
-      experts_per_token: k. Of equal scores the expert of the lower index is chosen.
+      experts_per_token: k. Among equal scores the lower index is chosen.
     """
     choose = functools.partial(_route, experts_per_token=experts_per_token)
     return placement.automatic(choose, x, kernel, bias, splits=True)
@@ -46,9 +46,10 @@ def route(x: jax.Array, kernel: jax.Array, bias: jax.Array, experts_per_token: i
 def _route(x, kernel, bias, experts_per_token):
     scores = jax.nn.sigmoid(keep(logits(x, kernel.astype(jnp.float32))))
     chosen_by = jax.lax.stop_gradient(scores + jnp.broadcast_to(bias, scores.shape))
-    # Kept too: chosen again, a near-tie could fall the other way, and stored rows be those of another expert.
+    # Stored too: if the choice were recomputed, a near-tie could change, and stored rows would belong to
+    # another expert.
     experts = keep(top_k(chosen_by, experts_per_token))
-    # A sum over E instead of a gather: its transpose is then no scatter.
+    # A sum over E instead of a gather, whose transpose would be a scatter.
     is_chosen = one_hot(experts, scores.shape[-1]).astype(bool)
     chosen = jnp.sum(jnp.where(is_chosen, scores[..., None, :], 0.0), axis=-1)
     weights = chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + 1e-20)
@@ -61,11 +62,11 @@ def _float32_logits(x, kernel):
 
 @custom_vjp
 def logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x @ kernel, `[..., C]` and `[C, E]` float32 -> `[..., E]` float32 at the highest precision.
+    """Returns x @ kernel, `[..., C]` and `[C, E]` float32 -> `[..., E]` float32 at the highest precision.
 
-    For bfloat16 x as products of bfloat16 summed in float32, which are exact: the kernel is the sum of three
-    such terms. (In float32 they would leave the matrix units of GPUs, and take a TPU twice as long.) The
-    gradients take two terms of each float32 operand, 16 bits.
+    For bfloat16 x the kernel is split into three bfloat16 terms, whose products are exact and are summed in
+    float32. (Float32 products would not use the matrix units of GPUs, and would take a TPU twice as long.)
+    The gradients use two terms of each float32 operand, 16 bits.
     """
     if x.dtype != jnp.bfloat16:
         return _float32_logits(x, kernel)
@@ -81,7 +82,7 @@ def _logits_backward(saved, d):
         _, vjp = jax.vjp(_float32_logits, x, kernel)
         return vjp(d)
     (d_high, d_low), (high, low) = _terms(d, 2), _terms(kernel, 2)
-    # One product over 3 E entries; low times low is beyond the 16 bits.
+    # This is one product over 3 E entries; low times low lies beyond the 16 bits.
     dx = jnp.einsum(
         "...e,ce->...c",
         jnp.concatenate([d_high, d_low, d_high], axis=-1),
@@ -100,10 +101,10 @@ logits.defvjp(lambda x, kernel: (logits(x, kernel), (x, kernel)), _logits_backwa
 
 
 def _terms(x, count):
-    """bfloat16 arrays that add up to float32 x, each with the next 8 bits."""
+    """Returns bfloat16 arrays that add up to float32 x, each with the next 8 bits."""
     terms = []
     for _ in range(count):
-        # Not a round trip through bfloat16: XLA may cancel a pair of conversions.
+        # No round trip through bfloat16, since XLA may cancel a pair of conversions.
         term = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         terms.append(term.astype(jnp.bfloat16))
         x -= term
@@ -111,9 +112,9 @@ def _terms(x, count):
 
 
 def top_k(x: jax.Array, k: int) -> jax.Array:
-    """Indices `[..., k]` int32 of the largest entries of `[..., E]`, as `jax.lax.top_k` orders them.
+    """Returns indices `[..., k]` int32 of the largest entries of `[..., E]`, ordered like `jax.lax.top_k`.
 
-    k passes of argmax: k is small, and `top_k` sorts all E.
+    It does k passes of argmax, since k is small and `top_k` sorts all E.
     """
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     found = []
@@ -125,20 +126,20 @@ def top_k(x: jax.Array, k: int) -> jax.Array:
 
 
 def one_hot(experts: jax.Array, num_experts: int) -> jax.Array:
-    """`[...]` int32 -> `[..., E]` float32."""
+    """Encodes `[...]` int32 as `[..., E]` float32."""
     return jax.nn.one_hot(experts, num_experts, dtype=jnp.float32)
 
 
 def load(experts: jax.Array, num_experts: int) -> jax.Array:
-    """How many choices fall on each expert: `[..., k]` int32 -> `[E]` float32, exact below 2^24."""
+    """Counts the choices of each expert: `[..., k]` int32 -> `[E]` float32, exact below 2^24."""
     return jnp.sum(one_hot(experts, num_experts), axis=tuple(range(experts.ndim)))
 
 
 def sequence_balance_loss(scores: jax.Array, experts_per_token: int) -> jax.Array:
-    """Eqs. 17-20 of DeepSeek-V3 without its factor alpha, the mean over the sequences.
+    """Returns the loss of Eqs. 17-20 of DeepSeek-V3 without its factor alpha, mean over the sequences.
 
         f_i = E / (k S) * sum_t [i in top_k(scores_t)];  P_i = mean_t scores_ti / sum_j scores_tj
-        loss = sum_i f_i P_i                             (1 when all experts are used alike)
+        loss = sum_i f_i P_i                             (1 when all experts are used equally)
 
     The choices counted here are those of the scores alone, without the balancing bias, as in the report.
 

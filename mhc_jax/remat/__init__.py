@@ -1,4 +1,4 @@
-"""Recomputation (paper, section 4.3.2): what the backward pass stores, and what it computes again.
+"""Decides what the backward pass stores and what it computes again (paper, section 4.3.2).
 
     none      every residual is stored
     mhc       the paper's: a block of L_r sublayers stores its input streams and, inside F, every matmul and
@@ -6,9 +6,9 @@
     full      only the input streams of each block are stored: F is computed again too
     offload   as full, with those streams in the host's memory (pinned_host)
 
-Under `mhc` what leads from one stored product to the next runs again: rotations, gates, the moving of tokens
-to their experts and, where those are split over devices, the exchange. The places of the sorted tokens are
-stored: a few bytes a choice.
+Under `mhc` everything between one stored product and the next runs again: rotations, gates, moving tokens
+to their experts and, if experts are split over devices, the exchange. The places of the sorted tokens are
+stored, a few bytes a choice.
 
 `policy` says this to `jax.checkpoint`, `groups` cuts a stack of blocks into recompute blocks, `cost` holds
 Tables 2 and 3 and Eq. 20. `python -m mhc_jax.remat --config=configs/mhc.py` prints them for a config.

@@ -1,6 +1,6 @@
-"""Cost model of the paper: memory traffic (Table 2), recomputation (Table 3) and its best block (Eq. 20).
+"""Computes the paper's cost model: memory traffic (Table 2), recomputation (Table 3), best block (Eq. 20).
 
-Counts are elements a token; L sublayers (attention or FFN), n streams of width C.
+Counts are elements per token, for L sublayers (attention or FFN) and n streams of width C.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from mhc_jax import units
 
 
 def elements(num_sublayers: int, n: int, width: int, block: int) -> int:
-    """Elements a token that depend on the recompute block (Eq. 20).
+    """Returns the elements per token that depend on the recompute block (Eq. 20).
 
     nC ceil(L / L_r) stored + (n + 2)C L_r transient, inside the block that is being recomputed.
     """
@@ -18,9 +18,9 @@ def elements(num_sublayers: int, n: int, width: int, block: int) -> int:
 
 
 def best_block(num_sublayers: int, n: int) -> int:
-    """The best even L_r of Eq. 20, about sqrt(nL / (n + 2)); the smaller of two equal ones.
+    """Returns the best even L_r of Eq. 20, about sqrt(nL / (n + 2)); the smaller of two equal ones.
 
-    Even, so that a block of attention and FFN is never cut.
+    It is even, so that a block of attention and FFN is never cut.
 
     Raises:
       ValueError: fewer than 2 sublayers or fewer than 1 stream.
@@ -35,17 +35,17 @@ def best_block(num_sublayers: int, n: int) -> int:
 
 
 def block_size(setting: str | int, num_sublayers: int, n: int, policy: str = "mhc") -> int:
-    """L_r of the setting `model.recompute_block`.
+    """Returns L_r of the setting `model.recompute_block`.
 
     Args:
-      setting: "auto" or an even number, also as text. "auto" is `best_block` for `mhc`; where F is computed
-        again too, its activations are the larger part of what is transient, and "auto" is one block, 2.
+      setting: "auto" or an even number, also as text. "auto" is `best_block` for `mhc`. If F is computed
+        again too, F's activations are most of what is transient, and "auto" is one block, 2.
       num_sublayers: L.
       n: streams.
       policy: one of `POLICIES`.
 
     Raises:
-      ValueError: not a number, odd, below 2 or above L.
+      ValueError: the setting is not a number, odd, below 2 or above L.
     """
     if setting == "auto":
         return best_block(num_sublayers, n) if policy == "mhc" else 2
@@ -111,7 +111,7 @@ class Plan:
     unrounded: float
 
     def bytes(self, elements: int) -> int:
-        """Bytes of `elements` a token over all T tokens."""
+        """Returns the bytes of `elements` per token over all T tokens."""
         return elements * self.num_tokens * self.itemsize
 
     def __str__(self) -> str:
@@ -127,7 +127,7 @@ def plan(
     num_tokens: int = 4096,
     itemsize: int = 2,
 ) -> Plan:
-    """Tables 2 and 3 and the best recompute block of a model; print it to see them.
+    """Computes Tables 2 and 3 and the best recompute block of a model; print the result to see them.
 
     Args:
       config: a `Config` or `ModelConfig`; or give the three numbers.
@@ -165,7 +165,7 @@ def plan(
 
 
 def _traffic(n: int, c: int) -> tuple[Traffic, ...]:
-    """Table 2, and what fusing F_post,res makes of its last three operations (section 4.3.1)."""
+    """Computes Table 2, and its last three operations with F_post,res fused (section 4.3.1)."""
     hc = [
         Traffic("HC", "calculate h_pre, h_post, h_res", n * c, n * n + 2 * n),
         Traffic("HC", "h_pre", n * c + n, c),
@@ -188,7 +188,7 @@ def _traffic(n: int, c: int) -> tuple[Traffic, ...]:
 
 
 def _activations(num_sublayers: int, n: int, c: int, block: int) -> tuple[Activation, ...]:
-    """Table 3 at recompute block `block`."""
+    """Computes Table 3 at recompute block `block`."""
     transient = f"transient in {block} sublayers"
     return (
         Activation("streams x_l0", n * c, f"every {block} sublayers",

@@ -1,11 +1,11 @@
-"""A stack of blocks cut into recompute blocks ("groups"), scanned.
+"""Cuts a stack of blocks into recompute blocks ("groups") and scans over them.
 
 A group begins with plain streams and ends with plain streams: its first sublayer reads without a pending
-write, and the write of its last sublayer is done inside it, as an operation of its own. The other way would
-be to carry the pending update (streams, layer output, mappings) over the edge as inside a group. It would
-store C + n^2 + n more a group (the layer output a second time, and the mappings), and the backward would
-have to repeat that first write, 9C of traffic, to have the streams again; finishing it costs the fusion of
-one boundary in L_r, about 3C on a GPU and 4C on a TPU. Inside a group every boundary is fused.
+write, and the write of its last sublayer is done inside it, as an operation of its own. The alternative is
+to carry the pending update (streams, layer output, mappings) over the edge, as inside a group. That would
+store C + n^2 + n more per group (the layer output a second time, and the mappings), and the backward would
+repeat that first write, 9C of traffic, to recover the streams. Finishing the write costs the fusion of one
+boundary in L_r, about 3C on a GPU and 4C on a TPU. Inside a group every boundary is fused.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def checkpoint_group(
     *,
     in_scan: bool = False,
 ) -> Callable[[jax.Array, Tree], tuple[jax.Array, Tree]]:
-    """`run(streams, parameters) -> (streams, extras)` of one group, computed again in the backward pass."""
+    """Returns one group, `run(streams, parameters) -> (streams, extras)`; backward runs it again."""
 
     def tagged(streams, parameters):
         return run(tag_block_input(streams), parameters)
@@ -34,9 +34,9 @@ def checkpoint_group(
 
 
 def unstacked(stacked: Tree) -> list[Tree]:
-    """The N trees whose leaves were stacked along a first axis. Its transpose stacks, and adds nothing.
+    """Returns the N trees whose leaves were stacked along a first axis. Its transpose only stacks.
 
-    (`p[k]` for each k would have every gradient padded to the size of the whole, and N of them added.)
+    (With `p[k]` for each k, every gradient would be padded to the whole size, and N of them added.)
     """
     leaves, structure = jax.tree.flatten(stacked)
     parts = [jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves]
@@ -52,7 +52,7 @@ def run_groups(
     blocks_per_group: int,
     scan: bool = True,
 ) -> tuple[jax.Array, Tree]:
-    """Runs N blocks in groups, all of them checkpointed: a scan over the whole groups, then what remains.
+    """Runs N blocks in checkpointed groups: a scan over the full groups, then the rest.
 
     Args:
       run: `(streams, [parameters of each block]) -> (streams, [extras of each block])` for a few blocks.
@@ -60,8 +60,8 @@ def run_groups(
       stacked: parameters of the blocks, every leaf `[N, ...]`.
       policy: one of POLICIES but "none".
       blocks_per_group: at least 1.
-      scan: False writes the groups out one after the other, as does a single whole group: XLA turns a loop
-        of one step into no loop, where the recomputation would be merged away.
+      scan: False writes the groups out one after the other. So does a single full group: XLA unrolls a loop
+        of one step and would then merge the recomputation away.
 
     Returns:
       streams after the last block, and the extras stacked along a first axis of N.
@@ -92,7 +92,7 @@ def run_groups(
 
 
 def _split(stacked: Tree, count: int) -> tuple[Tree, Tree | None]:
-    """The first `count` of N stacked trees, and the others or None."""
+    """Returns the first `count` of N stacked trees, and the others or None."""
     leaves, structure = jax.tree.flatten(stacked)
     if count == len(leaves[0]):
         return stacked, None

@@ -1,4 +1,4 @@
-"""Which values of a recompute block are stored: the policies as `jax.checkpoint` wants them."""
+"""Says which values of a recompute block are stored, as policies for `jax.checkpoint`."""
 
 from collections.abc import Callable
 
@@ -7,17 +7,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 POLICIES = ("none", "mhc", "full", "offload")
 
-# Tag of what F has to store. Libraries with a name for their own residuals are given this one (splash
-# attention: `residual_checkpoint_name`).
+# The tag of what F stores. Libraries that name their own residuals get this name (splash attention:
+# `residual_checkpoint_name`).
 KEEP_NAME = "layer_function"
 _BLOCK_INPUT = "recompute_block_input"
 
-# Results of the fused attention of cuDNN (output and softmax statistics): no name can be given to them.
+# cuDNN's fused attention (output and softmax statistics), whose results cannot be named.
 _FUSED_ATTENTION = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
 
 
 def keep(x: jax.Array) -> jax.Array:
-    """Marks a matmul or attention output inside F, which `mhc` stores. The identity elsewhere."""
+    """Marks a matmul or attention output inside F, which `mhc` stores. Otherwise it is the identity."""
     return checkpoint_name(x, KEEP_NAME)
 
 
@@ -27,11 +27,11 @@ def tag_block_input(streams: jax.Array) -> jax.Array:
 
 
 def _is_output_of_layer_function(primitive, *_, **params) -> bool:
-    """Whether F made this value by a matmul or attention.
+    """Returns whether F made this value by a matmul or attention.
 
-    Not every dot is F's: the "xla" projection of mHC is one and is computed again, so that matmuls need the
-    tag of `keep`. Dots with batch dimensions are those of unfused attention, inside a library that knows no
-    tags; the operations of mHC have none.
+    Not every dot belongs to F: the "xla" projection of mHC is a dot and is computed again, so F's matmuls
+    need the tag of `keep`. Dots with batch dimensions are those of unfused attention, inside a library
+    without tags; the operations of mHC have no such dots.
     """
     if primitive.name == "name":
         return params["name"] == KEEP_NAME
@@ -42,13 +42,13 @@ def _is_output_of_layer_function(primitive, *_, **params) -> bool:
 
 
 def checkpoint(function: Callable, policy: str, *, in_scan: bool) -> Callable:
-    """`function` under `jax.checkpoint` with one of POLICIES.
+    """Puts `function` under `jax.checkpoint` with one of POLICIES.
 
     Args:
       function: what is computed again.
       policy: one of POLICIES, not "none".
-      in_scan: whether it is the body of a `lax.scan`. Forward and backward are then two loops, and the
-        barrier that otherwise keeps XLA from merging them is not needed.
+      in_scan: whether it is the body of a `lax.scan`. Forward and backward are then two loops, which XLA
+        cannot merge, so no barrier is needed.
     """
     saved = {
         "mhc": _is_output_of_layer_function,

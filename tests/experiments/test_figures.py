@@ -343,3 +343,41 @@ def test_a_million_lines_take_little_memory(tmp_path):
     assert len(kept) < 13_000
     assert {20_000, 20_001} <= set(kept.tolist())
     assert (np.diff(kept) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"matrix_single": np.ones((4, 4, 3))}, r"matrix_single \(4, 4, 3\) is not \[L, n, n\]"),
+        ({"single_forward": np.ones(3)}, r"single_forward \(3,\) does not fit"),
+        ({"composite_backward": np.float64(1)}, r"composite_backward \(\) does not fit"),
+        ({"matrix_composite": np.ones((4, 2, 2))}, r"matrix_composite \(4, 2, 2\) does not fit"),
+        ({"row_entropy": np.array(list("abcd"))}, "row_entropy holds <U1"),
+        ({"step": np.array([1, 2])}, "no file of gains"),
+        ({"single_forward": None}, "single_forward"),
+    ],
+)
+def test_gains_that_do_not_fit_are_named(change, message, found, tmp_path, caplog):
+    """An array cut, of another shape or of text: the arm is left out of the figures of gains."""
+    path = tmp_path / "run" / "gains" / "step_00000005.npz"
+    write_workdir(tmp_path / "run", "mhc", lines_of(), found["mhc"], steps=(5,))
+    arrays = dict(np.load(path)) | change
+    np.savez(path, **{name: x for name, x in arrays.items() if x is not None})
+    with pytest.raises(ValueError, match=message) as caught:
+        gains.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert figures.choose_gains(runs.read_arms([tmp_path / "run"])) == {}
+    path.write_text("text")
+    with pytest.raises(ValueError, match=r"no file of gains, .*: it is no \.npz archive"):
+        gains.load(path)
+    assert f"mHC: no gains shown: {path}" in caplog.text
+
+
+def test_lines_that_are_no_metrics_are_one_warning(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "train/loss": 2.5}\n' + bytes(range(256)) * 4 + b"\n[]\n")
+    assert runs.read_metrics(path)["train/loss"][1].tolist() == [2.5]
+    [line] = [record.getMessage() for record in caplog.records]
+    assert str(path) in line
+    assert "lines are no metrics and skipped, the first is line 2" in line

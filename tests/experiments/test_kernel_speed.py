@@ -1,5 +1,6 @@
 """kernel_speed: what --check sees, the chart of a result file, the cost of terms, all without a GPU."""
 
+import functools
 import json
 import os
 import pathlib
@@ -7,11 +8,12 @@ import pathlib
 # As the tests of kernels, whichever comes first: Triton chooses its interpreter when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from experiments import record
-from experiments.kernel_speed import chart, check
+from experiments.kernel_speed import chart, check, tpu_cases
 from kernels_pallas.boundary import reference
 from kernels_pallas.testing import emulate
 
@@ -31,8 +33,8 @@ def test_check_passes_and_names_what_is_wrong(case, capsys, monkeypatch):
     real = getattr(module, name)
 
     def wrong(*args, **static):
-        first, *rest = real(*args, **static)
-        return (first, *rest[:-1], rest[-1] * 1.0001)
+        leaves, tree = jax.tree.flatten(real(*args, **static))
+        return jax.tree.unflatten(tree, (*leaves[:-1], leaves[-1] * 1.0001))
 
     wrong.layout, wrong.__name__ = getattr(real, "layout", None), name
     monkeypatch.setattr(module, name, wrong)
@@ -106,3 +108,10 @@ def test_the_cost_of_two_terms(monkeypatch, capsys):
     assert "set TERMS = 2" in capsys.readouterr().out
     terms.run(((16, 64),))
     assert "set TERMS = 1" in capsys.readouterr().out
+
+
+def test_the_tpu_cases_have_the_arguments_of_the_kernels():
+    cases = tpu_cases.cases(2048, 256, BF16, n=2, num_iterations=2)  # short traces
+    for op, direction, kernel, args, options, _ in cases:
+        outputs = jax.eval_shape(functools.partial(kernel, **options), *args)
+        assert jax.tree.leaves(outputs), (op, direction)

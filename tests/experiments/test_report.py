@@ -160,11 +160,13 @@ def test_the_verdict_where_a_loss_is_missing_or_not_finite(tmp_path):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, found):
-    """One page with every fault: torn gains, no metrics, empty metrics, a broken config."""
+    """One page with every fault: torn gains and origin, no metrics, empty metrics, a broken config."""
     folder = tmp_path_factory.mktemp("runs")
     runs = write_runs(folder, {("residual", 0): 3.0, ("hc", 0): 2.5, ("mhc", 0): 2.7}, found)
     whole = (runs[2] / "gains/step_00000040.npz").read_bytes()
     (runs[2] / "gains/step_00000040.npz").write_bytes(whole[:700])
+    (runs[0] / "init_from.json").write_text('{"step": ')
+    (runs[1] / "init_from.json").write_text('{"workdir": "runs/old", "step": 40}')
     bad = [write_workdir(folder / name, "mhc", {}) for name in ("bare", "empty", "broken")]
     (bad[0] / "metrics.jsonl").unlink()
     (bad[1] / "metrics.jsonl").write_text("")
@@ -182,6 +184,7 @@ def test_what_cannot_be_read_is_left_out_and_named(page):
     assert text.count("Left out: ") == 3
     assert text.count("mHC: no gains shown: ") == 1
     assert "step_00000040.npz is no file of gains" in text
+    assert text.count("init_from.json cannot be read") == 1
     rows = [value for name, value in page.attributes if name == "data-label" and value == "arm"]
     assert len(rows) == 3
     alt = [value for name, value in page.attributes if name == "alt"]
@@ -193,6 +196,7 @@ def test_the_page_says_what_came_out_and_what_was_run(page):
     order = ["Against residual", "Notes", "What differs", "Result", "Loss gap", "What was run"]
     positions = [text.index(part) for part in order]
     assert positions == sorted(positions)
+    assert "step 40 of runs/old" in text[text.index("What differs") : text.index("Result")]
     assert "python " in text[text.index("Command:") : text.index("Workdirs:")]
     assert f"jax {jax.__version__}" in text[text.index("Packages:") :]
 

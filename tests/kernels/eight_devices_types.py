@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import kernels_pallas as kp
 from kernels_pallas.sharding import token_sharding
 from mhc_jax import (
+    Birkhoff,
     HyperConnections,
     Identity,
     ManifoldHyperConnections,
@@ -31,6 +32,7 @@ from mhc_jax import (
 
 n, C, LEAD = 2, 8, (8, 4)
 WIDE = 64  # for kernels
+OTHER = {"sinkhorn_eps": 0.01, "last": "columns", "pre_eps": 0.02}  # another convention
 
 
 def ops_loss(p, x, y, implementation="xla", kp=kp):
@@ -40,13 +42,14 @@ def ops_loss(p, x, y, implementation="xla", kp=kp):
     parameters = p["phi"], p["bias"], p["alpha"]
     u, h_post, h_res, x = kp.read(x, *parameters, **options, **norm)
     u, h_post, h_res, x = kp.boundary(
-        x, jnp.sin(u) + y, h_post, h_res, *parameters, **options, **norm
+        x, jnp.sin(u) + y, h_post, h_res, *parameters, **options, **norm, **OTHER
     )
     x = kp.post_res(x, jnp.sin(u), h_post, h_res, implementation=implementation)
-    h_pre, _, h_res = kp.mappings(x, *parameters, **options)
+    h_pre, _, h_res = kp.mappings(x, *parameters, **options, **OTHER)
     u = kp.pre(x, h_pre, norm_weight=p["weight"], norm_eps=1e-6, implementation=implementation)
     x = x + expand(kp.pre(x, h_pre, implementation=implementation), n)
-    h_res = kp.sinkhorn(h_res, num_iterations=3, implementation=implementation)
+    other = {"eps": 0.03, "last": "columns"}
+    h_res = kp.sinkhorn(h_res, num_iterations=3, implementation=implementation, **other)
     return jnp.cos(x).sum(-1) + jnp.sin(3 * h_res).sum((-2, -1)) + (u * u * u).sum(-1)
 
 
@@ -62,11 +65,12 @@ class Model(nnx.Module):
 
     def __init__(self):
         gate = {"alpha_init": 0.1}  # "auto" at this width would only magnify the rounding of sums
-        self.mhc = ManifoldHyperConnections(C, n, **gate)
+        other = {"manifold": Birkhoff(eps=0.01, last="columns"), "pre_eps": 0.02}
+        self.mhc = ManifoldHyperConnections(C, n, **gate, **other)
         self.identity = ManifoldHyperConnections(C, n, manifold=Identity(), **gate)
         self.hc = HyperConnections(C, n, use_post=False, **gate)
         self.next = ManifoldHyperConnections(C, n, sublayer_index=1, **gate)
-        self.head = Readout("head", C, n, **gate)
+        self.head = Readout("head", C, n, eps=0.03, **gate)
         self.sum = Readout("sum", C, n)
 
 

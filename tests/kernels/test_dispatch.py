@@ -144,7 +144,7 @@ def test_explain_on_a_cpu(op):
         ({"C": 100}, "triton", {"cuda": "C=100: the CUDA kernels take multiples of 64"}),
         ({"n": 8}, "triton", {"cuda": "n=8: the CUDA kernels take n = 4"}),
         ({"dtype": "float32"}, "triton", {"cuda": "float32 streams: the CUDA kernels take bf"}),
-        ({"n": 3}, "xla", {"triton": "n=3: the Triton", "cuda": "n=3"}),
+        ({"n": 3}, "xla", {"triton": "n=3: the kernels", "cuda": "n=3"}),
         ({"num_iterations": 99}, "xla", {"triton": "num_iterations=99", "cuda": "=99"}),
     ],
 )
@@ -161,13 +161,12 @@ def test_explain_on_a_gpu(op, options, taken, why_not):
 @pytest.mark.parametrize(("capability", "taken"), [("7.5", "xla"), ("7.0", "xla"), ("8.0", "cuda")])
 def test_a_gpu_without_bfloat16_takes_xla(monkeypatch, capability, taken):
     """As a T4 (7.5) is; a named kernel says so."""
-    from kernels_pallas import triton_call
 
     class Device:
         compute_capability = capability
         core_count = 40
 
-    monkeypatch.setattr(triton_call, "_device", Device)
+    monkeypatch.setattr("kernels_pallas.gpu.device._device", Device)
     for op in ("read", "boundary"):
         for choice in kp.explain(op, platform="gpu").choices:
             assert choice.implementation == taken
@@ -185,12 +184,11 @@ def test_a_gpu_without_bfloat16_takes_xla(monkeypatch, capability, taken):
 
 @pytest.mark.gpu_interpreter
 def test_none_takes_what_explain_says(monkeypatch):
-    from kernels_pallas import cuda_call
-    from kernels_pallas.boundary import cuda, gpu
+    from kernels_pallas.boundary import cuda, triton
 
     def backends():
         called = []
-        for name, backend in (("cuda", cuda), ("triton", gpu)):
+        for name, backend in (("cuda", cuda), ("triton", triton)):
 
             def forward(*args, name=name, real=backend.forward, **static):
                 called.append(name)
@@ -206,7 +204,9 @@ def test_none_takes_what_explain_says(monkeypatch):
 
     for missing, taken in ((None, "cuda"), ("the emulator needs g++", "triton")):
         with monkeypatch.context() as patches:
-            patches.setattr(cuda_call, "missing", lambda shared_bytes, why=missing: why)
+            patches.setattr(
+                "kernels_pallas.gpu.cuda_launch.missing", lambda shared_bytes, why=missing: why
+            )
             choice = kp.explain("boundary", C=64, T=5, platform="gpu").choices[0]
             assert choice.implementation == taken
             assert (choice.why_not.get("cuda")) == missing
@@ -215,12 +215,12 @@ def test_none_takes_what_explain_says(monkeypatch):
 
 @pytest.mark.gpu_interpreter
 def test_triton_is_triton_alone_and_cuda_raises_where_it_cannot_run(monkeypatch):
-    from kernels_pallas import cuda_call
+    from kernels_pallas.gpu import cuda_launch
 
     def no_launch(self, *args):
         raise AssertionError(f"{self.kernel} in CUDA C++")
 
-    monkeypatch.setattr(cuda_call.CudaLaunch, "__call__", no_launch)
+    monkeypatch.setattr(cuda_launch.CudaLaunch, "__call__", no_launch)
 
     def boundary(implementation):
         parameters = jnp.ones((4 * 64, 24)), jnp.ones(24), jnp.ones(3)
@@ -232,7 +232,9 @@ def test_triton_is_triton_alone_and_cuda_raises_where_it_cannot_run(monkeypatch)
     boundary("triton")
     with pytest.raises(AssertionError, match="mhc_boundary_forward in CUDA"):
         boundary("cuda")
-    monkeypatch.setattr(cuda_call, "missing", lambda shared_bytes: "there is no NVRTC")
+    monkeypatch.setattr(
+        "kernels_pallas.gpu.cuda_launch.missing", lambda shared_bytes: "there is no NVRTC"
+    )
     with pytest.raises(NotImplementedError, match="'cuda' cannot run: there is no NVRTC"):
         boundary("cuda")
 
@@ -246,13 +248,15 @@ def test_explain_names_what_it_does_not_know(op, message):
 
 
 def test_kernels_are_asked_about_the_tokens_of_one_device():
+    from kernels_pallas.boundary.contract import Parameters
     from kernels_pallas.boundary.reference import read_forward
 
     mesh = jax.sharding.AbstractMesh((4, 2), ("data", "tensor"))
-    args = jnp.ones((8, 3, 16)), jnp.ones((16, 24)), jnp.ones(24), jnp.ones(3), None
+    parameters = Parameters(jnp.ones((16, 24)), jnp.ones(24), jnp.ones(3), None)
+    args = jnp.ones((8, 3, 16)), parameters
     assert on_device(read_forward, args) is args
     with token_sharding(mesh, "data"):
         local = on_device(read_forward, args)
-        ragged = on_device(read_forward, (args[0][:7], *args[1:]))
-    assert [x if x is None else x.shape for x in local] == [(2, 3, 16), (16, 24), (24,), (3,), None]
+        ragged = on_device(read_forward, (args[0][:7], parameters))
+    assert jax.tree.map(jnp.shape, local) == ((2, 3, 16), jax.tree.map(jnp.shape, parameters))
     assert ragged[0].shape == (7, 3, 16)

@@ -18,7 +18,10 @@ from kernels_pallas import dispatch
 from kernels_pallas.testing import emulate, oracle
 
 NORM_EPS, ITERATIONS, INPUT_NORM_EPS = 0.7, 2, 0.4
-READ = {"num_iterations": ITERATIONS, "norm_eps": NORM_EPS, "input_norm_eps": INPUT_NORM_EPS}
+SINKHORN = {"num_iterations": ITERATIONS, "eps": 0.2, "last": "columns"}
+CONVENTION = {"sinkhorn_eps": 0.2, "last": "columns", "pre_eps": 0.3}
+MAPPINGS = {"num_iterations": ITERATIONS, **CONVENTION}
+READ = {**MAPPINGS, "norm_eps": NORM_EPS, "input_norm_eps": INPUT_NORM_EPS}
 
 
 def arrays(n, dtype, T, C):
@@ -36,12 +39,12 @@ def read_truth(x, phi, bias, alpha, weight, cotangents, *, n):
     """Outputs of `read` and the cotangents of its arrays, put together from the oracle's parts."""
     d, dh_post, dh_res, d_streams = cotangents
     s, r = oracle.projection(x, phi, NORM_EPS)
-    h_pre, *written = oracle.coefficients(s, r, bias, alpha, n, ITERATIONS)
+    h_pre, *written = oracle.coefficients(s, r, bias, alpha, n, **MAPPINGS)
     u = oracle.pre(x, h_pre)
     du, d_weight = oracle.rms_norm_vjp(u, weight, d, INPUT_NORM_EPS)
     dx, dh_pre = oracle.pre_vjp(x, h_pre, du)
     ds, dr, *d_static = oracle.coefficients_vjp(
-        s, r, bias, alpha, dh_pre, dh_post, dh_res, n, ITERATIONS
+        s, r, bias, alpha, dh_pre, dh_post, dh_res, n, **MAPPINGS
     )
     dx_projection, dphi = oracle.projection_vjp(x, phi, ds, dr, NORM_EPS)
     dx = dx + dx_projection + np.asarray(d_streams, np.float64)
@@ -86,10 +89,10 @@ def with_weight(op, name, **fields):
 CASES = {
     "projection": ("x phi", functools.partial(kp.projection, norm_eps=NORM_EPS),
                    pair(oracle.projection, oracle.projection_vjp, norm_eps=NORM_EPS), False),
-    "sinkhorn": ("hh", functools.partial(kp.sinkhorn, num_iterations=ITERATIONS),
-                 pair(oracle.sinkhorn, oracle.sinkhorn_vjp, num_iterations=ITERATIONS), False),
-    "coefficients": ("s r bias alpha", functools.partial(kp.coefficients, num_iterations=ITERATIONS),
-                     pair(oracle.coefficients, oracle.coefficients_vjp, num_iterations=ITERATIONS), True),
+    "sinkhorn": ("hh", functools.partial(kp.sinkhorn, **SINKHORN),
+                 pair(oracle.sinkhorn, oracle.sinkhorn_vjp, **SINKHORN), False),
+    "coefficients": ("s r bias alpha", functools.partial(kp.coefficients, **MAPPINGS),
+                     pair(oracle.coefficients, oracle.coefficients_vjp, **MAPPINGS), True),
     "pre": ("x h weight", with_weight(kp.pre, "norm_weight", norm_eps=INPUT_NORM_EPS), normed, False),
     "read": ("x phi bias alpha weight", with_weight(kp.read, "input_norm_weight", **READ),
              read_truth, True),
@@ -164,7 +167,7 @@ def test_fields_of_what_is_put_together():
     def both(x, phi, bias, alpha, h):
         options = {
             "n": 4,
-            "num_iterations": ITERATIONS,
+            **MAPPINGS,
             "norm_eps": NORM_EPS,
             "implementation": "xla",
         }
@@ -174,7 +177,7 @@ def test_fields_of_what_is_put_together():
 
     found, layer_input, read = both(x, phi, bias, alpha, h)
     s, r = oracle.projection(x, phi, NORM_EPS)
-    want = oracle.coefficients(s, r, bias, alpha, 4, ITERATIONS)
+    want = oracle.coefficients(s, r, bias, alpha, 4, **MAPPINGS)
     assert_near(found, want, 2e-5)
     truths = (oracle.rms_norm(oracle.pre(x, k), None, INPUT_NORM_EPS) for k in (h, want[0]))
     assert_near((layer_input, read), list(truths), 2e-5)

@@ -40,27 +40,32 @@ def launches(capability: int):
     """name -> (launch, pointer types of its inputs and scalars) at n = 4."""
     import jax.numpy as jnp
 
-    from kernels_pallas import triton_sums
-    from kernels_pallas.mappings import gpu as mappings
-    from kernels_pallas.post_res import gpu as post_res
-    from kernels_pallas.pre import gpu as pre
-    from kernels_pallas.projection import gpu as projection
-    from kernels_pallas.sinkhorn import gpu as sinkhorn
+    from kernels_pallas.coefficients import triton as coefficients
+    from kernels_pallas.gpu import sums
+    from kernels_pallas.post_res import triton as post_res
+    from kernels_pallas.pre import triton as pre
+    from kernels_pallas.projection import triton as projection
+    from kernels_pallas.sinkhorn import triton as sinkhorn
 
     T, C, n = 4096, 2560, 4
     K, m = n * C, n * n + 2 * n
     f, i = "*fp32", "i32"
     yield "sinkhorn", sinkhorn.launch(sinkhorn.mhc_sinkhorn_forward, T, n, 20), [f, i]
-    yield "mappings", mappings.forward_launch(T, n, 20), [f, f, f, f, i]
-    parts = mappings.forward_launch(T, n, 20, K=K, eps=1e-20, splits=2, stride=32)
+    yield "mappings", coefficients.forward_launch(T, n, 20), [f, f, f, f, i]
+    parts = coefficients.forward_launch(T, n, 20, K=K, eps=1e-20, splits=2, stride=32)
     yield "mappings of parts", parts, [f, f, f, f, i]
-    yield "mappings backward", mappings.backward_launch(T, n, 20, round_ds=True), [f] * 7 + [i]
+    yield "mappings backward", coefficients.backward_launch(T, n, 20, round_ds=True), [f] * 7 + [i]
     yield "finish", projection.finish_launch(T, K, m, 2, 1e-20), [f, i]
-    yield "sums", triton_sums.launch(16, K, n, 512, (2112, C)), [f] * 4
-    yield "sums with mappings", triton_sums.launch(13, K, n, 512, (2112, C), 40, T), [f] * 4
-    parts = mappings.forward_launch(T, n, 20, K=K, eps=1e-20, splits=2, stride=28)
+    yield "sums", sums.launch(16, K, n, 512, (2112, C)), [f] * 4
+    yield "sums with mappings", sums.launch(13, K, n, 512, (2112, C), 40, T), [f] * 4
+    eps = {"sinkhorn_eps": 1e-6, "pre_eps": 1e-6}
+    parts = coefficients.forward_launch(T, n, 20, K=K, eps=1e-6, splits=2, stride=28, **eps)
+    yield "mappings with eps", parts, [f, f, f, f, i]
+    launch = coefficients.backward_launch(T, n, 20, round_ds=True, fragments=K, sinkhorn_eps=1e-6)
+    yield "mappings backward with eps", launch, [f] * 7 + [i]
+    parts = coefficients.forward_launch(T, n, 20, K=K, eps=1e-20, splits=2, stride=28)
     yield "mappings of forward.cu", parts, [f, f, f, f, i]
-    launch = mappings.backward_launch(T, n, 20, round_ds=True, fragments=K)
+    launch = coefficients.backward_launch(T, n, 20, round_ds=True, fragments=K)
     yield "mappings backward, fragments", launch, [f] * 7 + [i]
     for b, dtype in (("*bf16", jnp.dtype(jnp.bfloat16)), (f, jnp.dtype(jnp.float32))):
         yield f"post_res {b}", post_res.forward_launch(T, C, n, dtype), [b, b, f, f]

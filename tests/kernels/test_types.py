@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kp
 from kernels_pallas import dispatch
+from kernels_pallas.boundary.contract import Parameters, ReadStatic
 from kernels_pallas.precision import round_to_tf32
 
 
@@ -28,16 +29,33 @@ def _definition(op, direction="forward"):
     return getattr(importlib.import_module(f"kernels_pallas.{op}.reference"), direction)
 
 
-def _read(x, *parameters, input_norm_weight, implementation, **static):
-    outputs = _definition("boundary", "read_forward")(
-        x, *parameters, input_norm_weight, norm_eps=1e-20, **static
+def _turned(x, last):
+    """Transposes mappings if their columns are the last to be normalised."""
+    return x if last == "rows" else jnp.einsum("...ij->...ji", x)
+
+
+def _turned_parameters(phi, bias, n, last):
+    columns = np.arange(n * n + 2 * n)
+    if last == "columns":
+        columns[2 * n :] = columns[2 * n :].reshape(n, n).T.reshape(-1)
+    return phi[:, columns], bias[columns]
+
+
+def _read(x, phi, bias, alpha, *, input_norm_weight, implementation, last="rows", **static):
+    phi, bias = _turned_parameters(phi, bias, static["n"], last)
+    (u, h_post, h_res), _ = _definition("boundary", "read_forward")(
+        x,
+        Parameters(phi, bias, alpha, input_norm_weight),
+        static=ReadStatic(norm_eps=1e-20, **static),
     )
-    return *outputs[:3], x
+    return u, h_post, _turned(h_res, last), x
 
 
-def _mappings(x, phi, bias, alpha, *, implementation, **static):
+def _mappings(x, phi, bias, alpha, *, implementation, last="rows", **static):
+    phi, bias = _turned_parameters(phi, bias, static["n"], last)
     s, r = _definition("projection")(x, phi, norm_eps=1e-20)
-    return _definition("mappings")(s, r, bias, alpha, **static)
+    h_pre, h_post, h_res = _definition("mappings")(s, r, bias, alpha, **static)
+    return h_pre, h_post, _turned(h_res, last)
 
 
 def _pre(x, h_pre, *, norm_weight=None, norm_eps=None, implementation):
@@ -59,8 +77,8 @@ DEFINED = types.SimpleNamespace(
     boundary=lambda x, y, h_post, h_res, *parameters, **options: _read(
         _definition("post_res")(x, y, h_post, h_res), *parameters, **options
     ),
-    sinkhorn=lambda logits, *, num_iterations, implementation: _definition("sinkhorn")(
-        logits, num_iterations=num_iterations
+    sinkhorn=lambda logits, *, implementation, last, **static: _turned(
+        _definition("sinkhorn")(_turned(logits, last), **static), last
     ),
 )
 # phi is rounded already, which the definitions leave to their caller.

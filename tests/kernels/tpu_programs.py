@@ -36,7 +36,10 @@ def with_gradients(f, *args):
     return outputs, vjp(outputs)
 
 
-def wide_kernels(implementation):
+OTHER = {"sinkhorn_eps": 1e-6, "last": "columns", "pre_eps": 1e-6}  # another convention
+
+
+def wide_kernels(implementation, **convention):
     """Outputs and gradients of every op whose kernels hold rows; no kernel twice."""
     options = {"implementation": implementation}
 
@@ -47,7 +50,7 @@ def wide_kernels(implementation):
     def program(x, y, h_pre, h_post, h_res, phi, bias, alpha, weight):
         parameters, norm = (
             (phi, bias, alpha, weight),
-            {"n": h_pre.shape[-1], "input_norm_eps": 1e-6},
+            {"n": h_pre.shape[-1], "input_norm_eps": 1e-6, **convention},
         )
 
         def read(x, phi, bias, alpha, weight):
@@ -71,14 +74,16 @@ def wide_kernels(implementation):
     return program
 
 
-def narrow_kernels(implementation):
+def narrow_kernels(implementation, **convention):
+    of_sinkhorn = {"eps": convention["sinkhorn_eps"]} if convention else {}
     options = {"implementation": implementation}
 
     def program(s, r, bias, alpha, h_res):
-        coefficients = functools.partial(kp.coefficients, n=h_res.shape[-1], **options)
+        n = h_res.shape[-1]
+        coefficients = functools.partial(kp.coefficients, n=n, **options, **convention)
         return (
             with_gradients(coefficients, s, r, bias, alpha),
-            with_gradients(functools.partial(kp.sinkhorn, **options), h_res),
+            with_gradients(functools.partial(kp.sinkhorn, **options, **of_sinkhorn), h_res),
         )
 
     return program
@@ -117,10 +122,11 @@ def compile_kernels(topology):
 
 
 def compile_other_n(topology):
-    """Every kernel at the narrowest width for 2 and 8 streams."""
+    """Every kernel at the narrowest width for 2 streams, there in another convention, and 8."""
     for n in (2, 8):
         for program, width in ((narrow_kernels, 128), (wide_kernels, WIDTHS[0])):
-            lowered = lower(program("pallas"), topology, width, n=n)
+            convention = OTHER if n == 2 else {}
+            lowered = lower(program("pallas", **convention), topology, width, n=n)
             assert kernels_of(lowered) == (NARROW if width == 128 else WIDE), kernels_of(lowered)
             lowered.compile()
         print("compiled", n, flush=True)

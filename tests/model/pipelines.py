@@ -141,7 +141,7 @@ def trained(config, workdir):
     run = train.Run(config, workdir)
     with preemption.stop_signals() as stop:
         run.loop(stop, "run")
-    state = jax.device_get(run.layout.store(run.state))
+    state = jax.device_get(run.stored_state)
     run.close()
     return state
 

@@ -155,9 +155,14 @@ def test_a_manifold_of_ones_own_is_used():
             return (super().project(logits, n) + jnp.broadcast_to(jnp.eye(n), (7, n, n))) / 2
 
     streams = normal(0, 7, 4 * C)
+    convention = {"eps": 0.1, "last": "columns"}
     own, plain = (
-        randomize(ManifoldHyperConnections(C, 4, manifold=m, implementation="xla"))
-        for m in (Half(), Birkhoff())
+        randomize(
+            ManifoldHyperConnections(
+                C, 4, manifold=m(**convention), pre_eps=0.2, implementation="xla"
+            )
+        )
+        for m in (Half, Birkhoff)
     )
     (own_input, own_maps), (plain_input, plain_maps) = own.pre(streams), plain.pre(streams)
     np.testing.assert_allclose(own_input, plain_input, atol=1e-5)
@@ -236,3 +241,13 @@ def test_bad_sizes_name_the_number():
         ManifoldHyperConnections(C, 60)
     with pytest.raises(ValueError, match="'last' is unknown"):
         Readout("last", C, 4)
+    with pytest.raises(ValueError, match=r"^eps=-1e-06: use 0.0 or"):
+        Readout("head", C, 4, eps=-1e-6)
+    with pytest.raises(ValueError, match=r"^eps=1e-06 is the head's: a read-out by sum has none"):
+        Readout("sum", C, 4, eps=1e-6)
+    with pytest.raises(ValueError, match=r"^pre_eps=nan: use 0.0 or"):
+        ManifoldHyperConnections(C, 4, pre_eps=float("nan"))
+    for bad in ({"eps": -1.0}, {"eps": float("nan")}, {"last": "row"}, {"num_iterations": 0}):
+        ((name, value),) = bad.items()
+        with pytest.raises(ValueError, match=f"^{name}={value!r}"):
+            Birkhoff(**bad)

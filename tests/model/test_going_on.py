@@ -15,7 +15,7 @@ from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.recovery import BadData
 from mhc_jax.train import BadInput, Run, train
 from mhc_jax.trained import Source, load
-from mhc_jax.workdir import check_same_run
+from mhc_jax.workdir import check_same_run, write_origin
 
 
 def with_fields(config, **changes):
@@ -110,7 +110,8 @@ def test_logistics_change_and_steps_grow(finished, texts, tmp_path):
 
 def test_another_random_number_generator_is_named(finished):
     config, path = finished
-    config = with_fields(json_config(path), log_every=3)  # traced anew
+    config = json_config(path)
+    config = with_fields(config, steps=config.steps + 1)  # traced anew, and not finished
     kept = saved(path)
     with jax.default_prng_impl("rbg"), pytest.raises(BadInput) as caught:
         train(config, path)
@@ -134,12 +135,20 @@ def test_a_run_starts_from_the_parameters_of_another(finished, tmp_path, monkeyp
         jax.tree.map(np.testing.assert_array_equal, run.state.variables, variables)
         assert run.step == 0
         assert run.data.get_state()["next_index"] == 0
+        origin = json.loads((run.workdir / "init_from.json").read_text())
+        assert origin == {"workdir": str(path), "step": step}
         run._save()
         run.close()
     again = Run(
         config, run.workdir, init_from="no longer there"
     )  # it goes on, and does not look there
     again.close()
+    assert json.loads((run.workdir / "init_from.json").read_text()) == origin
+    # It was never saved: the same command without the flag starts from random numbers, and says so.
+    (tmp_path / "new").mkdir()
+    write_origin(tmp_path / "new", Source(str(path), config.model))
+    Run(config, tmp_path / "new").close()
+    assert not (tmp_path / "new/init_from.json").exists()
 
     def untouched(*_, **__):
         raise AssertionError("read or traced before it was refused")

@@ -74,23 +74,32 @@ def saved(workdir):
         for case in [("b1", 1.0), ("b2", 1.0), ("learning_rate", 3e38)]
     ],
 )
-def test_an_update_that_is_not_finite_is_not_made(setting, value, tmp_path):
+def test_an_update_that_is_not_finite_is_not_made(setting, value, tmp_path, monkeypatch):
     """Of a finite loss and gradient. Its parameters would have pushed the good checkpoints out."""
     config = small(**{f"optimizer.{setting}": value, "optimizer.weight_decay": 10.0})
     message = (
         rf"step 1: loss \d.*, gradient norm \d.*, its update is not finite. .* update.*{setting}=?"
     )
+    checks, loop = [], Run.loop
+
+    def watched(run, *args):
+        checks.append((jax.config.jax_debug_nans, jax.config.jax_debug_infs))
+        loop(run, *args)
+
+    monkeypatch.setattr(Run, "loop", watched)
     # jax's own check would end the run, or the search for the place, with an error of its own.
     refused = pytest.raises(NonFiniteError, match=message.replace("_", "[_ ]"))
-    with jax.debug_nans(True), refused as caught:
+    with jax.debug_nans(True), jax.debug_infs(True), refused as caught:
         train(config, tmp_path)
+    assert checks == [(False, False)]
     assert f"The state before that step is saved in {tmp_path}." in str(caught.value)
     _, variables, step = load(tmp_path)
     assert step == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
 
 
-def test_skip_leaves_the_update_out_and_counts(tmp_path, caplog):
+def test_skip_leaves_the_update_out_and_counts(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(health, "MOST_SKIPPED_IN_A_ROW", 2)  # there are two, but apart
     config = small(on_non_finite="skip")
     run = poisoned(config, tmp_path, 1, 4)
     run.loop(lambda step: False, "run")
@@ -118,7 +127,7 @@ def test_skip_leaves_the_update_out_and_counts(tmp_path, caplog):
     # It goes on counting where it was.
     again = Run(config, tmp_path)
     again.close()
-    assert again._skipped == 2
+    assert again._faults._skipped_updates == 2
 
 
 def test_skipping_without_end_stops(tmp_path, monkeypatch):
@@ -166,6 +175,10 @@ def test_rolling_back_without_end_stops(tmp_path):
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     config = small()
     run = Run(config, tmp_path)
+    state, batch = jax.tree.map(jnp.copy, run.state), next(run.data)
+    batch["targets"][:] = 10_000
+    with jax.debug_nans(True):
+        assert "loss" in find_non_finite(state, batch, config)
     run.state = run.state.replace(
         params=jax.tree.map(lambda x: x.at[0].set(jnp.inf), run.state.params)
     )
@@ -192,7 +205,8 @@ def test_spikes():
     still = health.Spikes()
     assert [still.usual(2.0 + 1e-6 * (k % 2)) for k in range(50)] == [None] * 50
     assert still.usual(2.00001) is None
-    assert health.Spikes().usual(100.0) is None
+    young = health.Spikes()
+    assert [young.usual(loss) for loss in [2.0] * 19 + [100.0]] == [None] * 20
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ One run that is killed in the middle and goes on, against steps that are called 
 import dataclasses
 import functools
 import json
+import logging
 import types
 
 import jax
@@ -20,8 +21,9 @@ from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.metrics import MetricWriter
-from mhc_jax.train import BadInput, NonFiniteError, Run, claim_workdir, train
+from mhc_jax.train import BadInput, NonFiniteError, Run, train
 from mhc_jax.train_step import TrainState, analyse, jit_init_state, jit_train_step
+from mhc_jax.workdir import claim_workdir
 
 # One process: the tests share what they compile and run.
 pytestmark = pytest.mark.xdist_group("loop")
@@ -113,6 +115,32 @@ def workdir(programs, tmp_path_factory):
     second.close()
     found.state, found.last = jax.device_get(second.state), second.last_metrics
     return found
+
+
+def test_a_finished_run_says_so_before_anything_is_read(workdir, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise AssertionError("a finished run needs nothing")
+
+    caplog.set_level(logging.INFO)
+    with monkeypatch.context() as patch:
+        for name in (
+            "check_config",
+            "check_files",
+            "make_iterator",
+            "abstract_state",
+            "Storage",
+        ):
+            patch.setattr(train_module, name, refuse)
+        assert train(CONFIG, workdir.path) == {}
+        assert f"{workdir.path} is finished: all 5 steps are done" in caplog.text
+        with pytest.raises(BadInput, match=r"belongs to another run \(seed: 0 there, 1 now\)"):
+            train(dataclasses.replace(CONFIG, seed=1), workdir.path)
+        contents = workdir.path / "checkpoints" / "5" / "contents" / "metadata"
+        whole = contents.read_text()
+        contents.write_text(whole[:20])
+        with pytest.raises(AssertionError, match="needs nothing"):
+            train(CONFIG, workdir.path)
+        contents.write_text(whole)
 
 
 def test_every_step_is_logged_with_its_numbers(workdir, reference):

@@ -16,9 +16,9 @@ from mhc_jax.data import make_iterator
 from mhc_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from mhc_jax.layers import look_up
 from mhc_jax.sampling import decode, for_sampling, generate, init_decode
-from mhc_jax.train import claim_workdir
 from mhc_jax.train_step import init_state, model_graph
 from mhc_jax.trained import load
+from mhc_jax.workdir import claim_workdir
 
 DENSE = {
     "model.vocab_size": 32, "model.num_blocks": 2, "model.width": 16, "model.num_heads": 2,

@@ -239,15 +239,18 @@ def test_the_state_is_saved_again_at_once(
         CONFIG, eval_every=0, gains_every=0, checkpoints_kept=9, on_failed_save=policy
     )
     run = Run(config, tmp_path)
-    monkeypatch.setattr(run, "_do_what_is_due", lambda bar: run._save() if run.step == 1 else None)
-    poll = run.checkpoints.poll
+    monkeypatch.setattr(run, "_do_what_is_due", lambda: run._save() if run.step == 1 else None)
+    poll = run.storage._checkpoints.poll
 
     def slow_poll():  # by the end of a step here the save has not been tried yet
-        while run.checkpoints._saving and run.checkpoints._manager.is_saving_in_progress():
+        while (
+            run.storage._checkpoints._saving
+            and run.storage._checkpoints._manager.is_saving_in_progress()
+        ):
             time.sleep(0.01)
         poll()
 
-    monkeypatch.setattr(run.checkpoints, "poll", slow_poll)
+    monkeypatch.setattr(run.storage._checkpoints, "poll", slow_poll)
     no_renaming(failures)
     try:
         if failures == 2 and policy == "stop":
@@ -384,10 +387,10 @@ def test_metrics_on_a_full_disk(programs, policy, tmp_path, monkeypatch, caplog)
         CONFIG, eval_every=0, gains_every=0, checkpoint_every=0, on_failed_save=policy
     )
     run = Run(config, tmp_path)
-    run.writer.close()
+    run.storage._writer.close()
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    run.writer = MetricWriter(tmp_path, tensorboard=False)
+    run.storage._writer = MetricWriter(tmp_path, tensorboard=False)
     if policy == "stop":
         with pytest.raises(
             SaveError, match=r"cannot be written \(OSError: .*No space.*last good step is"

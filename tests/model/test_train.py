@@ -24,7 +24,7 @@ from mhc_jax.config import CONNECTIONS, ModelConfig, OptimizerConfig, from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.optimizer import decay_mask, make_schedule
-from mhc_jax.train import BadInput, Interrupted, NonFiniteError, claim_workdir, train
+from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 from mhc_jax.train_step import (
     TrainState,
     analyse,
@@ -34,6 +34,7 @@ from mhc_jax.train_step import (
     model_graph,
     train_step,
 )
+from mhc_jax.workdir import claim_workdir
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -271,8 +272,8 @@ def test_gradients_that_are_not_finite_are_named_in_backward_order():
 def test_sigterm_saves_before_it_ends(tmp_path, monkeypatch):
     report = train_module.Run._report
 
-    def kill_after_step_2(run, dispatched, bar):
-        report(run, dispatched, bar)
+    def kill_after_step_2(run, dispatched):
+        report(run, dispatched)
         if dispatched[0] == 1:
             signal.raise_signal(signal.SIGTERM)
 

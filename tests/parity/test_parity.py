@@ -37,6 +37,7 @@ def test_equals_the_stored_arrays(arm):
 
 
 @pytest.mark.parity
+@pytest.mark.xdist_group("transformers")  # imported once, which takes long
 @pytest.mark.parametrize("arm", ARMS)
 def test_equals_transformers(arm):
     want, got = deepseek.theirs(deepseek.make_config(tied=arm == "tied")), ours(arm)

@@ -9,9 +9,10 @@ import jax
 import triton
 import triton.language as tl
 
-from kernels_pallas import triton_call
-from kernels_pallas.triton_call import Launch, struct
-from kernels_pallas.triton_math import exp, opaque
+from kernels_pallas.gpu import device
+from kernels_pallas.gpu.launch import struct
+from kernels_pallas.gpu.triton_launch import TritonLaunch
+from kernels_pallas.gpu.triton_math import exp, opaque
 
 # 40 iterates keep 160 of a thread's 255 registers.
 MAX_BACKWARD_ITERATIONS = 40
@@ -20,10 +21,11 @@ _PAD = tl.constexpr(-3.0e38)  # a logit that no |logit| <= 1e30 comes near
 
 
 @triton.jit
-def first_iteration(logits, valid):
+def first_iteration(logits, valid, EPS: tl.constexpr):
     """Returns the softmax over rows of the log-softmax over columns, and the softmax over columns.
 
-    `valid` marks the entries of matrices whose n is no power of two (None: all); the rest stay zero.
+    `valid` marks the entries of matrices whose n is no power of two (None: all); the rest stay zero. With
+    EPS, a lower bound of every entry, no logarithm is needed.
     """
     if valid is not None:
         logits = tl.where(valid, logits, _PAD)
@@ -31,57 +33,69 @@ def first_iteration(logits, valid):
     exps = exp(centred)
     total = tl.sum(exps, axis=1, keep_dims=True)
     softmax = exps / total
-    logs = centred - tl.log(total)
-    if valid is not None:
-        logs = tl.where(valid, logs, _PAD)
-    m = exp(logs - tl.max(logs, axis=2, keep_dims=True))
+    if EPS > 0:
+        m = softmax + EPS
+    else:
+        logs = centred - tl.log(total)
+        if valid is not None:
+            logs = tl.where(valid, logs, _PAD)
+        m = exp(logs - tl.max(logs, axis=2, keep_dims=True))
     if valid is not None:
         m = tl.where(valid, m, 0.0)
-    return normalise(m, valid, 2), softmax
+    return normalise(m, valid, 2, EPS), softmax
 
 
 @triton.jit
-def normalise(m, valid, AXIS: tl.constexpr):
-    """Divides m by its sums along AXIS (1: columns, 2: rows); sums of padding alone count as one."""
-    return m * inverse_sums(m, valid, AXIS)
+def normalise(m, valid, AXIS: tl.constexpr, EPS: tl.constexpr):
+    """Divides m by its sums + EPS along AXIS (1: columns, 2: rows); sums of padding alone count as one."""
+    return m * inverse_sums(m, valid, AXIS, EPS)
 
 
 @triton.jit
-def inverse_sums(m, valid, AXIS: tl.constexpr):
-    """Returns 1 / sums of m along AXIS, as an axis of length 1."""
+def inverse_sums(m, valid, AXIS: tl.constexpr, EPS: tl.constexpr):
+    """Returns 1 / (sums of m + EPS) along AXIS, as an axis of length 1."""
     total = tl.sum(m, axis=AXIS, keep_dims=True)
+    if EPS > 0:  # padding gets it too, so that 0 + EPS marks it below
+        total += EPS
     if valid is not None:
-        total = tl.where(total == 0.0, 1.0, total)
+        total = tl.where(total == EPS, 1.0, total)
     return 1.0 / total
 
 
 @triton.jit
-def project(logits, valid, NUM_ITERATIONS: tl.constexpr):
+def project(logits, valid, NUM_ITERATIONS: tl.constexpr, EPS: tl.constexpr):
     """Computes h_res of the logits [tokens, n, n]."""
-    m, _ = first_iteration(logits, valid)
+    m, _ = first_iteration(logits, valid, EPS)
     for _ in range(1, NUM_ITERATIONS):
-        m = normalise(normalise(m, valid, 1), valid, 2)
+        m = normalise(normalise(m, valid, 1, EPS), valid, 2, EPS)
     return m
 
 
 @triton.jit
-def project_backward(logits, d, valid, NUM_ITERATIONS: tl.constexpr):
+def project_backward(logits, d, valid, NUM_ITERATIONS: tl.constexpr, EPS: tl.constexpr):
     """Returns the cotangent of the logits, given that of h_res; the iterates live in registers."""
-    first, softmax = first_iteration(logits, valid)
+    first, softmax = first_iteration(logits, valid, EPS)
     iterates = (first,)
     for t in tl.static_range(1, NUM_ITERATIONS):
-        m = normalise(normalise(iterates[t - 1], valid, 1), valid, 2)
+        m = normalise(normalise(iterates[t - 1], valid, 1, EPS), valid, 2, EPS)
         iterates = iterates + (m,)
     for t in tl.static_range(1, NUM_ITERATIONS):
         # Opaque, or the compiler keeps all sums of the forward too: 255 registers and spills.
         before = opaque(iterates[NUM_ITERATIONS - 1 - t])
         after_rows = iterates[NUM_ITERATIONS - t]
-        inverse_columns = inverse_sums(before, valid, 1)
+        inverse_columns = inverse_sums(before, valid, 1, EPS)
         after_columns = before * inverse_columns
-        inverse_rows = inverse_sums(after_columns, valid, 2)
+        inverse_rows = inverse_sums(after_columns, valid, 2, EPS)
         d = (d - tl.sum(d * after_rows, axis=2, keep_dims=True)) * inverse_rows
         d = (d - tl.sum(d * after_columns, axis=1, keep_dims=True)) * inverse_columns
-    d_log = first * (d - tl.sum(d * first, axis=2, keep_dims=True))
+    d = d - tl.sum(d * first, axis=2, keep_dims=True)
+    if EPS > 0:
+        m = softmax + EPS
+        if valid is not None:
+            m = tl.where(valid, m, 0.0)
+        d_log = softmax * (d * inverse_sums(m, valid, 2, EPS))
+    else:
+        d_log = first * d
     return d_log - softmax * tl.sum(d_log, axis=1, keep_dims=True)
 
 
@@ -105,14 +119,15 @@ def mhc_sinkhorn_forward(
     P: tl.constexpr,
     TOKENS: tl.constexpr,
     NUM_ITERATIONS: tl.constexpr,
+    EPS: tl.constexpr,
 ):
     """Computes h_res of TOKENS matrices."""
     offsets, mask, valid = _tile(T, N, P, TOKENS)
     logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0)
-    if N == P:  # noqa: SIM108 (Triton decides at compile time)
-        out = project(logits, None, NUM_ITERATIONS)
+    if N == P:
+        out = project(logits, None, NUM_ITERATIONS, EPS)
     else:
-        out = project(logits, valid, NUM_ITERATIONS)
+        out = project(logits, valid, NUM_ITERATIONS, EPS)
     tl.store(out_ptr + offsets, out, mask=mask)
 
 
@@ -126,15 +141,16 @@ def mhc_sinkhorn_backward(
     P: tl.constexpr,
     TOKENS: tl.constexpr,
     NUM_ITERATIONS: tl.constexpr,
+    EPS: tl.constexpr,
 ):
     """Returns the cotangent of the logits of TOKENS matrices."""
     offsets, mask, valid = _tile(T, N, P, TOKENS)
     logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0)
     d = tl.load(d_ptr + offsets, mask=mask, other=0.0)
     if N == P:
-        out = project_backward(logits, d, None, NUM_ITERATIONS)
+        out = project_backward(logits, d, None, NUM_ITERATIONS, EPS)
     else:
-        out = project_backward(logits, d, valid, NUM_ITERATIONS)
+        out = project_backward(logits, d, valid, NUM_ITERATIONS, EPS)
     tl.store(out_ptr + offsets, out, mask=mask)
 
 
@@ -144,22 +160,23 @@ def tokens_per_program(n: int) -> int:
     With four warps Triton would lay the rows of a matrix across warps, and each column sum would go through
     shared memory with a barrier.
     """
-    padded = triton_call.next_power_of_2(n)
+    padded = device.next_power_of_2(n)
     return max(1, 32 * min(4, padded) // (padded * padded))
 
 
-def launch(kernel, T: int, n: int, num_iterations: int) -> Launch:
+def launch(kernel, T: int, n: int, num_iterations: int, eps: float = 0.0) -> TritonLaunch:
     """Makes the launch of either kernel for logits [T, n, n]."""
     tokens = tokens_per_program(n)
-    return Launch(
+    return TritonLaunch(
         kernel=kernel,
-        grid=(triton_call.cdiv(T, tokens),),
+        grid=(device.cdiv(T, tokens),),
         outputs=(struct((T, n, n)),),
         constants={
             "N": n,
-            "P": triton_call.next_power_of_2(n),
+            "P": device.next_power_of_2(n),
             "TOKENS": tokens,
             "NUM_ITERATIONS": num_iterations,
+            "EPS": eps,
         },
         num_warps=1,
     )
@@ -174,7 +191,7 @@ def check_iterations(num_iterations: int) -> None:
         )
 
 
-def check(logits: jax.Array, *_, num_iterations: int) -> None:
+def check(logits: jax.Array, *_, num_iterations: int, **__) -> None:
     """Raises NotImplementedError for n outside 2 ... 8, float64 or too many iterations."""
     n = logits.shape[-1]
     if not 2 <= n <= 8:
@@ -184,20 +201,20 @@ def check(logits: jax.Array, *_, num_iterations: int) -> None:
     check_iterations(num_iterations)
 
 
-def _run(kernel, logits, *rest, num_iterations):
+def _run(kernel, logits, *rest, num_iterations, eps=0.0):
     *lead, n, _ = logits.shape
-    T = triton_call.num_tokens(lead)
+    T = device.num_tokens(lead)
     if not T:
         return logits
-    (out,) = launch(kernel, T, n, num_iterations)(logits, *rest, T)
+    (out,) = launch(kernel, T, n, num_iterations, eps)(logits, *rest, T)
     return out.reshape(logits.shape)
 
 
-def forward(logits: jax.Array, *, num_iterations: int) -> jax.Array:
+def forward(logits: jax.Array, **static) -> jax.Array:
     """Maps [..., n, n] logits -> [..., n, n]."""
-    return _run(mhc_sinkhorn_forward, logits, num_iterations=num_iterations)
+    return _run(mhc_sinkhorn_forward, logits, **static)
 
 
-def backward(logits: jax.Array, d_h_res: jax.Array, *, num_iterations: int) -> jax.Array:
+def backward(logits: jax.Array, d_h_res: jax.Array, **static) -> jax.Array:
     """Returns the cotangent of the logits; iterates in registers, no scratch memory."""
-    return _run(mhc_sinkhorn_backward, logits, d_h_res, num_iterations=num_iterations)
+    return _run(mhc_sinkhorn_backward, logits, d_h_res, **static)

@@ -1,4 +1,4 @@
-"""Backward of the mappings in Triton; see gpu.py."""
+"""Backward of the mappings in Triton; see triton.py."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,12 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from kernels_pallas import triton_call
-from kernels_pallas.mappings.gpu_tiles import gates, matrices
-from kernels_pallas.sinkhorn import gpu as sinkhorn
-from kernels_pallas.triton_call import Launch, struct
-from kernels_pallas.triton_math import exp, round_tf32
+from kernels_pallas.coefficients.triton_tiles import gates, matrices
+from kernels_pallas.gpu import device
+from kernels_pallas.gpu.launch import struct
+from kernels_pallas.gpu.triton_launch import TritonLaunch
+from kernels_pallas.gpu.triton_math import exp, round_tf32
+from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
 @triton.jit
@@ -93,6 +94,7 @@ def mhc_coefficients_backward(
     NUM_ITERATIONS: tl.constexpr,
     ROUND: tl.constexpr,
     FRAGMENTS: tl.constexpr,
+    SINKHORN_EPS: tl.constexpr,
 ):
     """Writes ds, dr, and a column of sums [2, M, programs] over its tokens: of dh and of dh * s / r.
 
@@ -148,7 +150,7 @@ def mhc_coefficients_backward(
     alpha = tl.load(alpha_ptr + 2)
     d = tl.load(dres_ptr + rows * (N * N) + ij, mask=mask, other=0.0)
     logits = normed * alpha + tl.load(bias_ptr + 2 * N + ij)
-    d = sinkhorn.project_backward(logits, d, None, NUM_ITERATIONS)
+    d = sinkhorn.project_backward(logits, d, None, NUM_ITERATIONS, SINKHORN_EPS)
     ds = d * alpha / r
     if ROUND:
         ds = round_tf32(ds)
@@ -168,8 +170,14 @@ def mhc_coefficients_backward(
 
 
 def backward_launch(
-    T: int, n: int, num_iterations: int, *, round_ds: bool = False, fragments: int = 0
-) -> Launch:
+    T: int,
+    n: int,
+    num_iterations: int,
+    *,
+    round_ds: bool = False,
+    fragments: int = 0,
+    sinkhorn_eps: float = 0.0,
+) -> TritonLaunch:
     """Makes the launch of the backward; `round_ds` rounds ds to TF32 as the projection's backward wants it.
 
     Outputs: ds [T, m], dr [T], sums [2, m, programs]; with `fragments` = K (n = 4 only) ds as float32
@@ -177,8 +185,8 @@ def backward_launch(
     """
     m = n * n + 2 * n
     tokens = sinkhorn.tokens_per_program(n)
-    programs, tiles = triton_call.cdiv(T, tokens), triton_call.cdiv(T, 16)
-    return Launch(
+    programs, tiles = device.cdiv(T, tokens), device.cdiv(T, 16)
+    return TritonLaunch(
         kernel=mhc_coefficients_backward,
         grid=(programs,),
         outputs=(
@@ -193,6 +201,7 @@ def backward_launch(
             "NUM_ITERATIONS": num_iterations,
             "ROUND": round_ds,
             "FRAGMENTS": fragments,
+            "SINKHORN_EPS": sinkhorn_eps,
         },
         num_warps=1,
     )

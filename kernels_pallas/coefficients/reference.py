@@ -25,12 +25,21 @@ def _logits(s, r, bias, alpha, n):
 
 @layout("...m, ..., m, g -> ...n, ...n, ...nn")
 def forward(
-    s: jax.Array, r: jax.Array, bias: jax.Array, alpha: jax.Array, *, n: int, num_iterations: int
+    s: jax.Array,
+    r: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    *,
+    n: int,
+    num_iterations: int,
+    sinkhorn_eps: float = 0.0,
+    pre_eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Maps s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
     pre, post, res = _logits(s, r, bias, alpha, n)
-    h_res = sinkhorn.forward(res, num_iterations=num_iterations)
-    return jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), h_res
+    h_res = sinkhorn.forward(res, num_iterations=num_iterations, eps=sinkhorn_eps)
+    h_pre = jax.nn.sigmoid(pre)
+    return h_pre + pre_eps if pre_eps else h_pre, 2 * jax.nn.sigmoid(post), h_res
 
 
 @layout("...m, ..., m, g, ...n, ...n, ...nn -> ...m, ..., m, g")
@@ -45,10 +54,13 @@ def backward(
     *,
     n: int,
     num_iterations: int,
+    sinkhorn_eps: float = 0.0,
+    pre_eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns the cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
+    del pre_eps  # a constant beside the sigmoid
     pre, post, res = _logits(s, r, bias, alpha, n)
-    d_res = sinkhorn.backward(res, dh_res, num_iterations=num_iterations)
+    d_res = sinkhorn.backward(res, dh_res, num_iterations=num_iterations, eps=sinkhorn_eps)
     dh = jnp.concatenate(
         [
             dh_pre * jax.nn.sigmoid(pre) * jax.nn.sigmoid(-pre),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.token_tiles import LANES
+from kernels_pallas.tpu.tiles import LANES
 
 
 def store_rows(rows_ref, block: jax.Array, rows=slice(None)) -> None:
@@ -80,3 +80,11 @@ class LaneSums:
 def column_chunks(width: int, chunk: int) -> list[tuple[int, int]]:
     """Returns (start, size) pairs that cover `width` columns in order."""
     return [(start, min(chunk, width - start)) for start in range(0, width, chunk)]
+
+
+def round_tf32(x: jax.Array) -> jax.Array:
+    """Rounds float32 to 10 mantissa bits, to nearest even, by integers (a kernel has no reduce_precision)."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    odd = (bits >> jnp.uint32(13)) & jnp.uint32(1)
+    bits = (bits + jnp.uint32(0xFFF) + odd) & jnp.uint32(0xFFFFE000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

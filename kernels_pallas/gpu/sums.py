@@ -8,7 +8,9 @@ import jax
 import triton
 import triton.language as tl
 
-from kernels_pallas.triton_call import Launch, cdiv, struct
+from kernels_pallas.gpu.device import cdiv
+from kernels_pallas.gpu.launch import struct
+from kernels_pallas.gpu.triton_launch import TritonLaunch
 
 _ENTRIES = 512  # of dphi a program
 _COLUMNS = 16  # of dweight a program
@@ -133,7 +135,7 @@ def mhc_read_backward_sums(
 
 def launch(
     splits: int, K: int, n: int, programs: int, weight: tuple[int, int], slabs: int = 0, T: int = 0
-) -> Launch:
+) -> TritonLaunch:
     """Makes the launch of the second stage.
 
     It sums dphi [splits, K, m], gates [2, m, programs], dweight of shape `weight` or (0, 0), and partial sums
@@ -142,7 +144,7 @@ def launch(
     m = n * n + 2 * n
     weight_rows, C = weight
     mappings = T * (n * n + n) if slabs else 0
-    return Launch(
+    return TritonLaunch(
         kernel=mhc_read_backward_sums,
         grid=(3 + m + cdiv(K * m, _ENTRIES) + cdiv(C, _COLUMNS) + cdiv(mappings, _SUMS),),
         outputs=(

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import pallas_call, pallas_math
 from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn import tpu as sinkhorn
 from kernels_pallas.sinkhorn.tpu import SUBLANES, TOKENS, gather, spread, spread_shape
-from kernels_pallas.token_tiles import LANES, TokenTiles
+from kernels_pallas.tpu import call as tpu_call
+from kernels_pallas.tpu import math as tpu_math
+from kernels_pallas.tpu.tiles import LANES, TokenTiles
 
 
-def check(s, r, bias, alpha, dh_pre=None, dh_post=None, dh_res=None, *, n, num_iterations):
+def check(s, r, bias, alpha, dh_pre=None, dh_post=None, dh_res=None, *, n, num_iterations, **_):
     """Raises NotImplementedError unless the kernels accept dtype, n and iterations."""
     if s.dtype != jnp.float32:
         raise NotImplementedError(f"s is {s.dtype}: kernels take float32")
@@ -45,9 +46,10 @@ def logits(s: list, r: jax.Array, bias_ref, alpha_ref, n: int) -> tuple[list, li
     return normed, gated
 
 
-def gate(h: list, scale: int = 1) -> list:
+def gate(h: list, scale: int = 1, eps: float = 0.0) -> list:
     """Computes h_pre, or with scale 2 h_post, of the logits, as tiles (inside a kernel)."""
-    return [scale * jax.nn.sigmoid(x) for x in h]
+    gates = [scale * jax.nn.sigmoid(x) for x in h]
+    return [x + eps for x in gates] if eps else gates
 
 
 def gate_backward(h: list, d: list, scale: int = 1) -> list:
@@ -57,7 +59,7 @@ def gate_backward(h: list, d: list, scale: int = 1) -> list:
 
 
 def post_res_backward(
-    h: list, d_post: list, d_res: list, iterates_ref, n: int, num_iterations: int
+    h: list, d_post: list, d_res: list, iterates_ref, n: int, num_iterations: int, eps: float
 ) -> list:
     """Returns the cotangents of the logits of h_post and h_res, as tiles; see `sinkhorn.project_backward`.
 
@@ -65,7 +67,7 @@ def post_res_backward(
       h: logits of all columns.
     """
     _, d_res = sinkhorn.project_backward(
-        sinkhorn.as_matrix(h[2 * n :]), sinkhorn.as_matrix(d_res), iterates_ref, num_iterations
+        sinkhorn.as_matrix(h[2 * n :]), sinkhorn.as_matrix(d_res), iterates_ref, num_iterations, eps
     )
     return gate_backward(h[n : 2 * n], d_post, 2) + sinkhorn.as_tiles(d_res)
 
@@ -76,7 +78,7 @@ def projection_backward(
     """Returns (ds, their part of dr) as tiles of the columns from `first` on (inside a kernel)."""
     d_normed = [tile * alpha_ref[group] for tile, group in zip(dh, _groups(n)[first:])]
     products = [d * tile for d, tile in zip(d_normed, normed, strict=True)]
-    return [tile / r for tile in d_normed], -pallas_math.tree_sum(products) / r
+    return [tile / r for tile in d_normed], -tpu_math.tree_sum(products) / r
 
 
 def add_parameter_sums(
@@ -93,7 +95,7 @@ def add_parameter_sums(
         dbias_ref[first + k, :rows, :lanes] += jnp.where(exists, tile, 0)
     for group in sorted(set(groups)):
         products = [d * x for d, x, g in zip(dh, normed, groups, strict=True) if g == group]
-        dalpha_ref[group, :rows, :lanes] += jnp.where(exists, pallas_math.tree_sum(products), 0)
+        dalpha_ref[group, :rows, :lanes] += jnp.where(exists, tpu_math.tree_sum(products), 0)
 
 
 def write_coefficients(
@@ -108,13 +110,15 @@ def write_coefficients(
     *,
     n,
     num_iterations,
+    sinkhorn_eps,
+    pre_eps,
 ):
     """Writes the coefficients of a window of s and r (a kernel, or inside one)."""
     s, (r,) = spread(s_ref[...], scratch_ref), spread(r_ref[...], scratch_ref)
     _, h = logits(s, r, bias_ref, alpha_ref, n)
-    gather(gate(h[:n]), scratch_ref, h_pre_ref)
+    gather(gate(h[:n], eps=pre_eps), scratch_ref, h_pre_ref)
     gather(gate(h[n : 2 * n], 2), scratch_ref, h_post_ref)
-    h_res = sinkhorn.project(sinkhorn.as_matrix(h[2 * n :]), num_iterations)
+    h_res = sinkhorn.project(sinkhorn.as_matrix(h[2 * n :]), num_iterations, sinkhorn_eps)
     gather(sinkhorn.as_tiles(h_res), scratch_ref, h_res_ref)
 
 
@@ -137,6 +141,7 @@ def _backward_kernel(
     tiles,
     n,
     num_iterations,
+    sinkhorn_eps,
 ):
     tiles.zero_sums(dbias_ref, dalpha_ref)
     exists = tile_mask(tiles)
@@ -148,7 +153,7 @@ def _backward_kernel(
         normed, h = logits(s, r, bias_ref, alpha_ref, n)
         d_pre, *d = (spread(x[...], d_scratch_ref) for x in (dh_pre_ref, dh_post_ref, dh_res_ref))
         dh = gate_backward(h[:n], d_pre)
-        dh += post_res_backward(h, *d, iterates_ref, n, num_iterations)
+        dh += post_res_backward(h, *d, iterates_ref, n, num_iterations, sinkhorn_eps)
         ds, dr = projection_backward(dh, normed, r, alpha_ref, n)
         gather(ds, scratch_ref, ds_ref)
         gather([dr], scratch_ref, dr_ref)
@@ -163,11 +168,16 @@ def tile_mask(tiles) -> jax.Array:
     return jnp.logical_and(token < tiles.window, tiles.first_token() + token < tiles.num_tokens)
 
 
-_SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
-
-
 def forward(
-    s: jax.Array, r: jax.Array, bias: jax.Array, alpha: jax.Array, *, n: int, num_iterations: int
+    s: jax.Array,
+    r: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    *,
+    n: int,
+    num_iterations: int,
+    sinkhorn_eps: float = 0.0,
+    pre_eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Maps s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
     lead, m = r.shape, num_columns(n)
@@ -176,12 +186,18 @@ def forward(
         return gate, gate, jnp.zeros((*lead, n, n), s.dtype)
     num_tokens = r.size
     tiles = TokenTiles(num_tokens, TOKENS)
-    h_pre, h_post, h_res = pallas_call.call(
-        functools.partial(write_coefficients, n=n, num_iterations=num_iterations),
-        *(pallas_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
+    h_pre, h_post, h_res = tpu_call.call(
+        functools.partial(
+            write_coefficients,
+            n=n,
+            num_iterations=num_iterations,
+            sinkhorn_eps=sinkhorn_eps,
+            pre_eps=pre_eps,
+        ),
+        *(tpu_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
         name="mhc_coefficients_forward",
         grid=tiles.grid,
-        in_specs=[tiles.columns(m), tiles.columns(1), _SCALARS, _SCALARS],
+        in_specs=[tiles.columns(m), tiles.columns(1), tpu_call.SCALARS, tpu_call.SCALARS],
         out_specs=[tiles.columns(n), tiles.columns(n), tiles.columns(n * n)],
         out_shapes=[((rows, num_tokens), s.dtype) for rows in (n, n, n * n)],
         semantics=tiles.semantics,
@@ -189,9 +205,9 @@ def forward(
         transcendentals=3 * s.size,
     )
     return (
-        pallas_call.tokens_first(h_pre, lead, (n,)),
-        pallas_call.tokens_first(h_post, lead, (n,)),
-        pallas_call.tokens_first(h_res, lead, (n, n)),
+        tpu_call.tokens_first(h_pre, lead, (n,)),
+        tpu_call.tokens_first(h_post, lead, (n,)),
+        tpu_call.tokens_first(h_res, lead, (n, n)),
     )
 
 
@@ -206,23 +222,32 @@ def backward(
     *,
     n: int,
     num_iterations: int,
+    sinkhorn_eps: float = 0.0,
+    pre_eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns the cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
+    del pre_eps  # a constant beside the sigmoid
     lead, m = r.shape, num_columns(n)
     if not r.size:
         return s, r, jnp.zeros_like(bias), jnp.zeros_like(alpha)
     num_tokens = r.size
     tiles = TokenTiles(num_tokens, TOKENS, max_parts=2)
     sums = ((m, SUBLANES, LANES), (3, SUBLANES, LANES))
-    ds, dr, dbias, dalpha = pallas_call.call(
-        functools.partial(_backward_kernel, tiles=tiles, n=n, num_iterations=num_iterations),
-        *(pallas_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
-        *(pallas_call.tokens_last(dh_pre), pallas_call.tokens_last(dh_post)),
-        pallas_call.tokens_last(dh_res, 2),
+    ds, dr, dbias, dalpha = tpu_call.call(
+        functools.partial(
+            _backward_kernel,
+            tiles=tiles,
+            n=n,
+            num_iterations=num_iterations,
+            sinkhorn_eps=sinkhorn_eps,
+        ),
+        *(tpu_call.tokens_last(s), r.reshape(1, num_tokens), bias, alpha),
+        *(tpu_call.tokens_last(dh_pre), tpu_call.tokens_last(dh_post)),
+        tpu_call.tokens_last(dh_res, 2),
         name="mhc_coefficients_backward",
         grid=tiles.grid,
         in_specs=[
-            *(tiles.columns(m), tiles.columns(1), _SCALARS, _SCALARS),
+            *(tiles.columns(m), tiles.columns(1), tpu_call.SCALARS, tpu_call.SCALARS),
             *(tiles.columns(n), tiles.columns(n), tiles.columns(n * n)),
         ],
         out_specs=[tiles.columns(m), tiles.columns(1), *(tiles.sums(*shape) for shape in sums)],
@@ -240,7 +265,7 @@ def backward(
         transcendentals=4 * s.size,
     )
     return (
-        pallas_call.tokens_first(ds, lead, (m,)),
+        tpu_call.tokens_first(ds, lead, (m,)),
         dr.reshape(lead),
         dbias.sum(axis=(0, 2, 3)),
         dalpha.sum(axis=(0, 2, 3)),

@@ -1,21 +1,25 @@
 """Coefficients from the projection in Triton: a few floats a token, one thread a row of h_res.
 
-The fused operations use these kernels too; gpu_backward.py has that of the backward. The forward can begin
+The fused operations use these kernels too; triton_backward.py has that of the backward. The forward can begin
 with the partial sums of a projection that was split over K. The backward can end with the operands of the
 projection's backward.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from kernels_pallas import triton_call
-from kernels_pallas.mappings.gpu_backward import backward_launch, parameter_gradients
-from kernels_pallas.mappings.gpu_tiles import gates, matrices
-from kernels_pallas.sinkhorn import gpu as sinkhorn
-from kernels_pallas.triton_call import Launch, struct
-from kernels_pallas.triton_math import exp
+from kernels_pallas.coefficients.triton_backward import backward_launch, parameter_gradients
+from kernels_pallas.coefficients.triton_tiles import gates, matrices
+from kernels_pallas.gpu import device
+from kernels_pallas.gpu.launch import struct
+from kernels_pallas.gpu.triton_launch import TritonLaunch
+from kernels_pallas.gpu.triton_math import exp
+from kernels_pallas.shapes import check_kernel_n
+from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
 @triton.jit
@@ -70,6 +74,8 @@ def mhc_coefficients_forward(
     EPS: tl.constexpr,
     LD: tl.constexpr,
     SPLITS: tl.constexpr,
+    SINKHORN_EPS: tl.constexpr,
+    PRE_EPS: tl.constexpr,
 ):
     """Writes h_pre, h_post, h_res of TOKENS tokens.
 
@@ -84,7 +90,10 @@ def mhc_coefficients_forward(
     pre = _load(s_ptr, rows, i, mask, T, LD, SPLITS)
     post = _load(s_ptr + N, rows, i, mask, T, LD, SPLITS)
     h = pre / r * tl.load(alpha_ptr) + tl.load(bias_ptr + i)
-    tl.store(pre_ptr + rows * N + i, _sigmoid(h), mask=mask)
+    if PRE_EPS > 0:
+        tl.store(pre_ptr + rows * N + i, _sigmoid(h) + PRE_EPS, mask=mask)
+    else:
+        tl.store(pre_ptr + rows * N + i, _sigmoid(h), mask=mask)
     h = post / r * tl.load(alpha_ptr + 1) + tl.load(bias_ptr + N + i)
     tl.store(post_ptr + rows * N + i, 2.0 * _sigmoid(h), mask=mask)
     if K:
@@ -98,19 +107,28 @@ def mhc_coefficients_forward(
     if K:
         tl.store(s_out_ptr + rows * M + 2 * N + ij, res, mask=mask)
     logits = res / r * tl.load(alpha_ptr + 2) + tl.load(bias_ptr + 2 * N + ij)
-    res = sinkhorn.project(logits, None, NUM_ITERATIONS)
+    res = sinkhorn.project(logits, None, NUM_ITERATIONS, SINKHORN_EPS)
     tl.store(res_ptr + rows * (N * N) + ij, res, mask=mask)
 
 
 def forward_launch(
-    T: int, n: int, num_iterations: int, *, K=0, eps=0.0, splits=1, stride=0
-) -> Launch:
+    T: int,
+    n: int,
+    num_iterations: int,
+    *,
+    K=0,
+    eps=0.0,
+    splits=1,
+    stride=0,
+    sinkhorn_eps=0.0,
+    pre_eps=0.0,
+) -> TritonLaunch:
     """Makes the launch from s and r, or (K > 0) from partial sums [splits, T, stride]."""
     m = n * n + 2 * n
     tokens = sinkhorn.tokens_per_program(n)
-    return Launch(
+    return TritonLaunch(
         kernel=mhc_coefficients_forward,
-        grid=(triton_call.cdiv(T, tokens),),
+        grid=(device.cdiv(T, tokens),),
         outputs=(
             struct((T, n)),
             struct((T, n)),
@@ -126,31 +144,63 @@ def forward_launch(
             "EPS": eps,
             "LD": stride or m,
             "SPLITS": splits,
+            "SINKHORN_EPS": sinkhorn_eps,
+            "PRE_EPS": pre_eps,
         },
         num_warps=1,
     )
 
 
-def check(s: jax.Array, *_, n: int, num_iterations: int) -> None:
+def check(s: jax.Array, *_, n: int, num_iterations: int, **__) -> None:
     """Raises NotImplementedError for n other than 2, 4, 8, for float64 or too many iterations."""
-    triton_call.check_n(n)
+    check_kernel_n(n)
     if s.dtype != jnp.float32:
         raise NotImplementedError(f"{s.dtype} coefficients: the Triton kernels take float32")
     sinkhorn.check_iterations(num_iterations)
 
 
 def forward(
-    s: jax.Array, r: jax.Array, bias: jax.Array, alpha: jax.Array, *, n: int, num_iterations: int
+    s: jax.Array,
+    r: jax.Array,
+    bias: jax.Array,
+    alpha: jax.Array,
+    *,
+    n: int,
+    num_iterations: int,
+    **eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Maps s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
     shapes = ((*r.shape, n), (*r.shape, n), (*r.shape, n, n))
-    T = triton_call.num_tokens(r.shape)
+    T = device.num_tokens(r.shape)
     if T:
-        outputs = forward_launch(T, n, num_iterations)(s, r, bias, alpha, T)
+        outputs = forward_launch(T, n, num_iterations, **eps)(s, r, bias, alpha, T)
     else:
-        outputs = triton_call.empty_like(*((shape, s.dtype) for shape in shapes))
+        outputs = device.empty_like(*((shape, s.dtype) for shape in shapes))
     h_pre, h_post, h_res = (out.reshape(shape) for out, shape in zip(outputs, shapes))
     return h_pre, h_post, h_res
+
+
+def forward_of_sums(
+    sums, bias, alpha, *, K, n, num_iterations, norm_eps, sinkhorn_eps, pre_eps
+) -> tuple[jax.Array, ...]:
+    """Does `forward` from partial sums of the projection of K columns, `projection.gpu.partial_sums`; T > 0.
+
+    Returns:
+      h_pre [T, n], h_post [T, n], h_res [T, n, n], s [T, m], r [T].
+    """
+    splits, T, stride = sums.shape
+    launch = forward_launch(
+        T,
+        n,
+        num_iterations,
+        K=K,
+        eps=norm_eps,
+        splits=splits,
+        stride=stride,
+        sinkhorn_eps=sinkhorn_eps,
+        pre_eps=pre_eps,
+    )
+    return launch(sums, sums, bias, alpha, T)
 
 
 def backward(
@@ -164,12 +214,57 @@ def backward(
     *,
     n: int,
     num_iterations: int,
+    sinkhorn_eps: float = 0.0,
+    pre_eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns the cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
-    T = triton_call.num_tokens(r.shape)
+    del pre_eps  # a constant beside the sigmoid
+    T = device.num_tokens(r.shape)
     if not T:
         return s, r, jnp.zeros_like(bias), jnp.zeros_like(alpha)
-    ds, dr, sums, _ = backward_launch(T, n, num_iterations)(
-        s, r, bias, alpha, dh_pre, dh_post, dh_res, T
-    )
+    args = (s, r, bias, alpha, dh_pre, dh_post, dh_res)
+    options = {"n": n, "num_iterations": num_iterations, "sinkhorn_eps": sinkhorn_eps}
+    ds, dr, sums = backward_to_projection(*args, round_ds=False, **options)
     return ds.reshape(s.shape), dr.reshape(r.shape), *parameter_gradients(sums, n)
+
+
+def backward_to_projection(
+    s, r, bias, alpha, dh_pre, dh_post, dh_res, *, round_ds, n, num_iterations, sinkhorn_eps
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Does `backward` but for the second stage: ds [T, m], dr [T], sums [2, m, programs]; T > 0.
+
+    Args:
+      s, r, bias, alpha, dh_pre, dh_post, dh_res: as in `backward`.
+      round_ds: to TF32, as the projection's backward wants it of bfloat16 streams.
+      n, num_iterations, sinkhorn_eps: as in `backward`.
+    """
+    T = device.num_tokens(r.shape)
+    options = {"round_ds": round_ds, "sinkhorn_eps": sinkhorn_eps}
+    launch = backward_launch(T, n, num_iterations, **options)
+    ds, dr, sums, _ = launch(s, r, bias, alpha, dh_pre, dh_post, dh_res, T)
+    return ds, dr, sums
+
+
+class Fragments(NamedTuple):
+    """What goes back to the streams, as boundary/backward.cu reads it (n = 4).
+
+    Attributes:
+      ds: rounded to TF32, in the order of the lanes, `[tiles, 3, 32, 4]` float32.
+      pairs: high and low terms of the same, `[tiles, 3, 32, 8]` bfloat16.
+      kappa: the factor of the streams, dr / (r K), `[T]`.
+    """
+
+    ds: jax.Array
+    pairs: jax.Array
+    kappa: jax.Array
+
+
+def backward_to_fragments(
+    s, r, bias, alpha, dh_pre, dh_post, dh_res, *, K, n, num_iterations, sinkhorn_eps
+) -> tuple[Fragments, jax.Array]:
+    """Does `backward_to_projection` for a projection of K columns in CUDA; T > 0."""
+    T = device.num_tokens(r.shape)
+    options = {"round_ds": True, "fragments": K, "sinkhorn_eps": sinkhorn_eps}
+    launch = backward_launch(T, n, num_iterations, **options)
+    ds, kappa, sums, pairs = launch(s, r, bias, alpha, dh_pre, dh_post, dh_res, T)
+    return Fragments(ds, pairs, kappa), sums

@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from kernels_pallas import triton_call
+from kernels_pallas.gpu import device
+from kernels_pallas.gpu.device import cdiv, full_waves, multiprocessors
+from kernels_pallas.gpu.launch import struct
+from kernels_pallas.gpu.triton_launch import TritonLaunch
+from kernels_pallas.gpu.triton_math import dot, dot_tf32, load_tile, opaque, store_tile
 from kernels_pallas.precision import split_bf16
-from kernels_pallas.triton_call import Launch, cdiv, full_waves, multiprocessors, struct
-from kernels_pallas.triton_math import dot, dot_tf32, load_tile, opaque, store_tile
+from kernels_pallas.shapes import check_kernel_dtype
 
 
 @triton.jit
@@ -171,10 +174,10 @@ def mhc_projection_backward(
 
 def padded_columns(m: int) -> int:
     """Returns the columns of a tile of s: a power of two with room for the sum of squares, at least 16."""
-    return max(16, triton_call.next_power_of_2(m + 1))
+    return max(16, device.next_power_of_2(m + 1))
 
 
-def forward_launch(T: int, K: int, m: int, dtype) -> Launch:
+def forward_launch(T: int, K: int, m: int, dtype) -> TritonLaunch:
     """Makes the launch for x [T, K] and `phi_terms`; its output is [splits, T, padded_columns(m)]."""
     pair = dtype == jnp.bfloat16
     columns = padded_columns(m)
@@ -187,7 +190,7 @@ def forward_launch(T: int, K: int, m: int, dtype) -> Launch:
         block_t, block_k, warps = 32, 32, 4
     splits = _forward_splits(cdiv(T, block_t), cdiv(K, block_k))
     k_split = cdiv(cdiv(K, block_k), splits) * block_k
-    return Launch(
+    return TritonLaunch(
         kernel=mhc_projection_forward,
         grid=(splits, cdiv(T, block_t)),
         outputs=(struct((splits, T, columns)),),
@@ -221,9 +224,9 @@ def phi_terms(phi: jax.Array, rows: int, columns: int, pair: bool) -> jax.Array:
     return jnp.concatenate(split_bf16(phi), axis=-1) if pair else phi
 
 
-def finish_launch(T: int, K: int, m: int, splits: int, norm_eps: float) -> Launch:
+def finish_launch(T: int, K: int, m: int, splits: int, norm_eps: float) -> TritonLaunch:
     """Makes the launch of the second stage."""
-    return Launch(
+    return TritonLaunch(
         kernel=mhc_projection_forward_sums,
         grid=(cdiv(T, 64),),
         outputs=(struct((T, m)), struct((T,))),
@@ -248,7 +251,7 @@ def backward_launch(
     *,
     accumulate: bool,
     capability: int | None = None,
-) -> Launch:
+) -> TritonLaunch:
     """Makes the launch for x, phi [K, m], r, ds, dr, dx_in, d, h_pre (the last three used to accumulate)."""
     pair = dtype == jnp.bfloat16
     # On an H200 at T 16384, C 2560, 64 x 128 with 4 warps and two programs a multiprocessor takes 9.7 τ (9.4
@@ -262,14 +265,14 @@ def backward_launch(
         block_t, block_k, warps, stages, resident = 64, 64, 8, 1, 1
     elif accumulate:
         block_t, block_k, warps, stages, resident = 64, 64, 4, 1, 3
-    elif (capability or triton_call.capability()) == 90:
+    elif (capability or device.capability()) == 90:
         block_t, block_k, warps, stages, resident = 64, 128, 4, 3, 2
     else:  # not measured; these compile without spills
         block_t, block_k, warps, stages, resident = 64, 128, 8, 3, 1
     blocks = n * cdiv(K // n, block_k)
     tiles = cdiv(T, block_t)
     splits = _backward_splits(blocks, tiles, resident)
-    return Launch(
+    return TritonLaunch(
         kernel=mhc_projection_backward,
         grid=(blocks, splits),
         outputs=(struct((T, K), dtype), struct((splits, K, m))),
@@ -277,7 +280,7 @@ def backward_launch(
             "K": K,
             "N": n,
             "M": m,
-            "MP": max(16, triton_call.next_power_of_2(m)),
+            "MP": max(16, device.next_power_of_2(m)),
             "TILES": cdiv(tiles, splits),
             "BLOCK_T": block_t,
             "BLOCK_K": block_k,
@@ -304,7 +307,7 @@ def _backward_splits(blocks: int, tiles: int, per_multiprocessor: int) -> int:
 
 def check(streams: jax.Array, phi: jax.Array, *_, **__) -> None:
     """Raises NotImplementedError for float64 and for more than 127 columns of phi."""
-    triton_call.check_streams_dtype(streams.dtype)
+    check_kernel_dtype(streams.dtype)
     if phi.shape[1] > 127:
         raise NotImplementedError(f"phi has {phi.shape[1]} columns: the Triton kernel takes 127")
 
@@ -312,7 +315,7 @@ def check(streams: jax.Array, phi: jax.Array, *_, **__) -> None:
 def partial_sums(streams: jax.Array, phi: jax.Array) -> jax.Array:
     """Computes partial sums [splits, T, padded columns] of s and of the squares, the first stage."""
     K, m = phi.shape
-    T = triton_call.num_tokens(streams.shape[:-1])
+    T = device.num_tokens(streams.shape[:-1])
     launch = forward_launch(T, K, m, streams.dtype)
     rows = launch.constants["K_SPLIT"] * launch.grid[0]
     terms = phi_terms(phi, rows, launch.constants["MP"], launch.constants["PAIR"])
@@ -323,9 +326,9 @@ def partial_sums(streams: jax.Array, phi: jax.Array) -> jax.Array:
 def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax.Array, jax.Array]:
     """Maps [..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
     lead, (K, m) = streams.shape[:-1], phi.shape
-    T = triton_call.num_tokens(lead)
+    T = device.num_tokens(lead)
     if not T:
-        s, r = triton_call.empty_like(((*lead, m), phi.dtype), (lead, phi.dtype))
+        s, r = device.empty_like(((*lead, m), phi.dtype), (lead, phi.dtype))
         return s, r
     parts = partial_sums(streams, phi)
     s, r = finish_launch(T, K, m, parts.shape[0], norm_eps)(parts, T)
@@ -336,10 +339,37 @@ def backward(
     streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
-    K, m = phi.shape
-    T = triton_call.num_tokens(r.shape)
-    if not T:
+    if not device.num_tokens(r.shape):
         return streams, jnp.zeros_like(phi)
-    launch = backward_launch(T, K, 1, m, streams.dtype, accumulate=False)
-    dx, dphi = launch(streams, phi, r, ds, dr, streams, streams, r, T)
+    dx, dphi = backward_sums(streams, phi, r, ds, dr)
     return dx.reshape(streams.shape), dphi.sum(0)
+
+
+def backward_sums(
+    streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Does `backward` but for the second stage: dx [T, K], partial sums of dphi [splits, K, m]; T > 0."""
+    K, m = phi.shape
+    T = device.num_tokens(r.shape)
+    launch = backward_launch(T, K, 1, m, streams.dtype, accumulate=False)
+    not_read = streams, streams, r
+    dx, dphi = launch(streams, phi, r, ds, dr, *not_read, T)
+    return dx, dphi
+
+
+def backward_and_add(
+    streams: jax.Array,
+    phi: jax.Array,
+    r: jax.Array,
+    ds: jax.Array,
+    dr: jax.Array,
+    d_streams: jax.Array,
+    d_sum: jax.Array,
+    h_pre: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Does `backward_sums` and adds d_streams and h_pre (x) d_sum to dx; T > 0."""
+    K, m = phi.shape
+    T, n = device.num_tokens(r.shape), h_pre.shape[-1]
+    launch = backward_launch(T, K, n, m, streams.dtype, accumulate=True)
+    dx, dphi = launch(streams, phi, r, ds, dr, d_streams, d_sum, h_pre, T)
+    return dx, dphi

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import triton_call
-from kernels_pallas.triton_call import INTERPRET, Launch
+from kernels_pallas.gpu import device
+from kernels_pallas.gpu.device import INTERPRET
+from kernels_pallas.gpu.launch import Launch
 
-_FOLDER = pathlib.Path(__file__).parent
+_FOLDER = pathlib.Path(__file__).parents[1]
 _log = logging.getLogger(__name__)
 # Shared memory of a block, in bytes, and the oldest PTX version, by compute capability. The kernels have
 # run on 90 alone and are compiled for the others. Cards with 99 KB (8.6, 8.9, 12.0) use Triton's kernels.
@@ -49,11 +50,16 @@ class CudaLaunch(Launch):
     source: str = ""
     shared_bytes: int = 0
 
+    @property
+    def macros(self) -> dict[str, int]:
+        """What the source is compiled with; it asserts that it needs SHARED_BYTES."""
+        return {**self.constants, "SHARED_BYTES": self.shared_bytes}
+
     def _call(self, args: list) -> tuple[jax.Array, ...]:
         from jax._src.lib import gpu_triton  # fails where jax has no CUDA, hence only here
 
-        capability = triton_call.capability()
-        ptx = compile_ptx(self.source, tuple(self.constants.items()), capability)
+        capability = device.capability()
+        ptx = compile_ptx(self.source, tuple(self.macros.items()), capability)
         kernel = gpu_triton.TritonKernel(
             self.kernel, self.num_warps, 1, self.shared_bytes, ptx, "", capability
         )
@@ -81,7 +87,7 @@ class CudaLaunch(Launch):
         from kernels_pallas.testing import emulate  # not in the wheel, hence only here
 
         outputs = [np.full(o.shape, jnp.nan, o.dtype) for o in self.outputs]
-        kernel = emulate.compile(_FOLDER / self.source, self.kernel, self.constants)
+        kernel = emulate.compile(_FOLDER / self.source, self.kernel, self.macros)
         threads = 32 * self.num_warps
         kernel(self.grid, threads, self.shared_bytes, [*args, *outputs], seed=seed)
         return tuple(outputs)
@@ -98,7 +104,7 @@ def missing(shared_bytes: int) -> str | None:
         except ModuleNotFoundError:  # installed from the wheel
             return "the CUDA kernels' emulator is in a clone alone"
         return None if emulate.available() else "the CUDA kernels' emulator needs g++"
-    capability = triton_call.capability()
+    capability = device.capability()
     if capability not in _DEVICES:
         return _unknown(capability)
     most, _ = _DEVICES[capability]

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from kernels_pallas import triton_call
-from kernels_pallas.triton_call import Launch, struct
-from kernels_pallas.triton_math import cast, columns, load, store
+from kernels_pallas.gpu import device
+from kernels_pallas.gpu.launch import struct
+from kernels_pallas.gpu.triton_launch import TritonLaunch
+from kernels_pallas.gpu.triton_math import cast, columns, load, store
+from kernels_pallas.shapes import check_kernel_dtype, check_kernel_n
 
 
 @triton.jit
@@ -203,26 +205,26 @@ def _store_if(ptr, cols, value, C: tl.constexpr, condition):
 
 def _blocks(C: int, itemsize: int, rows: int) -> dict:
     vec = 16 // itemsize
-    rows = min(rows, triton_call.next_power_of_2(triton_call.cdiv(C, vec)))
+    rows = min(rows, device.next_power_of_2(device.cdiv(C, vec)))
     return {"ROWS": rows, "VEC": vec, "EVEN": C % (rows * vec) == 0}
 
 
-def forward_launch(T: int, C: int, n: int, dtype) -> Launch:
+def forward_launch(T: int, C: int, n: int, dtype) -> TritonLaunch:
     """Makes the launch for x [T, n*C], h_pre [T, n]."""
     blocks = _blocks(C, dtype.itemsize, rows=128)
-    return Launch(
+    return TritonLaunch(
         kernel=mhc_pre_forward,
-        grid=(T, triton_call.cdiv(C, blocks["ROWS"] * blocks["VEC"])),
+        grid=(T, device.cdiv(C, blocks["ROWS"] * blocks["VEC"])),
         outputs=(struct((T, C), dtype),),
         constants={"C": C, "N": n, **blocks},
         num_warps=max(1, blocks["ROWS"] // 32),
     )
 
 
-def backward_launch(T: int, C: int, n: int, dtype, *, write_dx: bool = True) -> Launch:
+def backward_launch(T: int, C: int, n: int, dtype, *, write_dx: bool = True) -> TritonLaunch:
     """Makes the launch for x, h_pre as above and d [T, C]: dh_pre [T, n], dx [T, n*C] (or nothing, [1])."""
     # With one warp a token the sums end in shuffles and need no shared memory and no barrier.
-    return Launch(
+    return TritonLaunch(
         kernel=mhc_pre_backward,
         grid=(T,),
         outputs=(struct((T, n)), struct((T, n * C) if write_dx else (1,), dtype)),
@@ -234,16 +236,16 @@ def backward_launch(T: int, C: int, n: int, dtype, *, write_dx: bool = True) -> 
 def _row_blocks(C: int, itemsize: int, most_steps: int) -> tuple[dict, int]:
     """Returns blocks for a whole row in registers, in at most `most_steps` steps, and the warps."""
     vec = 16 // itemsize
-    rows = triton_call.next_power_of_2(triton_call.cdiv(C, vec * most_steps))
+    rows = device.next_power_of_2(device.cdiv(C, vec * most_steps))
     rows = max(64, min(rows, 1024))
-    steps = triton_call.cdiv(C, rows * vec)
+    steps = device.cdiv(C, rows * vec)
     return {"ROWS": rows, "VEC": vec, "STEPS": steps, "EVEN": C % (rows * vec) == 0}, rows // 32
 
 
-def forward_normed_launch(T: int, C: int, n: int, dtype, eps: float) -> Launch:
+def forward_normed_launch(T: int, C: int, n: int, dtype, eps: float) -> TritonLaunch:
     """Makes the launch for x [T, n*C], h_pre [T, n], weight [C]."""
     blocks, warps = _row_blocks(C, dtype.itemsize, most_steps=8)
-    return Launch(
+    return TritonLaunch(
         kernel=mhc_pre_forward_normed,
         grid=(T,),
         outputs=(struct((T, C), dtype),),
@@ -252,14 +254,16 @@ def forward_normed_launch(T: int, C: int, n: int, dtype, eps: float) -> Launch:
     )
 
 
-def backward_normed_launch(T: int, C: int, n: int, dtype, eps: float, *, write_dx: bool) -> Launch:
+def backward_normed_launch(
+    T: int, C: int, n: int, dtype, eps: float, *, write_dx: bool
+) -> TritonLaunch:
     """Makes the launch for x, h_pre, weight as above and d [T, C]: dh_pre, dweight parts, dx or dh."""
     # A row and its part of dweight take 16 registers a step. With four tokens or more a program, the parts of
     # dweight cost at most an eighth of the streams' traffic. At most 16 programs share a multiprocessor.
     blocks, warps = _row_blocks(C, dtype.itemsize, most_steps=5)
-    tokens = max(4, triton_call.cdiv(T, triton_call.multiprocessors() * 16))
-    programs = triton_call.cdiv(T, tokens)
-    return Launch(
+    tokens = max(4, device.cdiv(T, device.multiprocessors() * 16))
+    programs = device.cdiv(T, tokens)
+    return TritonLaunch(
         kernel=mhc_pre_backward_normed,
         grid=(programs,),
         outputs=(
@@ -281,14 +285,14 @@ def backward_normed_launch(T: int, C: int, n: int, dtype, eps: float, *, write_d
 
 def check(streams: jax.Array, h_pre: jax.Array, *_, **__) -> None:
     """Raises NotImplementedError for n other than 2, 4, 8 and for float64."""
-    triton_call.check_n(h_pre.shape[-1])
-    triton_call.check_streams_dtype(streams.dtype)
+    check_kernel_n(h_pre.shape[-1])
+    check_kernel_dtype(streams.dtype)
 
 
 def forward(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
     """Maps [..., n*C], [..., n] -> [..., C]."""
     *lead, n = h_pre.shape
-    C, T = streams.shape[-1] // n, triton_call.num_tokens(lead)
+    C, T = streams.shape[-1] // n, device.num_tokens(lead)
     if not T:
         return streams[..., :C]
     (out,) = forward_launch(T, C, n, streams.dtype)(streams, h_pre)
@@ -300,11 +304,19 @@ def backward(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the cotangents (dx [..., n*C] in the dtype of the streams, dh_pre [..., n])."""
     *lead, n = h_pre.shape
-    C, T = streams.shape[-1] // n, triton_call.num_tokens(lead)
+    C, T = streams.shape[-1] // n, device.num_tokens(lead)
     if not T:
         return streams, h_pre
     dh_pre, dx = backward_launch(T, C, n, streams.dtype)(streams, h_pre, d_layer_input)
     return dx.reshape(streams.shape), dh_pre.reshape(h_pre.shape)
+
+
+def backward_of_weights(streams: jax.Array, h_pre: jax.Array, d: jax.Array) -> jax.Array:
+    """Returns dh_pre alone: who sums dx somewhere else does not write it here; T > 0."""
+    T, n = device.num_tokens(h_pre.shape[:-1]), h_pre.shape[-1]
+    launch = backward_launch(T, d.shape[-1], n, streams.dtype, write_dx=False)
+    dh_pre, _ = launch(streams, h_pre, d)
+    return dh_pre
 
 
 def forward_normed(
@@ -312,7 +324,7 @@ def forward_normed(
 ) -> jax.Array:
     """Computes the RMSNorm of the weighted sum: [..., n*C], [..., n], [C] -> [..., C]."""
     *lead, n = h_pre.shape
-    C, T = streams.shape[-1] // n, triton_call.num_tokens(lead)
+    C, T = streams.shape[-1] // n, device.num_tokens(lead)
     if not T:
         return streams[..., :C]
     (out,) = forward_normed_launch(T, C, n, streams.dtype, eps)(streams, h_pre, weight)
@@ -324,9 +336,19 @@ def backward_normed(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the cotangents (dx, dh_pre, dweight)."""
     *lead, n = h_pre.shape
-    C, T = streams.shape[-1] // n, triton_call.num_tokens(lead)
+    C, T = streams.shape[-1] // n, device.num_tokens(lead)
     if not T:
         return streams, h_pre, jnp.zeros_like(weight)
     launch = backward_normed_launch(T, C, n, streams.dtype, eps, write_dx=True)
     dh_pre, dweight, dx = launch(streams, h_pre, weight, d, T)
     return dx.reshape(streams.shape), dh_pre.reshape(h_pre.shape), dweight.sum(0)
+
+
+def backward_of_weights_normed(
+    streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the cotangent of the weighted sum in place of dx, dh_pre, partial sums of dweight; T > 0."""
+    T, n = device.num_tokens(h_pre.shape[:-1]), h_pre.shape[-1]
+    launch = backward_normed_launch(T, d.shape[-1], n, streams.dtype, eps, write_dx=False)
+    dh_pre, dweight, d_sum = launch(streams, h_pre, weight, d, T)
+    return d_sum, dh_pre, dweight

@@ -4,9 +4,11 @@ import jax
 import triton
 import triton.language as tl
 
-from kernels_pallas import triton_call
-from kernels_pallas.triton_call import Launch, struct
-from kernels_pallas.triton_math import columns, load, store
+from kernels_pallas.gpu import device
+from kernels_pallas.gpu.launch import struct
+from kernels_pallas.gpu.triton_launch import TritonLaunch
+from kernels_pallas.gpu.triton_math import columns, load, store
+from kernels_pallas.shapes import check_kernel_dtype, check_kernel_n
 
 
 @triton.jit
@@ -110,7 +112,7 @@ def mhc_post_res_backward(
 def _forward_blocks(C: int, itemsize: int) -> dict:
     # 128 x 16 bytes a program: 9.35 τ against 9.5 τ with 64 and 9.8 τ with 32 (H200, T 16384, C 2560).
     vec = 16 // itemsize
-    rows = min(128, triton_call.next_power_of_2(triton_call.cdiv(C, vec)))
+    rows = min(128, device.next_power_of_2(device.cdiv(C, vec)))
     return {"ROWS": rows, "VEC": vec, "EVEN": C % (rows * vec) == 0}
 
 
@@ -120,21 +122,21 @@ def _backward_blocks(C: int, itemsize: int) -> dict:
     return {"ROWS": 64, "VEC": vec, "EVEN": C % (64 * vec) == 0}
 
 
-def forward_launch(T: int, C: int, n: int, dtype) -> Launch:
+def forward_launch(T: int, C: int, n: int, dtype) -> TritonLaunch:
     """Makes the launch for x [T, n*C], y [T, C], h_post [T, n], h_res [T, n, n]."""
     blocks = _forward_blocks(C, dtype.itemsize)
-    return Launch(
+    return TritonLaunch(
         kernel=mhc_post_res_forward,
-        grid=(T, triton_call.cdiv(C, blocks["ROWS"] * blocks["VEC"])),
+        grid=(T, device.cdiv(C, blocks["ROWS"] * blocks["VEC"])),
         outputs=(struct((T, n * C), dtype),),
         constants={"C": C, "N": n, **blocks},
         num_warps=max(1, blocks["ROWS"] // 32),
     )
 
 
-def backward_launch(T: int, C: int, n: int, dtype, *, add: bool = False) -> Launch:
+def backward_launch(T: int, C: int, n: int, dtype, *, add: bool = False) -> TritonLaunch:
     """Makes the launch for x, y, h_post, h_res as above, g, g_add [T, n*C], d [T, C], h_pre [T, n]."""
-    return Launch(
+    return TritonLaunch(
         kernel=mhc_post_res_backward,
         grid=(T,),
         outputs=(
@@ -150,8 +152,8 @@ def backward_launch(T: int, C: int, n: int, dtype, *, add: bool = False) -> Laun
 
 def check(streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, *_) -> None:
     """Raises NotImplementedError for n other than 2, 4, 8 and for float64."""
-    triton_call.check_n(h_post.shape[-1])
-    triton_call.check_streams_dtype(streams.dtype)
+    check_kernel_n(h_post.shape[-1])
+    check_kernel_dtype(streams.dtype)
 
 
 def forward(
@@ -159,7 +161,7 @@ def forward(
 ) -> jax.Array:
     """Maps [..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C]."""
     *lead, C = layer_output.shape
-    n, T = h_post.shape[-1], triton_call.num_tokens(lead)
+    n, T = h_post.shape[-1], device.num_tokens(lead)
     if not T:
         return streams
     (out,) = forward_launch(T, C, n, streams.dtype)(streams, layer_output, h_post, h_res)
@@ -175,7 +177,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns the cotangents (dx [..., n*C], dy [..., C], dh_post [..., n], dh_res [..., n, n])."""
     *lead, C = layer_output.shape
-    n, T = h_post.shape[-1], triton_call.num_tokens(lead)
+    n, T = h_post.shape[-1], device.num_tokens(lead)
     if not T:
         return streams, layer_output, h_post, h_res
     outputs = backward_launch(T, C, n, streams.dtype)(
@@ -195,7 +197,7 @@ def backward_of_sum(
     h_pre: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Does `backward` for d_streams + d_projection + h_pre (x) d_input, summed in the kernel; T > 0."""
-    T, n = triton_call.num_tokens(h_post.shape[:-1]), h_post.shape[-1]
+    T, n = device.num_tokens(h_post.shape[:-1]), h_post.shape[-1]
     outputs = backward_launch(T, layer_output.shape[-1], n, streams.dtype, add=True)(
         streams, layer_output, h_post, h_res, d_streams, d_projection, d_input, h_pre
     )

@@ -5,7 +5,8 @@ Interpreter. A named implementation="pallas" raises on a CPU. Inside
 """
 
 import math
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from kernels_pallas.varying import alike, varying_axes
 
 # v5p and TPU7x have 64 MiB of VMEM a core (v5e and v6e 128): 52 MiB leave room for what XLA keeps there.
 VMEM_LIMIT = 52 * 2**20
+# Blocks of numbers that a kernel reads one by one.
+SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
 def call(
@@ -59,17 +62,38 @@ def call(
     )(*operands)
 
 
-def check_dtypes(streams: jax.Array, n: int) -> None:
-    """Raises NotImplementedError for what no kernel takes: float64, n other than 2, 4, 8."""
-    if streams.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"streams are {streams.dtype}: kernels take bfloat16 and float32")
-    check_n(n)
+def call_named(
+    kernel: Callable,
+    inputs: Mapping[str, tuple[jax.Array, pl.BlockSpec]],
+    outputs: Mapping[str, tuple[tuple[int, ...], Any, pl.BlockSpec]],
+    scratch: Mapping[str, tuple[tuple[int, ...], Any]],
+    **options,
+) -> dict[str, jax.Array]:
+    """Does `call` for a kernel with many arrays: it gets one namespace, whose fields are their references.
 
+    Args:
+      kernel: called with a `types.SimpleNamespace`.
+      inputs, outputs, scratch: of each name the array or its shape and dtype, and its blocks.
+      **options: as in `call`.
 
-def check_n(n: int) -> None:
-    """Raises NotImplementedError unless n is 2, 4 or 8."""
-    if n not in (2, 4, 8):
-        raise NotImplementedError(f"n={n}: kernels take 2, 4 or 8 streams")
+    Returns:
+      the outputs by name.
+    """
+    names = *inputs, *outputs, *scratch
+
+    def with_names(*refs):
+        kernel(types.SimpleNamespace(**dict(zip(names, refs, strict=True))))
+
+    results = call(
+        with_names,
+        *(array for array, _ in inputs.values()),
+        in_specs=[spec for _, spec in inputs.values()],
+        out_specs=[spec for *_, spec in outputs.values()],
+        out_shapes=[(shape, dtype) for shape, dtype, _ in outputs.values()],
+        scratch_shapes=[pltpu.VMEM(*shape) for shape in scratch.values()],
+        **options,
+    )
+    return dict(zip(outputs, results, strict=True))
 
 
 def flat_tokens(x: jax.Array, trailing: int = 1) -> jax.Array:

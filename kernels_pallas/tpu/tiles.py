@@ -16,7 +16,7 @@ LANES = 128
 MIN_TOKENS = 16  # one bfloat16 tile is 16 x 128
 # Tokens whose coefficients fill a register [8, 128]: Sinkhorn costs the same for 128 tokens and for 1024.
 FULL_WINDOW = 8 * LANES
-# Share of `pallas_call.VMEM_LIMIT` for the double-buffered blocks; the rest is for scratch and spills.
+# Share of `tpu_call.VMEM_LIMIT` for the double-buffered blocks; the rest is for scratch and spills.
 VMEM_BLOCKS = 36 * 2**20
 
 

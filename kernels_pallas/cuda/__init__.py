@@ -1,1 +1,0 @@
-"""What the CUDA kernels share."""

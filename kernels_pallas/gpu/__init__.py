@@ -1,0 +1,1 @@
+"""What the kernels for GPUs share: launches, facts of the device, arithmetic inside of kernels."""
