@@ -158,7 +158,7 @@ def _free(spec: PartitionSpec, mesh: Mesh | AbstractMesh, without: tuple = ()) -
 def _over_pipe(
     spec: PartitionSpec, name: str, shape: tuple[int, ...], sizes: Mapping[str, int], stages: bool
 ) -> PartitionSpec:
-    """Returns `spec` with the axis pipe: along the blocks of a stack, else where fsdp splits, if it divides there."""
+    """Adds the axis pipe: along the blocks of a stack, else where fsdp splits, if it divides there."""
     if sizes.get("pipe", 1) == 1:
         return spec
     if stages and name.startswith("blocks/"):
