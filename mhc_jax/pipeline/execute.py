@@ -26,7 +26,7 @@ from mhc_jax.config import Config
 from mhc_jax.losses import num_counted
 from mhc_jax.moe import MoEAux
 from mhc_jax.pipeline import stages
-from mhc_jax.pipeline.layout import Layout, check
+from mhc_jax.pipeline.layout import Layout, check, gathered, summed
 from mhc_jax.pipeline.residuals import zeros
 from mhc_jax.pipeline.schedule import make_schedule
 from mhc_jax.pipeline.tables import make_tables
@@ -98,7 +98,7 @@ class Pipeline:
         """What each device does: `run` its part, and sum over the others."""
         parts, batch_axes = self._parts, sharding.BATCH_AXES
         narrow = self._narrow(params, self._config.model.activation_dtype)
-        whole = jax.tree.map(_gathered, narrow, specs)
+        whole = jax.tree.map(gathered, narrow, specs)
         shell = {name: tree for name, tree in whole.items() if name != "blocks"}
         rows = remat.unstacked(whole["blocks"])
         state = model_state.get("blocks")
@@ -114,7 +114,7 @@ class Pipeline:
         gradients = shell | {"blocks": jax.tree.map(lambda *xs: jnp.stack(xs), *rows)}
         gradients = {
             name: jax.tree.map(
-                functools.partial(_summed, (*batch_axes, *(() if name == "blocks" else (AXIS,)))),
+                functools.partial(summed, (*batch_axes, *(() if name == "blocks" else (AXIS,)))),
                 tree,
                 specs[name],
             )
@@ -360,33 +360,3 @@ def _both(a: Tree, b: Tree) -> Tree:
     """Two dicts in one; what is in both (a tied embedding) is added."""
     common = {name: _added(a[name], b[name]) for name in a.keys() & b.keys()}
     return a | b | common
-
-
-def _split_axes(spec: PartitionSpec, ndim: int):
-    """(dimension, axes) for each that a parameter is gathered along; not for stages and experts."""
-    for dimension, group in enumerate((*spec, *[None] * (ndim - len(spec)))):
-        axes = sharding.axis_names((group,))
-        if axes and axes not in ((AXIS,), ("expert",)):
-            yield dimension, axes
-
-
-def _gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """A parameter whole, but for the stages and experts that other devices have."""
-    for dimension, axes in _split_axes(spec, x.ndim):
-        if jax.lax.axis_size(axes) > 1:
-            x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
-    return x
-
-
-def _summed(axes: tuple[str, ...], x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The sum over `axes`, split as the parameter is, in float32.
-
-    Tokens travel to their experts: what splits these needs no sum.
-    """
-    x, own = x.astype(jnp.float32), sharding.axis_names(spec)
-    left = tuple(axis for axis in axes if axis != "expert" or axis not in own)
-    for dimension, split in _split_axes(spec, x.ndim):
-        left = tuple(axis for axis in left if axis not in split)
-        if jax.lax.axis_size(split) > 1:
-            x = jax.lax.psum_scatter(x, split, scatter_dimension=dimension, tiled=True)
-    return jax.lax.psum(x, left) if left else x

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from mhc_jax import sharding
 from mhc_jax.config import Config, ModelConfig
@@ -170,3 +170,33 @@ def block_flops(config: ModelConfig, sequence_length: int) -> float:
     query = value + (config.rope_dim if config.attention == "mla" else 0)
     # A token sees half of the sequence on average.
     return total + 2 * config.num_heads * sequence_length / 2 * (query + value)
+
+
+def _split_axes(spec: PartitionSpec, ndim: int):
+    """(dimension, axes) for each that a parameter is gathered along; not for stages and experts."""
+    for dimension, group in enumerate((*spec, *[None] * (ndim - len(spec)))):
+        axes = sharding.axis_names((group,))
+        if axes and axes not in (("pipe",), ("expert",)):
+            yield dimension, axes
+
+
+def gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """A parameter whole, but for the stages and experts that other devices have."""
+    for dimension, axes in _split_axes(spec, x.ndim):
+        if jax.lax.axis_size(axes) > 1:
+            x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+    return x
+
+
+def summed(axes: tuple[str, ...], x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The sum over `axes`, split as the parameter is, in float32.
+
+    Tokens travel to their experts: what splits these needs no sum.
+    """
+    x, own = x.astype(jnp.float32), sharding.axis_names(spec)
+    left = tuple(axis for axis in axes if axis != "expert" or axis not in own)
+    for dimension, split in _split_axes(spec, x.ndim):
+        left = tuple(axis for axis in left if axis not in split)
+        if jax.lax.axis_size(split) > 1:
+            x = jax.lax.psum_scatter(x, split, scatter_dimension=dimension, tiled=True)
+    return jax.lax.psum(x, left) if left else x
