@@ -29,6 +29,9 @@ def get_config() -> ml_collections.ConfigDict:
         "stop"  # if a record of array_record is damaged: stop | skip (and count)
     )
     config.tensorboard = True  # write TensorBoard events beside metrics.jsonl
+    # Order of work where mesh.pipe > 1: gpipe | 1f1b | dualpipev (docs/pipeline.md). May change when a run is
+    # resumed, as the mesh may.
+    config.pipe_schedule = "1f1b"
 
     model = config.model = ml_collections.ConfigDict()
     model.vocab_size = 256  # at least that of data.tokenizer
@@ -109,6 +112,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Devices along each axis of the mesh; one axis may be -1: all that the others leave.
     mesh = config.mesh = ml_collections.ConfigDict()
+    mesh.pipe = 1  # blocks, as stages; micro-batches are optimizer.accumulate_steps
     mesh.data = -1  # sequences, parameters copied
     mesh.fsdp = 1  # sequences, parameters split
     mesh.expert = 1  # experts; divides model.num_experts

@@ -18,6 +18,7 @@ from mhc_jax.data.config import ON_CORRUPT, DataConfig
 from mhc_jax.health import ON_NON_FINITE
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.manifolds import MANIFOLDS
+from mhc_jax.pipeline.schedule import SCHEDULES as PIPE_SCHEDULES
 from mhc_jax.readout import READOUTS
 
 CONNECTIONS = ("residual", "hc", "mhc")
@@ -183,6 +184,7 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each axis of the mesh; one axis may be -1 and then takes all devices that are left."""
 
+    pipe: int
     data: int
     fsdp: int
     expert: int
@@ -213,6 +215,7 @@ class Config:
     on_non_finite: str
     on_corrupt_data: str
     tensorboard: bool
+    pipe_schedule: str
     model: ModelConfig
     optimizer: OptimizerConfig
     data: DataConfig
@@ -222,6 +225,7 @@ class Config:
         _one_of("on_failed_save", self.on_failed_save, ON_FAILED_SAVE)
         _one_of("on_non_finite", self.on_non_finite, ON_NON_FINITE)
         _one_of("on_corrupt_data", self.on_corrupt_data, ON_CORRUPT)
+        _one_of("pipe_schedule", self.pipe_schedule, PIPE_SCHEDULES)
         ranges.check(vars(self))
         warmup = self.optimizer.warmup_steps
         if warmup >= self.steps:
@@ -254,6 +258,7 @@ MAY_CHANGE = (
     "on_non_finite",
     "on_corrupt_data",
     "tensorboard",
+    "pipe_schedule",
     "data.path",
     "data.tokenizer",
     "mesh",
@@ -275,10 +280,12 @@ def from_workdir(values: Mapping[str, Any]) -> Config:
     Raises:
       ValueError, TypeError: as `from_dict`.
     """
-    values = {**dict.fromkeys(_LATER, "stop"), **values}
+    values = {**dict.fromkeys(_LATER, "stop"), "pipe_schedule": "1f1b", **values}
     if isinstance(values.get("model"), Mapping):
         # Before this field existed, blocks were always scanned.
         values = {**values, "model": {"scan_blocks": True, **values["model"]}}
+    if isinstance(values.get("mesh"), Mapping):
+        values = {**values, "mesh": {"pipe": 1, **values["mesh"]}}
     return from_dict(values)
 
 

@@ -49,7 +49,11 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def _causal_attention(q, k, v):
     active = sharding.current()
     if active is None:
-        device = sharding.first_device() or jax.devices()[0]
+        if device := sharding.first_device():
+            # The devices of the program are known: the derivative of a choice of platforms would keep what
+            # either of them needs, of the unfused one S x S entries a head.
+            return (_fused(device, q, v) or _unfused)(q, k, v)
+        device = jax.devices()[0]
         fused = _fused(device, q, v)
         if fused is None:
             return _unfused(q, k, v)

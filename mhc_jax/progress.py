@@ -27,7 +27,13 @@ _LEAST_SECONDS, _MOST_SECONDS = 10.0, 600.0
 
 def on_terminal() -> bool:
     """Whether a line on stderr can be written over: in a terminal or a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    # ipykernel alone says nothing: whoever runs notebooks has imported it too.
+    ipython = sys.modules.get("IPython")
+    return hasattr(ipython.get_ipython(), "kernel") if ipython else False
 
 
 def _columns() -> int | None:

@@ -98,6 +98,7 @@ RANGES = {
     "data.shuffle_seed": Range(0, 2**32 - 1),
     # With fewer than 8 the four successors of a token in the synthetic language would coincide.
     "data.synthetic_vocab_size": Range(8, 2**24),
+    "mesh.pipe": Range(1, 2**20, besides=-1),
     "mesh.data": Range(1, 2**20, besides=-1),
     "mesh.fsdp": Range(1, 2**20, besides=-1),
     "mesh.expert": Range(1, 2**20, besides=-1),

@@ -1,5 +1,6 @@
-"""Places arrays on one mesh of five axes, by rules from names of dimensions to its axes.
+"""Places arrays on one mesh of six axes, by rules from names of dimensions to its axes.
 
+    pipe      blocks split into stages: `mhc_jax.pipeline`
     data      batches split, parameters whole: gradients are summed
     fsdp      batches split, parameters and optimizer state split too and gathered where they are used
     expert    batches split, experts split: tokens travel to their experts
@@ -32,7 +33,7 @@ from kernels_pallas.sharding import (
 from mhc_jax.config import Config, MeshConfig
 from mhc_jax.parameters import Dimension, path_of, rule_of
 
-AXES = ("data", "fsdp", "expert", "tensor", "sequence")
+AXES = ("pipe", "data", "fsdp", "expert", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp", "expert")
 
 # Logical name of a dimension -> mesh axis.
@@ -154,11 +155,32 @@ def _free(spec: PartitionSpec, mesh: Mesh | AbstractMesh, without: tuple = ()) -
     return PartitionSpec(*groups)
 
 
-def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def _over_pipe(
+    spec: PartitionSpec, name: str, shape: tuple[int, ...], sizes: Mapping[str, int], stages: bool
+) -> PartitionSpec:
+    """Adds the axis pipe: along the blocks of a stack, else where fsdp splits, if it divides there."""
+    if sizes.get("pipe", 1) == 1:
+        return spec
+    if stages and name.startswith("blocks/"):
+        return PartitionSpec("pipe", *spec[1:])
+    for dimension, group in enumerate(spec):
+        axes = axis_names((group,))
+        parts = math.prod(sizes[axis] for axis in axes) * sizes["pipe"]
+        if "fsdp" in axes and shape[dimension] % parts == 0:
+            return PartitionSpec(*spec[:dimension], ("pipe", *axes), *spec[dimension + 1 :])
+    return spec
+
+
+def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh, *, stages: bool = True) -> Any:
     """Returns the NamedSharding of every array of a train state, parameters or gradients.
 
     Arrays below dict keys (parameters, and the optimizer's trees that mirror them) follow the rule of these
     keys. All others (counters, random keys) are whole on every device.
+
+    Args:
+      tree: arrays or their shapes.
+      mesh: of the run.
+      stages: stacks of blocks lie as `mhc_jax.pipeline` has them; False: as the model has them.
 
     Raises:
       ValueError: no rule knows a path, or a dimension is not divisible by its axis.
@@ -168,7 +190,8 @@ def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
         name = path_of(path)
         if not name:
             return replicated(mesh)
-        spec = _free(parameter_spec(name, len(leaf.shape)), mesh)
+        spec = parameter_spec(name, len(leaf.shape))
+        spec = _free(_over_pipe(spec, name, leaf.shape, mesh.shape, stages), mesh)
         for size, group in zip(leaf.shape, spec):
             axes = axis_names((group,))
             if size % math.prod(mesh.shape[axis] for axis in axes):

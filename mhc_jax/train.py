@@ -1,6 +1,5 @@
 """The training loop: data and state in, metrics, gains and checkpoints in the workdir out."""
 
-import functools
 import logging
 import os
 import time
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
-from mhc_jax import distributed, gains, paths, preemption, sharding
+from mhc_jax import distributed, gains, paths, pipeline, preemption, sharding
 from mhc_jax.checkpoint import FOLDER, absolute, saved_steps
 from mhc_jax.config import Config
 from mhc_jax.data import check_files, make_iterator, vocab_size
@@ -56,7 +55,9 @@ def check_config(config: Config) -> None:
       ValueError: mesh against devices and sizes, vocabulary against data, streams against their start.
       NotImplementedError: kernels that cannot run on these devices.
     """
-    sharding.check_divisible(config, sharding.mesh_sizes(config.mesh, jax.device_count()))
+    sizes = sharding.mesh_sizes(config.mesh, jax.device_count())
+    sharding.check_divisible(config, sizes)
+    pipeline.check(config, sizes)
     dispatch.check_platform(config.model.implementation, jax.devices()[0].platform)
     if config.model.connection == "mhc":
         try:
@@ -140,6 +141,7 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         self._placement = sharding.BatchPlacement(self.mesh, config.batch_size)
         self._open_data()
+        self._layout = pipeline.Layout(config, self.mesh)
         self._abstract = abstract_state(config, self.mesh)
         self._train_step = jit_train_step(config, self.mesh)
         _log.info("tracing the train step")
@@ -187,16 +189,28 @@ class Run:
 
     def _jit(self, function: Callable) -> Callable:
         """Compiles `function(variables, batch, config=...)`; every device gets its results."""
-        program = sharding.on_mesh(functools.partial(function, config=self.config.model), self.mesh)
+
+        def of_stored(variables, batch):
+            return function(self._layout.stored(variables), batch, config=self.config.model)
+
+        program = sharding.on_mesh(of_stored, self.mesh)
         return jax.jit(program, out_shardings=sharding.replicated(self.mesh))
+
+    @property
+    def stored_state(self) -> TrainState:
+        """The state with the blocks in the model's order, as checkpoints have it."""
+        return self._layout.store(self.state)
 
     def _newest_state(self) -> TrainState:
         """Returns the state of the newest checkpoint, else of `init_from`, else a fresh one."""
         if self.storage.latest_step is not None:
-            return self.storage.restore(self._abstract, self.data)
+            abstract = self._layout.abstract_stored(self._abstract)
+            return self._layout.restore(self.storage.restore(abstract, self.data))
         state = jit_init_state(self.config, self.mesh)()
         if self._source:
-            state = self._source.fill(state, self._abstract)
+            abstract = self._layout.abstract_stored(self._abstract)
+            state = self._source.fill(self._layout.store(state), abstract)
+            state = self._layout.restore(state)
         distributed.on_first(lambda: write_origin(self.workdir, self._source))
         return state
 
@@ -321,7 +335,7 @@ class Run:
         self.state = self.state.replace(healthy=~self.state.healthy)
         saved = self._save_if_finite()
         try:
-            where = find_non_finite(self.state, batch, self.config, self.mesh)
+            where = find_non_finite(self.stored_state, batch, self.config, self.mesh)
         except Exception as error:  # the search must not hide what it was to explain
             where = f"not found, the search failed with {type(error).__name__}: {error}"
         raise NonFiniteError(f"{what(step, metrics)}. First non-finite: {where}. {saved}")
@@ -391,15 +405,15 @@ class Run:
         self.storage.write_gains(measured, self.step)
 
     def _save(self) -> None:
-        self.storage.save(self.state, self.data)
+        self.storage.save(self.stored_state, self.data)
 
     def _save_if_finite(self) -> str:
-        return self.storage.save_if_finite(self.state, self.data)
+        return self.storage.save_if_finite(self.stored_state, self.data)
 
     def _look_after_saves(self, wait: bool = False) -> None:
         def now():
             self._fetch()  # nothing of a step that was not finite is saved
-            return self.state, self.data
+            return self.stored_state, self.data
 
         self.storage.look_after(now, wait)
 

@@ -19,6 +19,7 @@ from mhc_jax.losses import IGNORE_INDEX, linear_cross_entropy, num_counted
 from mhc_jax.moe import MoEAux
 from mhc_jax.optimizer import make_optimizer, make_schedule
 from mhc_jax.parameters import path_of, rule_of
+from mhc_jax.pipeline import Layout, Pipeline
 from mhc_jax.sharding import by_token, on_mesh, replicated, split_parameters, tree_shardings
 from mhc_jax.transformer import Analysis, Transformer
 
@@ -207,7 +208,7 @@ def _moe_metrics(aux: MoEAux) -> dict[str, jax.Array]:
 
 
 def train_step(
-    state: TrainState, batch: Batch, config: Config
+    state: TrainState, batch: Batch, config: Config, pipeline: Pipeline | None = None
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Does one optimizer update.
 
@@ -215,6 +216,7 @@ def train_step(
       state: donated by `jit_train_step`.
       batch: `inputs`, `targets` `[batch_size, S]` int32.
       config: static.
+      pipeline: of a mesh with stages; `state` then lies as its layout says.
 
     Returns:
       the new state, and float32 scalars: `train/loss` (cross-entropy before the update),
@@ -223,7 +225,11 @@ def train_step(
       `moe/max_load` (load of the busiest expert over the mean load, of the worst block), `moe/dropped`
       (share of all choices) and `moe/balance_loss` (the part of the loss that is not cross-entropy).
     """
-    (loss, aux), gradients = loss_and_gradients(state.params, state.model_state, batch, config)
+    arguments = state.params, state.model_state, batch
+    if pipeline is None:
+        (loss, aux), gradients = loss_and_gradients(*arguments, config)
+    else:
+        (loss, aux), gradients = pipeline.loss_and_gradients(*arguments)
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(gradients)
         optimizer = make_optimizer(config.optimizer, config.steps)
@@ -254,6 +260,8 @@ def train_step(
     if config.on_corrupt_data == "skip":
         metrics["data/skipped_windows"] = (batch["targets"] == IGNORE_INDEX).all(1).sum()
     if aux is not None:
+        if pipeline is not None:
+            aux = pipeline.stored_reports(aux)
         metrics |= _moe_metrics(aux)
     state = state.replace(
         step=state.step + (1 if skip else kept.astype(jnp.int32)),
@@ -272,10 +280,13 @@ def updates_done(opt_state: Any) -> jax.Array:
 
 @functools.cache
 def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
-    """Returns shapes, dtypes and, on a mesh, shardings of the train state; nothing is allocated."""
-    state = jax.eval_shape(functools.partial(init_state, config))
+    """Returns shapes, dtypes and, on a mesh, shardings of the train state; nothing is allocated.
+
+    On a mesh with stages it is the state that `jit_train_step` takes, see `pipeline.Layout`.
+    """
     if mesh is None:
-        return state
+        return jax.eval_shape(functools.partial(init_state, config))
+    state = jax.eval_shape(functools.partial(_init_placed, config, mesh))
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         state,
@@ -293,14 +304,26 @@ def _places(config: Config, mesh: Mesh) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
 
 
+def _is_staged(mesh: Mesh) -> bool:
+    return mesh.shape.get("pipe", 1) > 1
+
+
+def _init_placed(config: Config, mesh: Mesh) -> TrainState:
+    state = init_state(config)
+    return Layout(config, mesh).placed(state) if _is_staged(mesh) else state
+
+
 def jit_init_state(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
     """Compiles `init_state`; each device makes its own part, so no host ever holds the whole."""
-    return jax.jit(functools.partial(init_state, config), out_shardings=_places(config, mesh))
+    init = functools.partial(_init_placed, config, mesh)
+    return jax.jit(init, out_shardings=_places(config, mesh))
 
 
 def jit_train_step(config: Config, mesh: Mesh | None = None) -> Callable:
     """Compiles `train_step` for this configuration; it reuses the state's buffers."""
-    step = on_mesh(functools.partial(train_step, config=config), mesh)
+    is_staged = mesh is not None and _is_staged(mesh)
+    pipeline = Pipeline(config, mesh, _narrowed) if is_staged else None
+    step = on_mesh(functools.partial(train_step, config=config, pipeline=pipeline), mesh)
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     state = _places(config, mesh)

@@ -36,7 +36,7 @@ from experiments import record
 from experiments.hardware import Chip
 from experiments.pod_plan.chips import chip_of, more_shares, pick_mesh
 from experiments.pod_plan.hlo import Costs, Program
-from mhc_jax import command_line, paths, sharding, units
+from mhc_jax import command_line, paths, pipeline, sharding, units
 from mhc_jax.config import Config, MeshConfig
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
 
@@ -249,6 +249,7 @@ def main(argv):
         meshes = list(meshes_of(_MESH.value, config, len(devices)))
         for mesh in meshes:
             sharding.check_divisible(config, dataclasses.asdict(mesh))
+            pipeline.check(config, dataclasses.asdict(mesh))
     except (ValueError, TypeError) as error:
         sys.exit(f"bad plan: {error}")
 

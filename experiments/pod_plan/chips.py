@@ -62,6 +62,7 @@ def pick_mesh(
     expert = max(size for size in range(1, min(common, 8) + 1) if common % size == 0)
     fsdp = math.gcd(over_batch // expert, max(rows // (8 * tensor), 1))
     return {
+        "pipe": 1,
         "data": over_batch // expert // fsdp,
         "fsdp": fsdp,
         "expert": expert,

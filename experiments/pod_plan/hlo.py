@@ -123,13 +123,18 @@ class Program:
 
     @functools.cache  # noqa: B019  # lives as long as the program
     def _computation(self, name: str) -> Costs:
-        own, called, counted = Costs(), Costs(), set()
+        own, called, counted, beside = Costs(), Costs(), set(), 0.0
         for instruction in self._computations[name].values():
             if instruction.opcode in _CALLS:
+                before = called.seconds_compute
                 self._add_called(called, instruction)
+                # A pipeline has its products in conditionals, and its transfers beside them.
+                if instruction.opcode == "conditional":
+                    beside += called.seconds_compute - before
             elif instruction.opcode not in _FREE and not instruction.opcode.endswith(_ENDS):
                 self._add_leaf(own, instruction, self._computations[name], counted)
-        own.seconds_waiting += max(own.seconds_background - own.seconds_compute, 0.0)
+        beside += own.seconds_compute
+        own.seconds_waiting += max(own.seconds_background - beside, 0.0)
         own.add(called)
         return own
 

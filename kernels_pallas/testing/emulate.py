@@ -200,7 +200,7 @@ def compile(source: pathlib.Path, kernel: str, defines: Mapping[str, object]) ->
       CompilationError: with g++'s messages.
     """
     driver = _DRIVER.format(source=pathlib.Path(source).resolve(), kernel=kernel)
-    command = ["g++", *_FLAGS, f"-I{_HERE}", f"-I{_PACKAGE}", f"-I{_PACKAGE / 'cuda'}"]
+    command = ["g++", *_FLAGS, f"-I{_HERE}", f"-I{_PACKAGE}", f"-I{_PACKAGE / 'gpu'}"]
     command += [f"-D{name}={value}" for name, value in defines.items()]
     # The preprocessed text holds everything that the library depends on, included files too.
     text = _run([*command, "-E", "-x", "c++", "-"], driver)

@@ -93,6 +93,7 @@ class MoE(nnx.Module):
                     config.moe_dispatch, config.width, config.expert_width, dtype
                 ),
                 capacity_factor=config.capacity_factor,
+                num_experts=config.num_experts,
             )
         if config.shared_experts:
             y += self.shared(x)

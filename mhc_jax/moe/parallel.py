@@ -48,6 +48,7 @@ def routed_experts(
     *,
     dispatch: str,
     capacity_factor: float,
+    num_experts: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the sum of each token's experts, and which of its choices took part.
 
@@ -59,6 +60,8 @@ def routed_experts(
       dispatch: "dropless" or "capacity".
       capacity_factor: for "capacity": each device takes `capacity(...)` of its own tokens' choices for each
         expert.
+      num_experts: E, where a `shard_map` around this has made the mesh axis `expert` Manual: `weights` may
+        then be those of this device's share, and the axis splits tokens.
 
     Returns:
       `[B, S, C]` in the dtype of x, and `[B, S, k]` bool, False for a choice that was dropped.
@@ -66,6 +69,9 @@ def routed_experts(
     Raises:
       ValueError: experts or expert width are not divisible by their mesh axis.
     """
+    if num_experts is not None and len(weights.gate) < num_experts:
+        axis = _ExpertAxis("expert", splits_tokens=True)
+        return _one_device(x, experts, routing_weights, weights, dispatch, capacity_factor, axis)
     run = functools.partial(_routed_experts, dispatch=dispatch, capacity_factor=capacity_factor)
     return placement.automatic(run, x, experts, routing_weights, weights, splits=True)
 

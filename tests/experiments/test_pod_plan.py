@@ -213,7 +213,7 @@ def test_picked_meshes_divide_everything(num_devices, batch, experts, capacity):
 
 
 def test_meshes_with_more_shares():
-    first = {"data": 16, "fsdp": 4, "expert": 1, "tensor": 2, "sequence": 1}
+    first = {"pipe": 1, "data": 16, "fsdp": 4, "expert": 1, "tensor": 2, "sequence": 1}
     found = list(more_shares(first, rows=48))
     # 48 rows are split at most 16 ways.
     assert [(mesh["data"], mesh["fsdp"]) for mesh in found] == [(16, 4), (8, 8)]

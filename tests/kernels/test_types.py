@@ -54,7 +54,7 @@ def _read(x, phi, bias, alpha, *, input_norm_weight, implementation, last="rows"
 def _mappings(x, phi, bias, alpha, *, implementation, last="rows", **static):
     phi, bias = _turned_parameters(phi, bias, static["n"], last)
     s, r = _definition("projection")(x, phi, norm_eps=1e-20)
-    h_pre, h_post, h_res = _definition("mappings")(s, r, bias, alpha, **static)
+    h_pre, h_post, h_res = _definition("coefficients")(s, r, bias, alpha, **static)
     return h_pre, h_post, _turned(h_res, last)
 
 

@@ -343,6 +343,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
         "on_corrupt_data",
         "checkpoints_kept",
         "tensorboard",
+        "pipe_schedule",
         "data.path",
         "data.tokenizer",
     }

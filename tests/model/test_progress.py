@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import re
 import shlex
+import sys
 import types
 
 import pytest
@@ -50,8 +51,9 @@ def test_the_time_left_is_that_of_steps_and_of_what_is_due(clock):
     assert run.seconds_left() == 50 * 2.0 + 7.0 + 11.0 + 1.0
 
 
-def test_without_a_terminal_there_are_few_lines(clock, caplog, capsys):
+def test_without_a_terminal_there_are_few_lines(clock, caplog, capsys, monkeypatch):
     caplog.set_level(logging.INFO)
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))  # of another test
     run = progress.Progress(LONG, 0)
     with run.running("mHC"):
         for tenth in range(240):  # twelve seconds of compiling, told twice a second

@@ -56,7 +56,8 @@ SIZES = {
     "model.vocab_size": [12, 16], "optimizer.warmup_steps": [0, 2, 9],
     "optimizer.accumulate_steps": [1, 1, 2], "data.sequence_length": [2, 6],
     "data.synthetic_vocab_size": [8, 12], "eval_batches": [1, 3],
-    "mesh.data": [1, -1], **{f"mesh.{axis}": [1] for axis in ("fsdp", "expert", "tensor", "sequence")},
+    "mesh.data": [1, -1],
+    **{f"mesh.{axis}": [1] for axis in ("pipe", "fsdp", "expert", "tensor", "sequence")},
 }  # fmt: skip
 CHOICES = {
     "model.connection": ["residual", "hc", "mhc", "mhc"], "model.attention": ["mha", "mla"],

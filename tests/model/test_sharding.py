@@ -16,7 +16,7 @@ from mhc_jax import sharding
 from mhc_jax.config import MeshConfig, from_dict
 
 ROOT = pathlib.Path(__file__).parents[2]
-ONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "sequence": 1}
+ONE = {"pipe": 1, "data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "sequence": 1}
 
 
 @pytest.mark.long
@@ -73,7 +73,7 @@ def test_rules_by_path():
 
 
 def test_parameters_that_do_not_divide_are_named():
-    mesh = jax.sharding.AbstractMesh((1, 2, 1, 2, 1), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 2, 1), sharding.AXES)
     tree = {"blocks": {"ffn": {"down": {"kernel": jax.ShapeDtypeStruct((3, 6, 8), jnp.float32)}}}}
     message = (
         r"blocks/ffn/down/kernel \(3, 6, 8\): 6 is not divisible by mesh.tensor=2 x mesh.fsdp=2"

@@ -1,0 +1,72 @@
+"""Estimated times of a block and of the head, from FLOPs and bytes, and those of a stage."""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.hardware import Chip
+from mhc_jax.config import ModelConfig
+from mhc_jax.pipeline.layout import block_flops
+from mhc_jax.pipeline.placement import Placement
+from mhc_jax.pipeline.timeline import StageTimes
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTimes:
+    """Seconds of one micro-batch.
+
+    Attributes:
+      forward, recompute, backward: of one block; `backward` without what it computes again.
+      head: read-out, unembedding and loss, forward and backward.
+    """
+
+    forward: float
+    recompute: float
+    backward: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.recompute + self.backward
+
+
+def connection_elements(config: ModelConfig) -> tuple[int, int]:
+    """Elements that the connection of one sublayer reads and writes a token: forward and backward.
+
+    Residual: x + F(x) and the sum of its cotangents. HC and mHC: projection nC, read (n + 1)C and write
+    (2n + 1)C; backward of the write (3n + 2)C, of read and projection (3n + 1)C.
+    """
+    n, c = config.streams, config.width
+    if config.connection == "residual":
+        return 3 * c, 3 * c
+    return (4 * n + 2) * c, (6 * n + 3) * c
+
+
+def estimate(
+    config: ModelConfig, sequence_length: int, num_tokens: int, chip: Chip, efficiency: float
+) -> BlockTimes:
+    """Times of `num_tokens` tokens on a chip whose products reach `efficiency` of the peak."""
+    itemsize = config.activation_dtype.itemsize
+    products = block_flops(config, sequence_length) * num_tokens / (efficiency * chip.flops)
+    forward, backward = (
+        2 * elements * num_tokens * itemsize / chip.bandwidth
+        for elements in connection_elements(config)
+    )
+    again = {"none": 0.0, "mhc": forward}.get(config.remat, products + forward)
+    unembed = 2 * config.width * config.vocab_size * num_tokens / (efficiency * chip.flops)
+    return BlockTimes(products + forward, again, 2 * products + backward, 3 * unembed)
+
+
+def stage_times(block: BlockTimes, placement: Placement, num_leading: int) -> StageTimes:
+    """Of every stage. Leading blocks, in the first one, take as long as the others and run forward twice."""
+    counts = np.array(placement.counts, float)
+    leading = np.zeros(len(counts))
+    leading[0] = num_leading
+    head = np.zeros(len(counts))
+    head[-1] = block.head
+    return StageTimes(
+        forward=(counts + leading) * block.forward,
+        head=head,
+        recompute=counts * block.recompute + leading * block.forward,
+        backward=(counts + leading) * block.backward,
+    )

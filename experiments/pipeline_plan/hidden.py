@@ -1,0 +1,62 @@
+"""Whether a compiled pipeline sends behind its products: counted in the text of the program."""
+
+import re
+from typing import NamedTuple
+
+from experiments.pod_plan.text import Instruction, parse
+
+
+class Sends(NamedTuple):
+    """Collective-permutes of a program.
+
+    Attributes:
+      total: how many there are.
+      hidden: those in the background with a conditional, which holds the products of a tick, between their
+        start and their end.
+      conditional: those inside of a conditional, where devices that skip it would be waited for.
+    """
+
+    total: int
+    hidden: int
+    conditional: int
+
+
+def _called(instruction: Instruction, computations) -> set[str]:
+    return {*re.findall(r"%([\w.\-]+)", instruction.attributes)} & {*computations}
+
+
+def count_sends(text: str) -> Sends:
+    """Of `compiled.as_text()`."""
+    computations, _ = parse(text)
+    calls = {
+        name: set().union(*(_called(i, computations) for i in body.values()))
+        for name, body in computations.items()
+    }
+    left = [
+        name
+        for body in computations.values()
+        for i in body.values()
+        if i.opcode == "conditional"
+        for name in _called(i, computations)
+    ]
+    inside: set[str] = set()
+    while left:
+        name = left.pop()
+        if name not in inside:
+            inside.add(name)
+            left += calls[name]
+    total = hidden = conditional = 0
+    for name, body in computations.items():
+        order = list(body.values())
+        for place, start in enumerate(order):
+            if start.opcode not in ("collective-permute", "collective-permute-start"):
+                continue
+            total += 1
+            conditional += name in inside
+            for later in order[place:] if start.opcode.endswith("-start") else ():
+                if later.opcode == "collective-permute-done" and start.name in later.operands:
+                    break
+                if later.opcode == "conditional":
+                    hidden += 1
+                    break
+    return Sends(total, hidden, conditional)

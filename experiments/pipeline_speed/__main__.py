@@ -1,0 +1,269 @@
+"""Does a pipeline take the time that its plan says, and do n streams travel for free? On this machine.
+
+Command:  python -m experiments.pipeline_speed                 (4 GPUs of one host; some minutes)
+          python -m experiments.pipeline_speed --toy           (anywhere, on 4 simulated devices)
+Result:   a line an arm: milliseconds of a step beside the ideal (all work of the busiest device, no wait) and
+          beside the plan, and what the transfers add; JSON with --output or --record.
+
+A dense decoder of 1.4 billion parameters in bfloat16, nothing recomputed. The times of a stage that ideal and
+plan use are measured on one device, forward and backward by themselves. "no transfers" is the same program
+whose devices keep what they would send: wrong numbers, the same work. "hidden sends" have the products of a
+tick between their start and their end in the compiled program.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import time
+
+# Transfers run beside products. Before jax starts, and an outer setting wins.
+os.environ["XLA_FLAGS"] = (
+    "--xla_gpu_enable_latency_hiding_scheduler=true " + os.environ.get("XLA_FLAGS", "")
+).strip()
+if "--toy" in sys.argv:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import default
+from experiments import output
+from experiments.pipeline_plan.hidden import count_sends
+from experiments.timing import random_batch, time_ms
+from mhc_jax import remat, sharding
+from mhc_jax.config import Config, from_dict
+from mhc_jax.pipeline import execute, make_schedule, placement_of, stages
+from mhc_jax.pipeline.timeline import StageTimes, simulate
+from mhc_jax.train_step import (
+    abstract_batch,
+    abstract_state,
+    init_params,
+    jit_init_state,
+    jit_train_step,
+)
+
+TOY = {
+    "num_blocks": 8, "width": 32, "num_heads": 2, "ffn_width": 64, "sequence_length": 16,
+    "vocab_size": 64, "microbatches": [8], "timed": 2,
+}  # fmt: skip
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.pipeline_speed",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--toy", action="store_true", help="small, on simulated devices")
+    parser.add_argument("--pipe", type=int, default=4, help="devices along the pipeline")
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--schedules", nargs="+", default=["1f1b"])
+    parser.add_argument("--connections", nargs="+", default=["residual", "mhc"])
+    parser.add_argument("--sequences", type=int, default=1, help="of a micro-batch")
+    parser.add_argument("--num_blocks", type=int, default=24, help="attention + FFN each")
+    parser.add_argument("--width", type=int, default=2048, help="C")
+    parser.add_argument("--num_heads", type=int, default=16, help="a divisor of the width")
+    parser.add_argument("--ffn_width", type=int, default=6144, help="hidden entries of SwiGLU")
+    parser.add_argument("--sequence_length", type=int, default=4096, help="tokens")
+    parser.add_argument("--vocab_size", type=int, default=32768, help="of random tokens")
+    parser.add_argument("--remat", default="none", help="none | mhc | full")
+    parser.add_argument("--timed", type=int, default=8, help="steps that are timed")
+    output.add_arguments(parser)
+    options = parser.parse_args()
+    if options.toy:
+        for name, value in TOY.items():
+            if getattr(options, name) == parser.get_default(name):
+                setattr(options, name, value)
+    return options
+
+
+def make_config(options: argparse.Namespace, connection: str, schedule: str, parts: int) -> Config:
+    values = default.get_config()
+    values.batch_size = options.sequences * parts
+    values.optimizer.accumulate_steps = parts
+    values.pipe_schedule = schedule
+    values.mesh.pipe, values.mesh.data = options.pipe, 1
+    values.data.sequence_length = options.sequence_length
+    values.model.connection, values.model.remat = connection, options.remat
+    for name in ("num_blocks", "width", "num_heads", "ffn_width", "vocab_size"):
+        values.model[name] = getattr(options, name)
+    return from_dict(values)
+
+
+def measured_times(config: Config, repeats: int) -> StageTimes:
+    """Seconds of each stage on one device, forward and backward by themselves."""
+    model = config.model
+    sequences = config.batch_size // config.optimizer.accumulate_steps
+    tokens = jax.random.randint(
+        jax.random.key(0), (sequences, config.data.sequence_length), 0, model.vocab_size
+    )
+    counts = placement_of(config, config.mesh.pipe).counts
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    rows = remat.unstacked(params["blocks"])
+    rows = jax.tree.map(
+        lambda x: x.astype(model.activation_dtype) if x.ndim > 1 else x, rows[: max(counts)]
+    )
+    shell = {name: tree for name, tree in params.items() if name != "blocks"}
+    _, leaving = stages.shell_parts(model, shell)
+    enter = jax.jit(lambda shell, tokens: stages.enter(model, shell, tokens))
+    streams = enter(shell, tokens)
+    shape = jax.ShapeDtypeStruct(streams.shape, streams.dtype)
+
+    @jax.jit
+    def head(leaving, streams):
+        return jax.value_and_grad(
+            lambda leaving, y: stages.leave(model, shell | leaving, y, tokens), (0, 1)
+        )(leaving, streams)
+
+    def seconds(function, *args):
+        jax.block_until_ready(function(*args))
+        return time_ms(function, *args, repeats=repeats, rounds=3) / 1e3
+
+    found = {}
+    for count in {*counts}:
+        one = jax.eval_shape(lambda: rows[0])
+        stage = stages.Stage(model, (count,), one, {}, shape)
+        mine, state = rows[:count], [{}] * count
+        forward = jax.jit(lambda p, x, s=stage, st=state, c=count: s.forward(p, st, x, c)[:2])
+        backward = jax.jit(
+            lambda p, kept, d, s=stage, st=state, c=count: s.backward(
+                p, st, kept, d, jnp.float32(0), c
+            )
+        )
+        kept = forward(mine, streams)[1]
+        found[count] = seconds(forward, mine, streams), seconds(backward, mine, kept, streams)
+    forward, backward = np.array([found[count] for count in counts]).T
+    forward[0] += seconds(enter, shell, tokens)
+    heads = np.zeros(len(counts))
+    heads[-1] = seconds(head, leaving, streams)
+    return StageTimes(forward, heads, np.zeros(len(counts)), backward)
+
+
+def transfer_seconds(config: Config, mesh, repeats: int) -> float:
+    """Seconds that the streams of a micro-batch take to a neighbour, in both directions at once."""
+    model, steps = config.model, 10
+    sequences = config.batch_size // config.optimizer.accumulate_steps
+    shape = sequences, config.data.sequence_length, model.streams * model.width
+    spec = jax.sharding.PartitionSpec("pipe")
+    devices = mesh.shape["pipe"]
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    def both(x):
+        def step(pair, _):
+            up = execute.send(pair[0], [(i, i + 1) for i in range(devices - 1)])
+            down = execute.send(pair[1], [(i + 1, i) for i in range(devices - 1)])
+            return (up, down), None
+
+        pair, _ = jax.lax.scan(step, (x, x), None, steps)
+        return pair[0] + pair[1]
+
+    x = jnp.zeros((devices * shape[0], *shape[1:]), model.activation_dtype)
+    x = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    jax.block_until_ready(both(x))
+    return time_ms(both, x, repeats=repeats, rounds=3) / 1e3 / steps
+
+
+@dataclasses.dataclass
+class Arm:
+    """One connection, schedule and number of micro-batches; milliseconds of a step."""
+
+    connection: str
+    schedule: str
+    microbatches: int
+    step: float = 0.0
+    without_transfers: float = 0.0
+    ideal: float = 0.0
+    plan: float = 0.0
+    one_transfer: float = 0.0
+    temporaries_GiB: float = 0.0
+    sends: int = 0
+    hidden_sends: int = 0
+
+    @property
+    def bubble(self) -> float:
+        return 100 * (1 - self.ideal / self.step)
+
+    @property
+    def planned_bubble(self) -> float:
+        return 100 * (1 - self.ideal / self.plan)
+
+
+def time_steps(config: Config, mesh, timed: int):
+    """Median milliseconds of a whole train step, and its compiled program."""
+    step = jit_train_step(config, mesh)
+    compiled = step.lower(abstract_state(config, mesh), abstract_batch(config)).compile()
+    state = jit_init_state(config, mesh)()
+    put = sharding.BatchPlacement(mesh, config.batch_size).put
+    batch, times = put(random_batch(config, np.random.default_rng(0))), []
+    for _ in range(timed + 2):
+        start = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready((state, metrics))
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:]), compiled
+
+
+def measure(options: argparse.Namespace, connection: str, schedule: str, parts: int) -> Arm:
+    config = make_config(options, connection, schedule, parts)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[: options.pipe])
+    arm = Arm(connection, schedule, parts)
+    times = measured_times(config, options.timed)
+    transfer = transfer_seconds(config, mesh, options.timed)
+    timeline = simulate(make_schedule(schedule, options.pipe, parts), times, transfer)
+    arm.ideal, arm.plan = 1e3 * timeline.ideal, 1e3 * timeline.seconds
+    arm.one_transfer = 1e3 * transfer
+    arm.step, compiled = time_steps(config, mesh, options.timed)
+    arm.temporaries_GiB = compiled.memory_analysis().temp_size_in_bytes / 2**30
+    arm.sends, arm.hidden_sends, _ = count_sends(compiled.as_text())
+    send, execute.send = execute.send, lambda x, pairs: x
+    try:
+        arm.without_transfers, _ = time_steps(config, mesh, options.timed)
+    finally:
+        execute.send = send
+    return arm
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.toy:
+        jax.config.update("jax_num_cpu_devices", options.pipe)
+    if jax.device_count() < options.pipe:
+        sys.exit(
+            f"{jax.device_count()} devices here, --pipe={options.pipe}: lower it, or give --toy for "
+            "simulated ones"
+        )
+    print(f"{options.pipe} x {jax.devices()[0].device_kind}, XLA_FLAGS={os.environ['XLA_FLAGS']}")
+    print(
+        f"{'connection':<11}{'schedule':<11}{'parts':>6}{'ms a step':>11}{'ideal':>9}{'/ ideal':>9}"
+        f"{'plan':>9}{'bubble %':>10}{'planned %':>11}{'ms a send':>11}{'no transfers':>14}{'GiB':>7}"
+        f"{'hidden sends':>14}",
+        flush=True,
+    )
+    arms = []
+    for schedule in options.schedules:
+        for parts in options.microbatches:
+            for connection in options.connections:
+                try:
+                    arm = measure(options, connection, schedule, parts)
+                except ValueError as error:
+                    sys.exit(f"bad input: {error}")
+                arms.append(arm)
+                print(
+                    f"{connection:<11}{schedule:<11}{parts:>6}{arm.step:>11.1f}{arm.ideal:>9.1f}"
+                    f"{arm.step / arm.ideal:>9.3f}{arm.plan:>9.1f}{arm.bubble:>10.1f}"
+                    f"{arm.planned_bubble:>11.1f}{arm.one_transfer:>11.3f}"
+                    f"{arm.without_transfers:>14.1f}{arm.temporaries_GiB:>7.1f}"
+                    f"{arm.hidden_sends:>9} of {arm.sends}",
+                    flush=True,
+                )
+    flags, shape = os.environ["XLA_FLAGS"], output.shape_of(options)
+    rows = [dataclasses.asdict(arm) for arm in arms]
+    output.write(options, "pipeline_speed", {"XLA_FLAGS": flags, "shape": shape, "arms": rows})
+
+
+if __name__ == "__main__":
+    main()

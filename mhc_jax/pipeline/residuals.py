@@ -1,0 +1,95 @@
+"""The backward of a stage as a function of arrays, so that a ring buffer can hold what it needs.
+
+`jax.vjp` gives a function that is a pytree: its leaves are the residuals. Of these only what depends on the
+micro-batch has to wait in the buffer. Parameters among them are put back where the backward runs; what was
+made of parameters alone (a rounded phi, matrices of experts side by side) is made again there.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+
+Tree = Any
+
+
+class Split(NamedTuple):
+    """A function's backward, cut where a micro-batch waits.
+
+    Attributes:
+      forward: `(fixed, x) -> (outputs, kept, aux)`, kept a list of arrays.
+      backward: `(fixed, kept, cotangents) -> (gradient of fixed[0], gradient of x)`.
+      outputs, kept, aux: shapes and dtypes of what `forward` gives.
+    """
+
+    forward: Callable[[Tree, Tree], tuple[Tree, list[jax.Array], Tree]]
+    backward: Callable[[Tree, list[jax.Array], Tree], tuple[Tree, Tree]]
+    outputs: Tree
+    kept: list[jax.ShapeDtypeStruct]
+    aux: Tree
+
+
+def split_vjp(function: Callable, fixed: Tree, x: Tree) -> Split:
+    """Cuts `function(*fixed, x) -> (outputs, aux)`, whose first argument and x are differentiated.
+
+    Args:
+      function: traced once.
+      fixed: a tuple: parameters, and what else does not change from one micro-batch to the next; shapes and
+        dtypes.
+      x: those of what does.
+    """
+    structure = None
+
+    def whole(fixed, x):
+        nonlocal structure
+        params, *others = fixed
+        outputs, vjp, aux = jax.vjp(
+            lambda params, x: function(params, *others, x), params, x, has_aux=True
+        )
+        residuals, structure = jax.tree.flatten(vjp)
+        return outputs, residuals, aux
+
+    program, (outputs, residuals, aux) = jax.make_jaxpr(whole, return_shape=True)(fixed, x)
+    num_fixed, num_outputs = (len(jax.tree.leaves(tree)) for tree in (fixed, outputs))
+    varies = _varying(program.jaxpr, program.jaxpr.invars[num_fixed:])
+    of_residuals = program.jaxpr.outvars[num_outputs : num_outputs + len(residuals)]
+    waits = [_is_in(var, varies) for var in of_residuals]
+    results = jax.tree.structure((outputs, residuals, aux))
+
+    def run(fixed, x):
+        found = jax.extend.core.jaxpr_as_fun(program)(*jax.tree.leaves((fixed, x)))
+        return jax.tree.unflatten(results, found)
+
+    def forward(fixed, x):
+        outputs, residuals, aux = run(fixed, x)
+        return outputs, [r for r, wait in zip(residuals, waits, strict=True) if wait], aux
+
+    def backward(fixed, kept, cotangents):
+        # The forward of nothing: the compiler drops all of it but what is made of `fixed` alone.
+        _, residuals, _ = run(fixed, zeros(x))
+        waiting = iter(kept)
+        residuals = [next(waiting) if wait else r for r, wait in zip(residuals, waits, strict=True)]
+        return jax.tree.unflatten(structure, residuals)(cotangents)
+
+    kept = [s for s, wait in zip(residuals, waits, strict=True) if wait]
+    return Split(forward, backward, outputs, kept, aux)
+
+
+def zeros(shapes: Tree) -> Tree:
+    """Arrays of these shapes and dtypes."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _is_in(var, found: set) -> bool:
+    return not hasattr(var, "val") and var in found  # a literal has a value and no hash
+
+
+def _varying(jaxpr, changing: list) -> set:
+    """The variables of a program that depend on `changing`."""
+    found = set(changing)
+    for eqn in jaxpr.eqns:
+        if any(_is_in(var, found) for var in eqn.invars):
+            found.update(eqn.outvars)
+    return found

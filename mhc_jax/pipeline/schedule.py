@@ -1,0 +1,172 @@
+"""Schedules of a pipeline as tables: which device does which work in which tick. NumPy alone.
+
+A tick has room for one forward and, behind it, one backward of each device:
+
+    gpipe       all forwards, then all backwards. Every micro-batch is in flight at once
+    1f1b        device i holds stage i. A tick runs the forward of one micro-batch and the backward of another
+    dualpipev   device i holds stages i and 2P - 1 - i (a V; DeepSeek's DualPipe on half the devices), so that
+                the bubble counts half stages
+
+What a forward makes travels to the next stage while the backward of the same tick runs, what a backward makes
+while the forward of the next tick does: no transfer lies between two works that follow each other. This is
+bought with activations. A micro-batch needs a tick a stage in either direction, so that device i of `1f1b`
+has up to 2 (P - i) - 1 in flight, where a schedule whose transfers take no time has P - i.
+"""
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+NOTHING = -1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """Work of P devices over T ticks.
+
+    Attributes:
+      name: one of SCHEDULES.
+      num_devices: P.
+      num_stages: P, or 2P where a device holds two.
+      num_microbatches: M.
+      forward: `[T, P, 2]` int32, (stage, micro-batch) whose forward a device runs, NOTHING twice for none.
+      backward: the same of its backward, which comes after that forward.
+    """
+
+    name: str
+    num_devices: int
+    num_stages: int
+    num_microbatches: int
+    forward: np.ndarray
+    backward: np.ndarray
+
+    @property
+    def num_ticks(self) -> int:
+        return len(self.forward)
+
+    @property
+    def chunks(self) -> int:
+        """Stages of a device."""
+        return self.num_stages // self.num_devices
+
+    def device_of(self, stage: int) -> int:
+        return device_of(stage, self.num_devices)
+
+    def ticks_of(self, table: np.ndarray) -> np.ndarray:
+        """`[stages, M]`: the tick in which each work of `forward` or `backward` is done."""
+        found = np.full((self.num_stages, self.num_microbatches), NOTHING)
+        tick, device = np.nonzero(table[..., 0] >= 0)
+        stage, microbatch = table[tick, device].T
+        found[stage, microbatch] = tick
+        return found
+
+    def in_flight(self) -> np.ndarray:
+        """`[T, P]`: forwards of a device whose backward has not ended, at the end of each tick's forward."""
+        begun = np.cumsum(self.forward[..., 0] >= 0, axis=0)
+        ended = np.cumsum(self.backward[..., 0] >= 0, axis=0)
+        return begun - np.concatenate([np.zeros_like(ended[:1]), ended[:-1]])
+
+    def peak_activations(self) -> np.ndarray:
+        """`[P]`: the most stages' activations that a device holds at once."""
+        return self.in_flight().max(0)
+
+
+def device_of(stage: int, num_devices: int) -> int:
+    """The device of a stage: stages go through the devices and, where there are more, back again."""
+    return stage if stage < num_devices else 2 * num_devices - 1 - stage
+
+
+def stages_of(device: int, num_devices: int, num_stages: int) -> list[int]:
+    """The stages of a device, in order."""
+    return [s for s in range(num_stages) if device_of(s, num_devices) == device]
+
+
+def _gpipe(num_devices: int, num_microbatches: int) -> Schedule:
+    """The backward is the forward in reverse, as autodiff has it."""
+    half = num_microbatches + num_devices - 1
+    forward = np.full((2 * half, num_devices, 2), NOTHING, np.int32)
+    for device in range(num_devices):
+        for m in range(num_microbatches):
+            forward[m + device, device] = device, m
+    return Schedule(
+        "gpipe", num_devices, num_devices, num_microbatches, forward, forward[::-1].copy()
+    )
+
+
+def _greedy(name: str, num_devices: int, num_stages: int, num_microbatches: int) -> Schedule:
+    """Every device runs what has arrived: of two forwards that of the later stage, of two backwards that of
+    the older micro-batch.
+
+    For V placement this fills every slot from tick 2P - 1 on, but for half of the backwards of the next 2P -
+    1 ticks. Bounding what is in flight below 3P - 1 empties slots in the middle of the run instead.
+    """
+    last = num_stages - 1
+    ready = [deque() for _ in range(num_stages)]  # micro-batches whose forward may run
+    ready[0].extend(range(num_microbatches))
+    ready_back = [deque() for _ in range(num_stages)]
+    stages = [stages_of(d, num_devices, num_stages) for d in range(num_devices)]
+    forwards, backwards, left = [], [], num_stages * num_microbatches
+    while left:
+        forward = np.full((num_devices, 2), NOTHING, np.int32)
+        backward, arriving = forward.copy(), []
+        for device, mine in enumerate(stages):
+            stage = next((s for s in reversed(mine) if ready[s]), None)
+            if stage is not None:
+                m = ready[stage].popleft()
+                forward[device] = stage, m
+                # The loss is part of the last stage: its backward may begin at once.
+                if stage == last:
+                    ready_back[last].append(m)
+                else:
+                    arriving.append((ready[stage + 1], m))
+            having = [s for s in mine if ready_back[s]]
+            if having:
+                stage = min(having, key=lambda s: ready_back[s][0])
+                m = ready_back[stage].popleft()
+                backward[device] = stage, m
+                left -= 1
+                if stage:
+                    arriving.append((ready_back[stage - 1], m))
+        for queue, m in arriving:
+            queue.append(m)
+        forwards.append(forward)
+        backwards.append(backward)
+    return Schedule(
+        name, num_devices, num_stages, num_microbatches, np.stack(forwards), np.stack(backwards)
+    )
+
+
+_MAKE: dict[str, Callable[[int, int], Schedule]] = {
+    "gpipe": _gpipe,
+    "1f1b": lambda devices, m: _greedy("1f1b", devices, devices, m),
+    "dualpipev": lambda devices, m: _greedy("dualpipev", devices, 2 * devices, m),
+}
+SCHEDULES = tuple(_MAKE)
+
+
+def num_stages(name: str, num_devices: int) -> int:
+    """Stages of a schedule: two a device where it places them in a V."""
+    return 2 * num_devices if name == "dualpipev" else num_devices
+
+
+@functools.cache
+def make_schedule(name: str, num_devices: int, num_microbatches: int) -> Schedule:
+    """The schedule of this name.
+
+    Args:
+      name: one of SCHEDULES.
+      num_devices: P, at least 1.
+      num_microbatches: M, at least 1.
+
+    Raises:
+      ValueError: an unknown name or a number below 1.
+    """
+    if name not in _MAKE:
+        raise ValueError(f"schedule={name!r} is unknown: use one of {', '.join(SCHEDULES)}")
+    for what, value in (("devices", num_devices), ("micro-batches", num_microbatches)):
+        if value < 1:
+            raise ValueError(f"{value} {what}: a pipeline has at least 1")
+    return _MAKE[name](num_devices, num_microbatches)

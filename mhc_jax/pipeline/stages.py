@@ -1,0 +1,301 @@
+"""What a stage computes: the way in (embedding, leading blocks), its blocks, the way out (read-out, loss).
+
+A stage begins and ends with plain streams: the write that its last sublayer leaves pending is done before
+they are sent, nC entries a token. Sent unfinished it would be streams, layer output and mappings, C + n^2 + n
+more; finished, the fusion of one boundary is lost. Recompute blocks never cross a stage: there are whole ones
+in each.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mhc_jax import remat
+from mhc_jax.config import ModelConfig
+from mhc_jax.connections import Connection, Pending, expand
+from mhc_jax.losses import linear_cross_entropy
+from mhc_jax.moe import MoEAux
+from mhc_jax.pipeline.residuals import split_vjp, zeros
+from mhc_jax.transformer import Block, Transformer, make_connection
+
+Tree = Any
+
+
+@functools.cache
+def _block_graph(config: ModelConfig) -> nnx.GraphDef:
+    """The structure of a block of the stack, without its parameters."""
+    return nnx.split(nnx.eval_shape(lambda: Block(config, 0, rngs=nnx.Rngs(0))))[0]
+
+
+@functools.cache
+def _shell_graph(config: ModelConfig) -> nnx.GraphDef:
+    """The structure of the model without its stack."""
+
+    def shell():
+        model = Transformer(config, rngs=nnx.Rngs(0))
+        del model.blocks
+        return model
+
+    return nnx.split(nnx.eval_shape(shell))[0]
+
+
+def group_size(config: ModelConfig, counts: Sequence[int]) -> int:
+    """Blocks of a recompute block: of Eq. 20's the nearest that divides every stage.
+
+    Args:
+      config: of the model.
+      counts: blocks of the stages; 0 for one of leading blocks alone.
+
+    Raises:
+      ValueError: a number in `model.recompute_block` that does not divide the stages, or a policy that the
+        program of a pipeline cannot have.
+    """
+    if config.remat == "none":
+        return 1
+    if config.remat == "offload":
+        raise ValueError(
+            'model.remat="offload" does not go with mesh.pipe > 1: use "full", which keeps as little on a '
+            "device where a stage is one recompute block"
+        )
+    wanted, common = config.blocks_per_group, math.gcd(*counts)
+    if config.recompute_block != "auto" and common % wanted:
+        sizes = ", ".join(str(2 * count) for count in sorted({*counts} - {0}))
+        raise ValueError(
+            f"model.recompute_block={config.recompute_block} does not divide stages of {sizes} sublayers "
+            f'(mesh.pipe): use a divisor of {2 * common}, or "auto"'
+        )
+    divisors = (size for size in range(1, common + 1) if common % size == 0)
+    return min(divisors, key=lambda size: (abs(size - wanted), size))
+
+
+def enter(config: ModelConfig, shell: Tree, tokens: jax.Array) -> jax.Array:
+    """Tokens `[b, S]` -> streams `[b, S, n*C]` that the stack reads."""
+    model = nnx.merge(_shell_graph(config), shell)
+    pending = Pending(expand(model._embed(tokens), config.streams), None, None)
+    for block in model.leading:
+        pending, _, _ = block(pending)
+    if pending.layer_output is None:
+        return pending.streams
+    return model.leading[0].attention_connection.post(*pending)
+
+
+def leave(config: ModelConfig, shell: Tree, streams: jax.Array, targets: jax.Array) -> jax.Array:
+    """Streams behind the stack `[b, S, n*C]` and targets `[b, S]` -> mean loss in nats a token."""
+    model = nnx.merge(_shell_graph(config), shell)
+    x = model.norm(model.readout(streams))
+    return linear_cross_entropy(x, model.unembedding, targets, config.loss_chunks)
+
+
+class Stage:
+    """Forward and backward of a stage, in units: blocks, or recompute blocks of several.
+
+    Args:
+      config: of the model.
+      counts: blocks of all stages. The units of the largest are written out; those that a stage has not got
+        are skipped.
+      params, state: shapes of one block's parameters and model state.
+      streams: shape of `[b, S, n*C]`.
+
+    Attributes:
+      kept: shapes of what `forward` keeps for `backward`.
+      aux: of the blocks' reports, a first axis for the K blocks, or None.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        counts: Sequence[int],
+        params: Tree,
+        state: Tree,
+        streams: jax.ShapeDtypeStruct,
+    ):
+        self._graph, self._config = _block_graph(config), config
+        self._rows, self._streams = max(counts), streams
+        self._size = group_size(config, counts)
+        self._num_units = self._rows // self._size
+        self._least = min(counts)
+        fixed = [params] * self._size, [state] * self._size
+        self._carries_pending = config.remat == "none"
+        if self._carries_pending:
+            self._functions = [self._first, *[self._run] * (self._num_units - 1)]
+            first = split_vjp(self._first, fixed, streams)
+            pending = first.outputs[0]
+            self._units = [first]
+            if self._num_units > 1:
+                self._units += [split_vjp(self._run, fixed, pending)] * (self._num_units - 1)
+            self._end = split_vjp(lambda params, x: (self._finish(x), None), ((),), pending)
+        else:
+            group = functools.partial(self._group, config.remat)
+            self._functions = [group] * self._num_units
+            unit = split_vjp(group, fixed, streams)
+            self._units = [unit] * self._num_units
+            self._end = None
+        splits = [*self._units, *filter(None, [self._end])]
+        self.kept = [shape for split in splits for shape in split.kept]
+        aux = self._units[0].aux
+        self.aux = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct((self._rows, *s.shape[1:]), s.dtype), aux
+        )
+
+    def run(
+        self, params: Sequence[Tree], state: Sequence[Tree], streams: jax.Array, count: jax.Array
+    ) -> tuple[jax.Array, MoEAux | None]:
+        """`forward` for autodiff."""
+        carry, reports = streams, []
+        for index in range(self._num_units):
+            fixed = self._of_unit(index, params), self._of_unit(index, state)
+
+            def run(carry, fixed, index=index):
+                (carry, _), aux = self._functions[index](*fixed, carry)
+                return carry, aux
+
+            def skip(carry, fixed, index=index):
+                return self._started(index, carry), zeros(self._units[index].aux)
+
+            carry, aux = self._where_there(index, count, run, skip, carry, fixed)
+            reports.append(aux)
+        return self._finish(carry) if self._end else carry, _concatenated(reports)
+
+    # One unit: (params, state, carry) -> ((carry, balance loss), aux).
+
+    def _run(self, params, state, pending):
+        found = []
+        for p, s in zip(params, state, strict=True):
+            pending, _, aux = nnx.merge(self._graph, merged(p, s))(pending)
+            found.append(aux)
+        if found[0] is None:
+            return (pending, jnp.zeros((), jnp.float32)), None
+        aux = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
+        return (pending, aux.balance_loss.sum()), aux
+
+    def _first(self, params, state, streams):
+        return self._run(params, state, Pending(streams, None, None))
+
+    def _group(self, policy, params, state, streams):
+        def run(streams, blocks):
+            (pending, balance), aux = self._first(*blocks, streams)
+            return self._finish(pending), (balance, aux)
+
+        streams, (balance, aux) = remat.checkpoint_group(run, policy)(streams, (params, state))
+        return (streams, balance), aux
+
+    @property
+    def _connection(self) -> Connection:
+        """Of any sublayer: its `start` and `post` need no parameters."""
+        return make_connection(self._config, 0)
+
+    def _finish(self, pending):
+        return self._connection.post(*pending)
+
+    def forward(
+        self, params: Sequence[Tree], state: Sequence[Tree], streams: jax.Array, count: jax.Array
+    ) -> tuple[jax.Array, list[jax.Array], MoEAux | None]:
+        """Streams behind the stage, what its backward needs, and the reports of its K blocks.
+
+        Args:
+          params, state: of K blocks; of those that are not there, zeros.
+          streams: `[b, S, n*C]`.
+          count: blocks that are there, scalar int32.
+        """
+        carry, kept, reports = streams, [], []
+        for index, unit in enumerate(self._units):
+
+            def run(carry, fixed, unit=unit):
+                (carry, _), kept, aux = unit.forward(fixed, carry)
+                return carry, kept, aux
+
+            def skip(carry, fixed, unit=unit, index=index):
+                return self._started(index, carry), zeros(unit.kept), zeros(unit.aux)
+
+            fixed = self._of_unit(index, params), self._of_unit(index, state)
+            carry, of_unit, aux = self._where_there(index, count, run, skip, carry, fixed)
+            kept += of_unit
+            reports.append(aux)
+        if self._end:
+            carry, of_end, _ = self._end.forward(((),), carry)
+            kept += of_end
+        return carry, kept, _concatenated(reports)
+
+    def backward(
+        self,
+        params: Sequence[Tree],
+        state: Sequence[Tree],
+        kept: list[jax.Array],
+        cotangent: jax.Array,
+        balance: jax.Array,
+        count: jax.Array,
+    ) -> tuple[list[Tree], jax.Array]:
+        """Gradients of K blocks' parameters, and of the streams in front.
+
+        Args:
+          params, state, count: as in `forward`.
+          kept: of `forward`.
+          cotangent: of the streams behind.
+          balance: of each balance loss, scalar float32.
+        """
+        carry, kept = cotangent, list(kept)
+
+        def take(shapes):
+            taken = kept[len(kept) - len(shapes) :]
+            del kept[len(kept) - len(shapes) :]
+            return taken
+
+        if self._end:
+            _, carry = self._end.backward(((),), take(self._end.kept), carry)
+        gradients = []
+        for index, unit in reversed(list(enumerate(self._units))):
+
+            def run(carry, kept, fixed, unit=unit):
+                return unit.backward(fixed, kept, (carry, balance))
+
+            def skip(carry, kept, fixed, index=index):
+                # `start` leaves the streams as they are, and what it adds does not depend on them.
+                if index == 0 and self._carries_pending:
+                    carry = carry.streams
+                return jax.tree.map(jnp.zeros_like, fixed[0]), carry
+
+            fixed = self._of_unit(index, params), self._of_unit(index, state)
+            of_unit, carry = self._where_there(
+                index, count, run, skip, carry, take(unit.kept), fixed
+            )
+            gradients = [*of_unit, *gradients]
+        return gradients, carry
+
+    def _started(self, index, carry):
+        """What follows on a unit that is not there."""
+        if index == 0 and self._carries_pending:
+            return self._connection.start(carry)
+        return carry
+
+    def _of_unit(self, index, trees):
+        return list(trees[index * self._size : (index + 1) * self._size])
+
+    def _where_there(self, index, count, run, skip, *args):
+        first = index * self._size
+        if first < self._least:
+            return run(*args)
+        return jax.lax.cond(first < count, run, skip, *args)
+
+
+def _concatenated(reports):
+    return None if reports[0] is None else jax.tree.map(lambda *xs: jnp.concatenate(xs), *reports)
+
+
+def shell_parts(config: ModelConfig, shell: Tree) -> tuple[Tree, Tree]:
+    """What of the parameters beside the stack `enter` uses, and what `leave` does."""
+    entering = {name: shell[name] for name in ("embedding", "leading") if name in shell}
+    leaving = {name: tree for name, tree in shell.items() if name not in entering}
+    if config.tie_embeddings:
+        leaving["embedding"] = shell["embedding"]
+    return entering, leaving
+
+
+def merged(a: Tree, b: Tree) -> Tree:
+    """Two nested dicts in one; no leaf is in both."""
+    common = {key: merged(a[key], b[key]) for key in a.keys() & b.keys()}
+    return a | b | common

@@ -1,0 +1,157 @@
+"""pipeline_plan: the simulated timeline by hand, and the command."""
+
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.pipeline_plan.costs import BlockTimes, stage_times
+from experiments.pipeline_plan.hidden import count_sends
+from mhc_jax.pipeline import make_schedule, place
+from mhc_jax.pipeline.layout import block_flops
+from mhc_jax.pipeline.timeline import StageTimes, simulate
+
+
+def alike(stages, forward=1.0, backward=2.0, recompute=0.0):
+    ones = np.ones(stages)
+    return StageTimes(forward * ones, 0 * ones, recompute * ones, backward * ones)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+def test_without_transfers_the_bubble_is_that_of_the_books(name):
+    timeline = simulate(make_schedule(name, 4, 8), alike(4), 0.0)
+    assert timeline.seconds == pytest.approx((8 + 4 - 1) * 3)
+    assert timeline.ideal == 24
+
+
+def test_what_hides_a_transfer():
+    schedule = make_schedule("1f1b", 2, 16)
+
+    def seconds(transfer, **times):
+        return simulate(schedule, alike(2, **times), transfer).seconds
+
+    free = seconds(0.0)
+    # Up to the shorter of the works beside it, only the ramps at both ends show it.
+    assert seconds(0.5) - free == pytest.approx(2 * 0.5)
+    # A longer one stops every tick.
+    assert seconds(1.5) - free > 16 * 0.4
+    # What is computed again begins while the cotangent is on its way.
+    events = simulate(schedule, alike(2, recompute=0.25), 0.5).events
+    [again] = [e for e in events if e[:4] == (0, "recompute", 0, 5)]
+    [arrives] = [e for e in events if e[:4] == (1, "send_backward", 1, 5)]
+    [back] = [e for e in events if e[:4] == (0, "backward", 0, 5)]
+    assert arrives.start < arrives.end <= back.start
+    assert again.end <= back.start
+
+
+def test_events_do_not_overlap_and_take_their_time():
+    schedule = make_schedule("dualpipev", 3, 7)
+    times = StageTimes(*np.random.default_rng(0).uniform(0.5, 2, (4, 6)))
+    timeline = simulate(schedule, times, 0.3)
+    for device in range(3):
+        mine = [e for e in timeline.events if e.device == device and e.to < 0]
+        assert all(a.end <= b.start + 1e-9 for a, b in itertools.pairwise(mine))
+    sends = [e for e in timeline.events if e.kind == "send_forward"]
+    # All but those of the turn of the V, which stay on a device, and the last stage's.
+    assert len(sends) == 4 * 7
+    begins = {(e.stage, e.microbatch): e.start for e in timeline.events if e.kind == "forward"}
+    ends = {(e.stage, e.microbatch): e.end for e in timeline.events if e.kind == "forward"}
+    for e in sends:
+        assert ends[e.stage, e.microbatch] <= e.start + 1e-9
+        assert e.end <= begins[e.stage + 1, e.microbatch] + 1e-9
+
+
+def test_times_of_stages():
+    placement = place(5, 2, "1f1b", num_leading=1)
+    times = stage_times(BlockTimes(1.0, 0.5, 2.0, 4.0), placement, 1)
+    assert placement.counts == (2, 2)
+    assert times.total.tolist() == [1 + 3 + 2 * 0.5 + 3 * 2, 2 + 4 + 2 * 0.5 + 2 * 2]
+
+
+def test_the_command(tmp_path):
+    file = pathlib.Path(__file__).with_name("pipeline_plan_cases.py")
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(file), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(root)}, cwd=root,
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr[-3000:]
+    cases = done.stdout.split("case ")[1:]
+    first = cases[0]
+    assert "8 devices, 32 micro-batches of 4096 tokens" in first
+    assert (tmp_path / "plan.png").stat().st_size > 20_000
+    assert (tmp_path / "plan.svg").read_text().startswith("<?xml")
+    found = json.loads((tmp_path / "plan.json").read_text())
+    rows = {(row["connection"], row["link"]): row for row in found["rows"]}
+    # n streams of C bfloat16 entries.
+    assert rows["mhc", 50]["payload"] == 4 * rows["residual", 50]["payload"] == 4 * 2560 * 4096 * 2
+    for connection in ("residual", "mhc"):
+        exposed = [rows[connection, link]["exposed"] for link in (400, 50, 25)]
+        assert exposed == sorted(exposed)
+    assert sum(found["counts"]) == 29
+    messages = [case.splitlines()[1:] for case in cases[1:]]
+    assert messages[0] == [
+        "bad input: mesh.pipe=16 under dualpipev has 32 stages, the model 29 blocks beside 1 leading: use "
+        "fewer stages or more blocks (model.num_blocks=30)"
+    ]
+    assert "dualpipev: 8 devices, 4 micro-batches" in messages[1][0]
+    assert messages[2][0].startswith(
+        "bad input: schedule='fast' is unknown: use one of gpipe, 1f1b"
+    )
+    assert messages[3] == ["bad input: --pipe=0 must be at least 1"]
+    assert messages[4] == ["bad input: --links=fast: give numbers, in GB/s"]
+    assert messages[5] == ["bad input: --forward_ms=-1.0 must be at least 0, in milliseconds"]
+
+
+def test_flops_of_a_block_are_those_of_its_active_parameters():
+    from configs import paper_27b
+    from mhc_jax.config import from_dict
+    from mhc_jax.describe import count_parameters, sums
+
+    model = from_dict(paper_27b.get_config()).model
+    active = sums(count_parameters(model)).active
+    head = model.width * model.vocab_size
+    # A leading block has as many as a token uses in the others, but for the router.
+    expected = 2 * (active - head) / model.num_blocks
+    assert block_flops(model, sequence_length=0) == pytest.approx(expected, rel=0.01)
+
+
+PROGRAM = """
+HloModule jit_step, is_scheduled=true
+
+%inner (x.1: f32[8]) -> f32[8] {
+  %x.1 = f32[8]{0} parameter(0)
+  ROOT %inside = f32[8]{0} collective-permute(%x.1), source_target_pairs={{0,1}}
+}
+
+%branch_0 (x.2: f32[8]) -> f32[8] {
+  %x.2 = f32[8]{0} parameter(0)
+  ROOT %called = f32[8]{0} call(%x.2), to_apply=%inner
+}
+
+%branch_1 (x.3: f32[8]) -> f32[8] {
+  ROOT %x.3 = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (p: s32[], x: f32[8]) -> f32[8] {
+  %p = s32[] parameter(0)
+  %x = f32[8]{0} parameter(1)
+  %start = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %early = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), source_target_pairs={{1,0}}
+  %ended = f32[8]{0} collective-permute-done(%early)
+  %work = f32[8]{0} conditional(%p, %x, %x), branch_computations={%branch_0, %branch_1}
+  %end = f32[8]{0} collective-permute-done(%start)
+  ROOT %sum = f32[8]{0} add(%work, %end)
+}
+"""
+
+
+def test_sends_are_counted():
+    assert count_sends(PROGRAM) == (3, 1, 1)
+    assert count_sends(PROGRAM.replace("to_apply=%inner", "to_apply=%branch_1")) == (3, 1, 0)

@@ -1,0 +1,186 @@
+"""Run by test_pipeline.py in a process of its own with simulated devices: stages against one device."""
+
+import functools
+import pathlib
+import shutil
+import sys
+
+import jax
+import numpy as np
+from eight_devices import DENSE, MOE, batch_of, check_equal, make_config, randomized
+
+from experiments.pipeline_plan.hidden import count_sends
+from mhc_jax import preemption, sharding, train
+from mhc_jax.pipeline import Layout, Pipeline
+from mhc_jax.train_step import (
+    _narrowed,
+    abstract_batch,
+    abstract_state,
+    init_state,
+    jit_init_state,
+    jit_train_step,
+    loss_and_gradients,
+)
+
+PARTS = {"optimizer.accumulate_steps": 4, "batch_size": 16}
+RESIDUAL, HC = {"model.connection": "residual"}, {"model.connection": "hc"}
+MOE4 = MOE | {
+    "model.num_blocks": 4, "model.attention": "mha", "model.sequence_balance_weight": 0.01,
+}  # fmt: skip
+REMAT, FULL = {"model.remat": "mhc"}, {"model.remat": "full"}
+
+
+def schedule(name):
+    return {"pipe_schedule": name}
+
+
+# Every schedule with uneven stages, stored and recomputed.
+MIXED = (
+    (schedule("gpipe"), {"pipe": 2}),
+    (schedule("gpipe") | REMAT, {"pipe": 4, "data": 2}),
+    (schedule("1f1b"), {"pipe": 4, "data": 2}),
+    (schedule("1f1b") | FULL, {"pipe": 2, "data": 2, "fsdp": 2}),
+    (schedule("dualpipev"), {"pipe": 2, "fsdp": 2}),
+    (schedule("dualpipev") | REMAT, {"pipe": 2, "data": 2}),
+)
+# The model, then the schedules and meshes that one device's gradients are compared with.
+CASES = {
+    "short": (
+        (DENSE | {"model.num_blocks": 3}, (
+            (schedule("1f1b"), {"pipe": 2, "data": 2, "fsdp": 2}),
+        )),
+        (MOE4 | RESIDUAL, ((schedule("1f1b") | REMAT, {"pipe": 2, "expert": 2, "data": 2}),)),
+    ),
+    "all": (
+        *((DENSE | {"model.num_blocks": 5} | connection, MIXED)
+          for connection in (RESIDUAL, HC, {}, {"model.n": 4}, {"model.tie_embeddings": True})),
+        *((MOE4 | {"model.num_blocks": 6, "model.attention": "mla"} | connection,
+           (*MIXED, (schedule("dualpipev") | FULL, {"pipe": 2, "expert": 2, "fsdp": 2})))
+          for connection in (RESIDUAL, {"model.readout": "head"})),
+        (DENSE | RESIDUAL | {"model.num_blocks": 17},
+         ((schedule("1f1b"), {"pipe": 8}), (schedule("dualpipev") | REMAT, {"pipe": 8}))),
+    ),
+}  # fmt: skip
+
+
+def mesh_of(config):
+    size = np.prod([getattr(config.mesh, axis) for axis in sharding.AXES])
+    return sharding.make_mesh(config.mesh, jax.devices()[:size])
+
+
+def on_stages(config, state, batch):
+    """Loss, reports and gradients in the order of the model, and the program."""
+    mesh = mesh_of(config)
+    pipeline = Pipeline(config, mesh, _narrowed)
+    layout = pipeline.layout
+
+    def run(params, model_state, batch):
+        placed = layout.placed(params), layout.placed(model_state)
+        (loss, aux), gradients = pipeline.loss_and_gradients(*placed, batch)
+        return loss, aux and pipeline.stored_reports(aux), layout.stored(gradients)
+
+    batch = jax.device_put(batch, sharding.by_token(mesh))
+    run = jax.jit(sharding.on_mesh(run, mesh))
+    program = run.lower(state.params, state.model_state, batch).compile()
+    return jax.device_get(program(state.params, state.model_state, batch)), program.as_text()
+
+
+def check_gradients(model, cases):
+    config = make_config(model | PARTS, {})
+    state = jax.device_get(randomized(jax.jit(functools.partial(init_state, config))()))
+    batch = batch_of(config)
+    # Some targets do not count, unevenly over the micro-batches.
+    batch["targets"][:3, 2:] = -100
+    one = jax.jit(functools.partial(loss_and_gradients, config=config))
+    (loss, aux), gradients = jax.device_get(one(state.params, state.model_state, batch))
+    for fields, mesh in cases:
+        config = make_config(model | PARTS | fields, mesh)
+        (got, reports, got_gradients), program = on_stages(config, state, batch)
+        check_equal((got, got_gradients), (loss, gradients), (fields, mesh))
+        if aux is not None:
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), reports, aux
+            )
+        sends = count_sends(program)
+        # One that only some devices reach would hang.
+        assert sends.total >= 1, sends
+        assert sends.conditional == 0, sends
+        print("equal", fields, mesh, flush=True)
+
+
+def check_steps(fields, mesh, blocks):
+    """Three optimizer steps, from a state that lies in the stages."""
+    states, losses = [], []
+    for case in ({}, mesh):
+        config = make_config(DENSE | PARTS | fields | {"model.num_blocks": blocks}, case)
+        where = mesh_of(config)
+        layout, state = Layout(config, where), jit_init_state(config, where)()
+        places = jax.tree.map(lambda x: x.sharding, abstract_state(config, where))
+        step = jit_train_step(config, where)
+        for k in range(3):
+            rows = np.random.default_rng(k).integers(0, 64, (2, 16, 8), dtype=np.int32)
+            batch = dict(zip(abstract_batch(config), rows))
+            state, metrics = step(state, jax.device_put(batch, sharding.by_token(where)))
+            losses.append(float(metrics["train/loss"]))
+        assert jax.tree.map(lambda x: x.sharding, state) == places
+        states.append(jax.device_get(layout.store(state)))
+    np.testing.assert_allclose(losses[3:], losses[:3], rtol=1e-5)
+    # Adam divides by the size of a gradient: where that is rounding noise, so is the update.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5),
+        states[1].params,
+        states[0].params,
+    )
+    gate = state.params["blocks"]["ffn"]["gate"]["kernel"]
+    assert gate.addressable_shards[0].data.shape[0] == gate.shape[0] // mesh["pipe"]
+    print("three steps are equal", fields, mesh, flush=True)
+
+
+def trained(config, workdir):
+    """The state at the end of a run, in the order of the model."""
+    run = train.Run(config, workdir)
+    with preemption.stop_signals() as stop:
+        run.loop(stop, "run")
+    state = jax.device_get(run.stored_state)
+    run.close()
+    return state
+
+
+def check_checkpoints(folder):
+    """Runs with and without stages are equal, also where one goes on from the middle of the other."""
+    fields = DENSE | RESIDUAL | {"model.num_blocks": 4} | schedule("dualpipev") | {
+        "steps": 4, "checkpoint_every": 2, "checkpoints_kept": 9, "data.source": "synthetic",
+        "optimizer.accumulate_steps": 2, "eval_batches": 1, "tensorboard": False,
+    }  # fmt: skip
+    stages, one = ({"pipe": 2}, {"data": 2})
+    states = {}
+    for name, mesh, source in (
+        ("stages", stages, None),
+        ("one", one, None),
+        ("stages_then_one", one, "stages"),
+        ("one_then_stages", stages, "one"),
+    ):
+        if source:
+            shutil.copytree(folder / source, folder / name)
+            shutil.rmtree(folder / name / "checkpoints" / "4")
+        states[name] = trained(make_config(fields, mesh), folder / name)
+        assert int(states[name].step) == 4
+        # Adam divides by the size of a gradient: where that is rounding noise, so is the update.
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5),
+            states[name].params,
+            states["stages"].params,
+        )
+        print("equal", name, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "checkpoint":
+        check_checkpoints(pathlib.Path(sys.argv[2]))
+        sys.exit(print("all ok"))
+    for model, cases in CASES[sys.argv[1]]:
+        check_gradients(model, cases)
+    if sys.argv[1] == "all":
+        for name in ("gpipe", "1f1b", "dualpipev"):
+            check_steps(schedule(name), {"pipe": 2, "data": 2}, 5)
+    print("all ok")

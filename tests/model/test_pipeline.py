@@ -1,0 +1,115 @@
+"""Stages on simulated devices against one device, and what does not fit a pipeline."""
+
+import pathlib
+
+import pytest
+
+from configs import default
+from mhc_jax.config import from_dict
+from mhc_jax.pipeline.layout import check, head_cost, placement_of
+from mhc_jax.pipeline.schedule import make_schedule
+from mhc_jax.pipeline.stages import group_size
+from mhc_jax.pipeline.tables import make_tables
+
+PROGRAM = pathlib.Path(__file__).with_name("pipelines.py")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cases", ["short", pytest.param("all", marks=pytest.mark.slow)])
+def test_stages_equal_one_device(run_python, cases):
+    printed = run_python(PROGRAM, cases, devices=8)
+    assert printed.endswith("all ok\n")
+
+
+def test_a_checkpoint_goes_on_with_and_without_stages(run_python, tmp_path):
+    printed = run_python(PROGRAM, "checkpoint", str(tmp_path), devices=2)
+    assert printed.endswith("all ok\n")
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize(
+    ("topology", "name", "sends"),
+    [("v5p:2x2x1", "1f1b", 2), pytest.param("v6e:2x2", "dualpipev", 4, marks=pytest.mark.slow)],
+)
+def test_transfers_are_hidden_on_a_slice(run_python, topology, name, sends):
+    """All in the background, with the conditional of the products between their start and their end."""
+    program = PROGRAM.with_name("tpu_pipeline.py")
+    found = run_python(program, topology, name, tpu_compiler=True).split()
+    assert found == [str(sends), str(sends), "0"]
+
+
+def config(**fields):
+    values = default.get_config()
+    values.update_from_flattened_dict(fields)
+    return from_dict(values)
+
+
+SIZES = {"pipe": 1, "data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "sequence": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sizes", "message"),
+    [
+        ({"model.num_blocks": 3}, {"pipe": 4}, "mesh.pipe=4 under 1f1b has 4 stages, the model 3"),
+        ({}, {"pipe": 2, "tensor": 2}, "mesh.tensor=2 does not go with mesh.pipe=2: give"),
+        ({"model.remat": "mhc", "model.recompute_block": "8"}, {"pipe": 4},
+         "model.recompute_block=8 does not divide stages of 6 sublayers"),
+        ({"model.remat": "offload"}, {"pipe": 4}, "does not go with mesh.pipe"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(fields, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        check(config(**fields), SIZES | sizes)
+    check(config(**fields), SIZES)
+
+
+def test_recompute_blocks_divide_the_stages():
+    model = config(**{"model.remat": "mhc", "model.num_blocks": 12}).model
+    assert model.blocks_per_group == 2
+    assert [group_size(model, counts) for counts in ((4, 4), (3, 3), (5, 5), (4, 3), (6, 0))] == [
+        2, 1, 1, 1, 2,
+    ]  # fmt: skip
+
+
+def test_the_head_counts_as_time_of_the_last_stage():
+    fields = {"model.num_blocks": 8, "model.vocab_size": 8192}
+    run = config(**fields)
+    assert 1 < head_cost(run.model, run.data.sequence_length) < 2
+    assert placement_of(run, 4).counts == (3, 2, 2, 1)
+    assert placement_of(run, 1).is_identity
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipev"])
+def test_slots_are_read_as_they_were_written(name):
+    """Plays the tables with the names of what would lie in the slots."""
+    devices, parts = 3, 7
+    schedule = make_schedule(name, devices, parts)
+    tables, last = make_tables(schedule), schedule.num_stages - 1
+    streams, cotangents, kept = ([{} for _ in range(devices)] for _ in range(3))
+    back = [None] * devices
+    for tick in range(schedule.num_ticks):
+        t = {key: table[tick] for key, table in tables.rows().items()}
+        out, sent, back = [None] * devices, back, [None] * devices
+        for d in range(devices):
+            if t["run"][d]:
+                stage, m = schedule.forward[tick, d]
+                assert (t["run"][d], t["part"][d]) == (1 + stage // devices, m)
+                assert t["is_first"][d] or streams[d][t["read"][d]] == (stage, m)
+                out[d] = (stage + 1, m) if stage < last else ("loss", m)
+                kept[d][t["keep"][d]] = (stage, m)
+        for buffers, made, prefix in ((cotangents, sent, "back_"), (streams, out, "")):
+            for d in range(devices):
+                buffers[d][t[f"{prefix}from_below"][d]] = made[d - 1] if d else None
+                above = made[d + 1] if d + 1 < devices else None
+                buffers[d][t[f"{prefix}from_above"][d]] = above
+                buffers[d][t[f"{prefix}turned"][d]] = made[d]
+        for d in range(devices):
+            cotangents[d][t["loss"][d]] = out[d]
+            if t["back_run"][d]:
+                stage, m = schedule.backward[tick, d]
+                arrived = cotangents[d][t["back_read"][d]]
+                assert arrived == (("loss", m) if stage == last else (stage, m))
+                assert kept[d][t["back_keep"][d]] == (stage, m)
+                back[d] = (stage - 1, m)
+    assert tables.num_kept == schedule.peak_activations().max()
+    assert (tables.num_streams, tables.num_cotangents) == (1, 1) or name == "dualpipev"

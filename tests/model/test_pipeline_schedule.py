@@ -1,0 +1,101 @@
+"""Schedules of a pipeline and the placement of blocks: properties of the tables."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mhc_jax.pipeline import SCHEDULES, Placement, make_schedule, place
+from mhc_jax.pipeline.schedule import device_of
+from mhc_jax.pipeline.timeline import StageTimes, microbatch_warning, simulate
+
+CASES = [
+    (name, devices, microbatches)
+    for name in SCHEDULES
+    for devices, microbatches in ((1, 1), (1, 5), (2, 1), (2, 4), (3, 7), (4, 8), (8, 5), (8, 32))
+]
+
+
+@pytest.mark.parametrize(("name", "devices", "microbatches"), CASES)
+def test_every_work_runs_once_after_what_it_needs(name, devices, microbatches):
+    schedule = make_schedule(name, devices, microbatches)
+    stages = schedule.num_stages
+    for table in (schedule.forward, schedule.backward):
+        found = [tuple(work) for work in table.reshape(-1, 2) if work[0] >= 0]
+        assert sorted(found) == list(itertools.product(range(stages), range(microbatches)))
+        for device, column in enumerate(table.swapaxes(0, 1)):
+            assert all(device_of(s, devices) == device for s, _ in column if s >= 0)
+    forward, backward = map(schedule.ticks_of, (schedule.forward, schedule.backward))
+    # What was made arrives with the next tick; the loss is part of the last forward.
+    assert (forward[1:] > forward[:-1]).all()
+    assert (backward[:-1] > backward[1:]).all()
+    assert (backward >= forward).all()
+
+
+@pytest.mark.parametrize(("devices", "microbatches"), [(2, 8), (4, 8), (8, 32)])
+def test_activations_in_flight(devices, microbatches):
+    def peak(name):
+        return make_schedule(name, devices, microbatches).peak_activations().tolist()
+
+    assert peak("gpipe") == [microbatches] * devices
+    assert peak("1f1b") == [2 * (devices - i) - 1 for i in range(devices)]
+    # Of half stages.
+    assert max(peak("dualpipev")) <= 3 * devices - 1
+
+
+@pytest.mark.parametrize(("devices", "microbatches"), [(2, 4), (4, 8), (4, 32), (8, 64)])
+def test_bubbles(devices, microbatches):
+    def bubble(name):
+        schedule = make_schedule(name, devices, microbatches)
+        ones = np.ones(schedule.num_stages) / schedule.num_stages
+        timeline = simulate(schedule, StageTimes(ones, 0 * ones, 0 * ones, 2 * ones), 0.0)
+        assert timeline.ideal == pytest.approx(3 * microbatches / devices)
+        return timeline.seconds - timeline.ideal
+
+    whole = 3 * (devices - 1) / devices
+    assert bubble("gpipe") == pytest.approx(whole)
+    assert bubble("1f1b") == pytest.approx(whole)
+    assert bubble("dualpipev") == pytest.approx(2 / 3 * whole)
+
+
+def test_the_bubble_of_few_microbatches_is_named():
+    assert microbatch_warning("1f1b", 8, 1) == microbatch_warning("dualpipev", 8, 16) == ""
+    # 4 x 16 half stages of 1 + 2 behind each other are 24 of about 60.
+    assert "wants at least 16; its bubble is about 60 %" in microbatch_warning("dualpipev", 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("zero", 2, 2), "'zero' is unknown: use one of gpipe"), (("1f1b", 2, 0), "0 micro-batches")],
+)
+def test_bad_schedules(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_schedule(*arguments)
+
+
+def test_blocks_are_placed_by_time():
+    assert place(8, 4, "1f1b").counts == (2, 2, 2, 2)
+    assert place(8, 4, "1f1b").is_identity
+    # A head as long as a block takes one from the last stage; a leading block takes one from the first.
+    assert place(8, 4, "1f1b", head_cost=1.1).counts == (3, 2, 2, 1)
+    assert place(9, 4, "1f1b", num_leading=1).counts == (2, 2, 2, 2)
+    # In a V the first device has both ends.
+    assert place(9, 2, "dualpipev", head_cost=1.0).counts == (2, 3, 2, 2)
+    assert place(16, 2, "dualpipev", num_leading=1, head_cost=3.0).chunk_counts().sum(
+        1
+    ).tolist() == [
+        6,
+        9,
+    ]
+    with pytest.raises(
+        ValueError, match=r"mesh.pipe=4 under dualpipev has 8 stages, the model 7 bl"
+    ):
+        place(7, 4, "dualpipev")
+
+
+def test_rows_of_the_padded_stack():
+    placement = Placement(2, (2, 1, 2, 1))
+    # Device 0 has stages 0 and 3, device 1 stages 1 and 2.
+    assert placement.order.tolist() == [0, 1, 5, -1, 2, -1, 3, 4]
+    assert (placement.rows, placement.chunks, placement.is_identity) == (2, 2, False)
+    assert np.array_equal(placement.chunk_counts(), [[2, 1], [1, 2]])

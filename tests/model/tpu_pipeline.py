@@ -1,0 +1,29 @@
+"""Run by test_pipeline.py in a process of its own with libtpu: transfers of a pipeline on a slice of TPUs."""
+
+import sys
+
+from jax.experimental import topologies
+
+from configs import default
+from experiments.pipeline_plan.hidden import count_sends
+from mhc_jax import sharding
+from mhc_jax.config import from_dict
+from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
+
+FIELDS = {
+    "batch_size": 16, "data.sequence_length": 512, "optimizer.accumulate_steps": 8,
+    "model.num_blocks": 4, "model.width": 256, "model.num_heads": 2, "model.ffn_width": 512,
+    "mesh.pipe": 2, "mesh.data": 2, "model.connection": "residual",
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    topology, name = sys.argv[1:3]
+    values = default.get_config()
+    values.update_from_flattened_dict(FIELDS | {"pipe_schedule": name})
+    config = from_dict(values)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = sharding.make_mesh(config.mesh, list(devices)[:4])
+    step = jit_train_step(config, mesh)
+    compiled = step.lower(abstract_state(config, mesh), abstract_batch(config)).compile()
+    print(*count_sends(compiled.as_text()))
