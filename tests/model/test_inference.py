@@ -32,7 +32,10 @@ def whole(config, variables, tokens):
     return nnx.merge(model_graph(config), variables)(tokens)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "hc-mla")) for name in CASES],
+)
 def test_prefill_and_decode_equal_the_whole_pass(case):
     """Padding is other tokens, so that a row that sees it differs; two tokens are decoded, twice."""
     config, variables = make(CASES[case])
