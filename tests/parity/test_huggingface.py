@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from experiments import export_hf, import_hf
+from experiments import export_hf, hf_files
 from mhc_jax import huggingface
 from mhc_jax.config import ModelConfig
 from mhc_jax.train_step import evaluate, model_graph
@@ -45,7 +45,7 @@ def same(a, b):
 def exported(tmp_path_factory):
     """A residual model as a workdir and as what the command makes of it."""
     folder, variables = tmp_path_factory.mktemp("hf"), draw(CONFIG.model)
-    import_hf.save(CONFIG, variables, str(folder / "run"))
+    hf_files.save(CONFIG, variables, str(folder / "run"))
     export_hf.main([f"--workdir={folder / 'run'}", f"--output={folder / 'files'}"])
     return folder, variables
 
@@ -79,7 +79,7 @@ def test_transformers_gives_the_same_logits(kind, exported, tmp_path):
 def test_there_and_back(exported, capsys):
     """Every array, of residual and mHC, and mHC added to residual leaves the loss as it was."""
     folder, variables = exported
-    found, read = import_hf.read(folder / "files", CONFIG)
+    found, read = hf_files.read(folder / "files", CONFIG)
     assert found == CONFIG
     dense = huggingface.model_config(huggingface._values(DENSE), CONFIG.model)
     assert dense == DENSE
@@ -111,7 +111,7 @@ def test_a_connection_added_leaves_the_loss(exported):
     run = jax.jit(evaluate, static_argnames="config")
     before = float(run(variables, batch, config=CONFIG.model))
     wanted = dataclasses.replace(CONFIG.model, **{**MHC, "readout": "sum"}, alpha_init=0.1)
-    config, wider = import_hf.read(folder / "files", dataclasses.replace(CONFIG, model=wanted))
+    config, wider = hf_files.read(folder / "files", dataclasses.replace(CONFIG, model=wanted))
     assert (config.model.connection, config.model.n) == ("mhc", 2)
     assert float(run(wider, batch, config=config.model)) == pytest.approx(before, rel=1e-5)
     with pytest.raises(ValueError, match=r"model\.connection='mhc': a residual model is needed"):
@@ -149,19 +149,19 @@ def test_files_that_do_not_fit(tmp_path, exported):
         with pytest.raises(ValueError, match=message):
             huggingface.from_deepseek_v3(changed, CONFIG.model, values)
     with pytest.raises(ValueError, match=r"has no config\.json"):
-        import_hf.read(tmp_path, CONFIG)
+        hf_files.read(tmp_path, CONFIG)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"has no \*\.safetensors"):
-        import_hf.read(tmp_path, CONFIG)
+        hf_files.read(tmp_path, CONFIG)
     (tmp_path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="is no JSON"):
-        import_hf.read(tmp_path, CONFIG)
+        hf_files.read(tmp_path, CONFIG)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json has no vocab_size"):
-        import_hf.read(tmp_path, CONFIG)
+        hf_files.read(tmp_path, CONFIG)
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
-        import_hf.read(tmp_path, CONFIG)
+        hf_files.read(tmp_path, CONFIG)
     for change, message in (
         ({"attention": "mha"}, "model.attention='mha' cannot be exported: DeepSeek-V3 has mla"),
         ({"connection": "hc"}, "model.connection='hc' cannot be exported"),
