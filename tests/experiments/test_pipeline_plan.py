@@ -73,6 +73,7 @@ def test_times_of_stages():
     assert times.total.tolist() == [1 + 3 + 2 * 0.5 + 3 * 2, 2 + 4 + 2 * 0.5 + 2 * 2]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     file = pathlib.Path(__file__).with_name("pipeline_plan_cases.py")
     root = pathlib.Path(__file__).parents[2]

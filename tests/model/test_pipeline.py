@@ -21,6 +21,7 @@ def test_stages_equal_one_device(run_python, cases):
     assert printed.endswith("all ok\n")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_with_and_without_stages(run_python, tmp_path):
     printed = run_python(PROGRAM, "checkpoint", str(tmp_path), devices=2)
     assert printed.endswith("all ok\n")
