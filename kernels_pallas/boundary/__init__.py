@@ -70,7 +70,7 @@ _boundary.defvjp(_boundary_forward, _boundary_backward)
 def _checked(
     streams, width, parameters, phi_precision, static, last
 ) -> tuple[Parameters, ReadStatic]:
-    """Both as the backends take them; raises as `read` does."""
+    """Returns parameters and static arguments as the backends take them; raises as `read` does."""
     m = num_columns(static.n)
     phi, bias, alpha, weight = parameters
     check_floating(phi=phi, bias=bias, alpha=alpha)
@@ -90,7 +90,7 @@ def _checked(
 
 
 def _with_last(last, call, parameters, n):
-    """`call(parameters)`, a read, with its h_res normalised along `last` at the end."""
+    """Calls a read so that the last normalisation of its h_res is along `last`."""
     if last == "columns":  # the transpose of a matrix whose rows are last
         phi, bias = (conventions.transposed_columns(x, n) for x in parameters[:2])
         parameters = parameters._replace(phi=phi, bias=bias)
