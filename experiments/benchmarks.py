@@ -31,11 +31,11 @@ from matplotlib.figure import Figure
 
 from mhc_jax import checksum, paths
 from mhc_jax.analysis import style
+from mhc_jax.checkpoint.trained import load
 from mhc_jax.config import Config
 from mhc_jax.data import load_tokenizer
 from mhc_jax.data.tokenizer import Tokenizer
 from mhc_jax.inference import Inference
-from mhc_jax.trained import load
 
 log = logging.getLogger(__name__)
 

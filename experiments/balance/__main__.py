@@ -27,11 +27,11 @@ from experiments.output import user_path
 from mhc_jax.analysis import style
 from mhc_jax.analysis.colours import COLOURS
 from mhc_jax.analysis.runs import read_metrics, running_mean
+from mhc_jax.checkpoint.trained import load
 from mhc_jax.config import Config, from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 from mhc_jax.train_step import model_graph
-from mhc_jax.trained import load
 
 FINAL_BATCHES = 64
 TARGET = 1.25

@@ -11,9 +11,9 @@ from flax import nnx
 
 from experiments import export_hf, hf_files
 from mhc_jax import huggingface
+from mhc_jax.checkpoint.trained import load
 from mhc_jax.config import ModelConfig
 from mhc_jax.train_step import evaluate, model_graph
-from mhc_jax.trained import load
 from tests.parity import deepseek
 
 CONFIG = deepseek.make_config(tied=False)
