@@ -208,12 +208,20 @@ class Case:
 
         return call
 
-    def truths(self, arrays: tuple, cotangents: Any, seen: np.ndarray | None) -> list[np.ndarray]:
+    @property
+    def rounds(self) -> bool:
+        """Whether its definition rounds what it has computed: then near the middle of two either is right."""
+        return self.op in ("mappings", "read", "boundary") and jnp.dtype(self.dtype) == BF16
+
+    def truths(
+        self, arrays: tuple, cotangents: Any, seen: np.ndarray | None, other: bool = False
+    ) -> list[np.ndarray]:
         """Returns what the oracle says of the leaves; arrays are `[T, ...]`.
 
         Args:
           arrays, cotangents: as from `draw`.
           seen: the new streams as an implementation has written them, see `oracle.boundary`.
+          other: round what is near the middle of two numbers the other way, see `oracle.round_bits`.
         """
         arrays, cotangents = [*arrays], jax.tree.leaves(cotangents)
         options = {**self.options, **({"n": self.n} if self.op in TAKES_N else {})}
@@ -229,6 +237,7 @@ class Case:
         if self.op == "boundary":
             arrays, extra = [tuple(arrays[:4]), *arrays[4:]], {"seen": seen}
         outputs = getattr(oracle, name)(*arrays, **options, **extra)
+        extra |= {"other": True} if other else {}
         gradients = getattr(oracle, f"{name}_vjp")(*arrays, *cotangents, **options, **extra)
         found = [*_listed(outputs), *_listed(gradients)]
         return found[: len(self.leaves())]
@@ -255,12 +264,14 @@ class Case:
         arrays = tuple(map(flat, self.arguments(), arrays))
         given = cotangents if isinstance(cotangents, tuple) else (cotangents,)
         given = tuple(map(flat, self.outputs(), given))
-        truths = self.truths(arrays, given, found[3] if self.op == "boundary" else None)
+        seen = found[3] if self.op == "boundary" else None
+        truths = self.truths(arrays, given, seen)
+        others = self.truths(arrays, given, seen, other=True) if self.rounds else truths
         bf16 = jnp.dtype(self.dtype) == BF16
         limits = oracle.limits(self.name, bf16, implementation, sums)
         return {
-            leaf: (oracle.error(got, want), limits[leaf])
-            for leaf, got, want in zip(self.leaves(), found, truths, strict=True)
+            leaf: (oracle.error(got, want), max(limits[leaf], sums + oracle.error(other, want)))
+            for leaf, got, want, other in zip(self.leaves(), found, truths, others, strict=True)
         }
 
 
