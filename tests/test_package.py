@@ -23,7 +23,8 @@ TRAINER = (
 )  # fmt: skip
 # The modules that may import them.
 NEED_TRAINER = {
-    "mhc_jax.checkpoint", "mhc_jax.lock", "mhc_jax.main", "mhc_jax.metrics", "mhc_jax.recovery",
+    "mhc_jax.checkpoint", "mhc_jax.checkpoint.quirks", "mhc_jax.checkpoint.read",
+    "mhc_jax.checkpoint.write", "mhc_jax.lock", "mhc_jax.main", "mhc_jax.metrics", "mhc_jax.recovery",
     "mhc_jax.compilation_cache", "mhc_jax.progress", "mhc_jax.storage", "mhc_jax.train",
     "mhc_jax.checkpoint.trained", "mhc_jax.trained", "mhc_jax.workdir", "mhc_jax.writers",
     "mhc_jax.remat.__main__", "mhc_jax.data.files",
