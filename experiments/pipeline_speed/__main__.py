@@ -94,7 +94,7 @@ def make_config(options: argparse.Namespace, connection: str, schedule: str, par
 
 
 def measured_times(config: Config, repeats: int) -> StageTimes:
-    """Seconds of each stage on one device, forward and backward by themselves."""
+    """Measures the seconds of each stage on one device, forward and backward by themselves."""
     model = config.model
     sequences = config.batch_size // config.optimizer.accumulate_steps
     tokens = jax.random.randint(
@@ -143,7 +143,7 @@ def measured_times(config: Config, repeats: int) -> StageTimes:
 
 
 def transfer_seconds(config: Config, mesh, repeats: int) -> float:
-    """Seconds that the streams of a micro-batch take to a neighbour, in both directions at once."""
+    """Measures how long the streams of a micro-batch take to a neighbour, in both directions at once."""
     model, steps = config.model, 10
     sequences = config.batch_size // config.optimizer.accumulate_steps
     shape = sequences, config.data.sequence_length, model.streams * model.width
@@ -193,7 +193,7 @@ class Arm:
 
 
 def time_steps(config: Config, mesh, timed: int):
-    """Median milliseconds of a whole train step, and its compiled program."""
+    """Returns the median milliseconds of a whole train step, and its compiled program."""
     step = jit_train_step(config, mesh)
     compiled = step.lower(abstract_state(config, mesh), abstract_batch(config)).compile()
     state = jit_init_state(config, mesh)()
