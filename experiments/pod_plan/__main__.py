@@ -7,8 +7,8 @@ Result:   HBM per chip, FLOPs, bytes and collectives of one step, the same witho
 The whole train step, optimizer included, goes through libtpu's compiler with the shapes of the slice;
 nothing is allocated and no TPU is needed. Memory is what the compiler assigned. Flags of the compiler come
 from LIBTPU_INIT_ARGS, as on the slice itself. Times are ESTIMATES: each instruction takes the longer of its
-FLOPs and its bytes at the chip's peak; transfers take their bytes over one axis of the torus. Of those in the
-background only what exceeds the products of the same loop body counts; nothing else is counted.
+FLOPs and its bytes at the chip's peak; transfers take their bytes over one axis of the torus. A transfer
+in the background counts as far as it exceeds the products of the same loop body; nothing else is counted.
 """
 
 import os
