@@ -23,7 +23,8 @@ TRAINER = (
 )  # fmt: skip
 # The modules that may import them.
 NEED_TRAINER = {
-    "mhc_jax.checkpoint", "mhc_jax.lock", "mhc_jax.main", "mhc_jax.metrics", "mhc_jax.recovery",
+    "mhc_jax.checkpoint", "mhc_jax.checkpoint.quirks", "mhc_jax.checkpoint.read",
+    "mhc_jax.checkpoint.write", "mhc_jax.lock", "mhc_jax.main", "mhc_jax.metrics", "mhc_jax.recovery",
     "mhc_jax.compilation_cache", "mhc_jax.progress", "mhc_jax.storage", "mhc_jax.train",
     "mhc_jax.checkpoint.trained", "mhc_jax.trained", "mhc_jax.workdir", "mhc_jax.writers",
     "mhc_jax.remat.__main__", "mhc_jax.data.files",
@@ -81,6 +82,19 @@ NAMES = {
         "saved_steps",
     ),
     "mhc_jax.checkpoint.trained": ("Source", "load"),
+    "mhc_jax.huggingface": ("add_connection", "from_deepseek_v3", "model_config", "to_deepseek_v3"),
+    "mhc_jax.inference": (
+        *(
+            "DecodeState",
+            "Inference",
+            "cast_weights",
+            "decode",
+            "draw",
+            "for_sampling",
+            "init_decode",
+        ),
+        *("keys_of", "prefill", "proceed", "start", "token_scores"),
+    ),
     "mhc_jax.metrics": ("MetricWriter", "jsonable"),
     "mhc_jax.trained": ("Source", "load"),
     "mhc_jax.writers": ("MetricWriter", "jsonable"),

@@ -1,4 +1,4 @@
-"""What is timed: each operation and the whole sublayer, forward and backward, with its least traffic."""
+"""Lists what is timed: each operation and the whole sublayer, both directions, with its least traffic."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ class Case:
 
     @property
     def inputs_in_l2(self) -> bool:
-        """Coefficients alone: in a model the kernel before has just written them."""
+        """Says whether it reads coefficients alone: in a model the kernel before has just written them."""
         return self.units == 0
 
     def bytes(self, T: int, C: int) -> float:
@@ -36,7 +36,7 @@ class Case:
 
 
 def _inputs(names: str, key: jax.Array, T: int, C: int) -> tuple:
-    """Random arrays by their names in kernels_pallas/testing/case.py."""
+    """Makes random arrays by their names in kernels_pallas/testing/case.py."""
     arrays = structs(names, (T,), C, N, jnp.bfloat16)
     keys = jax.random.split(key, len(arrays))
     return tuple(
@@ -57,7 +57,7 @@ def _case(name, units, floats_per_token, inputs, run, parameter_copies=0) -> Cas
 
 
 def sublayers(implementation: str | None, count: int, mode: str, x, g, *parameters) -> tuple:
-    """Forward and backward of `count` sublayers whose F is nothing (a barrier to XLA's fusions)."""
+    """Runs `count` sublayers forward and backward; their F is nothing (a barrier to XLA's fusions)."""
 
     def chain(x, parameters):
         each = [parameters[3 * i : 3 * i + 3] for i in range(count)]
@@ -85,7 +85,7 @@ def sublayers(implementation: str | None, count: int, mode: str, x, g, *paramete
 
 
 def sublayer_inputs(count: int, key: jax.Array, T: int, C: int) -> tuple:
-    """x, g, and phi, bias, alpha of each sublayer."""
+    """Returns x, g, and phi, bias, alpha of each sublayer."""
     return _inputs("x x" + " phi bias alpha" * count, key, T, C)
 
 

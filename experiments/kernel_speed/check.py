@@ -1,4 +1,4 @@
-"""Every operation through JAX on this device against the float64 oracle of the tests, leaf by leaf.
+"""Compares every operation on this device with the float64 oracle of the tests, leaf by leaf.
 
 The cases are those of the tests, kernels_pallas/testing/cases.py, and larger ones.
 """
@@ -20,7 +20,7 @@ WIDE = ((1000, 1536, 4), (129, 1920, 4), (257, 3072, 4), (4099, 1280, 4))
 
 
 def cases(shapes=SHAPES, wide=WIDE, dtypes=(BF16, F32)) -> list[Case]:
-    """Every operation, with and without a norm, at every shape in every dtype; then those of `wide`."""
+    """Returns every operation, with and without a norm, at every shape and dtype; then those of `wide`."""
     names = [name.partition("+") for name in oracle.LEAVES]
     found = [
         Case(op, *shape, dtype, norm=EPS if norm else None)
@@ -32,7 +32,7 @@ def cases(shapes=SHAPES, wide=WIDE, dtypes=(BF16, F32)) -> list[Case]:
 
 
 def implementations(case: Case) -> tuple[str, ...]:
-    """Those of this device's platform, "xla" too, that take these arguments."""
+    """Returns those of this device's platform, "xla" too, that take these arguments."""
     found = kp.explain(
         case.op,
         n=case.n,
@@ -88,7 +88,7 @@ def run(checked: tuple[Case, ...] | None = None, transformations: bool = True) -
 
 
 def _transformations() -> bool:
-    """vmap, jax.checkpoint and lax.scan around `boundary` give what a plain loop gives."""
+    """Says whether vmap, jax.checkpoint and lax.scan around `boundary` give what a plain loop gives."""
     n = 4
     (x, y, h, hh, *p), _ = Case("boundary", (3, 64), 256, n, BF16).draw(1)
 

@@ -1,4 +1,4 @@
-"""What `tpu_schedule` compiles: every Pallas kernel with its grid, loops and conditional parts."""
+"""Lists what `tpu_schedule` compiles: every Pallas kernel with its grid, loops and conditional parts."""
 
 from kernels_pallas.boundary import tpu as boundary
 from kernels_pallas.boundary import tpu_blocks as blocks
@@ -14,7 +14,10 @@ from kernels_pallas.tpu.tiles import MIN_TOKENS, sinkhorn_window
 
 
 def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 20):
-    """(op, direction, function, arguments, options, grid steps, trips of inner loops) of every kernel."""
+    """Yields (op, direction, function, arguments, options, schedule) of every kernel.
+
+    The schedule is grid steps, trips of inner loops, and shares of conditional regions.
+    """
     T, C, m = num_tokens, width, n * n + 2 * n
     names = "x y h hh s r phi bias alpha weight"
     x, y, h, h_res, s, r, phi, bias, alpha, weight = structs(names, (T,), C, n, dtype)
@@ -58,7 +61,7 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
     parameters = Parameters(phi, bias, alpha, weight)
 
     def fused_steps(block, *parts):
-        """`parts`: the conditional regions, each how often a step runs it and the trips of its loops."""
+        """`parts` are the conditional regions: how often a step runs each, and the trips of its loops."""
         often = {"step": 1, "window": block / sinkhorn_window(T), "first": 1 / steps(block)[0]}
         shares = tuple(often[name] for name, *_ in parts)
         groups = block // MIN_TOKENS
