@@ -33,6 +33,10 @@ ARGUMENTS = {
 }
 """Arrays of an operation; those with a norm take `weight` behind them."""
 TAKES_N = ("mappings", "coefficients", "read", "boundary")
+# Their oracle takes the weight or None, then all cotangents as one tuple.
+FUSED = ("read", "boundary")
+# Of those: they write, and their oracle takes the update as one tuple, and the new streams that were seen.
+WRITES = ("boundary",)
 # Output of an operation -> the array that is like it.
 _LIKE = {
     **{"s": "s", "r": "r", "h_pre": "h", "h_post": "h", "h_res": "hh"},
@@ -171,7 +175,7 @@ class Case:
             if seed % 2 == 0 or name not in ("s", "bias"):
                 return numbers
             # Not of h_pre before a norm: without a gate the norm makes its gradient a difference.
-            first = self.n if name == "bias" and self.op in ("read", "boundary") else 0
+            first = self.n if name == "bias" and self.op in FUSED else 0
             return numbers * np.where(np.arange(numbers.shape[-1]) < first, 1, WIDE).astype(
                 np.float32
             )
@@ -222,11 +226,11 @@ class Case:
             arrays.append(np.ones(self.C))
         if self.op == "pre" and self.norm is not None:
             name, options = "pre_normed", {**options, "eps": self.norm}
-        if self.op in ("read", "boundary"):
+        if self.op in FUSED:
             arrays += [None] * (self.norm is None)
             cotangents = [cotangents]
             options["eps"] = self.norm
-        if self.op == "boundary":
+        if self.op in WRITES:
             arrays, extra = [tuple(arrays[:4]), *arrays[4:]], {"seen": seen}
         outputs = getattr(oracle, name)(*arrays, **options, **extra)
         gradients = getattr(oracle, f"{name}_vjp")(*arrays, *cotangents, **options, **extra)
@@ -255,7 +259,8 @@ class Case:
         arrays = tuple(map(flat, self.arguments(), arrays))
         given = cotangents if isinstance(cotangents, tuple) else (cotangents,)
         given = tuple(map(flat, self.outputs(), given))
-        truths = self.truths(arrays, given, found[3] if self.op == "boundary" else None)
+        seen = found[self.leaves().index("new_streams")] if self.op in WRITES else None
+        truths = self.truths(arrays, given, seen)
         bf16 = jnp.dtype(self.dtype) == BF16
         limits = oracle.limits(self.name, bf16, implementation, sums)
         return {
