@@ -251,7 +251,7 @@ class Case:
           arrays, cotangents: as from `draw`.
           leaves: what `value_and_cotangents` has made of them.
           implementation: the name of it.
-          sums: limit of sums and exponentials, see `oracle.limits`.
+          sums: limit of sums and exponentials in float32; the default is for any size on any device.
         """
         flat = functools.partial(_flat, lead=self.lead)
         names = [*self.outputs(), *self.arguments()]
@@ -262,9 +262,10 @@ class Case:
         seen = found[self.leaves().index("new_streams")] if self.op in WRITES else None
         truths = self.truths(arrays, given, seen)
         bf16 = jnp.dtype(self.dtype) == BF16
-        limits = oracle.limits(self.name, bf16, implementation, sums)
+        limits = oracle.limits(self.name, bf16, implementation)
+        scaled = {limit: limit * sums / oracle.SUMS for limit in (oracle.SUMS, oracle.CANCELLING)}
         return {
-            leaf: (oracle.error(got, want), limits[leaf])
+            leaf: (oracle.error(got, want), scaled.get(limits[leaf], limits[leaf]))
             for leaf, got, want in zip(self.leaves(), found, truths, strict=True)
         }
 
