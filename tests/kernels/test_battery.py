@@ -36,6 +36,11 @@ def runs(implementation, *values, slow=False, **options):
     return pytest.param(implementation, *values, marks=marks, **options)
 
 
+def identity(implementation, case):
+    """What pytest's option -k can find."""
+    return f"{implementation} {case}".replace("=", "").replace(" ", "-")
+
+
 @pytest.fixture
 def in_interpreter(request):
     """`in_interpreter(implementation)`: from here on the TPU interpreter, if "pallas" needs it."""
@@ -45,7 +50,7 @@ def in_interpreter(request):
 @pytest.mark.parametrize(
     ("implementation", "case"),
     [
-        runs(name, case, slow=name in case.slow, id=f"{name}: {case}")
+        runs(name, case, slow=name in case.slow, id=identity(name, case))
         for case in CASES
         for name in case.on.split()
     ],
@@ -115,7 +120,7 @@ def test_no_tokens_launch_no_kernel(implementation, op):
 
 def refused(implementation, number, op, n=4, C=64, T=3, dtype=jnp.float32, **options):
     case = Case(op, T, C, n, dtype, options=options)
-    return runs(implementation, case, number, id=f"{implementation}: {case}")
+    return runs(implementation, case, number, id=identity(implementation, case))
 
 
 @pytest.mark.parametrize(
