@@ -90,7 +90,7 @@ def run(checked: tuple[Case, ...] | None = None, transformations: bool = True) -
 def _transformations() -> bool:
     """Says whether vmap, jax.checkpoint and lax.scan around `boundary` give what a plain loop gives."""
     n = 4
-    (x, y, h, hh, *p), _ = Case("boundary", (3, 64), 256, n, BF16).draw(1)
+    (x, y, h, hh, *p), _ = Case("boundary", (3, 64), 256, n, BF16).draw()
 
     def loss(x, y, h, hh, *p):
         outputs = kp.boundary(x, y, h, hh, *p, n=n)
