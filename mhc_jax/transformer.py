@@ -227,18 +227,18 @@ class Transformer(nnx.Module):
         config, scan = self.config, self._scans
         if config.remat == "none":
             pending, _, aux = self._walk(_forward, self._start(tokens, scan=scan), scan=scan)
-            return self._finish(pending), aux
-        streams, aux = walk.groups(
-            _forward,
-            self.leading,
-            self.blocks,
-            expand(self._embed(tokens), config.streams),
-            finish=self._connection.post,
-            policy=config.remat,
-            size=config.blocks_per_group,
-            scan=scan,
-        )
-        return self.norm(self.readout(streams)), aux
+        else:
+            pending, aux = walk.groups(
+                _forward,
+                self.leading,
+                self.blocks,
+                self._start(tokens, scan=False),
+                settle=self._settle,
+                policy=config.remat,
+                size=config.blocks_per_group,
+                scan=scan,
+            )
+        return self._finish(pending), aux
 
     @property
     def unembedding(self) -> jax.Array:
@@ -346,9 +346,15 @@ class Transformer(nnx.Module):
         first_in_scan = scan and not self.leading
         return self._connection.start(streams) if first_in_scan else Pending(streams, None, None)
 
+    def _settle(self, pending):
+        """Does the pending write, if there is one."""
+        if pending.layer_output is None:
+            return pending
+        return Pending(self._connection.post(*pending), None, None)
+
     def _finish(self, pending):
         """Does the last write; then read-out and norm."""
-        return self.norm(self.readout(self._connection.post(*pending)))
+        return self.norm(self.readout(self._settle(pending).streams))
 
     def _embed(self, tokens):
         table = self.embedding.embedding[...]

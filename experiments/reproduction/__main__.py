@@ -51,14 +51,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def child_arguments(options: argparse.Namespace) -> list[str]:
-    """Returns the arguments of a run's own process."""
+    """What a run's own process has to know."""
     steps = ["--steps", str(options.steps)] if options.steps else []
     fields = ["--set", *options.set] if options.set else []
     return ["--data", options.data, *steps, *fields]
 
 
 def run(options: argparse.Namespace) -> dict | None:
-    """Trains what is missing; returns the payload of the results, or None if runs are not finished yet."""
+    """Trains what is missing; the payload of the results, or None if runs are not finished yet."""
     shared = {
         "per_gpu": options.per_gpu,
         "deadline": options.minutes and time.monotonic() + 60 * options.minutes,

@@ -1,4 +1,4 @@
-"""Draws the comparison: loss gap, gains, gradient norm and collapse over training (Figs. 5, 3, 7)."""
+"""Figures of the comparison: loss gap, gains, gradient norm and collapse over training (Figs. 5, 3, 7)."""
 
 import pathlib
 
@@ -21,14 +21,14 @@ ARM_COLOURS = {
 
 
 def _curves(summaries: dict[int, dict], get) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps [K] and values [seeds, K] of the points that all seeds have."""
+    """Steps [K] and values [seeds, K] of the points that all seeds have."""
     series = [dict((step, float(v)) for step, v in get(s)) for s in summaries.values()]
     steps = sorted(set.intersection(*(set(s) for s in series))) if series else []
     return np.array(steps), np.array([[s[step] for step in steps] for s in series])
 
 
 def _band(axes: Axes, tokens, values, colour, label, dashes="-", geometric=False) -> None:
-    """Draws the mean over the seeds and, for several, one standard error on both sides."""
+    """Mean over the seeds and, for several, one standard error on both sides."""
     if not values.size:
         return
     logs = np.log(np.maximum(values, 1e-30)) if geometric else values
@@ -40,7 +40,7 @@ def _band(axes: Axes, tokens, values, colour, label, dashes="-", geometric=False
 
 
 def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
-    """Draws four panels over tokens: loss gap to residual, composite gain, gradient norm, singular value."""
+    """Four panels over tokens: loss gap to residual, composite gain, gradient norm, second singular value."""
     setting = SETTINGS[name]
     per_step = setting.batch_size * setting.sequence_length / 1e6
     with matplotlib.rc_context(STYLE):
@@ -96,6 +96,6 @@ def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
 
 
 def draw_all(payload: dict, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draws one PNG a stored setting, in `folder`."""
+    """One PNG a stored setting, in `folder`."""
     present = {Run.from_key(key).setting for key in payload["runs"]}
     return [draw_setting(payload, n, folder / f"{n}.png") for n in SETTINGS if n in present]

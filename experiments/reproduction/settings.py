@@ -1,4 +1,4 @@
-"""Lists the trainings of the comparison: arms, settings, learning rates, seeds."""
+"""The trainings of the comparison: arms, settings, learning rates, seeds."""
 
 import dataclasses
 
@@ -96,7 +96,7 @@ class Run:
 
     @classmethod
     def from_key(cls, key: str) -> "Run":
-        """Returns the run of a `key`.
+        """Inverse of `key`.
 
         Raises:
           ValueError: not a key.
@@ -109,7 +109,7 @@ class Run:
             raise ValueError(f"{key!r} is no run: SETTING/ARM/lrRATE/seedNUMBER") from None
 
     def config(self, data_path: str, steps: int | None, fields: dict | None = None) -> Config:
-        """Returns the frozen configuration.
+        """The frozen configuration.
 
         Args:
           data_path: glob of text files; "" for the standard library.
@@ -140,7 +140,7 @@ class Run:
 
 
 def pilots(name: str) -> list[Run]:
-    """Returns the runs that choose the learning rates; none where all are counted."""
+    """The runs that choose the learning rates; none where all are counted."""
     setting = SETTINGS[name]
     if not setting.pilot_fraction:
         return []
@@ -150,7 +150,7 @@ def pilots(name: str) -> list[Run]:
 
 
 def counted(name: str, chosen: dict[str, list[float]]) -> list[Run]:
-    """Returns the runs of the comparison, at each arm's chosen rates, else at every rate."""
+    """The runs of the comparison: at each arm's chosen rates, or at every rate where none was chosen."""
     setting = SETTINGS[name]
     return [
         Run(name, arm, rate, seed)
@@ -161,7 +161,7 @@ def counted(name: str, chosen: dict[str, list[float]]) -> list[Run]:
 
 
 def choose(name: str, losses: dict[str, float]) -> dict[str, list[float]]:
-    """Chooses the learning rates of each arm whose pilots ended lowest: one, or several within `TIE` of it.
+    """The learning rates of each arm whose pilots ended lowest: one, or several within `TIE` of it.
 
     Args:
       name: of the setting.

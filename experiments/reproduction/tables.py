@@ -1,4 +1,4 @@
-"""Makes the tables of the comparison from stored summaries: paired differences with standard errors."""
+"""Tables of the comparison, from the stored summaries: paired differences with standard errors."""
 
 import math
 import statistics
@@ -11,13 +11,13 @@ PAIRS = (("mHC", "HC"), ("mHC", "identity"), ("HC", "identity"))
 
 
 def loss(summary: dict) -> float:
-    """Returns the last validation loss in nats a token; inf for a run that diverged."""
+    """The last validation loss in nats a token; inf for a run that diverged."""
     value = summary["validation_loss"]
     return math.inf if value is None else float(value)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and its standard error (nan for a single value)."""
+    """Mean and its standard error (nan for a single value)."""
     values = list(values)
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return statistics.fmean(values), math.nan
@@ -25,7 +25,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def by_seed(payload: dict, setting: str, arm: str, rate: float) -> dict[int, dict]:
-    """Returns summaries of the counted runs of an arm at a rate, by seed."""
+    """Summaries of the counted runs of an arm at a rate, by seed."""
     found = {}
     for key, summary in payload["runs"].items():
         run = Run.from_key(key)
@@ -36,13 +36,13 @@ def by_seed(payload: dict, setting: str, arm: str, rate: float) -> dict[int, dic
 
 
 def rates(payload: dict, setting: str, arm: str) -> list[float]:
-    """Returns the learning rates at which an arm is counted."""
+    """The learning rates at which an arm is counted."""
     chosen = payload["learning_rates"].get(setting, {})
     return chosen[arm] if chosen else list(SETTINGS[setting].learning_rates)
 
 
 def compared_rates(payload: dict, setting: str, arm: str) -> list[float]:
-    """Returns the rates at which an arm is compared: its best where pilots chose, else every one."""
+    """The rates at which an arm is compared: its best where pilots chose, else every one."""
     counted = rates(payload, setting, arm)
     if not payload["learning_rates"].get(setting):
         return counted
@@ -55,18 +55,18 @@ def compared_rates(payload: dict, setting: str, arm: str) -> list[float]:
 
 
 def baseline(payload: dict, setting: str, rate: float) -> dict[int, dict]:
-    """Returns residual's summaries by seed: at its best rate where pilots chose, else at the same rate."""
+    """Residual's summaries by seed: at its own best rate where pilots chose, else at the same rate."""
     own = compared_rates(payload, setting, "residual")
     return by_seed(payload, setting, "residual", rate if rate in own else own[0])
 
 
 def paired(a: dict[int, dict], b: dict[int, dict]) -> list[float]:
-    """Returns differences of the losses, seed by seed, for the seeds that both have."""
+    """Differences of the losses, seed by seed, of the seeds that both have."""
     return [loss(a[seed]) - loss(b[seed]) for seed in sorted(a.keys() & b.keys())]
 
 
 def largest(summaries: dict[int, dict], *names: str) -> float | None:
-    """Returns the largest value of gain series over seeds and training."""
+    """Largest value of gain series over seeds and training."""
     values = [
         float(value)
         for summary in summaries.values()
@@ -77,7 +77,7 @@ def largest(summaries: dict[int, dict], *names: str) -> float | None:
 
 
 def at_end(summaries: dict[int, dict], name: str) -> float | None:
-    """Returns the mean over seeds of the last value of a gain series."""
+    """Mean over seeds of the last value of a gain series."""
     values = [float(s["gains"][name][-1][1]) for s in summaries.values() if s["gains"].get(name)]
     return statistics.fmean(values) if values else None
 
@@ -102,7 +102,7 @@ def _value(value: float | None) -> str:
 
 
 def comparison(payload: dict, setting: str) -> list[list[str]]:
-    """Lists one setting by rows: arm, rate, loss, paired difference to residual, gains, norms, collapse."""
+    """Rows of one setting: arm, rate, loss, paired difference to residual, gains, norms, collapse."""
     rows = [[
         "arm", "learning rate", "seeds", "validation loss", "minus residual (paired)",
         "composite gain fwd / bwd", "largest gradient norm", "second singular value",
@@ -130,7 +130,7 @@ def comparison(payload: dict, setting: str) -> list[list[str]]:
 
 
 def pairs(payload: dict, setting: str) -> list[list[str]]:
-    """Returns paired differences between the wide arms."""
+    """Paired differences between the wide arms."""
     rows = [["difference", "learning rates", "nats a token (paired)", "of each seed"]]
     for a, b in PAIRS:
         if not {a, b} <= set(SETTINGS[setting].arms):
@@ -146,7 +146,7 @@ def pairs(payload: dict, setting: str) -> list[list[str]]:
 
 
 def pilot_table(payload: dict, setting: str) -> list[list[str]]:
-    """Lists losses of the pilots: a row an arm, a column a learning rate; those counted are marked."""
+    """Losses of the pilots: a row an arm, a column a learning rate; those counted are marked."""
     tried = SETTINGS[setting].learning_rates
     rows = [["arm", *(f"{rate:g}" for rate in tried)]]
     losses = {run.key: loss(payload["runs"][run.key]) for run in pilots(setting)}
@@ -159,7 +159,7 @@ def pilot_table(payload: dict, setting: str) -> list[list[str]]:
 
 
 def repeats(payload: dict) -> list[str]:
-    """Writes a line for each run that was made twice: how far apart the curves are."""
+    """A line for each run that was made twice: how far apart the curves are."""
     lines = []
     for key, again in payload["runs"].items():
         run = Run.from_key(key)
@@ -175,7 +175,7 @@ def repeats(payload: dict) -> list[str]:
 
 
 def format_table(rows: list[list[str]]) -> str:
-    """Writes Markdown, aligned for a terminal."""
+    """Markdown, aligned for a terminal."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -183,7 +183,7 @@ def format_table(rows: list[list[str]]) -> str:
 
 
 def format_all(payload: dict) -> str:
-    """Writes every table of the stored settings."""
+    """Every table of the stored settings."""
     parts = []
     present = {Run.from_key(key).setting for key in payload["runs"]}
     for name in (name for name in SETTINGS if name in present):
