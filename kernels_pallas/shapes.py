@@ -125,6 +125,12 @@ def check_kernel_n(n: int) -> None:
         raise NotImplementedError(f"n={n}: the kernels take n = 2, 4 or 8")
 
 
+def check_unrolled_n(n: int) -> None:
+    """Raises NotImplementedError for more streams than the kernels unroll that need no power of two."""
+    if n > 8:
+        raise NotImplementedError(f"n={n}: the kernels take n up to 8")
+
+
 def check_kernel_dtype(dtype) -> None:
     """Raises NotImplementedError for streams that no kernel takes: float64."""
     if dtype not in (jnp.bfloat16, jnp.float32):
