@@ -50,7 +50,7 @@ def _transpose_window(ref, tiles, static):
 
 
 def _load_window(ref, tiles, static):
-    """Does the same where ds and dr of these columns are inputs: without iterations (`kernels_pallas.logits`)."""
+    """Does the same without iterations (`kernels_pallas.logits`): ds and dr of these columns are inputs."""
 
     @pl.when(tiles.first_of_window() & tiles.in_range())
     def _():
@@ -149,6 +149,18 @@ def _kernel(ref, tiles, static):
         _transpose_write(ref, tiles, static.n)
 
 
+def _of_mappings(d: ReadOut, n: int, columns) -> dict:
+    last = tpu_call.tokens_last
+    return {"dh_post": (last(d.h_post), columns(n)), "dh_res": (last(d.h_res, 2), columns(n * n))}
+
+
+def _of_projection(d, columns) -> dict:
+    return {
+        "ds": (tpu_call.tokens_last(d.ds), columns(d.ds.shape[-1])),
+        "dr": (d.dr.reshape(1, -1), columns(1)),
+    }
+
+
 def run_kernel(
     x: jax.Array,
     update: Update | None,
@@ -177,16 +189,6 @@ def run_kernel(
     rows, layer_rows, columns = tiles.rows(row), tiles.rows(width), tiles.columns
     flat, last = tpu_call.flat_tokens, tpu_call.tokens_last
     mixing = static.num_iterations > 0
-    if mixing:
-        arrived = {
-            "dh_post": (last(d.h_post), columns(n)),
-            "dh_res": (last(d.h_res, 2), columns(n * n)),
-        }
-    else:
-        arrived = {
-            "ds": (last(d.ds), columns(m - n)),
-            "dr": (d.dr.reshape(1, num_tokens), columns(1)),
-        }
     inputs = {
         "x": (x, rows),
         "phi": (operand, tiles.whole(*operand.shape)),
@@ -196,7 +198,7 @@ def run_kernel(
         "s": (last(saved.s), columns(m)),
         "r": (saved.r.reshape(1, num_tokens), columns(1)),
         "d": (flat(d.layer_input), layer_rows),
-        **arrived,
+        **(_of_mappings(d, n, columns) if mixing else _of_projection(d, columns)),
         "g": (flat(g), rows),
     }
     outputs = {"dx": (x.shape, x.dtype, rows)}

@@ -55,9 +55,7 @@ def backward_tokens(
     return _tokens(row, n, dtype, 4 + 3 / n if fused else 3 + 1 / n, fixed, most=LANES)
 
 
-def fits_fused_backward(
-    row: int, n: int, dtype, num_iterations: int, m: int | None = None
-) -> bool:
+def fits_fused_backward(row: int, n: int, dtype, num_iterations: int, m: int | None = None) -> bool:
     """Tells whether rows are narrow enough for one backward kernel of the boundary, else it needs two."""
     try:
         backward_tokens(row, n, dtype, num_iterations, m, fused=True)

@@ -1,7 +1,7 @@
 """`read` and `boundary` up to the logits of h_res, for any constraint on it.
 
-The passes over the streams are those of `kernels_pallas.boundary`. The step from logits to h_res is left to the
-caller, who writes it in plain JAX on small arrays; JAX differentiates it:
+The passes over the streams are those of `kernels_pallas.boundary`. The step from logits to h_res is left to
+the caller, who writes it in plain JAX on small arrays; JAX differentiates it:
 
     layer_input, h_post, logits, streams = read_logits(streams, phi, bias, alpha, n=n)
     h_res = project(logits)    # [..., k] -> [..., n, n]
@@ -128,7 +128,7 @@ def read_logits(
       pre_eps, norm_eps, phi_precision: as in `read`.
       input_norm_weight, input_norm_eps: RMSNorm of the layer input, as in `pre`; None: no norm.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`. "triton" takes n up to
-        8, "pallas" n = 2, 4, 8, "cuda" n = 4 and k up to 16.
+        8, "pallas" n from 2 to 8, "cuda" n = 4 and k up to 16.
 
     Returns:
       layer input `[..., C]`, h_post `[..., n]`, logits `[..., k]`, streams.

@@ -1,7 +1,7 @@
 """What `read_logits` and `boundary_logits` take and return, by name; see `kernels_pallas.boundary.contract`.
 
-A backend has the four functions that are listed there, with `LogitsOut` in place of `ReadOut`. `Parameters` have
-any number of columns m = 2n + k, and `static.num_iterations` is 0.
+A backend has the four functions that are listed there, with `LogitsOut` in place of `ReadOut`. `Parameters`
+have any number of columns m = 2n + k, and `static.num_iterations` is 0.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,8 @@
 """`read_logits` and `boundary_logits` with their large passes in CUDA C++, as `kernels_pallas.boundary.cuda`.
 
 Those kernels have 24 columns of phi. Fewer are padded with zeros, more are refused: then Triton runs. Between
-the passes stands plain JAX, which also lays out ds for the tensor cores. The forward of `read_logits` is Triton's.
+the passes stands plain JAX, which also lays out ds for the tensor cores. The forward of `read_logits` is
+Triton's.
 """
 
 import jax
@@ -50,8 +51,8 @@ def _padded(columns: jax.Array) -> jax.Array:
 def fragments(ds: jax.Array, dr: jax.Array, r: jax.Array, K: int) -> Fragments:
     """Lays out ds [T, m], rounded to TF32, as `coefficients.triton.backward_to_fragments` writes it.
 
-    A tile has 16 tokens x 8 columns; a lane is 4 g + q. Float32: tokens g, g + 8 of column 2q, then of 2q + 1.
-    Pairs: high, then low terms of tokens 2q, 2q + 1 of column g; the same of tokens 2q + 8, 2q + 9.
+    A tile has 16 tokens x 8 columns; a lane is 4 g + q. Float32: tokens g, g + 8 of column 2q, then of column
+    2q + 1. Pairs: high, then low terms of tokens 2q, 2q + 1 of column g; the same of tokens 2q + 8, 2q + 9.
     """
     T = ds.shape[0]
     ds = jnp.pad(_padded(ds), ((0, -T % 16), (0, 0)))

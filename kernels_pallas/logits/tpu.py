@@ -1,8 +1,8 @@
 """`read_logits` and `boundary_logits` on TPU: the kernels of `kernels_pallas.boundary.tpu` without Sinkhorn.
 
-A token's row stays in VMEM as there. The forward kernel makes the layer input, s and r; plain JAX makes gates and
-logits of s and r. The cotangents of h_post and the logits are known before any pass over the streams, so plain
-JAX takes them back to ds and dr, and the backward kernel does the rest.
+A token's row stays in VMEM as there. The forward kernel makes the layer input, s and r; plain JAX makes gates
+and logits of s and r. The cotangents of h_post and the logits are known before any pass over the streams, so
+plain JAX takes them back to ds and dr, and the backward kernel does the rest.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from kernels_pallas.boundary.contract import Parameters, ReadStatic, Saved, Upda
 from kernels_pallas.logits import gates
 from kernels_pallas.logits.contract import LogitsOut, empty_read
 from kernels_pallas.post_res import tpu as post_res
-from kernels_pallas.shapes import check_kernel_dtype, check_kernel_n
+from kernels_pallas.shapes import check_kernel_dtype, check_unrolled_n
 from kernels_pallas.tpu import call as tpu_call
 from kernels_pallas.tpu.tiles import LANES
 
@@ -34,11 +34,11 @@ def check(first: jax.Array | Update, *rest, static: ReadStatic) -> None:
     streams, n = jax.tree.leaves(first)[0], static.n
     (parameters,) = (x for x in rest if isinstance(x, Parameters))
     check_kernel_dtype(streams.dtype)
-    check_kernel_n(n)
+    check_unrolled_n(n, least=2)
     (row, m), dtype = parameters.phi.shape, streams.dtype
     if m + n + 2 > LANES:
         raise NotImplementedError(
-            f"phi has {m} columns: at n={n} the kernels take {LANES - n - 2}, 2n and {LANES - 3 * n - 2} logits"
+            f"phi has {m} columns: at n={n} the kernels take {LANES - n - 2}, 2n and then logits"
         )
     blocks.forward_tokens(row, n, dtype, m, fused=True)
     blocks.backward_tokens(row, n, dtype, 0, m, fused=False)

@@ -1,7 +1,7 @@
 """`read_logits` and `boundary_logits` in Triton: the passes of `kernels_pallas.boundary.triton`.
 
-Gates and logits are plain JAX between the passes, which XLA fuses into a few small kernels. No kernel here needs
-a power of two, so n may be any number up to 8.
+Gates and logits are plain JAX between the passes, which XLA fuses into a few small kernels. No kernel here
+needs a power of two, so n may be any number up to 8.
 """
 
 import jax

@@ -215,9 +215,7 @@ def read(x, phi, bias, alpha, weight, n, eps=1e-20, maps=MAPPINGS, **options):
     )
 
 
-def read_vjp(
-    x, phi, bias, alpha, weight, cotangents, n, eps=1e-20, maps=MAPPINGS, **options
-):
+def read_vjp(x, phi, bias, alpha, weight, cotangents, n, eps=1e-20, maps=MAPPINGS, **options):
     """Returns (dx, dphi, dbias, dalpha), then dweight if there is a weight."""
     rounds, (x,) = is_bf16(x), _f64(x)
     d, dh_post, dh_res, d_streams = cotangents
@@ -289,7 +287,9 @@ LEAVES = {
     "boundary+norm": "layer_input h_post h_res new_streams dx dy dh_post dh_res dphi dbias dalpha dweight",
 }
 LEAVES |= {
-    name.replace("+norm", "") + "_logits" + "+norm" * ("+norm" in name): leaves.replace("h_res", "logits", 1)
+    name.replace("+norm", "") + "_logits" + "+norm" * ("+norm" in name): leaves.replace(
+        "h_res", "logits", 1
+    )
     for name, leaves in LEAVES.items()
     if name.startswith(("read", "boundary"))
 }
