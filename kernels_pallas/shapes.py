@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 KERNEL_STREAMS = (2, 4, 8)
-"""Numbers of streams of the kernels with Sinkhorn-Knopp inside; the others take more, see `check_unrolled_n`."""
+"""Numbers of streams of the kernels with Sinkhorn-Knopp inside; others take more: `check_unrolled_n`."""
 STREAM_DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
@@ -128,7 +128,7 @@ def check_kernel_n(n: int) -> None:
 
 
 def check_unrolled_n(n: int, least: int = 1) -> None:
-    """Raises NotImplementedError for a number of streams that no kernel takes whose code only repeats by n."""
+    """Raises NotImplementedError for more streams, or fewer, than kernels take that repeat their code n times."""
     if not least <= n <= 8:
         raise NotImplementedError(f"n={n}: the kernels take n from {least} to 8")
 

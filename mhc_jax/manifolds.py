@@ -113,9 +113,9 @@ class PermutationMixture:
 
         a = softmax(logits),  h_res = sum_k a[k] P_k
 
-    By Birkhoff and von Neumann these are all doubly stochastic matrices. Rows and columns sum to 1 exactly (but
-    for rounding), without iterations. The price is n! logits: 24 at n = 4, and 120 at n = 5, the most that is
-    taken. P_0 is the identity: its logit starts at 0, the others at -gap.
+    By Birkhoff and von Neumann these are all doubly stochastic matrices. Rows and columns sum to 1 exactly
+    (but for rounding), without iterations. The price is n! logits: 24 at n = 4, and 120 at n = 5, the most
+    that is taken. P_0 is the identity: its logit starts at 0, the others at -gap.
     """
 
     def num_logits(self, n: int) -> int:
@@ -150,9 +150,9 @@ class KroneckerMixture:
         a_k = softmax(logits[2k : 2k + 2]),  U_k = a_k[0] I + a_k[1] [[0, 1], [1, 0]]
         h_res = U_1 (x) U_2 (x) ... (x) U_K,  n = 2^K
 
-    Rows and columns sum to 1 exactly (but for rounding) with 2 log2(n) logits: 4 at n = 4. It is a small part
-    of the doubly stochastic matrices: all these h_res are symmetric and commute, so a composite does not depend
-    on the order of its sublayers. The logit of the swap starts at -gap, that of I at 0.
+    Rows and columns sum to 1 exactly (but for rounding) with 2 log2(n) logits: 4 at n = 4. It is a small
+    part of the doubly stochastic matrices: all these h_res are symmetric and commute, so a composite does
+    not depend on the order of its sublayers. The logit of the swap starts at -gap, that of I at 0.
     """
 
     def num_logits(self, n: int) -> int:
@@ -187,9 +187,9 @@ class Orthogonal:
         h_res = (I - A/2)^-1 (I + A/2)
 
     All singular values are 1: in a composite of any depth no direction dies, and the norm of all streams
-    together is kept, forward and backward. Entries have both signs, and rows and columns sum to anything up to
-    sqrt(n) in size, which bounds the composite gains. n (n - 1) / 2 logits, 6 at n = 4. h_res = I at the start,
-    whatever the gap. Half a turn (an eigenvalue -1) is out of reach.
+    together is kept, forward and backward. Entries have both signs, and rows and columns sum to anything up
+    to sqrt(n) in size, which bounds the composite gains. n (n - 1) / 2 logits, 6 at n = 4. h_res = I at the
+    start, whatever the gap. Half a turn (an eigenvalue -1) is out of reach.
 
     JPmHC iterates towards the inverse; here it is exact, and its derivative is taken from the result.
 
@@ -252,10 +252,10 @@ def _(primals, tangents):
 class RowStochastic:
     """Rows that sum to 1 and no more: h_res = softmax of each row of the logits.
 
-    The half of the paper's constraint that bounds the forward gain. Columns are free: a stream may be copied to
-    all others and the rest forgotten, so the composite backward gain may reach n. We know of no paper that
-    proposes it; it shows what the columns of `Birkhoff` are good for. n*n logits, -gap off the diagonal at the
-    start.
+    The half of the paper's constraint that bounds the forward gain. Columns are free: a stream may be
+    copied to all others and the rest forgotten, so the composite backward gain may reach n. We know of no
+    paper that proposes it; it shows what the columns of `Birkhoff` are good for. n*n logits, -gap off the
+    diagonal at the start.
     """
 
     def num_logits(self, n: int) -> int:

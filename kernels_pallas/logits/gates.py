@@ -1,4 +1,4 @@
-"""From the projection to the two gates and the logits, in plain jnp: XLA fuses what is done to small arrays."""
+"""From the projection to gates and logits, in plain jnp: XLA fuses what is done to small arrays."""
 
 import jax
 import jax.numpy as jnp
