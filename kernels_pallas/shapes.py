@@ -128,7 +128,7 @@ def check_kernel_n(n: int) -> None:
 
 
 def check_unrolled_n(n: int, least: int = 1) -> None:
-    """Raises NotImplementedError for more streams, or fewer, than kernels take that repeat their code n times."""
+    """Raises NotImplementedError for more or fewer streams than kernels take that repeat code n times."""
     if not least <= n <= 8:
         raise NotImplementedError(f"n={n}: the kernels take n from {least} to 8")
 

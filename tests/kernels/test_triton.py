@@ -326,7 +326,7 @@ def test_batch_axes_vmap_and_no_tokens():
 @pytest.mark.parametrize(
     ("f", "number"),
     [
-        (lambda: kp.pre(jnp.ones((2, 15)), jnp.ones((2, 3)), implementation="triton"), "n=3"),
+        (lambda: kp.pre(jnp.ones((2, 18)), jnp.ones((2, 9)), implementation="triton"), "n=9"),
         (lambda: kp.sinkhorn(jnp.ones((9, 9)), implementation="triton"), "n=9"),
         (
             lambda: kp.sinkhorn(jnp.ones((4, 4)), num_iterations=99, implementation="triton"),
