@@ -1,4 +1,4 @@
-"""Figures of the comparison: loss and gains of every arm; loss, time and memory over the number of streams."""
+"""Figures: loss and gains of every arm; loss, time and memory over the number of streams."""
 
 import pathlib
 import statistics
