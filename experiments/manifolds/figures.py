@@ -38,7 +38,9 @@ def draw_arms(payload: dict, path: pathlib.Path) -> pathlib.Path | None:
         gap.set_yticks(range(len(arms)), arms)
         gap.invert_yaxis()
         gain.axvline(1, **AT_ONE)
-        gain.set(title="Largest composite gain", xlabel="Amax gain", xscale="log")
+        gain.set(title="Largest composite gain", xlabel="Amax gain")
+        if gain.get_xlim()[1] > 10:
+            gain.set_xscale("log")
         gain.legend()
         write_figure(figure, path.with_suffix(""), ["png"])
     return path
