@@ -66,7 +66,10 @@ def get_config() -> ml_collections.ConfigDict:
     # Gating factors at the start: a number (Table 5: 0.01), or auto: by n and width, see
     # mhc_jax/initialisation.py. config.json holds the number.
     model.alpha_init = config_dict.FieldReference("auto", field_type=object)
-    model.manifold = "birkhoff"  # of mhc: birkhoff | identity
+    # Of mhc: birkhoff | identity | lite (n up to 5) | kromhc (n a power of two) | orthogonal |
+    # row_stochastic; see docs/variants.md.
+    model.manifold = "birkhoff"
+    model.static_res = False  # mhc: one h_res a sublayer, learned but the same for every token
     model.sinkhorn_iterations = 20  # t_max of Eq. 9, >= 1
     model.pre_init_gap = 4.0  # logit gap of h_pre at the start, >= 0
     model.res_init_gap = 8.0  # logit gap of h_res at the start, >= 0; 10 and more freezes it

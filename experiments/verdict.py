@@ -11,6 +11,7 @@ from mhc_jax import gains as gains_lib
 from mhc_jax.analysis.runs import NAMES, Arm
 from mhc_jax.analysis.style import short
 from mhc_jax.config import MAY_CHANGE
+from mhc_jax.manifolds import make_manifold
 
 LAST_STEPS = 20  # one batch is noise: arms differ by less than batches of neighbouring steps do
 
@@ -195,8 +196,8 @@ def _and(parts: Sequence[str]) -> str:
 def h_res_moved(arm: Arm) -> float | None:
     """Returns ||mean h_res(l) - h_res(l) at the start|| (Frobenius), mean over l, of the newest gains.
 
-    At the start h_res is the identity (HC), or the projection of logits that are -res_init_gap off the
-    diagonal (mHC). Returns None without readable gains.
+    At the start h_res is the identity (HC), or what its manifold makes of the first logits (mHC). Returns
+    None without readable gains.
     """
     if not arm.gains:
         return None
@@ -207,11 +208,11 @@ def h_res_moved(arm: Arm) -> float | None:
     matrices = np.asarray(found.matrix_single, float)
     n = matrices.shape[-1]
     model = arm.config["model"]
-    off = 0.0
-    if arm.connection == "mhc" and model.get("manifold", "birkhoff") == "birkhoff":
-        # All rows and columns are alike, so one normalisation makes this matrix doubly stochastic.
-        weight = math.exp(-float(model.get("res_init_gap", 8.0)))
-        off = weight / (1 + (n - 1) * weight)
-    start = (1 - n * off) * np.eye(n) + off
+    start = np.eye(n)
+    if arm.connection == "mhc":
+        iterations = int(model.get("sinkhorn_iterations", 20))
+        manifold = make_manifold(model.get("manifold", "birkhoff"), iterations)
+        logits = manifold.initial_logits(n, float(model.get("res_init_gap", 8.0)))
+        start = np.asarray(manifold.project(logits, n), float)
     with np.errstate(invalid="ignore", over="ignore"):
         return float(np.sqrt(np.square(matrices - start).sum((-2, -1))).mean())

@@ -23,6 +23,7 @@ from kernels_pallas.boundary import boundary, read
 from kernels_pallas.coefficients import coefficients
 from kernels_pallas.dispatch import IMPLEMENTATIONS
 from kernels_pallas.explain import explain
+from kernels_pallas.logits import boundary_logits, read_logits
 from kernels_pallas.mappings import mappings
 from kernels_pallas.post_res import post_res
 from kernels_pallas.pre import pre
@@ -35,6 +36,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "__version__",
     "boundary",
+    "boundary_logits",
     "coefficients",
     "explain",
     "mappings",
@@ -42,6 +44,7 @@ __all__ = [
     "pre",
     "projection",
     "read",
+    "read_logits",
     "sinkhorn",
     "token_sharding",
 ]

@@ -51,6 +51,8 @@ OPS = {
     "post_res": "post_res",
     "read": "boundary",
     "boundary": "boundary",
+    "read_logits": "logits",
+    "boundary_logits": "logits",
 }
 
 _log = logging.getLogger(__name__)

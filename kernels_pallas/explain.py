@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.boundary import boundary, read
 from kernels_pallas.coefficients import coefficients
+from kernels_pallas.logits import boundary_logits, read_logits
 from kernels_pallas.mappings import mappings
 from kernels_pallas.post_res import post_res
 from kernels_pallas.pre import pre
@@ -60,6 +61,7 @@ def explain(
     T: int = 4096,
     dtype=jnp.bfloat16,
     num_iterations: int = 20,
+    num_logits: int | None = None,
     norm: bool = False,
     platform: str | None = None,
 ) -> Explanation:
@@ -76,7 +78,8 @@ def explain(
       T: number of tokens.
       dtype: of the streams.
       num_iterations: t_max of Eq. 9.
-      norm: whether the layer input is normed (`pre`, `read`, `boundary`).
+      num_logits: columns k of `read_logits` and `boundary_logits`; None: n*n.
+      norm: whether the layer input is normed (`pre` and what contains it).
       platform: "cpu", "gpu" or "tpu"; None: that of this process's devices.
 
     Raises:
@@ -85,7 +88,8 @@ def explain(
     op = getattr(op, "__name__", op)
     functions = {
         f.__name__: f
-        for f in (projection, coefficients, mappings, sinkhorn, pre, post_res, read, boundary)
+        for f in (projection, coefficients, mappings, sinkhorn, pre, post_res)
+        + (read, boundary, read_logits, boundary_logits)
     }
     if op not in functions:
         raise ValueError(f"op={op!r} is no operation: use one of {', '.join(functions)}")
@@ -94,7 +98,7 @@ def explain(
     if platform not in PLATFORMS:
         raise ValueError(f"platform={platform!r} is unknown: use one of {', '.join(PLATFORMS)}")
     dtype = jnp.dtype(dtype)
-    args, options = _arguments(op, n, C, T, dtype, num_iterations, norm)
+    args, options = _arguments(op, n, C, T, dtype, num_iterations, num_logits, norm)
 
     def both(*args):
         outputs, vjp = jax.vjp(lambda *a: functions[op](*a, **options), *args)
@@ -109,9 +113,11 @@ def explain(
     return Explanation(question, tuple(_choice(decision, platform) for decision in decisions))
 
 
-def _arguments(op, n, C, T, dtype, num_iterations, norm):
+def _arguments(op, n, C, T, dtype, num_iterations, num_logits, norm):
     """Returns abstract arrays and keywords of an operation."""
     m, K = num_columns(n), n * C
+    if op.endswith("_logits") and num_logits is not None:
+        m = 2 * n + num_logits
 
     def floats(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -128,13 +134,15 @@ def _arguments(op, n, C, T, dtype, num_iterations, norm):
         "post_res": update,
         "read": (streams, *parameters),
         "boundary": (*update, *parameters),
+        "read_logits": (streams, *parameters),
+        "boundary_logits": (*update, *parameters),
     }[op]
     options = {}
-    if op in ("coefficients", "mappings", "read", "boundary"):
+    if op in ("coefficients", "mappings", "read", "boundary") or op.endswith("_logits"):
         options |= {"n": n}
     if op in ("coefficients", "mappings", "sinkhorn", "read", "boundary"):
         options |= {"num_iterations": num_iterations}
-    if norm and op in ("read", "boundary"):
+    if norm and op.startswith(("read", "boundary")):
         options |= {"input_norm_eps": 1e-6}
     if norm and op == "pre":
         options |= {"norm_eps": 1e-6}

@@ -5,6 +5,8 @@ import numbers
 import jax
 import jax.numpy as jnp
 
+KERNEL_STREAMS = (2, 4, 8)
+"""Numbers of streams of the kernels with Sinkhorn-Knopp inside; others take more: `check_unrolled_n`."""
 STREAM_DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
@@ -121,8 +123,14 @@ def check_phi(streams: jax.Array, phi: jax.Array, num_columns: int | None = None
 
 def check_kernel_n(n: int) -> None:
     """Raises NotImplementedError for a number of streams that no kernel takes."""
-    if n not in (2, 4, 8):
+    if n not in KERNEL_STREAMS:
         raise NotImplementedError(f"n={n}: the kernels take n = 2, 4 or 8")
+
+
+def check_unrolled_n(n: int, least: int = 1) -> None:
+    """Raises NotImplementedError for more or fewer streams than kernels take that repeat code n times."""
+    if not least <= n <= 8:
+        raise NotImplementedError(f"n={n}: the kernels take n from {least} to 8")
 
 
 def check_kernel_dtype(dtype) -> None:

@@ -14,19 +14,31 @@ if typing.TYPE_CHECKING:
         Residual,
         expand,
     )
-    from mhc_jax.manifolds import Birkhoff, Identity, Manifold
+    from mhc_jax.manifolds import (
+        Birkhoff,
+        Identity,
+        KroneckerMixture,
+        Manifold,
+        Orthogonal,
+        PermutationMixture,
+        RowStochastic,
+    )
     from mhc_jax.readout import Readout
 
 __all__ = [
     "Birkhoff",
     "HyperConnections",
     "Identity",
+    "KroneckerMixture",
     "Manifold",
     "ManifoldHyperConnections",
     "Mappings",
+    "Orthogonal",
     "Pending",
+    "PermutationMixture",
     "Readout",
     "Residual",
+    "RowStochastic",
     "__version__",
     "expand",
 ]
@@ -34,7 +46,11 @@ __all__ = [
 # Each name is imported on first use: jax takes seconds to import, and `mhc_jax.main` handles signals earlier.
 _PLACES = {
     **dict.fromkeys(__all__, "mhc_jax.connections"),
-    **dict.fromkeys(("Birkhoff", "Identity", "Manifold"), "mhc_jax.manifolds"),
+    **dict.fromkeys(
+        ("Birkhoff", "Identity", "KroneckerMixture", "Manifold", "Orthogonal"),
+        "mhc_jax.manifolds",
+    ),
+    **dict.fromkeys(("PermutationMixture", "RowStochastic"), "mhc_jax.manifolds"),
     "Readout": "mhc_jax.readout",
     "__version__": "kernels_pallas",
 }

@@ -17,7 +17,7 @@ from mhc_jax import ranges, remat
 from mhc_jax.data.config import ON_CORRUPT, DataConfig
 from mhc_jax.health import ON_NON_FINITE
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
-from mhc_jax.manifolds import MANIFOLDS
+from mhc_jax.manifolds import MANIFOLDS, make_manifold
 from mhc_jax.pipeline.schedule import SCHEDULES as PIPE_SCHEDULES
 from mhc_jax.readout import READOUTS
 
@@ -66,6 +66,7 @@ class ModelConfig:
     readout: str
     alpha_init: float | str
     manifold: str
+    static_res: bool
     sinkhorn_iterations: int
     pre_init_gap: float
     res_init_gap: float
@@ -94,6 +95,8 @@ class ModelConfig:
         self._check_experts()
         try:
             self._resolve_alpha()
+            if self.connection == "mhc":
+                make_manifold(self.manifold, self.sinkhorn_iterations).num_logits(self.n)
         except ValueError as error:
             raise ValueError(f"model.{error}") from None
         self.blocks_per_group  # noqa: B018 - refuses a bad model.recompute_block
@@ -282,8 +285,8 @@ def from_workdir(values: Mapping[str, Any]) -> Config:
     """
     values = {**dict.fromkeys(_LATER, "stop"), "pipe_schedule": "1f1b", **values}
     if isinstance(values.get("model"), Mapping):
-        # Before this field existed, blocks were always scanned.
-        values = {**values, "model": {"scan_blocks": True, **values["model"]}}
+        # Before these fields existed, blocks were always scanned and h_res depended on the token.
+        values = {**values, "model": {"scan_blocks": True, "static_res": False, **values["model"]}}
     if isinstance(values.get("mesh"), Mapping):
         values = {**values, "mesh": {"pipe": 1, **values["mesh"]}}
     return from_dict(values)

@@ -25,6 +25,7 @@ from kernels_pallas.precision import wide_dtype
 from kernels_pallas.projection import check_phi_precision
 from kernels_pallas.projection import reference as projection
 from kernels_pallas.shapes import (
+    KERNEL_STREAMS,
     check_floating,
     check_layer_output,
     check_size,
@@ -279,15 +280,16 @@ class ManifoldHyperConnections(_WideConnection):
       alpha_init: gating factors at the start (Table 5: 0.01), or "auto": by n and width, see
         `mhc_jax.initialisation`.
       pre_init_gap: the read mapping starts at sigmoid(-gap) for the streams that are not read.
-      res_init_gap: the off-diagonal logits of h_res start at -gap.
+      res_init_gap: the off-diagonal logits of h_res start at -gap (see each manifold).
+      static_res: h_res is one matrix for all tokens, the projection of its bias; phi has no columns for it.
       norm_eps: added to the mean square of the streams (Table 5: 1e-20).
       phi_precision: "tf32" or "highest", see `kernels_pallas.projection`.
       implementation: of the kernels, see `kernels_pallas`.
       rngs: not used, since no parameter starts from random numbers.
 
     Raises:
-      ValueError: width < 1, n < 1, a negative pre_eps, or so many streams that h_pre cannot sum to 1 at this
-        gap.
+      ValueError: width < 1, n < 1, a negative pre_eps, a manifold that does not exist for n streams, or so
+        many streams that h_pre cannot sum to 1 at this gap.
     """
 
     def __init__(
@@ -301,6 +303,7 @@ class ManifoldHyperConnections(_WideConnection):
         alpha_init: float | str = "auto",
         pre_init_gap: float = 4.0,
         res_init_gap: float = 8.0,
+        static_res: bool = False,
         norm_eps: float = 1e-20,
         phi_precision: str = "tf32",
         implementation: str | None = None,
@@ -317,8 +320,9 @@ class ManifoldHyperConnections(_WideConnection):
         self.manifold = Birkhoff() if manifold is None else manifold
         if isinstance(self.manifold, type):
             raise TypeError(f"manifold is the class {manifold.__name__}: use {manifold.__name__}()")
-        num_logits = self.manifold.num_logits(n)
-        self.phi = nnx.Param(jnp.zeros((n * width, 2 * n + num_logits), jnp.float32))
+        self.static_res = static_res
+        columns = 2 * n + (0 if static_res else self.manifold.num_logits(n))
+        self.phi = nnx.Param(jnp.zeros((n * width, columns), jnp.float32))
         self.alpha = nnx.Param(jnp.full(3, mhc_alpha(alpha_init, n, width), jnp.float32))
         self.bias = nnx.Param(
             jnp.concatenate(
@@ -331,49 +335,57 @@ class ManifoldHyperConnections(_WideConnection):
         )
 
     @property
-    def _fused(self) -> bool:
-        """Whether the kernels compute this manifold; a subclass of Birkhoff may project differently."""
-        return type(self.manifold) is Birkhoff
+    def _sinkhorn_inside(self) -> bool:
+        """Whether `kernels.read` makes h_res too: of Birkhoff itself, and where its kernels take n."""
+        return type(self.manifold) is Birkhoff and not self.static_res and self.n in KERNEL_STREAMS
 
     def read(
         self, streams: jax.Array, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
         check_width(streams, self.n, self.width)
-        if not self._fused:
-            return super().read(streams, norm)
-        layer_input, h_post, h_res, streams = kernels.read(streams, **self._arguments(norm))
-        return streams, layer_input, Mappings(h_post, report(self, h_res, streams))
+        op = kernels.read if self._sinkhorn_inside else kernels.read_logits
+        return self._finish(*op(streams, **self._arguments(norm)))
 
     def boundary(
         self, pending: Pending, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
-        if not self._fused or pending.layer_output is None:
-            return super().boundary(pending, norm)
+        if pending.layer_output is None:
+            return self.read(pending.streams, norm)
         streams, layer_output, written = pending
         check_width(streams, self.n, self.width)
-        layer_input, h_post, h_res, streams = kernels.boundary(
-            streams, layer_output, *written, **self._arguments(norm)
-        )
-        return streams, layer_input, Mappings(h_post, report(self, h_res, streams))
+        op = kernels.boundary if self._sinkhorn_inside else kernels.boundary_logits
+        return self._finish(*op(streams, layer_output, *written, **self._arguments(norm)))
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
-        if self._fused:
-            return self.read(streams)[1:]
-        check_width(streams, self.n, self.width)
-        h_pre, h_post, h_res = self._mappings_on_any_manifold(streams)
-        layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
-        return layer_input, Mappings(h_post, report(self, h_res, streams))
+        return self.read(streams)[1:]
+
+    def _finish(self, layer_input, h_post, h_res, streams):
+        """Projects the logits that stand in place of h_res, if the operation has not done it."""
+        if not self._sinkhorn_inside:
+            h_res = self._project(h_res, h_post)
+        return streams, layer_input, Mappings(h_post, report(self, h_res, streams))
+
+    def _project(self, logits: jax.Array, h_post: jax.Array) -> jax.Array:
+        n, options = self.n, {}
+        if type(self.manifold) is Birkhoff:
+            options["implementation"] = self.implementation
+        if not self.static_res:
+            return self.manifold.project(logits, n, **options)
+        static = whole(self.bias[...])[2 * n :].astype(h_post.dtype)
+        h_res = self.manifold.project(static, n, **options)
+        # A sum, since its token axes have to be split as those of h_post.
+        return jnp.zeros_like(h_post)[..., None] + h_res.reshape((1,) * (h_post.ndim - 1) + (n, n))
 
     def _arguments(self, norm: RMSNorm | None) -> dict:
         """Returns what the fused operations need beside the streams."""
-        return {
+        bias = self.bias[...]
+        if self.static_res:
+            bias = bias[: 2 * self.n]
+        found = {
             "phi": self.phi[...],
-            "bias": self.bias[...],
+            "bias": bias,
             "alpha": self.alpha[...],
             "n": self.n,
-            "num_iterations": self.manifold.num_iterations,
-            "sinkhorn_eps": self.manifold.eps,
-            "last": self.manifold.last,
             "pre_eps": self.pre_eps,
             "norm_eps": self.norm_eps,
             "phi_precision": self.phi_precision,
@@ -381,26 +393,10 @@ class ManifoldHyperConnections(_WideConnection):
             "input_norm_eps": None if norm is None else norm.eps,
             "implementation": self.implementation,
         }
-
-    def _mappings_on_any_manifold(self, streams):
-        n = self.n
-        s, r = kernels.projection(
-            streams,
-            self.phi[...],
-            norm_eps=self.norm_eps,
-            phi_precision=self.phi_precision,
-            implementation=self.implementation,
-        )
-        parts = jnp.split(s / r[..., None], (n, 2 * n), axis=-1)
-        statics = jnp.split(whole(self.bias[...]).astype(s.dtype), (n, 2 * n))
-        pre, post, res = (
-            gate * part + jnp.broadcast_to(static, part.shape)
-            for gate, part, static in zip(whole(self.alpha[...]).astype(s.dtype), parts, statics)
-        )
-        h_pre = jax.nn.sigmoid(pre)
-        if self.pre_eps:
-            h_pre = h_pre + self.pre_eps
-        return h_pre, 2 * jax.nn.sigmoid(post), self.manifold.project(res, n)
+        if self._sinkhorn_inside:
+            found["num_iterations"] = self.manifold.num_iterations
+            found["sinkhorn_eps"], found["last"] = self.manifold.eps, self.manifold.last
+        return found
 
 
 @contextlib.contextmanager

@@ -61,6 +61,7 @@ def to_deepseek_v3(
             _is_mhc(model) and model.manifold != "birkhoff",
             "there are names for birkhoff",
         ),
+        ("static_res", _is_mhc(model) and model.static_res, "phi would lack columns"),
     ):
         if refused:
             raise ValueError(f"model.{name}={getattr(model, name)!r} cannot be exported: {why}")
@@ -202,6 +203,7 @@ def model_config(values: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
             "sinkhorn_iterations": values["hc_sinkhorn_iters"],
             "readout": values["hc_readout"],
             "manifold": "birkhoff",
+            "static_res": False,
         }
     return dataclasses.replace(base, **sizes)
 
@@ -262,7 +264,8 @@ def add_connection(variables: Params, residual: ModelConfig, model: ModelConfig)
     Raises:
       ValueError: `residual` is not residual, or `model` another model.
     """
-    fields = ("connection", "n", "readout", "alpha_init", "manifold", "sinkhorn_iterations")
+    fields = ("connection", "n", "readout", "alpha_init", "manifold", "static_res")
+    fields += ("sinkhorn_iterations",)
     same = {name: getattr(residual, name) for name in fields}
     if residual.connection != "residual":
         raise ValueError(f"model.connection={residual.connection!r}: a residual model is needed")

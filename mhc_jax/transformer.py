@@ -20,7 +20,7 @@ from mhc_jax.connections import (
 )
 from mhc_jax.layers import RMSNorm, SwiGLU, linear, look_up
 from mhc_jax.losses import unembed
-from mhc_jax.manifolds import MANIFOLDS, Birkhoff
+from mhc_jax.manifolds import make_manifold
 from mhc_jax.moe import MoE, MoEAux
 from mhc_jax.readout import Readout
 from mhc_jax.sharding import split_by_token
@@ -45,15 +45,11 @@ def make_connection(config: ModelConfig, sublayer_index: int | jax.Array) -> Con
             use_res=config.hc_use_res,
             **common,
         )
-    manifold = (
-        Birkhoff(config.sinkhorn_iterations)
-        if config.manifold == "birkhoff"
-        else MANIFOLDS[config.manifold]()
-    )
     return ManifoldHyperConnections(
         config.width,
         config.n,
-        manifold=manifold,
+        manifold=make_manifold(config.manifold, config.sinkhorn_iterations),
+        static_res=config.static_res,
         pre_init_gap=config.pre_init_gap,
         res_init_gap=config.res_init_gap,
         **common,

@@ -82,13 +82,15 @@ def at_end(summaries: dict[int, dict], name: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _shown(mean: float, error: float) -> str:
+def shown(mean: float, error: float) -> str:
+    """Text of a mean and its standard error."""
     if not math.isfinite(mean):
         return "diverged"
     return f"{mean:.4f}" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"
 
 
-def _difference(values: list[float]) -> str:
+def difference(values: list[float]) -> str:
+    """Text of paired differences: their mean and its standard error."""
     if not values:
         return "no pair"
     mean, error = mean_and_error(values)
@@ -97,7 +99,8 @@ def _difference(values: list[float]) -> str:
     return f"{mean:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
 
 
-def _value(value: float | None) -> str:
+def value_text(value: float | None) -> str:
+    """Text of a number of four digits; "" for None."""
     return "" if value is None else f"{value:.4g}"
 
 
@@ -119,12 +122,12 @@ def comparison(payload: dict, setting: str) -> list[list[str]]:
             norms = [float(v) for s in found.values() for _, v in s["grad_norm"]]
             rows.append([
                 arm, f"{rate:g}", str(len(found)),
-                _shown(*mean_and_error([loss(s) for s in found.values()])),
-                "" if arm == "residual" else _difference(paired(found, base)),
-                "1 / 1" if forward is None else f"{_value(forward)} / {_value(backward)}",
-                _value(max(norms)), _value(at_end(found, "second_singular")),
-                _value(at_end(found, "stream_cosine")),
-                _value(statistics.fmean(float(d) for d in distance)) if distance else "",
+                shown(*mean_and_error([loss(s) for s in found.values()])),
+                "" if arm == "residual" else difference(paired(found, base)),
+                "1 / 1" if forward is None else f"{value_text(forward)} / {value_text(backward)}",
+                value_text(max(norms)), value_text(at_end(found, "second_singular")),
+                value_text(at_end(found, "stream_cosine")),
+                value_text(statistics.fmean(float(d) for d in distance)) if distance else "",
             ])  # fmt: skip
     return rows
 
@@ -141,7 +144,7 @@ def pairs(payload: dict, setting: str) -> list[list[str]]:
                 by_seed(payload, setting, a, rate_a), by_seed(payload, setting, b, rate_b)
             )
             each = " ".join(f"{v:+.4f}" for v in values)
-            rows.append([f"{a} - {b}", f"{rate_a:g}, {rate_b:g}", _difference(values), each])
+            rows.append([f"{a} - {b}", f"{rate_a:g}, {rate_b:g}", difference(values), each])
     return rows
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from configs import default
 from experiments import output
 from experiments.timing import random_batch
-from mhc_jax.config import Config, from_dict
+from mhc_jax.config import Config, ModelConfig, from_dict
 from mhc_jax.train_step import abstract_batch, init_state, jit_train_step
 
 WARMUP, TIMED, ROUNDS = 3, 12, 2
@@ -92,9 +92,13 @@ def time_arms(
 
     The arms take turns step by step: a GPU under load lowers its clocks by some per cent within seconds,
     which would look like a difference between arms that ran one after the other. Arms with the same
-    connection train one state, so memory holds only one per connection.
+    parameters train one state, so memory holds only one of each kind.
     """
-    connection = {arm: config.model.connection for arm, config in configs.items()}
+
+    def kind(model: ModelConfig) -> tuple:
+        return model.connection, model.n, model.manifold, model.static_res
+
+    connection = {arm: kind(config.model) for arm, config in configs.items()}
     states = {}
     for arm, (init, _) in compiled.items():
         if connection[arm] not in states:

@@ -18,7 +18,6 @@ from kernels_pallas.coefficients import tpu as coefficients
 from kernels_pallas.post_res import tpu as post_res
 from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
-from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn import tpu as sinkhorn
 from kernels_pallas.tpu import call as tpu_call
 from kernels_pallas.tpu import math as tpu_math
@@ -50,6 +49,15 @@ def _transpose_window(ref, tiles, static):
         tpu_math.store_rows(ref.saved_rows, jnp.concatenate(saved, axis=0))
 
 
+def _load_window(ref, tiles, static):
+    """Does the same without iterations (`kernels_pallas.logits`): ds and dr of these columns are inputs."""
+
+    @pl.when(tiles.first_of_window() & tiles.in_range())
+    def _():
+        saved = [ref.h_pre[...], ref.s[: static.n], ref.ds[...], ref.dr[...], ref.r[...]]
+        tpu_math.store_rows(ref.saved_rows, jnp.concatenate(saved, axis=0))
+
+
 def _transpose_input(ref, tiles, n, eps):
     """Writes dh_pre to `ref.dh_rows`, and the cotangent of the weighted sum to `ref.d_sum`."""
     width, norm, num_left = ref.d_sum.shape[-1], None, tiles.num_left()
@@ -71,7 +79,7 @@ def _transpose_input(ref, tiles, n, eps):
 
 def _transpose_projection(ref, tiles, n):
     """Goes back through the columns of h_pre, then in one pass makes dphi and the streams' cotangents."""
-    m, width = num_columns(n), ref.d.shape[-1]
+    m, width = ref.s.shape[0], ref.d.shape[-1]
     rows, exists = tiles.window_rows(), tiles.block_mask()
 
     @pl.when(tiles.in_range())
@@ -134,14 +142,26 @@ def _kernel(ref, tiles, static):
     tiles.zero_past_end(ref.x)
     if fused:
         post_res.load_coefficients(tiles, ref.old_post, ref.old_res, ref.post_rows, ref.res_rows)
-    _transpose_window(ref, tiles, static)
+    (_transpose_window if static.num_iterations else _load_window)(ref, tiles, static)
     _transpose_input(ref, tiles, static.n, static.input_norm_eps)
     _transpose_projection(ref, tiles, static.n)
     if fused:
         _transpose_write(ref, tiles, static.n)
 
 
-def _call(
+def _of_mappings(d: ReadOut, n: int, columns) -> dict:
+    last = tpu_call.tokens_last
+    return {"dh_post": (last(d.h_post), columns(n)), "dh_res": (last(d.h_res, 2), columns(n * n))}
+
+
+def _of_projection(d, columns) -> dict:
+    return {
+        "ds": (tpu_call.tokens_last(d.ds), columns(d.ds.shape[-1])),
+        "dr": (d.dr.reshape(1, -1), columns(1)),
+    }
+
+
+def run_kernel(
     x: jax.Array,
     update: Update | None,
     parameters: Parameters,
@@ -156,17 +176,19 @@ def _call(
       x: the streams that were read, [T, n*C].
       update: what was written before; None: nothing.
       parameters, saved: of the read.
-      d, g: cotangents of what was read, and of the streams.
+      d, g: cotangents of what was read, and of the streams. Without iterations `d` is a
+        `kernels_pallas.logits.tpu.ToProjection`.
       static: of the read.
     """
     n, f32 = static.n, jnp.float32
-    (num_tokens, row), m, fused = x.shape, num_columns(n), update is not None
+    (num_tokens, row), m, fused = x.shape, parameters.phi.shape[1], update is not None
     width = row // n
-    block = backward_tokens(row, n, x.dtype, static.num_iterations, fused=fused)
+    block = backward_tokens(row, n, x.dtype, static.num_iterations, m, fused=fused)
     tiles = TokenTiles(num_tokens, block, max_parts=2, min_window=sinkhorn_window(num_tokens))
     operand, window = projection.phi_operand(parameters.phi, x.dtype), tiles.window
     rows, layer_rows, columns = tiles.rows(row), tiles.rows(width), tiles.columns
     flat, last = tpu_call.flat_tokens, tpu_call.tokens_last
+    mixing = static.num_iterations > 0
     inputs = {
         "x": (x, rows),
         "phi": (operand, tiles.whole(*operand.shape)),
@@ -176,12 +198,12 @@ def _call(
         "s": (last(saved.s), columns(m)),
         "r": (saved.r.reshape(1, num_tokens), columns(1)),
         "d": (flat(d.layer_input), layer_rows),
-        "dh_post": (last(d.h_post), columns(n)),
-        "dh_res": (last(d.h_res, 2), columns(n * n)),
+        **(_of_mappings(d, n, columns) if mixing else _of_projection(d, columns)),
         "g": (flat(g), rows),
     }
     outputs = {"dx": (x.shape, x.dtype, rows)}
-    sums = {"dphi": (m, row), "dbias": (m, 8, LANES), "dalpha": (3, 8, LANES)}
+    learned = m if mixing else n
+    sums = {"dphi": (m, row), "dbias": (learned, 8, LANES), "dalpha": (3, 8, LANES)}
     scratch = {
         "saved_rows": ((window, LANES), f32),
         "dh_rows": ((block, LANES), f32),
@@ -191,6 +213,9 @@ def _call(
         "d_spread": (sinkhorn.spread_shape(n * n, window), f32),
         "iterates": (sinkhorn.iterates_shape(n, static.num_iterations, window), f32),
     }
+    if not mixing:
+        for name in ("columns", "spread", "d_spread", "iterates"):
+            del scratch[name]
     if parameters.weight is not None:
         inputs["weight"] = (parameters.weight.reshape(1, -1), tiles.whole(1, width))
         sums["d_weight"] = (MIN_TOKENS, width)
@@ -226,11 +251,22 @@ def _call(
     )
 
 
-def _d_parameters(out: dict[str, jax.Array]) -> Parameters:
+def d_parameters(out: dict[str, jax.Array]) -> Parameters:
     """Adds up the kernel's partial sums."""
     d_weight = out["d_weight"].sum(axis=(0, 1)) if "d_weight" in out else None
     dbias, dalpha = (out[name].sum(axis=(0, 2, 3)) for name in ("dbias", "dalpha"))
     return Parameters(out["dphi"].sum(axis=0).T, dbias, dalpha, d_weight)
+
+
+def d_update(out: dict[str, jax.Array], update: Update) -> Update:
+    """Brings the cotangents of what was written to its shapes."""
+    *lead, n = update.h_post.shape
+    return Update(
+        out["dx"].reshape(update.streams.shape),
+        out["dy"].reshape(update.layer_output.shape),
+        tpu_call.tokens_first(out["d_old_post"], tuple(lead), (n,)),
+        tpu_call.tokens_first(out["d_old_res"], tuple(lead), (n, n)),
+    )
 
 
 def read_backward(
@@ -246,8 +282,8 @@ def read_backward(
     x = tpu_call.flat_tokens(streams)
     if not x.shape[0]:
         return streams, parameters.no_cotangents()
-    out = _call(x, None, parameters, saved, d, d_streams, static)
-    return out["dx"].reshape(streams.shape), _d_parameters(out)
+    out = run_kernel(x, None, parameters, saved, d, d_streams, static)
+    return out["dx"].reshape(streams.shape), d_parameters(out)
 
 
 def backward(
@@ -263,16 +299,10 @@ def backward(
     """Returns the cotangents of the update and of the parameters."""
     row, n, dtype = new_streams.shape[-1], static.n, new_streams.dtype
     if not fits_fused_backward(row, n, dtype, static.num_iterations):
-        g, d_parameters = read_backward(*(new_streams, parameters, saved, d, d_new), static=static)
-        return Update(*post_res.backward(*update, g)), d_parameters
-    x, lead = tpu_call.flat_tokens(new_streams), new_streams.shape[:-1]
+        g, others = read_backward(*(new_streams, parameters, saved, d, d_new), static=static)
+        return Update(*post_res.backward(*update, g)), others
+    x = tpu_call.flat_tokens(new_streams)
     if not x.shape[0]:
         return update, parameters.no_cotangents()
-    out = _call(x, update, parameters, saved, d, d_new, static)
-    d_update = Update(
-        out["dx"].reshape(new_streams.shape),
-        out["dy"].reshape(update.layer_output.shape),
-        tpu_call.tokens_first(out["d_old_post"], lead, (n,)),
-        tpu_call.tokens_first(out["d_old_res"], lead, (n, n)),
-    )
-    return d_update, _d_parameters(out)
+    out = run_kernel(x, update, parameters, saved, d, d_new, static)
+    return d_update(out, update), d_parameters(out)

@@ -27,31 +27,38 @@ def _tokens(row, n, dtype, rows, fixed, most):
     )
 
 
-def forward_tokens(row: int, n: int, dtype, *, fused: bool) -> int:
+def forward_tokens(row: int, n: int, dtype, m: int | None = None, *, fused: bool) -> int:
     """Returns the tokens of a grid step forward: x in, layer input out; if `fused` also y in, new x out.
+
+    `m` columns of phi, None: n*n + 2n.
 
     Raises:
       NotImplementedError: not even 16 tokens fit.
     """
-    fixed = projection.fixed_bytes(row, num_columns(n), dtype, backward=False)
+    fixed = projection.fixed_bytes(row, m or num_columns(n), dtype, backward=False)
     return _tokens(row, n, dtype, 2 + 2 / n if fused else 1 + 1 / n, fixed, most=2 * LANES)
 
 
-def backward_tokens(row: int, n: int, dtype, num_iterations: int, *, fused: bool) -> int:
+def backward_tokens(
+    row: int, n: int, dtype, num_iterations: int, m: int | None = None, *, fused: bool
+) -> int:
     """Returns the tokens of a grid step backward: x, g, d_input in, dx out; if `fused` also x, y in, dy out.
+
+    `m` columns of phi, None: n*n + 2n.
 
     Raises:
       NotImplementedError: not even 16 tokens fit.
     """
-    fixed = projection.fixed_bytes(row, num_columns(n), dtype, backward=True)
-    fixed += math.prod(sinkhorn.iterates_shape(n, num_iterations, FULL_WINDOW)) * 4
+    fixed = projection.fixed_bytes(row, m or num_columns(n), dtype, backward=True)
+    if num_iterations:
+        fixed += math.prod(sinkhorn.iterates_shape(n, num_iterations, FULL_WINDOW)) * 4
     return _tokens(row, n, dtype, 4 + 3 / n if fused else 3 + 1 / n, fixed, most=LANES)
 
 
-def fits_fused_backward(row: int, n: int, dtype, num_iterations: int) -> bool:
+def fits_fused_backward(row: int, n: int, dtype, num_iterations: int, m: int | None = None) -> bool:
     """Tells whether rows are narrow enough for one backward kernel of the boundary, else it needs two."""
     try:
-        backward_tokens(row, n, dtype, num_iterations, fused=True)
+        backward_tokens(row, n, dtype, num_iterations, m, fused=True)
     except NotImplementedError:
         return False
     return True

@@ -26,7 +26,6 @@ from kernels_pallas.coefficients import tpu as coefficients
 from kernels_pallas.post_res import tpu as post_res
 from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
-from kernels_pallas.shapes import num_columns
 from kernels_pallas.sinkhorn.tpu import spread_shape
 from kernels_pallas.tpu import call as tpu_call
 from kernels_pallas.tpu import math as tpu_math
@@ -37,10 +36,10 @@ def _read(ref, tiles, static, beside=None):
     """Computes projection and layer input of `ref.read`, after the last block of a window its coefficients.
 
     Scratch, a token a row: `ref.saved_rows` s, r; `ref.h_rows` h_pre. `beside()` runs beside the projection,
-    which leaves units idle.
+    which leaves units idle. Without iterations (`kernels_pallas.logits`) the kernel ends with s and r.
     """
     n = static.n
-    m, rows = num_columns(n), tiles.window_rows()
+    m, rows = ref.s.shape[0], tiles.window_rows()
 
     @pl.when(tiles.in_range())
     def _():
@@ -67,6 +66,8 @@ def _read(ref, tiles, static, beside=None):
         saved = ref.saved_rows[...].T
         ref.s[...] = saved[:m]
         ref.r[...] = saved[m : m + 1]
+        if not static.num_iterations:
+            return
         coefficients.write_coefficients(
             *(ref.s, ref.r, ref.bias, ref.alpha, ref.h_pre, ref.h_post, ref.h_res, ref.spread),
             n=n,
@@ -116,7 +117,7 @@ def _boundary_kernel(ref, tiles, static):
     _read(ref, tiles, static, beside=functools.partial(prepare, next_rows))
 
 
-def _call(
+def run_kernel(
     x: jax.Array, update: Update | None, parameters: Parameters, static: ReadStatic
 ) -> dict[str, jax.Array]:
     """Runs the kernel and returns its named outputs.
@@ -127,10 +128,10 @@ def _call(
       parameters, static: of the read.
     """
     n, f32 = static.n, jnp.float32
-    (num_tokens, row), m = x.shape, num_columns(n)
+    (num_tokens, row), m = x.shape, parameters.phi.shape[1]
     width, fused = row // n, update is not None
     window = sinkhorn_window(num_tokens)
-    block = min(forward_tokens(row, n, x.dtype, fused=fused), window)
+    block = min(forward_tokens(row, n, x.dtype, m, fused=fused), window)
     tiles = TokenTiles(num_tokens, block, min_window=window)
     columns = tiles.columns
     inputs = {"x": (x, tiles.rows(row))}
@@ -158,7 +159,8 @@ def _call(
     if parameters.weight is not None:
         inputs["weight"] = parameters.weight.reshape(1, width), tiles.whole(1, width)
     outputs["layer_input"] = (num_tokens, width), x.dtype, tiles.rows(width)
-    for name, k in {"h_pre": n, "h_post": n, "h_res": n * n, "s": m, "r": 1}.items():
+    mappings = {"h_pre": n, "h_post": n, "h_res": n * n} if static.num_iterations else {}
+    for name, k in {**mappings, "s": m, "r": 1}.items():
         outputs[name] = (k, num_tokens), f32, columns(k)
     return tpu_call.call_named(
         functools.partial(_boundary_kernel if fused else _read_kernel, tiles=tiles, static=static),
@@ -180,7 +182,7 @@ def _unflatten(out: dict[str, jax.Array], lead: tuple[int, ...], n: int) -> tupl
     layer_input = out["layer_input"].reshape(*lead, -1)
     return (
         ReadOut(layer_input, first("h_post", n), first("h_res", n, n)),
-        Saved(first("h_pre", n), first("s", num_columns(n)), out["r"].reshape(lead)),
+        Saved(first("h_pre", n), first("s", n * n + 2 * n), out["r"].reshape(lead)),
     )
 
 
@@ -191,7 +193,7 @@ def read_forward(
     x = tpu_call.flat_tokens(streams)
     if not x.shape[0]:
         return empty_read(streams, static.n)
-    return _unflatten(_call(x, None, parameters, static), streams.shape[:-1], static.n)
+    return _unflatten(run_kernel(x, None, parameters, static), streams.shape[:-1], static.n)
 
 
 def forward(
@@ -202,5 +204,5 @@ def forward(
     x = tpu_call.flat_tokens(streams)
     if not x.shape[0]:
         return streams, *empty_read(streams, static.n)
-    out = _call(x, update, parameters, static)
+    out = run_kernel(x, update, parameters, static)
     return out["new"].reshape(streams.shape), *_unflatten(out, streams.shape[:-1], static.n)

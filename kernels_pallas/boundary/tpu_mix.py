@@ -23,10 +23,10 @@ _CHUNK = 256  # columns, in turn for the vector unit and for the MXU
 
 
 def group_tokens(block: int, n: int, dtype) -> int | None:
-    """Returns the tokens of a product; None if the vector unit does all: float32 streams, small blocks."""
+    """Returns the tokens of a product; None if the vector unit does all: float32, small blocks, n = 3."""
     tokens = LANES // n
     exact = dtype == jnp.bfloat16  # products with bfloat16 terms are exact in the MXU
-    return tokens if exact and block % tokens == 0 else None
+    return tokens if exact and LANES % n == 0 and block % tokens == 0 else None
 
 
 def matrices_shape(block: int, n: int) -> tuple[int, int]:

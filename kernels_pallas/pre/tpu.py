@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.shapes import check_kernel_dtype, check_kernel_n
+from kernels_pallas.shapes import check_kernel_dtype, check_unrolled_n
 from kernels_pallas.tpu import call as tpu_call
 from kernels_pallas.tpu import math as tpu_math
 from kernels_pallas.tpu.math import LaneSums
@@ -26,7 +26,7 @@ def check(streams, h_pre, *_, eps=None):
     """Raises NotImplementedError unless the kernels accept dtype, n and width."""
     n = h_pre.shape[-1]
     check_kernel_dtype(streams.dtype)
-    check_kernel_n(n)
+    check_unrolled_n(n, least=2)
     block_tokens(streams.shape[-1], n, streams.dtype)
 
 

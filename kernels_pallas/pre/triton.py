@@ -9,7 +9,7 @@ from kernels_pallas.gpu import device
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
 from kernels_pallas.gpu.triton_math import cast, columns, load, store
-from kernels_pallas.shapes import check_kernel_dtype, check_kernel_n
+from kernels_pallas.shapes import check_kernel_dtype, check_unrolled_n
 
 
 @triton.jit
@@ -284,8 +284,8 @@ def backward_normed_launch(
 
 
 def check(streams: jax.Array, h_pre: jax.Array, *_, **__) -> None:
-    """Raises NotImplementedError for n other than 2, 4, 8 and for float64."""
-    check_kernel_n(h_pre.shape[-1])
+    """Raises NotImplementedError for n above 8 and for float64."""
+    check_unrolled_n(h_pre.shape[-1])
     check_kernel_dtype(streams.dtype)
 
 

@@ -106,18 +106,41 @@ def _sigmoid(x):
     return 0.5 * (1 + np.tanh(x / 2))
 
 
-def _logits(s, r, bias, alpha, n):
-    columns = np.concatenate([np.full(n, alpha[0]), np.full(n, alpha[1]), np.full(n * n, alpha[2])])
+def _affine(s, r, bias, alpha, n):
+    columns = np.repeat(alpha, [n, n, len(bias) - 2 * n])
     return s * columns / r[:, None] + bias, columns
+
+
+def logits(s, r, bias, alpha, n, *, pre_eps=0.0):
+    """Returns (h_pre, h_post, logits [T, k]) of 2n + k columns."""
+    h, _ = _affine(*_f64(s, r, bias, alpha), n)
+    return _sigmoid(h[:, :n]) + pre_eps, 2 * _sigmoid(h[:, n : 2 * n]), h[:, 2 * n :]
+
+
+def logits_vjp(s, r, bias, alpha, dh_pre, dh_post, d_logits, n, *, pre_eps=0.0):
+    """Returns (ds, dr, dbias, dalpha), which do not depend on pre_eps."""
+    s, r, bias, alpha, dh_pre, dh_post, d_logits = _f64(
+        s, r, bias, alpha, dh_pre, dh_post, d_logits
+    )
+    h, columns = _affine(s, r, bias, alpha, n)
+    h_pre, h_post = _sigmoid(h[:, :n]), 2 * _sigmoid(h[:, n : 2 * n])
+    d = np.concatenate(
+        [dh_pre * (h_pre - h_pre**2), dh_post * (h_post - h_post**2 / 2), d_logits], axis=1
+    )
+    per_column = (d * s / r[:, None]).sum(0)
+    dalpha = np.array(
+        [per_column[:n].sum(), per_column[n : 2 * n].sum(), per_column[2 * n :].sum()]
+    )
+    dr = -(d * columns * s).sum(1) / r**2
+    return d * columns / r[:, None], dr, d.sum(0), dalpha
 
 
 def coefficients(
     s, r, bias, alpha, n, num_iterations=20, *, sinkhorn_eps=0.0, last="rows", pre_eps=0.0
 ):
-    s, r, bias, alpha = _f64(s, r, bias, alpha)
-    h, _ = _logits(s, r, bias, alpha, n)
-    h_res = sinkhorn(h[:, 2 * n :].reshape(-1, n, n), num_iterations, sinkhorn_eps, last)
-    return _sigmoid(h[:, :n]) + pre_eps, 2 * _sigmoid(h[:, n : 2 * n]), h_res
+    h_pre, h_post, res = logits(s, r, bias, alpha, n, pre_eps=pre_eps)
+    h_res = sinkhorn(res.reshape(-1, n, n), num_iterations, sinkhorn_eps, last)
+    return h_pre, h_post, h_res
 
 
 def coefficients_vjp(
@@ -136,25 +159,14 @@ def coefficients_vjp(
     pre_eps=0.0,
 ):
     """Returns (ds, dr, dbias, dalpha), which do not depend on pre_eps."""
-    s, r, bias, alpha, dh_pre, dh_post = _f64(s, r, bias, alpha, dh_pre, dh_post)
-    h, columns = _logits(s, r, bias, alpha, n)
-    h_pre, h_post = _sigmoid(h[:, :n]), 2 * _sigmoid(h[:, n : 2 * n])
-    logits = h[:, 2 * n :].reshape(-1, n, n)
-    d_res = sinkhorn_vjp(logits, dh_res, num_iterations, sinkhorn_eps, last)
-    d = np.concatenate(
-        [
-            dh_pre * (h_pre - h_pre**2),
-            dh_post * (h_post - h_post**2 / 2),
-            d_res.reshape(-1, n * n),
-        ],
-        axis=1,
-    )
-    per_column = (d * s / r[:, None]).sum(0)
-    dalpha = np.array(
-        [per_column[:n].sum(), per_column[n : 2 * n].sum(), per_column[2 * n :].sum()]
-    )
-    dr = -(d * columns * s).sum(1) / r**2
-    return d * columns / r[:, None], dr, d.sum(0), dalpha
+    res = logits(s, r, bias, alpha, n)[2].reshape(-1, n, n)
+    d_res = sinkhorn_vjp(res, dh_res, num_iterations, sinkhorn_eps, last)
+    return logits_vjp(s, r, bias, alpha, dh_pre, dh_post, d_res.reshape(-1, n * n), n)
+
+
+MAPPINGS = coefficients, coefficients_vjp
+LOGITS = logits, logits_vjp
+"""What follows the projection in `read` and `boundary`, and in `read_logits` and `boundary_logits`."""
 
 
 def mappings(x, phi, bias, alpha, n, *, norm_eps=1e-20, **options):
@@ -229,16 +241,13 @@ def rms_norm_vjp(x, weight, dy, eps=1e-20):
     return d / r - x * (d * x).mean(-1, keepdims=True) / r**3, (dy * x / r).sum(0)
 
 
-def read(
-    x, phi, bias, alpha, weight, n, num_iterations=20, eps=1e-20, norm_eps=1e-20, **convention
-):
+def read(x, phi, bias, alpha, weight, n, eps=1e-20, norm_eps=1e-20, maps=MAPPINGS, **options):
     """Returns (layer_input, h_post, h_res, streams); weight None: no norm of the layer input.
 
-    `convention`: as in `coefficients`.
+    With `maps=LOGITS` the logits take the place of h_res. `options`: as in `coefficients` or `logits`.
     """
     (x,) = _f64(x)
-    options = {"num_iterations": num_iterations, **convention}
-    h_pre, h_post, h_res = coefficients(*projection(x, phi, norm_eps), bias, alpha, n, **options)
+    h_pre, h_post, h_res = maps[0](*projection(x, phi, norm_eps), bias, alpha, n, **options)
     u = pre(x, h_pre)
     return (
         *(u if weight is None else rms_norm(u, weight, eps), h_post, h_res),
@@ -254,26 +263,23 @@ def read_vjp(
     weight,
     cotangents,
     n,
-    num_iterations=20,
     eps=1e-20,
     norm_eps=1e-20,
+    maps=MAPPINGS,
     other=False,
-    **convention,
+    **options,
 ):
     """Returns (dx, dphi, dbias, dalpha), then dweight if there is a weight. `other`: as in `round_bits`."""
     rounds, (x,) = is_bf16(x), _f64(x)
     d, dh_post, dh_res, d_streams = cotangents
     s, r = projection(x, phi, norm_eps)
-    options = {"num_iterations": num_iterations, **convention}
-    h_pre, _, _ = coefficients(s, r, bias, alpha, n, **options)
+    h_pre, _, _ = maps[0](s, r, bias, alpha, n, **options)
     d_weight = []
     if weight is not None:
         d, *d_weight = rms_norm_vjp(pre(x, h_pre), weight, d, eps)
     _, dh_pre = pre_vjp(x, h_pre, d)
     dx, _ = pre_vjp(x, h_pre, round_bits(d, 8, other) if rounds else d)
-    ds, dr, dbias, dalpha = coefficients_vjp(
-        s, r, bias, alpha, dh_pre, dh_post, dh_res, n, **options
-    )
+    ds, dr, dbias, dalpha = maps[1](s, r, bias, alpha, dh_pre, dh_post, dh_res, n, **options)
     ds = round_bits(ds, 11, other) if rounds else ds
     dx_projection, dphi = projection_vjp(x, phi, ds, dr, norm_eps)
     return dx + dx_projection + _f64(d_streams)[0], dphi, dbias, dalpha, *d_weight
@@ -334,6 +340,13 @@ LEAVES = {
     "read+norm": "layer_input h_post h_res streams dx dphi dbias dalpha dweight",
     "boundary": "layer_input h_post h_res new_streams dx dy dh_post dh_res dphi dbias dalpha",
     "boundary+norm": "layer_input h_post h_res new_streams dx dy dh_post dh_res dphi dbias dalpha dweight",
+}
+LEAVES |= {
+    name.replace("+norm", "") + "_logits" + "+norm" * ("+norm" in name): leaves.replace(
+        "h_res", "logits", 1
+    )
+    for name, leaves in LEAVES.items()
+    if name.startswith(("read", "boundary"))
 }
 """Outputs of each operation, then the cotangents of its arguments."""
 

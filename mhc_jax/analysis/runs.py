@@ -29,6 +29,11 @@ from mhc_jax.analysis import colours
 log = logging.getLogger("mhc_jax.analysis")
 
 NAMES = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
+# Of mHC's other manifolds, by their names in the configuration.
+MANIFOLD_NAMES = {
+    **{"identity": "identity", "lite": "mHC-lite", "kromhc": "KromHC"},
+    **{"orthogonal": "orthogonal", "row_stochastic": "row-stochastic"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,15 +148,23 @@ def _read(path: epath.Path) -> Arm:
         raise FileNotFoundError(f"{path} is not a workdir of training: it has no metrics.jsonl")
     config = read_config(path)
     connection = config["model"]["connection"]
-    identity = connection == "mhc" and config["model"].get("manifold") == "identity"
     return Arm(
         path=path,
-        name="identity" if identity else NAMES.get(connection, connection),
+        name=_name(config["model"]),
         connection=connection,
         colour="",
         config=config,
         metrics=read_metrics(path / "metrics.jsonl"),
         gains=stored_gains(path),
+    )
+
+
+def _name(model: dict) -> str:
+    name = NAMES.get(model["connection"], model["connection"])
+    if model["connection"] != "mhc":
+        return name
+    return MANIFOLD_NAMES.get(model.get("manifold"), name) + " static" * bool(
+        model.get("static_res")
     )
 
 

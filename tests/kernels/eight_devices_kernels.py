@@ -25,6 +25,13 @@ def loss(x, y, phi, bias, alpha, weight, implementation):
         x, jnp.sin(u) + y, h_post, h_res, phi, bias, alpha, **options, **norm
     )
     x = kp.post_res(x, jnp.sin(u), h_post, h_res, implementation=implementation)
+    open_end = {"n": n, "implementation": implementation}
+    u, h_post, logits, x = kp.read_logits(x, phi, bias, alpha, **open_end)
+    h_res = jax.nn.softmax(logits.reshape(*logits.shape[:-1], n, n))
+    u, h_post, logits, x = kp.boundary_logits(
+        x, jnp.sin(u), h_post, h_res, phi, bias, alpha, **open_end
+    )
+    x = x + jnp.tile(logits, n * C // 4)
     h_pre, _, h_res = kp.mappings(x, phi, bias, alpha, **options)
     u = kp.pre(x, h_pre, norm_weight=weight, norm_eps=1e-6, implementation=implementation)
     h_res = kp.sinkhorn(h_res, num_iterations=3, implementation=implementation)

@@ -24,6 +24,7 @@ from mhc_jax import (
     HyperConnections,
     Identity,
     ManifoldHyperConnections,
+    Orthogonal,
     Pending,
     Readout,
     Residual,
@@ -67,7 +68,8 @@ class Model(nnx.Module):
         gate = {"alpha_init": 0.1}  # "auto" at this width would only magnify the rounding of sums
         other = {"manifold": Birkhoff(eps=0.01, last="columns"), "pre_eps": 0.02}
         self.mhc = ManifoldHyperConnections(C, n, **gate, **other)
-        self.identity = ManifoldHyperConnections(C, n, manifold=Identity(), **gate)
+        self.rotating = ManifoldHyperConnections(C, n, manifold=Orthogonal(), **gate)
+        self.fixed = ManifoldHyperConnections(C, n, manifold=Identity(), static_res=True, **gate)
         self.hc = HyperConnections(C, n, use_post=False, **gate)
         self.next = ManifoldHyperConnections(C, n, sublayer_index=1, **gate)
         self.head = Readout("head", C, n, eps=0.03, **gate)
@@ -76,7 +78,7 @@ class Model(nnx.Module):
 
 def model_loss(p, x, y):
     model = nnx.merge(GRAPH, p)
-    for connection in (model.mhc, model.identity, model.hc):
+    for connection in (model.mhc, model.rotating, model.fixed, model.hc):
         x = connection(x, lambda u: jnp.sin(u) + y)
     x, u, mappings = model.mhc.boundary(model.next.start(x))
     x, u, mappings = model.next.boundary(Pending(x, jnp.sin(u), mappings))

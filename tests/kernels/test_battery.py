@@ -126,14 +126,14 @@ def refused(implementation, number, op, n=4, C=64, T=3, dtype=jnp.float32, **opt
 @pytest.mark.parametrize(
     ("implementation", "case", "number"),
     [
-        refused("pallas", "n=3", "pre", n=3, C=128),
+        refused("pallas", "n=9", "pre", n=9, C=128),
         refused("pallas", "n=3", "read", n=3, C=5),
         refused("pallas", "n=3", "boundary", n=3, C=5),
         refused("pallas", "n=5", "sinkhorn", n=5),
         refused("pallas", "143 columns", "projection", n=11, C=8),
         refused("pallas", "4000000", "pre", C=10**6),
         refused("pallas", "num_iterations=1000", "sinkhorn", num_iterations=1000),
-        refused("triton", "n=3", "pre", n=3, C=5),
+        refused("triton", "n=9", "pre", n=9, C=5),
         refused("triton", "n=9", "sinkhorn", n=9),
         refused("triton", "num_iterations=99", "sinkhorn", num_iterations=99),
         refused("cuda", "n=2", "read", n=2, dtype=BF16),

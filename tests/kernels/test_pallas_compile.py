@@ -38,6 +38,12 @@ def test_every_kernel_compiles_for_two_and_eight_streams(topology, run_python):
     assert printed.split() == ["compiled", "2", "compiled", "8"]
 
 
+@SLOW
+def test_kernels_up_to_the_logits_compile_for_any_number_of_streams(run_python):
+    printed = run_python(PROGRAMS, "compile_logits", "v5p:2x2x1", tpu_compiler=True)
+    assert printed.split() == [word for n in "3458" for word in ("compiled", n)]
+
+
 def test_none_takes_the_kernels_and_xla_takes_none(run_python):
     assert "chosen" in run_python(PROGRAMS, "choose_kernels", "v5p:2x2x1", tpu_compiler=True)
 

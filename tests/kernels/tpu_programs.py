@@ -132,6 +132,39 @@ def compile_other_n(topology):
         print("compiled", n, flush=True)
 
 
+def logits_kernels(n, k):
+    """Outputs and gradients of the fused operations with k logits."""
+    options = {"n": n, "input_norm_eps": 1e-6, "implementation": "pallas"}
+
+    def program(x, y, h_post, h_res, phi, bias, alpha, weight):
+        phi, bias = (jnp.concatenate([a, a], axis=-1)[..., : 2 * n + k] for a in (phi, bias))
+
+        def fused(op, *args):
+            *args, weight = args
+            return op(*args, input_norm_weight=weight, **options)
+
+        parameters = phi, bias, alpha, weight
+        read, boundary = (
+            functools.partial(fused, op) for op in (kp.read_logits, kp.boundary_logits)
+        )
+        return (
+            with_gradients(read, x, *parameters),
+            with_gradients(boundary, x, y, h_post, h_res, *parameters),
+        )
+
+    return program
+
+
+def compile_logits(topology):
+    """The fused kernels without Sinkhorn at the narrowest width: any n, more and fewer columns."""
+    fused = {f"mhc_{op}_{direction}" for op in ("read", "boundary") for direction in BOTH}
+    for n, k in ((3, 6), (4, 24), (5, 0), (8, 28)):
+        lowered = lower(logits_kernels(n, k), topology, WIDTHS[0], n=n)
+        assert kernels_of(lowered) == fused, kernels_of(lowered)
+        lowered.compile()
+        print("compiled", n, flush=True)
+
+
 def choose_kernels(topology):
     """implementation=None takes the kernels when it is lowered for a TPU, "xla" takes none."""
     for program, names in ((wide_kernels, WIDE), (narrow_kernels, NARROW)):

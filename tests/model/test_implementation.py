@@ -41,7 +41,7 @@ def test_command_line_and_json_hold_it(monkeypatch, name):
         ("rocm", "model.implementation='rocm' is unknown"),
         ("boundary:cuda", "names by operation as in 'boundary=cuda,sinkhorn=triton'"),
         ("sinkhorn=cuda", "sinkhorn has no 'cuda' kernel, it has xla, pallas, triton"),
-        ("cuda", "name the operations that have: 'read=cuda,boundary=cuda'"),
+        ("cuda", "name the operations that have: 'read=cuda,boundary=cuda,"),
     ],
 )
 def test_what_it_cannot_be(name, message):

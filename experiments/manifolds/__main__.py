@@ -1,0 +1,158 @@
+"""Which constraint on h_res, and how many streams? Paired comparisons with seeds, gains, step times.
+
+    python -m experiments.manifolds --data 'corpus/text/**'
+    python -m experiments.manifolds --summary    # the tables from the stored results; --figures draws anew
+    python -m experiments.manifolds --toy        # everything at toy size on a CPU, in a minute
+
+Every arm is trained on the setting of `experiments.reproduction` (its `main`: 38M parameters, 100M tokens)
+with the same weights and the same order of the data in a seed, at one learning rate; then mHC and the
+identity with n = 1 to 8 streams; then the train steps are timed on one device, arms in turn. Give the
+command again to go on where it was cut.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments import record, sweep
+from experiments.manifolds import figures, settings, tables
+from experiments.manifolds.settings import Run
+from experiments.output import user_path
+from experiments.step_time import __main__ as step_time
+from mhc_jax.config import Config
+
+QUESTION = "manifolds"
+MODULE = f"experiments.{QUESTION}"
+PARTS = ("arms", "widths", "times")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {MODULE}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/manifolds"),
+                        help="folder of the workdirs (runs/manifolds)")  # fmt: skip
+    parser.add_argument("--data", default="", help="glob of text files; else the standard library")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--arms", nargs="+", choices=list(settings.ARMS),
+                        default=list(settings.ARMS), help="of the comparison at n = 4 (all)")  # fmt: skip
+    parser.add_argument("--streams", nargs="+", type=int, choices=settings.STREAMS,
+                        default=list(settings.STREAMS), help="n of mHC and identity (all)")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(settings.SEEDS))
+    parser.add_argument("--steps", type=int, help="of a run, for a quick try")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=NUMBER",
+                        help="integer fields of the config, for a quick try")  # fmt: skip
+    parser.add_argument("--toy", action="store_true",
+                        help="a few arms of toy size, in this process; stores nothing")  # fmt: skip
+    parser.add_argument("--per_gpu", type=int, default=2, help="runs that share a GPU (2)")
+    parser.add_argument("--minutes", type=float, help="stop after so long, to go on later")
+    parser.add_argument("--summary", action="store_true",
+                        help="print the tables from the stored results")  # fmt: skip
+    parser.add_argument("--figures", action="store_true",
+                        help="draw the figures from the stored results")  # fmt: skip
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, started by the study itself
+    options = parser.parse_args(arguments)
+    fields = dict(field.split("=") for field in options.set)
+    options.fields = {name: int(value) for name, value in fields.items()}
+    if options.toy:
+        options.arms, options.streams = settings.TOY_ARMS, settings.TOY_STREAMS
+        options.seeds, options.steps = settings.TOY_SEEDS, settings.TOY_STEPS
+        options.fields = settings.TOY | options.fields
+    return options
+
+
+def wanted(options: argparse.Namespace) -> list[Run]:
+    """The runs that the options ask for, none twice."""
+    runs, seeds = [], tuple(options.seeds)
+    if "arms" in options.parts:
+        runs += settings.comparison(tuple(options.arms), seeds)
+    if "widths" in options.parts:
+        runs += settings.widths(tuple(options.streams), seeds)
+    return list(dict.fromkeys(runs))
+
+
+def config_of(run: Run, options: argparse.Namespace) -> Config:
+    return run.config(options.data, options.steps, options.fields)
+
+
+def train(runs: list[Run], options: argparse.Namespace) -> dict[str, dict]:
+    """Trains what has no summary yet; the summaries by key."""
+    keys = [run.key for run in runs]
+    if options.toy:
+        for run in runs:
+            if sweep.read_summary(options.output, run.key) is None:
+                sweep.run_one(config_of(run, options), options.output, run.key)
+    elif runs:
+        arguments = ["--data", options.data]
+        arguments += ["--steps", str(options.steps)] if options.steps else []
+        arguments += ["--set", *options.set] if options.set else []
+        deadline = options.minutes and time.monotonic() + 60 * options.minutes
+        shared = {"per_gpu": options.per_gpu, "deadline": deadline}
+        missing = sweep.run_all(MODULE, keys, options.output, arguments, **shared)
+        if missing:
+            print(f"{len(missing)} runs not finished ({', '.join(missing[:3])} ...): run again")
+    return sweep.read_summaries(options.output, keys)
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict]:
+    """Milliseconds of a train step (rounds) and GiB of its temporaries, by arm and n, on one device."""
+    seed = tuple(options.seeds)[:1]
+    runs = settings.comparison(tuple(options.arms), seed)
+    runs += settings.widths(tuple(options.streams), seed)
+    configs = {f"{run.arm}/n{run.n}": config_of(run, options) for run in runs}
+    compiled = {arm: step_time.compile_arm(config) for arm, config in configs.items()}
+    rounds = step_time.time_arms(configs, compiled, np.random.default_rng(0))
+    return {
+        arm: {
+            "ms": [round(ms, 3) for ms in rounds[arm]],
+            "temporaries_GiB": round(
+                step.memory_analysis().temp_size_in_bytes / 2**30, 4
+            ),
+        }
+        for arm, (_, step) in compiled.items()
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    if options.run:
+        run = Run.from_key(options.run)
+        sweep.run_one(config_of(run, options), options.output, run.key)
+        return
+    if options.summary or options.figures:
+        path = record.newest(QUESTION)
+        payload = record.read(path)
+        if options.summary:
+            print(tables.format_all(payload))
+        if options.figures:
+            print(*figures.draw_all(payload, path.parent), sep="\n")
+        return
+    runs = wanted(options)
+    found = train(runs, options)
+    missing = [run.key for run in runs if run.key not in found]
+    if missing:
+        sys.exit(1)
+    payload = {
+        "data": options.data or "stdlib",
+        "learning_rate": settings.LEARNING_RATE,
+        "runs": found,
+        "times": measure(options) if "times" in options.parts else {},
+    }
+    print(tables.format_all(payload))
+    if options.toy:
+        path = options.output / "toy.json"
+        path.write_text(json.dumps(payload, indent=1) + "\n")
+    else:
+        path = record.write(QUESTION, payload)
+    print(path, *figures.draw_all(payload, path.parent), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

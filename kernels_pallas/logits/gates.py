@@ -1,0 +1,51 @@
+"""From the projection to gates and logits, in plain jnp: XLA fuses what is done to small arrays."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.boundary.contract import Parameters, Saved
+from kernels_pallas.logits.contract import LogitsOut
+
+
+def _columns(alpha: jax.Array, n: int, m: int, ndim: int) -> jax.Array:
+    """Spreads the [3] gating factors over m columns: n, n and the rest."""
+    counts = jnp.array([n, n, m - 2 * n])
+    return jnp.repeat(alpha, counts, total_repeat_length=m).reshape((1,) * ndim + (m,))
+
+
+def _affine(s, r, parameters, n):
+    normed, m = s / r[..., None], s.shape[-1]
+    columns = _columns(parameters.alpha, n, m, r.ndim)
+    return normed, columns, normed * columns + parameters.bias.reshape(columns.shape)
+
+
+def forward(
+    s: jax.Array, r: jax.Array, parameters: Parameters, *, n: int, pre_eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Maps s [..., 2n+k], r [...] -> h_pre [..., n], h_post [..., n], logits [..., k]."""
+    _, _, h = _affine(s, r, parameters, n)
+    pre, post, logits = jnp.split(h, (n, 2 * n), axis=-1)
+    h_pre = jax.nn.sigmoid(pre)
+    return h_pre + pre_eps if pre_eps else h_pre, 2 * jax.nn.sigmoid(post), logits
+
+
+def backward(
+    parameters: Parameters, saved: Saved, dh_pre: jax.Array, d: LogitsOut, *, n: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the cotangents (ds [..., m], dr [...], dbias [m], dalpha [3])."""
+    normed, columns, h = _affine(saved.s, saved.r, parameters, n)
+    pre, post = h[..., :n], h[..., n : 2 * n]
+    # sigmoid(-x), because 1 - sigmoid(x) cancels if the gate is nearly open.
+    dh = jnp.concatenate(
+        [
+            dh_pre.reshape(pre.shape) * jax.nn.sigmoid(pre) * jax.nn.sigmoid(-pre),
+            2 * d.h_post * jax.nn.sigmoid(post) * jax.nn.sigmoid(-post),
+            d.logits,
+        ],
+        axis=-1,
+    )
+    tokens, d_normed = tuple(range(saved.r.ndim)), dh * columns
+    of_columns = jnp.sum(dh * normed, axis=tokens)
+    dalpha = jnp.stack([part.sum() for part in jnp.split(of_columns, (n, 2 * n))])
+    dr = -jnp.sum(d_normed * normed, axis=-1) / saved.r
+    return d_normed / saved.r[..., None], dr, jnp.sum(dh, axis=tokens), dalpha

@@ -1,0 +1,88 @@
+"""The comparison of manifolds and stream widths: its runs, and tables and figures of what they left."""
+
+import json
+
+import pytest
+
+from experiments import sweep
+from experiments.manifolds import __main__ as study
+from experiments.manifolds import settings, tables
+from experiments.manifolds.settings import ARMS, Run
+
+
+def summary(loss, gain=None):
+    gains = {} if gain is None else {
+        "composite_forward": [[4, gain / 2], [8, gain]], "composite_backward": [[8, 3.0]],
+        "second_singular": [[8, 0.5]],
+    }  # fmt: skip
+    return {"validation_loss": loss, "gains": gains, "distance_identity": gain and 0.125}
+
+
+def test_runs_differ_in_the_connection_alone_and_none_is_made_twice():
+    options = study.parse_arguments([])
+    runs = study.wanted(options)
+    assert len({run.key for run in runs}) == len(runs) == 3 * (len(ARMS) + 9)
+    assert [Run.from_key(run.key) for run in runs] == runs
+    with pytest.raises(ValueError, match="'mHC/n4' is no run"):
+        Run.from_key("mHC/n4")
+    configs = {run: study.config_of(run, options) for run in runs if run.seed == 1}
+    assert {(c.seed, c.optimizer.learning_rate, c.steps) for c in configs.values()} == {
+        (1, 1e-3, 3052)
+    }
+    models = {run: config.model for run, config in configs.items()}
+    assert models[Run("KromHC", 1)].manifold == "kromhc"
+    assert models[Run("mHC, 3 iterations", 1)].sinkhorn_iterations == 3
+    assert models[Run("mHC, static", 1)].static_res
+    assert models[Run("identity", 1, 6)].n == 6
+    assert models[Run("residual", 1)].streams == 1
+    assert len(set(models.values())) == len(models)
+
+
+@pytest.fixture
+def payload():
+    runs = {}
+    for seed, base in enumerate((1.0, 1.2, 1.1)):
+        runs[Run("residual", seed).key] = summary(base)
+        runs[Run("mHC", seed).key] = summary(base - 0.1, gain=2.0)
+        runs[Run("orthogonal", seed).key] = summary(base - 0.2 + 0.01 * seed, gain=1.5)
+        for n in (1, 8):
+            runs[Run("mHC", seed, n).key] = summary(base - 0.01 * n, gain=1.0)
+    times = {"mHC/n4": {"ms": [10.0, 12.0], "temporaries_GiB": 1.5}}
+    return {"runs": runs, "times": times | {"mHC/n8": {"ms": [20.0], "temporaries_GiB": 3.0}}}
+
+
+def test_tables_pair_the_seeds(payload):
+    rows = {row[0]: row[1:] for row in tables.comparison(payload)[1:]}
+    assert list(rows) == ["residual", "mHC", "orthogonal"]
+    assert rows["mHC"][2:5] == ["-0.1000 ± 0.0000", "", "2 / 3"]
+    assert rows["mHC"][-2:] == ["11.00", "1.50"]
+    # -0.2, -0.19, -0.18 against residual, so -0.09 on average against mHC
+    assert rows["orthogonal"][2:4] == ["-0.1900 ± 0.0058", "-0.0900 ± 0.0058"]
+    assert rows["residual"][2:5] == ["", "+0.1000 ± 0.0000", "1 / 1"]
+    widths = {tuple(row[:2]): row[2:] for row in tables.widths(payload)[1:]}
+    assert set(widths) == {("mHC", "1"), ("mHC", "4"), ("mHC", "8"), ("identity", "1")}
+    assert widths["mHC", "8"] == ["3", "1.0200 ± 0.0577", "+0.0200 ± 0.0000", "20.00", "3.00"]
+    assert widths["identity", "1"][1] == widths["mHC", "1"][1]
+
+
+def test_the_command_trains_measures_and_draws(payload, tmp_path, monkeypatch, capsys):
+    """Trainings and compilations in its place: what is left are runs, file, tables and figures."""
+    trained = []
+
+    def run_one(config, output, key):
+        trained.append((key, config.steps, config.model.width))
+        (output / key).mkdir(parents=True)
+        found = summary(1.0 + len(trained) / 10, gain=2.0)
+        (output / key / sweep.SUMMARY).write_text(json.dumps(found))
+
+    monkeypatch.setattr(sweep, "run_one", run_one)
+    monkeypatch.setattr(study, "measure", lambda options: payload["times"])
+    for _ in range(2):  # the second time nothing is trained
+        study.main(["--toy", "--output", str(tmp_path)])
+    keys = ["residual/n4", "mHC/n4", "orthogonal/n4", "mHC/n3", "identity/n3", "identity/n4"]
+    assert trained == [(f"{key}/seed0", settings.TOY_STEPS, 16) for key in keys]
+    printed = capsys.readouterr().out
+    assert "| orthogonal | 1     | 1.3000" in printed
+    assert json.loads((tmp_path / "toy.json").read_text())["times"] == payload["times"]
+    for name in ("arms.png", "widths.png"):
+        assert (tmp_path / name).stat().st_size > 5000
