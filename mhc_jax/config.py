@@ -72,6 +72,9 @@ class ModelConfig:
     hc_use_pre: bool
     hc_use_post: bool
     hc_use_res: bool
+    mhc_use_pre: bool
+    mhc_use_post: bool
+    mhc_use_res: bool
     implementation: str | None
     remat: str
     recompute_block: str
@@ -282,8 +285,9 @@ def from_workdir(values: Mapping[str, Any]) -> Config:
     """
     values = {**dict.fromkeys(_LATER, "stop"), "pipe_schedule": "1f1b", **values}
     if isinstance(values.get("model"), Mapping):
-        # Before this field existed, blocks were always scanned.
-        values = {**values, "model": {"scan_blocks": True, **values["model"]}}
+        # Before these fields existed, blocks were always scanned and mHC learned all its mappings.
+        later = {f"mhc_use_{name}": True for name in ("pre", "post", "res")}
+        values = {**values, "model": {"scan_blocks": True, **later, **values["model"]}}
     if isinstance(values.get("mesh"), Mapping):
         values = {**values, "mesh": {"pipe": 1, **values["mesh"]}}
     return from_dict(values)

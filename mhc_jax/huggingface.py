@@ -155,6 +155,10 @@ def to_deepseek_v3(
             _is_mhc(model) and model.manifold != "birkhoff",
             "there are names for birkhoff",
         ),
+        *(
+            (name, _is_mhc(model) and not getattr(model, name), "their mappings are all learned")
+            for name in ("mhc_use_pre", "mhc_use_post", "mhc_use_res")
+        ),
     ):
         if refused:
             raise ValueError(f"model.{name}={getattr(model, name)!r} cannot be exported: {why}")

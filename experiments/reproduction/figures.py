@@ -8,16 +8,9 @@ from matplotlib.axes import Axes
 
 from experiments.reproduction import tables
 from experiments.reproduction.settings import SETTINGS, Run
-from mhc_jax.analysis.colours import COLOURS
+from mhc_jax.analysis.colours import choose
 from mhc_jax.analysis.style import AT_ONE, STYLE, draw, new_figure, write_figure
 from mhc_jax.analysis.style import log_axis as logarithmic
-
-ARM_COLOURS = {
-    "residual": COLOURS["residual"][0],
-    "HC": COLOURS["hc"][0],
-    "mHC": COLOURS["mhc"][0],
-    "identity": COLOURS["identity"][0],
-}
 
 
 def _curves(summaries: dict[int, dict], get) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +35,8 @@ def _band(axes: Axes, tokens, values, colour, label, dashes="-", geometric=False
 def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
     """Four panels over tokens: loss gap to residual, composite gain, gradient norm, second singular value."""
     setting = SETTINGS[name]
-    per_step = setting.batch_size * setting.sequence_length / 1e6
+    per_step = setting.tokens_a_step / 1e6
+    colours = dict(zip(setting.arms, choose(setting.arms)))
     with matplotlib.rc_context(STYLE):
         figure = new_figure(6.6)
         (gap, gain), (norm, second) = figure.subplots(2, 2)
@@ -53,7 +47,7 @@ def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
                     continue
                 label = f"{arm}, rate {rate:g}" if len(rates) > 1 else arm
                 style = {"dashes": ("-", (0, (4, 2)))[number % 2], "label": label}
-                colour = ARM_COLOURS[arm]
+                colour = colours[arm]
                 base = tables.baseline(payload, name, rate)
                 both = sorted(found.keys() & base.keys())
                 steps, values = _curves({s: found[s] for s in both}, lambda s: s["validation"])
@@ -96,6 +90,8 @@ def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
 
 
 def draw_all(payload: dict, folder: pathlib.Path) -> list[pathlib.Path]:
-    """One PNG a stored setting, in `folder`."""
-    present = {Run.from_key(key).setting for key in payload["runs"]}
+    """One PNG a setting of its own that has a counted run, in `folder`."""
+    present = {
+        run.setting for key in payload["runs"] if not (run := Run.from_key(key)).pilot
+    } & SETTINGS.keys()
     return [draw_setting(payload, n, folder / f"{n}.png") for n in SETTINGS if n in present]

@@ -4,7 +4,18 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from experiments.reproduction.settings import ARMS, SETTINGS, Run, choose, pilots
+from experiments import mixing
+from experiments.output import format_table
+from experiments.reproduction.settings import (
+    ARMS,
+    SCALING,
+    SETTINGS,
+    Run,
+    choose,
+    counted,
+    pilots,
+)
+from experiments.sweep import CURVE_POINTS
 
 # Differences that answer a question of their own.
 PAIRS = (("mHC", "HC"), ("mHC", "identity"), ("HC", "identity"))
@@ -25,12 +36,13 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def by_seed(payload: dict, setting: str, arm: str, rate: float) -> dict[int, dict]:
-    """Summaries of the counted runs of an arm at a rate, by seed."""
-    found = {}
+    """Summaries of the counted runs of an arm at a rate, by seed; those of another setting if borrowed."""
+    found, seeds = {}, SETTINGS[setting].seeds
+    setting, arm = SETTINGS[setting].borrowed.get(arm, (setting, arm))
     for key, summary in payload["runs"].items():
         run = Run.from_key(key)
         same = (run.setting, run.arm, run.learning_rate) == (setting, arm, rate)
-        if same and not run.pilot and not run.repeat:
+        if same and run.seed in seeds and not run.repeat:
             found[run.seed] = summary
     return found
 
@@ -149,12 +161,103 @@ def pilot_table(payload: dict, setting: str) -> list[list[str]]:
     """Losses of the pilots: a row an arm, a column a learning rate; those counted are marked."""
     tried = SETTINGS[setting].learning_rates
     rows = [["arm", *(f"{rate:g}" for rate in tried)]]
-    losses = {run.key: loss(payload["runs"][run.key]) for run in pilots(setting)}
-    chosen = choose(setting, losses)
+    found = {run: payload["runs"].get(run.key) for run in pilots(setting)}
+    losses = {run.key: loss(summary) for run, summary in found.items() if summary}
+    chosen = choose(setting, losses) if len(losses) == len(found) else {}
+    for arm in SETTINGS[setting].trained:
+        cells = []
+        for run in (run for run in found if run.arm == arm):
+            mark = "*" if run.learning_rate in chosen.get(arm, ()) else ""
+            cells.append(f"{losses[run.key]:.4f}{mark}" if run.key in losses else "missing")
+        rows.append([arm, *cells])
+    return rows
+
+
+def missing(payload: dict, setting: str) -> list[str]:
+    """Keys of the setting's runs, of others that it borrows too, that are not stored."""
+    chosen = payload["learning_rates"].get(setting, {})
+    wanted = [run.key for run in pilots(setting)]
+    if chosen or not wanted:
+        wanted += [run.key for run in counted(setting, chosen)]
+    lacking = [key for key in wanted if key not in payload["runs"]]
+    if wanted and not chosen and pilots(setting):
+        lacking.append(f"all counted runs of {setting}, whose rates no pilot has chosen yet")
+    for arm, (other, theirs) in SETTINGS[setting].borrowed.items():
+        have = by_seed(payload, setting, arm, SETTINGS[setting].learning_rates[0])
+        lacking += [f"{other}/{theirs}/seed{s}" for s in SETTINGS[setting].seeds if s not in have]
+    return lacking
+
+
+def replaced(payload: dict, setting: str) -> list[list[str]]:
+    """What h_res does in the end: a row a run, see `experiments.mixing`. No rows but the head: none."""
+    found = {
+        f"{run.arm}, seed {run.seed}": summary["mixing"]
+        for key, summary in payload["runs"].items()
+        if (run := Run.from_key(key)).setting == setting and "mixing" in summary
+    }
+    return mixing.format_rows(found)
+
+
+def busiest(summary: dict, part: slice) -> float | None:
+    """Mean of `moe/max_load` over a part of the training; None without experts."""
+    values = [float(value) for _, value in summary.get("max_load", [])[part]]
+    return statistics.fmean(values) if values else None
+
+
+def balance(payload: dict, setting: str) -> list[list[str]]:
+    """Load of the busiest expert over the mean load: first, middle and last tenth of the training."""
+    rows = [["arm", "first tenth", "middle", "last tenth"]]
+    tenth = CURVE_POINTS // 10
+    middle = slice(CURVE_POINTS // 2 - tenth // 2, CURVE_POINTS // 2 + tenth // 2)
+    parts = (slice(0, tenth), middle, slice(-tenth, None))
     for arm in SETTINGS[setting].arms:
-        each = [losses[run.key] for run in pilots(setting) if run.arm == arm]
-        marks = ["*" if rate in chosen[arm] else "" for rate in tried]
-        rows.append([arm, *(f"{v:.4f}{mark}" for v, mark in zip(each, marks))])
+        for rate in compared_rates(payload, setting, arm):
+            found = by_seed(payload, setting, arm, rate).values()
+            values = [[busiest(summary, part) for summary in found] for part in parts]
+            if values[0] and None not in values[0]:
+                rows.append([arm, *(f"{statistics.fmean(each):.2f}" for each in values)])
+    return rows
+
+
+def flops(setting: str) -> float:
+    """Training FLOPs of the residual model, 6 a parameter and token (embedding left out), attention too."""
+    config = Run(setting, "residual", SETTINGS[setting].learning_rates[0], 0).config("", None)
+    model, shape = config.model, SETTINGS[setting]
+    a_block = 4 * model.width**2 + 3 * model.width * model.ffn_width
+    parameters = model.num_blocks * a_block + model.width * model.vocab_size
+    attention = 6 * model.num_blocks * model.width * shape.sequence_length  # causal
+    return (6 * parameters + attention) * shape.tokens
+
+
+def scaling(payload: dict) -> list[list[str]]:
+    """Fig. 6 (a): a row a size, each arm at the best of its own rates."""
+    rows = [
+        [
+            "size",
+            "tokens",
+            "FLOPs",
+            "residual",
+            "mHC",
+            "absolute gap (paired)",
+            "loss ratio",
+            "seeds",
+        ]
+    ]
+    for name in SCALING:
+        a, b = (
+            by_seed(payload, name, arm, compared_rates(payload, name, arm)[0])
+            for arm in ("residual", "mHC")
+        )
+        gaps = paired(b, a)
+        start = [SETTINGS[name].description.split(",")[0], f"{SETTINGS[name].tokens / 1e6:.0f}M",
+                 f"{flops(name):.2g}"]  # fmt: skip
+        if not gaps:
+            rows.append([*start, *["missing"] * 5])
+            continue
+        ratio, error = mean_and_error([loss(b[s]) / loss(a[s]) for s in a.keys() & b.keys()])
+        means = (f"{statistics.fmean(map(loss, found.values())):.4f}" for found in (a, b))
+        shown = f"{100 * ratio:.2f} %" + ("" if math.isnan(error) else f" ± {100 * error:.2f}")
+        rows.append([*start, *means, _difference(gaps), shown, str(len(gaps))])
     return rows
 
 
@@ -174,27 +277,21 @@ def repeats(payload: dict) -> list[str]:
     return lines
 
 
-def format_table(rows: list[list[str]]) -> str:
-    """Markdown, aligned for a terminal."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
 def format_all(payload: dict) -> str:
-    """Every table of the stored settings."""
+    """Every table, and under each the runs that it lacks."""
     parts = []
-    present = {Run.from_key(key).setting for key in payload["runs"]}
-    for name in (name for name in SETTINGS if name in present):
-        setting = SETTINGS[name]
+    for name, setting in SETTINGS.items():
         parts.append(
             f"## {name}: {setting.description}, {setting.tokens / 1e6:.0f}M tokens a run\n"
         )
+        tables = [comparison(payload, name), replaced(payload, name), balance(payload, name)]
         if pilots(name):
             parts.append("Pilots: validation loss at each learning rate, * counted\n")
-            parts.append(format_table(pilot_table(payload, name)) + "\n")
-        parts.append(format_table(comparison(payload, name)) + "\n")
+            tables.insert(0, pilot_table(payload, name))
         if len(set(setting.arms) & set(ARMS)) > 2:
-            parts.append(format_table(pairs(payload, name)) + "\n")
+            tables.insert(-2, pairs(payload, name))
+        parts += [format_table(rows) + "\n" for rows in tables if len(rows) > 1]
+        if lacking := missing(payload, name):
+            parts.append(f"Missing: {', '.join(lacking)}\n")
+    parts += ["## Fig. 6 (a): gap against compute\n", format_table(scaling(payload)) + "\n"]
     return "\n".join([*parts, *repeats(payload)])
