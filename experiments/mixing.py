@@ -65,27 +65,32 @@ def mixing(workdir: str | os.PathLike, batches: int = 32) -> dict[str, Any]:
 
     Args:
       workdir: of a training of hc or mhc.
-      batches: of the validation split, those that training evaluates.
+      batches: of the run's batch size, of windows that lie evenly over the validation split.
 
     Returns:
       `windows`, `loss` and, by name of `REPLACED`, `difference` [mean, standard error] to the loss as
       trained, in nats a token, over the windows.
 
     Raises:
-      ValueError: a residual run, no checkpoint, or fewer batches in the split.
+      ValueError: a residual run, no checkpoint, or fewer windows in the split.
     """
     config, variables, _ = load(workdir)
     _check(config, workdir)
-    text = choose_text(config, batches=batches)
+    text = choose_text(config)
     model = _unrolled(config.model)
     n, rows = config.model.n, config.batch_size
+    if len(text.chosen) < batches * rows:
+        raise ValueError(
+            f"batches={batches} of {rows} windows, but {len(text.chosen)} in the validation split"
+        )
+    chosen = np.linspace(0, len(text.chosen) - 1, batches * rows).astype(int)
     sublayers = 2 * config.model.num_blocks
 
     def run(h_res: np.ndarray | None):
         used = np.zeros((sublayers, n, n), np.float32) if h_res is None else h_res
         losses, means = [], 0.0
-        for start in range(0, len(text.chosen), rows):
-            windows = np.stack([text.windows[i] for i in text.chosen[start : start + rows]])
+        for indices in np.split(chosen, batches):
+            windows = np.stack([text.windows[index] for index in indices])
             batch = {"inputs": windows[:, :-1], "targets": windows[:, 1:]}
             found, mean = _losses(variables, batch, used, h_res is not None, model)
             losses.append(np.asarray(found, np.float64))
@@ -127,7 +132,7 @@ def _logits(variables, tokens, model):
 
 
 def trained_logits(workdir: str | os.PathLike, tokens: int = 256) -> np.ndarray:
-    """Logits of h_res before Sinkhorn, `[L, T, n, n]` float32, on the last tokens of a validation window.
+    """Logits of h_res before Sinkhorn, `[L, T, n, n]` float32, of the last tokens of a validation window.
 
     Raises:
       ValueError: the run is not mHC with h_res on the Birkhoff polytope, or has no checkpoint.
@@ -136,8 +141,8 @@ def trained_logits(workdir: str | os.PathLike, tokens: int = 256) -> np.ndarray:
     model: ModelConfig = config.model
     if model.connection != "mhc" or model.manifold != "birkhoff" or not model.mhc_use_res:
         raise ValueError(f"{workdir}: h_res has no logits for Sinkhorn-Knopp, it is no mHC run")
-    text = choose_text(config, batches=1)
-    window = np.asarray(text.windows[text.chosen[0]])[None, :-1]
+    windows = choose_text(config).windows
+    window = np.asarray(windows[len(windows) // 2])[None, :-1]
     return np.asarray(_logits(variables, window, _unrolled(model)))[:, -tokens:]
 
 

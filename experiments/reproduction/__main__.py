@@ -23,6 +23,7 @@ from experiments import mixing, record, sweep
 from experiments.output import user_path
 from experiments.reproduction import figures, tables
 from experiments.reproduction.settings import (
+    FIELDS,
     RANDOM_START,
     RANDOM_STD,
     SETTINGS,
@@ -49,6 +50,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", default="", help="glob of text files; else the standard library")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["main", "depth"],
                         help="comparisons to run, in this order (main depth)")  # fmt: skip
+    parser.add_argument("--arms", nargs="+", metavar="ARM", choices=FIELDS,
+                        help="of the counted runs (all)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the counted runs (all)")
     parser.add_argument("--pilots_only", action="store_true", help="choose learning rates and end")
     parser.add_argument("--repeat", nargs="*", default=[], metavar="KEY",
                         help="runs to train twice, as main/mHC/lr0.001/seed0")  # fmt: skip
@@ -101,6 +105,13 @@ def run(options: argparse.Namespace) -> dict:
     }
     print("learning rates:", rates)
     runs = [] if options.pilots_only else [r for name in rates for r in counted(name, rates[name])]
+    runs = [
+        run
+        for run in sorted(
+            runs, key=lambda run: run.seed
+        )  # a cut leaves every table with whole pairs
+        if run.arm in (options.arms or FIELDS) and run.seed in (options.seeds or [run.seed])
+    ]
     runs += [dataclasses.replace(Run.from_key(key), repeat=1) for key in options.repeat]
     found |= train(runs)
     missing = [run.key for run in first + runs if run.key not in found]

@@ -136,7 +136,13 @@ SETTINGS = {
         **_AS_MAIN,
     ),
     # mHC and HC of "main" once more, whose weights are not kept: what does their h_res do in the end?
-    "mixing": dataclasses.replace(_MAIN, arms=("mHC", "HC"), seeds=(0, 1, 2), **_AS_MAIN),
+    "mixing": dataclasses.replace(
+        _MAIN,
+        arms=("residual", "mHC", "HC"),
+        seeds=(0, 1, 2),
+        borrowed={"residual": ("main", "residual")},
+        **_AS_MAIN,
+    ),
     "sinkhorn": dataclasses.replace(
         _MAIN,
         arms=("residual", *SINKHORN),
