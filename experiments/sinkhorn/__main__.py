@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import matplotlib
+import numpy as np
 
 from experiments import record
 from experiments.output import format_table
@@ -23,6 +24,7 @@ from experiments.reproduction.settings import Run
 from experiments.sinkhorn.columns import T_MAX, measure, random_logits
 from experiments.timing import time_ms
 from mhc_jax import Birkhoff, ManifoldHyperConnections
+from mhc_jax.analysis.colours import choose
 from mhc_jax.analysis.style import AT_ONE, STYLE, draw, log_axis, new_figure, write_figure
 
 QUESTION = "sinkhorn"
@@ -103,32 +105,29 @@ def summary(payload: dict) -> str:
 def draw_figure(payload: dict, path: pathlib.Path) -> pathlib.Path:
     """Column error against t_max, and for each kind of mappings the backward gain against depth."""
     kinds = payload["random"] | trained()
-    colours = matplotlib.colormaps["viridis"]
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(T_MAX)))
     with matplotlib.rc_context(STYLE):
-        rows = (len(kinds) + 2) // 2
-        figure = new_figure(2.7 * rows)
-        axes = figure.subplots(rows, 2, squeeze=False).ravel()
-        for number, (kind, found) in enumerate(kinds.items()):
-            errors = [each["column_error"] for each in found["t_max"].values()]
-            colour = ("#6B6B6B", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")[number % 6]
-            axes[0].plot(T_MAX, errors, "o-", color=colour, label=kind, markersize=3.5)
-            for place, (t, each) in enumerate(found["t_max"].items()):
-                shade = matplotlib.colors.to_hex(colours(0.9 * place / (len(T_MAX) - 1)))
-                draw(axes[number + 1], found["depths"], each["backward"], shade, label=f"t_max {t}")
-            panel = axes[number + 1]
-            panel.axhline(1, **AT_ONE)
-            panel.set(
-                title=f"{kind} (Fig. 7 b)", xlabel="sublayers", ylabel="composite backward gain"
-            )
-            log_axis(panel)
-        axes[0].set(title="Largest |column sum - 1|, mean", xlabel="t_max", xscale="log")
-        axes[0].set_xticks(T_MAX, [str(t) for t in T_MAX], minor=False)
-        axes[0].minorticks_off()
-        log_axis(axes[0])
-        axes[0].legend()
-        axes[1].legend(ncols=2)
-        for left in axes[len(kinds) + 1 :]:
-            left.remove()
+        rows = len(kinds) // 2 + 1
+        figure = new_figure(2.6 * rows)
+        errors, *panels = figure.subplots(rows, 2, squeeze=False).ravel()
+        for (kind, found), colour in zip(kinds.items(), choose(list(kinds))):
+            values = [each["column_error"] for each in found["t_max"].values()]
+            errors.plot(T_MAX, values, "o-", color=colour, label=kind, markersize=3.5)
+        errors.set(title="Largest |column sum - 1| of a token (mean)", xlabel="$t_{max}$")
+        errors.set_xscale("log")
+        errors.set_xticks(T_MAX, list(map(str, T_MAX)))
+        errors.minorticks_off()
+        log_axis(errors)
+        errors.legend()
+        for axes, (kind, found) in zip(panels, kinds.items()):
+            for (t, each), shade in zip(found["t_max"].items(), shades):
+                colour = matplotlib.colors.to_hex(shade)
+                draw(axes, np.array(found["depths"]), np.array(each["backward"]), colour, label=t)
+            axes.axhline(1, **AT_ONE)
+            axes.set(title=f"{kind} (as Fig. 7b)", xlabel="sublayers", ylabel="backward gain")
+        for axes in panels[len(kinds) :]:
+            axes.remove()
+        panels[0].legend(title="$t_{max}$", ncols=2)
         write_figure(figure, path.with_suffix(""), ["png"])
     return path
 
