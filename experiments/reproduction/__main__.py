@@ -21,7 +21,7 @@ import jax
 
 from experiments import mixing, record, sweep
 from experiments.output import user_path
-from experiments.reproduction import figures, tables
+from experiments.reproduction import charts, figures, tables
 from experiments.reproduction.settings import (
     FIELDS,
     RANDOM_START,
@@ -32,10 +32,11 @@ from experiments.reproduction.settings import (
     counted,
     pilots,
 )
+from experiments.reproduction.stored import QUESTION, stored
+from experiments.sinkhorn import __main__ as sinkhorn
 from experiments.sinkhorn import columns
 from mhc_jax import train_step
 
-QUESTION = "reproduction"
 MODULE = f"experiments.{QUESTION}"
 
 
@@ -186,21 +187,6 @@ def train_one(options: argparse.Namespace) -> None:
         sweep.run_one(config, options.output, options.run, more)
 
 
-def stored() -> dict:
-    """The results of every file in one payload; where two have a run, that of the newest."""
-    folder = record.result_path(QUESTION, "cpu").parent
-    contents = [record.read(path) for path in folder.glob("*.json")]
-    contents.sort(key=lambda content: content["environment"]["date"])
-    if not contents:
-        raise FileNotFoundError(f"{folder} holds no recorded result: run python -m {MODULE}")
-    merged = {"learning_rates": {}, "runs": {}}
-    for content in contents:
-        for name, values in merged.items():
-            values |= content[name]
-    missing = {key for content in contents for key in content["missing"]} - merged["runs"].keys()
-    return merged | {"missing": sorted(missing)}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.run:
@@ -219,9 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     payload = stored()
     if options.summary or not options.figures:
         print(tables.format_all(payload))
+        print(sinkhorn.summary(record.read(record.newest("sinkhorn")), payload))
     if options.figures or not options.summary:
-        for figure in figures.draw_all(payload, record.result_path(QUESTION).parent):
-            print(figure)
+        folder = record.result_path(QUESTION, "cpu").parent
+        drawn = figures.draw_all(payload, folder) + charts.draw_all(payload, folder)
+        print(*drawn, sinkhorn.draw_newest(payload), sep="\n")
 
 
 if __name__ == "__main__":

@@ -284,6 +284,9 @@ def format_all(payload: dict) -> str:
         parts.append(
             f"## {name}: {setting.description}, {setting.tokens / 1e6:.0f}M tokens a run\n"
         )
+        if not any(Run.from_key(key).setting == name for key in payload["runs"]):
+            parts.append(f"Missing: all runs (--settings {name})\n")
+            continue
         tables = [comparison(payload, name), replaced(payload, name), balance(payload, name)]
         if pilots(name):
             parts.append("Pilots: validation loss at each learning rate, * counted\n")
@@ -292,6 +295,7 @@ def format_all(payload: dict) -> str:
             tables.insert(-2, pairs(payload, name))
         parts += [format_table(rows) + "\n" for rows in tables if len(rows) > 1]
         if lacking := missing(payload, name):
-            parts.append(f"Missing: {', '.join(lacking)}\n")
+            shown = ", ".join(lacking[:6]) + (" ..." if len(lacking) > 6 else "")
+            parts.append(f"Missing: {len(lacking)} runs ({shown})\n")
     parts += ["## Fig. 6 (a): gap against compute\n", format_table(scaling(payload)) + "\n"]
-    return "\n".join([*parts, *repeats(payload)])
+    return "\n".join([*parts, *repeats(payload), ""])

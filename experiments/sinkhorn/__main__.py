@@ -19,8 +19,8 @@ import numpy as np
 
 from experiments import record
 from experiments.output import format_table
-from experiments.reproduction.__main__ import stored
 from experiments.reproduction.settings import Run
+from experiments.reproduction.stored import stored
 from experiments.sinkhorn.columns import T_MAX, measure, random_logits
 from experiments.timing import time_ms
 from mhc_jax import Birkhoff, ManifoldHyperConnections
@@ -63,13 +63,13 @@ def measure_all() -> dict:
     return {"random": mappings, "milliseconds": times}
 
 
-def trained() -> dict[str, dict]:
-    """What `columns.measure` found of trained mappings, by "setting, arm" of the first seed."""
+def trained(trainings: dict) -> dict[str, dict]:
+    """What `columns.measure` found of trained mappings, by arm, of the first seed stored."""
     found = {}
-    for key, summary in stored()["runs"].items():
+    for key, summary in trainings["runs"].items():
         if "columns" in summary:
             run = Run.from_key(key)
-            found.setdefault(f"trained: {run.setting}, {run.arm}", summary["columns"])
+            found.setdefault(f"trained {run.arm} ({run.setting})", summary["columns"])
     return found
 
 
@@ -85,8 +85,9 @@ def rows_of_columns(kinds: dict[str, dict]) -> list[list[str]]:
     return rows
 
 
-def summary(payload: dict) -> str:
-    kinds = payload["random"] | trained()
+def summary(payload: dict, trainings: dict) -> str:
+    """The tables of a result file; trained mappings from the results of `experiments.reproduction`."""
+    kinds = payload["random"] | trained(trainings)
     parts = ["## Column sums and composite backward gain", format_table(rows_of_columns(kinds))]
     if times := payload["milliseconds"]:
         device = payload["environment"]["device"]["name"]
@@ -102,9 +103,10 @@ def summary(payload: dict) -> str:
     return "\n\n".join(parts)
 
 
-def draw_figure(payload: dict, path: pathlib.Path) -> pathlib.Path:
+def draw_newest(trainings: dict) -> pathlib.Path:
     """Column error against t_max, and for each kind of mappings the backward gain against depth."""
-    kinds = payload["random"] | trained()
+    path = record.newest(QUESTION)
+    kinds = record.read(path)["random"] | trained(trainings)
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(T_MAX)))
     with matplotlib.rc_context(STYLE):
         rows = len(kinds) // 2 + 1
@@ -128,6 +130,7 @@ def draw_figure(payload: dict, path: pathlib.Path) -> pathlib.Path:
         for axes in panels[len(kinds) :]:
             axes.remove()
         panels[0].legend(title="$t_{max}$", ncols=2)
+        path = path.with_name("columns.png")
         write_figure(figure, path.with_suffix(""), ["png"])
     return path
 
@@ -141,15 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--summary", action="store_true", help="print the stored tables")
     parser.add_argument("--figures", action="store_true", help="draw the stored results")
     options = parser.parse_args(arguments)
-    if options.summary or options.figures:
-        path = record.newest(QUESTION)
-    else:
-        path = record.write(QUESTION, measure_all())
-    payload = record.read(path)
+    if not (options.summary or options.figures):
+        record.write(QUESTION, measure_all())
     if options.summary or not options.figures:
-        print(summary(payload))
+        print(summary(record.read(record.newest(QUESTION)), stored()))
     if options.figures or not options.summary:
-        print(draw_figure(payload, path.with_name("columns.png")))
+        print(draw_newest(stored()))
 
 
 if __name__ == "__main__":
