@@ -121,9 +121,10 @@ def _logits(variables, tokens, model):
 
     def report(connection, h_res, streams):
         s, r = kernels.projection(streams, connection.phi[...], norm_eps=connection.norm_eps)
-        n = connection.n
-        logits = (connection.alpha[...][2] * s / r[..., None])[..., 2 * n :]
-        found.append((logits + connection.bias[...][2 * n :]).reshape(-1, n, n))
+        n, alpha = connection.n, connection.alpha[...][2]
+        logits = alpha * (s / r[..., None])[..., 2 * n :].reshape(-1, n * n)
+        bias = jnp.broadcast_to(connection.bias[...][2 * n :], logits.shape)
+        found.append((logits + bias).reshape(-1, n, n))
         return h_res
 
     with mock.patch.object(connections, "report", report):
