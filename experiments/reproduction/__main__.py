@@ -166,18 +166,17 @@ def train_one(options: argparse.Namespace) -> None:
     fields = {name: int(value) for name, value in fields.items()}
     config = run.config(options.data, options.steps, fields)
     model = config.model
-    mixes = {
-        "residual": False,
+    learned = {
         "hc": model.hc_use_res,
-        "mhc": model.mhc_use_res and model.manifold == "birkhoff",
-    }[model.connection]
+        "mhc": model.mhc_use_res and model.manifold != "identity",
+    }.get(model.connection, False)
 
     def more(workdir: pathlib.Path) -> dict:
-        if not (mixes and SETTINGS[run.setting].mixing) or run.pilot:
+        if not (learned and SETTINGS[run.setting].mixing) or run.pilot:
             return {}
         try:
             found = {"mixing": mixing.mixing(workdir, config.eval_batches)}
-            if model.connection == "mhc":
+            if (model.connection, model.manifold) == ("mhc", "birkhoff"):
                 found["columns"] = columns.measure(mixing.trained_logits(workdir))
         except Exception as error:  # the training is done, and counts without it
             return {"not_measured": f"{type(error).__name__}: {error}"}
