@@ -36,6 +36,7 @@ import tqdm
 from experiments import record
 from experiments.output import user_path
 from mhc_jax import compilation_cache, paths
+from mhc_jax.checkpoint.trained import load
 from mhc_jax.config import Config
 from mhc_jax.data import DataConfig, vocab_size
 from mhc_jax.data.pipeline import validation_order
@@ -43,7 +44,6 @@ from mhc_jax.data.sources import Windows, bytes_of_windows, open_windows
 from mhc_jax.inference import for_sampling
 from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.train_step import Params, window_losses
-from mhc_jax.trained import load
 
 # Tokens at once, where --batch_size does not say.
 _TOKENS = 2**14

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from experiments.output import user_path
 from mhc_jax import huggingface
-from mhc_jax.trained import load
+from mhc_jax.checkpoint.trained import load
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from experiments.timing import time_ms
 from mhc_jax import inference
 from mhc_jax.command_line import check_file
 from mhc_jax.config import ModelConfig, from_dict
-from mhc_jax.parameters import path_of
+from mhc_jax.parameters import merged, path_of
 from mhc_jax.train_step import init_variables
 
 CONFIGS = [
@@ -55,7 +55,7 @@ def measure(model: ModelConfig, batch: int, prompt: int, generated: int, bandwid
     """Results of one model; the decode is timed over `generated` tokens behind the prompt."""
     model = inference.for_sampling(model)
     params, model_state = jax.jit(functools.partial(init_variables, model))(jax.random.key(0))
-    variables = inference.cast_weights(_merged(params, model_state), model)
+    variables = inference.cast_weights(merged(params, model_state), model)
     del params, model_state
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt), np.int32)
     lengths, keys = np.full(batch, prompt, np.int32), inference.keys_of(0, range(batch))
@@ -89,10 +89,6 @@ def measure(model: ModelConfig, batch: int, prompt: int, generated: int, bandwid
     if bandwidth:
         found["share_of_limit"] = read / bandwidth * 1e3 / decode_ms
     return found
-
-
-def _merged(a: dict, b: dict) -> dict:
-    return a | {key: _merged(a[key], b[key]) if key in a else b[key] for key in b}
 
 
 def load(written: str) -> ModelConfig:

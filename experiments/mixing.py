@@ -36,7 +36,7 @@ REPLACED = ("as trained", "mean over tokens", "identity", "J/n")
 
 
 def _unrolled(config: ModelConfig) -> ModelConfig:
-    """The model with every sublayer traced on its own, in order."""
+    """Returns the model with every sublayer traced on its own, in order."""
     return dataclasses.replace(for_sampling(config), scan_blocks=False)
 
 
@@ -47,7 +47,7 @@ def _check(config: Config, workdir: str | os.PathLike) -> None:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _losses(variables, batch, h_res, replace, model):
-    """Losses of the windows `[B]` with h_res `[L, n, n]` where `replace`; the mean h_res `[L, n, n]` used."""
+    """Returns losses `[B]` of windows, with h_res `[L, n, n]` if `replace`, and the mean h_res used."""
     means = []
 
     def report(connection, found, streams):
@@ -61,7 +61,7 @@ def _losses(variables, batch, h_res, replace, model):
 
 
 def mixing(workdir: str | os.PathLike, batches: int = 32) -> dict[str, Any]:
-    """Losses of the newest checkpoint with h_res as trained and replaced.
+    """Evaluates the newest checkpoint with h_res as trained and replaced.
 
     Args:
       workdir: of a training of hc or mhc.
@@ -133,7 +133,7 @@ def _logits(variables, tokens, model):
 
 
 def trained_logits(workdir: str | os.PathLike, tokens: int = 256) -> np.ndarray:
-    """Logits of h_res before Sinkhorn, `[L, T, n, n]` float32, of the last tokens of a validation window.
+    """Returns logits of h_res before Sinkhorn, `[L, T, n, n]` float32 of the last tokens of a window.
 
     Raises:
       ValueError: the run is not mHC with h_res on the Birkhoff polytope, or has no checkpoint.
@@ -148,7 +148,7 @@ def trained_logits(workdir: str | os.PathLike, tokens: int = 256) -> np.ndarray:
 
 
 def format_rows(results: dict[str, dict]) -> list[list[str]]:
-    """A row a run: its loss as trained, then what each replacement adds."""
+    """Lists a row a run: its loss as trained, then what each replacement adds."""
     rows = [["run", "loss as trained", *(f"h_res := {name}" for name in REPLACED[1:])]]
     for name, found in results.items():
         cells = [f"{m:+.4f} ± {e:.4f}" for m, e in map(found["difference"].get, REPLACED[1:])]

@@ -45,7 +45,7 @@ def write(options: argparse.Namespace, question: str, payload: dict[str, Any]) -
 
 
 def format_table(rows: list[list[str]]) -> str:
-    """Markdown, aligned for a terminal."""
+    """Writes Markdown, aligned for a terminal."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")

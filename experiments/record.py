@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from mhc_jax.metrics import jsonable
+from mhc_jax.writers import jsonable
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "triton", "jax-triton", "libtpu")
 FOLDER = pathlib.Path(__file__).parent

@@ -13,10 +13,10 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from mhc_jax import command_line, compilation_cache
+from mhc_jax.checkpoint.trained import load
 from mhc_jax.data import load_tokenizer
 from mhc_jax.inference import for_sampling
 from mhc_jax.sampling import generate
-from mhc_jax.trained import load
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.", required=True)

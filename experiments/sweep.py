@@ -24,8 +24,8 @@ from experiments import record
 from mhc_jax import gains as gains_lib
 from mhc_jax.analysis.runs import read_metrics
 from mhc_jax.config import Config
-from mhc_jax.metrics import jsonable
 from mhc_jax.train import Interrupted, NonFiniteError, train
+from mhc_jax.writers import jsonable
 
 SUMMARY = "summary.json"
 CURVE_POINTS = 60  # points of a training curve in a summary: means over equal parts of the run

@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,11 +20,13 @@ def random_batch(config: Config, rng: np.random.Generator) -> dict[str, np.ndarr
     }
 
 
-def time_ms(function: Callable, *args, repeats: int, rounds: int) -> float:
+def time_ms(function: Callable, *args, repeats: int, rounds: int, warmup: int = 0) -> float:
     """Returns milliseconds per call, the median of `rounds` of `repeats` calls without waiting between.
 
-    The function must already be compiled.
+    The function must already be compiled, or be so after `warmup` calls.
     """
+    for _ in range(warmup):
+        jax.block_until_ready(function(*args))
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -32,3 +35,24 @@ def time_ms(function: Callable, *args, repeats: int, rounds: int) -> float:
         jax.block_until_ready(out)
         times.append(1e3 * (time.perf_counter() - start) / repeats)
     return statistics.median(times)
+
+
+def time_step_ms(
+    step: Callable, state: Any, batches: Sequence, *, warmup: int, timed: int
+) -> tuple[float, dict]:
+    """Returns the median milliseconds of a train step, each waited for, and the last metrics.
+
+    Args:
+      step: compiled, `(state, batch) -> (state, metrics)`.
+      state: of the first step.
+      batches: in turn.
+      warmup: steps before those that are timed.
+      timed: number of timed steps.
+    """
+    times = []
+    for k in range(warmup + timed):
+        start = time.perf_counter()
+        state, metrics = step(state, batches[k % len(batches)])
+        jax.block_until_ready((state, metrics))
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[warmup:]), metrics

@@ -221,18 +221,16 @@ class HyperConnections(_WideConnection):
 
     def _dynamic(self, streams: jax.Array) -> jax.Array:
         """tanh(theta x~^T) `[..., 2 + n, n]` float32: rows as in theta, a column for each stream."""
-        theta = whole(self.theta[...]).T
-        columns = []
-        for stream in jnp.split(streams, self.n, axis=-1):
-            s, r = kernels.projection(
-                stream,
-                theta,
-                norm_eps=self.norm_eps,
-                phi_precision=self.phi_precision,
-                implementation=self.implementation,
-            )
-            columns.append(jnp.tanh(s / r[..., None]))
-        return jnp.stack(columns, axis=-1)
+        # A stream is a token of its own here: one projection of n T rows of C entries, nothing is copied.
+        each = streams.reshape(*streams.shape[:-1], self.n, self.width)
+        s, r = kernels.projection(
+            each,
+            whole(self.theta[...]).T,
+            norm_eps=self.norm_eps,
+            phi_precision=self.phi_precision,
+            implementation=self.implementation,
+        )
+        return jnp.swapaxes(jnp.tanh(s / r[..., None]), -1, -2)
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
         n, lead = self.n, streams.shape[:-1]

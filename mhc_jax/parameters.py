@@ -88,3 +88,9 @@ def path_of(keys: tuple[Any, ...]) -> str:
     An optimizer's trees mirror those of the parameters, and their leaves have the same path.
     """
     return "/".join(str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey))
+
+
+def merged(a: dict, b: dict) -> dict:
+    """Merges two nested dicts that share no leaf."""
+    common = {key: merged(a[key], b[key]) for key in a.keys() & b.keys()}
+    return a | b | common

@@ -24,10 +24,10 @@ from mhc_jax.checkpoint import (
 )
 from mhc_jax.config import Config
 from mhc_jax.lock import WorkdirLock
-from mhc_jax.metrics import MetricWriter
 from mhc_jax.recovery import NonFiniteError
 from mhc_jax.train_step import TrainState
 from mhc_jax.workdir import check_same_run, claim_workdir, update_config
+from mhc_jax.writers import MetricWriter
 
 _log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from mhc_jax import distributed, gains, paths, pipeline, preemption, sharding
 from mhc_jax.checkpoint import FOLDER, absolute, saved_steps
+from mhc_jax.checkpoint.trained import Source
 from mhc_jax.config import Config
 from mhc_jax.data import check_files, make_iterator, vocab_size
 from mhc_jax.diagnosis import find_non_finite
@@ -30,7 +31,6 @@ from mhc_jax.train_step import (
     measure_gains,
     updates_done,
 )
-from mhc_jax.trained import Source
 from mhc_jax.workdir import (
     check_resumable,
     is_finished,

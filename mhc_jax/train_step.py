@@ -18,7 +18,7 @@ from mhc_jax.health import all_finite
 from mhc_jax.losses import IGNORE_INDEX, linear_cross_entropy, num_counted
 from mhc_jax.moe import MoEAux
 from mhc_jax.optimizer import make_optimizer, make_schedule
-from mhc_jax.parameters import path_of, rule_of
+from mhc_jax.parameters import merged, path_of, rule_of
 from mhc_jax.pipeline import Layout, Pipeline
 from mhc_jax.sharding import by_token, on_mesh, replicated, split_parameters, tree_shardings
 from mhc_jax.transformer import Analysis, Transformer
@@ -53,13 +53,7 @@ class TrainState:
     @property
     def variables(self) -> Params:
         """Returns parameters and model state in one nested dict, as the model takes them."""
-        return _merged(self.params, self.model_state)
-
-
-def _merged(a: Params, b: Params) -> Params:
-    """Merges two nested dicts that share no leaf."""
-    common = {key: _merged(a[key], b[key]) for key in a.keys() & b.keys()}
-    return a | b | common
+        return merged(self.params, self.model_state)
 
 
 @functools.cache
@@ -156,7 +150,7 @@ def loss_fn(
       that loss; then the cross-entropy alone, and the report of the blocks with experts.
     """
     narrow = _narrowed(params, config.activation_dtype)
-    model = nnx.merge(model_graph(config), _merged(narrow, model_state))
+    model = nnx.merge(model_graph(config), merged(narrow, model_state))
     x, aux = model.hidden_with_aux(batch["inputs"])
     with jax.named_scope("unembedding"):
         loss = share * linear_cross_entropy(

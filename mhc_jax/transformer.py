@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mhc_jax import gains, remat
+from mhc_jax import gains, remat, walk
 from mhc_jax.attention import make_attention
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import (
@@ -219,7 +219,21 @@ class Transformer(nnx.Module):
 
     def hidden_with_aux(self, tokens: jax.Array) -> tuple[jax.Array, MoEAux | None]:
         """Returns the input of the unembedding, `[B, S, C]`, and the report like `with_aux`."""
-        streams, _, aux = self._run_blocks(tokens, analyse=False)
+        config = self.config
+        scan = config.scan_blocks
+        if config.remat == "none":
+            pending, _, aux = self._walk(_forward, self._start(tokens, scan=scan), scan=scan)
+            return self._finish(pending), aux
+        streams, aux = walk.groups(
+            _forward,
+            self.leading,
+            self.blocks,
+            expand(self._embed(tokens), config.streams),
+            finish=self._connection.post,
+            policy=config.remat,
+            size=config.blocks_per_group,
+            scan=scan,
+        )
         return self.norm(self.readout(streams)), aux
 
     @property
@@ -230,42 +244,16 @@ class Transformer(nnx.Module):
 
     def analyse(self, tokens: jax.Array) -> Analysis:
         """Maps token ids `[B, S]` to what the L = 2 x num_blocks sublayers did."""
-        return self._run_blocks(tokens, analyse=True)[1]
+        scan, n = self.config.scan_blocks, self.config.streams
 
-    def _run_blocks(self, tokens, *, analyse):
-        """Returns the last streams, `Analysis` of all sublayers or None, and the stacked `MoEAux` or None."""
-        connection = self.blocks.attention_connection  # start and post need no parameters
+        def visit(block, pending):
+            pending, writes, _ = block(pending)
+            return pending, _analyse(writes, n)
 
-        def run(block, pending):
-            pending, writes, aux = block(pending)
-            return pending, (_analyse(writes, connection.n) if analyse else None, aux)
-
-        streams = expand(self._embed(tokens), self.config.streams)
-        if self.config.remat != "none" and not analyse:
-            return self._run_groups(streams)
-        scan = self.config.scan_blocks
-        # Every step of a scan does a write; a first block outside the scan has none to do.
-        first_in_scan = scan and not self.leading
-        pending = connection.start(streams) if first_in_scan else Pending(streams, None, None)
-        leading = []
-        for block in self.leading:
-            pending, (analysis, _) = run(block, pending)
-            leading.append(analysis)
-        graph, variables = nnx.split(self.blocks)
-        if scan:
-            pending, (analysis, aux) = jax.lax.scan(
-                lambda pending, block: run(nnx.merge(graph, block), pending), pending, variables
-            )
-        else:
-            found = []
-            for block in remat.unstacked(variables):
-                pending, each = run(nnx.merge(graph, block), pending)
-                found.append(each)
-            analysis, aux = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
-        if analyse:  # [blocks, 2, ...] -> [L, ...]
-            analysis = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), analysis)
-            analysis = jax.tree.map(lambda *xs: jnp.concatenate(xs), *leading, analysis)
-        return connection.post(*pending), analysis, aux
+        _, leading, others = self._walk(visit, self._start(tokens, scan=scan), scan=scan)
+        # [blocks, 2, ...] -> [L, ...]
+        others = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), others)
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs), *leading, others)
 
     def prefill(self, tokens: jax.Array) -> tuple[jax.Array, list, Any]:
         """As `hidden_with_aux`, with what the attentions keep of the tokens; see `mhc_jax.inference`.
@@ -275,7 +263,7 @@ class Transformer(nnx.Module):
           block and `[blocks, B, S, ...]` of the others.
         """
 
-        def run(block, pending):
+        def visit(block, pending):
             rows = None
 
             def attention(x):
@@ -285,15 +273,8 @@ class Transformer(nnx.Module):
 
             return block(pending, attention)[0], rows
 
-        pending, leading = self._start(tokens), []
-        for block in self.leading:
-            pending, rows = run(block, pending)
-            leading.append(rows)
-        graph, variables = nnx.split(self.blocks)
-        pending, stacked = jax.lax.scan(
-            lambda pending, block: run(nnx.merge(graph, block), pending), pending, variables
-        )
-        return self._finish(pending), leading, stacked
+        pending, leading, others = self._walk(visit, self._start(tokens))
+        return self._finish(pending), leading, others
 
     def decode(
         self, tokens: jax.Array, leading: list, stacked: Any, position: jax.Array
@@ -312,7 +293,7 @@ class Transformer(nnx.Module):
         sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
         place = position[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
 
-        def run(block, pending, cache, *index):
+        def visit(block, pending, cache, *index):
             def remember(rows):
                 nonlocal cache
                 cache = jax.tree.map(
@@ -329,57 +310,47 @@ class Transformer(nnx.Module):
 
             return block(pending, attention)[0], cache
 
-        pending, new_leading = self._start(tokens), []
-        for block, cache in zip(self.leading, leading, strict=True):
-            pending, cache = run(block, pending, cache)
-            new_leading.append(cache)
-        graph, variables = nnx.split(self.blocks)
-        # The caches are carried, so that new rows alone are written; scanned over, they would be copied.
-        (pending, stacked), _ = jax.lax.scan(
-            lambda carry, xs: (run(nnx.merge(graph, xs[0]), *carry, xs[1]), None),
+        pending, leading = walk.each(visit, self.leading, self._start(tokens), leading)
+        # The stacked caches are carried, so that new rows alone are written; a scan would copy them.
+        (pending, stacked), _ = walk.stack(
+            lambda block, carry, index: (visit(block, *carry, index), None),
+            self.blocks,
             (pending, stacked),
-            (variables, jnp.arange(self.config.num_blocks - len(new_leading), dtype=jnp.int32)),
+            jnp.arange(self.config.num_blocks - len(leading), dtype=jnp.int32),
         )
-        return self._finish(pending), new_leading, stacked
+        return self._finish(pending), leading, stacked
 
-    def _start(self, tokens: jax.Array) -> Pending:
+    def _walk(self, visit, carry, *, scan=True):
+        """Visits every block; see `mhc_jax.walk`.
+
+        Returns:
+          the carry, a list with a report of each leading block, and the stacked reports of the others.
+        """
+        carry, leading = walk.each(visit, self.leading, carry)
+        carry, others = walk.stack(visit, self.blocks, carry, scan=scan)
+        return carry, leading, others
+
+    @property
+    def _connection(self) -> Connection:
+        """Of any sublayer: its `start` and `post` need no parameters."""
+        return self.blocks.attention_connection
+
+    def _start(self, tokens, *, scan=True):
+        """What the first block gets. Every step of a scan does a write; a block outside has none to do."""
         streams = expand(self._embed(tokens), self.config.streams)
-        return self.blocks.attention_connection.start(streams)
+        first_in_scan = scan and not self.leading
+        return self._connection.start(streams) if first_in_scan else Pending(streams, None, None)
 
-    def _finish(self, pending: Pending) -> jax.Array:
-        return self.norm(self.readout(self.blocks.attention_connection.post(*pending)))
+    def _finish(self, pending):
+        """Does the last write; then read-out and norm."""
+        return self.norm(self.readout(self._connection.post(*pending)))
 
     def _embed(self, tokens):
         table = self.embedding.embedding[...]
         return split_by_token(look_up(table, tokens, self.config.activation_dtype))
 
-    def _run_groups(self, streams):
-        """Does what `_run_blocks` does, in recompute blocks; see `mhc_jax.remat`."""
-        config = self.config
-        finish = self.blocks.attention_connection.post
-        size = config.blocks_per_group
 
-        def run(streams, blocks):
-            pending, reported = Pending(streams, None, None), []
-            for block in blocks:
-                pending, _, aux = block(pending)
-                reported.append(aux)
-            return finish(*pending), reported
-
-        for start in range(0, len(self.leading), size):
-            graph, variables = nnx.split(nnx.List(list(self.leading)[start : start + size]))
-            group = remat.checkpoint_group(
-                lambda streams, group, graph=graph: run(streams, nnx.merge(graph, group)),
-                config.remat,
-            )
-            streams, _ = group(streams, variables)
-        graph, variables = nnx.split(self.blocks)
-        streams, aux = remat.run_groups(
-            lambda streams, group: run(streams, [nnx.merge(graph, block) for block in group]),
-            streams,
-            variables,
-            policy=config.remat,
-            blocks_per_group=size,
-            scan=config.scan_blocks,
-        )
-        return streams, None, aux
+def _forward(block: Block, pending: Pending) -> tuple[Pending, MoEAux | None]:
+    """The visit of a plain forward pass."""
+    pending, _, aux = block(pending)
+    return pending, aux

@@ -1,5 +1,6 @@
 """What is installed, and what importing it needs."""
 
+import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -22,10 +23,11 @@ TRAINER = (
 )  # fmt: skip
 # The modules that may import them.
 NEED_TRAINER = {
-    "mhc_jax.checkpoint", "mhc_jax.lock", "mhc_jax.main", "mhc_jax.metrics", "mhc_jax.recovery",
+    "mhc_jax.checkpoint", "mhc_jax.checkpoint.quirks", "mhc_jax.checkpoint.read",
+    "mhc_jax.checkpoint.write", "mhc_jax.lock", "mhc_jax.main", "mhc_jax.metrics", "mhc_jax.recovery",
     "mhc_jax.compilation_cache", "mhc_jax.progress", "mhc_jax.storage", "mhc_jax.train",
-    "mhc_jax.trained",
-    "mhc_jax.workdir", "mhc_jax.remat.__main__", "mhc_jax.data.files",
+    "mhc_jax.checkpoint.trained", "mhc_jax.trained", "mhc_jax.workdir", "mhc_jax.writers",
+    "mhc_jax.remat.__main__", "mhc_jax.data.files",
     "mhc_jax.data.pipeline", "mhc_jax.data.records", "mhc_jax.data.sources", "mhc_jax.data.token_cache",
     "mhc_jax.analysis.losses", "mhc_jax.analysis.plots", "mhc_jax.analysis.style",
 }  # fmt: skip
@@ -67,6 +69,42 @@ for name in {names!r}:
 assert callable(importlib.import_module("mhc_jax.data").load_tokenizer)
 """
     run_without(TRAINER, code)
+
+
+# Module -> what the documentation has named there, now or earlier.
+NAMES = {
+    "mhc_jax.checkpoint": (
+        "Checkpoints",
+        "Damaged",
+        "Refused",
+        "SaveError",
+        "newest_good",
+        "saved_steps",
+    ),
+    "mhc_jax.checkpoint.trained": ("Source", "load"),
+    "mhc_jax.huggingface": ("add_connection", "from_deepseek_v3", "model_config", "to_deepseek_v3"),
+    "mhc_jax.inference": (
+        *(
+            "DecodeState",
+            "Inference",
+            "cast_weights",
+            "decode",
+            "draw",
+            "for_sampling",
+            "init_decode",
+        ),
+        *("keys_of", "prefill", "proceed", "start", "token_scores"),
+    ),
+    "mhc_jax.metrics": ("MetricWriter", "jsonable"),
+    "mhc_jax.trained": ("Source", "load"),
+    "mhc_jax.writers": ("MetricWriter", "jsonable"),
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_documented_names_can_be_imported(module):
+    found = importlib.import_module(module)
+    assert [name for name in NAMES[module] if not hasattr(found, name)] == []
 
 
 def test_kernels_pallas_needs_jax_alone():

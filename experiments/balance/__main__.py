@@ -3,8 +3,8 @@
 Command:  python -m experiments.balance                    (about 10 minutes on 2 CPU cores)
           python -m experiments.balance --chart=FILE       (draws the chart of such a result again)
 Result:   a table, and balance/results/<device>.json and .png in the output folder (with --record those of the
-          repository): load of the busiest expert over the mean load, of the worst block: at every step, and
-          of the final model over 131 thousand tokens of training and of validation text.
+          repository): load of the busiest expert over the mean load, in the worst block: at every step, and
+          for the final model over 131 thousand tokens of training and of validation text.
 
 A small model of the paper's kind (latent attention, sigmoid router, a leading dense block) on the bytes of
 the Python standard library. Both arms share seed and batches; one moves the bias by `--balance_rate` a step
@@ -27,11 +27,11 @@ from experiments.output import user_path
 from mhc_jax.analysis import style
 from mhc_jax.analysis.colours import COLOURS
 from mhc_jax.analysis.runs import read_metrics, running_mean
+from mhc_jax.checkpoint.trained import load
 from mhc_jax.config import Config, from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 from mhc_jax.train_step import model_graph
-from mhc_jax.trained import load
 
 FINAL_BATCHES = 64
 TARGET = 1.25

@@ -1,4 +1,4 @@
-"""What of an archive becomes text: members with the right suffix that a person wrote."""
+"""Chooses the members of an archive that become text: the right suffix, and written by a person."""
 
 import gzip
 import hashlib
@@ -25,8 +25,8 @@ def documents(
 ) -> Iterator[tuple[str, bytes]]:
     """Yields `(relative path, content)` of the documents of an archive, sorted by path.
 
-    The path is `name/` and the path inside the archive. Left out: files without one of the package's
-    suffixes, hidden files and packaging metadata, and what `is_document` turns down.
+    The path is `name/` and the path inside the archive. Files without one of the package's suffixes, hidden
+    files, packaging metadata and what `is_document` turns down are left out.
 
     Args:
       package: names the archive and its suffixes.
@@ -62,7 +62,7 @@ def documents(
 
 
 def is_document(content: bytes) -> bool:
-    """Whether a person may have written this: short UTF-8 text, not generated, minified or data."""
+    """Says whether a person may have written this: short UTF-8 text, not generated, minified or data."""
     if not content.strip() or len(content) > MAX_BYTES or 0 in content:
         return False
     try:
@@ -92,7 +92,7 @@ def _members(
 ) -> Iterator[tuple[str, bytes]]:
     """Yields name and content of the regular files that are wanted by name and packed size.
 
-    What ends in .gz in a Debian package is asked for and yielded by its name without it, unpacked.
+    A member of a Debian package that ends in .gz is unpacked, and goes by its name without the ending.
     """
     if package.kind == "deb":
         command = ["dpkg-deb", "--fsys-tarfile", str(archive)]

@@ -1,4 +1,4 @@
-"""What a corpus consists of: building it, writing it down, and comparing a folder with what was written."""
+"""Builds a corpus, writes down what it consists of, and compares a folder with that."""
 
 import dataclasses
 import gzip
@@ -23,7 +23,7 @@ _FORMAT = 1
 
 
 def data_path(folder: pathlib.Path) -> str:
-    """The glob of the documents, `data.path` of a training config."""
+    """Returns the glob of the documents, `data.path` of a training config."""
     return f"{folder / TEXT}/**"
 
 
@@ -139,7 +139,7 @@ def build(
 
 
 def checksum(files: dict[str, list]) -> str:
-    """SHA-256 of the lines `sha256  path` sorted by path: one number for all documents and their names."""
+    """Returns the SHA-256 of the lines `sha256  path` sorted by path, which names all documents."""
     lines = "".join(f"{files[path][0]}  {path}\n" for path in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -156,7 +156,7 @@ def read(path: pathlib.Path) -> dict:
     """Reads a manifest, gzipped or not.
 
     Raises:
-      CorpusError: it is missing, is none, or its checksum is not that of its files.
+      CorpusError: it is missing or no manifest, or its checksum is not that of its files.
     """
     try:
         content = path.read_bytes()
@@ -187,7 +187,7 @@ def read(path: pathlib.Path) -> dict:
 
 
 def packages_of(manifest: dict) -> list[Package]:
-    """The packages of a manifest, in its order, which decides who keeps a duplicate."""
+    """Returns the packages of a manifest, in its order, which decides who keeps a duplicate."""
     return [
         Package(entry["name"], entry["version"], entry["kind"], tuple(entry["suffixes"]))
         for entry in manifest["packages"]
@@ -195,7 +195,7 @@ def packages_of(manifest: dict) -> list[Package]:
 
 
 def archives_of(manifest: dict) -> dict[str, list[str]]:
-    """`{"name version": [archive name, SHA-256]}`, what `fetch` expects."""
+    """Returns `{"name version": [archive name, SHA-256]}`, which `fetch` expects."""
     return {
         f"{e['name']} {e['version']}": [e["archive"], e["sha256"]] for e in manifest["packages"]
     }
@@ -218,7 +218,7 @@ def compare(folder: pathlib.Path, manifest: dict) -> None:
 
 
 def summary(folder: pathlib.Path, manifest: dict) -> str:
-    """Sizes, checksum and the settings that train on the corpus."""
+    """Describes the corpus: sizes, checksum, and the settings that train on it."""
     lines = [
         f"{split}: {sizes['documents']} documents, {sizes['bytes'] / 1e6:.1f} MB"
         for split, sizes in manifest["totals"].items()
@@ -234,7 +234,7 @@ def summary(folder: pathlib.Path, manifest: dict) -> str:
 def _totals(
     root: pathlib.Path, files: dict[str, list], fraction: float
 ) -> dict[str, dict[str, int]]:
-    """Documents and bytes of both splits, by the split that training makes of the same folder."""
+    """Counts documents and bytes of both splits, by the split that training makes of the same folder."""
     found = glob_files(f"{root}/**")
     if {file.relative for file in found} != set(files):
         raise AssertionError("The glob of the data pipeline does not find what was written.")

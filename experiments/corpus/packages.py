@@ -1,4 +1,4 @@
-"""The packages a corpus is made of: the list, and fetching their archives with the ordinary clients."""
+"""Reads the list of a corpus's packages, and fetches their archives with the ordinary clients."""
 
 import dataclasses
 import hashlib
@@ -32,7 +32,7 @@ KINDS = (*_PIP_OPTIONS, "deb")
 
 
 class CorpusError(Exception):
-    """What is wrong with a list, a download or a corpus, in words for the person at the terminal."""
+    """A list, a download or a corpus is wrong; the message is for the person at the terminal."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Package:
         return f"{self.name} {self.version}"
 
     def find(self, folder: pathlib.Path) -> pathlib.Path | None:
-        """The archive of this package in a folder, None if there is none."""
+        """Returns the archive of this package in a folder, None if there is none."""
         # Archives spell My.Name as my_name, My.Name or my-name.
         name = "[-_.]+".join(map(re.escape, re.split("[-_.]+", self.name)))
         version = re.escape(self.version.replace(":", "%3a"))
@@ -81,7 +81,7 @@ class Package:
         return None
 
     def command(self, folder: str) -> list[str]:
-        """The command that fetches the archive into `folder`, to be run there."""
+        """Returns the command that fetches the archive into `folder`, to be run there."""
         if self.kind == "deb":
             return ["apt-get", "download", f"{self.name}={self.version}"]
         options = _PIP_OPTIONS[self.kind]
@@ -152,6 +152,6 @@ def _read_one(path: pathlib.Path) -> list[Package]:
 
 
 def sha256(path: pathlib.Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Returns the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -58,7 +58,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def find_winner(summaries: dict, widths: Sequence[int]) -> float:
-    """The alpha * n*C whose loss is on average the least above the best of its width and seed mean."""
+    """Returns the alpha * n*C that is on average nearest to the best loss of its width and seed mean."""
 
     def loss(width: int, k: int) -> float:
         found = [s["validation_loss"] for key, s in summaries.items()
@@ -73,7 +73,7 @@ def find_winner(summaries: dict, widths: Sequence[int]) -> float:
 
 
 def train_one(run: Run, options: argparse.Namespace) -> None:
-    """Trains one run; what no field of a config says is put in by replacing two functions."""
+    """Trains one run. Two functions are replaced where no field of a config says what differs."""
 
     def make_optimizer(config, steps):
         inner = optimizer.make_optimizer(config, steps)
@@ -105,7 +105,7 @@ def train_one(run: Run, options: argparse.Namespace) -> None:
 
 
 def _with_rate(inner: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
-    """Updates of alpha and of the connections' bias times `factor` (they have no weight decay)."""
+    """Multiplies updates of alpha and of the connections' bias by `factor` (they have no weight decay)."""
 
     def scaled(updates):
         return jax.tree_util.tree_map_with_path(
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def collect(options: argparse.Namespace) -> dict:
-    """The results so far: of all runs that are finished, and which are not."""
+    """Collects the results of all finished runs, and the keys of the others."""
     found = sweep.read_summaries(options.output, all_runs())
     winner = find_winner(found, options.widths)
     wanted = [run.key for run in first_runs() + second_runs(winner) if run.width in options.widths]
@@ -185,7 +185,7 @@ def collect(options: argparse.Namespace) -> dict:
 
 
 def _gains(summary: dict) -> dict:
-    """The composite gains at the end, the larger of both directions."""
+    """Returns the composite gains at the end, the larger of both directions."""
     ends = [summary["gains"].get(name) for name in ("composite_forward", "composite_backward")]
     return {"composite_gain": max((series[-1][1] for series in ends if series), default=None)}
 

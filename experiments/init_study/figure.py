@@ -1,4 +1,4 @@
-"""Table and figure of the study: loss against alpha * n*C, a line a width."""
+"""Makes table and figure of the study: loss against alpha * n*C, a line a width."""
 
 import collections
 import pathlib
@@ -16,7 +16,7 @@ _ROW = re.compile(r"mhc_row([\d.]+)")
 
 
 def losses(runs: dict[str, dict]) -> dict[tuple[int, str], list[float]]:
-    """Validation losses over the seeds by (C, arm); a run that diverged counts as inf."""
+    """Returns validation losses over the seeds by (C, arm); a run that diverged counts as inf."""
     found = collections.defaultdict(list)
     for key, run in runs.items():
         width, arm, _ = key.split("/")
@@ -26,7 +26,7 @@ def losses(runs: dict[str, dict]) -> dict[tuple[int, str], list[float]]:
 
 
 def format_table(payload: dict) -> str:
-    """Every arm: loss of each seed, its mean minus that of residual, the composite gain at the end."""
+    """Lists every arm: loss of each seed, its mean minus that of residual, the composite gain at the end."""
     runs = payload["runs"]
     rows = [("C", "arm", "validation loss of each seed", "mean - residual", "composite gain")]
     found = losses(runs)
@@ -45,7 +45,7 @@ def format_table(payload: dict) -> str:
 
 
 def draw(payload: dict, path: pathlib.Path) -> pathlib.Path:
-    """Loss against alpha * n*C, paired with Table 5's alpha: do the minima of the widths meet?"""
+    """Draws the loss against alpha * n*C, paired with Table 5's alpha: do the minima of the widths meet?"""
     found = losses(payload["runs"])
     with matplotlib.rc_context(STYLE):
         figure = new_figure(3.6)

@@ -1,4 +1,4 @@
-"""The trainings of the study, by key: which number differs, and around which winner."""
+"""Lists the trainings of the study by key: which number differs, and around which winner."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ class Run:
         return f"C{self.width}/{self.arm}/seed{self.seed}"
 
     def config(self, data_path: str, steps: int | None) -> Config:
-        """The frozen configuration; `steps` replaces the study's horizon (for a quick try)."""
+        """Returns the frozen configuration; `steps` replaces the study's horizon (for a quick try)."""
         config = default.get_config()
         config.seed = config.data.shuffle_seed = self.seed
         config.steps = self.steps if steps is None else max(steps * self.steps // STEPS, 1)
@@ -70,7 +70,7 @@ def _mhc(arm: str, width: int, seed: int, alpha: float, *, n: int = 4, **rest) -
 
 
 def first_runs() -> list[Run]:
-    """alpha * n*C at every width, Table 5's 0.01, residual, and HC with alphas of its own."""
+    """Lists alpha * n*C at every width, Table 5's 0.01, residual, and HC with alphas of its own."""
     runs = []
     for seed in SEEDS:
         for width in sorted(
@@ -86,7 +86,7 @@ def first_runs() -> list[Run]:
 
 
 def second_runs(winner: float) -> list[Run]:
-    """What else could matter, around `winner`, the best alpha * n*C of the first runs."""
+    """Varies what else could matter around `winner`, the best alpha * n*C of the first runs."""
     runs, around = [], (winner / 2, winner, 2 * winner)
     for seed in SEEDS:
         long = {"steps": LONG * STEPS}
@@ -109,6 +109,6 @@ def second_runs(winner: float) -> list[Run]:
 
 
 def all_runs() -> dict[str, Run]:
-    """Every run that any winner leads to, by key."""
+    """Returns every run that any winner leads to, by key."""
     runs = first_runs() + [run for k in ALPHA_TIMES_ROW for run in second_runs(k)]
     return {run.key: run for run in runs}

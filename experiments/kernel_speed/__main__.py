@@ -99,7 +99,7 @@ def _operations(T: int, C: int, rate: float, implementation: str) -> list[dict]:
 
 
 def _timed(implementation: str | None, count: int, mode: str, T: int, C: int, copies: int):
-    """Seconds and temporary bytes of `count` sublayers."""
+    """Measures seconds and temporary bytes of `count` sublayers."""
     from experiments.kernel_speed import measure
     from experiments.kernel_speed.cases import sublayer_inputs, sublayers
 
@@ -110,14 +110,14 @@ def _timed(implementation: str | None, count: int, mode: str, T: int, C: int, co
 
 
 def taken(op: str, T: int, C: int) -> str:
-    """The implementation that an operation takes here, that of its backward where the two differ."""
+    """Returns the implementation that an operation takes here, that of its backward where the two differ."""
     import kernels_pallas as kp
 
     return kp.explain(op, n=4, T=T, C=C).choices[-1].implementation
 
 
 def _sublayer(T: int, C: int, rate: float) -> list[dict]:
-    """The best kernels of this device, however they are called."""
+    """Measures the best kernels of this device, whichever operation calls them."""
     # Least traffic of the separate passes: forward projection 4C, F_pre 5C, F_post,res 9C; backward
     # F_post,res 14C and one pass of 13C that sums all cotangents of the streams. 45C are 90 T C bytes.
     rows, parameters = [], 12 * 4 * 24 * C
@@ -141,7 +141,7 @@ def _sublayer(T: int, C: int, rate: float) -> list[dict]:
 
 
 def _baselines(T: int, C: int, rate: float) -> list[dict]:
-    """XLA, operation by operation and the sublayer, and PyTorch programs."""
+    """Measures XLA, operation by operation and the sublayer, and PyTorch programs."""
     rows = _operations(T, C, rate, "xla")
     seconds, memory = _timed("xla", 1, "separate", T, C, copies=4)
     rows.append(_row("sublayer", "xla", T, C, seconds, 90 * T * C, rate))
@@ -150,7 +150,7 @@ def _baselines(T: int, C: int, rate: float) -> list[dict]:
 
 
 def _pytorch(T: int, C: int, rate: float) -> list[dict]:
-    """Baselines in a process of their own: jax_triton switches Triton's cache off for the whole process."""
+    """Runs PyTorch in processes of its own: jax_triton switches Triton's cache off for a whole process."""
     from experiments.kernel_speed.baselines import BASELINES
 
     rows = []
@@ -171,7 +171,7 @@ def _pytorch(T: int, C: int, rate: float) -> list[dict]:
 
 
 def _table(shapes, with_baselines: bool, out: pathlib.Path) -> None:
-    """Measures, prints and keeps all rows; after each shape, so that a run that is cut leaves the others."""
+    """Measures, prints and keeps all rows, after each shape, so that a run that is cut leaves the others."""
     import jax
 
     from experiments import record

@@ -1,4 +1,4 @@
-"""The same sublayer in PyTorch: Liger-Kernel, and torch.compile of a plain version.
+"""Times the same sublayer in PyTorch: Liger-Kernel, and torch.compile of a plain version.
 
 python -m experiments.kernel_speed.baselines Liger-Kernel 16384 2560    # prints seconds
 """
@@ -42,7 +42,7 @@ def _parameters(T: int, C: int) -> tuple:
 
 
 def liger(T: int, C: int) -> float:
-    """Seconds of Liger-Kernel's sublayer, forward and backward."""
+    """Returns the seconds of Liger-Kernel's sublayer, forward and backward."""
     import torch
     from liger_kernel.transformers import functional
 
@@ -59,7 +59,7 @@ def liger(T: int, C: int) -> float:
 
 
 def torch_compile(T: int, C: int) -> float:
-    """Seconds of torch.compile's sublayer, forward and backward."""
+    """Returns the seconds of torch.compile's sublayer, forward and backward."""
     import torch
 
     x, g, phi, bias, alpha = _parameters(T, C)

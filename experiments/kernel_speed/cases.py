@@ -1,4 +1,4 @@
-"""What is timed: each operation and the whole sublayer, forward and backward, with its least traffic."""
+"""Lists what is timed: each operation and the whole sublayer, both directions, with its least traffic."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 import kernels_pallas as kp
 from kernels_pallas import dispatch
-from kernels_pallas.precision import round_to_tf32
+from kernels_pallas.testing.case import structs, values  # in a clone
 
 N = 4
 M = N * N + 2 * N
@@ -28,34 +28,21 @@ class Case:
 
     @property
     def inputs_in_l2(self) -> bool:
-        """Coefficients alone: in a model the kernel before has just written them."""
+        """Says whether it reads coefficients alone: in a model the kernel before has just written them."""
         return self.units == 0
 
     def bytes(self, T: int, C: int) -> float:
         return 2 * T * C * self.units + self.extra_bytes(T, C)
 
 
-def _normal(key, *shape, dtype=jnp.float32):
-    return jax.random.normal(key, shape, dtype)
-
-
 def _inputs(names: str, key: jax.Array, T: int, C: int) -> tuple:
-    """Random arrays by name."""
-    bf16 = jnp.bfloat16
-    makers = {
-        "x": lambda k: _normal(k, T, N * C, dtype=bf16),
-        "y": lambda k: _normal(k, T, C, dtype=bf16),
-        "phi": lambda k: round_to_tf32(0.02 * _normal(k, N * C, M)),
-        "s": lambda k: round_to_tf32(_normal(k, T, M)),
-        "r": lambda k: 0.5 + jax.random.uniform(k, (T,)),
-        "bias": lambda k: _normal(k, M),
-        "alpha": lambda k: _normal(k, 3),
-        "h": lambda k: _normal(k, T, N),
-        "hh": lambda k: _normal(k, T, N, N),
-        "w": lambda k: _normal(k, C),
-    }
-    names = names.split()
-    return tuple(makers[name](k) for name, k in zip(names, jax.random.split(key, len(names))))
+    """Makes random arrays by their names in kernels_pallas/testing/case.py."""
+    arrays = structs(names, (T,), C, N, jnp.bfloat16)
+    keys = jax.random.split(key, len(arrays))
+    return tuple(
+        values(name, jax.random.normal(key, array.shape), array.dtype)
+        for name, key, array in zip(names.split(), keys, arrays, strict=True)
+    )
 
 
 def _op(op: str, direction: str, **static) -> Callable:
@@ -70,7 +57,7 @@ def _case(name, units, floats_per_token, inputs, run, parameter_copies=0) -> Cas
 
 
 def sublayers(implementation: str | None, count: int, mode: str, x, g, *parameters) -> tuple:
-    """Forward and backward of `count` sublayers whose F is nothing (a barrier to XLA's fusions)."""
+    """Runs `count` sublayers forward and backward; their F is nothing (a barrier to XLA's fusions)."""
 
     def chain(x, parameters):
         each = [parameters[3 * i : 3 * i + 3] for i in range(count)]
@@ -98,7 +85,7 @@ def sublayers(implementation: str | None, count: int, mode: str, x, g, *paramete
 
 
 def sublayer_inputs(count: int, key: jax.Array, T: int, C: int) -> tuple:
-    """x, g, and phi, bias, alpha of each sublayer."""
+    """Returns x, g, and phi, bias, alpha of each sublayer."""
     return _inputs("x x" + " phi bias alpha" * count, key, T, C)
 
 
@@ -121,8 +108,8 @@ CASES = (
     ),
     _case("pre fwd", 5, N, "x h", _op("pre", "forward")),
     _case("pre bwd", 9, 2 * N, "x h y", _op("pre", "backward")),
-    _case("pre+norm fwd", 5, N, "x h w", _op("pre", "forward_normed", eps=1e-6)),
-    _case("pre+norm bwd", 9, 2 * N, "x h w y", _op("pre", "backward_normed", eps=1e-6)),
+    _case("pre+norm fwd", 5, N, "x h weight", _op("pre", "forward_normed", eps=1e-6)),
+    _case("pre+norm bwd", 9, 2 * N, "x h weight y", _op("pre", "backward_normed", eps=1e-6)),
     _case("post_res fwd", 9, M - N, "x y h hh", _op("post_res", "forward")),
     _case("post_res bwd", 14, 2 * (M - N), "x y h hh x", _op("post_res", "backward")),
 )

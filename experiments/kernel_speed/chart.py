@@ -1,4 +1,4 @@
-"""The chart of a result: bars of the whole sublayer, the fastest on top, ours in colour."""
+"""Draws the chart of a result: bars of the whole sublayer, the fastest on top, ours in colour."""
 
 import pathlib
 
@@ -13,7 +13,10 @@ OURS = {
 
 
 def bars(content: dict) -> dict[tuple[int, int], list[tuple[str, float, bool]]]:
-    """(T, C) -> label, time in τ, whether ours; the slowest first. Of shapes with a baseline, or all."""
+    """Returns (T, C) -> (label, time in τ, whether ours), the slowest first.
+
+    Shapes without a baseline are left out where others have one.
+    """
     found = {}
     for key in ("table", "baselines"):
         for row in content.get(key, {}).get("rows", ()):
@@ -26,7 +29,7 @@ def bars(content: dict) -> dict[tuple[int, int], list[tuple[str, float, bool]]]:
 
 
 def caption(content: dict) -> str:
-    """Device and commits."""
+    """Names device and commits."""
     parts = {"table": "ours", "baselines": "the others"}
     environments = {key: content[key]["environment"] for key in parts if key in content}
     commits = ", ".join(

@@ -1,4 +1,4 @@
-"""Timing of jitted functions on a GPU, and the copy rate that everything is compared with."""
+"""Times jitted functions on a GPU, and the copy rate that everything is compared with."""
 
 import statistics
 import time
@@ -15,13 +15,13 @@ MIN_SECONDS = 0.02  # of device work between two clock readings
 def inputs_beyond_l2(
     make: Callable[[jax.Array], tuple], size: float, least: int = 2
 ) -> list[tuple]:
-    """Input sets with fresh random data, so many that one is out of L2 when its turn comes again."""
+    """Makes sets of random inputs, so many that one is out of L2 when its turn comes again."""
     count = max(least, int(3 * L2_BYTES // max(size, 1)) + 1)
     return [make(key) for key in jax.random.split(jax.random.key(0), min(count, 16))]
 
 
 def seconds(f: Callable, inputs: list[tuple], copies: int = 1) -> float:
-    """Median device time of one call of f, over REPEATS rounds of many asynchronous calls.
+    """Returns the median device time of one call of f, over REPEATS rounds of many asynchronous calls.
 
     `copies` calls run in one jitted program, as in a model, so that launching the program (38 us for a
     sublayer; for 80 arguments more than the mappings take) does not count. They take the inputs in turn.
@@ -63,11 +63,11 @@ def seconds(f: Callable, inputs: list[tuple], copies: int = 1) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes read plus written per second when XLA copies 2 GiB of random bfloat16."""
+    """Returns bytes read plus written per second when XLA copies 2 GiB of random bfloat16."""
     x = jax.random.normal(jax.random.key(1), (1 << 30,), jnp.bfloat16)
     return 2 * x.nbytes / seconds(jnp.copy, [(x,)])
 
 
 def temporary_bytes(f: Callable, args: tuple) -> int:
-    """Peak of the temporaries of the compiled program, its arguments and results not counted."""
+    """Returns the peak of the compiled program's temporaries, without arguments and results."""
     return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes

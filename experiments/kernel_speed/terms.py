@@ -23,7 +23,7 @@ MOST = 0.7  # τ
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def inputs(key: jax.Array, T: int, C: int) -> tuple[jax.Array, ...]:
-    """Random arguments of the kernel, without T."""
+    """Makes random arguments of the kernel, without T."""
     tiles = -(-T // 16)
     shapes = [(T, 4 * C), (T, C), (T, 4), (T, 16), (T, 4 * C), (T, C), (T, 4), (4 * C, 24)]
     shapes += [(tiles, 3, 32, 4), (tiles, 3, 32, 8), (T,)]
@@ -34,7 +34,7 @@ def inputs(key: jax.Array, T: int, C: int) -> tuple[jax.Array, ...]:
 
 
 def error_of_sums(terms: int, T: int = 256, C: int = 1280) -> float:
-    """Relative error of dh_res and dh_post where t = g + h_pre d."""
+    """Returns the relative error of dh_res and dh_post where t = g + h_pre d."""
     x, y, post, res, g, d, pre, phi, *projection = inputs(jax.random.key(1), T, C)
     zeros = [jnp.zeros_like(a) for a in projection]
     launch = cuda_launches.backward_launch(T, C, mix=True, terms=terms)
@@ -47,7 +47,7 @@ def error_of_sums(terms: int, T: int = 256, C: int = 1280) -> float:
 
 
 def run(shapes: tuple[tuple[int, int], ...]) -> dict:
-    """Prints and returns a row a shape, and what follows."""
+    """Prints and returns a row a shape, and which number of terms is worth it."""
     rate, rows = measure.copy_rate(), []
     for T, C in shapes:
         sets = measure.inputs_beyond_l2(lambda key, T=T, C=C: inputs(key, T, C), 30 * T * C)

@@ -1,7 +1,4 @@
-"""What `tpu_schedule` compiles: every Pallas kernel with its grid, loops and conditional parts."""
-
-import jax
-import jax.numpy as jnp
+"""Lists what `tpu_schedule` compiles: every Pallas kernel with its grid, loops and conditional parts."""
 
 from kernels_pallas.boundary import tpu as boundary
 from kernels_pallas.boundary import tpu_blocks as blocks
@@ -12,16 +9,18 @@ from kernels_pallas.post_res import tpu as post_res
 from kernels_pallas.pre import tpu as pre
 from kernels_pallas.projection import tpu as projection
 from kernels_pallas.sinkhorn import tpu as sinkhorn
+from kernels_pallas.testing.case import structs
 from kernels_pallas.tpu.tiles import MIN_TOKENS, sinkhorn_window
 
 
 def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 20):
-    """(op, direction, function, arguments, options, grid steps, trips of inner loops) of every kernel."""
-    T, C, m, f32 = num_tokens, width, n * n + 2 * n, jnp.float32
-    S = jax.ShapeDtypeStruct
-    x, y = S((T, n * C), dtype), S((T, C), dtype)
-    h, h_res, s, r = S((T, n), f32), S((T, n, n), f32), S((T, m), f32), S((T,), f32)
-    phi, bias, alpha = S((n * C, m), f32), S((m,), f32), S((3,), f32)
+    """Yields (op, direction, function, arguments, options, schedule) of every kernel.
+
+    The schedule is grid steps, trips of inner loops, and shares of conditional regions.
+    """
+    T, C, m = num_tokens, width, n * n + 2 * n
+    names = "x y h hh s r phi bias alpha weight"
+    x, y, h, h_res, s, r, phi, bias, alpha, weight = structs(names, (T,), C, n, dtype)
 
     def steps(block, *trips):
         return -(-T // block), trips, ()
@@ -59,10 +58,10 @@ def cases(num_tokens: int, width: int, dtype, n: int = 4, num_iterations: int = 
     ]
     # With the RMSNorm of the layer input, as the model calls them.
     static = {"static": ReadStatic(n, num_iterations, norm_eps=1e-20, input_norm_eps=1e-20)}
-    parameters = Parameters(phi, bias, alpha, S((C,), f32))
+    parameters = Parameters(phi, bias, alpha, weight)
 
     def fused_steps(block, *parts):
-        """`parts`: the conditional regions, each how often a step runs it and the trips of its loops."""
+        """`parts` are the conditional regions: how often a step runs each, and the trips of its loops."""
         often = {"step": 1, "window": block / sinkhorn_window(T), "first": 1 / steps(block)[0]}
         shares = tuple(often[name] for name, *_ in parts)
         groups = block // MIN_TOKENS

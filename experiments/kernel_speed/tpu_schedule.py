@@ -28,7 +28,7 @@ from experiments.hardware import CHIPS
 
 @dataclasses.dataclass(frozen=True)
 class Cores:
-    """What an estimate needs beside the peaks of experiments/hardware.py."""
+    """Holds what an estimate needs beside the peaks of experiments/hardware.py."""
 
     topology: str
     clock: float  # Hz
@@ -61,7 +61,7 @@ class Kernel:
 
 
 def _set_up_compiler(dump: str) -> None:
-    """Environment for libtpu without a TPU; must run before jax is imported."""
+    """Sets the environment for libtpu without a TPU; must run before jax is imported."""
     os.environ.update(libtpu.ENVIRONMENT)
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
 
@@ -102,7 +102,7 @@ _REGION = 64  # vector bundles that make a region one of ours: those of the pipe
 
 
 def _regions(bundles: list[tuple]) -> list[range]:
-    """Bundles that a condition can jump over, innermost and long ones, in order."""
+    """Finds the bundles that a condition can jump over, innermost and long ones, in order."""
     found = []
     for start, (_, _, text) in enumerate(bundles):
         if jump := _JUMP.search(text):
@@ -115,7 +115,7 @@ def _regions(bundles: list[tuple]) -> list[range]:
 
 
 def bundles_of_step(text: str, trips: tuple[int, ...], shares: tuple[float, ...] = ()) -> int:
-    """VLIW bundles of a grid step (the loop of depth 1) on average.
+    """Counts the VLIW bundles of a grid step (the loop of depth 1) on average.
 
     Args:
       text: final bundles of the compiler's dump.
@@ -159,7 +159,7 @@ def bundles_of_step(text: str, trips: tuple[int, ...], shares: tuple[float, ...]
 
 
 def estimate(kernel: Kernel, bundles: int, kind: str) -> dict:
-    """Times in microseconds from bundles and bytes, for a key of `CORES`."""
+    """Estimates times in microseconds from bundles and bytes, for a key of `CORES`."""
     cores = CORES[kind]
     compute = -(-kernel.steps // cores.cores) * bundles / cores.clock
     memory = kernel.bytes / (CHIPS[kind].bandwidth * cores.bandwidth_share)

@@ -12,7 +12,7 @@ or written out.
 
 Memory of the 3B model (remat=mhc, 8 x 4096 tokens) on an H200: 33 GiB of parameters and Adam's moments, and
 temporaries of 36 GiB (residual) or 41 GiB (mHC); 66 and 75 GiB with 16 sequences. A config that does not
-fit is said so after it was compiled.
+fit is named after it was compiled.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def load_config(written: str):
-    """The ConfigDict of FILE or FILE:ARM."""
+    """Returns the ConfigDict of FILE or FILE:ARM."""
     name, _, arm = written.partition(":")
     check_file(name)
     spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, name)
@@ -131,7 +131,7 @@ class Arm:
         }
 
     def compile(self) -> None:
-        """Initialisation and train step; says how much memory the step wants."""
+        """Compiles initialisation and train step; says how much memory the step wants."""
         start = time.perf_counter()
         self._init = jax.jit(functools.partial(init_state, self.config)).lower().compile()
         middle = time.perf_counter()
@@ -158,7 +158,7 @@ class Arm:
         return jax.device_put(random_batch(self.config, rng))
 
     def _run(self, state, rng, count: int):
-        """The state after `count` steps, the times at which each was done, and the last metrics."""
+        """Returns the state after `count` steps, the times at which each was done, and the last metrics."""
         done, before = [], None
         for _ in range(count):
             state, metrics = self._step(state, self._batch(rng))
@@ -180,7 +180,7 @@ class Arm:
             self.result["busiest_over_mean"] = round(float(metrics["moe/max_load"]), 2)
 
     def profile(self, rng: np.random.Generator) -> str:
-        """The table of the kernels of a step."""
+        """Returns the table of the kernels of a step."""
         state, _, _ = self._run(self._init(), rng, WARMUP)
 
         def run():
@@ -204,7 +204,7 @@ class Arm:
         return profile.report(rows, step_ms, busy)
 
     def finish(self, kind: str) -> None:
-        """Adds to the result what follows from the times."""
+        """Adds tokens a second and MFU to the result."""
         seconds = statistics.mean(self.ms) / 1e3
         peak = CHIPS[kind].flops if kind in CHIPS else None
         one = self.result["tflop_of_parameters"] * 1e12

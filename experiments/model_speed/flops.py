@@ -1,11 +1,11 @@
-"""What a train step must compute at the least."""
+"""Counts what a train step must compute at the least."""
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.describe import count_parameters, sums
 
 
 def parameter_flops(config: ModelConfig) -> float:
-    """FLOPs a token of forward and backward in the active parameters: 6 each.
+    """Counts FLOPs a token of forward and backward in the active parameters: 6 each.
 
     Active is what `--describe` prints: all but the input embedding and the experts that a token does not
     choose. Nothing that is computed twice counts twice.
@@ -14,7 +14,7 @@ def parameter_flops(config: ModelConfig) -> float:
 
 
 def attention_flops(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs a token of forward and backward in q k^T and in the sum over v, causal, all blocks.
+    """Counts FLOPs a token of forward and backward in q k^T and in the sum over v, causal, all blocks.
 
     A token sees (S + 1) / 2 keys on average; the backward has twice the products of the forward.
     """

@@ -1,4 +1,4 @@
-"""Where the time of a train step goes: the kernels of a GPU, in groups that a reader of the model knows.
+"""Says where the time of a train step goes: the kernels of a GPU, in groups that readers of the model know.
 
 `jax.profiler` says which instruction of the program a kernel belongs to, and the program which line of the
 model (`jax.named_scope`) an instruction comes from. If it sees no kernels, PyTorch's profiler is asked, which
@@ -67,7 +67,7 @@ _BY_SCOPE = (
 
 
 def group_of(kernel: str, source: str) -> str:
-    """The part of the model that a kernel works for.
+    """Returns the part of the model that a kernel works for.
 
     Args:
       kernel: its name and that of its instruction.
@@ -88,12 +88,12 @@ def group_of(kernel: str, source: str) -> str:
 
 
 def sources(program: str) -> dict[str, str]:
-    """Instruction -> `op_name`, from the text of a compiled program."""
+    """Returns instruction -> `op_name`, from the text of a compiled program."""
     return dict(_METADATA.findall(program))
 
 
 def rows(events: Iterable[Event], op_names: dict[str, str], steps: int) -> list[Row]:
-    """What each instruction takes a step, longest first."""
+    """Returns the time of each instruction a step, longest first."""
     # XLA names a kernel of its own after the instruction, without dots and dashes.
     by_kernel = {re.sub(r"[.\-]", "_", name): name for name in op_names}
     total = collections.defaultdict(lambda: [0, 0.0])
@@ -114,7 +114,7 @@ def rows(events: Iterable[Event], op_names: dict[str, str], steps: int) -> list[
 
 
 def busy_ms(events: Iterable[Event]) -> float:
-    """Time in which at least one kernel ran."""
+    """Returns the time in which at least one kernel ran."""
     total, until = 0.0, float("-inf")
     for event in sorted(events, key=lambda event: event.start):
         total += max(event.end - max(event.start, until), 0.0)
@@ -123,7 +123,7 @@ def busy_ms(events: Iterable[Event]) -> float:
 
 
 def record(run: Callable[[], None]) -> tuple[str, list[Event]]:
-    """Name of the profiler, and the kernels of `run`, which must wait for the device itself."""
+    """Returns the name of the profiler and the kernels of `run`, which must wait for the device itself."""
     with tempfile.TemporaryDirectory() as folder:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # only slows the host down
@@ -141,7 +141,7 @@ def record(run: Callable[[], None]) -> tuple[str, list[Event]]:
 
 
 def _read(path: pathlib.Path) -> Iterable[Event]:
-    """Events of kernels; on a CPU of instructions, which overlap where they run in several threads."""
+    """Reads events of kernels; on a CPU of instructions, which overlap where they run in several threads."""
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     for plane in devices or planes:
@@ -171,7 +171,7 @@ def _record_with_torch(run: Callable[[], None]) -> list[Event]:
 
 
 def by_group(found: list[Row]) -> dict[str, float]:
-    """Group -> milliseconds a step, longest first."""
+    """Returns group -> milliseconds a step, longest first."""
     groups = collections.Counter()
     for row in found:
         groups[row.group] += row.ms
@@ -179,7 +179,7 @@ def by_group(found: list[Row]) -> dict[str, float]:
 
 
 def report(found: list[Row], step_ms: float, busy: float, top: int = 40) -> str:
-    """The groups, then the longest kernels: milliseconds a step and share of the step."""
+    """Lists the groups, then the longest kernels: milliseconds a step and share of the step."""
     lines = [f"  {'part':48}{'ms a step':>10}{'of step':>9}"]
     lines += [
         f"  {group:48}{ms:>10.2f}{ms / step_ms:>9.1%}" for group, ms in by_group(found).items()

@@ -10,15 +10,13 @@ active experts' matrices, 3 x 6 C F for each of a token's 8. Routing comes from 
 
 import argparse
 import functools
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from configs import default
-from experiments import output
+from experiments import output, timing
 from mhc_jax.config import ModelConfig, from_dict
 from mhc_jax.moe import MoE, dispatch, router
 from mhc_jax.moe.experts import ExpertWeights, expert_ffn
@@ -48,13 +46,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def time_ms(function, *args, repeats: int) -> float:
-    """Returns the median milliseconds of a call of the compiled function."""
-    times = []
-    for _ in range(3 + repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*args))
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[3:])
+    """Returns the median milliseconds of a call that is waited for."""
+    return timing.time_ms(function, *args, repeats=1, rounds=repeats, warmup=3)
 
 
 def forward_backward(function):

@@ -5,8 +5,8 @@ Command:  python -m experiments.pipeline_plan --config=configs/paper_27b.py --pi
 Result:   a table by connection and link, the stages, plan.png and plan.svg. Seconds on any machine.
 
 Times are ESTIMATES from FLOPs and bytes of --chip unless given (--forward_ms, --backward_ms,
---recompute_ms of one block, --head_ms): measure them with experiments.step_time. They are of the config's
-connection; the residual one has as much less as its estimate says.
+--recompute_ms of one block, --head_ms): measure them with experiments.step_time. They belong to the config's
+connection; the residual one takes less by the difference of the estimates.
 """
 
 import os
@@ -68,7 +68,7 @@ class Row:
 def block_times(
     config: Config, model: ModelConfig, num_tokens: int, given: dict[str, float | None]
 ) -> BlockTimes:
-    """Estimated, and moved by what was measured of the config's connection."""
+    """Estimates the times of a block, and shifts them by what was measured of the config's connection."""
 
     def of(model):
         return estimate(
@@ -104,7 +104,7 @@ def evaluate(
 
 
 def _check(config: Config) -> tuple[int, int, list[float]]:
-    """Devices, micro-batches and links.
+    """Checks devices, micro-batches and links.
 
     Raises:
       ValueError: a flag out of range.

@@ -1,4 +1,4 @@
-"""Estimated times of a block and of the head, from FLOPs and bytes, and those of a stage."""
+"""Estimates the times of a block, of the head and of a stage, from FLOPs and bytes."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from mhc_jax.pipeline.timeline import StageTimes
 
 @dataclasses.dataclass(frozen=True)
 class BlockTimes:
-    """Seconds of one micro-batch.
+    """Holds seconds of one micro-batch.
 
     Attributes:
       forward, recompute, backward: of one block; `backward` without what it computes again.
@@ -31,7 +31,7 @@ class BlockTimes:
 
 
 def connection_elements(config: ModelConfig) -> tuple[int, int]:
-    """Elements that the connection of one sublayer reads and writes a token: forward and backward.
+    """Counts elements that the connection of one sublayer moves a token: forward and backward.
 
     Residual: x + F(x) and the sum of its cotangents. HC and mHC: projection nC, read (n + 1)C and write
     (2n + 1)C; backward of the write (3n + 2)C, of read and projection (3n + 1)C.
@@ -45,7 +45,7 @@ def connection_elements(config: ModelConfig) -> tuple[int, int]:
 def estimate(
     config: ModelConfig, sequence_length: int, num_tokens: int, chip: Chip, efficiency: float
 ) -> BlockTimes:
-    """Times of `num_tokens` tokens on a chip whose products reach `efficiency` of the peak."""
+    """Estimates the times of `num_tokens` tokens on a chip whose products reach `efficiency` of the peak."""
     itemsize = config.activation_dtype.itemsize
     products = block_flops(config, sequence_length) * num_tokens / (efficiency * chip.flops)
     forward, backward = (
@@ -58,7 +58,10 @@ def estimate(
 
 
 def stage_times(block: BlockTimes, placement: Placement, num_leading: int) -> StageTimes:
-    """Of every stage. Leading blocks, in the first one, take as long as the others and run forward twice."""
+    """Returns the times of every stage.
+
+    Leading blocks, in the first one, take as long as the others and run forward twice.
+    """
     counts = np.array(placement.counts, float)
     leading = np.zeros(len(counts))
     leading[0] = num_leading

@@ -1,4 +1,4 @@
-"""Whether a compiled pipeline sends behind its products: counted in the text of the program."""
+"""Counts in the text of a compiled pipeline how many of its sends products hide."""
 
 import re
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from experiments.pod_plan.text import Instruction, parse
 
 
 class Sends(NamedTuple):
-    """Collective-permutes of a program.
+    """Counts the collective-permutes of a program.
 
     Attributes:
       total: how many there are.
@@ -26,7 +26,7 @@ def _called(instruction: Instruction, computations) -> set[str]:
 
 
 def count_sends(text: str) -> Sends:
-    """Of `compiled.as_text()`."""
+    """Counts them in `compiled.as_text()`."""
     computations, _ = parse(text)
     calls = {
         name: set().union(*(_called(i, computations) for i in body.values()))

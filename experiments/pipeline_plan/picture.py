@@ -1,4 +1,4 @@
-"""The timeline as a figure: all devices over the whole schedule, and a device's lanes in the middle of it."""
+"""Draws the timeline: all devices over the whole schedule, and a device's lanes in the middle of it."""
 
 from collections.abc import Sequence
 
@@ -59,7 +59,7 @@ def _all_devices(axes, schedule: Schedule, timeline: Timeline) -> None:
 
 
 def _lanes(axes, schedule: Schedule, timeline: Timeline, device: int, ticks: int) -> None:
-    """Lanes of one device over a few ticks, counted from the middle of its work."""
+    """Draws lanes of one device over a few ticks, counted from the middle of its work."""
     lanes = [("compute", ("forward", "head", "backward")), ("recompute", ("recompute",))]
     directions = [(f"send to {to}", to) for to in (device - 1, device + 1)
                   if 0 <= to < schedule.num_devices]  # fmt: skip
@@ -103,7 +103,7 @@ def _lanes(axes, schedule: Schedule, timeline: Timeline, device: int, ticks: int
 def draw(
     schedule: Schedule, timeline: Timeline, title: str, *, device: int | None = None, ticks: int = 3
 ) -> Figure:
-    """Above all devices, below the lanes of one (the middle one by default) over `ticks` ticks."""
+    """Draws all devices above, and below the lanes of one (by default the middle one) over `ticks` ticks."""
     device = schedule.num_devices // 2 if device is None else device
     has_recompute = any(e.kind == "recompute" for e in timeline.events)
     with style.styled():
@@ -127,7 +127,7 @@ def draw(
 
 
 def describe(schedule: Schedule, timeline: Timeline) -> str:
-    """Alternative text."""
+    """Returns the alternative text."""
     bubble = 100 * (1 - timeline.ideal / timeline.seconds)
     sends = np.array([e.end - e.start for e in timeline.events if e.to >= 0])
     each = f", a transfer {1e3 * sends.mean():.2f} ms" if len(sends) else ""

@@ -14,9 +14,7 @@ tick between their start and their end in the compiled program.
 import argparse
 import dataclasses
 import os
-import statistics
 import sys
-import time
 
 # Transfers run beside products. Before jax starts, and an outer setting wins.
 os.environ["XLA_FLAGS"] = (
@@ -32,7 +30,7 @@ import numpy as np
 from configs import default
 from experiments import output
 from experiments.pipeline_plan.hidden import count_sends
-from experiments.timing import random_batch, time_ms
+from experiments.timing import random_batch, time_ms, time_step_ms
 from mhc_jax import remat, sharding
 from mhc_jax.config import Config, from_dict
 from mhc_jax.pipeline import execute, make_schedule, placement_of, stages
@@ -94,7 +92,7 @@ def make_config(options: argparse.Namespace, connection: str, schedule: str, par
 
 
 def measured_times(config: Config, repeats: int) -> StageTimes:
-    """Seconds of each stage on one device, forward and backward by themselves."""
+    """Measures the seconds of each stage on one device, forward and backward by themselves."""
     model = config.model
     sequences = config.batch_size // config.optimizer.accumulate_steps
     tokens = jax.random.randint(
@@ -143,7 +141,7 @@ def measured_times(config: Config, repeats: int) -> StageTimes:
 
 
 def transfer_seconds(config: Config, mesh, repeats: int) -> float:
-    """Seconds that the streams of a micro-batch take to a neighbour, in both directions at once."""
+    """Measures how long the streams of a micro-batch take to a neighbour, in both directions at once."""
     model, steps = config.model, 10
     sequences = config.batch_size // config.optimizer.accumulate_steps
     shape = sequences, config.data.sequence_length, model.streams * model.width
@@ -193,18 +191,13 @@ class Arm:
 
 
 def time_steps(config: Config, mesh, timed: int):
-    """Median milliseconds of a whole train step, and its compiled program."""
+    """Returns the median milliseconds of a whole train step, and its compiled program."""
     step = jit_train_step(config, mesh)
     compiled = step.lower(abstract_state(config, mesh), abstract_batch(config)).compile()
     state = jit_init_state(config, mesh)()
     put = sharding.BatchPlacement(mesh, config.batch_size).put
-    batch, times = put(random_batch(config, np.random.default_rng(0))), []
-    for _ in range(timed + 2):
-        start = time.perf_counter()
-        state, metrics = compiled(state, batch)
-        jax.block_until_ready((state, metrics))
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[2:]), compiled
+    batch = put(random_batch(config, np.random.default_rng(0)))
+    return time_step_ms(compiled, state, [batch], warmup=2, timed=timed)[0], compiled
 
 
 def measure(options: argparse.Namespace, connection: str, schedule: str, parts: int) -> Arm:

@@ -7,8 +7,8 @@ Result:   HBM per chip, FLOPs, bytes and collectives of one step, the same witho
 The whole train step, optimizer included, goes through libtpu's compiler with the shapes of the slice;
 nothing is allocated and no TPU is needed. Memory is what the compiler assigned. Flags of the compiler come
 from LIBTPU_INIT_ARGS, as on the slice itself. Times are ESTIMATES: each instruction takes the longer of its
-FLOPs and its bytes at the chip's peak; transfers take their bytes over one axis of the torus, those in the
-background only what exceeds the products of the same loop body; nothing else is counted.
+FLOPs and its bytes at the chip's peak; transfers take their bytes over one axis of the torus. A transfer
+in the background counts as far as it exceeds the products of the same loop body; nothing else is counted.
 """
 
 import os
@@ -59,7 +59,7 @@ _HLO = flags.DEFINE_string("hlo", None, "Folder for the text of the compiled pro
 
 @dataclasses.dataclass
 class Plan:
-    """What the compiler made of one train step on one chip; sizes in bytes.
+    """Holds what the compiler made of one train step on one chip; sizes in bytes.
 
     Attributes:
       arguments: state and batch. The new state takes the place of the old one.
@@ -80,7 +80,7 @@ class Plan:
 
 
 def devices_of(topology: str) -> list[jax.Device]:
-    """The chips of a slice.
+    """Returns the chips of a slice.
 
     Raises:
       ValueError: libtpu is missing or does not know the topology.
@@ -98,7 +98,7 @@ def devices_of(topology: str) -> list[jax.Device]:
 
 
 def meshes_of(written: str | None, config: Config, num_devices: int) -> Iterator[MeshConfig]:
-    """`--mesh`, or those that divide batch, experts and devices, each needing less memory than the last.
+    """Returns `--mesh`, or those that divide batch, experts and devices, each with less memory than the last.
 
     Raises:
       ValueError: an axis that does not exist, a size that is no number, or sizes that do not multiply out.
@@ -181,12 +181,12 @@ def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
 
 
 def _progress(text: str) -> None:
-    """What happens now, beside the result."""
+    """Prints what happens now, beside the result."""
     print(f"... {text}", file=sys.stderr, flush=True)
 
 
 def summary(plan: Plan) -> dict:
-    """The plan as JSON can hold it."""
+    """Returns the plan as JSON can hold it."""
     values = {name: getattr(plan, name) for name in ("arguments", "temporaries", "peak", "message")}
     values["compile_seconds"] = round(plan.compile_seconds, 1)
     if plan.costs:
@@ -227,7 +227,7 @@ def show(plan: Plan, chip: Chip) -> None:
 
 
 def compare(plan: Plan, baseline: Plan) -> dict[str, float]:
-    """What the connection adds to the residual model, in percent of the residual model's."""
+    """Says what the connection adds to the residual model, in percent of the residual model's."""
     pairs = {
         "flops": (plan.costs.flops, baseline.costs.flops),
         "bytes": (plan.costs.bytes, baseline.costs.bytes),

@@ -1,4 +1,4 @@
-"""The chip of a slice, and meshes that divide its devices."""
+"""Finds the chip of a slice, and meshes that divide its devices."""
 
 import math
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ from experiments.hardware import CHIPS, Chip
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as "v5p:8x8x8".
+    """Returns the chip of a topology such as "v5p:8x8x8".
 
     Raises:
-      ValueError: a kind of which the table does not have the links.
+      ValueError: the table has no links of this kind of chip.
     """
     kind, _, shape = topology.partition(":")
     known = [name for name, chip in CHIPS.items() if chip.link]
@@ -31,12 +31,12 @@ def pick_mesh(
     sequence_length: int,
     num_heads: int,
 ) -> dict[str, int]:
-    """A mesh that divides everything.
+    """Returns a mesh that divides everything.
 
-    As many devices as possible split the batch. Up to 8 of them split the experts (exchanging tokens instead
-    of gathering all experts), as many of the others as leave whole tiles of 8 rows split parameters, the rest
-    holds copies. What the batch cannot use splits sequences, which keeps the streams of a token on one device
-    and whole; where the length does not allow it, heads.
+    As many devices as possible split the batch. Up to 8 of them split the experts, so that tokens are
+    exchanged and experts are not gathered. As many of the others as leave whole tiles of 8 rows split
+    parameters; the rest holds copies. Devices that the batch cannot use split sequences, which keeps the
+    streams of a token whole and on one device; where the length does not allow it, they split heads.
 
     Args:
       num_devices: chips of the slice.
@@ -72,7 +72,7 @@ def pick_mesh(
 
 
 def more_shares(mesh: dict[str, int], rows: int) -> Iterator[dict[str, int]]:
-    """A mesh, then those that split parameters over ever more of the devices that hold copies.
+    """Yields a mesh, then those that split parameters over ever more of the devices that hold copies.
 
     Each needs less memory than the one before, but shares of fewer rows, in the end no whole tiles.
 

@@ -1,4 +1,4 @@
-"""FLOPs of the instructions that multiply: convolutions, dots, attention kernels."""
+"""Counts FLOPs of the instructions that multiply: convolutions, dots, attention kernels."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from experiments.pod_plan.text import Instruction, arrays
 
 
 def convolution_flops(instruction: Instruction, lhs: str, rhs: str) -> float:
-    """2 x the products of a convolution, padding and holes left out: TPUs write every dot as one."""
+    """Returns 2 x the products of a convolution, without padding and holes: TPUs write every dot as one."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     [(_, left, _)], [(_, right, _)] = arrays(lhs)[:1], arrays(rhs)[:1]
     [(_, out, _)] = arrays(instruction.type)[:1]
@@ -47,7 +47,7 @@ def convolution_flops(instruction: Instruction, lhs: str, rhs: str) -> float:
 
 
 def attention_flops(instruction: Instruction, operands: list[str]) -> float:
-    """Of a kernel of splash attention, which does not say it itself; half the pairs are masked.
+    """Returns FLOPs of a splash attention kernel, which reports none; half the pairs are masked.
 
     With queries and keys D wide and values Dv, each pair costs D + Dv products forward, 2 D + Dv for the
     gradient of q, 2 D + 2 Dv for those of k and v.

@@ -32,12 +32,12 @@ _ASYNC_PARTS = ("async-collective-start", "async-collective-done")
 
 
 def _is_background(name: str, called: str) -> bool:
-    """Whether a fusion of this name that calls this computation is a part of such a transfer."""
+    """Says whether a fusion of this name that calls this computation is a part of such a transfer."""
     return name.startswith(_ASYNC_PARTS) or called.startswith("async_collective_fusion")
 
 
 class Transfer(NamedTuple):
-    """What one instruction sends.
+    """Holds what one instruction sends.
 
     Attributes:
       kind: of the collective.
@@ -45,7 +45,7 @@ class Transfer(NamedTuple):
       size: bytes of the whole array.
       moved: bytes read from and written to HBM.
       in_background: whether others run meanwhile.
-      fused: whether `moved` is no part of the instruction's own bytes.
+      fused: whether `moved` comes on top of the instruction's own bytes.
     """
 
     kind: str
@@ -67,17 +67,17 @@ class Collective:
 
 @dataclasses.dataclass
 class Costs:
-    """Of one device and one step.
+    """Holds the costs of one device and one step.
 
     Attributes:
-      flops: of matrix products, and what kernels say of themselves.
+      flops: of matrix products, and of kernels by their own account.
       bytes: read from and written to HBM.
       seconds_compute: sum over the instructions of max(flops / peak, bytes / bandwidth).
-      seconds_waiting: collectives over the interconnect that nothing hides: those in the foreground, and of
-        those in the background what takes longer than all that their loop body computes.
+      seconds_waiting: collectives over the interconnect that nothing hides: those in the foreground, and
+        the part of those in the background that takes longer than all that their loop body computes.
       seconds_background: collectives in the background.
       collectives: by kind.
-      unknown_loops: loops whose number of trips the text does not tell, counted once.
+      unknown_loops: loops whose trips the text does not tell; they count once.
     """
 
     flops: float = 0.0
@@ -155,7 +155,7 @@ class Program:
             total.add(self._computation(instruction.called("to_apply")))
 
     def _add_leaf(self, total: Costs, instruction: Instruction, computation, counted: set) -> None:
-        """`counted`: channels of the fused transfers of this computation that are in `total`."""
+        """Adds an instruction. `counted`: channels of this computation's fused transfers in `total`."""
         peak, bandwidth, link = self._peaks
         flops, moved = self._flops(instruction, computation), self._moved(instruction, computation)
         transfer = self._transfer(instruction, computation)
@@ -179,7 +179,7 @@ class Program:
             total.bytes += transfer.moved
 
     def _transfer(self, instruction: Instruction, computation) -> Transfer | None:
-        """What an instruction sends, alone or fused with products."""
+        """Returns what an instruction sends, alone or fused with products."""
         op = instruction.opcode.removesuffix("-start")
         if op in _COLLECTIVES:
             read = [computation[o].type for o in instruction.operands]
@@ -210,7 +210,7 @@ class Program:
         return None
 
     def _trips(self, condition: str) -> int | None:
-        """The largest integer constant of a loop's condition: scans count from 0 to it."""
+        """Returns the largest integer constant of a loop's condition: scans count from 0 to it."""
         constants = [
             int(instruction.literal)
             for instruction in self._computations[condition].values()
@@ -245,7 +245,7 @@ class Program:
         return sum(self._flops(instruction, inner) for instruction in inner.values())
 
     def _moved(self, instruction: Instruction, computation) -> float:
-        """Bytes between HBM and the chip."""
+        """Returns bytes between HBM and the chip."""
         op = instruction.opcode
         if instruction.name.startswith(_ASYNC_PARTS):
             return 0.0  # only of the transfer
@@ -262,9 +262,9 @@ class Program:
         return self._fusion_bytes(instruction, computation, self._computations[inner])
 
     def _fusion_bytes(self, instruction: Instruction, computation, inner) -> float:
-        """A fusion that slices a stack of blocks reads the slice; one that updates it writes the slice.
+        """Counts the slice, where a fusion slices a stack of blocks or updates it.
 
-        What passes through for a transfer in the background is neither read nor written here.
+        Arrays that pass through for a transfer in the background are neither read nor written here.
         """
         is_background = _is_background(instruction.name, instruction.called("calls"))
         users = defaultdict(list)

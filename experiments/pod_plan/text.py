@@ -1,4 +1,4 @@
-"""The text of a compiled program as computations of instructions, and the sizes of its arrays."""
+"""Parses the text of a compiled program into computations of instructions, and sizes of arrays."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ class Instruction:
     Attributes:
       type: of the result, a tuple's parts in order.
       operands: names of other instructions.
-      literal: what stands between the parentheses: a constant's value, a parameter's number.
+      literal: the text between the parentheses: a constant's value, a parameter's number.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Instruction:
 
 
 def arrays(type_: str) -> list[tuple[str, tuple[int, ...], bool]]:
-    """(dtype, shape, whether in HBM) of each array of a type."""
+    """Returns (dtype, shape, whether in HBM) of each array of a type."""
     return [
         (dtype, tuple(map(int, filter(None, dims.split(",")))), "S(" not in (layout or ""))
         for dtype, dims, layout in _SHAPE.findall(type_)
@@ -49,7 +49,7 @@ def num_bytes(type_: str, *, hbm_only: bool = True) -> float:
 
 
 def _close(text: str, start: int) -> int:
-    """Position after the parenthesis that closes the one at `start`."""
+    """Returns the position after the parenthesis that closes the one at `start`."""
     depth = 0
     for position in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[position], 0)
@@ -59,7 +59,7 @@ def _close(text: str, start: int) -> int:
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """Computations by name, each a dict of instructions in order; and the name of the entry."""
+    """Returns computations by name, each a dict of instructions in order, and the name of the entry."""
     computations, entry, current = {}, None, None
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{\s*$", line)

@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _device(topology: str | None):
-    """The device to compile for, and how files and figures call it."""
+    """Returns the device to compile for, and its name in files and figures."""
     if topology is None:
         import jax
 

@@ -1,4 +1,4 @@
-"""Measured activation memory against the recompute block, beside the formula's: one figure a result file."""
+"""Draws measured activation memory over the recompute block beside the formula's, a figure a result file."""
 
 import pathlib
 
@@ -13,7 +13,7 @@ MEASURED, FORMULA = COLOURS["mhc"][0], "#333333"
 
 
 def draw_all(folder: pathlib.Path) -> None:
-    """Draws what `<device>.json` of a folder has of memory into `memory_<device>.png`."""
+    """Draws the memory in each `<device>.json` of a folder into `memory_<device>.png`."""
     import matplotlib
 
     found = {path: record.read(path).get("memory") for path in sorted(folder.glob("*.json"))}

@@ -1,4 +1,4 @@
-"""Activation memory against the recompute block, from the compiler: nothing is run, nothing allocated."""
+"""Asks the compiler for activation memory over the recompute block; nothing is run or allocated."""
 
 import concurrent.futures
 import time
@@ -36,7 +36,7 @@ def _measure(program, args) -> dict:
 
 
 def _measure_all(jobs: dict, threads: int) -> dict[str, dict]:
-    """`jobs`: key -> (program, arguments)."""
+    """Compiles `jobs`, key -> (program, arguments), and returns their bytes."""
 
     def one(item):
         key, job = item
@@ -49,7 +49,7 @@ def _measure_all(jobs: dict, threads: int) -> dict[str, dict]:
 
 
 def synthetic(device: jax.Device, blocks: list[int], threads: int, shape: dict) -> dict:
-    """Measured bytes of the stack whose F keeps nothing, for each L_r, beside the formula's."""
+    """Measures bytes of the stack whose F keeps nothing, for each L_r, beside the formula's."""
     num_sublayers, width = shape["num_sublayers"], shape["width"]
     jobs = {
         block: models.synthetic(num_sublayers, width, shape["num_tokens"], block, device)
@@ -70,7 +70,7 @@ def synthetic(device: jax.Device, blocks: list[int], threads: int, shape: dict) 
 
 
 def decoder(device: jax.Device, blocks: list[int], threads: int, shape: dict) -> dict:
-    """Measured bytes of the dense decoder's train step for each L_r and policy."""
+    """Measures bytes of the dense decoder's train step for each L_r and policy."""
     arms = [("none", "auto"), ("full", "auto"), ("offload", "auto")]
     arms += [("mhc", str(block)) for block in sorted(blocks)]
     jobs = {

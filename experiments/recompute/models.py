@@ -1,4 +1,4 @@
-"""Programs whose memory is measured: a stack whose F keeps nothing, and the train step of the decoder."""
+"""Makes the programs that are measured: a stack whose F keeps nothing, and the decoder's train step."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ N = 4
 
 
 class Sublayer(nnx.Module):
-    """F is one matrix behind its pre-norm: beside its output, its backward needs the normed input alone."""
+    """F is one matrix behind its pre-norm: its backward needs the normed input alone beside the output."""
 
     def __init__(self, width: int):
         self.connection = ManifoldHyperConnections(width, N)
@@ -34,7 +34,7 @@ class Sublayer(nnx.Module):
 def synthetic(
     num_sublayers: int, width: int, num_tokens: int, block: int, device: jax.Device
 ) -> tuple[Callable, tuple]:
-    """Forward and backward of L sublayers in recompute blocks of any length, and its argument shapes."""
+    """Returns forward and backward of L sublayers in recompute blocks of any length, and argument shapes."""
     graph, variables = nnx.split(nnx.eval_shape(lambda: Sublayer(width)))
     array = functools.partial(
         jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device)
@@ -65,7 +65,7 @@ def synthetic(
 def decoder_config(
     shape: dict, policy: str, block: str, connection: str = "mhc", *, scan: bool = True
 ) -> Config:
-    """Dense decoder with heads of 128; `shape` is that of `memory.DECODER`."""
+    """Returns a dense decoder with heads of 128; `shape` is that of `memory.DECODER`."""
     values = default.get_config()
     values.batch_size = shape["batch_size"]
     values.data.sequence_length = shape["sequence_length"]
@@ -79,14 +79,14 @@ def decoder_config(
 
 
 def train_step(config: Config, device: jax.Device) -> tuple[Callable, tuple]:
-    """The train step on one device, optimizer included, jitted, and its argument shapes."""
+    """Returns the jitted train step on one device, optimizer included, and its argument shapes."""
     mesh = sharding.make_mesh(config.mesh, [device])
     return jit_train_step(config, mesh), (abstract_state(config), abstract_batch(config))
 
 
 def kept_by_dense_block(width: int, ffn_width: int) -> int:
-    """Elements a token that F keeps under `mhc` in one dense block beside its two outputs.
+    """Counts elements a token that F keeps under `mhc` in one dense block beside its two outputs.
 
-    Attention: query, key and value 3C, what they mix to C. FFN: gate and up.
+    Attention keeps query, key and value, 3C, and its mixed values, C. The FFN keeps gate and up.
     """
     return 4 * width + 2 * ffn_width

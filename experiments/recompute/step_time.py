@@ -1,4 +1,4 @@
-"""Milliseconds of a train step under each policy, timed as `experiments.step_time` does."""
+"""Times a train step under each policy as `experiments.step_time` does, in milliseconds."""
 
 import concurrent.futures
 import statistics

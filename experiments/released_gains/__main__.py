@@ -69,13 +69,13 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _curves(gains: GainMagnitudes) -> dict[str, Any]:
-    """What goes into the JSON: [L] and [L, n, n], without what is not known."""
+    """Returns the arrays of the JSON, [L] and [L, n, n]; unknown ones are left out."""
     found = {name: np.asarray(x, float) for name, x in gains._asdict().items()}
     return {name: x.tolist() for name, x in found.items() if np.isfinite(x).all()}
 
 
 def static_mappings(checkpoint, eps: float, iterations: int) -> dict[str, np.ndarray]:
-    """h_pre `[L, n]`, h_post `[L, n]`, h_res `[L, n, n]` of the biases."""
+    """Returns h_pre `[L, n]`, h_post `[L, n]`, h_res `[L, n, n]` of the biases."""
     bias = np.stack([one.bias for one in checkpoint.sublayers])
     n = round((bias.shape[-1] + 1) ** 0.5) - 1
     project = Birkhoff(iterations, eps=eps).project
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> list[pathlib.Path]:
     """Reads, measures, draws; returns the files.
 
     Raises:
-      ValueError: what is wrong with the files or arguments, in one line.
+      ValueError: files or arguments are wrong; one line says how.
     """
     try:
         from experiments.released_gains import tensors
@@ -173,7 +173,7 @@ def _draw(folder, gains, rows, std) -> list[pathlib.Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 2 with one line on stderr where something is wrong with what was given."""
+    """Runs the command line; returns 2 after one line on stderr where files or arguments are wrong."""
     options = parse_arguments(argv)
     try:
         files = run(options)

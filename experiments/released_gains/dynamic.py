@@ -1,4 +1,4 @@
-"""Mappings of a `transformers` DeepSeek-V4 on a text, through hooks on its connections."""
+"""Reads the mappings of a `transformers` DeepSeek-V4 on a text, through hooks on its connections."""
 
 import pathlib
 import re
@@ -14,7 +14,7 @@ _CONNECTION = re.compile(r"(?:^|\.)layers\.(\d+)\.(attn|ffn)_hc$")
 
 
 class Dynamic(NamedTuple):
-    """Of L sublayers in the order of execution and T tokens.
+    """Holds the mappings of L sublayers, in the order of execution, for T tokens.
 
     Attributes:
       names: "layers.3.attn", ...
@@ -31,7 +31,7 @@ class Dynamic(NamedTuple):
 
 
 def load(name: str):
-    """(tokenizer, model) of a folder or a name, in the dtype of its files, on the CPU.
+    """Loads (tokenizer, model) of a folder or a name, in the dtype of its files, on the CPU.
 
     Raises:
       ValueError: in one line: packages that are not installed, no such model, another architecture.
@@ -54,7 +54,7 @@ def load(name: str):
 
 
 def _connections(model) -> list[tuple[str, object]]:
-    """(name, module) in the order of execution."""
+    """Returns (name, module) in the order of execution."""
     found = []
     for name, module in model.named_modules():
         if match := _CONNECTION.search(name):

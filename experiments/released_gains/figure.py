@@ -1,4 +1,4 @@
-"""Read and write mappings over depth, which `mhc_jax.analysis` does not draw."""
+"""Draws read and write mappings over depth, which `mhc_jax.analysis` does not draw."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,7 +9,7 @@ from mhc_jax.analysis import style
 
 
 def patterns(rows: dict[str, tuple[np.ndarray, np.ndarray]], dynamic_std: np.ndarray) -> Figure:
-    """h_pre and h_post of every stream against the sublayer, and how far tokens can move the logits.
+    """Draws h_pre and h_post of every stream over the sublayers, and how far tokens can move the logits.
 
     Args:
       rows: {what: (h_pre [L, n], h_post [L, n])}, one or two.
@@ -46,7 +46,7 @@ def patterns(rows: dict[str, tuple[np.ndarray, np.ndarray]], dynamic_std: np.nda
 
 
 def _image(axes: Axes, values: np.ndarray, title: str, most: float) -> None:
-    """[L, n], a stream a row."""
+    """Draws [L, n] with a stream a row."""
     sublayers, n = values.shape
     axes.imshow(
         values.T,

@@ -26,7 +26,7 @@ _PARTS = ("fn", "base", "scale")
 
 
 class Sublayer(NamedTuple):
-    """What is kept of a connection, or of the head.
+    """Holds what is kept of a connection, or of the head.
 
     Attributes:
       name: "layers.3.attn", "layers.3.ffn" or "head".
@@ -45,7 +45,7 @@ class Sublayer(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """Connections in the order of execution, the head or None, and config.json, empty without one."""
+    """Holds connections in the order of execution, the head or None, and config.json, empty without one."""
 
     sublayers: list[Sublayer]
     head: Sublayer | None
@@ -112,7 +112,7 @@ def _open(path: pathlib.Path):
 
 
 def _places(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Tensor -> file, of the whole checkpoint; no tensor is read."""
+    """Returns tensor -> file of the whole checkpoint; no tensor is read."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give the one with the *.safetensors files")
     if (folder / INDEX).is_file():
@@ -131,7 +131,7 @@ def _places(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _by_sublayer(places: dict[str, pathlib.Path], folder: pathlib.Path) -> dict[str, dict]:
-    """Sublayer -> {part: (tensor, file)}."""
+    """Returns sublayer -> {part: (tensor, file)}."""
     found: dict[str, dict] = {}
     for tensor, path in places.items():
         if match := _LAYER.match(tensor):

@@ -73,14 +73,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def child_arguments(options: argparse.Namespace) -> list[str]:
-    """What a run's own process has to know."""
+    """Returns the arguments of a run's own process."""
     steps = ["--steps", str(options.steps)] if options.steps else []
     fields = ["--set", *options.set] if options.set else []
     return ["--data", options.data, *steps, *fields]
 
 
 def run(options: argparse.Namespace) -> dict:
-    """Trains what is missing; the payload of the results so far."""
+    """Trains what is missing; returns the payload of the results so far."""
     shared = {
         "per_gpu": options.per_gpu,
         "deadline": options.minutes and time.monotonic() + 60 * options.minutes,
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def _expected(output: pathlib.Path, key: str) -> float:
-    """Seconds that a run takes: the longest of its setting's arm so far, else of any run of that length."""
+    """Returns the seconds of a run: the most of its setting's arm so far, else of any run of that length."""
     run = Run.from_key(key)
     found = {"/".join(path.relative_to(output).parts[:-1]) for path in output.rglob(sweep.SUMMARY)}
     alike = [other for other in map(Run.from_key, found) if other.pilot == run.pilot]

@@ -1,4 +1,4 @@
-"""Charts of single questions: Table 1 and t_max as gaps, Fig. 6, the collapse, the router's balance."""
+"""Draws charts of single questions: Table 1 and t_max as gaps, Fig. 6, the collapse, the router's balance."""
 
 import pathlib
 import statistics
@@ -21,7 +21,7 @@ TITLES = {
 
 
 def draw_gaps(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
-    """A row an arm: the difference of every seed, their mean and its standard error."""
+    """Draws a row an arm: the difference of every seed, their mean and its standard error."""
     setting, rate = SETTINGS[name], SETTINGS[name].learning_rates[0]
     colours = colours_of(setting)
     base = tables.baseline(payload, name, rate)
@@ -49,7 +49,7 @@ def draw_gaps(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
 
 
 def draw_collapse(payload: dict, path: pathlib.Path) -> pathlib.Path:
-    """Second singular value of the composite and cosine between the streams, of all arms over training."""
+    """Draws second singular value and stream cosine of all arms of the ablation over training."""
     setting, rate = SETTINGS["ablation"], SETTINGS["ablation"].learning_rates[0]
     colours = colours_of(setting)
     with matplotlib.rc_context(STYLE):
@@ -74,7 +74,7 @@ def draw_collapse(payload: dict, path: pathlib.Path) -> pathlib.Path:
 
 
 def draw_balance(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
-    """Load of the busiest expert over the mean load, of the worst block, over training."""
+    """Draws the load of the busiest expert over the mean load, of the worst block, over training."""
     setting = SETTINGS[name]
     colours = colours_of(setting)
     with matplotlib.rc_context(STYLE):
@@ -94,7 +94,7 @@ def draw_balance(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
 
 
 def _gaps_of(payload: dict, name: str) -> tuple[list[float], list[float]]:
-    """mHC's differences to residual and ratios of the losses, seed by seed, each arm at its best rate."""
+    """Returns mHC's differences to residual and ratios of the losses by seed, at the best rates."""
     residual, mhc = (
         tables.by_seed(payload, name, arm, tables.compared_rates(payload, name, arm)[0])
         for arm in ("residual", "mHC")
@@ -105,7 +105,7 @@ def _gaps_of(payload: dict, name: str) -> tuple[list[float], list[float]]:
 
 
 def draw_scaling(payload: dict, path: pathlib.Path) -> pathlib.Path:
-    """Fig. 6: gap and ratio of the losses, against compute (a), and within the runs of "main" (b)."""
+    """Draws Fig. 6: gap and ratio of the losses, against compute (a), and within the runs of "main" (b)."""
     blue = COLOURS["mhc"][0]
     sizes = [(tables.flops(name), *_gaps_of(payload, name)) for name in SCALING]
     sizes = [size for size in sizes if size[1]]
@@ -150,7 +150,7 @@ def _has(payload: dict, name: str, series: str = "validation") -> bool:
 
 
 def draw_all(payload: dict, folder: pathlib.Path) -> list[pathlib.Path]:
-    """One PNG a question that has runs, in `folder`."""
+    """Draws one PNG a question that has runs, in `folder`."""
     found = [
         draw_gaps(payload, name, folder / f"{name}.png") for name in TITLES if _has(payload, name)
     ]

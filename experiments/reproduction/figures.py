@@ -1,4 +1,4 @@
-"""Figures of the comparison: loss gap, gains, gradient norm and collapse over training (Figs. 5, 3, 7)."""
+"""Draws the comparison: loss gap, gains, gradient norm and collapse over training (Figs. 5, 3, 7)."""
 
 import pathlib
 
@@ -17,20 +17,20 @@ WHOLE = ("main", "depth", "architecture", "architecture_150m")
 
 
 def colours_of(setting: Setting) -> dict[str, str]:
-    """Colours of its arms; those of "main" have their own everywhere."""
+    """Returns colours of its arms; those of "main" have their own everywhere."""
     names = sorted(setting.arms, key=lambda arm: arm not in ARMS)
     return dict(zip(names, choose(names)))
 
 
 def curves(summaries: dict[int, dict], get) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [K] and values [seeds, K] of the points that all seeds have."""
+    """Returns steps [K] and values [seeds, K] of the points that all seeds have."""
     series = [dict((step, float(v)) for step, v in get(s)) for s in summaries.values()]
     steps = sorted(set.intersection(*(set(s) for s in series))) if series else []
     return np.array(steps), np.array([[s[step] for step in steps] for s in series])
 
 
 def band(axes: Axes, tokens, values, colour, label, dashes="-", geometric=False) -> None:
-    """Mean over the seeds and, for several, one standard error on both sides."""
+    """Draws the mean over the seeds and, for several, one standard error on both sides."""
     if not values.size:
         return
     logs = np.log(np.maximum(values, 1e-30)) if geometric else values
@@ -42,7 +42,7 @@ def band(axes: Axes, tokens, values, colour, label, dashes="-", geometric=False)
 
 
 def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
-    """Four panels over tokens: loss gap to residual, composite gain, gradient norm, second singular value."""
+    """Draws four panels over tokens: loss gap to residual, composite gain, gradient norm, singular value."""
     setting = SETTINGS[name]
     per_step = setting.tokens_a_step / 1e6
     colours = colours_of(setting)
@@ -99,6 +99,6 @@ def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
 
 
 def draw_all(payload: dict, folder: pathlib.Path) -> list[pathlib.Path]:
-    """One PNG a comparison of whole trainings that has a counted run, in `folder`."""
+    """Draws one PNG a comparison of whole trainings that has a counted run, in `folder`."""
     present = {run.setting for key in payload["runs"] if not (run := Run.from_key(key)).pilot}
     return [draw_setting(payload, n, folder / f"{n}.png") for n in WHOLE if n in present]

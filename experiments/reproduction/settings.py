@@ -1,4 +1,4 @@
-"""The trainings of the comparison: arms, settings, learning rates, seeds."""
+"""Lists the trainings of the comparison: arms, settings, learning rates, seeds."""
 
 import dataclasses
 import importlib
@@ -76,12 +76,12 @@ class Setting:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The arms that are not borrowed."""
+        """Returns the arms that are not borrowed."""
         return tuple(arm for arm in self.arms if arm not in self.borrowed)
 
 
 def _dense(blocks: int, width: int, head: int = 64, **model) -> dict:
-    """A dense decoder of the proportions of the paper's, as wide as `width`."""
+    """Returns a dense decoder of the proportions of the paper's, as wide as `width`."""
     return {
         "num_blocks": blocks, "width": width, "num_heads": width // head,
         "ffn_width": width * 11 // 4, "scan_blocks": False, **model,
@@ -201,7 +201,7 @@ class Run:
 
     @classmethod
     def from_key(cls, key: str) -> "Run":
-        """Inverse of `key`.
+        """Returns the run of a `key`.
 
         Raises:
           ValueError: not a key.
@@ -214,7 +214,7 @@ class Run:
             raise ValueError(f"{key!r} is no run: SETTING/ARM/lrRATE/seedNUMBER") from None
 
     def config(self, data_path: str, steps: int | None, fields: dict | None = None) -> Config:
-        """The frozen configuration.
+        """Returns the frozen configuration.
 
         Args:
           data_path: glob of text files; "" for the standard library.
@@ -245,7 +245,7 @@ class Run:
 
 
 def pilots(name: str) -> list[Run]:
-    """The runs that choose the learning rates; none where all are counted."""
+    """Returns the runs that choose the learning rates; none where all are counted."""
     setting = SETTINGS[name]
     if not setting.pilot_fraction:
         return []
@@ -257,7 +257,7 @@ def pilots(name: str) -> list[Run]:
 
 
 def counted(name: str, chosen: dict[str, list[float]]) -> list[Run]:
-    """The runs of the comparison: at each arm's chosen rates, or at every rate where none was chosen.
+    """Returns the runs of the comparison, at each arm's chosen rates, else at every rate.
 
     Seed by seed, so that a command that is cut leaves whole pairs.
     """
@@ -271,7 +271,7 @@ def counted(name: str, chosen: dict[str, list[float]]) -> list[Run]:
 
 
 def choose(name: str, losses: dict[str, float]) -> dict[str, list[float]]:
-    """The learning rates of each arm whose pilots ended lowest: one, or several within `TIE` of it.
+    """Chooses the learning rates of each arm whose pilots ended lowest: one, or several within `TIE` of it.
 
     Args:
       name: of the setting.

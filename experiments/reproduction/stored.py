@@ -6,7 +6,7 @@ QUESTION = "reproduction"
 
 
 def stored() -> dict:
-    """The results of every file in one payload; where two have a run, that of the newest."""
+    """Returns the results of every file in one payload; where two have a run, that of the newest."""
     folder = record.result_path(QUESTION, "cpu").parent
     contents = [record.read(path) for path in folder.glob("*.json")]
     contents.sort(key=lambda content: content["environment"]["date"])

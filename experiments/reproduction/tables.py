@@ -1,4 +1,4 @@
-"""Tables of the comparison, from the stored summaries: paired differences with standard errors."""
+"""Makes the tables of the comparison from stored summaries: paired differences with standard errors."""
 
 import math
 import statistics
@@ -22,13 +22,13 @@ PAIRS = (("mHC", "HC"), ("mHC", "identity"), ("HC", "identity"))
 
 
 def loss(summary: dict) -> float:
-    """The last validation loss in nats a token; inf for a run that diverged."""
+    """Returns the last validation loss in nats a token; inf for a run that diverged."""
     value = summary["validation_loss"]
     return math.inf if value is None else float(value)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (nan for a single value)."""
+    """Returns the mean and its standard error (nan for a single value)."""
     values = list(values)
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return statistics.fmean(values), math.nan
@@ -36,7 +36,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def by_seed(payload: dict, setting: str, arm: str, rate: float) -> dict[int, dict]:
-    """Summaries of the counted runs of an arm at a rate, by seed; those of another setting if borrowed."""
+    """Returns summaries of the counted runs of an arm at a rate, by seed; a borrowed arm's are another's."""
     found, seeds = {}, SETTINGS[setting].seeds
     setting, arm = SETTINGS[setting].borrowed.get(arm, (setting, arm))
     for key, summary in payload["runs"].items():
@@ -48,13 +48,13 @@ def by_seed(payload: dict, setting: str, arm: str, rate: float) -> dict[int, dic
 
 
 def rates(payload: dict, setting: str, arm: str) -> list[float]:
-    """The learning rates at which an arm is counted."""
+    """Returns the learning rates at which an arm is counted."""
     chosen = payload["learning_rates"].get(setting, {})
     return chosen[arm] if chosen else list(SETTINGS[setting].learning_rates)
 
 
 def compared_rates(payload: dict, setting: str, arm: str) -> list[float]:
-    """The rates at which an arm is compared: its best where pilots chose, else every one."""
+    """Returns the rates at which an arm is compared: its best where pilots chose, else every one."""
     counted = rates(payload, setting, arm)
     if not payload["learning_rates"].get(setting):
         return counted
@@ -67,18 +67,18 @@ def compared_rates(payload: dict, setting: str, arm: str) -> list[float]:
 
 
 def baseline(payload: dict, setting: str, rate: float) -> dict[int, dict]:
-    """Residual's summaries by seed: at its own best rate where pilots chose, else at the same rate."""
+    """Returns residual's summaries by seed: at its best rate where pilots chose, else at the same rate."""
     own = compared_rates(payload, setting, "residual")
     return by_seed(payload, setting, "residual", rate if rate in own else own[0])
 
 
 def paired(a: dict[int, dict], b: dict[int, dict]) -> list[float]:
-    """Differences of the losses, seed by seed, of the seeds that both have."""
+    """Returns differences of the losses, seed by seed, for the seeds that both have."""
     return [loss(a[seed]) - loss(b[seed]) for seed in sorted(a.keys() & b.keys())]
 
 
 def largest(summaries: dict[int, dict], *names: str) -> float | None:
-    """Largest value of gain series over seeds and training."""
+    """Returns the largest value of gain series over seeds and training."""
     values = [
         float(value)
         for summary in summaries.values()
@@ -89,7 +89,7 @@ def largest(summaries: dict[int, dict], *names: str) -> float | None:
 
 
 def at_end(summaries: dict[int, dict], name: str) -> float | None:
-    """Mean over seeds of the last value of a gain series."""
+    """Returns the mean over seeds of the last value of a gain series."""
     values = [float(s["gains"][name][-1][1]) for s in summaries.values() if s["gains"].get(name)]
     return statistics.fmean(values) if values else None
 
@@ -114,7 +114,7 @@ def _value(value: float | None) -> str:
 
 
 def comparison(payload: dict, setting: str) -> list[list[str]]:
-    """Rows of one setting: arm, rate, loss, paired difference to residual, gains, norms, collapse."""
+    """Lists one setting by rows: arm, rate, loss, paired difference to residual, gains, norms, collapse."""
     rows = [[
         "arm", "learning rate", "seeds", "validation loss", "minus residual (paired)",
         "composite gain fwd / bwd", "largest gradient norm", "second singular value",
@@ -142,7 +142,7 @@ def comparison(payload: dict, setting: str) -> list[list[str]]:
 
 
 def pairs(payload: dict, setting: str) -> list[list[str]]:
-    """Paired differences between the wide arms."""
+    """Returns paired differences between the wide arms."""
     rows = [["difference", "learning rates", "nats a token (paired)", "of each seed"]]
     for a, b in PAIRS:
         if not {a, b} <= set(SETTINGS[setting].arms):
@@ -158,7 +158,7 @@ def pairs(payload: dict, setting: str) -> list[list[str]]:
 
 
 def pilot_table(payload: dict, setting: str) -> list[list[str]]:
-    """Losses of the pilots: a row an arm, a column a learning rate; those counted are marked."""
+    """Lists losses of the pilots: a row an arm, a column a learning rate; those counted are marked."""
     tried = SETTINGS[setting].learning_rates
     rows = [["arm", *(f"{rate:g}" for rate in tried)]]
     found = {run: payload["runs"].get(run.key) for run in pilots(setting)}
@@ -174,7 +174,7 @@ def pilot_table(payload: dict, setting: str) -> list[list[str]]:
 
 
 def missing(payload: dict, setting: str) -> list[str]:
-    """Keys of the setting's runs, of others that it borrows too, that are not stored."""
+    """Returns keys of the setting's runs that are not stored, with those that it borrows."""
     chosen = payload["learning_rates"].get(setting, {})
     wanted = [run.key for run in pilots(setting)]
     if chosen or not wanted:
@@ -189,7 +189,7 @@ def missing(payload: dict, setting: str) -> list[str]:
 
 
 def replaced(payload: dict, setting: str) -> list[list[str]]:
-    """What h_res does in the end: a row a run, see `experiments.mixing`. No rows but the head: none."""
+    """Shows what h_res does in the end: a row a run, see `experiments.mixing`. No rows but the head: none."""
     found = {
         f"{run.arm}, seed {run.seed}": summary["mixing"]
         for key, summary in payload["runs"].items()
@@ -199,13 +199,13 @@ def replaced(payload: dict, setting: str) -> list[list[str]]:
 
 
 def busiest(summary: dict, part: slice) -> float | None:
-    """Mean of `moe/max_load` over a part of the training; None without experts."""
+    """Returns the mean of `moe/max_load` over a part of the training; None without experts."""
     values = [float(value) for _, value in summary.get("max_load", [])[part]]
     return statistics.fmean(values) if values else None
 
 
 def balance(payload: dict, setting: str) -> list[list[str]]:
-    """Load of the busiest expert over the mean load: first, middle and last tenth of the training."""
+    """Lists the load of the busiest expert over the mean load in three tenths of the training."""
     rows = [["arm", "first tenth", "middle", "last tenth"]]
     tenth = CURVE_POINTS // 10
     middle = slice(CURVE_POINTS // 2 - tenth // 2, CURVE_POINTS // 2 + tenth // 2)
@@ -220,7 +220,7 @@ def balance(payload: dict, setting: str) -> list[list[str]]:
 
 
 def flops(setting: str) -> float:
-    """Training FLOPs of the residual model, 6 a parameter and token (embedding left out), attention too."""
+    """Returns training FLOPs of the residual model: 6 a token and parameter, no embedding, and attention."""
     config = Run(setting, "residual", SETTINGS[setting].learning_rates[0], 0).config("", None)
     model, shape = config.model, SETTINGS[setting]
     a_block = 4 * model.width**2 + 3 * model.width * model.ffn_width
@@ -230,7 +230,7 @@ def flops(setting: str) -> float:
 
 
 def scaling(payload: dict) -> list[list[str]]:
-    """Fig. 6 (a): a row a size, each arm at the best of its own rates."""
+    """Lists Fig. 6 (a): a row a size, each arm at the best of its own rates."""
     rows = [
         [
             "size",
@@ -262,7 +262,7 @@ def scaling(payload: dict) -> list[list[str]]:
 
 
 def repeats(payload: dict) -> list[str]:
-    """A line for each run that was made twice: how far apart the curves are."""
+    """Writes a line for each run that was made twice: how far apart the curves are."""
     lines = []
     for key, again in payload["runs"].items():
         run = Run.from_key(key)
@@ -278,7 +278,7 @@ def repeats(payload: dict) -> list[str]:
 
 
 def format_all(payload: dict) -> str:
-    """Every table, and under each the runs that it lacks."""
+    """Writes every table, and under each the runs that it lacks."""
     parts = []
     for name, setting in SETTINGS.items():
         parts.append(

@@ -14,7 +14,6 @@ import functools
 import os
 import statistics
 import sys
-import time
 
 # Lets gradients travel while the next products run. Set before jax starts; a setting of the user wins.
 os.environ["XLA_FLAGS"] = (
@@ -26,7 +25,7 @@ import numpy as np
 
 from configs import default
 from experiments import output
-from experiments.timing import random_batch
+from experiments.timing import random_batch, time_step_ms
 from mhc_jax import sharding
 from mhc_jax.config import Config, from_dict
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_init_state, jit_train_step
@@ -83,15 +82,10 @@ class Arm:
         state = self._init()
         put = functools.partial(sharding.BatchPlacement(self.mesh, self.config.batch_size).put)
         batches = [put(random_batch(self.config, rng)) for _ in range(2)]
-        times = []
-        for k in range(WARMUP + TIMED):
-            start = time.perf_counter()
-            state, metrics = self._step(state, batches[k % len(batches)])
-            jax.block_until_ready((state, metrics))
-            times.append(time.perf_counter() - start)
+        ms, metrics = time_step_ms(self._step, state, batches, warmup=WARMUP, timed=TIMED)
         if not np.isfinite(float(metrics["train/loss"])):
             raise RuntimeError(f"{self.config.model.connection}: loss {metrics['train/loss']}")
-        self.times.append(statistics.median(times[WARMUP:]))
+        self.times.append(ms / 1e3)
 
     @property
     def seconds(self) -> float:

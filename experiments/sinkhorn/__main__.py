@@ -39,7 +39,7 @@ SHOWN = (24, 60, 200)  # depths of the table
 
 
 def sublayer_ms(t: int) -> float:
-    """Milliseconds of one sublayer's read and write, forward and backward, n = 4, F = I."""
+    """Returns milliseconds of one sublayer's read and write, forward and backward, n = 4, F = I."""
     tokens, width = TIMED
     connection = ManifoldHyperConnections(width, 4, manifold=Birkhoff(t))
     streams = jax.random.normal(jax.random.key(0), (tokens, 4 * width), jnp.bfloat16)
@@ -55,7 +55,7 @@ def sublayer_ms(t: int) -> float:
 
 
 def measure_all() -> dict:
-    """The payload: random mappings, and milliseconds by t_max (None on a CPU, which is nobody's question)."""
+    """Returns the payload: random mappings, and milliseconds by t_max (None on a CPU)."""
     times = None
     if jax.devices()[0].platform != "cpu":
         times = {str(t): round(sublayer_ms(t), 4) for t in T_MAX}
@@ -64,7 +64,7 @@ def measure_all() -> dict:
 
 
 def trained(trainings: dict) -> dict[str, dict]:
-    """What `columns.measure` found of trained mappings, by arm, of the first seed stored."""
+    """Returns what `columns.measure` found of trained mappings, by arm, of the first seed stored."""
     found = {}
     for key, summary in trainings["runs"].items():
         if "columns" in summary:
@@ -74,7 +74,7 @@ def trained(trainings: dict) -> dict[str, dict]:
 
 
 def rows_of_columns(kinds: dict[str, dict]) -> list[list[str]]:
-    """A row a kind of mappings and t_max."""
+    """Lists a row a kind of mappings and t_max."""
     rows = [["mappings", "t_max", "column error (mean, worst sublayer)",
              *(f"backward gain, {d} sublayers" for d in SHOWN)]]  # fmt: skip
     for kind, found in kinds.items():
@@ -86,7 +86,7 @@ def rows_of_columns(kinds: dict[str, dict]) -> list[list[str]]:
 
 
 def summary(payload: dict, trainings: dict) -> str:
-    """The tables of a result file; trained mappings from the results of `experiments.reproduction`."""
+    """Writes the tables of a result file; trained mappings from the results of `experiments.reproduction`."""
     kinds = payload["random"] | trained(trainings)
     parts = ["## Column sums and composite backward gain", format_table(rows_of_columns(kinds))]
     if times := payload["milliseconds"]:
@@ -104,7 +104,7 @@ def summary(payload: dict, trainings: dict) -> str:
 
 
 def draw_newest(trainings: dict) -> pathlib.Path:
-    """Column error against t_max, and for each kind of mappings the backward gain against depth."""
+    """Draws the column error against t_max, and for each kind of mappings the backward gain against depth."""
     path = record.newest(QUESTION)
     kinds = record.read(path)["random"] | trained(trainings)
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(T_MAX)))

@@ -1,4 +1,4 @@
-"""What t_max leaves of the column sums, and the backward gain of Fig. 7 that depth makes of it."""
+"""Measures what t_max leaves of the column sums, and the backward gain that depth makes of it (Fig. 7)."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ DEPTHS = (1, 2, 4, 8, 12, 24, 36, 48, 60, 96, 144, 200)
 
 @jax.jit
 def _errors(h_res):
-    """Mean over tokens of the largest |column sum - 1|, `[L]`."""
+    """Returns the mean over tokens of the largest |column sum - 1|, `[L]`."""
     return jnp.abs(h_res.sum(-2) - 1).max(-1).mean(-1)
 
 
 def measure(logits: np.ndarray) -> dict[str, Any]:
-    """Column errors and composite backward gains of the same logits at every t_max.
+    """Measures column errors and composite backward gains of the same logits at every t_max.
 
     Args:
       logits: `[L, T, n, n]` float32, of L sublayers in order and T tokens.
@@ -48,6 +48,6 @@ def measure(logits: np.ndarray) -> dict[str, Any]:
 
 
 def random_logits(std: float, gap: float, seed: int = 0, tokens: int = 256, n: int = 4):
-    """Normal logits `[200, T, n, n]` around the start of mHC: 0 on the diagonal and -gap off it."""
+    """Draws normal logits `[200, T, n, n]` around the start of mHC: 0 on the diagonal and -gap off it."""
     noise = np.random.default_rng(seed).standard_normal((max(DEPTHS), tokens, n, n))
     return (std * noise + gap * (np.eye(n) - 1)).astype(np.float32)

@@ -4,8 +4,8 @@ Command:  python -m experiments.stability
 Result:   a table and one sentence on the terminal, and a self-contained report.html in the output folder.
 
 The three arms share seed, initial weights and batches; only the connection differs. The text is the
-Python standard library of the running interpreter, so nothing is fetched. A run that was stopped goes on
-where it was when the command is given again. `--seeds 3` repeats all of it with two more seeds and prints
+Python standard library of the running interpreter, so nothing is fetched. Give the command again, and a run
+that was stopped goes on where it was. `--seeds 3` repeats all of it with two more seeds and prints
 paired differences with standard errors.
 """
 
@@ -60,7 +60,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def arm_config(options: argparse.Namespace, connection: str):
-    """The frozen configuration of one arm."""
+    """Returns the frozen configuration of one arm."""
     config = importlib.import_module(f"configs.{options.config}").get_config()
     config.model.connection = connection
     if options.steps is not None:
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, dict
 
 
 def paired_table(seeds: dict[int, dict[str, dict]]) -> str:
-    """Means over the seeds, and the paired difference to residual with its standard error."""
+    """Lists means over the seeds, and the paired difference to residual with its standard error."""
     rows = [["arm", "validation loss", "minus residual (paired)", "composite gain fwd / bwd"]]
     arms = next(iter(seeds.values()))
     for arm in arms:
@@ -138,7 +138,7 @@ def paired_table(seeds: dict[int, dict[str, dict]]) -> str:
 
 
 def run_seeds(options: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """`run` for every seed; one seed uses the output folder itself, several a folder each."""
+    """Calls `run` for every seed; one seed uses the output folder itself, several a folder each."""
     try:  # errors before any work
         first = arm_config(options, options.arms[0]).seed
         for arm in options.arms:

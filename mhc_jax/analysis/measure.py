@@ -131,9 +131,9 @@ def _ones(sublayers: int) -> GainMagnitudes:
 
 def _on_text(workdir: pathlib.Path, text: str | bytes, max_sequences: int) -> GainMagnitudes:
     # Imported here: these modules need the trainer's packages, the rest of this file does not.
+    from mhc_jax.checkpoint.trained import load
     from mhc_jax.data import load_tokenizer
     from mhc_jax.inference import for_sampling
-    from mhc_jax.trained import load
 
     config, variables, _ = load(workdir)
     if config.model.connection == "residual":

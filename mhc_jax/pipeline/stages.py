@@ -20,6 +20,7 @@ from mhc_jax.config import ModelConfig
 from mhc_jax.connections import Connection, Pending, expand
 from mhc_jax.losses import linear_cross_entropy
 from mhc_jax.moe import MoEAux
+from mhc_jax.parameters import merged
 from mhc_jax.pipeline.residuals import split_vjp, zeros
 from mhc_jax.transformer import Block, Transformer, make_connection
 
@@ -293,9 +294,3 @@ def shell_parts(config: ModelConfig, shell: Tree) -> tuple[Tree, Tree]:
     if config.tie_embeddings:
         leaving["embedding"] = shell["embedding"]
     return entering, leaving
-
-
-def merged(a: Tree, b: Tree) -> Tree:
-    """Two nested dicts in one; no leaf is in both."""
-    common = {key: merged(a[key], b[key]) for key in a.keys() & b.keys()}
-    return a | b | common

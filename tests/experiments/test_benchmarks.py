@@ -13,10 +13,10 @@ from test_sampling import make_config
 
 from experiments import evaluate
 from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.checkpoint.trained import load
 from mhc_jax.data import make_iterator
 from mhc_jax.inference import for_sampling
 from mhc_jax.train_step import init_state, model_graph
-from mhc_jax.trained import load
 from mhc_jax.workdir import claim_workdir
 
 pytestmark = [

@@ -15,11 +15,11 @@ from test_sampling import make_config
 
 from experiments import evaluate
 from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.checkpoint.trained import load
 from mhc_jax.data import load_tokenizer, make_iterator
 from mhc_jax.data.sources import bytes_of_windows, open_windows
 from mhc_jax.train import train
 from mhc_jax.train_step import init_state, model_graph
-from mhc_jax.trained import load
 from mhc_jax.workdir import claim_workdir
 
 # Training drops choices of experts, evaluation does not.

@@ -16,42 +16,53 @@ from experiments import record
 from experiments.kernel_speed import chart, check, tpu_cases
 from kernels_pallas.boundary import reference
 from kernels_pallas.testing import emulate
+from kernels_pallas.testing.case import Case
+from kernels_pallas.testing.cases import CASES, EPS
 
 RESULTS = pathlib.Path(chart.__file__).parent / "results"
 BF16 = jnp.bfloat16
 needs_gcc = pytest.mark.skipif(not emulate.available(), reason="no g++")
 
 
-@pytest.mark.parametrize("case", ["projection", "pre+norm", "read", "boundary+norm"])
-def test_check_passes_and_names_what_is_wrong(case, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["projection", "pre+norm", "read", "boundary+norm"])
+def test_check_passes_and_names_what_is_wrong(name, capsys, monkeypatch):
     """With batch axes; the sum of a row that is off by one part in ten thousand is seen."""
-    args = (case, (2, 3), 40, 2, BF16, "xla")
-    assert check.check_case(*args) is None
-    assert capsys.readouterr().out.startswith(f"ok   {case}")
-    module = {"projection": reference.projection, "pre+norm": reference.pre}.get(case, reference)
-    name = {"projection": "forward", "pre+norm": "norm_backward"}.get(case, "read_forward")
-    real = getattr(module, name)
+    op, _, norm = name.partition("+")
+    case = Case(op, (2, 3), 40, 2, BF16, norm=EPS if norm else None)
+    assert check.check_case(case, "xla") is None
+    assert capsys.readouterr().out.startswith(f"ok   xla    {name}")
+    module = {"projection": reference.projection, "pre+norm": reference.pre}.get(name, reference)
+    function = {"projection": "forward", "pre+norm": "norm_backward"}.get(name, "read_forward")
+    real = getattr(module, function)
 
     def wrong(*args, **static):
         leaves, tree = jax.tree.flatten(real(*args, **static))
         return jax.tree.unflatten(tree, (*leaves[:-1], leaves[-1] * 1.0001))
 
-    wrong.layout, wrong.__name__ = getattr(real, "layout", None), name
-    monkeypatch.setattr(module, name, wrong)
-    assert check.check_case(*args)
+    wrong.layout, wrong.__name__ = getattr(real, "layout", None), function
+    monkeypatch.setattr(module, function, wrong)
+    assert check.check_case(case, "xla")
     assert "WRONG" in capsys.readouterr().out
 
 
 def test_check_asks_for_every_implementation_of_the_platform():
-    assert check.implementations("boundary", (2, 3), 64, 4, BF16) == ("xla",)
-    shapes = [shape for shape, *_ in check.SHAPES]
-    assert any(len(shape) > 1 for shape in shapes)
+    assert check.implementations(Case("boundary", (2, 3), 64, 4, BF16)) == ("xla",)
+    assert any(len(case.lead) > 1 for case in check.cases())
 
 
 def test_the_whole_check_at_toy_size(capsys):
-    assert check.run(shapes=(((3,), 8, 2),), wide=(), dtypes=(BF16,), transformations=False)
+    checked = check.cases(shapes=((3, 8, 2),), wide=(), dtypes=(BF16,))
+    assert check.run(checked, transformations=False)
     printed = capsys.readouterr().out
-    assert "10 of 10 cases within the limits of every leaf" in printed
+    assert "11 of 11 cases within the limits of every leaf" in printed
+
+
+def test_the_check_runs_the_cases_of_the_tests(monkeypatch):
+    checked = []
+    monkeypatch.setattr(check, "check_case", lambda case, name: checked.append(case))
+    monkeypatch.setattr(check, "implementations", lambda case: ("xla",))
+    assert check.run(transformations=False)
+    assert checked == [*CASES, *check.cases()]
 
 
 def rows(*found):

@@ -9,8 +9,8 @@ import pytest
 from experiments import record
 from experiments.stability import __main__ as stability
 from mhc_jax.analysis import gain_magnitudes, gains_of_run
+from mhc_jax.checkpoint.trained import load
 from mhc_jax.train_step import analyse
-from mhc_jax.trained import load
 
 NUMBER = r"[\d.e+-]+"
 

@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from interpreted import normal
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kp
 from kernels_pallas.sharding import token_sharding
+from kernels_pallas.testing.case import normal
 
 n, C = 2, 128
 ROWS = P("data", "sequence")

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from interpreted import normal
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kp
 from kernels_pallas.sharding import token_sharding
+from kernels_pallas.testing.case import normal
 from mhc_jax import (
     Birkhoff,
     HyperConnections,

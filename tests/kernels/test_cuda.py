@@ -1,6 +1,6 @@
 """The CUDA kernels: the same bits whatever the order of their threads, and compiled without a GPU.
 
-Their results are compared with float64 through the public operations in test_triton.py (case "cuda").
+Their results are compared with float64 in test_battery.py.
 """
 
 import dataclasses

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreted import normal
 from jax.experimental.pallas import tpu as pltpu
 
 import kernels_pallas as kp
+from kernels_pallas.testing.case import normal
 
 n, C, m, T = 2, 128, 8, 24
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreted import normal
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +16,7 @@ import kernels_pallas as kp
 from kernels_pallas import dispatch
 from kernels_pallas.boundary.contract import Parameters, ReadStatic
 from kernels_pallas.precision import round_to_tf32
+from kernels_pallas.testing.case import normal
 
 
 @pytest.mark.parametrize("what", ["xla", "kernels"])

@@ -9,12 +9,12 @@ import pytest
 from test_health import Poisoned, lines_of, saved, small
 
 from mhc_jax import train as train_module
+from mhc_jax.checkpoint.trained import Source, load
 from mhc_jax.config import from_dict
 from mhc_jax.data.records import BadRecord
 from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.recovery import BadData
 from mhc_jax.train import BadInput, Run, train
-from mhc_jax.trained import Source, load
 from mhc_jax.workdir import check_same_run, write_origin
 
 

@@ -11,6 +11,7 @@ import pytest
 from test_train import tiny
 
 from mhc_jax import health
+from mhc_jax.checkpoint.trained import load
 from mhc_jax.diagnosis import find_non_finite
 from mhc_jax.train import NonFiniteError, Run, train
 from mhc_jax.train_step import (
@@ -19,7 +20,6 @@ from mhc_jax.train_step import (
     evaluate,
     measure_gains,
 )
-from mhc_jax.trained import load
 
 SMALL = {
     "model.num_blocks": 1, "model.width": 16, "model.ffn_width": 16, "model.num_heads": 1, "batch_size": 2,

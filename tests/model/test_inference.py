@@ -108,7 +108,7 @@ def model():
 
 
 def test_scores_are_those_of_each_sequence_alone(model, monkeypatch):
-    monkeypatch.setattr(inference, "_LOGITS", 32 * 24)  # logits of 24 tokens at a time
+    monkeypatch.setattr(inference.steps, "_LOGITS", 32 * 24)  # logits of 24 tokens at a time
     config, variables = model
     pairs = [(ids[:-k], ids[-k:]) for ids, k in zip(sequences(40, 9, 33, 50, 5), (3, 1, 20, 9, 4))]
     found = Inference(variables, config, batch_size=2)

@@ -20,10 +20,10 @@ from mhc_jax import train as train_module
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
-from mhc_jax.metrics import MetricWriter
 from mhc_jax.train import BadInput, NonFiniteError, Run, train
 from mhc_jax.train_step import TrainState, analyse, jit_init_state, jit_train_step
 from mhc_jax.workdir import claim_workdir
+from mhc_jax.writers import MetricWriter
 
 # One process: the tests share what they compile and run.
 pytestmark = pytest.mark.xdist_group("loop")

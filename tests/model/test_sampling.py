@@ -10,6 +10,7 @@ import pytest
 
 from configs import default
 from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.checkpoint.trained import load
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -17,7 +18,6 @@ from mhc_jax.inference import decode, for_sampling, init_decode
 from mhc_jax.layers import look_up
 from mhc_jax.sampling import generate
 from mhc_jax.train_step import init_state
-from mhc_jax.trained import load
 from mhc_jax.workdir import claim_workdir
 
 DENSE = {

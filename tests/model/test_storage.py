@@ -22,14 +22,14 @@ from etils import epath
 from test_loop import CONFIG, SMALL, programs, saved, state_of  # noqa: F401 - a fixture
 from test_train import tiny
 
-from mhc_jax import appending, checkpoint, checksum, lock, paths, preemption, trained
+from mhc_jax import appending, checkpoint, checksum, lock, paths, preemption
 from mhc_jax import train as train_module
-from mhc_jax.checkpoint import Checkpoints, SaveError
+from mhc_jax.checkpoint import Checkpoints, SaveError, trained
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.lock import Locked, WorkdirLock
-from mhc_jax.metrics import MetricWriter
 from mhc_jax.train import BadInput, Interrupted, Run, train
+from mhc_jax.writers import MetricWriter
 
 
 def mixed(x):

@@ -19,7 +19,7 @@ from configs import default
 from mhc_jax import diagnosis
 from mhc_jax import train as train_module
 from mhc_jax import train_step as train_step_module
-from mhc_jax import trained as trained_module
+from mhc_jax.checkpoint import trained as trained_module
 from mhc_jax.config import CONNECTIONS, ModelConfig, OptimizerConfig, from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.losses import IGNORE_INDEX
@@ -284,7 +284,7 @@ def test_sigterm_saves_before_it_ends(tmp_path, monkeypatch):
 
 
 def test_tensorboard_events_are_written(tmp_path):
-    from mhc_jax.metrics import MetricWriter
+    from mhc_jax.writers import MetricWriter
 
     writer = MetricWriter(tmp_path, tensorboard=True)
     writer.write(1, {"train/loss": float("nan")})

@@ -7,7 +7,7 @@ from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mhc_jax import gains
-from mhc_jax.metrics import MetricWriter
+from mhc_jax.writers import MetricWriter
 
 
 def events(folder):

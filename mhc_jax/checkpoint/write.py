@@ -1,68 +1,39 @@
-"""Saves and restores the train state and the position in the data, through orbax.
-
-A step's folder holds three items: `state` (the arrays), `data` (the position in the data) and `contents`:
-the run's configuration and checksums of the other two, so that nothing is restored that is not what was
-saved. Checkpoints from before there was `contents` are restored unchecked, with a warning.
-"""
+"""Saves checkpoints while training goes on, restores the newest good one, and tries the file system."""
 
 import contextlib
-import functools
-import gc
-import json
 import logging
-import os
-import sys
-import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from mhc_jax import checksum, distributed, paths
+from mhc_jax.checkpoint.quirks import absolute, one_line, quiet
+from mhc_jax.checkpoint.read import (
+    FOLDER,
+    Damaged,
+    Refused,
+    check_arrays,
+    check_shapes,
+    newest_good,
+    read_arrays,
+    read_contents,
+    read_position,
+    saved_steps,
+)
 from mhc_jax.train_step import TrainState
 
 _log = logging.getLogger(__name__)
 
-FOLDER = "checkpoints"
-DAMAGED = "checkpoints_damaged"
-PROBE = "checkpoints_probe"
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Drops what orbax logs of a failure: `SaveError` or `Damaged` says it once, not for each array."""
-    of_orbax = record.exc_info and "orbax" in record.pathname
-    return not (of_orbax or "exception was never retrieved" in str(record.msg))
-
-
-def _not_the_loop(unraisable, following) -> None:
-    # Orbax ends its event loop at the first error; later errors have nobody to go to.
-    if str(unraisable.exc_value) != "Event loop is closed":
-        following(unraisable)
-
-
-def _quiet() -> None:
-    """Silences the tracebacks that one error of storage prints for every array."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_news)  # a second time it changes nothing
-    if getattr(sys.unraisablehook, "func", None) is not _not_the_loop:
-        sys.unraisablehook = functools.partial(_not_the_loop, following=sys.unraisablehook)
+_DAMAGED = "checkpoints_damaged"
+_PROBE = "checkpoints_probe"
 
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; the message has path, cause and the last good step."""
-
-
-class Refused(ValueError):
-    """A checkpoint belongs to another run."""
-
-
-class Damaged(ValueError):
-    """A checkpoint is not what was saved; the message says what is wrong with it."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -88,7 +59,7 @@ class Checkpoints:
         self._workdir = epath.Path(workdir)
         self._folder = absolute(self._workdir / FOLDER)
         self._kept, self._config = kept, config
-        _quiet()
+        quiet()
         self._saving: int | None = None  # step of the save that runs in the background
         self._manager = self._open()
 
@@ -234,7 +205,7 @@ class Checkpoints:
         return state
 
     def _set_aside(self, steps: list[int]) -> None:
-        there = absolute(self._workdir / DAMAGED)
+        there = absolute(self._workdir / _DAMAGED)
         names = [path.name for path in there.iterdir()] if there.exists() else []
         for step in steps:
             taken = sum(1 for name in names if name.split(".")[0] == str(step))
@@ -257,8 +228,8 @@ def probe(workdir: epath.PathLike) -> None:
     Raises:
       ValueError: the file system does not do what checkpoints need, such as to rename a folder.
     """
-    folder = absolute(epath.Path(workdir) / PROBE)
-    _quiet()
+    folder = absolute(epath.Path(workdir) / _PROBE)
+    quiet()
     numbers = {"numbers": np.arange(3, dtype=np.float32)}
     try:
         if folder.exists():
@@ -284,179 +255,3 @@ def probe(workdir: epath.PathLike) -> None:
             f"checkpoints cannot be saved in {workdir} ({one_line(error)}): folders must be renamable there; "
             "docs/launch.md has the options of gcsfuse, and --workdir may be gs://bucket/folder"
         ) from error
-
-
-def newest_good(
-    folder: epath.Path,
-    read: Callable[[int], Any],
-    verify: Callable[[int, Any], Any],
-) -> tuple[int, Any, list[int]]:
-    """Finds the newest undamaged checkpoint; a warning names each damaged one.
-
-    Args:
-      folder: of the checkpoints; a run may be writing to it.
-      read: reads a step on one process; whatever it raises says that the checkpoint is damaged, but for
-        `Refused`, PermissionError and a lack of memory.
-      verify: all processes together; raises Damaged or returns what is wanted.
-
-    Returns:
-      its step, what `verify` returned, the damaged steps that are newer.
-
-    Raises:
-      ValueError: none is good.
-    """
-    damaged: dict[int, str] = {}
-    while steps := set(distributed.from_first(saved_steps(folder))) - damaged.keys():
-        step, found, cause = max(steps), None, None
-        try:
-            found = read(step)
-        except (Refused, PermissionError, MemoryError):
-            raise
-        except Exception as error:
-            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            cause = str(error) if isinstance(error, Damaged) else one_line(error)
-        cause = distributed.first_error(cause)
-        if cause is None:
-            try:
-                return step, verify(step, found), list(damaged)
-            except Damaged as error:
-                cause = str(error)
-        damaged[step] = cause
-        _log.warning("THE CHECKPOINT OF STEP %d IN %s IS DAMAGED: %s", step, folder, cause)
-    causes = "; ".join(f"step {step}: {cause}" for step, cause in damaged.items())
-    raise ValueError(
-        f"no good checkpoint in {folder} ({causes or 'it is empty'}): restore one from a copy, or remove "
-        "the folder to begin anew"
-    )
-
-
-def saved_steps(folder: epath.Path) -> list[int]:
-    """Returns the steps whose checkpoints are complete as far as names tell, in order."""
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
-
-
-def read_contents(folder: epath.Path) -> dict[str, Any] | None:
-    """Reads the item `contents` of a step's folder: step, configuration, checksums; None if it is older.
-
-    Raises:
-      Damaged: it is missing, or is not what was saved.
-    """
-    if not (folder / "contents").exists():
-        items = _read_json(folder / "_CHECKPOINT_METADATA").get("item_handlers")
-        if isinstance(items, dict) and items.keys() == {"state", "data"}:
-            return None
-        raise Damaged("the item contents is missing")
-    stored = _read_json(folder / "contents" / "metadata")
-    contents = stored.get("contents")
-    if not isinstance(contents, dict) or stored.get("sha256") != checksum.of_json(contents):
-        raise Damaged("the item contents does not match its checksum")
-    return contents
-
-
-def read_position(folder: epath.Path, contents: dict[str, Any] | None) -> Any:
-    """Reads the position in the data from a step's folder.
-
-    Raises:
-      Damaged: it is not what was saved.
-    """
-    position = _read_json(folder / "data" / "metadata")
-    if contents and checksum.of_json(position) != contents["data"]:
-        raise Damaged("the position in the data does not match its checksum")
-    return position
-
-
-def check_shapes(folder: epath.Path, wanted: TrainState) -> None:
-    """Compares the shapes of a step's whole state with those that are wanted.
-
-    Raises:
-      Refused: an array has another shape than `wanted` says; names the array and the cause.
-    """
-    tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
-    stored, now = (
-        {checksum.name(path): tuple(leaf.shape) for path, leaf in leaves}
-        for leaves, _ in map(jax.tree_util.tree_flatten_with_path, (tree, wanted))
-    )
-    if stored.get("rng", now["rng"]) != now["rng"]:
-        impl = jax.config.jax_default_prng_impl
-        others = {(2,): "threefry2x32", (4,): "rbg"}
-        was = others.get(stored["rng"], "another")
-        raise Refused(
-            f"the array rng has shape {stored['rng']} in {folder} and {now['rng']} now: "
-            f"JAX_DEFAULT_PRNG_IMPL was {was} when the run began and is {impl} now, set it back"
-        )
-    differing = sorted(name for name in stored.keys() & now.keys() if stored[name] != now[name])
-    if differing:
-        name = differing[0]
-        raise Refused(
-            f"the array {name} has shape {stored[name]} in {folder} and {now[name]} now: was the run begun "
-            "with another version of this code?"
-        )
-
-
-def read_arrays(folder: epath.Path, wanted: Any) -> Any:
-    """Reads the arrays of the item `state` that `wanted` names, and places them as it says.
-
-    Each process reads for itself: no barrier, at which one that fails would leave the others waiting.
-    """
-    args = ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=True,
-    )
-    with _one_error_alone():
-        return ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)
-
-
-@contextlib.contextmanager
-def _one_error_alone() -> Iterator[None]:
-    """Ends with what orbax leaves unfinished where one array cannot be read while others are on their way."""
-    _quiet()
-    try:
-        yield
-    except Exception:
-        time.sleep(0.2)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "coroutine was never awaited"
-            gc.collect()
-        raise
-
-
-def check_arrays(contents: dict[str, Any] | None, arrays: Any) -> None:
-    """Compares restored arrays with their checksums; all processes call it together.
-
-    Raises:
-      Damaged: an array is not what was saved; names it.
-    """
-    if contents is None:
-        return
-    stored = contents["arrays"]
-    for name, found in checksum.of_arrays(arrays).items():
-        if name not in stored:
-            raise Damaged(f"there is no checksum of {name}")
-        if stored[name] != found:
-            raise Damaged(f"the array {name} does not match its checksum")
-
-
-def one_line(error: BaseException) -> str:
-    """Returns the kind and the first line of an error."""
-    text = next((line for line in map(str.strip, str(error).splitlines()) if line), "")
-    return f"{type(error).__name__}: {text}"[:300]
-
-
-def absolute(path: epath.PathLike) -> epath.Path:
-    """Makes a path absolute, since orbax takes no relative ones; one in a bucket is absolute already."""
-    path = epath.Path(path)
-    return path if paths.is_bucket(path) else epath.Path(os.path.abspath(path))
-
-
-def _read_json(path: epath.Path) -> Any:
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise Damaged(f"{path.parent.name}/{path.name} is missing") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError too
-        raise Damaged(f"{path.parent.name}/{path.name} is no JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise Damaged(f"{path.parent.name}/{path.name} holds no JSON object")
-    return found

@@ -1,0 +1,100 @@
+"""Draws tokens from logits, for a batch of prompts together."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mhc_jax.config import ModelConfig
+from mhc_jax.inference.steps import DecodeState, check_ids, decode, prefill
+
+
+def draw(
+    logits: jax.Array, keys: jax.Array, temperature: float, *, greedy: bool, top_k: int
+) -> jax.Array:
+    """Draws a token of each row of logits `[B, V]`, int32 `[B]`, each by its own key `[B]`."""
+    if greedy:
+        return logits.argmax(-1).astype(jnp.int32)
+    candidates = jnp.broadcast_to(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape)
+    if top_k:
+        logits, candidates = jax.lax.top_k(logits, top_k)
+    # The likeliest logit becomes 0, so that no temperature makes several infinite. A temperature below the
+    # smallest normal number would be rounded to 0.
+    logits -= logits.max(-1, keepdims=True)
+    scaled = logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+    return jnp.take_along_axis(candidates, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+class Batch(NamedTuple):
+    """Sequences that are generated together.
+
+    Attributes:
+      state: of the tokens but the newest.
+      token: the newest, int32 `[B]`.
+      keys: of the draws, `[B]`.
+      drawn: tokens that were drawn so far, int32.
+    """
+
+    state: DecodeState
+    token: jax.Array
+    keys: jax.Array
+    drawn: jax.Array
+
+
+_STATIC = ("config", "greedy", "top_k")
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "room"))
+def start(variables, tokens, lengths, keys, temperature, *, config, greedy, top_k, room) -> Batch:
+    """Reads right-padded prompts and draws the first token of each."""
+    logits, state = prefill(variables, tokens, lengths, config, room=room)
+    token = draw(logits, _fold(keys, 0), temperature, greedy=greedy, top_k=top_k)
+    return Batch(state, token, keys, jnp.ones((), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "steps"), donate_argnames="batch")
+def proceed(
+    variables, batch: Batch, temperature, *, config, greedy, top_k, steps
+) -> tuple[Batch, jax.Array]:
+    """Draws `steps` more tokens of each sequence, `[B, steps]`."""
+
+    def step(batch, _):
+        logits, state = decode(variables, batch.token[:, None], batch.state, config)
+        keys = _fold(batch.keys, batch.drawn)
+        token = draw(logits[:, 0], keys, temperature, greedy=greedy, top_k=top_k)
+        return Batch(state, token, batch.keys, batch.drawn + 1), token
+
+    batch, tokens = jax.lax.scan(step, batch, length=steps)
+    return batch, tokens.T
+
+
+def _fold(keys, number):
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def keys_of(seed: int, indices: Sequence[int]) -> jax.Array:
+    """The keys of sequences: what is drawn does not depend on the batch that a sequence is in."""
+    fold = functools.partial(jax.random.fold_in, jax.random.key(seed))
+    return jax.vmap(fold)(jnp.asarray(indices, jnp.uint32))
+
+
+def check_prompt(prompt: np.ndarray | jax.Array, config: ModelConfig) -> None:
+    """Raises ValueError unless it is `[S]` token ids, at least one."""
+    if prompt.ndim != 1 or not prompt.size:
+        raise ValueError(f"the prompt has shape {prompt.shape}: give at least one token, [S]")
+    check_ids(prompt, config.vocab_size)
+
+
+def check_draws(config: ModelConfig, max_tokens: int, temperature: float, top_k: int) -> None:
+    """Raises ValueError, naming the setting that is out of range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be at least 0 and finite")
+    if not 0 <= top_k <= config.vocab_size:
+        raise ValueError(f"top_k={top_k} must lie in 0 to the vocabulary, {config.vocab_size}")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
