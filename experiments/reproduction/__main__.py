@@ -186,21 +186,37 @@ def train_one(options: argparse.Namespace) -> None:
         sweep.run_one(config, options.output, options.run, more)
 
 
+def store(payload: dict) -> list[pathlib.Path]:
+    """Writes one file a setting, `<device>_<setting>.json`, beside the runs that it already has."""
+    paths = []
+    everything = [*payload["runs"], *payload["missing"]]
+    for name in dict.fromkeys(Run.from_key(key).setting for key in everything):
+        device = f"{record.device_slug()}_{name}"
+        path = record.result_path(QUESTION, device)
+        before = record.read(path) if path.exists() else {"runs": {}, "missing": []}
+        runs = before["runs"] | _of(name, payload["runs"])
+        missing = {*before["missing"], *_of(name, payload["missing"])} - runs.keys()
+        rates = {name: payload["learning_rates"][name]} if name in payload["learning_rates"] else {}
+        content = {"data": payload["data"], "learning_rates": rates, "runs": runs}
+        content["missing"] = sorted(missing)
+        paths.append(record.write(QUESTION, content, device=device))
+    return paths
+
+
+def _of(name: str, runs):
+    """Returns those of a setting, of a dict by key or of keys."""
+    if isinstance(runs, dict):
+        return {key: runs[key] for key in _of(name, list(runs))}
+    return [key for key in runs if Run.from_key(key).setting == name]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.run:
         train_one(options)
         return
     if not (options.summary or options.figures):
-        payload = run(options)
-        path = record.result_path(QUESTION)
-        if path.exists():  # of other settings, trained before on such a machine
-            before = record.read(path)
-            for name in ("learning_rates", "runs"):
-                payload[name] = before[name] | payload[name]
-            payload["missing"] += [k for k in before["missing"] if k not in payload["runs"]]
-            payload["missing"] = sorted(set(payload["missing"]))
-        print(record.write(QUESTION, payload))
+        print(*store(run(options)), sep="\n")
     payload = stored()
     if options.summary or not options.figures:
         print(tables.format_all(payload))

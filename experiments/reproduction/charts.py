@@ -42,7 +42,7 @@ def draw_gaps(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
             )
         axes.axvline(0, **AT_ONE)
         axes.set_yticks(range(len(arms)), list(arms))
-        axes.invert_yaxis()
+        axes.set_ylim(len(arms) - 0.5, -0.5)
         axes.set(title=TITLES[name], xlabel="nats a token; pale: each seed; bar: standard error")
         write_figure(figure, path.with_suffix(""), ["png"])
     return path

@@ -169,10 +169,18 @@ def test_paired_differences_and_their_standard_error():
 def test_the_stored_results_are_whole_and_print(capsys, tmp_path):
     reproduction.main(["--summary"])
     printed = capsys.readouterr().out
-    for arm in ("HC", "mHC", "identity"):
-        assert re.search(rf"\| {arm} +\| 0.001 +\| 4 +\| 0\.67\d\d ± 0\.00\d\d \| -0\.01", printed)
+    for arm, seeds in (
+        ("HC", 4),
+        ("mHC", 4),
+        ("identity", 4),
+        ("HC-res", "[23]"),
+        ("HC-res-pre", "[23]"),
+    ):
+        row = rf"\| {arm} +\| 0.001 +\| {seeds} +\| 0\.67\d\d ± 0\.00\d\d \| -0\.01"
+        assert re.search(row, printed), arm
+    assert re.search(r"\| mHC, seed 0 +\| 0\.679\d +\| \+0\.00\d\d ± [\d.]+ +\| \+0\.01", printed)
+    assert "| trained mHC (mixing)" in printed
     payload = stored()
-    assert payload["missing"] == []
     assert not tables.missing(payload, "main") + tables.missing(payload, "depth")
     drawn = figures.draw_all(payload, tmp_path) + charts.draw_all(payload, tmp_path)
     shown = pathlib.Path(record.__file__).parent / "reproduction/results"
@@ -296,3 +304,18 @@ def test_results_of_several_machines_are_one(tmp_path, monkeypatch):
     assert {key: run["of"] for key, run in found["runs"].items()} == {"a": 1, "b": 2, "c": 2}
     assert found["missing"] == ["d"]
     assert set(found["learning_rates"]) == {"nvidia_h200", "nvidia_h100"}
+
+
+def test_a_setting_has_a_file_of_its_own_and_later_runs_join_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "FOLDER", tmp_path)
+    first, second = (Run("ablation", "HC-res", 1e-3, seed).key for seed in (0, 1))
+    pilot = pilots("scaling_5m")[0].key
+    payload = {"data": "texts", "learning_rates": {"ablation": {}}, "missing": [second],
+               "runs": {first: {"of": 1}, pilot: {"of": 1}}}  # fmt: skip
+    assert {path.stem for path in reproduction.store(payload)} == {"cpu_ablation", "cpu_scaling_5m"}
+    assert stored()["missing"] == [second]
+    reproduction.store(payload | {"missing": [], "runs": {second: {"of": 2}}})
+    found = record.read(record.result_path("reproduction", "cpu_ablation"))
+    assert {key: run["of"] for key, run in found["runs"].items()} == {first: 1, second: 2}
+    assert found["missing"] == []
+    assert stored()["learning_rates"] == {"ablation": {}}
