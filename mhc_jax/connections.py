@@ -19,10 +19,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 import kernels_pallas as kernels
+from kernels_pallas import placement
 from kernels_pallas.conventions import check_eps
 from kernels_pallas.placement import whole
 from kernels_pallas.precision import wide_dtype
 from kernels_pallas.projection import check_phi_precision
+from kernels_pallas.projection import reference as projection
 from kernels_pallas.shapes import (
     check_floating,
     check_layer_output,
@@ -221,11 +223,12 @@ class HyperConnections(_WideConnection):
 
     def _dynamic(self, streams: jax.Array) -> jax.Array:
         """tanh(theta x~^T) `[..., 2 + n, n]` float32: rows as in theta, a column for each stream."""
+        theta = whole(self.theta[...]).T
+        streams, theta = placement.aligned(projection.forward, streams=streams, phi=theta)
         # A stream is a token of its own here: one projection of n T rows of C entries, nothing is copied.
-        each = streams.reshape(*streams.shape[:-1], self.n, self.width)
         s, r = kernels.projection(
-            each,
-            whole(self.theta[...]).T,
+            streams.reshape(*streams.shape[:-1], self.n, self.width),
+            theta,
             norm_eps=self.norm_eps,
             phi_precision=self.phi_precision,
             implementation=self.implementation,

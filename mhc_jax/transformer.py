@@ -1,7 +1,7 @@
 """Defines the pre-norm decoder; its blocks work with any connection around their sublayers."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -166,9 +166,13 @@ class Transformer(nnx.Module):
     `leading` is the list of dense blocks before those with experts (empty for a dense model), `blocks` the
     stack of all others. These are equal, so they are scanned and one is compiled whatever the depth, unless
     `scan_blocks` is False. Sublayers are counted through both.
+
+    Args:
+      config: of the model.
+      stacked: False makes `blocks` a list too. No step of decoding then copies its weights out of a stack.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, stacked: bool = True, rngs: nnx.Rngs):
         self.config = config
         self.embedding = nnx.Embed(
             config.vocab_size,
@@ -189,7 +193,11 @@ class Transformer(nnx.Module):
         def make_blocks(rngs, index):
             return Block(config, index, rngs=rngs)
 
-        self.blocks = make_blocks(rngs, jnp.arange(num_leading, config.num_blocks))
+        if stacked:
+            self.blocks = make_blocks(rngs, jnp.arange(num_leading, config.num_blocks))
+        else:
+            indices = range(num_leading, config.num_blocks)
+            self.blocks = nnx.List([Block(config, index, rngs=rngs) for index in indices])
         self.readout = Readout(
             config.readout,
             config.width,
@@ -219,22 +227,21 @@ class Transformer(nnx.Module):
 
     def hidden_with_aux(self, tokens: jax.Array) -> tuple[jax.Array, MoEAux | None]:
         """Returns the input of the unembedding, `[B, S, C]`, and the report like `with_aux`."""
-        config = self.config
-        scan = config.scan_blocks
+        config, scan = self.config, self._scans
         if config.remat == "none":
             pending, _, aux = self._walk(_forward, self._start(tokens, scan=scan), scan=scan)
-            return self._finish(pending), aux
-        streams, aux = walk.groups(
-            _forward,
-            self.leading,
-            self.blocks,
-            expand(self._embed(tokens), config.streams),
-            finish=self._connection.post,
-            policy=config.remat,
-            size=config.blocks_per_group,
-            scan=scan,
-        )
-        return self.norm(self.readout(streams)), aux
+        else:
+            pending, aux = walk.groups(
+                _forward,
+                self.leading,
+                self.blocks,
+                self._start(tokens, scan=False),
+                settle=self._settle,
+                policy=config.remat,
+                size=config.blocks_per_group,
+                scan=scan,
+            )
+        return self._finish(pending), aux
 
     @property
     def unembedding(self) -> jax.Array:
@@ -244,7 +251,7 @@ class Transformer(nnx.Module):
 
     def analyse(self, tokens: jax.Array) -> Analysis:
         """Maps token ids `[B, S]` to what the L = 2 x num_blocks sublayers did."""
-        scan, n = self.config.scan_blocks, self.config.streams
+        scan, n = self._scans, self.config.streams
 
         def visit(block, pending):
             pending, writes, _ = block(pending)
@@ -255,12 +262,11 @@ class Transformer(nnx.Module):
         others = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), others)
         return jax.tree.map(lambda *xs: jnp.concatenate(xs), *leading, others)
 
-    def prefill(self, tokens: jax.Array) -> tuple[jax.Array, list, Any]:
+    def prefill(self, tokens: jax.Array) -> tuple[jax.Array, list]:
         """As `hidden_with_aux`, with what the attentions keep of the tokens; see `mhc_jax.inference`.
 
         Returns:
-          what the unembedding multiplies, `[B, S, C]`, and the rows of the caches, `[B, S, ...]` a leading
-          block and `[blocks, B, S, ...]` of the others.
+          what the unembedding multiplies, `[B, S, C]`, and the rows of each block's cache, `[B, S, ...]`.
         """
 
         def visit(block, pending):
@@ -273,17 +279,17 @@ class Transformer(nnx.Module):
 
             return block(pending, attention)[0], rows
 
-        pending, leading, others = self._walk(visit, self._start(tokens))
-        return self._finish(pending), leading, others
+        pending, rows = walk.each(visit, self._each_block(), self._start(tokens, scan=False))
+        return self._finish(pending), rows
 
     def decode(
-        self, tokens: jax.Array, leading: list, stacked: Any, position: jax.Array
-    ) -> tuple[jax.Array, list, Any]:
+        self, tokens: jax.Array, caches: list, position: jax.Array
+    ) -> tuple[jax.Array, list]:
         """Runs tokens `[B, S]` that follow `position` `[B]` int32 earlier ones; see `mhc_jax.inference`.
 
         Args:
           tokens: new token ids.
-          leading, stacked: caches of the attentions, arranged like the blocks.
+          caches: of the blocks' attentions.
           position: earlier tokens of each sequence. What does not fit behind them is not stored.
 
         Returns:
@@ -293,34 +299,31 @@ class Transformer(nnx.Module):
         sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
         place = position[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
 
-        def visit(block, pending, cache, *index):
+        def visit(block, pending, cache):
             def remember(rows):
                 nonlocal cache
                 cache = jax.tree.map(
-                    lambda old, new: old.at[(*index, sequence, place)].set(
+                    lambda old, new: old.at[sequence, place].set(
                         new.astype(old.dtype), mode="drop"
                     ),
                     cache,
                     rows,
                 )
-                return jax.tree.map(lambda x: x[index], cache)
+                return cache
 
             def attention(x):
                 return block.attention.decode(x, position, remember)
 
             return block(pending, attention)[0], cache
 
-        pending, leading = walk.each(visit, self.leading, self._start(tokens), leading)
-        # The stacked caches are carried, so that new rows alone are written; a scan would copy them.
-        (pending, stacked), _ = walk.stack(
-            lambda block, carry, index: (visit(block, *carry, index), None),
-            self.blocks,
-            (pending, stacked),
-            jnp.arange(self.config.num_blocks - len(leading), dtype=jnp.int32),
-        )
-        return self._finish(pending), leading, stacked
+        pending = self._start(tokens, scan=False)
+        pending, caches = walk.each(visit, self._each_block(), pending, caches)
+        return self._finish(pending), caches
 
-    def _walk(self, visit, carry, *, scan=True):
+    def _each_block(self) -> list[Block]:
+        return [*self.leading, *walk.unstacked(self.blocks)]
+
+    def _walk(self, visit, carry, *, scan):
         """Visits every block; see `mhc_jax.walk`.
 
         Returns:
@@ -331,19 +334,30 @@ class Transformer(nnx.Module):
         return carry, leading, others
 
     @property
+    def _scans(self) -> bool:
+        return self.config.scan_blocks and not isinstance(self.blocks, nnx.List)
+
+    @property
     def _connection(self) -> Connection:
         """Of any sublayer: its `start` and `post` need no parameters."""
-        return self.blocks.attention_connection
+        blocks = self.blocks
+        return (blocks[0] if isinstance(blocks, nnx.List) else blocks).attention_connection
 
-    def _start(self, tokens, *, scan=True):
+    def _start(self, tokens, *, scan):
         """What the first block gets. Every step of a scan does a write; a block outside has none to do."""
         streams = expand(self._embed(tokens), self.config.streams)
         first_in_scan = scan and not self.leading
         return self._connection.start(streams) if first_in_scan else Pending(streams, None, None)
 
+    def _settle(self, pending):
+        """Does the pending write, if there is one."""
+        if pending.layer_output is None:
+            return pending
+        return Pending(self._connection.post(*pending), None, None)
+
     def _finish(self, pending):
         """Does the last write; then read-out and norm."""
-        return self.norm(self.readout(self._connection.post(*pending)))
+        return self.norm(self.readout(self._settle(pending).streams))
 
     def _embed(self, tokens):
         table = self.embedding.embedding[...]

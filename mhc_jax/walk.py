@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mhc_jax import remat
-from mhc_jax.connections import Pending
 
 Visit = Callable[..., tuple[Any, Any]]
 
@@ -32,73 +31,75 @@ def each(
     return carry, reports
 
 
-def stack(
-    visit: Visit, blocks: nnx.Module, carry: Any, *own: Any, scan: bool = True
-) -> tuple[Any, Any]:
-    """Visits N blocks that are one module with a first axis of N.
+def stack(visit: Visit, blocks: nnx.Module, carry: Any, *, scan: bool = True) -> tuple[Any, Any]:
+    """Visits N equal blocks.
 
     Args:
       visit: see the module.
-      blocks: the module.
+      blocks: one module with a first axis of N, or a list, which is not scanned.
       carry: of the first block.
-      *own: trees whose leaves are `[N, ...]`.
       scan: False writes the blocks out one after the other.
 
     Returns:
       the last carry, and the reports stacked along a first axis of N.
     """
-    graph, variables = nnx.split(blocks)
     if scan:
+        graph, variables = nnx.split(blocks)
         return jax.lax.scan(
-            lambda carry, xs: visit(nnx.merge(graph, xs[0]), carry, *xs[1:]),
-            carry,
-            (variables, *own),
+            lambda carry, block: visit(nnx.merge(graph, block), carry), carry, variables
         )
-    written_out = [nnx.merge(graph, block) for block in remat.unstacked(variables)]
-    carry, reports = each(visit, written_out, carry, *map(remat.unstacked, own))
+    carry, reports = each(visit, unstacked(blocks), carry)
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *reports)
+
+
+def unstacked(blocks: nnx.Module) -> list[nnx.Module]:
+    """Returns the N modules that are stacked in one with a first axis of N, or those of a list."""
+    if isinstance(blocks, nnx.List):
+        return list(blocks)
+    graph, variables = nnx.split(blocks)
+    return [nnx.merge(graph, block) for block in remat.unstacked(variables)]
 
 
 def groups(
     visit: Visit,
     leading: Sequence[nnx.Module],
     blocks: nnx.Module,
-    streams: jax.Array,
+    carry: Any,
     *,
-    finish: Callable[..., jax.Array],
+    settle: Callable[[Any], Any],
     policy: str,
     size: int,
     scan: bool = True,
-) -> tuple[jax.Array, Any]:
-    """Visits all blocks in recompute blocks, from plain streams to plain streams; see `mhc_jax.remat`.
+) -> tuple[Any, Any]:
+    """Visits all blocks in recompute blocks, from one settled carry to the next; see `mhc_jax.remat`.
 
     Args:
-      visit: see the module; its carry is the pending write.
+      visit: see the module.
       leading: blocks before the stack.
       blocks, scan: as in `stack`.
-      streams: `[..., n*C]`.
-      finish: does a pending write, `(streams, layer_output, mappings) -> streams`.
+      carry: of the first block, settled.
+      settle: does the write that is pending at the end of a recompute block.
       policy: one of `remat.POLICIES` but "none".
       size: blocks of a recompute block.
 
     Returns:
-      streams behind the last block, and the reports of the stack.
+      the last carry, settled, and the reports of the stack.
     """
 
-    def run(streams, blocks):
-        pending, reports = each(visit, blocks, Pending(streams, None, None))
-        return finish(*pending), reports
+    def run(carry, blocks):
+        carry, reports = each(visit, blocks, carry)
+        return settle(carry), reports
 
     for start in range(0, len(leading), size):
         graph, variables = nnx.split(nnx.List(list(leading)[start : start + size]))
         group = remat.checkpoint_group(
-            lambda streams, group, graph=graph: run(streams, nnx.merge(graph, group)), policy
+            lambda carry, group, graph=graph: run(carry, nnx.merge(graph, group)), policy
         )
-        streams, _ = group(streams, variables)
+        carry, _ = group(carry, variables)
     graph, variables = nnx.split(blocks)
     return remat.run_groups(
-        lambda streams, group: run(streams, [nnx.merge(graph, block) for block in group]),
-        streams,
+        lambda carry, group: run(carry, [nnx.merge(graph, block) for block in group]),
+        carry,
         variables,
         policy=policy,
         blocks_per_group=size,

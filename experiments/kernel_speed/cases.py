@@ -57,7 +57,7 @@ def _case(name, units, floats_per_token, inputs, run, parameter_copies=0) -> Cas
 
 
 def sublayers(implementation: str | None, count: int, mode: str, x, g, *parameters) -> tuple:
-    """Runs `count` sublayers forward and backward; their F is nothing (a barrier to XLA's fusions)."""
+    """Forward and backward of `count` sublayers whose F is nothing (a barrier to XLA's fusions)."""
 
     def chain(x, parameters):
         each = [parameters[3 * i : 3 * i + 3] for i in range(count)]

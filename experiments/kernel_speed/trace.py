@@ -1,10 +1,10 @@
-"""Lists the kernels of a sublayer as the GPU ran them inside one program, with their times and gaps.
+"""The kernels of a sublayer as the GPU ran them inside one program: microseconds, and the gaps between them.
 
     python -m experiments.kernel_speed --trace    # NVIDIA GPU, jax-triton, PyTorch for its profiler; 1 minute
 
-Times are microseconds. A model pays a kernel's time within a program: launching programs does not count, and
-each kernel finds in L2 what the one before left there. A further sublayer with `boundary` costs half of the
-difference between the second program and the first.
+A kernel's time within a program is what a model pays for it: launching programs does not count, and each
+kernel finds in L2 what the one before left there. A further sublayer with `boundary` costs half of what the
+second program takes longer than the first.
 """
 
 import functools
@@ -19,7 +19,7 @@ PROGRAMS = (("read", 1), ("boundary", 3))  # mode and number of sublayers
 
 
 def _kernels(f, args) -> list:
-    """Returns the events of one run of f, in order of time: the third of four, so that nothing is cold."""
+    """Events of one run of f, in order of time; the third of four, so that nothing is cold."""
     for _ in range(3):
         jax.block_until_ready(f(*args))
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

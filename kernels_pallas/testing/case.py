@@ -33,6 +33,10 @@ ARGUMENTS = {
 }
 """Arrays of an operation; those with a norm take `weight` behind them."""
 TAKES_N = ("mappings", "coefficients", "read", "boundary")
+# Their oracle takes the weight or None, then all cotangents as one tuple.
+FUSED = ("read", "boundary")
+# Of those: they write, and their oracle takes the update as one tuple, and the new streams that were seen.
+WRITES = ("boundary",)
 # Output of an operation -> the array that is like it.
 _LIKE = {
     **{"s": "s", "r": "r", "h_pre": "h", "h_post": "h", "h_res": "hh"},
@@ -171,7 +175,7 @@ class Case:
             if seed % 2 == 0 or name not in ("s", "bias"):
                 return numbers
             # Not of h_pre before a norm: without a gate the norm makes its gradient a difference.
-            first = self.n if name == "bias" and self.op in ("read", "boundary") else 0
+            first = self.n if name == "bias" and self.op in FUSED else 0
             return numbers * np.where(np.arange(numbers.shape[-1]) < first, 1, WIDE).astype(
                 np.float32
             )
@@ -211,7 +215,7 @@ class Case:
     @property
     def rounds(self) -> bool:
         """Whether its definition rounds what it has computed: then near the middle of two either is right."""
-        return self.op in ("mappings", "read", "boundary") and jnp.dtype(self.dtype) == BF16
+        return self.op in ("mappings", *FUSED) and jnp.dtype(self.dtype) == BF16
 
     def truths(
         self, arrays: tuple, cotangents: Any, seen: np.ndarray | None, other: bool = False
@@ -230,11 +234,11 @@ class Case:
             arrays.append(np.ones(self.C))
         if self.op == "pre" and self.norm is not None:
             name, options = "pre_normed", {**options, "eps": self.norm}
-        if self.op in ("read", "boundary"):
+        if self.op in FUSED:
             arrays += [None] * (self.norm is None)
             cotangents = [cotangents]
             options["eps"] = self.norm
-        if self.op == "boundary":
+        if self.op in WRITES:
             arrays, extra = [tuple(arrays[:4]), *arrays[4:]], {"seen": seen}
         outputs = getattr(oracle, name)(*arrays, **options, **extra)
         extra |= {"other": True} if other else {}
@@ -256,7 +260,7 @@ class Case:
           arrays, cotangents: as from `draw`.
           leaves: what `value_and_cotangents` has made of them.
           implementation: the name of it.
-          sums: limit of sums and exponentials, see `oracle.limits`.
+          sums: limit of sums and exponentials in float32; the default is for any size on any device.
         """
         flat = functools.partial(_flat, lead=self.lead)
         names = [*self.outputs(), *self.arguments()]
@@ -264,13 +268,17 @@ class Case:
         arrays = tuple(map(flat, self.arguments(), arrays))
         given = cotangents if isinstance(cotangents, tuple) else (cotangents,)
         given = tuple(map(flat, self.outputs(), given))
-        seen = found[3] if self.op == "boundary" else None
+        seen = found[self.leaves().index("new_streams")] if self.op in WRITES else None
         truths = self.truths(arrays, given, seen)
         others = self.truths(arrays, given, seen, other=True) if self.rounds else truths
         bf16 = jnp.dtype(self.dtype) == BF16
-        limits = oracle.limits(self.name, bf16, implementation, sums)
+        limits = oracle.limits(self.name, bf16, implementation)
+        scaled = {limit: limit * sums / oracle.SUMS for limit in (oracle.SUMS, oracle.CANCELLING)}
         return {
-            leaf: (oracle.error(got, want), max(limits[leaf], sums + oracle.error(other, want)))
+            leaf: (
+                oracle.error(got, want),
+                max(scaled.get(limits[leaf], limits[leaf]), sums + oracle.error(other, want)),
+            )
             for leaf, got, want, other in zip(self.leaves(), found, truths, others, strict=True)
         }
 

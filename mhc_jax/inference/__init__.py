@@ -28,6 +28,7 @@ from mhc_jax.inference.steps import (
     for_sampling,
     init_decode,
     prefill,
+    prepare,
     token_scores,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "init_decode",
     "keys_of",
     "prefill",
+    "prepare",
     "proceed",
     "start",
     "token_scores",

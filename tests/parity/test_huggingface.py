@@ -13,7 +13,6 @@ from experiments import export_hf, hf_files
 from mhc_jax import huggingface
 from mhc_jax.checkpoint.trained import load
 from mhc_jax.config import ModelConfig
-from mhc_jax.huggingface.settings import config_json
 from mhc_jax.parameters import merged
 from mhc_jax.train_step import evaluate, model_graph
 from tests.parity import deepseek
@@ -83,7 +82,7 @@ def test_there_and_back(exported, capsys):
     folder, variables = exported
     found, read = hf_files.read(folder / "files", CONFIG)
     assert found == CONFIG
-    dense = huggingface.model_config(config_json(DENSE), CONFIG.model)
+    dense = huggingface.model_config(huggingface._values(DENSE), CONFIG.model)
     assert dense == DENSE
     same(read, variables)
     same(load(folder / "run")[1], variables)
@@ -133,7 +132,7 @@ def test_a_connection_added_leaves_the_loss(exported):
     ],
 )  # fmt: skip
 def test_what_no_model_here_is(key, value):
-    values = config_json(CONFIG.model) | {key: value}
+    values = huggingface._values(CONFIG.model) | {key: value}
     name = "rope_type" if key == "rope_parameters" else key
     with pytest.raises(ValueError, match=f"{name}=.* cannot be imported: a model here has"):
         huggingface.model_config(values, CONFIG.model)
