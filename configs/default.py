@@ -76,6 +76,9 @@ def get_config() -> ml_collections.ConfigDict:
     model.hc_use_pre = True  # hc: learn h_pre, else 1/n (Table 1)
     model.hc_use_post = True  # hc: learn h_post, else ones
     model.hc_use_res = True  # hc: learn h_res, else the identity
+    model.mhc_use_pre = True  # mhc: the same
+    model.mhc_use_post = True
+    model.mhc_use_res = True
     # Of the mHC kernels: xla | pallas | triton, or names by operation as in "read=cuda,boundary=cuda". None,
     # and what the names leave out: the best of the platform (`kernels_pallas.explain`). May change when a run
     # is resumed.

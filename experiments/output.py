@@ -42,3 +42,11 @@ def write(options: argparse.Namespace, question: str, payload: dict[str, Any]) -
         options.output.parent.mkdir(parents=True, exist_ok=True)
         content = {"environment": record.environment(), **payload}
         options.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Writes Markdown, aligned for a terminal."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)

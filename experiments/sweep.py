@@ -7,14 +7,14 @@ kept, unfinished ones resume from their last checkpoint.
 
 import contextlib
 import json
+import math
 import os
 import pathlib
-import queue
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,7 @@ def run_all(
     *,
     per_gpu: int,
     deadline: float | None,
+    seconds: Callable[[str], float] = lambda key: 0.0,
 ) -> list[str]:
     """Trains the runs that have no summary yet, one process a run.
 
@@ -73,23 +74,27 @@ def run_all(
       per_gpu: runs that share a GPU (one runs while another starts); without a GPU, runs side by side.
       deadline: after this `time.monotonic()` no run is started, and running ones save their state and stop;
         None: no limit.
+      seconds: what a run is expected to take; one that the deadline would cut is not started.
 
     Returns:
       the keys without a summary at the end.
     """
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     todo = [key for key in keys if not (output / key / SUMMARY).exists()]
-    for key in todo:
-        waiting.put(key)
+    waiting, lock = list(todo), threading.Lock()
+
+    def take() -> str | None:
+        with lock:
+            left = math.inf if deadline is None else deadline - time.monotonic()
+            fitting = (key for key in waiting if left > max(seconds(key), 0.0))
+            if (key := next(fitting, None)) is not None:
+                waiting.remove(key)
+            return key
+
     slots = [gpu for _ in range(per_gpu) for gpu in (gpus() or [""])]
     with tqdm.tqdm(total=len(todo), desc=module.rpartition(".")[2], unit="run") as bar:
 
         def work(gpu: str):
-            while deadline is None or time.monotonic() < deadline:
-                try:
-                    key = waiting.get_nowait()
-                except queue.Empty:
-                    return
+            while (key := take()) is not None:
                 _run_process(module, key, output, arguments, gpu, per_gpu, deadline)
                 found = read_summary(output, key)
                 bar.update(found is not None)
@@ -132,8 +137,19 @@ def _run_process(module, key, output, arguments, gpu, per_gpu, deadline) -> None
         )
 
 
-def run_one(config: Config, output: pathlib.Path, key: str) -> None:
-    """Trains one run (or goes on with it) and writes its summary. A run that diverges has one too."""
+def run_one(
+    config: Config,
+    output: pathlib.Path,
+    key: str,
+    more: Callable[[pathlib.Path], dict[str, Any]] = lambda workdir: {},
+) -> None:
+    """Trains one run (or goes on with it) and writes its summary. A run that diverges has one too.
+
+    Args:
+      config: of the run.
+      output, key: its workdir is `output / key`.
+      more: measures the workdir of a run that did not diverge, for the summary.
+    """
     workdir, diverged = output / key, None
     start = time.perf_counter()
     try:
@@ -154,6 +170,8 @@ def run_one(config: Config, output: pathlib.Path, key: str) -> None:
     }
     if diverged:
         summary["validation_loss"] = None
+    else:
+        summary |= more(workdir)
     part = workdir / (SUMMARY + ".part")
     part.write_text(json.dumps(summary, allow_nan=False) + "\n")
     part.rename(workdir / SUMMARY)
@@ -180,7 +198,7 @@ def summarize(workdir: pathlib.Path) -> dict[str, Any]:
       ([step, mean loss] and [step, largest norm] of `CURVE_POINTS` equal parts), `gains`
       {series: [[step, value], ...]} (see `GAIN_SERIES`), `distance_identity` (Frobenius norm of the
       token-averaged h_res minus I, mean over the sublayers, at the last measurement; None without
-      gains) and `seconds_per_step` (median).
+      gains), `seconds_per_step` (median) and, with experts, `max_load` ([step, mean `moe/max_load`]).
     """
     metrics = read_metrics(workdir / "metrics.jsonl")
 
@@ -195,6 +213,7 @@ def summarize(workdir: pathlib.Path) -> dict[str, Any]:
 
     validation = series("validation/loss")
     seconds = metrics.get("train/seconds_per_step", (None, np.zeros(0)))[1]
+    balance = {"max_load": parts("moe/max_load", np.mean)} if "moe/max_load" in metrics else {}
     return {
         "validation_loss": validation[-1][1] if validation else None,
         "validation": validation,
@@ -203,7 +222,7 @@ def summarize(workdir: pathlib.Path) -> dict[str, Any]:
         "gains": {k: s for k, name in GAIN_SERIES.items() if (s := series(name))},
         "distance_identity": _distance_identity(workdir / "gains"),
         "seconds_per_step": _number(np.median(seconds), 3) if len(seconds) else None,
-    }
+    } | balance
 
 
 def _distance_identity(folder: pathlib.Path) -> float | None:

@@ -73,6 +73,9 @@ class ModelConfig:
     hc_use_pre: bool
     hc_use_post: bool
     hc_use_res: bool
+    mhc_use_pre: bool
+    mhc_use_post: bool
+    mhc_use_res: bool
     implementation: str | None
     remat: str
     recompute_block: str
@@ -273,8 +276,31 @@ MAY_CHANGE = (
 )
 
 
-# Older config.json files lack these policies.
-_LATER = ("on_failed_save", "on_non_finite", "on_corrupt_data")
+# Fields that older config.json files lack -> what held before there were any.
+LATER = {
+    "on_failed_save": "stop",
+    "on_non_finite": "stop",
+    "on_corrupt_data": "stop",
+    "pipe_schedule": "1f1b",
+    "mesh.pipe": 1,
+    "model.scan_blocks": True,
+    "model.static_res": False,
+    "model.mhc_use_pre": True,
+    "model.mhc_use_post": True,
+    "model.mhc_use_res": True,
+}
+
+
+def _completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the fields of `LATER` that a stored configuration lacks."""
+    values = dict(values)
+    for name, before in LATER.items():
+        part, _, field = name.rpartition(".")
+        if not part:
+            values.setdefault(field, before)
+        elif isinstance(values.get(part), Mapping):
+            values[part] = {field: before, **values[part]}
+    return values
 
 
 def from_workdir(values: Mapping[str, Any]) -> Config:
@@ -283,13 +309,7 @@ def from_workdir(values: Mapping[str, Any]) -> Config:
     Raises:
       ValueError, TypeError: as `from_dict`.
     """
-    values = {**dict.fromkeys(_LATER, "stop"), "pipe_schedule": "1f1b", **values}
-    if isinstance(values.get("model"), Mapping):
-        # Before these fields existed, blocks were always scanned and h_res depended on the token.
-        values = {**values, "model": {"scan_blocks": True, "static_res": False, **values["model"]}}
-    if isinstance(values.get("mesh"), Mapping):
-        values = {**values, "mesh": {"pipe": 1, **values["mesh"]}}
-    return from_dict(values)
+    return from_dict(_completed(values))
 
 
 def from_dict(values: Mapping[str, Any], kind: type = Config, prefix: str = ""):
@@ -328,7 +348,7 @@ def _convert(path: str, value: Any, type_: Any):
 
 def conflicts(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple]:
     """Returns the `differences` of two runs that a resumed run may not have (see `MAY_CHANGE`)."""
-    found = differences(a, b)
+    found = differences(_completed(a), _completed(b))
     return {name: pair for name, pair in found.items() if not name.startswith(MAY_CHANGE)}
 
 

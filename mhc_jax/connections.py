@@ -10,6 +10,7 @@ update and lets the next connection do it (`boundary`), so that write and next r
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from kernels_pallas.shapes import (
 from mhc_jax.analysis.collect import expect, report
 from mhc_jax.initialisation import hc_alpha, mhc_alpha, read_logit
 from mhc_jax.layers import RMSNorm
-from mhc_jax.manifolds import Birkhoff, Manifold
+from mhc_jax.manifolds import Birkhoff, Identity, Manifold
 
 
 class Mappings(NamedTuple):
@@ -267,6 +268,11 @@ class ManifoldHyperConnections(_WideConnection):
     summing to 1: the network then equals the residual one, and the streams still differ in what they
     read. (With symmetric mappings and phi = 0 they would stay identical for ever.)
 
+    A mapping that is switched off is the fixed one of Table 1: 1/n, ones, identity. The start still equals
+    the residual network. Without h_post the network stays equal to it whatever is learned: rows of h_res sum
+    to 1 and all streams receive the same, so they remain copies, and F begins with a norm. Without h_pre the
+    mean of the streams is read, which a doubly stochastic h_res keeps: h_post is one gate of the write.
+
     Weights of other implementations (`mhc_jax.interop`) need their eps: those of DeepSeek-V4
 
         ManifoldHyperConnections(C, 4, manifold=Birkhoff(eps=1e-6), pre_eps=1e-6, norm_eps=1e-6)
@@ -276,6 +282,8 @@ class ManifoldHyperConnections(_WideConnection):
       n: number of streams, at least 1. With n = 1 the identity path of the residual connection is back.
       sublayer_index: position among the attention and FFN sublayers, from 0; may be traced.
       manifold: the constraint on h_res; an instance, such as `Birkhoff(num_iterations=20)`.
+      use_pre, use_post, use_res: whether each mapping is learned (Table 1). The fused kernels compute a fixed
+        h_pre or h_post from constant logits. Without use_res the manifold is `Identity()`.
       pre_eps: added to h_pre behind the sigmoid.
       alpha_init: gating factors at the start (Table 5: 0.01), or "auto": by n and width, see
         `mhc_jax.initialisation`.
@@ -299,6 +307,9 @@ class ManifoldHyperConnections(_WideConnection):
         *,
         sublayer_index: int | jax.Array = 0,
         manifold: Manifold | None = None,
+        use_pre: bool = True,
+        use_post: bool = True,
+        use_res: bool = True,
         pre_eps: float = 0.0,
         alpha_init: float | str = "auto",
         pre_init_gap: float = 4.0,
@@ -320,6 +331,9 @@ class ManifoldHyperConnections(_WideConnection):
         self.manifold = Birkhoff() if manifold is None else manifold
         if isinstance(self.manifold, type):
             raise TypeError(f"manifold is the class {manifold.__name__}: use {manifold.__name__}()")
+        if not use_res:
+            self.manifold = Identity()
+        self.use_pre, self.use_post, self.use_res = use_pre, use_post, use_res
         self.static_res = static_res
         columns = 2 * n + (0 if static_res else self.manifold.num_logits(n))
         self.phi = nnx.Param(jnp.zeros((n * width, columns), jnp.float32))
@@ -378,13 +392,13 @@ class ManifoldHyperConnections(_WideConnection):
 
     def _arguments(self, norm: RMSNorm | None) -> dict:
         """Returns what the fused operations need beside the streams."""
-        bias = self.bias[...]
+        bias, alpha = self._bias_and_alpha()
         if self.static_res:
             bias = bias[: 2 * self.n]
         found = {
             "phi": self.phi[...],
             "bias": bias,
-            "alpha": self.alpha[...],
+            "alpha": alpha,
             "n": self.n,
             "pre_eps": self.pre_eps,
             "norm_eps": self.norm_eps,
@@ -397,6 +411,17 @@ class ManifoldHyperConnections(_WideConnection):
             found["num_iterations"] = self.manifold.num_iterations
             found["sinkhorn_eps"], found["last"] = self.manifold.eps, self.manifold.last
         return found
+
+    def _bias_and_alpha(self) -> tuple[jax.Array, jax.Array]:
+        """Returns both, constant logits in place of those of a mapping that is switched off."""
+        n, bias, alpha = self.n, self.bias[...], self.alpha[...]
+        # sigmoid(-log(n - 1)) = 1/n, which is 1 (of 40, in float32) for n = 1; 2 sigmoid(0) = 1.
+        fixed_pre = -math.log(n - 1) if n > 1 else 40.0
+        for index, (used, fixed) in enumerate(((self.use_pre, fixed_pre), (self.use_post, 0.0))):
+            if not used:
+                bias = bias.at[..., index * n : (index + 1) * n].set(fixed)
+                alpha = alpha.at[..., index].set(0.0)
+        return bias, alpha
 
 
 @contextlib.contextmanager

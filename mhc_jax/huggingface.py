@@ -62,6 +62,10 @@ def to_deepseek_v3(
             "there are names for birkhoff",
         ),
         ("static_res", _is_mhc(model) and model.static_res, "phi would lack columns"),
+        *(
+            (name, _is_mhc(model) and not getattr(model, name), "their mappings are all learned")
+            for name in ("mhc_use_pre", "mhc_use_post", "mhc_use_res")
+        ),
     ):
         if refused:
             raise ValueError(f"model.{name}={getattr(model, name)!r} cannot be exported: {why}")

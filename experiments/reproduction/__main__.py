@@ -1,25 +1,42 @@
-"""Does mHC beat residual and HC, and is it the mixing? Paired comparisons with seeds.
+"""The paper's tables and figures at the size one host allows: paired comparisons with seeds.
 
-    python -m experiments.reproduction --data 'corpus/text/**'
-    python -m experiments.reproduction --summary    # the tables from the stored results; --figures draws anew
+    python -m experiments.reproduction --data 'corpus/text/**'                       # main and depth
+    python -m experiments.reproduction --data 'corpus/text/**' --settings ablation   # Table 1
+    python -m experiments.reproduction --summary    # all tables from the stored results; --figures draws anew
 
 Each arm's learning rate is chosen on a seed that is not counted; then every arm is trained on the same seeds,
 with the same weights and the same order of the data. Give the command again to go on where it was cut.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
+from unittest import mock
 
-from experiments import record, sweep
+import jax
+
+from experiments import mixing, record, sweep
 from experiments.output import user_path
-from experiments.reproduction import figures, tables
-from experiments.reproduction.settings import SETTINGS, Run, choose, counted, pilots
+from experiments.reproduction import charts, figures, tables
+from experiments.reproduction.settings import (
+    FIELDS,
+    RANDOM_START,
+    RANDOM_STD,
+    SETTINGS,
+    Run,
+    choose,
+    counted,
+    pilots,
+)
+from experiments.reproduction.stored import QUESTION, stored
+from experiments.sinkhorn import __main__ as sinkhorn
+from experiments.sinkhorn import columns
+from mhc_jax import train_step
 
-QUESTION = "reproduction"
 MODULE = f"experiments.{QUESTION}"
 
 
@@ -32,8 +49,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/reproduction"),
                         help="folder of the workdirs (runs/reproduction)")  # fmt: skip
     parser.add_argument("--data", default="", help="glob of text files; else the standard library")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS),
-                        help="comparisons to run (all)")  # fmt: skip
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["main", "depth"],
+                        help="comparisons to run, in this order (main depth)")  # fmt: skip
+    parser.add_argument("--arms", nargs="+", metavar="ARM", choices=FIELDS,
+                        help="of the counted runs (all)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the counted runs (all)")
     parser.add_argument("--pilots_only", action="store_true", help="choose learning rates and end")
     parser.add_argument("--repeat", nargs="*", default=[], metavar="KEY",
                         help="runs to train twice, as main/mHC/lr0.001/seed0")  # fmt: skip
@@ -42,6 +62,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="integer fields of the config, for a quick try")  # fmt: skip
     parser.add_argument("--per_gpu", type=int, default=2, help="runs that share a GPU (2)")
     parser.add_argument("--minutes", type=float, help="stop after so long, to go on later")
+    parser.add_argument("--no_cut", action="store_true",
+                        help="with --minutes: start no run that they cannot hold")  # fmt: skip
     parser.add_argument("--summary", action="store_true",
                         help="print the tables from the stored results")  # fmt: skip
     parser.add_argument("--figures", action="store_true",
@@ -51,17 +73,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def child_arguments(options: argparse.Namespace) -> list[str]:
-    """What a run's own process has to know."""
+    """Returns the arguments of a run's own process."""
     steps = ["--steps", str(options.steps)] if options.steps else []
     fields = ["--set", *options.set] if options.set else []
     return ["--data", options.data, *steps, *fields]
 
 
-def run(options: argparse.Namespace) -> dict | None:
-    """Trains what is missing; the payload of the results, or None if runs are not finished yet."""
+def run(options: argparse.Namespace) -> dict:
+    """Trains what is missing; returns the payload of the results so far."""
     shared = {
         "per_gpu": options.per_gpu,
         "deadline": options.minutes and time.monotonic() + 60 * options.minutes,
+        "seconds": functools.partial(_expected, options.output)
+        if options.no_cut
+        else lambda key: 0,
     }
 
     def train(runs: list[Run]) -> dict[str, dict]:
@@ -71,45 +96,135 @@ def run(options: argparse.Namespace) -> dict | None:
             print(f"{len(missing)} runs not finished ({', '.join(missing[:3])} ...): run again")
         return sweep.read_summaries(options.output, keys)
 
-    everything = [pilot for name in options.settings for pilot in pilots(name)]
-    found = train(everything)
-    if len(found) < len(everything):
-        return None
+    first = [pilot for name in options.settings for pilot in pilots(name)]
+    found = train(first)
     losses = {key: tables.loss(summary) for key, summary in found.items()}
-    rates = {name: choose(name, losses) for name in options.settings}
+    rates = {
+        name: choose(name, losses)
+        for name in options.settings
+        if all(pilot.key in found for pilot in pilots(name))
+    }
     print("learning rates:", rates)
-    if options.pilots_only:
-        return None
-    # Seed by seed over the settings, so that a run that is cut has whole pairs.
-    runs = [run for name in options.settings for run in counted(name, rates[name])]
+    runs = [] if options.pilots_only else [r for name in rates for r in counted(name, rates[name])]
+    runs = [
+        run
+        for run in sorted(
+            runs, key=lambda run: run.seed
+        )  # a cut leaves every table with whole pairs
+        if run.arm in (options.arms or FIELDS) and run.seed in (options.seeds or [run.seed])
+    ]
     runs += [dataclasses.replace(Run.from_key(key), repeat=1) for key in options.repeat]
     found |= train(runs)
-    missing = [run.key for run in runs if run.key not in found]
+    missing = [run.key for run in first + runs if run.key not in found]
     data = options.data or "stdlib"
     return {"data": data, "learning_rates": rates, "missing": missing, "runs": found}
+
+
+def _expected(output: pathlib.Path, key: str) -> float:
+    """Returns the seconds of a run: the most of its setting's arm so far, else of any run of that length."""
+    run = Run.from_key(key)
+    found = {"/".join(path.relative_to(output).parts[:-1]) for path in output.rglob(sweep.SUMMARY)}
+    alike = [other for other in map(Run.from_key, found) if other.pilot == run.pilot]
+    for same in (
+        lambda other: (other.setting, other.arm) == (run.setting, run.arm),
+        lambda other: SETTINGS[other.setting].tokens == SETTINGS[run.setting].tokens,
+    ):
+        seconds = [
+            sweep.read_summary(output, other.key)["wall_seconds"] for other in alike if same(other)
+        ]
+        if seconds:
+            return max(seconds)
+    return 0.0
+
+
+@contextlib.contextmanager
+def _start_of(run: Run):
+    """Draws theta at random inside, for an arm that asks for it."""
+    plain = train_step.init_variables
+
+    def init_variables(config, key):
+        def leaf(path, x):
+            if path[-1].key != "theta":
+                return x
+            salt = sum(jax.tree_util.keystr(path).encode())
+            return RANDOM_STD * jax.random.normal(jax.random.fold_in(key, salt), x.shape, x.dtype)
+
+        params, state = plain(config, key)
+        return jax.tree_util.tree_map_with_path(leaf, params), state
+
+    if not run.arm.endswith(RANDOM_START):
+        yield
+        return
+    with mock.patch.object(train_step, "init_variables", init_variables):
+        yield
+
+
+def train_one(options: argparse.Namespace) -> None:
+    """Trains one run in this process, and measures what its h_res does where the setting asks for it."""
+    run = Run.from_key(options.run)
+    fields = dict(field.split("=") for field in options.set)
+    fields = {name: int(value) for name, value in fields.items()}
+    config = run.config(options.data, options.steps, fields)
+    model = config.model
+    learned = {
+        "hc": model.hc_use_res,
+        "mhc": model.mhc_use_res and model.manifold != "identity",
+    }.get(model.connection, False)
+
+    def more(workdir: pathlib.Path) -> dict:
+        if not (learned and SETTINGS[run.setting].mixing) or run.pilot:
+            return {}
+        try:
+            found = {"mixing": mixing.mixing(workdir, config.eval_batches)}
+            if (model.connection, model.manifold) == ("mhc", "birkhoff"):
+                found["columns"] = columns.measure(mixing.trained_logits(workdir))
+        except Exception as error:  # the training is done, and counts without it
+            return {"not_measured": f"{type(error).__name__}: {error}"}
+        return found
+
+    with _start_of(run):
+        sweep.run_one(config, options.output, options.run, more)
+
+
+def store(payload: dict) -> list[pathlib.Path]:
+    """Writes one file a setting, `<device>_<setting>.json`, beside the runs that it already has."""
+    paths = []
+    everything = [*payload["runs"], *payload["missing"]]
+    for name in dict.fromkeys(Run.from_key(key).setting for key in everything):
+        device = f"{record.device_slug()}_{name}"
+        path = record.result_path(QUESTION, device)
+        before = record.read(path) if path.exists() else {"runs": {}, "missing": []}
+        runs = before["runs"] | _of(name, payload["runs"])
+        missing = {*before["missing"], *_of(name, payload["missing"])} - runs.keys()
+        rates = {name: payload["learning_rates"][name]} if name in payload["learning_rates"] else {}
+        content = {"data": payload["data"], "learning_rates": rates, "runs": runs}
+        content["missing"] = sorted(missing)
+        paths.append(record.write(QUESTION, content, device=device))
+    return paths
+
+
+def _of(name: str, runs):
+    """Returns those of a setting, of a dict by key or of keys."""
+    if isinstance(runs, dict):
+        return {key: runs[key] for key in _of(name, list(runs))}
+    return [key for key in runs if Run.from_key(key).setting == name]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.run:
-        fields = dict(field.split("=") for field in options.set)
-        fields = {name: int(value) for name, value in fields.items()}
-        config = Run.from_key(options.run).config(options.data, options.steps, fields)
-        sweep.run_one(config, options.output, options.run)
+        train_one(options)
         return
-    if options.summary or options.figures:
-        path = record.newest(QUESTION)
-        payload = record.read(path)
-    else:
-        payload = run(options)
-        if payload is None:
-            sys.exit(1)
-        path = record.write(QUESTION, payload)
+    if not (options.summary or options.figures):
+        print(*store(run(options)), sep="\n")
+    payload = stored()
     if options.summary or not options.figures:
         print(tables.format_all(payload))
+        print(sinkhorn.summary(record.read(record.newest("sinkhorn")), payload))
     if options.figures or not options.summary:
-        for figure in figures.draw_all(payload, path.parent):
-            print(figure)
+        folder = record.result_path(QUESTION, "cpu").parent
+        drawn = figures.draw_all(payload, folder) + charts.draw_all(payload, folder)
+        print(*drawn, sinkhorn.draw_newest(payload), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures of the comparison: loss gap, gains, gradient norm and collapse over training (Figs. 5, 3, 7)."""
+"""Draws the comparison: loss gap, gains, gradient norm and collapse over training (Figs. 5, 3, 7)."""
 
 import pathlib
 
@@ -7,28 +7,30 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.reproduction import tables
-from experiments.reproduction.settings import SETTINGS, Run
-from mhc_jax.analysis.colours import COLOURS
+from experiments.reproduction.settings import ARMS, SETTINGS, Run, Setting
+from mhc_jax.analysis.colours import choose
 from mhc_jax.analysis.style import AT_ONE, STYLE, draw, new_figure, write_figure
 from mhc_jax.analysis.style import log_axis as logarithmic
 
-ARM_COLOURS = {
-    "residual": COLOURS["residual"][0],
-    "HC": COLOURS["hc"][0],
-    "mHC": COLOURS["mhc"][0],
-    "identity": COLOURS["identity"][0],
-}
+# The settings whose loss, gains, gradient norm and collapse are drawn; `charts` has the others' questions.
+WHOLE = ("main", "depth", "architecture", "architecture_150m")
 
 
-def _curves(summaries: dict[int, dict], get) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [K] and values [seeds, K] of the points that all seeds have."""
+def colours_of(setting: Setting) -> dict[str, str]:
+    """Returns colours of its arms; those of "main" have their own everywhere."""
+    names = sorted(setting.arms, key=lambda arm: arm not in ARMS)
+    return dict(zip(names, choose(names)))
+
+
+def curves(summaries: dict[int, dict], get) -> tuple[np.ndarray, np.ndarray]:
+    """Returns steps [K] and values [seeds, K] of the points that all seeds have."""
     series = [dict((step, float(v)) for step, v in get(s)) for s in summaries.values()]
     steps = sorted(set.intersection(*(set(s) for s in series))) if series else []
     return np.array(steps), np.array([[s[step] for step in steps] for s in series])
 
 
-def _band(axes: Axes, tokens, values, colour, label, dashes="-", geometric=False) -> None:
-    """Mean over the seeds and, for several, one standard error on both sides."""
+def band(axes: Axes, tokens, values, colour, label, dashes="-", geometric=False) -> None:
+    """Draws the mean over the seeds and, for several, one standard error on both sides."""
     if not values.size:
         return
     logs = np.log(np.maximum(values, 1e-30)) if geometric else values
@@ -40,9 +42,10 @@ def _band(axes: Axes, tokens, values, colour, label, dashes="-", geometric=False
 
 
 def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
-    """Four panels over tokens: loss gap to residual, composite gain, gradient norm, second singular value."""
+    """Draws four panels over tokens: loss gap to residual, composite gain, gradient norm, singular value."""
     setting = SETTINGS[name]
-    per_step = setting.batch_size * setting.sequence_length / 1e6
+    per_step = setting.tokens_a_step / 1e6
+    colours = colours_of(setting)
     with matplotlib.rc_context(STYLE):
         figure = new_figure(6.6)
         (gap, gain), (norm, second) = figure.subplots(2, 2)
@@ -53,26 +56,26 @@ def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
                     continue
                 label = f"{arm}, rate {rate:g}" if len(rates) > 1 else arm
                 style = {"dashes": ("-", (0, (4, 2)))[number % 2], "label": label}
-                colour = ARM_COLOURS[arm]
+                colour = colours[arm]
                 base = tables.baseline(payload, name, rate)
                 both = sorted(found.keys() & base.keys())
-                steps, values = _curves({s: found[s] for s in both}, lambda s: s["validation"])
-                _, reference = _curves({s: base[s] for s in both}, lambda s: s["validation"])
+                steps, values = curves({s: found[s] for s in both}, lambda s: s["validation"])
+                _, reference = curves({s: base[s] for s in both}, lambda s: s["validation"])
                 if arm != "residual":
                     count = min(values.shape[-1], reference.shape[-1]) if values.size else 0
                     difference = values[..., :count] - reference[..., :count]
-                    _band(gap, per_step * steps[:count], difference, colour, **style)
+                    band(gap, per_step * steps[:count], difference, colour, **style)
                 for direction in ("forward", "backward"):
-                    steps, values = _curves(
+                    steps, values = curves(
                         found, lambda s, d=direction: s["gains"].get(f"composite_{d}", [])
                     )
                     only = direction == "forward"
-                    _band(gain, per_step * steps, values, colour, label if only else None,
+                    band(gain, per_step * steps, values, colour, label if only else None,
                           "-" if only else (0, (1, 1.5)), geometric=True)  # fmt: skip
-                steps, values = _curves(found, lambda s: s["grad_norm"])
-                _band(norm, per_step * steps, values, colour, geometric=True, **style)
-                steps, values = _curves(found, lambda s: s["gains"].get("second_singular", []))
-                _band(second, per_step * steps, values, colour, **style)
+                steps, values = curves(found, lambda s: s["grad_norm"])
+                band(norm, per_step * steps, values, colour, geometric=True, **style)
+                steps, values = curves(found, lambda s: s["gains"].get("second_singular", []))
+                band(second, per_step * steps, values, colour, **style)
         gap.axhline(0, **AT_ONE)
         if max(map(abs, gap.get_ylim())) > 1:  # an arm fell apart: the others must stay visible
             gap.set_yscale("symlog", linthresh=0.1)
@@ -96,6 +99,6 @@ def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
 
 
 def draw_all(payload: dict, folder: pathlib.Path) -> list[pathlib.Path]:
-    """One PNG a stored setting, in `folder`."""
-    present = {Run.from_key(key).setting for key in payload["runs"]}
-    return [draw_setting(payload, n, folder / f"{n}.png") for n in SETTINGS if n in present]
+    """Draws one PNG a comparison of whole trainings that has a counted run, in `folder`."""
+    present = {run.setting for key in payload["runs"] if not (run := Run.from_key(key)).pilot}
+    return [draw_setting(payload, n, folder / f"{n}.png") for n in WHOLE if n in present]

@@ -1,23 +1,34 @@
-"""Tables of the comparison, from the stored summaries: paired differences with standard errors."""
+"""Makes the tables of the comparison from stored summaries: paired differences with standard errors."""
 
 import math
 import statistics
 from collections.abc import Sequence
 
-from experiments.reproduction.settings import ARMS, SETTINGS, Run, choose, pilots
+from experiments import mixing
+from experiments.output import format_table
+from experiments.reproduction.settings import (
+    ARMS,
+    SCALING,
+    SETTINGS,
+    Run,
+    choose,
+    counted,
+    pilots,
+)
+from experiments.sweep import CURVE_POINTS
 
 # Differences that answer a question of their own.
 PAIRS = (("mHC", "HC"), ("mHC", "identity"), ("HC", "identity"))
 
 
 def loss(summary: dict) -> float:
-    """The last validation loss in nats a token; inf for a run that diverged."""
+    """Returns the last validation loss in nats a token; inf for a run that diverged."""
     value = summary["validation_loss"]
     return math.inf if value is None else float(value)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (nan for a single value)."""
+    """Returns the mean and its standard error (nan for a single value)."""
     values = list(values)
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return statistics.fmean(values), math.nan
@@ -25,24 +36,25 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def by_seed(payload: dict, setting: str, arm: str, rate: float) -> dict[int, dict]:
-    """Summaries of the counted runs of an arm at a rate, by seed."""
-    found = {}
+    """Returns summaries of the counted runs of an arm at a rate, by seed; a borrowed arm's are another's."""
+    found, seeds = {}, SETTINGS[setting].seeds
+    setting, arm = SETTINGS[setting].borrowed.get(arm, (setting, arm))
     for key, summary in payload["runs"].items():
         run = Run.from_key(key)
         same = (run.setting, run.arm, run.learning_rate) == (setting, arm, rate)
-        if same and not run.pilot and not run.repeat:
+        if same and run.seed in seeds and not run.repeat:
             found[run.seed] = summary
     return found
 
 
 def rates(payload: dict, setting: str, arm: str) -> list[float]:
-    """The learning rates at which an arm is counted."""
+    """Returns the learning rates at which an arm is counted."""
     chosen = payload["learning_rates"].get(setting, {})
     return chosen[arm] if chosen else list(SETTINGS[setting].learning_rates)
 
 
 def compared_rates(payload: dict, setting: str, arm: str) -> list[float]:
-    """The rates at which an arm is compared: its best where pilots chose, else every one."""
+    """Returns the rates at which an arm is compared: its best where pilots chose, else every one."""
     counted = rates(payload, setting, arm)
     if not payload["learning_rates"].get(setting):
         return counted
@@ -55,18 +67,18 @@ def compared_rates(payload: dict, setting: str, arm: str) -> list[float]:
 
 
 def baseline(payload: dict, setting: str, rate: float) -> dict[int, dict]:
-    """Residual's summaries by seed: at its own best rate where pilots chose, else at the same rate."""
+    """Returns residual's summaries by seed: at its best rate where pilots chose, else at the same rate."""
     own = compared_rates(payload, setting, "residual")
     return by_seed(payload, setting, "residual", rate if rate in own else own[0])
 
 
 def paired(a: dict[int, dict], b: dict[int, dict]) -> list[float]:
-    """Differences of the losses, seed by seed, of the seeds that both have."""
+    """Returns differences of the losses, seed by seed, for the seeds that both have."""
     return [loss(a[seed]) - loss(b[seed]) for seed in sorted(a.keys() & b.keys())]
 
 
 def largest(summaries: dict[int, dict], *names: str) -> float | None:
-    """Largest value of gain series over seeds and training."""
+    """Returns the largest value of gain series over seeds and training."""
     values = [
         float(value)
         for summary in summaries.values()
@@ -77,7 +89,7 @@ def largest(summaries: dict[int, dict], *names: str) -> float | None:
 
 
 def at_end(summaries: dict[int, dict], name: str) -> float | None:
-    """Mean over seeds of the last value of a gain series."""
+    """Returns the mean over seeds of the last value of a gain series."""
     values = [float(s["gains"][name][-1][1]) for s in summaries.values() if s["gains"].get(name)]
     return statistics.fmean(values) if values else None
 
@@ -105,7 +117,7 @@ def value_text(value: float | None) -> str:
 
 
 def comparison(payload: dict, setting: str) -> list[list[str]]:
-    """Rows of one setting: arm, rate, loss, paired difference to residual, gains, norms, collapse."""
+    """Lists one setting by rows: arm, rate, loss, paired difference to residual, gains, norms, collapse."""
     rows = [[
         "arm", "learning rate", "seeds", "validation loss", "minus residual (paired)",
         "composite gain fwd / bwd", "largest gradient norm", "second singular value",
@@ -133,7 +145,7 @@ def comparison(payload: dict, setting: str) -> list[list[str]]:
 
 
 def pairs(payload: dict, setting: str) -> list[list[str]]:
-    """Paired differences between the wide arms."""
+    """Returns paired differences between the wide arms."""
     rows = [["difference", "learning rates", "nats a token (paired)", "of each seed"]]
     for a, b in PAIRS:
         if not {a, b} <= set(SETTINGS[setting].arms):
@@ -149,20 +161,111 @@ def pairs(payload: dict, setting: str) -> list[list[str]]:
 
 
 def pilot_table(payload: dict, setting: str) -> list[list[str]]:
-    """Losses of the pilots: a row an arm, a column a learning rate; those counted are marked."""
+    """Lists losses of the pilots: a row an arm, a column a learning rate; those counted are marked."""
     tried = SETTINGS[setting].learning_rates
     rows = [["arm", *(f"{rate:g}" for rate in tried)]]
-    losses = {run.key: loss(payload["runs"][run.key]) for run in pilots(setting)}
-    chosen = choose(setting, losses)
+    found = {run: payload["runs"].get(run.key) for run in pilots(setting)}
+    losses = {run.key: loss(summary) for run, summary in found.items() if summary}
+    chosen = choose(setting, losses) if len(losses) == len(found) else {}
+    for arm in SETTINGS[setting].trained:
+        cells = []
+        for run in (run for run in found if run.arm == arm):
+            mark = "*" if run.learning_rate in chosen.get(arm, ()) else ""
+            cells.append(f"{losses[run.key]:.4f}{mark}" if run.key in losses else "missing")
+        rows.append([arm, *cells])
+    return rows
+
+
+def missing(payload: dict, setting: str) -> list[str]:
+    """Returns keys of the setting's runs that are not stored, with those that it borrows."""
+    chosen = payload["learning_rates"].get(setting, {})
+    wanted = [run.key for run in pilots(setting)]
+    if chosen or not wanted:
+        wanted += [run.key for run in counted(setting, chosen)]
+    lacking = [key for key in wanted if key not in payload["runs"]]
+    if wanted and not chosen and pilots(setting):
+        lacking.append(f"all counted runs of {setting}, whose rates no pilot has chosen yet")
+    for arm, (other, theirs) in SETTINGS[setting].borrowed.items():
+        have = by_seed(payload, setting, arm, SETTINGS[setting].learning_rates[0])
+        lacking += [f"{other}/{theirs}/seed{s}" for s in SETTINGS[setting].seeds if s not in have]
+    return lacking
+
+
+def replaced(payload: dict, setting: str) -> list[list[str]]:
+    """Shows what h_res does in the end: a row a run, see `experiments.mixing`. No rows but the head: none."""
+    found = {
+        f"{run.arm}, seed {run.seed}": summary["mixing"]
+        for key, summary in payload["runs"].items()
+        if (run := Run.from_key(key)).setting == setting and "mixing" in summary
+    }
+    return mixing.format_rows(found)
+
+
+def busiest(summary: dict, part: slice) -> float | None:
+    """Returns the mean of `moe/max_load` over a part of the training; None without experts."""
+    values = [float(value) for _, value in summary.get("max_load", [])[part]]
+    return statistics.fmean(values) if values else None
+
+
+def balance(payload: dict, setting: str) -> list[list[str]]:
+    """Lists the load of the busiest expert over the mean load in three tenths of the training."""
+    rows = [["arm", "first tenth", "middle", "last tenth"]]
+    tenth = CURVE_POINTS // 10
+    middle = slice(CURVE_POINTS // 2 - tenth // 2, CURVE_POINTS // 2 + tenth // 2)
+    parts = (slice(0, tenth), middle, slice(-tenth, None))
     for arm in SETTINGS[setting].arms:
-        each = [losses[run.key] for run in pilots(setting) if run.arm == arm]
-        marks = ["*" if rate in chosen[arm] else "" for rate in tried]
-        rows.append([arm, *(f"{v:.4f}{mark}" for v, mark in zip(each, marks))])
+        for rate in compared_rates(payload, setting, arm):
+            found = by_seed(payload, setting, arm, rate).values()
+            values = [[busiest(summary, part) for summary in found] for part in parts]
+            if values[0] and None not in values[0]:
+                rows.append([arm, *(f"{statistics.fmean(each):.2f}" for each in values)])
+    return rows
+
+
+def flops(setting: str) -> float:
+    """Returns training FLOPs of the residual model: 6 a token and parameter, no embedding, and attention."""
+    config = Run(setting, "residual", SETTINGS[setting].learning_rates[0], 0).config("", None)
+    model, shape = config.model, SETTINGS[setting]
+    a_block = 4 * model.width**2 + 3 * model.width * model.ffn_width
+    parameters = model.num_blocks * a_block + model.width * model.vocab_size
+    attention = 6 * model.num_blocks * model.width * shape.sequence_length  # causal
+    return (6 * parameters + attention) * shape.tokens
+
+
+def scaling(payload: dict) -> list[list[str]]:
+    """Lists Fig. 6 (a): a row a size, each arm at the best of its own rates."""
+    rows = [
+        [
+            "size",
+            "tokens",
+            "FLOPs",
+            "residual",
+            "mHC",
+            "absolute gap (paired)",
+            "loss ratio",
+            "seeds",
+        ]
+    ]
+    for name in SCALING:
+        a, b = (
+            by_seed(payload, name, arm, compared_rates(payload, name, arm)[0])
+            for arm in ("residual", "mHC")
+        )
+        gaps = paired(b, a)
+        start = [SETTINGS[name].description.split(",")[0], f"{SETTINGS[name].tokens / 1e6:.0f}M",
+                 f"{flops(name):.2g}"]  # fmt: skip
+        if not gaps:
+            rows.append([*start, *["missing"] * 5])
+            continue
+        ratio, error = mean_and_error([loss(b[s]) / loss(a[s]) for s in a.keys() & b.keys()])
+        means = (f"{statistics.fmean(map(loss, found.values())):.4f}" for found in (a, b))
+        percent = f"{100 * ratio:.2f} %" + ("" if math.isnan(error) else f" ± {100 * error:.2f}")
+        rows.append([*start, *means, difference(gaps), percent, str(len(gaps))])
     return rows
 
 
 def repeats(payload: dict) -> list[str]:
-    """A line for each run that was made twice: how far apart the curves are."""
+    """Writes a line for each run that was made twice: how far apart the curves are."""
     lines = []
     for key, again in payload["runs"].items():
         run = Run.from_key(key)
@@ -177,27 +280,25 @@ def repeats(payload: dict) -> list[str]:
     return lines
 
 
-def format_table(rows: list[list[str]]) -> str:
-    """Markdown, aligned for a terminal."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
 def format_all(payload: dict) -> str:
-    """Every table of the stored settings."""
+    """Writes every table, and under each the runs that it lacks."""
     parts = []
-    present = {Run.from_key(key).setting for key in payload["runs"]}
-    for name in (name for name in SETTINGS if name in present):
-        setting = SETTINGS[name]
+    for name, setting in SETTINGS.items():
         parts.append(
             f"## {name}: {setting.description}, {setting.tokens / 1e6:.0f}M tokens a run\n"
         )
+        if not any(Run.from_key(key).setting == name for key in payload["runs"]):
+            parts.append(f"Missing: all runs (--settings {name})\n")
+            continue
+        tables = [comparison(payload, name), replaced(payload, name), balance(payload, name)]
         if pilots(name):
             parts.append("Pilots: validation loss at each learning rate, * counted\n")
-            parts.append(format_table(pilot_table(payload, name)) + "\n")
-        parts.append(format_table(comparison(payload, name)) + "\n")
+            tables.insert(0, pilot_table(payload, name))
         if len(set(setting.arms) & set(ARMS)) > 2:
-            parts.append(format_table(pairs(payload, name)) + "\n")
-    return "\n".join([*parts, *repeats(payload)])
+            tables.insert(-2, pairs(payload, name))
+        parts += [format_table(rows) + "\n" for rows in tables if len(rows) > 1]
+        if lacking := missing(payload, name):
+            shown = ", ".join(lacking[:6]) + (" ..." if len(lacking) > 6 else "")
+            parts.append(f"Missing: {len(lacking)} runs ({shown})\n")
+    parts += ["## Fig. 6 (a): gap against compute\n", format_table(scaling(payload)) + "\n"]
+    return "\n".join([*parts, *repeats(payload), ""])

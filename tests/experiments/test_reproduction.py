@@ -3,8 +3,11 @@
 import contextlib
 import json
 import math
+import pathlib
 import re
+import time
 
+import jax
 import pytest
 
 from experiments import record, sweep
@@ -12,13 +15,34 @@ from experiments.init_study import __main__ as init_study
 from experiments.init_study import figure
 from experiments.init_study.runs import ALPHA_TIMES_ROW, all_runs, first_runs, second_runs
 from experiments.reproduction import __main__ as reproduction
-from experiments.reproduction import figures, tables
-from experiments.reproduction.settings import ARMS, SETTINGS, Run, choose, counted, pilots
+from experiments.reproduction import charts, figures, tables
+from experiments.reproduction.settings import (
+    ARMS,
+    RANDOM_STD,
+    SCALING,
+    SETTINGS,
+    Run,
+    choose,
+    counted,
+    pilots,
+)
+from experiments.reproduction.stored import stored
 from mhc_jax import train as training
+from mhc_jax.train_step import abstract_state
 
 TOY = {"model.num_blocks": 1, "model.width": 16, "model.num_heads": 2, "model.ffn_width": 16,
        "batch_size": 2, "data.sequence_length": 16, "eval_batches": 1}  # fmt: skip
+TEXTS = 10
 TIMES = ("wall_seconds", "seconds_per_step", "environment")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """The glob of a small corpus: the standard library's windows of toy length are many."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(TEXTS):
+        (folder / f"{number}.txt").write_text(f"{number} streams mix, " * 200)
+    return f"{folder}/*.txt"
 
 
 def stop_after(step):
@@ -31,9 +55,9 @@ def stop_after(step):
     return signals
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, texts, monkeypatch):
     run = Run("main", "mHC", 1e-2, seed=3)
-    config = run.config("", 4, TOY)
+    config = run.config(texts, 4, TOY)
     sweep.run_one(config, tmp_path / "whole", run.key)
     with monkeypatch.context() as patch:
         patch.setattr(training.preemption, "stop_signals", stop_after(3))
@@ -53,9 +77,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_has_a_summary(tmp_path):
+def test_a_run_that_diverges_has_a_summary(tmp_path, texts):
     run = Run("main", "HC", 1e30, seed=0)
-    sweep.run_one(run.config("", 8, TOY), tmp_path, run.key)
+    sweep.run_one(run.config(texts, 8, TOY), tmp_path, run.key)
     found = sweep.read_summary(tmp_path, run.key)
     assert found["validation_loss"] is None
     assert "First non-finite" in found["diverged"]
@@ -145,12 +169,22 @@ def test_paired_differences_and_their_standard_error():
 def test_the_stored_results_are_whole_and_print(capsys, tmp_path):
     reproduction.main(["--summary"])
     printed = capsys.readouterr().out
-    for arm in ("HC", "mHC", "identity"):
-        assert re.search(rf"\| {arm} +\| 0.001 +\| 4 +\| 0\.67\d\d ± 0\.00\d\d \| -0\.01", printed)
-    payload = record.read(record.newest("reproduction"))
-    assert payload["missing"] == []
-    assert all((tmp_path / f"{n}.png").exists() or figures.draw_setting(payload, n, tmp_path / f"{n}.png")
-               for n in SETTINGS)  # fmt: skip
+    for arm, seeds in (
+        ("HC", 4),
+        ("mHC", 4),
+        ("identity", 4),
+        ("HC-res", "[23]"),
+        ("HC-res-pre", "[23]"),
+    ):
+        row = rf"\| {arm} +\| 0.001 +\| {seeds} +\| 0\.67\d\d ± 0\.00\d\d \| -0\.01"
+        assert re.search(row, printed), arm
+    assert re.search(r"\| mHC, seed 0 +\| 0\.679\d +\| \+0\.00\d\d ± [\d.]+ +\| \+0\.01", printed)
+    assert "| trained mHC (mixing)" in printed
+    payload = stored()
+    assert not tables.missing(payload, "main") + tables.missing(payload, "depth")
+    drawn = figures.draw_all(payload, tmp_path) + charts.draw_all(payload, tmp_path)
+    shown = pathlib.Path(record.__file__).parent / "reproduction/results"
+    assert {path.name for path in drawn} == {path.name for path in shown.glob("*.png")}
     init_study.main(["--summary"])
     assert "mhc_row400" in capsys.readouterr().out
 
@@ -178,3 +212,110 @@ def test_strict_json_of_a_summary(tmp_path):
         '{"step": 1, "train/loss": "nan", "validation/loss": 2.0, "train/grad_norm": "inf"}\n'
     )
     json.dumps(sweep.summarize(tmp_path), allow_nan=False)
+
+
+def test_borrowed_arms_are_those_of_another_setting_and_are_not_trained():
+    trained = {run.arm for run in counted("ablation", {})}
+    assert trained == set(SETTINGS["ablation"].arms) - set(ARMS)
+    runs = {
+        Run("main", arm, 1e-3, seed).key: summary(1.0 + seed) for arm in ARMS for seed in range(4)
+    }
+    runs[Run("ablation", "HC-res", 1e-3, 1).key] = summary(1.75)
+    payload = {"runs": runs, "learning_rates": {}}
+    assert set(tables.by_seed(payload, "ablation", "mHC", 1e-3)) == {0, 1, 2}
+    assert tables.by_seed(payload, "sinkhorn", "mHC-t20", 1e-3)[1]["validation_loss"] == 2.0
+    rows = {row[0]: row for row in tables.comparison(payload, "ablation")[1:]}
+    assert rows["HC-res"][4] == "-0.2500"
+    lacking = tables.missing(payload, "ablation")
+    assert "ablation/HC-res/lr0.001/seed0" in lacking
+    assert "ablation/HC-res/lr0.001/seed1" not in lacking
+    assert not any("main" in key for key in lacking)
+    del runs["main/mHC/lr0.001/seed2"]
+    assert "main/mHC/seed2" in tables.missing(payload, "ablation")
+    assert "Missing: all runs (--settings sinkhorn)" in tables.format_all(payload)
+
+
+def test_only_the_arm_with_a_random_start_has_one():
+    for arm in ("HC-res", "HC-res-random"):
+        run = Run("ablation", arm, 1e-3, 0)
+        model = run.config("", 4, TOY).model
+        with reproduction._start_of(run):
+            params, _ = reproduction.train_step.init_variables(model, jax.random.key(0))
+        theta = params["blocks"]["ffn_connection"]["theta"]
+        assert float(theta.std()) == pytest.approx(RANDOM_STD if "random" in arm else 0, rel=0.2)
+        assert float(params["blocks"]["ffn_connection"]["alpha"].min()) > 0
+
+
+def test_sizes_of_the_ladder():
+    shares = []
+    for name in SCALING:
+        setting = SETTINGS[name]
+        config = Run(name, "residual", 1e-3, 0).config("", None)
+        matrices = sum(
+            x.size
+            for path, x in jax.tree_util.tree_flatten_with_path(abstract_state(config).params)[0]
+            if path[-1].key == "kernel"
+        )
+        attention = 6 * config.model.num_blocks * config.model.width * setting.sequence_length
+        assert tables.flops(name) == (6 * matrices + attention) * setting.tokens
+        shares.append(setting.tokens / matrices)
+    assert min(shares) > 2.5
+    assert max(shares) < 2.7
+
+
+def test_no_run_is_started_that_the_time_cannot_hold(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(sweep, "_run_process", lambda module, key, *rest: started.append(key))
+    seconds = {"long": 60.0, "short": 5.0, "unknown": 0.0}
+    for deadline in (time.monotonic() + 30, None):
+        started.clear()
+        missing = sweep.run_all("m", list(seconds), tmp_path, [], per_gpu=1, deadline=deadline,
+                                seconds=seconds.get)  # fmt: skip
+        assert missing == list(seconds)
+        assert started == (list(seconds)[1:] if deadline else list(seconds))
+
+
+def test_the_time_of_a_run_is_that_of_its_like(tmp_path):
+    for key, wall in (("ablation/HC-res/lr0.001/seed0", 150), ("mixing/mHC/lr0.001/seed0", 120),
+                      ("architecture/mHC/lr0.001/seed100", 30)):  # fmt: skip
+        (tmp_path / key).mkdir(parents=True)
+        (tmp_path / key / sweep.SUMMARY).write_text(json.dumps({"wall_seconds": wall}))
+    for key, wall in (
+        ("ablation/HC-res/lr0.001/seed1", 150),
+        ("sinkhorn/mHC-t1/lr0.001/seed0", 150),
+        ("architecture/HC/lr0.001/seed100", 30),
+        ("architecture/HC/lr0.001/seed0", 0),
+    ):
+        assert reproduction._expected(tmp_path, key) == wall, key
+
+
+def test_results_of_several_machines_are_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "FOLDER", tmp_path)
+    for device, runs, missing in (
+        ("nvidia_h200", {"a": {"of": 1}, "b": {"of": 1}}, ["c"]),
+        ("nvidia_h100", {"b": {"of": 2}, "c": {"of": 2}}, ["d"]),
+    ):
+        about = {"learning_rates": {device: {}}, "missing": missing, "runs": runs}
+        path = record.write("reproduction", about, device=device)
+        content = record.read(path)
+        content["environment"]["date"] = "2026-01-0" + str(runs["b"]["of"])
+        path.write_text(json.dumps(content))
+    found = stored()
+    assert {key: run["of"] for key, run in found["runs"].items()} == {"a": 1, "b": 2, "c": 2}
+    assert found["missing"] == ["d"]
+    assert set(found["learning_rates"]) == {"nvidia_h200", "nvidia_h100"}
+
+
+def test_a_setting_has_a_file_of_its_own_and_later_runs_join_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "FOLDER", tmp_path)
+    first, second = (Run("ablation", "HC-res", 1e-3, seed).key for seed in (0, 1))
+    pilot = pilots("scaling_5m")[0].key
+    payload = {"data": "texts", "learning_rates": {"ablation": {}}, "missing": [second],
+               "runs": {first: {"of": 1}, pilot: {"of": 1}}}  # fmt: skip
+    assert {path.stem for path in reproduction.store(payload)} == {"cpu_ablation", "cpu_scaling_5m"}
+    assert stored()["missing"] == [second]
+    reproduction.store(payload | {"missing": [], "runs": {second: {"of": 2}}})
+    found = record.read(record.result_path("reproduction", "cpu_ablation"))
+    assert {key: run["of"] for key, run in found["runs"].items()} == {first: 1, second: 2}
+    assert found["missing"] == []
+    assert stored()["learning_rates"] == {"ablation": {}}

@@ -51,6 +51,9 @@ MODELS = {
     "hc": {"connection": "hc", "readout": "mean", "hc_use_pre": False, "implementation": None},
     "hc, h_post off": {"connection": "hc", "hc_use_post": False, "dtype": "bfloat16"},
     "hc, h_res off": {"connection": "hc", "hc_use_res": False},
+    "mhc, h_pre off": {"mhc_use_pre": False},
+    "mhc, h_post off": {"mhc_use_post": False},
+    "mhc, h_res off": {"mhc_use_res": False},
     "identity": {"manifold": "identity", "tie_embeddings": True, **EXPERTS},
 }
 
@@ -89,6 +92,9 @@ TABLE = {
     "hc_use_pre": (("hc", "hc, h_post off", "hc, h_res off"), _of(_CONNECTIONS, "use_pre")),
     "hc_use_post": (("hc", "hc, h_post off", "hc, h_res off"), _of(_CONNECTIONS, "use_post")),
     "hc_use_res": (("hc", "hc, h_post off", "hc, h_res off"), _of(_CONNECTIONS, "use_res")),
+    "mhc_use_pre": (("mhc", "mhc, h_pre off"), _of(_CONNECTIONS, "use_pre")),
+    "mhc_use_post": (("mhc", "mhc, h_post off"), _of(_CONNECTIONS, "use_post")),
+    "mhc_use_res": (("mhc", "mhc, h_res off"), _of(_CONNECTIONS, "use_res")),
     "implementation": (("mhc", "hc"), (*_of(_CONNECTIONS, "implementation"), "readout.implementation")),
 }  # fmt: skip
 
@@ -344,19 +350,22 @@ def mappings(streams, p, config):
         h_pre = alpha[0] * dynamic[:, 0] + bias[:n]
         h_post = alpha[1] * dynamic[:, 1] + bias[n : 2 * n]
         h_res = alpha[2] * dynamic[:, 2:] + bias[2 * n :].reshape(n, n)
-        return (
-            h_pre if config.hc_use_pre else np.full_like(h_pre, 1 / n),
-            h_post if config.hc_use_post else np.ones_like(h_post),
-            h_res if config.hc_use_res else np.broadcast_to(np.eye(n), h_res.shape),
+        used = config.hc_use_pre, config.hc_use_post, config.hc_use_res
+    else:
+        s, r = oracle.projection(streams, oracle.round_tf32(p["phi"]), config.norm_eps)
+        bias = p["bias"]
+        used = config.mhc_use_pre, config.mhc_use_post, config.mhc_use_res
+        if config.manifold == "identity" or not config.mhc_use_res:
+            used = *used[:2], False
+            s, bias = (np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n * n)]) for x in (s, bias))
+        h_pre, h_post, h_res = oracle.coefficients(
+            s, r, bias, p["alpha"], n, config.sinkhorn_iterations
         )
-    s, r = oracle.projection(streams, oracle.round_tf32(p["phi"]), config.norm_eps)
-    bias = p["bias"]
-    if config.manifold == "identity":
-        s, bias = (np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n * n)]) for x in (s, bias))
-    found = oracle.coefficients(s, r, bias, p["alpha"], n, config.sinkhorn_iterations)
-    if config.manifold == "identity":
-        return *found[:2], np.broadcast_to(np.eye(n), found[2].shape)
-    return found
+    return (
+        h_pre if used[0] else np.full_like(h_pre, 1 / n),
+        h_post if used[1] else np.ones_like(h_post),
+        h_res if used[2] else np.broadcast_to(np.eye(n), h_res.shape),
+    )
 
 
 def decoder(params, state, tokens, config):

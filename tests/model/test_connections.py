@@ -41,6 +41,30 @@ def randomize(connection, scale=0.3):
     return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
 
+def test_without_a_write_of_its_own_mhc_is_the_residual_network_whatever_is_learned():
+    """Rows of h_res sum to 1 and F begins with a norm: Table 1's arms of mHC without h_post."""
+    n, depth, x0 = 4, 3, normal(0, 5, C)
+    weights, norm = 0.3 * normal(1, depth, C, C), RMSNorm(C, eps=1e-20)
+
+    @functools.partial(jax.jit, static_argnames=("use_pre", "use_post"))
+    def run(weights, use_pre, use_post):
+        streams = expand(x0, n)
+        for index, w in enumerate(weights):
+            connection = ManifoldHyperConnections(
+                C, n, sublayer_index=index, use_pre=use_pre, use_post=use_post, implementation="xla"
+            )
+            connection = randomize(connection, scale=0.5)
+            streams = connection(streams, lambda y, w=w: jnp.tanh(norm(y) @ w))
+        return streams.reshape(-1, n, C).mean(1)
+
+    x = x0
+    for w in weights:
+        x = x + jnp.tanh(norm(x) @ w)
+    for use_pre in (True, False):
+        np.testing.assert_allclose(run(weights, use_pre, use_post=False), x, atol=2e-5)
+    assert np.abs(run(weights, True, use_post=True) - x).max() > 0.1
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("kind", WIDE)
 def test_starts_as_the_residual_connection(kind, n):

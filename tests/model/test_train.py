@@ -456,10 +456,12 @@ def test_workdir_from_before_blocks_could_be_written_out(tmp_path):
     train(config, tmp_path)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
-    del values["model"]["scan_blocks"]
+    for name in ("scan_blocks", "mhc_use_pre", "mhc_use_post", "mhc_use_res"):
+        del values["model"][name]
     path.write_text(json.dumps(values))
     written_out = dataclasses.replace(config.model, scan_blocks=False, loss_chunks=2)
     found, _, step = trained_module.load(tmp_path, written_out)
     assert found.model.scan_blocks
+    assert found.model.mhc_use_pre
     assert step == 1
     claim_workdir(config, tmp_path)

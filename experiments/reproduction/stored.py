@@ -1,0 +1,22 @@
+"""Reads the results that are stored, of every machine."""
+
+from experiments import record
+
+QUESTION = "reproduction"
+
+
+def stored() -> dict:
+    """Returns the results of every file in one payload; where two have a run, that of the newest."""
+    folder = record.result_path(QUESTION, "cpu").parent
+    contents = [record.read(path) for path in folder.glob("*.json")]
+    contents.sort(key=lambda content: content["environment"]["date"])
+    if not contents:
+        raise FileNotFoundError(
+            f"{folder} holds no recorded result: run python -m experiments.{QUESTION}"
+        )
+    merged = {"learning_rates": {}, "runs": {}}
+    for content in contents:
+        for name, values in merged.items():
+            values |= content[name]
+    missing = {key for content in contents for key in content["missing"]} - merged["runs"].keys()
+    return merged | {"missing": sorted(missing)}
