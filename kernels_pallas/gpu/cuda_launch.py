@@ -2,7 +2,7 @@
 
 CUDA C++ can say which register of which lane holds which element; Triton cannot. When a program is traced,
 NVRTC, the run-time compiler of CUDA that `jax[cuda13]` brings along, compiles the sources (`*.cu`). jaxlib's
-custom call for Triton's kernels launches the PTX. With `TRITON_INTERPRET=1` the same call runs
+call for Triton's kernels (`launch.TARGET`) launches the PTX. With `TRITON_INTERPRET=1` the same call runs
 `kernels_pallas.testing.emulate` (in a clone, with g++), just as Triton's kernels run in its interpreter.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from kernels_pallas.gpu import device
 from kernels_pallas.gpu.device import INTERPRET
-from kernels_pallas.gpu.launch import Launch
+from kernels_pallas.gpu.launch import TARGET, Launch
 
 _FOLDER = pathlib.Path(__file__).parents[1]
 _log = logging.getLogger(__name__)
@@ -71,13 +71,9 @@ class CudaLaunch(Launch):
         ]
         grid = (*self.grid, 1, 1)[:3]
         call = gpu_triton.TritonKernelCall(kernel, *grid, parameters)
-        run = jax.ffi.ffi_call(  # type: ignore[call-overload]  # bytes, as jax_triton passes them
-            "triton_kernel_call",
-            self.outputs,
-            custom_call_api_version=2,
-            legacy_backend_config=zlib.compress(call.to_proto(self.kernel, b"")),
-        )
-        return tuple(run(*[a for a in args if not isinstance(a, int)]))
+        opaque = zlib.compress(call.to_proto(self.kernel, b""))
+        arrays = [a for a in args if not isinstance(a, int)]
+        return tuple(jax.ffi.ffi_call(TARGET, self.outputs)(*arrays, opaque=opaque))
 
     def _run_numpy(self, args: list) -> tuple[np.ndarray, ...]:
         return self.emulate(*args)

@@ -16,6 +16,9 @@ import numpy as np
 from kernels_pallas.gpu.device import INTERPRET
 from kernels_pallas.varying import alike, as_varying, varying_axes
 
+# jaxlib's call that launches PTX. XLA may record it in CUDA graphs, as most of a program; the older
+# "triton_kernel_call" it may not, and the GPU then waits for the host around each of our kernels.
+TARGET = "triton_kernel_call_ffi"
 # Triton's interpreter keeps the kernel that runs in globals; several devices call it at the same time.
 _interpreter = threading.Lock()
 

@@ -1,14 +1,16 @@
 """Launches Triton kernels from JAX through jax_triton, and on the CPU in Triton's interpreter."""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.gpu import device
 from kernels_pallas.gpu.device import INTERPRET
-from kernels_pallas.gpu.launch import Launch
+from kernels_pallas.gpu.launch import TARGET, Launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class TritonLaunch(Launch):
     def _call(self, args: list) -> tuple[jax.Array, ...]:
         import jax_triton  # fails where jax has no CUDA, hence only here
 
+        _lower_to_ffi()
         return tuple(
             jax_triton.triton_call(
                 *args,
@@ -32,6 +35,8 @@ class TritonLaunch(Launch):
                 grid=self.grid,
                 num_warps=self.num_warps,
                 num_stages=self.num_stages,
+                compute_capability=device.capability(),
+                custom_call_target_name=TARGET,
                 **self.constants,
             )
         )
@@ -44,17 +49,42 @@ class TritonLaunch(Launch):
         """Runs the kernel on torch tensors (of a GPU, or of the CPU when interpreting)."""
         import torch
 
-        device = next(a.device for a in args if not isinstance(a, int))
+        place = next(a.device for a in args if not isinstance(a, int))
         # Filled with NaN: an element that the kernel forgets is then seen.
         outputs = [
-            torch.full(o.shape, math.nan, dtype=_torch_dtype(o.dtype), device=device)
+            torch.full(o.shape, math.nan, dtype=_torch_dtype(o.dtype), device=place)
             if INTERPRET
-            else torch.empty(o.shape, dtype=_torch_dtype(o.dtype), device=device)
+            else torch.empty(o.shape, dtype=_torch_dtype(o.dtype), device=place)
             for o in self.outputs
         ]
         options = {} if INTERPRET else {"num_warps": self.num_warps, "num_stages": self.num_stages}
         self.kernel[self.grid](*args, *outputs, **self.constants, **options)
         return tuple(convert(tensor, o.dtype) for tensor, o in zip(outputs, self.outputs))
+
+
+@functools.cache
+def _lower_to_ffi() -> None:
+    """Makes jax_triton write calls of `TARGET` as XLA reads them; its other calls stay as they are.
+
+    jax_triton 0.3 takes the name of a target, but writes every call in the form of the older one.
+    """
+    from jax.interpreters import mlir
+    from jax.interpreters.mlir import ir
+    from jax_triton import triton_lib
+
+    def lower(ctx, *args, **parameters):
+        results = triton_lib.triton_kernel_call_lowering(
+            triton_lib.get_cuda_backend, ctx, *args, **parameters
+        )
+        call = results[0].owner
+        if ir.StringAttr(call.attributes["call_target_name"]).value == TARGET:
+            config = call.attributes["backend_config"]
+            call.attributes["backend_config"] = ir.DictAttr.get({"opaque": config})
+            version = ir.IntegerType.get_signless(32)
+            call.attributes["api_version"] = ir.IntegerAttr.get(version, 4)
+        return results
+
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
 
 
 def _torch_dtype(dtype):
