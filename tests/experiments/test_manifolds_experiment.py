@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from experiments import sweep
@@ -86,3 +87,21 @@ def test_the_command_trains_measures_and_draws(payload, tmp_path, monkeypatch, c
     assert json.loads((tmp_path / "toy.json").read_text())["times"] == payload["times"]
     for name in ("arms.png", "widths.png"):
         assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_arms_that_differ_in_the_manifold_train_states_of_their_own(monkeypatch):
+    options = study.parse_arguments(["--toy"])
+    arms = ("mHC", "identity", "mHC, static")
+    configs = {arm: study.config_of(Run(arm, 0), options) for arm in arms}
+    monkeypatch.setattr(study.step_time, "TIMED", 1)
+
+    def compiled(arm):
+        def step(state, batch):
+            assert state == arm
+            return state, {"train/loss": 0.0}
+
+        return (lambda: arm), step
+
+    found = {arm: compiled(arm) for arm in arms}
+    rounds = study.step_time.time_arms(configs, found, np.random.default_rng(0))
+    assert rounds.keys() == configs.keys()
