@@ -166,6 +166,7 @@ def test_files_that_do_not_fit(tmp_path, exported):
         ({"attention": "mha"}, "model.attention='mha' cannot be exported: DeepSeek-V3 has mla"),
         ({"connection": "hc"}, "model.connection='hc' cannot be exported"),
         (MHC | {"manifold": "identity"}, "model.manifold='identity' cannot be exported"),
+        (MHC | {"static_res": True}, "model.static_res=True cannot be exported"),
     ):
         with pytest.raises(ValueError, match=message):
             huggingface.to_deepseek_v3({}, dataclasses.replace(CONFIG.model, **change))
