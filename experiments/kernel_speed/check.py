@@ -13,6 +13,9 @@ EPS = 1e-6
 # (leading shape, C, n): odd, tiny, the fast path, batch axes; from 128 on for the CUDA kernels too.
 ODD = (((37,), 200, 4), ((5,), 136, 2), ((33,), 129, 8), ((6,), 72, 8))
 SHAPES = (*ODD, ((37,), 128, 4), ((2, 256), 2560, 4), ((1,), 1280, 4))
+# Of the operations that take any n, in bfloat16 alone.
+ANY_N = (((21,), 136, 3), ((9,), 72, 6), ((37,), 128, 4), ((2, 256), 2560, 4))
+OF_ANY_N = ("pre", "post_res", *(case for case in oracle.LEAVES if "_logits" in case))
 # Of boundary+norm in bfloat16 alone.
 WIDE = (((1000,), 1536, 4), ((129,), 1920, 4), ((257,), 3072, 4), ((4099,), 1280, 4))
 
@@ -32,6 +35,8 @@ def _arguments(case: str, lead: tuple[int, ...], C: int, n: int) -> list[tuple[s
         "post_res": update,
         "read": [streams, *parameters],
         "boundary": [*update, *parameters],
+        "read_logits": [streams, *parameters],
+        "boundary_logits": [*update, *parameters],
     }[op]
     return [*arrays, ("f", (C,))] if norm else arrays
 
@@ -39,7 +44,7 @@ def _arguments(case: str, lead: tuple[int, ...], C: int, n: int) -> list[tuple[s
 def _call(case: str, n: int, implementation: str) -> Callable:
     op, _, norm = case.partition("+")
     options = {"implementation": implementation}
-    if op in ("coefficients", "read", "boundary"):
+    if op == "coefficients" or op.startswith(("read", "boundary")):
         options["n"] = n
 
     def call(*arrays):
@@ -78,13 +83,14 @@ def _truth(case: str, arrays, cotangents, n: int, new_streams) -> list[np.ndarra
         return [oracle.rms_norm(h, weight, EPS), *oracle.pre_vjp(*arrays, dh), dweight]
     if op == "post_res":
         return [oracle.post_res(*arrays), *oracle.post_res_vjp(*arrays, *cotangents)]
-    if op == "read":
+    options = {"eps": EPS, "maps": oracle.LOGITS if op.endswith("_logits") else oracle.MAPPINGS}
+    if op.startswith("read"):
         args = (*arrays, weight)
         return [
-            *oracle.read(*args, n, eps=EPS),
-            *oracle.read_vjp(*args, cotangents, n, eps=EPS),
+            *oracle.read(*args, n, **options),
+            *oracle.read_vjp(*args, cotangents, n, **options),
         ]
-    args, options = (arrays[:4], *arrays[4:], weight), {"seen": new_streams, "eps": EPS}
+    args, options = (arrays[:4], *arrays[4:], weight), {"seen": new_streams, **options}
     return [
         *oracle.boundary(*args, n, **options),
         *oracle.boundary_vjp(*args, cotangents, n, **options),
@@ -172,10 +178,16 @@ def check_case(case, lead, C, n, dtype, implementation) -> str | None:
 
 
 def run(
-    shapes=SHAPES, wide=WIDE, dtypes=(jnp.bfloat16, jnp.float32), transformations: bool = True
+    shapes=SHAPES,
+    wide=WIDE,
+    any_n=ANY_N,
+    dtypes=(jnp.bfloat16, jnp.float32),
+    transformations: bool = True,
 ) -> bool:
     """Prints one line a case; returns whether every leaf is within its limit and the bits stay the same."""
-    cases = [(c, *s, d) for s in shapes for d in dtypes for c in oracle.LEAVES]
+    others = [case for case in oracle.LEAVES if "_logits" not in case]
+    cases = [(c, *s, d) for s in shapes for d in dtypes for c in others]
+    cases += [(c, *s, jnp.bfloat16) for s in any_n for c in OF_ANY_N]
     cases += [("boundary+norm", *s, jnp.bfloat16) for s in wide]
     bad = [
         check_case(*case, implementation)
