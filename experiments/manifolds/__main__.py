@@ -29,6 +29,7 @@ from mhc_jax.config import Config
 QUESTION = "manifolds"
 MODULE = f"experiments.{QUESTION}"
 PARTS = ("arms", "widths", "times")
+TIMES = "times.json"  # beside the workdirs
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -120,6 +121,10 @@ def measure(options: argparse.Namespace) -> dict[str, dict]:
     }  # fmt: skip
 
 
+def _stored(path: pathlib.Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.run:
@@ -136,14 +141,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     runs = wanted(options)
     found = train(runs, options)
-    missing = [run.key for run in runs if run.key not in found]
-    if missing:
+    if len(found) < len(runs):
         sys.exit(1)
+    times = options.output / TIMES
+    if "times" in options.parts:
+        measured = measure(options)
+        options.output.mkdir(parents=True, exist_ok=True)
+        times.write_text(json.dumps(_stored(times) | measured, indent=1) + "\n")
+    kept = dict.fromkeys([*settings.all_runs(), *runs])
     payload = {
         "data": options.data or "stdlib",
         "learning_rate": settings.LEARNING_RATE,
-        "runs": found,
-        "times": measure(options) if "times" in options.parts else {},
+        # With what earlier commands left, which may have asked for other parts.
+        "runs": sweep.read_summaries(options.output, [run.key for run in kept]),
+        "times": _stored(times),
     }
     print(tables.format_all(payload))
     if options.toy:

@@ -87,6 +87,12 @@ def comparison(arms: tuple[str, ...], seeds: tuple[int, ...]) -> list[Run]:
     return [Run(arm, seed) for seed in seeds for arm in arms]
 
 
+def all_runs() -> list[Run]:
+    """Every run of the study, none twice."""
+    runs = comparison(tuple(ARMS), SEEDS) + widths(STREAMS, SEEDS)
+    return list(dict.fromkeys(runs))
+
+
 def widths(streams: tuple[int, ...], seeds: tuple[int, ...]) -> list[Run]:
     """The arms whose n is varied; n = 4 is that of the comparison, and n = 1 runs once."""
     return [

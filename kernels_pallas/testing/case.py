@@ -18,7 +18,7 @@ BF16, F32 = jnp.bfloat16, jnp.float32
 # Array -> its axes. T are those of the tokens, m = n*n + 2*n.
 AXES = {
     **{"x": "T nC", "y": "T C", "h": "T n", "hh": "T n n", "logits": "T n n", "s": "T m", "r": "T"},
-    **{"phi": "nC m", "bias": "m", "alpha": "3", "weight": "C"},
+    **{"phi": "nC m", "bias": "m", "alpha": "3", "weight": "C", "flat": "T nn"},
 }
 STREAMS = ("x", "y")  # in the dtype of the streams; all others are float32
 ARGUMENTS = {
@@ -30,17 +30,19 @@ ARGUMENTS = {
     "post_res": "x y h hh",
     "read": "x phi bias alpha",
     "boundary": "x y h hh phi bias alpha",
+    "read_logits": "x phi bias alpha",
+    "boundary_logits": "x y h hh phi bias alpha",
 }
 """Arrays of an operation; those with a norm take `weight` behind them."""
-TAKES_N = ("mappings", "coefficients", "read", "boundary")
 # Their oracle takes the weight or None, then all cotangents as one tuple.
-FUSED = ("read", "boundary")
+FUSED = ("read", "boundary", "read_logits", "boundary_logits")
 # Of those: they write, and their oracle takes the update as one tuple, and the new streams that were seen.
-WRITES = ("boundary",)
+WRITES = ("boundary", "boundary_logits")
+TAKES_N = ("mappings", "coefficients", *FUSED)
 # Output of an operation -> the array that is like it.
 _LIKE = {
     **{"s": "s", "r": "r", "h_pre": "h", "h_post": "h", "h_res": "hh"},
-    **{"layer_input": "y", "streams": "x", "new_streams": "x"},
+    **{"layer_input": "y", "streams": "x", "new_streams": "x", "logits": "flat"},
 }
 _STDS = (0.1, 1.0, 3.0, 10.0)  # of logits, in turn
 WIDE = 10.0  # of what makes logits, in every second draw
@@ -48,7 +50,15 @@ WIDE = 10.0  # of what makes logits, in every second draw
 
 def shape(name: str, lead: tuple[int, ...], C: int, n: int) -> tuple[int, ...]:
     """Returns the shape of an array of `AXES`, tokens `lead`."""
-    sizes = {"T": lead, "nC": (n * C,), "m": (n * n + 2 * n,), "n": (n,), "C": (C,), "3": (3,)}
+    sizes = {
+        "T": lead,
+        "nC": (n * C,),
+        "m": (n * n + 2 * n,),
+        "n": (n,),
+        "C": (C,),
+        "3": (3,),
+        "nn": (n * n,),
+    }
     return sum((sizes[axis] for axis in AXES[name].split()), ())
 
 

@@ -36,6 +36,7 @@ _ROWS = (
 _SINKHORN = {"num_iterations": 2, "eps": 0.2, "last": "columns"}
 _COEFFICIENTS = {"num_iterations": 2, "sinkhorn_eps": 0.2, "last": "columns", "pre_eps": 0.3}
 _READ = {**_COEFFICIENTS, "norm_eps": 0.7}
+_LOGITS = {"pre_eps": 0.3, "norm_eps": 0.7}
 _FEW = {"T": 5, "C": 8, "n": 2, "on": _ALL}  # 2 streams compile fast
 _CUDA = {"T": 3, "C": 64, "n": 4, "dtype": BF16, "on": "cuda"}
 
@@ -100,4 +101,11 @@ CASES = (
     ),
     Case("boundary", **_FEW, norm=0.4, options=_READ),
     Case("boundary", **_CUDA, norm=0.4, options=_READ),
+    # tests/kernels/test_logits.py has other numbers of logits.
+    Case("read_logits", 9, 72, 6, BF16),
+    Case("read_logits", **_FEW, norm=0.4, options=_LOGITS),
+    Case("read_logits", **_CUDA, norm=0.4, options=_LOGITS),
+    Case("boundary_logits", 21, 136, 3, BF16, norm=EPS),
+    Case("boundary_logits", **_FEW, norm=0.4, options=_LOGITS),
+    Case("boundary_logits", **_CUDA, norm=0.4, options=_LOGITS),
 )

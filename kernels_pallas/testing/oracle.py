@@ -10,6 +10,8 @@ before it is multiplied with h_pre. phi is used as given, so round it to TF32 fi
 `error` allows for that.
 """
 
+import functools
+
 import numpy as np
 
 FLOAT32 = 2e-6
@@ -313,6 +315,11 @@ def boundary_vjp(update, phi, bias, alpha, weight, cotangents, n, *, seen=None, 
     stored = _stored(post_res(*update), update[0], seen)
     g, *d_parameters = read_vjp(stored, phi, bias, alpha, weight, cotangents, n, **options)
     return *post_res_vjp(*update, g), *d_parameters
+
+
+read_logits, read_logits_vjp, boundary_logits, boundary_logits_vjp = (
+    functools.partial(f, maps=LOGITS) for f in (read, read_vjp, boundary, boundary_vjp)
+)
 
 
 def error(actual, truth):

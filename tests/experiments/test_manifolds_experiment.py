@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from experiments import sweep
@@ -21,6 +22,7 @@ def summary(loss, gain=None):
 def test_runs_differ_in_the_connection_alone_and_none_is_made_twice():
     options = study.parse_arguments([])
     runs = study.wanted(options)
+    assert set(runs) == set(settings.all_runs())
     assert len({run.key for run in runs}) == len(runs) == 3 * (len(ARMS) + 9)
     assert [Run.from_key(run.key) for run in runs] == runs
     with pytest.raises(ValueError, match="'mHC/n4' is no run"):
@@ -77,12 +79,34 @@ def test_the_command_trains_measures_and_draws(payload, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(sweep, "run_one", run_one)
     monkeypatch.setattr(study, "measure", lambda options: payload["times"])
-    for _ in range(2):  # the second time nothing is trained
-        study.main(["--toy", "--output", str(tmp_path)])
+    study.main(["--toy", "--output", str(tmp_path)])
+    # The second time nothing is trained or measured; the file has all that is there.
+    monkeypatch.setattr(study, "measure", lambda options: pytest.fail("measured again"))
+    study.main(["--toy", "--output", str(tmp_path), "--parts", "arms"])
     keys = ["residual/n4", "mHC/n4", "orthogonal/n4", "mHC/n3", "identity/n3", "identity/n4"]
     assert trained == [(f"{key}/seed0", settings.TOY_STEPS, 16) for key in keys]
     printed = capsys.readouterr().out
     assert "| orthogonal | 1     | 1.3000" in printed
-    assert json.loads((tmp_path / "toy.json").read_text())["times"] == payload["times"]
+    stored = json.loads((tmp_path / "toy.json").read_text())
+    assert stored["times"] == payload["times"]
+    assert stored["runs"].keys() == {f"{key}/seed0" for key in keys}
     for name in ("arms.png", "widths.png"):
         assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_arms_that_differ_in_the_manifold_train_states_of_their_own(monkeypatch):
+    options = study.parse_arguments(["--toy"])
+    arms = ("mHC", "identity", "mHC, static")
+    configs = {arm: study.config_of(Run(arm, 0), options) for arm in arms}
+    monkeypatch.setattr(study.step_time, "TIMED", 1)
+
+    def compiled(arm):
+        def step(state, batch):
+            assert state == arm
+            return state, {"train/loss": 0.0}
+
+        return (lambda: arm), step
+
+    found = {arm: compiled(arm) for arm in arms}
+    rounds = study.step_time.time_arms(configs, found, np.random.default_rng(0))
+    assert rounds.keys() == configs.keys()

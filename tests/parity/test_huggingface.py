@@ -168,6 +168,7 @@ def test_files_that_do_not_fit(tmp_path, exported):
         ({"connection": "hc"}, "model.connection='hc' cannot be exported"),
         (MHC | {"manifold": "identity"}, "model.manifold='identity' cannot be exported"),
         (MHC | {"mhc_use_pre": False}, "model.mhc_use_pre=False cannot be exported"),
+        (MHC | {"static_res": True}, "model.static_res=True cannot be exported"),
     ):
         with pytest.raises(ValueError, match=message):
             huggingface.to_deepseek_v3({}, dataclasses.replace(CONFIG.model, **change))
