@@ -9,13 +9,13 @@ import numpy as np
 
 import kernels_pallas as kp
 from kernels_pallas.testing import oracle  # in a clone
-from kernels_pallas.testing.case import BF16, F32, Case, value_and_cotangents
+from kernels_pallas.testing.case import BF16, F32, WRITES, Case, value_and_cotangents
 from kernels_pallas.testing.cases import CASES, EPS
 
 # T, C, n: an odd width, the fast path, batch axes; from 128 on for the CUDA kernels too. Tiny sizes and
 # other numbers of streams are in `CASES`.
 SHAPES = ((33, 129, 8), (37, 128, 4), ((2, 256), 2560, 4), (1, 1280, 4))
-# Of boundary+norm in bfloat16 alone.
+# Of operations that write, with a norm, in bfloat16 alone.
 WIDE = ((1000, 1536, 4), (129, 1920, 4), (257, 3072, 4), (4099, 1280, 4))
 
 
@@ -28,7 +28,7 @@ def cases(shapes=SHAPES, wide=WIDE, dtypes=(BF16, F32)) -> list[Case]:
         for dtype in dtypes
         for op, _, norm in names
     ]
-    return found + [Case("boundary", *shape, BF16, norm=EPS) for shape in wide]
+    return found + [Case(op, *shape, BF16, norm=EPS) for shape in wide for op in WRITES]
 
 
 def implementations(case: Case) -> tuple[str, ...]:

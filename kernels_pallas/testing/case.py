@@ -90,7 +90,7 @@ def values(name: str, numbers: Any, dtype) -> Any:
             0.05 * numbers
         )
     if name == "logits":
-        stds = np.resize(np.float32(_STDS), numbers.size // numbers.shape[-1] ** 2)
+        stds = np.resize(np.asarray(_STDS, np.float32), numbers.size // numbers.shape[-1] ** 2)
         return numbers * stds.reshape(*numbers.shape[:-2], 1, 1)
     return numbers
 
@@ -237,22 +237,23 @@ class Case:
           seen: the new streams as an implementation has written them, see `oracle.boundary`.
           other: round what is near the middle of two numbers the other way, see `oracle.round_bits`.
         """
-        arrays, cotangents = [*arrays], jax.tree.leaves(cotangents)
+        given: list = [*arrays]
+        cotangents = jax.tree.leaves(cotangents)
         options = {**self.options, **({"n": self.n} if self.op in TAKES_N else {})}
         name, extra = self.op, {}
         if self.norm is not None and not self.weight:
-            arrays.append(np.ones(self.C))
+            given.append(np.ones(self.C))
         if self.op == "pre" and self.norm is not None:
             name, options = "pre_normed", {**options, "eps": self.norm}
         if self.op in FUSED:
-            arrays += [None] * (self.norm is None)
+            given += [None] * (self.norm is None)
             cotangents = [cotangents]
             options["eps"] = self.norm
         if self.op in WRITES:
-            arrays, extra = [tuple(arrays[:4]), *arrays[4:]], {"seen": seen}
-        outputs = getattr(oracle, name)(*arrays, **options, **extra)
+            given, extra = [tuple(given[:4]), *given[4:]], {"seen": seen}
+        outputs = getattr(oracle, name)(*given, **options, **extra)
         extra |= {"other": True} if other else {}
-        gradients = getattr(oracle, f"{name}_vjp")(*arrays, *cotangents, **options, **extra)
+        gradients = getattr(oracle, f"{name}_vjp")(*given, *cotangents, **options, **extra)
         found = [*_listed(outputs), *_listed(gradients)]
         return found[: len(self.leaves())]
 
@@ -297,7 +298,7 @@ def _listed(x) -> list:
     return list(x) if isinstance(x, tuple) else [x]
 
 
-def _flat(name: str, x: jax.Array, lead: tuple[int, ...]) -> np.ndarray:
+def _flat(name: str, x: Any, lead: tuple[int, ...]) -> np.ndarray:
     """[*lead, ...] -> [T, ...]; parameters as they are."""
-    x = np.asarray(x)
-    return x.reshape(-1, *x.shape[len(lead) :]) if AXES[name].startswith("T") else x
+    array = np.asarray(x)
+    return array.reshape(-1, *array.shape[len(lead) :]) if AXES[name].startswith("T") else array

@@ -8,15 +8,17 @@ A new case is a line of `CASES`. A new operation is, beside it, a line of `ARGUM
 `oracle.LEAVES`, and `<op>` and `<op>_vjp` in the oracle.
 """
 
+from typing import Any
+
 from kernels_pallas.testing.case import BF16, F32, Case
 
 EPS = 1e-6  # of norms
 _ALL = "xla triton pallas"
-_SHORT = {"num_iterations": 4}  # runs the same code as 20
+_SHORT: dict[str, Any] = {"num_iterations": 4}  # runs the same code as 20
 # T, C, n, dtype, and where. Triton's interpreter needs 0.1 s a program, hence the few tokens. For TPUs, 300
 # tokens are three windows, an odd number for the two parts of a sum; blocks of 32 walk through a window of
 # 128 and end inside the second one.
-_ROWS = (
+_ROWS: tuple[dict[str, Any], ...] = (
     {"T": 21, "C": 136, "n": 4, "dtype": BF16, "on": _ALL},
     {"T": 300, "C": 200, "n": 4, "on": "pallas"},
     {"T": 150, "C": 128, "n": 4, "dtype": BF16, "on": "pallas", "block": 32},
@@ -33,12 +35,18 @@ _ROWS = (
 )
 # Every option of an operation at a value that is nobody's default: one that is lost on its way to a kernel
 # changes results by a tenth and more.
-_SINKHORN = {"num_iterations": 2, "eps": 0.2, "last": "columns"}
-_COEFFICIENTS = {"num_iterations": 2, "sinkhorn_eps": 0.2, "last": "columns", "pre_eps": 0.3}
-_READ = {**_COEFFICIENTS, "norm_eps": 0.7}
-_LOGITS = {"pre_eps": 0.3, "norm_eps": 0.7}
-_FEW = {"T": 5, "C": 8, "n": 2, "on": _ALL}  # 2 streams compile fast
-_CUDA = {"T": 3, "C": 64, "n": 4, "dtype": BF16, "on": "cuda"}
+_SINKHORN: dict[str, Any] = {"num_iterations": 2, "eps": 0.2, "last": "columns"}
+_COEFFICIENTS: dict[str, Any] = {
+    "num_iterations": 2,
+    "sinkhorn_eps": 0.2,
+    "last": "columns",
+    "pre_eps": 0.3,
+}
+_READ: dict[str, Any] = {**_COEFFICIENTS, "norm_eps": 0.7}
+_LOGITS: dict[str, Any] = {"pre_eps": 0.3, "norm_eps": 0.7}
+_FEW: dict[str, Any] = {"T": 5, "C": 8, "n": 2, "on": _ALL}  # 2 streams compile fast
+_LONG: dict[str, Any] = {"options": _SHORT, "on": "pallas", "slow": "pallas", "draws": 2}
+_CUDA: dict[str, Any] = {"T": 3, "C": 64, "n": 4, "dtype": BF16, "on": "cuda"}
 
 CASES = (
     *(Case(op, **rows) for op in ("projection", "pre", "post_res") for rows in _ROWS),
@@ -78,7 +86,7 @@ CASES = (
     Case("read", 3, 200, 2, on="xla triton"),
     Case("read", 69, 128, 4, BF16, on="cuda"),
     Case("read", 1, 64, 4, BF16, norm=EPS, on="cuda"),
-    Case("read", 150, 136, 2, norm=EPS, options=_SHORT, on="pallas", slow="pallas", draws=2),
+    Case("read", 150, 136, 2, F32, EPS, **_LONG),
     Case("read", **_FEW, norm=0.4, options=_READ),
     Case("read", **_FEW | {"on": "xla"}, norm=0.4, weight=False, options=_READ),
     Case("read", **_CUDA, norm=0.4, options=_READ),
@@ -95,10 +103,9 @@ CASES = (
     Case("boundary", 1, 320, 2, norm=EPS),
     Case("boundary", 1, 320, 2, BF16, norm=EPS),
     # Three windows in two parts; two windows of 512 tokens, in blocks of 128 (forward of 256).
-    *(
-        Case("boundary", *size, options=_SHORT, on="pallas", slow="pallas", draws=2)
-        for size in ((300, 200, 2, BF16, EPS), (1000, 24, 2, F32, EPS), (21, 40, 8, BF16))
-    ),
+    Case("boundary", 300, 200, 2, BF16, EPS, **_LONG),
+    Case("boundary", 1000, 24, 2, F32, EPS, **_LONG),
+    Case("boundary", 21, 40, 8, BF16, **_LONG),
     Case("boundary", **_FEW, norm=0.4, options=_READ),
     Case("boundary", **_CUDA, norm=0.4, options=_READ),
     # tests/kernels/test_logits.py has other numbers of logits.
