@@ -51,6 +51,7 @@ OPS = {
     "post_res": "post_res",
     "read": "boundary",
     "boundary": "boundary",
+    "look_ahead": "look_ahead",
 }
 
 _log = logging.getLogger(__name__)

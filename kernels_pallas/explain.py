@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.boundary import boundary, read
 from kernels_pallas.coefficients import coefficients
+from kernels_pallas.look_ahead import look_ahead
 from kernels_pallas.mappings import mappings
 from kernels_pallas.post_res import post_res
 from kernels_pallas.pre import pre
@@ -76,7 +77,7 @@ def explain(
       T: number of tokens.
       dtype: of the streams.
       num_iterations: t_max of Eq. 9.
-      norm: whether the layer input is normed (`pre`, `read`, `boundary`).
+      norm: whether the layer input is normed (`pre`, `read`, `boundary`, `look_ahead`).
       platform: "cpu", "gpu" or "tpu"; None: that of this process's devices.
 
     Raises:
@@ -85,7 +86,10 @@ def explain(
     op = getattr(op, "__name__", op)
     functions = {
         f.__name__: f
-        for f in (projection, coefficients, mappings, sinkhorn, pre, post_res, read, boundary)
+        for f in (
+            *(projection, coefficients, mappings, sinkhorn, pre, post_res),
+            *(read, boundary, look_ahead),
+        )
     }
     if op not in functions:
         raise ValueError(f"op={op!r} is no operation: use one of {', '.join(functions)}")
@@ -128,13 +132,14 @@ def _arguments(op, n, C, T, dtype, num_iterations, norm):
         "post_res": update,
         "read": (streams, *parameters),
         "boundary": (*update, *parameters),
+        "look_ahead": (*update, floats(T, n), *parameters),
     }[op]
     options = {}
-    if op in ("coefficients", "mappings", "read", "boundary"):
+    if op in ("coefficients", "mappings", "read", "boundary", "look_ahead"):
         options |= {"n": n}
-    if op in ("coefficients", "mappings", "sinkhorn", "read", "boundary"):
+    if op in ("coefficients", "mappings", "sinkhorn", "read", "boundary", "look_ahead"):
         options |= {"num_iterations": num_iterations}
-    if norm and op in ("read", "boundary"):
+    if norm and op in ("read", "boundary", "look_ahead"):
         options |= {"input_norm_eps": 1e-6}
     if norm and op == "pre":
         options |= {"norm_eps": 1e-6}
