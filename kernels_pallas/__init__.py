@@ -8,8 +8,8 @@ Every operation takes `implementation`: None, the best that the platform has, or
 - "xla": plain jnp, the definition. Runs everywhere.
 - "pallas": Pallas kernels for TPUs.
 - "triton": Triton kernels for NVIDIA GPUs, Triton alone.
-- "cuda": `read`, `boundary` and `look_ahead` on NVIDIA GPUs, with their large passes in CUDA C++ and their small kernels in
-  Triton.
+- "cuda": `read`, `boundary` and `look_ahead` on NVIDIA GPUs, with their large passes in CUDA C++ and their
+  small kernels in Triton.
 
 A named one runs or raises NotImplementedError; it never means another. Names by operation are text, as a
 configuration holds it: "boundary=cuda,sinkhorn=triton"; operations that it leaves out take None. `explain`

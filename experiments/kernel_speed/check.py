@@ -13,7 +13,7 @@ EPS = 1e-6
 # (leading shape, C, n): odd, tiny, the fast path, batch axes; from 128 on for the CUDA kernels too.
 ODD = (((37,), 200, 4), ((5,), 136, 2), ((33,), 129, 8), ((6,), 72, 8))
 SHAPES = (*ODD, ((37,), 128, 4), ((2, 256), 2560, 4), ((1,), 1280, 4))
-# Of boundary+norm in bfloat16 alone.
+# Of boundary+norm and look_ahead+norm in bfloat16 alone.
 WIDE = (((1000,), 1536, 4), ((129,), 1920, 4), ((257,), 3072, 4), ((4099,), 1280, 4))
 
 
@@ -32,6 +32,7 @@ def _arguments(case: str, lead: tuple[int, ...], C: int, n: int) -> list[tuple[s
         "post_res": update,
         "read": [streams, *parameters],
         "boundary": [*update, *parameters],
+        "look_ahead": [*update, h, *parameters],
     }[op]
     return [*arrays, ("f", (C,))] if norm else arrays
 
@@ -39,7 +40,7 @@ def _arguments(case: str, lead: tuple[int, ...], C: int, n: int) -> list[tuple[s
 def _call(case: str, n: int, implementation: str) -> Callable:
     op, _, norm = case.partition("+")
     options = {"implementation": implementation}
-    if op in ("coefficients", "read", "boundary"):
+    if op in ("coefficients", "read", "boundary", "look_ahead"):
         options["n"] = n
 
     def call(*arrays):
@@ -83,6 +84,13 @@ def _truth(case: str, arrays, cotangents, n: int, new_streams) -> list[np.ndarra
         return [
             *oracle.read(*args, n, eps=EPS),
             *oracle.read_vjp(*args, cotangents, n, eps=EPS),
+        ]
+    if op == "look_ahead":
+        args = (arrays[:4], *arrays[4:], weight)
+        options = {"seen": new_streams, "eps": EPS}
+        return [
+            *oracle.look_ahead(*args, n, **options),
+            *oracle.look_ahead_vjp(*args, cotangents, n, **options),
         ]
     args, options = (arrays[:4], *arrays[4:], weight), {"seen": new_streams, "eps": EPS}
     return [
@@ -135,7 +143,7 @@ def _takes(choice, name: str) -> bool:
 
 def check_case(case, lead, C, n, dtype, implementation) -> str | None:
     """Prints one line; returns what is wrong."""
-    rng = np.random.default_rng(0)
+    rng, op = np.random.default_rng(0), case.partition("+")[0]
     arguments = _arguments(case, lead, C, n)
     arrays = tuple(draw(rng, kind, shape, dtype) for kind, shape in arguments)
     f = _call(case, n, implementation)
@@ -153,7 +161,7 @@ def check_case(case, lead, C, n, dtype, implementation) -> str | None:
         tuple(_flat(x, lead, shape) for x, (_, shape) in zip(arrays, arguments)),
         tuple(_flat(x, lead, x.shape) for x in jax.tree.leaves(cotangents)),
         n,
-        flat[3] if case.startswith("boundary") else None,
+        flat[{"boundary": 3, "look_ahead": 4}[op]] if op in ("boundary", "look_ahead") else None,
     )
     found = oracle.judge(case, flat, truths, implementation)
     shares = {leaf: error / limit for leaf, (error, limit) in found.items()}
@@ -176,7 +184,7 @@ def run(
 ) -> bool:
     """Prints one line a case; returns whether every leaf is within its limit and the bits stay the same."""
     cases = [(c, *s, d) for s in shapes for d in dtypes for c in oracle.LEAVES]
-    cases += [("boundary+norm", *s, jnp.bfloat16) for s in wide]
+    cases += [(c, *s, jnp.bfloat16) for s in wide for c in ("boundary+norm", "look_ahead+norm")]
     bad = [
         check_case(*case, implementation)
         for case in cases

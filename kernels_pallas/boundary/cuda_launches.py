@@ -88,8 +88,8 @@ def backward_launch(
     phi [4C, 24], `coefficients.triton.Fragments`, T; without `mix`, y, h_post and h_res are not read.
     Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
 
-    With `look_ahead` (and `mix`) inverse and kappa_n [T, 4] and the weight [C] follow the fragments, which are
-    read with `norm`; sums have dh_pre too [C / 64, T, 24], and there are partial sums of dw [splits, C].
+    With `look_ahead` (and `mix`) inverse and kappa_n [T, 4] and the weight [C] follow the fragments; they are
+    read with `norm`. The sums have dh_pre too [C / 64, T, 24], and there are partial sums of dw [splits, C].
     """
     slabs = C // _COLUMNS
     splits = _splits(slabs, cdiv(T, _TOKENS))

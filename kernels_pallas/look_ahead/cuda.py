@@ -67,9 +67,7 @@ def backward(
     if static.has_norm:
         kappas = triton_norm.backward(saved.layer_input, d.layer_input, saved.inverse)
         norm = kappas, parameters.weight
-    launch = cuda_launches.backward_launch(
-        T, C, mix=True, look_ahead=True, norm=static.has_norm
-    )
+    launch = cuda_launches.backward_launch(T, C, mix=True, look_ahead=True, norm=static.has_norm)
     operands = *known.update, d_new, d.layer_input, known.h_pre, parameters.phi, *fragments
     dx, dy, d_mappings, dphi, d_weight = launch(*operands, *norm, T)
     d_parameters, dh_res, dh_post, dh_pre = sums.all_gradients(

@@ -1,4 +1,4 @@
-"""The norm of a layer input that is in memory already, in Triton: forward, and the sum that its backward needs."""
+"""The norm of a layer input that is in memory, in Triton: forward, and the sum that its backward needs."""
 
 import jax
 import triton
