@@ -14,6 +14,7 @@ if typing.TYPE_CHECKING:
         Residual,
         expand,
     )
+    from mhc_jax.look_ahead import LookAheadConnections, LookAheadMappings, first_pre
     from mhc_jax.manifolds import Birkhoff, Identity, Manifold
     from mhc_jax.readout import Readout
 
@@ -21,6 +22,8 @@ __all__ = [
     "Birkhoff",
     "HyperConnections",
     "Identity",
+    "LookAheadConnections",
+    "LookAheadMappings",
     "Manifold",
     "ManifoldHyperConnections",
     "Mappings",
@@ -29,12 +32,16 @@ __all__ = [
     "Residual",
     "__version__",
     "expand",
+    "first_pre",
 ]
 
 # Each name is imported on first use: jax takes seconds to import, and `mhc_jax.main` handles signals earlier.
 _PLACES = {
     **dict.fromkeys(__all__, "mhc_jax.connections"),
     **dict.fromkeys(("Birkhoff", "Identity", "Manifold"), "mhc_jax.manifolds"),
+    **dict.fromkeys(
+        ("LookAheadConnections", "LookAheadMappings", "first_pre"), "mhc_jax.look_ahead"
+    ),
     "Readout": "mhc_jax.readout",
     "__version__": "kernels_pallas",
 }

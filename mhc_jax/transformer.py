@@ -19,10 +19,11 @@ from mhc_jax.connections import (
     expand,
 )
 from mhc_jax.layers import RMSNorm, SwiGLU, linear, look_up
+from mhc_jax.look_ahead import LookAheadConnections
 from mhc_jax.losses import unembed
 from mhc_jax.manifolds import MANIFOLDS, Birkhoff
 from mhc_jax.moe import MoE, MoEAux
-from mhc_jax.readout import Readout
+from mhc_jax.readout import PREDICTION, Readout
 from mhc_jax.sharding import split_by_token
 
 
@@ -50,7 +51,8 @@ def make_connection(config: ModelConfig, sublayer_index: int | jax.Array) -> Con
         if config.manifold == "birkhoff"
         else MANIFOLDS[config.manifold]()
     )
-    return ManifoldHyperConnections(
+    make = LookAheadConnections if config.lookahead_pre else ManifoldHyperConnections
+    return make(
         config.width,
         config.n,
         manifold=manifold,
@@ -188,7 +190,7 @@ class Transformer(nnx.Module):
 
         self.blocks = make_blocks(rngs, jnp.arange(num_leading, config.num_blocks))
         self.readout = Readout(
-            config.readout,
+            PREDICTION if config.lookahead_pre else config.readout,
             config.width,
             config.streams,
             alpha_init=config.alpha_init,
@@ -216,8 +218,8 @@ class Transformer(nnx.Module):
 
     def hidden_with_aux(self, tokens: jax.Array) -> tuple[jax.Array, MoEAux | None]:
         """Returns the input of the unembedding, `[B, S, C]`, and the report like `with_aux`."""
-        streams, _, aux = self._run_blocks(tokens, analyse=False)
-        return self.norm(self.readout(streams)), aux
+        pending, _, aux = self._run_blocks(tokens, analyse=False)
+        return self._finish(pending), aux
 
     @property
     def unembedding(self) -> jax.Array:
@@ -230,7 +232,7 @@ class Transformer(nnx.Module):
         return self._run_blocks(tokens, analyse=True)[1]
 
     def _run_blocks(self, tokens, *, analyse):
-        """Returns the last streams, `Analysis` of all sublayers or None, and the stacked `MoEAux` or None."""
+        """Returns the last pending update, `Analysis` of all sublayers or None, and the stacked `MoEAux`."""
         connection = self.blocks.attention_connection  # start and post need no parameters
 
         def run(block, pending):
@@ -243,7 +245,7 @@ class Transformer(nnx.Module):
         scan = self.config.scan_blocks
         # Every step of a scan does a write; a first block outside the scan has none to do.
         first_in_scan = scan and not self.leading
-        pending = connection.start(streams) if first_in_scan else Pending(streams, None, None)
+        pending = connection.start(streams) if first_in_scan else connection.begin(streams)
         leading = []
         for block in self.leading:
             pending, (analysis, _) = run(block, pending)
@@ -262,7 +264,7 @@ class Transformer(nnx.Module):
         if analyse:  # [blocks, 2, ...] -> [L, ...]
             analysis = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), analysis)
             analysis = jax.tree.map(lambda *xs: jnp.concatenate(xs), *leading, analysis)
-        return connection.post(*pending), analysis, aux
+        return pending, analysis, aux
 
     def prefill(self, tokens: jax.Array) -> tuple[jax.Array, list, Any]:
         """As `hidden_with_aux`, with what the attentions keep of the tokens; see `mhc_jax.inference`.
@@ -344,7 +346,9 @@ class Transformer(nnx.Module):
         return self.blocks.attention_connection.start(streams)
 
     def _finish(self, pending: Pending) -> jax.Array:
-        return self.norm(self.readout(self.blocks.attention_connection.post(*pending)))
+        streams, _, mappings = self.blocks.attention_connection.settle(pending)
+        h_pre = (mappings.next_pre,) if self.config.lookahead_pre else ()
+        return self.norm(self.readout(streams, *h_pre))
 
     def _embed(self, tokens):
         table = self.embedding.embedding[...]
@@ -352,31 +356,32 @@ class Transformer(nnx.Module):
 
     def _run_groups(self, streams):
         """Does what `_run_blocks` does, in recompute blocks; see `mhc_jax.remat`."""
-        config = self.config
-        finish = self.blocks.attention_connection.post
+        config, connection = self.config, self.blocks.attention_connection
         size = config.blocks_per_group
 
-        def run(streams, blocks):
-            pending, reported = Pending(streams, None, None), []
+        def run(pending, blocks):
+            reported = []
             for block in blocks:
                 pending, _, aux = block(pending)
                 reported.append(aux)
-            return finish(*pending), reported
+            return connection.settle(pending), reported
+
+        pending = connection.begin(streams)
 
         for start in range(0, len(self.leading), size):
             graph, variables = nnx.split(nnx.List(list(self.leading)[start : start + size]))
             group = remat.checkpoint_group(
-                lambda streams, group, graph=graph: run(streams, nnx.merge(graph, group)),
+                lambda pending, group, graph=graph: run(pending, nnx.merge(graph, group)),
                 config.remat,
             )
-            streams, _ = group(streams, variables)
+            pending, _ = group(pending, variables)
         graph, variables = nnx.split(self.blocks)
-        streams, aux = remat.run_groups(
-            lambda streams, group: run(streams, [nnx.merge(graph, block) for block in group]),
-            streams,
+        pending, aux = remat.run_groups(
+            lambda pending, group: run(pending, [nnx.merge(graph, block) for block in group]),
+            pending,
             variables,
             policy=config.remat,
             blocks_per_group=size,
             scan=config.scan_blocks,
         )
-        return streams, None, aux
+        return pending, None, aux

@@ -144,9 +144,12 @@ def _read(path: epath.Path) -> Arm:
     config = read_config(path)
     connection = config["model"]["connection"]
     identity = connection == "mhc" and config["model"].get("manifold") == "identity"
+    name = "identity" if identity else NAMES.get(connection, connection)
+    if config["model"].get("lookahead_pre"):
+        name += ", look-ahead"
     return Arm(
         path=path,
-        name="identity" if identity else NAMES.get(connection, connection),
+        name=name,
         connection=connection,
         colour="",
         config=config,
