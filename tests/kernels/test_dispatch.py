@@ -16,7 +16,9 @@ X, H = jnp.ones((3, 4 * 16), BF16), jnp.ones((3, 4))
 
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_every_operation_has_a_backend_of_every_name_but_cuda(op):
-    names = {"xla", "pallas", "triton"} | ({"cuda"} if op in ("read", "boundary") else set())
+    names = {"xla", "pallas", "triton"} | (
+        {"cuda"} if op in ("read", "boundary", "look_ahead") else set()
+    )
     assert set(dispatch.implementations(op)) == names
 
 
@@ -56,7 +58,7 @@ def test_bad_names_say_what_there_is(implementation, message):
 
 def test_cuda_alone_is_no_name_for_a_model():
     with pytest.raises(
-        ValueError, match=r"post_res have no such kernel.*'read=cuda,boundary=cuda'"
+        ValueError, match=r"post_res have no such kernel.*'read=cuda,boundary=cuda,look_ahead=cuda'"
     ):
         dispatch.check_model("cuda")
     dispatch.check_model("read=cuda,boundary=cuda")

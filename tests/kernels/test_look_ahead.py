@@ -16,8 +16,9 @@ from kernels_pallas.look_ahead.contract import Known, ReadStatic
 from kernels_pallas.precision import round_to
 from kernels_pallas.testing import emulate, oracle
 
-EPS, ITERATIONS = 1e-6, 4
+EPS, ITERATIONS = 1e-6, 2
 HAS_TRITON = all(importlib.util.find_spec(name) for name in ("triton", "torch", "jax_triton"))
+SLOW = pytest.mark.slow  # to compile for the interpreter
 needs_gcc = pytest.mark.skipif(not emulate.available(), reason="no g++")
 triton_only = [
     pytest.mark.gpu_interpreter,
@@ -95,7 +96,7 @@ def test_definition_in_another_convention():
     ("implementation", "T", "C", "n", "dtype", "with_norm"),
     [
         pytest.param("triton", 3, 136, 4, BF16, True, marks=triton_only),
-        pytest.param("triton", 2, 72, 2, F32, False, marks=triton_only),
+        pytest.param("triton", 2, 72, 2, F32, False, marks=[*triton_only, SLOW]),
         pytest.param("cuda", 20, 64, 4, BF16, True, marks=[*triton_only, needs_gcc]),
     ],
 )
@@ -107,10 +108,11 @@ def test_gpu_kernels(implementation, T, C, n, dtype, with_norm):
 @pytest.mark.parametrize(
     ("T", "C", "n", "dtype", "with_norm"),
     [
-        pytest.param(37, 136, 4, BF16, True, id="norm"),
-        pytest.param(37, 40, 4, F32, False, id="float32"),
-        pytest.param(300, 24, 2, BF16, True, id="three-windows", marks=pytest.mark.slow),
-        pytest.param(21, 40, 8, BF16, True, id="n8", marks=pytest.mark.slow),
+        pytest.param(20, 24, 2, F32, True, id="n2-f32-norm"),
+        pytest.param(37, 136, 4, BF16, True, id="n4-bf16-norm", marks=SLOW),
+        pytest.param(37, 40, 4, F32, False, id="n4-f32", marks=SLOW),
+        pytest.param(300, 24, 2, BF16, True, id="three-windows", marks=SLOW),
+        pytest.param(21, 40, 8, BF16, True, id="n8-bf16-norm", marks=SLOW),
     ],
 )
 def test_pallas_kernels(T, C, n, dtype, with_norm):
@@ -159,7 +161,7 @@ def test_oracle_by_central_differences(convention):
 
 
 def test_transformations():
-    """vmap, remat, a scan, further axes and second derivatives give what the flat call gives."""
+    """vmap, remat and a scan give what the flat call gives."""
     n, C = 2, 4
     args, _ = draw(6, C, n, F32)
     tokens, parameters = args[:5], args[5:]
@@ -182,19 +184,16 @@ def test_transformations():
         "vmap": lambda t, p: jax.vmap(loss, (0, None))(apart(t), p).sum(),
         "remat": jax.checkpoint(loss),
         "scan": scanned,
-        "axes": lambda t, p: loss(apart(t), p),
     }
 
     @jax.jit
     def every():
-        twice = jax.grad(lambda t: sum(jnp.sum(g**2) for g in jax.grad(loss)(t, parameters)))
-        return gradients(loss), {name: gradients(f) for name, f in forms.items()}, twice(tokens)
+        return gradients(loss), {name: gradients(f) for name, f in forms.items()}
 
-    want, found, second = every()
+    want, found = every()
     for name, leaves in found.items():
         for a, b in zip(leaves, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=name)
-    assert all(jnp.isfinite(x).all() and jnp.abs(x).max() > 0 for x in second)
 
 
 @pytest.mark.parametrize(
@@ -254,13 +253,10 @@ if HAS_TRITON:
 
     @pytest.mark.gpu_interpreter
     @needs_gcc
-    @pytest.mark.parametrize("terms", [1, 2])
-    def test_cuda_backward_is_the_same_for_any_order_of_threads(terms):
+    def test_cuda_backward_is_the_same_for_any_order_of_threads():
         """With the norm; two programs a slab, so that each walks over several tiles."""
         T, C = 16 * 4 + 5, 64
-        launch = cuda_launches.backward_launch(
-            T, C, mix=True, terms=terms, look_ahead=True, norm=True
-        )
+        launch = cuda_launches.backward_launch(T, C, mix=True, terms=1, look_ahead=True, norm=True)
         *outputs, dphi, dw = launch.outputs
         outputs += [s.update(shape=(2, *s.shape[1:])) for s in (dphi, dw)]
         launch = dataclasses.replace(launch, grid=(1, 2), outputs=tuple(outputs))
