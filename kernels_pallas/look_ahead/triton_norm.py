@@ -51,9 +51,9 @@ def mhc_look_ahead_backward_norm(
     VEC: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Writes of one token inverse and kappa, so that du = inverse w d - kappa u; 16 bytes a token.
+    """Writes of one token inverse, kappa and two zeros, so that du = inverse w d - kappa u.
 
-    kappa is inverse^2 <normed, d> / C.
+    kappa is inverse^2 <normed, d> / C. 16 bytes a token are one asynchronous copy.
     """
     token = tl.program_id(0).to(tl.int64)
     sums = tl.zeros((ROWS,), tl.float32)
@@ -62,8 +62,10 @@ def mhc_look_ahead_backward_norm(
         normed = load(normed_ptr + token * C, cols, C, EVEN)
         sums += tl.sum(normed * load(d_ptr + token * C, cols, C, EVEN), axis=1)
     inverse = tl.load(inverse_ptr + token)
-    tl.store(out_ptr + token * 4, inverse)
-    tl.store(out_ptr + token * 4 + 1, inverse * inverse * tl.sum(sums, axis=0) / C)
+    kappa = inverse * inverse * tl.sum(sums, axis=0) / C
+    place = tl.arange(0, 4)
+    row = tl.where(place == 0, inverse, tl.where(place == 1, kappa, 0.0))
+    tl.store(out_ptr + token * 4 + place, row)
 
 
 def forward_launch(T: int, C: int, dtype, eps: float) -> TritonLaunch:
@@ -80,7 +82,7 @@ def forward_launch(T: int, C: int, dtype, eps: float) -> TritonLaunch:
 
 
 def backward_launch(T: int, C: int, dtype) -> TritonLaunch:
-    """Makes the launch for normed, d [T, C], inverse [T]: [T, 4], of which two are written."""
+    """Makes the launch for normed, d [T, C], inverse [T]: inverse, kappa, 0, 0 in [T, 4]."""
     # With one warp a token the sum ends in shuffles and needs no barrier.
     return TritonLaunch(
         kernel=mhc_look_ahead_backward_norm,
@@ -99,7 +101,7 @@ def forward(u: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, jax
 
 
 def backward(layer_input: jax.Array, d: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Returns inverse and kappa of each token, [T, 4]; T > 0."""
+    """Returns inverse, kappa, 0, 0 of each token, [T, 4]; T > 0."""
     *lead, C = d.shape
     (found,) = backward_launch(device.num_tokens(lead), C, d.dtype)(layer_input, d, inverse)
     return found
