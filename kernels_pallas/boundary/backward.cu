@@ -21,10 +21,10 @@
 //
 //   u = h_pre x' (rounded),   d <- inverse w d - kappa_n u,   dw = inverse d u
 //
-// Constants: C; MIX, LOOK_AHEAD, NORM (0 or 1); TERMS, the bfloat16 numbers that stand for one number of t in these sums. With 2, high +
-// low, the sums agree with the definition to 2^-17 (errors of 2e-6). With 1, t is rounded and x' in kappa x' is not:
-// errors of 2e-3 in dh_res and dh_post and of 1e-6 in dx and dy, but 70 instructions and one barrier a tile fewer.
-// Launches of few tokens have two (cuda_launches.py).
+// Constants: C; MIX, LOOK_AHEAD, NORM (0 or 1); TERMS, the bfloat16 numbers that stand for one number of t in the sums
+// of dh_res and dh_post. With 2, high + low, they agree with the definition to 2^-17 (errors of 2e-6). With 1, t is
+// rounded and x' in kappa x' is not (but for NORM): errors of 2e-3 in dh_res and dh_post and of 1e-6 in dx and dy, but
+// 70 instructions and one barrier a tile fewer. Launches of few tokens have two (cuda_launches.py).
 #include "boundary/tile.cuh"
 
 #if LOOK_AHEAD
@@ -273,12 +273,11 @@ __device__ __forceinline__ void compute_known(float (&t)[N][4], float (&dphi)[2]
   for (int i = 0; i < N; ++i) {
     const float4 res0 = load4(own + RES + g * RES_PITCH + i * 16);
     const float4 res1 = load4(own + RES + (g + 8) * RES_PITCH + i * 16);
-    float mixed[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      mixed[k] = mix(k < 2 ? res0 : res1, at(k < 2 ? post0 : post1, i), x[0][k], x[1][k], x[2][k], x[3][k], y[k]);
-    known[i][0] = pack_bf16(mixed[0], mixed[1]), known[i][1] = pack_bf16(mixed[2], mixed[3]);
-    unpack(t[i], known[i][0], known[i][1]);
+      t[i][k] = mix(k < 2 ? res0 : res1, at(k < 2 ? post0 : post1, i), x[0][k], x[1][k], x[2][k], x[3][k], y[k]);
+    known[i][0] = pack_bf16(t[i][0], t[i][1]), known[i][1] = pack_bf16(t[i][2], t[i][3]);
+    if (NORM || TERMS == 2) unpack(t[i], known[i][0], known[i][1]);
     across[i][0] = transpose(known[i][0]), across[i][1] = transpose(known[i][1]);
   }
   const float4 pre0 = load4(own + PRE + g * 16), pre1 = load4(own + PRE + (g + 8) * 16);
