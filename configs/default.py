@@ -62,10 +62,13 @@ def get_config() -> ml_collections.ConfigDict:
     model.norm_eps = 1e-20  # of every RMSNorm (Table 5)
     model.connection = "mhc"  # residual | hc | mhc
     model.n = 4  # streams, >= 1; ignored by residual
-    model.readout = "sum"  # of the streams at the end: sum | mean | head
+    model.readout = "sum"  # of the streams at the end: sum | mean | head; lookahead_pre has its own
     # Gating factors at the start: a number (Table 5: 0.01), or auto: by n and width, see
     # mhc_jax/initialisation.py. config.json holds the number.
     model.alpha_init = config_dict.FieldReference("auto", field_type=object)
+    # mhc: each sublayer predicts how the next one reads, and the last how the streams are read out, so that a
+    # GPU reads them once a sublayer (docs/kernels.md).
+    model.lookahead_pre = False
     # Of mhc: birkhoff | identity | lite (n up to 5) | kromhc (n a power of two) | orthogonal |
     # row_stochastic; see docs/variants.md.
     model.manifold = "birkhoff"

@@ -42,8 +42,7 @@ def read(folder: pathlib.Path, config: Config) -> tuple[Config, Params]:
             raise ValueError(f"{file} cannot be read: {error}") from None
     variables = huggingface.from_deepseek_v3(tensors, model, values)
     if model.connection == "residual" and config.model.connection != "residual":
-        fields = ("connection", "n", "readout", "alpha_init", "manifold", "static_res")
-        fields += ("sinkhorn_iterations",)
+        fields = huggingface.CONNECTION_FIELDS
         wanted = {name: getattr(config.model, name) for name in fields}
         wider = dataclasses.replace(model, **wanted)
         variables = huggingface.add_connection(variables, model, wider)

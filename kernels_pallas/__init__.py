@@ -8,8 +8,8 @@ Every operation takes `implementation`: None, the best that the platform has, or
 - "xla": plain jnp, the definition. Runs everywhere.
 - "pallas": Pallas kernels for TPUs.
 - "triton": Triton kernels for NVIDIA GPUs, Triton alone.
-- "cuda": `read` and `boundary` on NVIDIA GPUs, with their large passes in CUDA C++ and their small kernels in
-  Triton.
+- "cuda": `read`, `boundary` and `look_ahead` on NVIDIA GPUs, with their large passes in CUDA C++ and their
+  small kernels in Triton.
 
 A named one runs or raises NotImplementedError; it never means another. Names by operation are text, as a
 configuration holds it: "boundary=cuda,sinkhorn=triton"; operations that it leaves out take None. `explain`
@@ -24,6 +24,7 @@ from kernels_pallas.coefficients import coefficients
 from kernels_pallas.dispatch import IMPLEMENTATIONS
 from kernels_pallas.explain import explain
 from kernels_pallas.logits import boundary_logits, read_logits
+from kernels_pallas.look_ahead import look_ahead
 from kernels_pallas.mappings import mappings
 from kernels_pallas.post_res import post_res
 from kernels_pallas.pre import pre
@@ -39,6 +40,7 @@ __all__ = [
     "boundary_logits",
     "coefficients",
     "explain",
+    "look_ahead",
     "mappings",
     "post_res",
     "pre",

@@ -53,6 +53,7 @@ OPS = {
     "boundary": "boundary",
     "read_logits": "logits",
     "boundary_logits": "logits",
+    "look_ahead": "look_ahead",
 }
 
 _log = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.boundary import boundary, read
 from kernels_pallas.coefficients import coefficients
 from kernels_pallas.logits import boundary_logits, read_logits
+from kernels_pallas.look_ahead import look_ahead
 from kernels_pallas.mappings import mappings
 from kernels_pallas.post_res import post_res
 from kernels_pallas.pre import pre
@@ -88,8 +89,10 @@ def explain(
     op = getattr(op, "__name__", op)
     functions = {
         f.__name__: f
-        for f in (projection, coefficients, mappings, sinkhorn, pre, post_res)
-        + (read, boundary, read_logits, boundary_logits)
+        for f in (
+            *(projection, coefficients, mappings, sinkhorn, pre, post_res),
+            *(read, boundary, read_logits, boundary_logits, look_ahead),
+        )
     }
     if op not in functions:
         raise ValueError(f"op={op!r} is no operation: use one of {', '.join(functions)}")
@@ -136,13 +139,15 @@ def _arguments(op, n, C, T, dtype, num_iterations, num_logits, norm):
         "boundary": (*update, *parameters),
         "read_logits": (streams, *parameters),
         "boundary_logits": (*update, *parameters),
+        "look_ahead": (*update, floats(T, n), *parameters),
     }[op]
     options = {}
-    if op in ("coefficients", "mappings", "read", "boundary") or op.endswith("_logits"):
+    fused = ("read", "boundary", "read_logits", "boundary_logits", "look_ahead")
+    if op in ("coefficients", "mappings", *fused):
         options |= {"n": n}
-    if op in ("coefficients", "mappings", "sinkhorn", "read", "boundary"):
+    if op in ("coefficients", "mappings", "sinkhorn", "read", "boundary", "look_ahead"):
         options |= {"num_iterations": num_iterations}
-    if norm and op.startswith(("read", "boundary")):
+    if norm and op in fused:
         options |= {"input_norm_eps": 1e-6}
     if norm and op == "pre":
         options |= {"norm_eps": 1e-6}

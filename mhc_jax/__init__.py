@@ -14,6 +14,7 @@ if typing.TYPE_CHECKING:
         Residual,
         expand,
     )
+    from mhc_jax.look_ahead import LookAheadConnections, LookAheadMappings, first_pre
     from mhc_jax.manifolds import (
         Birkhoff,
         Identity,
@@ -30,6 +31,8 @@ __all__ = [
     "HyperConnections",
     "Identity",
     "KroneckerMixture",
+    "LookAheadConnections",
+    "LookAheadMappings",
     "Manifold",
     "ManifoldHyperConnections",
     "Mappings",
@@ -41,6 +44,7 @@ __all__ = [
     "RowStochastic",
     "__version__",
     "expand",
+    "first_pre",
 ]
 
 # Each name is imported on first use: jax takes seconds to import, and `mhc_jax.main` handles signals earlier.
@@ -51,6 +55,9 @@ _PLACES = {
         "mhc_jax.manifolds",
     ),
     **dict.fromkeys(("PermutationMixture", "RowStochastic"), "mhc_jax.manifolds"),
+    **dict.fromkeys(
+        ("LookAheadConnections", "LookAheadMappings", "first_pre"), "mhc_jax.look_ahead"
+    ),
     "Readout": "mhc_jax.readout",
     "__version__": "kernels_pallas",
 }

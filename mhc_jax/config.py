@@ -65,6 +65,7 @@ class ModelConfig:
     n: int
     readout: str
     alpha_init: float | str
+    lookahead_pre: bool
     manifold: str
     static_res: bool
     sinkhorn_iterations: int
@@ -86,6 +87,7 @@ class ModelConfig:
         _one_of("model.connection", self.connection, CONNECTIONS)
         _one_of("model.manifold", self.manifold, MANIFOLDS)
         _one_of("model.readout", self.readout, READOUTS)
+        self._check_look_ahead()
         _one_of("model.dtype", self.dtype, DTYPES)
         try:
             dispatch.check_model(self.implementation)
@@ -103,6 +105,19 @@ class ModelConfig:
         except ValueError as error:
             raise ValueError(f"model.{error}") from None
         self.blocks_per_group  # noqa: B018 - refuses a bad model.recompute_block
+
+    def _check_look_ahead(self):
+        if not self.lookahead_pre:
+            return
+        if self.connection != "mhc":
+            raise ValueError(
+                f"model.lookahead_pre=True with model.connection={self.connection!r}: it is a form of mhc"
+            )
+        if self.readout != "sum":
+            raise ValueError(
+                f"model.readout={self.readout!r} with model.lookahead_pre=True: there the last prediction "
+                "reads the streams out; leave it at 'sum'"
+            )
 
     def _check_attention(self):
         if self.attention == "mla":
@@ -244,6 +259,11 @@ class Config:
             raise ValueError(
                 f"batch_size={self.batch_size} is not divisible by optimizer.accumulate_steps={accumulate}"
             )
+        if self.model.lookahead_pre and self.mesh.pipe != 1:
+            raise ValueError(
+                f"model.lookahead_pre=True does not go with mesh.pipe={self.mesh.pipe}: stages hand on the "
+                "streams without the read mapping that was predicted; set mesh.pipe=1"
+            )
         if self.model.num_experts and self.model.num_experts % abs(self.mesh.expert):
             raise ValueError(
                 f"model.num_experts={self.model.num_experts} is not divisible by "
@@ -284,6 +304,7 @@ LATER = {
     "pipe_schedule": "1f1b",
     "mesh.pipe": 1,
     "model.scan_blocks": True,
+    "model.lookahead_pre": False,
     "model.static_res": False,
     "model.mhc_use_pre": True,
     "model.mhc_use_post": True,

@@ -12,7 +12,7 @@ update and lets the next connection do it (`boundary`), so that write and next r
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,12 +57,13 @@ class Pending(NamedTuple):
     Attributes:
       streams: `[..., n*C]`, as the sublayer read them.
       layer_output: `[..., C]`, output of its F; None if there is nothing to write.
-      mappings: its `Mappings`; None without a layer output.
+      mappings: its `Mappings`; None without a layer output. With look-ahead pre its `LookAheadMappings`,
+        which say how the next sublayer reads, also where there is nothing to write.
     """
 
     streams: jax.Array
     layer_output: jax.Array | None
-    mappings: Mappings | None
+    mappings: Any
 
 
 def expand(x: jax.Array, n: int) -> jax.Array:
@@ -106,6 +107,16 @@ class Connection(nnx.Module):
             return self.read(pending.streams, norm)
         return self.read(self.post(*pending), norm)
 
+    def begin(self, streams: jax.Array) -> Pending:
+        """Returns what the first sublayer of a model reads: there is no write to do."""
+        return Pending(streams, None, None)
+
+    def settle(self, pending: Pending) -> Pending:
+        """Does the pending write, if there is one, by itself: returns what the next sublayer reads."""
+        if pending.layer_output is None:
+            return pending
+        return Pending(self.post(*pending), None, None)
+
     def start(self, streams: jax.Array) -> Pending:
         """Returns a pending update that changes nothing; a scan over sublayers begins with it."""
         n, width = self.n, check_streams(streams, self.n)
@@ -123,7 +134,7 @@ class Connection(nnx.Module):
     def __call__(self, streams: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Runs one sublayer (Eq. 3) around any callable `[..., C]` -> `[..., C]` with its own pre-norm."""
         streams, layer_input, mappings = self.read(streams)
-        with _no_linen_modules_inside():
+        with no_linen_modules_inside():
             layer_output = layer(layer_input)
         return self.post(streams, layer_output, mappings)
 
@@ -162,7 +173,11 @@ class _WideConnection(Connection):
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
         check_width(streams, self.n, self.width)
         return kernels.post_res(
-            streams, layer_output, *mappings, implementation=self.implementation
+            streams,
+            layer_output,
+            mappings.h_post,
+            mappings.h_res,
+            implementation=self.implementation,
         )
 
 
@@ -425,7 +440,7 @@ class ManifoldHyperConnections(_WideConnection):
 
 
 @contextlib.contextmanager
-def _no_linen_modules_inside() -> Iterator[None]:
+def no_linen_modules_inside() -> Iterator[None]:
     """Raises ValueError if a layer makes Linen modules inside a connection that the bridge called.
 
     They would become parameters of the bridge's module, and `apply` would not find them in ours.

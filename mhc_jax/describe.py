@@ -56,6 +56,7 @@ def describe(config: Config) -> str:
     lines.append(f"{'all':<18}{whole.total:>18,}{whole.active:>18,}")
     lines.append(f"{'':<18}{units.count(whole.total):>18}{units.count(whole.active):>18}")
     streams = "" if model.connection == "residual" else f", n = {model.n} streams"
+    streams += ", look-ahead pre" * model.lookahead_pre
     tokens = config.batch_size * config.data.sequence_length
     lines += [
         "",

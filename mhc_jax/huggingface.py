@@ -66,6 +66,7 @@ def to_deepseek_v3(
             (name, _is_mhc(model) and not getattr(model, name), "their mappings are all learned")
             for name in ("mhc_use_pre", "mhc_use_post", "mhc_use_res")
         ),
+        ("lookahead_pre", model.lookahead_pre, "its read mappings belong to the sublayer before"),
     ):
         if refused:
             raise ValueError(f"model.{name}={getattr(model, name)!r} cannot be exported: {why}")
@@ -191,6 +192,7 @@ def model_config(values: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
         "norm_eps": float(values["rms_norm_eps"]),
         "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
         "connection": "mhc" if mhc else "residual",
+        "lookahead_pre": False,
     }
     if experts:
         sizes |= {
@@ -255,6 +257,22 @@ def from_deepseek_v3(
     return _as_tree(model, flat)
 
 
+CONNECTION_FIELDS = (
+    "connection",
+    "n",
+    "readout",
+    "alpha_init",
+    "lookahead_pre",
+    "manifold",
+    "static_res",
+    "mhc_use_pre",
+    "mhc_use_post",
+    "mhc_use_res",
+    "sinkhorn_iterations",
+)
+"""In what a residual model and the same model with another connection differ."""
+
+
 def add_connection(variables: Params, residual: ModelConfig, model: ModelConfig) -> Params:
     """Returns the variables of a residual model with `model`'s connection at its start.
 
@@ -268,9 +286,7 @@ def add_connection(variables: Params, residual: ModelConfig, model: ModelConfig)
     Raises:
       ValueError: `residual` is not residual, or `model` another model.
     """
-    fields = ("connection", "n", "readout", "alpha_init", "manifold", "static_res")
-    fields += ("sinkhorn_iterations",)
-    same = {name: getattr(residual, name) for name in fields}
+    same = {name: getattr(residual, name) for name in CONNECTION_FIELDS}
     if residual.connection != "residual":
         raise ValueError(f"model.connection={residual.connection!r}: a residual model is needed")
     if dataclasses.replace(model, **same) != residual:

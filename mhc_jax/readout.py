@@ -12,6 +12,8 @@ from kernels_pallas.shapes import check_size, check_width
 from mhc_jax.initialisation import mhc_alpha
 
 READOUTS = ("sum", "mean", "head")
+PREDICTION = "prediction"
+"""The kind of a model with look-ahead pre: the last sublayer predicts the weights."""
 
 
 class Readout(nnx.Module):
@@ -19,9 +21,10 @@ class Readout(nnx.Module):
 
     `sum` and `mean` have no parameters. `head` weighs the streams of each token with sigmoid(alpha *
     (RMSNorm(vec(x)) phi) + bias) + eps; it has its own phi, bias and alpha, and all weights start at 1/2.
+    `prediction` takes the weights as an argument: with look-ahead pre the last sublayer has made them.
 
     Args:
-      kind: "sum", "mean" or "head".
+      kind: "sum", "mean", "head" or "prediction".
       width: C.
       n: number of streams.
       alpha_init: gating factor of the head at the start, or "auto", as for mHC.
@@ -49,8 +52,9 @@ class Readout(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
-        if kind not in READOUTS:
-            raise ValueError(f"readout={kind!r} is unknown: use one of {', '.join(READOUTS)}")
+        kinds = *READOUTS, PREDICTION
+        if kind not in kinds:
+            raise ValueError(f"readout={kind!r} is unknown: use one of {', '.join(kinds)}")
         check_size(width, n)
         check_phi_precision(phi_precision)
         self.kind, self.n, self.norm_eps, self.implementation = kind, n, norm_eps, implementation
@@ -80,6 +84,18 @@ class Readout(nnx.Module):
         weights = jax.nn.sigmoid(alpha * s / r[..., None] + bias)
         return weights + self.eps if self.eps else weights
 
-    def __call__(self, streams: jax.Array) -> jax.Array:
+    def __call__(self, streams: jax.Array, h_pre: jax.Array | None = None) -> jax.Array:
+        """Reads `streams`; `h_pre` `[..., n]` are the weights of a prediction, of no other kind.
+
+        Raises:
+          ValueError: streams of another width.
+          TypeError: a prediction without h_pre, or another kind with it.
+        """
         check_width(streams, self.n, self.width)
-        return kernels.pre(streams, self._weights(streams), implementation=self.implementation)
+        if (self.kind == PREDICTION) != (h_pre is not None):
+            needs = (
+                "needs h_pre, next_pre of the last sublayer" if h_pre is None else "takes no h_pre"
+            )
+            raise TypeError(f"a read-out by {self.kind} {needs}")
+        weights = self._weights(streams) if h_pre is None else h_pre
+        return kernels.pre(streams, weights, implementation=self.implementation)

@@ -19,10 +19,11 @@ from mhc_jax.connections import (
     expand,
 )
 from mhc_jax.layers import RMSNorm, SwiGLU, linear, look_up
+from mhc_jax.look_ahead import LookAheadConnections
 from mhc_jax.losses import unembed
 from mhc_jax.manifolds import make_manifold
 from mhc_jax.moe import MoE, MoEAux
-from mhc_jax.readout import Readout
+from mhc_jax.readout import PREDICTION, Readout
 from mhc_jax.sharding import split_by_token
 
 
@@ -45,7 +46,8 @@ def make_connection(config: ModelConfig, sublayer_index: int | jax.Array) -> Con
             use_res=config.hc_use_res,
             **common,
         )
-    return ManifoldHyperConnections(
+    make = LookAheadConnections if config.lookahead_pre else ManifoldHyperConnections
+    return make(
         config.width,
         config.n,
         manifold=make_manifold(config.manifold, config.sinkhorn_iterations),
@@ -195,7 +197,7 @@ class Transformer(nnx.Module):
             indices = range(num_leading, config.num_blocks)
             self.blocks = nnx.List([Block(config, index, rngs=rngs) for index in indices])
         self.readout = Readout(
-            config.readout,
+            PREDICTION if config.lookahead_pre else config.readout,
             config.width,
             config.streams,
             alpha_init=config.alpha_init,
@@ -343,17 +345,18 @@ class Transformer(nnx.Module):
         """What the first block gets. Every step of a scan does a write; a block outside has none to do."""
         streams = expand(self._embed(tokens), self.config.streams)
         first_in_scan = scan and not self.leading
-        return self._connection.start(streams) if first_in_scan else Pending(streams, None, None)
+        connection = self._connection
+        return connection.start(streams) if first_in_scan else connection.begin(streams)
 
     def _settle(self, pending):
         """Does the pending write, if there is one."""
-        if pending.layer_output is None:
-            return pending
-        return Pending(self._connection.post(*pending), None, None)
+        return self._connection.settle(pending)
 
     def _finish(self, pending):
         """Does the last write; then read-out and norm."""
-        return self.norm(self.readout(self._settle(pending).streams))
+        streams, _, mappings = self._settle(pending)
+        h_pre = (mappings.next_pre,) if self.config.lookahead_pre else ()
+        return self.norm(self.readout(streams, *h_pre))
 
     def _embed(self, tokens):
         table = self.embedding.embedding[...]

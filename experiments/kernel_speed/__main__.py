@@ -39,6 +39,14 @@ SHAPES = (
 )
 BASELINE_SHAPES = SHAPES[:2]  # where xla, Liger-Kernel and torch.compile are measured too
 SUBLAYERS = 5  # the chain from which the cost of one more sublayer is taken
+# Modes of `cases.sublayers` that are timed so, their operation, and their least traffic in C: of boundary
+# that of separate passes, of look-ahead its own, with a norm 2C more in each direction.
+CHAINS = (
+    ("boundary", "boundary", 45),
+    ("boundary+norm", "boundary", 45),
+    ("look-ahead", "look_ahead", 25),
+    ("look-ahead+norm", "look_ahead", 29),
+)
 
 
 def _flags() -> argparse.Namespace:
@@ -127,11 +135,13 @@ def _sublayer(T: int, C: int, rate: float) -> list[dict]:
     rows[-1]["temporary bytes"] = memory
     if T <= 512:  # the difference of two chains would be noise
         return rows
-    # Each with the cost of launching one program, which the difference does not have.
-    chain, _ = _timed(None, SUBLAYERS, "boundary", T, C, copies=1)
-    first, _ = _timed(None, 1, "boundary", T, C, copies=1)
-    fused = (chain - first) / (SUBLAYERS - 1)
-    rows.append(_row("sublayer, boundary", taken("boundary", T, C), T, C, fused, size, rate))
+    for mode, op, least in CHAINS:
+        # Each with the cost of launching one program, which the difference does not have.
+        chain, _ = _timed(None, SUBLAYERS, mode, T, C, copies=1)
+        first, _ = _timed(None, 1, mode, T, C, copies=1)
+        one = (chain - first) / (SUBLAYERS - 1)
+        size = 2 * least * T * C + parameters
+        rows.append(_row(f"sublayer, {mode}", taken(op, T, C), T, C, one, size, rate))
     separate, memory = _timed(None, 1, "separate", T, C, copies=4)
     rows.append(
         _row("sublayer, separate ops", taken("pre", T, C), T, C, separate, 90 * T * C, rate)

@@ -57,7 +57,17 @@ def _case(name, units, floats_per_token, inputs, run, parameter_copies=0) -> Cas
 
 
 def sublayers(implementation: str | None, count: int, mode: str, x, g, *parameters) -> tuple:
-    """Forward and backward of `count` sublayers whose F is nothing (a barrier to XLA's fusions)."""
+    """Forward and backward of `count` sublayers whose F is nothing (a barrier to XLA's fusions).
+
+    Args:
+      implementation: of the kernels.
+      count: of sublayers.
+      mode: "separate", "read", "boundary" or "look-ahead". "boundary+norm" and "look-ahead+norm" have the
+        norm of all layer inputs but the first.
+      x, g, *parameters: of `sublayer_inputs`.
+    """
+    mode, _, norm = mode.partition("+")
+    norm = {"input_norm_eps": 1e-6} if norm else {}
 
     def chain(x, parameters):
         each = [parameters[3 * i : 3 * i + 3] for i in range(count)]
@@ -69,11 +79,13 @@ def sublayers(implementation: str | None, count: int, mode: str, x, g, *paramete
                 u = jax.lax.optimization_barrier(u)
                 x = kp.post_res(x, u, h_post, h_res, implementation=implementation)
             return x
+        if mode == "look-ahead":
+            return _look_ahead(x, each, options, norm)
         u, h_post, h_res, x = kp.read(x, *each[0], **options)
         for p in each[1:]:
             u = jax.lax.optimization_barrier(u)
             if mode == "boundary":
-                u, h_post, h_res, x = kp.boundary(x, u, h_post, h_res, *p, **options)
+                u, h_post, h_res, x = kp.boundary(x, u, h_post, h_res, *p, **options, **norm)
             else:
                 x = kp.post_res(x, u, h_post, h_res, implementation=implementation)
                 u, h_post, h_res, x = kp.read(x, *p, **options)
@@ -82,6 +94,20 @@ def sublayers(implementation: str | None, count: int, mode: str, x, g, *paramete
 
     out, vjp = jax.vjp(chain, x, parameters)
     return out, vjp(g)
+
+
+def _look_ahead(x, each, options, norm):
+    """Returns the streams of `sublayers` with `look_ahead`, where the first sublayer reads stream 0."""
+    implementation = options["implementation"]
+    h_pre = jnp.broadcast_to(jax.nn.one_hot(0, N), (*x.shape[:-1], N))
+    u = kp.pre(x, h_pre, implementation=implementation)
+    h_pre, h_post, h_res = kp.mappings(x, *each[0], **options)
+    for p in each[1:]:
+        u = jax.lax.optimization_barrier(u)
+        known = x, u, h_post, h_res, h_pre
+        u, h_pre, h_post, h_res, x = kp.look_ahead(*known, *p, **options, **norm)
+    u = jax.lax.optimization_barrier(u)
+    return kp.post_res(x, u, h_post, h_res, implementation=implementation)
 
 
 def sublayer_inputs(count: int, key: jax.Array, T: int, C: int) -> tuple:

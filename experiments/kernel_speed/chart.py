@@ -8,6 +8,7 @@ from experiments import record
 OURS = {
     "sublayer": "read + post_res",
     "sublayer, boundary": "boundary",
+    "sublayer, look-ahead": "look-ahead",
     "sublayer, separate ops": "separate ops",
 }
 

@@ -4,7 +4,7 @@
 
 A kernel's time within a program is what a model pays for it: launching programs does not count, and each
 kernel finds in L2 what the one before left there. A further sublayer with `boundary` costs half of what the
-second program takes longer than the first.
+second program takes longer than the first. Look-ahead kernels have names of their own.
 """
 
 import functools
@@ -15,7 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from experiments.kernel_speed.cases import sublayer_inputs, sublayers
 
-PROGRAMS = (("read", 1), ("boundary", 3))  # mode and number of sublayers
+PROGRAMS = (
+    ("read", 1),
+    ("boundary", 3),
+    ("look-ahead", 3),
+    ("look-ahead+norm", 3),
+)  # mode and sublayers
 
 
 def _kernels(f, args) -> list:

@@ -30,21 +30,28 @@ WARMUP, TIMED, ROUNDS = 3, 12, 2
 
 
 class Arm(NamedTuple):
-    """`implementation` of the kernels, None for the best of the platform, and `model.scan_blocks`."""
+    """`implementation` of the kernels, None for the best of the platform; other fields of `model`."""
 
     connection: str
     implementation: str | None = None
     scan: bool = False
+    lookahead_pre: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.connection + ", look-ahead" * self.lookahead_pre
 
 
 ARMS = [
     Arm("residual"),
     Arm("mhc"),
     Arm("mhc", "xla"),
+    Arm("mhc", lookahead_pre=True),
     Arm("hc"),
     Arm("hc", "xla"),
     Arm("residual", scan=True),
     Arm("mhc", scan=True),
+    Arm("mhc", scan=True, lookahead_pre=True),
 ]
 
 
@@ -70,7 +77,7 @@ def make_config(options: argparse.Namespace, arm: Arm) -> Config:
     values.data.sequence_length = options.sequence_length
     model = values.model
     model.connection, model.implementation = arm.connection, arm.implementation
-    model.scan_blocks = arm.scan
+    model.scan_blocks, model.lookahead_pre = arm.scan, arm.lookahead_pre
     model.num_heads = options.width // 128
     for name in ("num_blocks", "width", "ffn_width", "vocab_size"):
         model[name] = getattr(options, name)
@@ -142,7 +149,7 @@ def main() -> None:
 
     rows = [
         {
-            "connection": arm.connection,
+            "connection": arm.name,
             "implementation": arm.implementation or "best",
             "scan_blocks": arm.scan,
             "ms": [round(ms, 2) for ms in rounds[arm]],
@@ -153,12 +160,12 @@ def main() -> None:
         }
         for arm in ARMS
     ]
-    print(f"{'connection':12}{'kernels':10}{'blocks':12}{'ms a step (rounds)':24}"
+    print(f"{'connection':17}{'kernels':10}{'blocks':12}{'ms a step (rounds)':24}"
           f"{'over residual':>14}{'GiB':>8}")  # fmt: skip
     for row in rows:
         times = "  ".join(f"{ms:.2f}" for ms in row["ms"])
         blocks = "scanned" if row["scan_blocks"] else "written out"
-        print(f"{row['connection']:12}{row['implementation']:10}{blocks:12}{times:24}"
+        print(f"{row['connection']:17}{row['implementation']:10}{blocks:12}{times:24}"
               f"{row['overhead_percent']:>13.1f}%{row['temporaries_GiB']:>8.2f}")  # fmt: skip
     output.write(options, "step_time", {"shape": output.shape_of(options), "arms": rows})
 

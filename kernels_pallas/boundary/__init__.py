@@ -67,7 +67,7 @@ def _boundary_backward(static, implementation, residuals, cotangents):
 _boundary.defvjp(_boundary_forward, _boundary_backward)
 
 
-def _checked(
+def check_parameters(
     streams, width, parameters, phi_precision, static, last
 ) -> tuple[Parameters, ReadStatic]:
     """Returns parameters and static arguments as the backends take them; raises as `read` does."""
@@ -150,7 +150,7 @@ def read(
     width = check_streams(streams, n)
     parameters = Parameters(phi, bias, alpha, input_norm_weight)
     static = ReadStatic(n, num_iterations, norm_eps, input_norm_eps, sinkhorn_eps, pre_eps)
-    parameters, static = _checked(streams, width, parameters, phi_precision, static, last)
+    parameters, static = check_parameters(streams, width, parameters, phi_precision, static, last)
     streams, parameters = placement.aligned(
         reference.read_forward, streams=streams, parameters=parameters
     )
@@ -210,7 +210,7 @@ def boundary(
     check_update(streams, layer_output, h_post, h_res, n)
     parameters = Parameters(phi, bias, alpha, input_norm_weight)
     static = ReadStatic(n, num_iterations, norm_eps, input_norm_eps, sinkhorn_eps, pre_eps)
-    parameters, static = _checked(streams, width, parameters, phi_precision, static, last)
+    parameters, static = check_parameters(streams, width, parameters, phi_precision, static, last)
     dtype = parameters.phi.dtype
     update, parameters = placement.aligned(
         reference.forward,

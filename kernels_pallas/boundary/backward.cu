@@ -15,13 +15,21 @@
 // numbers too: 4 tokens x 4 streams of t times 4 tokens x 2 streams of x. A quarter of the result, that of equal
 // tokens, is used. A program writes a partial sum for each token: 80 bytes for 64 columns, 0.6C.
 //
-// Constants: C; MIX (0 or 1); TERMS, the bfloat16 numbers that stand for one number of t in these sums. With 2, high +
-// low, the sums agree with the definition to 2^-17 (errors of 2e-6). With 1, t is rounded and x' in kappa x' is not:
-// errors of 2e-3 in dh_res and dh_post and of 1e-6 in dx and dy, but 70 instructions and one barrier a tile fewer.
-// Launches of few tokens have two (cuda_launches.py).
+// With LOOK_AHEAD (needs MIX) the read's h_pre was known before the write, so that its cotangent is a sum of this pass
+// too: dh_pre = x' d, in products of a warp's own columns, added up over the warps. With NORM d is the cotangent of the
+// layer input behind its norm, w the norm's weight; the tokens' inverse and kappa_n come with the coefficients:
+//
+//   u = h_pre x' (rounded),   d <- inverse w d - kappa_n u,   dw = inverse d u
+//
+// Constants: C; MIX, LOOK_AHEAD, NORM (0 or 1); TERMS, the bfloat16 numbers that stand for one number of t in the sums
+// of dh_res and dh_post. With 2, high + low, they agree with the definition to 2^-17 (errors of 2e-6). With 1, t is
+// rounded and x' in kappa x' is not (but for NORM): errors of 2e-3 in dh_res and dh_post and of 1e-6 in dx and dy, but
+// 70 instructions and one barrier a tile fewer. Launches of few tokens have two (cuda_launches.py).
 #include "boundary/tile.cuh"
 
-#if MIX
+#if LOOK_AHEAD
+#define KERNEL mhc_look_ahead_backward
+#elif MIX
 #define KERNEL mhc_boundary_backward
 #else
 #define KERNEL mhc_read_backward
@@ -30,11 +38,13 @@
 namespace {
 
 constexpr int K = N * C;
-constexpr int SUMS = N * N + N;               // of a token: dh_res, dh_post
+constexpr int SUMS = N * N + N + LOOK_AHEAD * N;  // of a token: dh_res, dh_post, dh_pre
 constexpr int STAGES = 3;                     // tiles in shared memory: filled, computed in, written out
 
 // A tile in shared memory. Rows of x and g by stream and token, then y, d; once read, each warp writes dx over g
-// and dy over d in its own columns. The 16-byte chunks of a row are permuted, chunk c to place c ^ key, so that
+// and dy over d in its own columns. With LOOK_AHEAD dy goes to memory at once and d gives place to the warp's part of
+// dh_pre, four floats a token, which are as many bytes as its columns of d; a place of its own would cost the second
+// program of a multiprocessor, and a shared one a second barrier. The 16-byte chunks of a row are permuted, chunk c to place c ^ key, so that
 // neither 8 tokens of a stream nor 4 tokens of 2 streams meet in one bank.
 constexpr int STREAMS = N * TOKENS * PITCH;
 constexpr int X = 0, G = STREAMS, Y = 2 * STREAMS, D = Y + TOKENS * PITCH, STAGE = D + TOKENS * PITCH;
@@ -42,7 +52,8 @@ constexpr int X = 0, G = STREAMS, Y = 2 * STREAMS, D = Y + TOKENS * PITCH, STAGE
 constexpr int DS = 0, DS_PAIRS = DS + TOKENS * M * 4;
 constexpr int RES = DS_PAIRS + TOKENS * M * 4, RES_PITCH = 80;
 constexpr int POST = RES + TOKENS * RES_PITCH, PRE = POST + TOKENS * 16, KAPPA = PRE + TOKENS * 16;
-constexpr int OWN = KAPPA + TOKENS * 4;
+constexpr int INVERSE = KAPPA + TOKENS * 4;   // NORM: inverse, kappa_n, two unused
+constexpr int OWN = INVERSE + NORM * TOKENS * 16;
 // Shared memory holds the rows of STAGES tiles, the token data of two, phi (6 float4 a thread) and, if MIX, t in
 // bfloat16, laid out as x: of two tiles in turn, or (TERMS 2) high and low terms of one.
 constexpr int OWNS = STAGES * STAGE, PHI = OWNS + 2 * OWN, TOTAL = PHI + 6 * 16 * THREADS;
@@ -57,7 +68,7 @@ struct Arrays {
   const bf16 *g, *d;
   const float *pre, *ds;
   const bf16* ds_pairs;
-  const float* kappa;
+  const float *kappa, *inverse;
 };
 
 // The part of a tile that a thread moves: 16 bytes of five rows, streams `half` and `half + 2` of x, g, dx, and
@@ -96,7 +107,9 @@ struct Coefficients {
       at = t * 16, to = (part == 12 ? PRE : POST) + at;
       stride = part == 12 || MIX ? TOKENS * 16 : 0;
     } else if (part > 14) {
-      stride = 0;
+      array = a.inverse;
+      at = t * 16, to = INVERSE + at;
+      stride = NORM ? TOKENS * 16 : 0;
     }
     from = static_cast<const unsigned char*>(array) + at;
   }
@@ -133,7 +146,7 @@ __device__ __forceinline__ void store_tile(const unsigned char* stage, const Sha
   const unsigned char* from = stage + share.streams + G;
   *chunk(dx, stream) = *reinterpret_cast<const uint4*>(from);
   *chunk(dx, stream + 2 * C / 8) = *reinterpret_cast<const uint4*>(from + 2 * TOKENS * PITCH);
-  if (MIX && share.half == 0)
+  if (MIX && !LOOK_AHEAD && share.half == 0)
     *chunk(dy, share.row(first)) = *reinterpret_cast<const uint4*>(stage + share.single + D);
 }
 
@@ -185,11 +198,121 @@ struct Sums {
   }
 };
 
+// Adds up the warps' parts of dh_pre, which `compute_tile` has left in place of d. Eight lanes have the parts of a
+// token; each keeps half of the streams, then one.
+__device__ __forceinline__ void store_pre(const unsigned char* stage, float* sums, int lane, u32 first_row,
+                                          int tokens) {
+  const int token = threadIdx.x / WARPS, place = threadIdx.x % WARPS;
+  if (token >= TOKENS) return;  // whole warps
+  const float4 part = *reinterpret_cast<const float4*>(stage + D + token * PITCH + place * 16);
+  const bool odd = lane & 1, upper = lane & 2;
+  float first = odd ? part.z : part.x, second = odd ? part.w : part.y;
+  first += __shfl_sync(0xffffffffu, odd ? part.x : part.z, lane ^ 1);
+  second += __shfl_sync(0xffffffffu, odd ? part.y : part.w, lane ^ 1);
+  float total = (upper ? second : first) + __shfl_sync(0xffffffffu, upper ? first : second, lane ^ 2);
+  total += __shfl_sync(0xffffffffu, total, lane ^ 4);
+  if (place < N && token < tokens) sums[(first_row + token) * SUMS + N * N + N + 2 * odd + upper] = total;
+}
+
 __device__ __forceinline__ float4 load4(const unsigned char* p) { return *reinterpret_cast<const float4*>(p); }
 
+// dphi += x'^T ds: two streams' columns as rows, the tokens as inner index. `across` is x' with tokens along words:
+// column g, tokens 2q, 2q + 1 (and + 8).
+__device__ __forceinline__ void add_dphi(float (&dphi)[2][3][4], const u32 (&across)[N][2], const unsigned char* own,
+                                         int lane, int tokens) {
+  const int q = lane % 4;
+#pragma unroll
+  for (int s = 0; s < 3; ++s) {
+    uint4 b = *reinterpret_cast<const uint4*>(own + DS_PAIRS + (s * 32 + lane) * 16);  // high, low; high, low
+    if (tokens < TOKENS) {  // ds of tokens beyond T was never written: zero it (t's rows of them are not stored)
+      const u32 mask[2] = {2 * q < tokens ? 2 * q + 1 < tokens ? 0xffffffffu : 0xffffu : 0u,
+                           2 * q + 8 < tokens ? 2 * q + 9 < tokens ? 0xffffffffu : 0xffffu : 0u};
+      b.x &= mask[0], b.y &= mask[0], b.z &= mask[1], b.w &= mask[1];
+    }
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const u32 a[4] = {across[2 * pair][0], across[2 * pair + 1][0], across[2 * pair][1], across[2 * pair + 1][1]};
+      multiply_bf16(dphi[pair][s], a, b.x, b.z);
+      multiply_bf16(dphi[pair][s], a, b.y, b.w);
+    }
+  }
+}
+
+// Goes back through the norm of u = h_pre x: d of tokens g, g + 8, also as two bfloat16 terms, and the lane's part of
+// dw. `inverse` is that of token g, and kappa_n.
+__device__ __forceinline__ void norm_backward(float (&d)[4], float2& dw, u32 (&terms)[2][2], const float (&x)[N][4],
+                                              const float4& pre0, const float4& pre1, const unsigned char* inverse,
+                                              const float2& weight) {
+  float u[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) u[k] = weighted_sum(k < 2 ? pre0 : pre1, x[0][k], x[1][k], x[2][k], x[3][k]);
+  unpack(u, pack_bf16(u[0], u[1]), pack_bf16(u[2], u[3]));
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float2 norm = *reinterpret_cast<const float2*>(inverse + half * 8 * 16);
+    float *own_d = d + 2 * half, *own_u = u + 2 * half;
+    dw.x = fmaf(norm.x * own_d[0], own_u[0], dw.x);
+    dw.y = fmaf(norm.x * own_d[1], own_u[1], dw.y);
+    own_d[0] = fmaf(-norm.y, own_u[0], norm.x * weight.x * own_d[0]);
+    own_d[1] = fmaf(-norm.y, own_u[1], norm.x * weight.y * own_d[1]);
+    terms[0][half] = pack_bf16(own_d[0], own_d[1]);
+    terms[1][half] = pack_bf16(own_d[0] - low(terms[0][half]), own_d[1] - high(terms[0][half]));
+  }
+}
+
+// LOOK_AHEAD: everything that comes from x' alone. t = h_pre d + kappa x', parts of dh_pre in place of d, dphi, dw.
+// `terms` is d as it was loaded.
+__device__ __forceinline__ void compute_known(float (&t)[N][4], float (&dphi)[2][3][4], float2& dw, const float (&x)[N][4],
+                                              const float (&y)[4], float (&d)[4], u32 (&terms)[2][2],
+                                              unsigned char* single, const unsigned char* own, const float2& weight,
+                                              int lane, int tokens) {
+  const int g = lane / 4, q = lane % 4;
+  const float4 post0 = load4(own + POST + g * 16), post1 = load4(own + POST + (g + 8) * 16);
+  u32 known[N][2], across[N][2];  // x', rounded
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float4 res0 = load4(own + RES + g * RES_PITCH + i * 16);
+    const float4 res1 = load4(own + RES + (g + 8) * RES_PITCH + i * 16);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      t[i][k] = mix(k < 2 ? res0 : res1, at(k < 2 ? post0 : post1, i), x[0][k], x[1][k], x[2][k], x[3][k], y[k]);
+    known[i][0] = pack_bf16(t[i][0], t[i][1]), known[i][1] = pack_bf16(t[i][2], t[i][3]);
+    if (NORM || TERMS == 2) unpack(t[i], known[i][0], known[i][1]);
+    across[i][0] = transpose(known[i][0]), across[i][1] = transpose(known[i][1]);
+  }
+  const float4 pre0 = load4(own + PRE + g * 16), pre1 = load4(own + PRE + (g + 8) * 16);
+  if (NORM) norm_backward(d, dw, terms, t, pre0, pre1, own + INVERSE + g * 16, weight);
+  __syncwarp();
+  // dh_pre: rows are tokens of two streams, columns tokens, and equal tokens are used.
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sums[2][4] = {};
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const u32 a[4] = {known[2 * pair][half], known[2 * pair + 1][half], known[2 * pair][half],
+                        known[2 * pair + 1][half]};
+      multiply_bf16(sums[pair], a, terms[0][half], terms[1][half]);
+    }
+    if (q == g / 2)
+      *reinterpret_cast<float4*>(single + half * 8 * PITCH) =
+          g % 2 ? make_float4(sums[0][1], sums[0][3], sums[1][1], sums[1][3])
+                : make_float4(sums[0][0], sums[0][2], sums[1][0], sums[1][2]);
+  }
+  add_dphi(dphi, across, own, lane, tokens);
+  const float* kappa = reinterpret_cast<const float*>(own + KAPPA);
+  const float kappa0 = kappa[g], kappa1 = kappa[g + 8];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      t[i][k] = fmaf(at(k < 2 ? pre0 : pre1, i), d[k], (k < 2 ? kappa0 : kappa1) * t[i][k]);
+  }
+}
+
+// `dy_out` and (NORM) the weights of the lane's two columns and their sums dw belong to LOOK_AHEAD.
 __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigned char* own, unsigned char* total,
-                                             const float4* phi, float (&dphi)[2][3][4], int warp, int lane,
-                                             int tokens) {
+                                             const float4* phi, float (&dphi)[2][3][4], const float2& weight,
+                                             float2& dw, u32* dy_out, int warp, int lane, int tokens) {
   const int g = lane / 4, q = lane % 4;
   // The lane's row for load_matrices and store_matrices. The matrix gives the half of the tokens and one of two
   // streams (or of y and d).
@@ -197,11 +320,14 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
   const int streams_row = row + (warp ^ key(lane / 16, lane)) * 16, single_row = row + (warp ^ key(0, lane)) * 16;
   u32 word[4];
   float x[N][4], t[N][4], y[4], d[4];
+  unsigned char* single = stage + D + g * PITCH + (warp ^ key(0, g)) * 16;  // row g of the warp's part of d
+
 #pragma unroll
   for (int i = 0; i < N; i += 2) {
     load_matrices(word, stage + streams_row + X + i * TOKENS * PITCH);
     unpack(x[i], word[0], word[1]);
     unpack(x[i + 1], word[2], word[3]);
+    if (LOOK_AHEAD) continue;
     load_matrices(word, stage + streams_row + G + i * TOKENS * PITCH);
     unpack(t[i], word[0], word[1]);
     unpack(t[i + 1], word[2], word[3]);
@@ -209,6 +335,19 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
   load_matrices(word, stage + single_row + Y);
   unpack(y, word[0], word[1]);
   unpack(d, word[2], word[3]);
+  if (LOOK_AHEAD) {
+    u32 terms[2][2] = {{word[2], word[3]}, {0, 0}};
+    compute_known(t, dphi, dw, x, y, d, terms, single, own, weight, lane, tokens);
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      float v[2][4];
+      load_matrices(word, stage + streams_row + G + i * TOKENS * PITCH);
+      unpack(v[0], word[0], word[1]);
+      unpack(v[1], word[2], word[3]);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) t[i][k] += v[0][k], t[i + 1][k] += v[1][k];
+    }
+  }
 
   // t += ds phi^T. Element k of a product's inner index is column 8 s + 2 k for k < 4, else 8 s + 2 (k - 4) + 1.
 #pragma unroll
@@ -237,18 +376,25 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
       res0 = load4(own + RES + g * RES_PITCH + i * 16);
       res1 = load4(own + RES + (g + 8) * RES_PITCH + i * 16);
     }
+    if (!LOOK_AHEAD) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float post = MIX ? at(k < 2 ? post0 : post1, i) : 0;
-      mixed[k] = MIX ? mix(k < 2 ? res0 : res1, post, x[0][k], x[1][k], x[2][k], x[3][k], y[k]) : x[i][k];
+      for (int k = 0; k < 4; ++k) {
+        const float post = MIX ? at(k < 2 ? post0 : post1, i) : 0;
+        mixed[k] = MIX ? mix(k < 2 ? res0 : res1, post, x[0][k], x[1][k], x[2][k], x[3][k], y[k]) : x[i][k];
+      }
+      const u32 rounded[2] = {pack_bf16(mixed[0], mixed[1]), pack_bf16(mixed[2], mixed[3])};
+      if (MIX && TERMS == 2) unpack(mixed, rounded[0], rounded[1]);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        t[i][k] = fmaf(at(k < 2 ? pre0 : pre1, i), d[k], t[i][k]);
+        t[i][k] = fmaf(k < 2 ? kappa0 : kappa1, mixed[k], t[i][k]);
+      }
+      across[i][0] = transpose(rounded[0]);
+      across[i][1] = transpose(rounded[1]);
     }
-    const u32 rounded[2] = {pack_bf16(mixed[0], mixed[1]), pack_bf16(mixed[2], mixed[3])};
-    if (MIX && TERMS == 2) unpack(mixed, rounded[0], rounded[1]);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const float4& res = k < 2 ? res0 : res1;
-      t[i][k] = fmaf(at(k < 2 ? pre0 : pre1, i), d[k], t[i][k]);
-      t[i][k] = fmaf(k < 2 ? kappa0 : kappa1, mixed[k], t[i][k]);
       if (MIX) {
         dx[0][k] = fmaf(res.x, t[i][k], dx[0][k]);
         dx[1][k] = fmaf(res.y, t[i][k], dx[1][k]);
@@ -259,27 +405,9 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
         dx[i][k] = t[i][k];
       }
     }
-    across[i][0] = transpose(rounded[0]);
-    across[i][1] = transpose(rounded[1]);
   }
 
-  // dphi += x'^T ds: two streams' columns as rows, the tokens as inner index.
-#pragma unroll
-  for (int s = 0; s < 3; ++s) {
-    uint4 b = *reinterpret_cast<const uint4*>(own + DS_PAIRS + (s * 32 + lane) * 16);  // high, low; high, low
-    if (tokens < TOKENS) {  // ds of tokens beyond T was never written: zero it (t's rows of them are not stored)
-      const u32 mask[2] = {2 * q < tokens ? 2 * q + 1 < tokens ? 0xffffffffu : 0xffffu : 0u,
-                           2 * q + 8 < tokens ? 2 * q + 9 < tokens ? 0xffffffffu : 0xffffu : 0u};
-      b.x &= mask[0], b.y &= mask[0], b.z &= mask[1], b.w &= mask[1];
-    }
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      const u32 a[4] = {across[2 * pair][0], across[2 * pair + 1][0], across[2 * pair][1], across[2 * pair + 1][1]};
-      multiply_bf16(dphi[pair][s], a, b.x, b.z);
-      multiply_bf16(dphi[pair][s], a, b.y, b.w);
-    }
-  }
-
+  if (!LOOK_AHEAD) add_dphi(dphi, across, own, lane, tokens);
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < N; i += 2) {
@@ -300,8 +428,11 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
       }
     }
   }
-  if (MIX) {
-    unsigned char* to = stage + D + g * PITCH + (warp ^ key(0, g)) * 16 + q * 4;
+  if (LOOK_AHEAD) {
+    if (g < tokens) dy_out[0] = pack_bf16(dy[0], dy[1]);
+    if (g + 8 < tokens) dy_out[8 * C / 2] = pack_bf16(dy[2], dy[3]);
+  } else if (MIX) {
+    unsigned char* to = single + q * 4;
     *reinterpret_cast<u32*>(to) = pack_bf16(dy[0], dy[1]);
     *reinterpret_cast<u32*>(to + 8 * PITCH) = pack_bf16(dy[2], dy[3]);
   }
@@ -311,13 +442,21 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 
 // Grid (C / 64, splits): program (slab, split) walks over tiles split, split + splits, ...
 // x, g, dx [T, 4 C]; y, d, dy [T, C]; post, pre [T, 4]; res [T, 16]; phi [4 C, 24]; ds [tiles, 3, 32, 4] and
-// ds_pairs [tiles, 3, 32, 8] as the lanes want them; kappa [T]; sums [C / 64, T, 20]; dphi [splits, 4 C, 24].
+// ds_pairs [tiles, 3, 32, 8] as the lanes want them; kappa [T]; sums [C / 64, T, 20 or 24]; dphi [splits, 4 C, 24].
+// LOOK_AHEAD, read if NORM: inverse and kappa_n [T, 4], weight [C], dw [splits, C].
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     KERNEL(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* g, const bf16* d,
-           const float* pre, const float* phi, const float* ds, const bf16* ds_pairs, const float* kappa, int T,
-           bf16* dx, bf16* dy, float* sums, float* dphi_out) {
+           const float* pre, const float* phi, const float* ds, const bf16* ds_pairs, const float* kappa,
+#if LOOK_AHEAD
+           const float* inverse, const float* weights, int T, bf16* dx, bf16* dy, float* sums, float* dphi_out,
+           float* dw_out) {
+#else
+           int T, bf16* dx, bf16* dy, float* sums, float* dphi_out) {
+  const float *inverse = nullptr, *weights = nullptr;
+  float* dw_out = nullptr;
+#endif
   SHARED_MEMORY(shared);
-  const Arrays a = {x, y, post, res, g, d, pre, ds, ds_pairs, kappa};
+  const Arrays a = {x, y, post, res, g, d, pre, ds, ds_pairs, kappa, inverse};
   const u32 thread = threadIdx.x;
   const int warp = thread / 32, lane = thread % 32;
   const int slab = blockIdx.x, split = blockIdx.y, apart = gridDim.y * TOKENS;
@@ -336,6 +475,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
   }
   float dphi[2][3][4] = {};
+  const int own_column = slab * COLUMNS + warp * 8 + lane % 4 * 2;  // the lane's first column in y, d, dy
+  float2 weight = {}, dw = {};
+  if (NORM) weight = *reinterpret_cast<const float2*>(weights + own_column);
 
   // Between two barriers one tile is filled, one is computed, and the tile before is written out. With two terms a
   // second barrier keeps t of the tile before until all warps have read it.
@@ -357,12 +499,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         products.load_update(before, warp, lane);
       }
       store_tile(before, share, dx, dy, first - apart, T);
+      if (LOOK_AHEAD) store_pre(before, sums, lane, slab * T + first - apart, T - first + apart);
       __syncwarp();
       if (MIX) products.store(sums, warp, lane, slab * T + first - apart, T - first + apart);
     }
     if (first >= T) break;
+    u32* dy_out = reinterpret_cast<u32*>(dy) + (static_cast<u32>(first + lane / 4) * C + own_column) / 2;
     compute_tile(shared + current * STAGE, shared + OWNS + parity * OWN,
-                 shared + TOTAL + (TERMS == 1 ? parity * STREAMS : 0), own_phi, dphi, warp, lane, T - first);
+                 shared + TOTAL + (TERMS == 1 ? parity * STREAMS : 0), own_phi, dphi, weight, dw, dy_out, warp, lane,
+                 T - first);
     current = (current + 1) % STAGES;
     parity ^= 1;
   }
@@ -376,5 +521,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       *reinterpret_cast<float2*>(row) = make_float2(dphi[pair][s][0], dphi[pair][s][1]);
       *reinterpret_cast<float2*>(row + C * M) = make_float2(dphi[pair][s][2], dphi[pair][s][3]);
     }
+  }
+  if (NORM) {
+#pragma unroll
+    for (int bit = 4; bit < 32; bit *= 2) {
+      dw.x += __shfl_sync(0xffffffffu, dw.x, lane ^ bit);
+      dw.y += __shfl_sync(0xffffffffu, dw.y, lane ^ bit);
+    }
+    if (lane < 4) *reinterpret_cast<float2*>(dw_out + static_cast<long long>(split) * C + own_column) = dw;
   }
 }

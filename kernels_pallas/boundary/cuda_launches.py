@@ -19,7 +19,7 @@ from kernels_pallas.precision import split_bf16
 _COLUMNS = 64  # of a program, per stream
 _TOKENS = 16  # of a tile
 _WARPS = 8  # of a program
-_TOKEN_SUMS = 20  # partial sums of dh_res and dh_post that a token has
+_TOKEN_SUMS = 20  # partial sums of dh_res and dh_post that a token has; with dh_pre 4 more
 _PARTS = 28  # numbers of a token in forward.cu's result: s, the sum of squares, 3 unused
 # bfloat16 numbers that stand for one number of t, the cotangent of the new streams, in dh_res and dh_post.
 # One makes errors of 2e-3, which few tokens do not average out: 5e-3 with a single token. Two are exact to
@@ -31,16 +31,17 @@ FEW_TOKENS = 64
 FORWARD_BYTES = 2 * _WARPS * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
 
 
-def _shared_bytes(mix: bool) -> int:
+def _shared_bytes(mix: bool, norm: bool = False) -> int:
     """Adds up the layout of backward.cu: rows of three tiles, token data of two, phi, t of two tiles."""
     rows = 10 * _TOKENS * 2 * _COLUMNS
-    own = _TOKENS * (2 * 24 * 4 + 80 + 2 * 16 + 4)
+    own = _TOKENS * (2 * 24 * 4 + 80 + 2 * 16 + 4 + 16 * norm)
     phi = 24 * 4 * 256
     total = 4 * _TOKENS * 2 * _COLUMNS
     return 3 * rows + 2 * own + phi + mix * 2 * total
 
 
 BACKWARD_BYTES = _shared_bytes(mix=True)
+LOOK_AHEAD_BYTES = _shared_bytes(mix=True, norm=True)
 
 
 def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
@@ -69,7 +70,15 @@ def _sizes(C: int) -> dict[str, int]:
     return {"C": C, "COLUMNS": _COLUMNS, "TOKENS": _TOKENS, "WARPS": _WARPS}
 
 
-def backward_launch(T: int, C: int, *, mix: bool, terms: int | None = None) -> CudaLaunch:
+def backward_launch(
+    T: int,
+    C: int,
+    *,
+    mix: bool,
+    terms: int | None = None,
+    look_ahead: bool = False,
+    norm: bool = False,
+) -> CudaLaunch:
     """Makes the launch of backward.cu.
 
     `terms` bfloat16 numbers stand for one of t in dh_res and dh_post. None takes two up to `FEW_TOKENS`, then
@@ -78,24 +87,37 @@ def backward_launch(T: int, C: int, *, mix: bool, terms: int | None = None) -> C
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
     phi [4C, 24], `coefficients.triton.Fragments`, T; without `mix`, y, h_post and h_res are not read.
     Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
+
+    With `look_ahead` (and `mix`) inverse and kappa_n [T, 4] and the weight [C] follow the fragments; they are
+    read with `norm`. The sums have dh_pre too [C / 64, T, 24], and there are partial sums of dw [splits, C].
     """
     slabs = C // _COLUMNS
     splits = _splits(slabs, cdiv(T, _TOKENS))
     if terms is None:
         terms = 2 if T <= FEW_TOKENS else TERMS
+    token_sums = _TOKEN_SUMS + 4 * look_ahead
+    kernel = "mhc_boundary_backward" if mix else "mhc_read_backward"
     return CudaLaunch(
-        kernel="mhc_boundary_backward" if mix else "mhc_read_backward",
+        kernel="mhc_look_ahead_backward" if look_ahead else kernel,
         source="boundary/backward.cu",
         grid=(slabs, splits),
         outputs=(
             struct((T, 4 * C), jnp.bfloat16),
             struct((T, C) if mix else (1,), jnp.bfloat16),
-            struct((slabs, T, _TOKEN_SUMS) if mix else (1,)),
+            struct((slabs, T, token_sums) if mix else (1,)),
             struct((splits, 4 * C, 24)),
+            *((struct((splits, C) if norm else (1,)),) if look_ahead else ()),
         ),
-        constants={"MIX": int(mix), "TERMS": terms, "TOKEN_SUMS": _TOKEN_SUMS, **_sizes(C)},
+        constants={
+            "MIX": int(mix),
+            "LOOK_AHEAD": int(look_ahead),
+            "NORM": int(norm),
+            "TERMS": terms,
+            "TOKEN_SUMS": token_sums,
+            **_sizes(C),
+        },
         num_warps=_WARPS,
-        shared_bytes=_shared_bytes(mix),
+        shared_bytes=_shared_bytes(mix, norm),
     )
 
 
@@ -138,19 +160,30 @@ def read_backward(
     return dx, dphi
 
 
-def forward_launch(T: int, C: int) -> CudaLaunch:
+def forward_launch(T: int, C: int, *, look_ahead: bool = False) -> CudaLaunch:
     """Makes the launch of forward.cu.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], `phi_fragments`, T. Outputs: x', partial
     sums of s and (column 24) of the squares of x' [splits, T, 28].
+
+    With `look_ahead` h_pre [T, 4] follows h_res, and u [T, C] follows x'.
     """
     splits = _forward_splits(C // _COLUMNS, cdiv(T, _WARPS * _TOKENS))
     return CudaLaunch(
-        kernel="mhc_boundary_forward",
+        kernel="mhc_look_ahead_forward" if look_ahead else "mhc_boundary_forward",
         source="boundary/forward.cu",
         grid=(min(multiprocessors(), cdiv(T, _WARPS * _TOKENS) * splits),),
-        outputs=(struct((T, 4 * C), jnp.bfloat16), struct((splits, T, _PARTS))),
-        constants={"SPLITS": splits, "PARTS": _PARTS, **_sizes(C)},
+        outputs=(
+            struct((T, 4 * C), jnp.bfloat16),
+            *((struct((T, C), jnp.bfloat16),) if look_ahead else ()),
+            struct((splits, T, _PARTS)),
+        ),
+        constants={
+            "SPLITS": splits,
+            "PARTS": _PARTS,
+            "LOOK_AHEAD": int(look_ahead),
+            **_sizes(C),
+        },
         num_warps=_WARPS,
         shared_bytes=FORWARD_BYTES,
     )

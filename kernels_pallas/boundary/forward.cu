@@ -10,14 +10,17 @@
 // x' is rounded to bfloat16 before it is multiplied. phi comes as exact bfloat16 terms, high + low, in the order of the
 // lanes. The sum of squares is the diagonal of a product of x' with itself, 16 tokens x 8 tokens.
 //
-// Constants: C, SPLITS (divides C / 64).
+// With LOOK_AHEAD the layer input u = h_pre x' is part of the pass, because h_pre is known before: it takes the place
+// of y in shared memory and in memory costs C more.
+//
+// Constants: C, SPLITS (divides C / 64), LOOK_AHEAD (0 or 1).
 #include "boundary/tile.cuh"
 
 namespace {
 
 constexpr int STEPS = C / COLUMNS / SPLITS;   // of a tile
 
-// A warp's tile in shared memory: rows of x (then x') by stream and token, then y. The 16-byte chunks of
+// A warp's tile in shared memory: rows of x (then x') by stream and token, then y (then u). The 16-byte chunks of
 // a row are permuted, chunk c to place c ^ key, so that 8 tokens of a stream do not meet in one bank.
 constexpr int STREAM = TOKENS * PITCH, Y = N * STREAM, TILE = Y + STREAM;
 constexpr int PHI = 2 * WARPS * TILE;         // by 8 columns, two streams, 8 of s and lane: 16 bytes
@@ -58,15 +61,17 @@ __device__ __forceinline__ void load_step(unsigned char* tile, unsigned char* ph
   }
 }
 
-// h_res and h_post of the lane's two tokens.
+// h_res, h_post and (LOOK_AHEAD) h_pre of the lane's two tokens.
 struct Mappings {
-  float4 res[2][N], post[2];
+  float4 res[2][N], post[2], pre[2];
 
-  __device__ __forceinline__ void load(const float* all_res, const float* all_post, int first, int lane, int T) {
+  __device__ __forceinline__ void load(const float* all_res, const float* all_post, const float* all_pre, int first,
+                                       int lane, int T) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = min(first + half * 8 + lane / 4, T - 1);
       post[half] = reinterpret_cast<const float4*>(all_post)[token];
+      if (LOOK_AHEAD) pre[half] = reinterpret_cast<const float4*>(all_pre)[token];
 #pragma unroll
       for (int i = 0; i < N; ++i) res[half][i] = reinterpret_cast<const float4*>(all_res)[token * N + i];
     }
@@ -107,12 +112,12 @@ struct Sums {
   }
 };
 
-// x' of 8 columns in place of x; adds to the sums.
+// x' of 8 columns in place of x, u in place of y; adds to the sums.
 __device__ __forceinline__ void mix_columns(unsigned char* tile, const uint4* phi, const Mappings& mappings,
                                             Sums& sums, int columns, int lane) {
   const int row = lane % 16 * PITCH + (columns ^ key(lane)) * 16, pair_row = row + lane / 16 * STREAM;
   u32 word[4];
-  float x[N][4], y[4];
+  float x[N][4], y[4], mixed[N][4];
 #pragma unroll
   for (int i = 0; i < N; i += 2) {
     load_matrices(word, tile + pair_row + i * STREAM);
@@ -137,10 +142,21 @@ __device__ __forceinline__ void mix_columns(unsigned char* tile, const uint4* ph
     }
     multiply_bf16(sums.squares[0], a, a[0], a[2]);
     multiply_bf16(sums.squares[1], a, a[1], a[3]);
+    if (LOOK_AHEAD) unpack(mixed[i], a[0], a[1]), unpack(mixed[i + 1], a[2], a[3]);
+  }
+  if (LOOK_AHEAD) {
+    float u[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      u[k] = weighted_sum(mappings.pre[k / 2], mixed[0][k], mixed[1][k], mixed[2][k], mixed[3][k]);
+    unsigned char* to = tile + Y + lane / 4 * PITCH + (columns ^ key(lane / 4)) * 16 + lane % 4 * 4;
+    *reinterpret_cast<u32*>(to) = pack_bf16(u[0], u[1]);
+    *reinterpret_cast<u32*>(to + 8 * PITCH) = pack_bf16(u[2], u[3]);
   }
 }
 
-__device__ __forceinline__ void store_step(bf16* mixed, const unsigned char* tile, Place at, int lane, int T) {
+__device__ __forceinline__ void store_step(bf16* mixed, bf16* layer_input, const unsigned char* tile, Place at, int lane,
+                                           int T) {
 #pragma unroll
   for (int k = 0; k < TOKENS / 4; ++k) {
     const int token = k * 4 + lane / 8;
@@ -149,16 +165,14 @@ __device__ __forceinline__ void store_step(bf16* mixed, const unsigned char* til
     uint4* to = chunk(mixed, static_cast<u32>(at.first + token) * (N * C / 8) + at.column + lane % 8);
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i * (C / 8)] = *reinterpret_cast<const uint4*>(from + i * STREAM);
+    if (LOOK_AHEAD)
+      *chunk(layer_input, static_cast<u32>(at.first + token) * (C / 8) + at.column + lane % 8) =
+          *reinterpret_cast<const uint4*>(from + Y);
   }
 }
 
-}  // namespace
-
-// Any grid. x, mixed = x' [T, 4 C]; y [T, C]; post [T, 4]; res [T, 16]; phi [C / 64, 8, 2, 3, 32, 8]
-// (`phi_fragments`); parts [SPLITS, T, 28].
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    mhc_boundary_forward(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* phi, int T,
-                         bf16* mixed, float* parts) {
+__device__ __forceinline__ void run(const bf16* x, const bf16* y, const float* post, const float* res, const float* pre,
+                                    const bf16* phi, int T, bf16* mixed, bf16* layer_input, float* parts) {
   SHARED_MEMORY(shared);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = threadIdx.x % 32;
   unsigned char* tiles = shared + warp * 2 * TILE;
@@ -172,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Place at(item, step, T);
     if (step == 0) {
       total.clear();
-      mappings.load(res, post, at.first, lane, T);
+      mappings.load(res, post, pre, at.first, lane, T);
     }
     copy_async_wait<0>();
     __syncthreads();
@@ -195,8 +209,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       total.add(sums);
     }
     __syncwarp();
-    store_step(mixed, tile, at, lane, T);
+    store_step(mixed, layer_input, tile, at, lane, T);
     if (last) total.store(parts + static_cast<long long>(item % SPLITS) * T * PARTS, at.first, lane, T);
     item = next_item, step = next_step, parity ^= 1;
   }
 }
+
+}  // namespace
+
+// Any grid. x, mixed = x' [T, 4 C]; y, layer_input [T, C]; post, pre [T, 4]; res [T, 16]; phi
+// [C / 64, 8, 2, 3, 32, 8] (`phi_fragments`); parts [SPLITS, T, 28].
+#if LOOK_AHEAD
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    mhc_look_ahead_forward(const bf16* x, const bf16* y, const float* post, const float* res, const float* pre,
+                           const bf16* phi, int T, bf16* mixed, bf16* layer_input, float* parts) {
+  run(x, y, post, res, pre, phi, T, mixed, layer_input, parts);
+}
+#else
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    mhc_boundary_forward(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* phi, int T,
+                         bf16* mixed, float* parts) {
+  run(x, y, post, res, nullptr, phi, T, mixed, nullptr, parts);
+}
+#endif

@@ -34,3 +34,11 @@ __device__ __forceinline__ float mix(const float4& res, float post, float x0, fl
   v = fmaf(res.w, x3, v);
   return fmaf(post, y, v);
 }
+
+// An element of u = h_pre x', in the same order in both directions for the same reason.
+__device__ __forceinline__ float weighted_sum(const float4& pre, float x0, float x1, float x2, float x3) {
+  float v = pre.x * x0;
+  v = fmaf(pre.y, x1, v);
+  v = fmaf(pre.z, x2, v);
+  return fmaf(pre.w, x3, v);
+}

@@ -1,4 +1,4 @@
-"""Backward of `read` and `boundary` on TPU; see tpu.py."""
+"""Backward of `read`, `boundary` and `look_ahead` on TPU; see tpu.py."""
 
 import functools
 
@@ -58,8 +58,36 @@ def _load_window(ref, tiles, static):
         tpu_math.store_rows(ref.saved_rows, jnp.concatenate(saved, axis=0))
 
 
-def _transpose_input(ref, tiles, n, eps):
-    """Writes dh_pre to `ref.dh_rows`, and the cotangent of the weighted sum to `ref.d_sum`."""
+def _transpose_all_columns(ref, tiles, static):
+    """As `_transpose_window` where h_pre is that of the next sublayer: its cotangent is known before too.
+
+    Leaves in `ref.saved_rows`, a token a row: the known h_pre, ds, dr, r.
+    """
+    n = static.n
+    exists, do = coefficients.tile_mask(tiles), tiles.first_of_window() & tiles.in_range()
+
+    @pl.when(do)
+    def _():
+        s, (r,) = (sinkhorn.spread(x[...], ref.spread) for x in (ref.s, ref.r))
+        cotangents = ref.d_next_pre, ref.dh_post, ref.dh_res
+        d_pre, *d = (sinkhorn.spread(x[...], ref.d_spread) for x in cotangents)
+        normed, logits = coefficients.logits(s, r, ref.bias, ref.alpha, n)
+        dh = coefficients.gate_backward(logits[:n], d_pre)
+        dh += coefficients.post_res_backward(
+            logits, *d, ref.iterates, n, static.num_iterations, static.sinkhorn_eps
+        )
+        coefficients.add_parameter_sums(dh, normed, exists, ref.dbias, ref.dalpha, n)
+        ds, dr = coefficients.projection_backward(dh, normed, r, ref.alpha, n)
+        sinkhorn.gather([*ds, dr, r], ref.spread, ref.columns)
+        saved = [ref.h_pre[...], ref.columns[...]]
+        tpu_math.store_rows(ref.saved_rows, jnp.concatenate(saved, axis=0))
+
+
+def _transpose_input(ref, tiles, n, eps, *, ahead=False):
+    """Writes dh_pre to `ref.dh_rows`, and the cotangent of the weighted sum to `ref.d_sum`.
+
+    With `ahead` the sum is rounded before its norm, and `ref.dh_rows` has the rows of a window.
+    """
     width, norm, num_left = ref.d_sum.shape[-1], None, tiles.num_left()
     if eps is not None:
         norm = ref.weight, ref.d_weight, eps
@@ -67,20 +95,21 @@ def _transpose_input(ref, tiles, n, eps):
     @functools.partial(tiles.row_groups, unroll=input_unroll(width))
     def _(rows, window_rows):
         h, sums = ref.saved_rows[window_rows, :], [LaneSums() for _ in range(n)]
-        cotangents = pre.sum_cotangents(ref.x, ref.d, rows, norm, h, n, num_left - rows.start)
+        left = num_left - rows.start
+        cotangents = pre.sum_cotangents(ref.x, ref.d, rows, norm, h, n, left, rounded=ahead)
         for columns, d in cotangents:
             if norm is not None:
                 ref.d_sum[rows, columns] = d.astype(ref.d_sum.dtype)
             for i in range(n):
                 x = ref.x[rows, pl.ds(i * width + columns.start, columns.size)]
                 sums[i].add(x.astype(jnp.float32) * d)
-        ref.dh_rows[rows, :] = tpu_math.lane_columns([x.total() for x in sums], LANES)
+        dh = tpu_math.lane_columns([x.total() for x in sums], LANES)
+        ref.dh_rows[window_rows if ahead else rows, :] = dh
 
 
 def _transpose_projection(ref, tiles, n):
     """Goes back through the columns of h_pre, then in one pass makes dphi and the streams' cotangents."""
-    m, width = ref.s.shape[0], ref.d.shape[-1]
-    rows, exists = tiles.window_rows(), tiles.block_mask()
+    m, rows, exists = ref.s.shape[0], tiles.window_rows(), tiles.block_mask()
 
     @pl.when(tiles.in_range())
     def _():
@@ -93,25 +122,42 @@ def _transpose_projection(ref, tiles, n):
         dh = coefficients.gate_backward(logits, rows_of(d_pre))
         coefficients.add_parameter_sums(dh, normed, exists, ref.dbias, ref.dalpha, n)
         ds_pre, dr_pre = coefficients.projection_backward(dh, normed, r, ref.alpha, n)
-        # Tokens past the end have undefined coefficients and may not reach dphi.
-        ds = jnp.where(exists, columns_of([*ds_pre, ds]), 0)
-        if ref.x.dtype == jnp.bfloat16:
-            ds = tpu_math.round_tf32(ds)
-        scale = (dr + dr_pre) / (r * ref.x.shape[1])
-        scale = jnp.broadcast_to(scale, (LANES, tiles.block)).T
-        for i in range(n):
-            ref.spread_pre[i] = jnp.broadcast_to(ref.saved_rows[rows, i : i + 1], scale.shape)
+        _backward_block(ref, tiles, n, rows, exists, columns_of([*ds_pre, ds]), dr + dr_pre, r)
 
-        def other_cotangents(c, size):
-            d = ref.d_sum[:, pl.ds(c, size)].astype(jnp.float32)
 
-            def of_stream(i):
-                g = ref.g[:, pl.ds(i * width + c, size)].astype(jnp.float32)
-                return tpu_math.across(ref.spread_pre[i], size) * d + g
+def _transpose_known_projection(ref, tiles, n):
+    """As `_transpose_projection` behind `_transpose_all_columns`."""
+    m, rows, exists = ref.s.shape[0], tiles.window_rows(), tiles.block_mask()
 
-            return of_stream
+    @pl.when(tiles.in_range())
+    def _():
+        post_res.spread_coefficients(ref.post_rows, ref.res_rows, rows, n, ref.spread_old)
+        saved = ref.saved_rows[rows, :].T[n : n + m + 2]
+        _backward_block(ref, tiles, n, rows, exists, saved[:m], saved[m : m + 1], saved[m + 1 :])
 
-        projection.backward_block(ref.x, ref.phi, ds, scale, ref.dx, ref.dphi, n, other_cotangents)
+
+def _backward_block(ref, tiles, n, rows, exists, ds, dr, r):
+    """Makes dphi and the cotangents of a block's streams from ds [m, block], dr and r [1, block]."""
+    width = ref.d.shape[-1]
+    # Tokens past the end have undefined coefficients and may not reach dphi.
+    ds = jnp.where(exists, ds, 0)
+    if ref.x.dtype == jnp.bfloat16:
+        ds = tpu_math.round_tf32(ds)
+    scale = dr / (r * ref.x.shape[1])
+    scale = jnp.broadcast_to(scale, (LANES, tiles.block)).T
+    for i in range(n):
+        ref.spread_pre[i] = jnp.broadcast_to(ref.saved_rows[rows, i : i + 1], scale.shape)
+
+    def other_cotangents(c, size):
+        d = ref.d_sum[:, pl.ds(c, size)].astype(jnp.float32)
+
+        def of_stream(i):
+            g = ref.g[:, pl.ds(i * width + c, size)].astype(jnp.float32)
+            return tpu_math.across(ref.spread_pre[i], size) * d + g
+
+        return of_stream
+
+    projection.backward_block(ref.x, ref.phi, ds, scale, ref.dx, ref.dphi, n, other_cotangents)
 
 
 def _transpose_write(ref, tiles, n):
@@ -142,9 +188,19 @@ def _kernel(ref, tiles, static):
     tiles.zero_past_end(ref.x)
     if fused:
         post_res.load_coefficients(tiles, ref.old_post, ref.old_res, ref.post_rows, ref.res_rows)
-    (_transpose_window if static.num_iterations else _load_window)(ref, tiles, static)
-    _transpose_input(ref, tiles, static.n, static.input_norm_eps)
-    _transpose_projection(ref, tiles, static.n)
+    ahead = hasattr(ref, "d_next_pre")
+    if ahead:
+        _transpose_all_columns(ref, tiles, static)
+    else:
+        (_transpose_window if static.num_iterations else _load_window)(ref, tiles, static)
+    _transpose_input(ref, tiles, static.n, static.input_norm_eps, ahead=ahead)
+    (_transpose_known_projection if ahead else _transpose_projection)(ref, tiles, static.n)
+    if ahead:
+
+        @pl.when(tiles.last_of_window())
+        def _():
+            ref.d_pre[...] = ref.dh_rows[...].T[: static.n]
+
     if fused:
         _transpose_write(ref, tiles, static.n)
 
@@ -169,6 +225,7 @@ def run_kernel(
     d: ReadOut,
     g: jax.Array,
     static: ReadStatic,
+    d_next_pre: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Runs the kernel and returns its named outputs.
 
@@ -179,6 +236,7 @@ def run_kernel(
       d, g: cotangents of what was read, and of the streams. Without iterations `d` is a
         `kernels_pallas.logits.tpu.ToProjection`.
       static: of the read.
+      d_next_pre: [..., n], of `look_ahead`, where `saved.h_pre` was known before; None: its other operations.
     """
     n, f32 = static.n, jnp.float32
     (num_tokens, row), m, fused = x.shape, parameters.phi.shape[1], update is not None
@@ -238,12 +296,19 @@ def run_kernel(
         scratch["spread_old"] = (n + n * n, block, LANES), f32
     elif static.has_norm:
         scratch["d_sum"] = (block, width), x.dtype
+    kernel_name = "mhc_boundary_backward" if fused else "mhc_read_backward"
+    if d_next_pre is not None:
+        kernel_name = "mhc_look_ahead_backward"
+        inputs["d_next_pre"] = last(d_next_pre), columns(n)
+        outputs["d_pre"] = (n, num_tokens), f32, columns(n)
+        scratch["dh_rows"], scratch["columns"] = ((window, LANES), f32), ((m + 2, window), f32)
+        scratch["spread"] = sinkhorn.spread_shape(m + 2, window), f32
     for name, shape in sums.items():
         outputs[name] = (tiles.parts, *shape), f32, tiles.sums(*shape)
     return tpu_call.call_named(
         functools.partial(_kernel, tiles=tiles, static=static),
         *(inputs, outputs, scratch),
-        name="mhc_boundary_backward" if fused else "mhc_read_backward",
+        name=kernel_name,
         grid=tiles.grid,
         semantics=tiles.semantics,
         flops=(4 * m + 6 + 4 * (n + 1) * fused) * x.size,

@@ -1,4 +1,4 @@
-"""Forward of `read` and `boundary` on TPU; see tpu.py."""
+"""Forward of `read`, `boundary` and `look_ahead` on TPU; see tpu.py."""
 
 import functools
 from typing import Any
@@ -63,18 +63,23 @@ def _read(ref, tiles, static, beside=None):
 
     @pl.when(tiles.last_of_window())
     def _():
-        saved = ref.saved_rows[...].T
-        ref.s[...] = saved[:m]
-        ref.r[...] = saved[m : m + 1]
-        if not static.num_iterations:
-            return
-        coefficients.write_coefficients(
-            *(ref.s, ref.r, ref.bias, ref.alpha, ref.h_pre, ref.h_post, ref.h_res, ref.spread),
-            n=n,
-            num_iterations=static.num_iterations,
-            sinkhorn_eps=static.sinkhorn_eps,
-            pre_eps=static.pre_eps,
-        )
+        _finish(ref, ref.saved_rows[...].T, static)
+
+
+def _finish(ref, saved, static):
+    """Writes s, r and the coefficients of a window."""
+    m = ref.s.shape[0]
+    ref.s[...] = saved[:m]
+    ref.r[...] = saved[m : m + 1]
+    if not static.num_iterations:
+        return
+    coefficients.write_coefficients(
+        *(ref.s, ref.r, ref.bias, ref.alpha, ref.h_pre, ref.h_post, ref.h_res, ref.spread),
+        n=static.n,
+        num_iterations=static.num_iterations,
+        sinkhorn_eps=static.sinkhorn_eps,
+        pre_eps=static.pre_eps,
+    )
 
 
 def _read_kernel(ref, tiles, static):
@@ -82,8 +87,8 @@ def _read_kernel(ref, tiles, static):
     _read(ref, tiles, static)
 
 
-def _boundary_kernel(ref, tiles, static):
-    n = static.n
+def _write(ref, tiles, n):
+    """Writes `ref.new`; returns what prepares the next block, to be called beside the projection."""
     tokens = tpu_mix.group_tokens(tiles.block, n, ref.x.dtype)
     rows = ref.post_rows, ref.res_rows
     post_res.load_coefficients(tiles, ref.old_post, ref.old_res, *rows)
@@ -113,12 +118,56 @@ def _boundary_kernel(ref, tiles, static):
             h = post_res.spread_rows(ref.spread_old, rows, n)
             post_res.write_rows(ref.x, ref.y, ref.new, rows, *h)
 
+    return functools.partial(prepare, next_rows)
+
+
+def _boundary_kernel(ref, tiles, static):
+    beside = _write(ref, tiles, static.n)
     ref.read = ref.new
-    _read(ref, tiles, static, beside=functools.partial(prepare, next_rows))
+    _read(ref, tiles, static, beside=beside)
+
+
+def _look_ahead_kernel(ref, tiles, static):
+    """As `_boundary_kernel` with `ref.known_pre`: the layer input does not wait for the projection."""
+    n, eps = static.n, static.input_norm_eps
+    m, block_rows = ref.s.shape[0], tiles.window_rows()
+    beside = _write(ref, tiles, n)
+
+    @pl.when(tiles.first_of_window())
+    def _():
+        tpu_math.store_rows(ref.h_rows, ref.known_pre[...])
+
+    @pl.when(tiles.in_range())
+    def _():
+        beside()
+        s, squares = projection.project_block(ref.new, ref.phi, m)
+        ref.saved_rows[block_rows, :m] = s.T
+        root = jnp.sqrt(squares / ref.new.shape[1] + static.norm_eps)
+        ref.saved_rows[block_rows, m : m + 1] = root
+
+    @functools.partial(tiles.row_groups, unroll=input_unroll(ref.layer_input.shape[-1]))
+    def _(rows, window_rows):
+        weight = ref.weight if static.has_norm else None
+        h = ref.h_rows[window_rows, :]
+        streams = ref.new, weight, ref.layer_input
+        inverse = pre.read_rows(*streams, rows, h, n, eps, rounded=True)
+        if inverse is not None:
+            ref.saved_rows[window_rows, m + 1 : m + 2] = inverse
+
+    @pl.when(tiles.last_of_window())
+    def _():
+        saved = ref.saved_rows[...].T
+        if static.has_norm:
+            ref.inverse[...] = saved[m + 1 : m + 2]
+        _finish(ref, saved, static)
 
 
 def run_kernel(
-    x: jax.Array, update: Update | None, parameters: Parameters, static: ReadStatic
+    x: jax.Array,
+    update: Update | None,
+    parameters: Parameters,
+    static: ReadStatic,
+    known_pre: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Runs the kernel and returns its named outputs.
 
@@ -126,9 +175,12 @@ def run_kernel(
       x: the streams [T, n*C], to be read, or first to be written to.
       update: what is written; None: nothing.
       parameters, static: of the read.
+      known_pre: [..., n], with what `look_ahead` reads; None: `h_pre` of this read.
     """
     n, f32 = static.n, jnp.float32
     (num_tokens, row), m = x.shape, parameters.phi.shape[1]
+    kernel = _read_kernel if update is None else _boundary_kernel
+    name = "mhc_read_forward" if update is None else "mhc_boundary_forward"
     width, fused = row // n, update is not None
     window = sinkhorn_window(num_tokens)
     block = min(forward_tokens(row, n, x.dtype, m, fused=fused), window)
@@ -160,12 +212,19 @@ def run_kernel(
         inputs["weight"] = parameters.weight.reshape(1, width), tiles.whole(1, width)
     outputs["layer_input"] = (num_tokens, width), x.dtype, tiles.rows(width)
     mappings = {"h_pre": n, "h_post": n, "h_res": n * n} if static.num_iterations else {}
-    for name, k in {**mappings, "s": m, "r": 1}.items():
-        outputs[name] = (k, num_tokens), f32, columns(k)
+    per_token = {**mappings, "s": m, "r": 1}
+    if known_pre is not None:
+        kernel, name = _look_ahead_kernel, "mhc_look_ahead_forward"
+        inputs["known_pre"] = tpu_call.tokens_last(known_pre), columns(n)
+        scratch["h_rows"] = (tiles.window, LANES), f32
+        if static.has_norm:
+            per_token["inverse"] = 1
+    for output, k in per_token.items():
+        outputs[output] = (k, num_tokens), f32, columns(k)
     return tpu_call.call_named(
-        functools.partial(_boundary_kernel if fused else _read_kernel, tiles=tiles, static=static),
+        functools.partial(kernel, tiles=tiles, static=static),
         *(inputs, outputs, scratch),
-        name="mhc_boundary_forward" if fused else "mhc_read_forward",
+        name=name,
         grid=tiles.grid,
         semantics=tiles.semantics,
         flops=2 * (m + n + 2) * x.size,

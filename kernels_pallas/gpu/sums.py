@@ -1,7 +1,7 @@
 """The second stage of sums in one launch, in fixed order.
 
 It finishes the gradients of a read's parameters (over tokens) and, after the CUDA kernel of a boundary,
-dh_res and dh_post (over columns).
+dh_res and dh_post (over columns), with look-ahead dh_pre too.
 """
 
 import jax
@@ -67,22 +67,30 @@ def _sum_mappings(
     ptr,
     res_ptr,
     post_ptr,
+    pre_ptr,
     start,
     SIZE: tl.constexpr,
     SLABS: tl.constexpr,
     N: tl.constexpr,
+    ROW: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Sums dh_res [T, N*N], dh_post [T, N] over SLABS partial sums [T, N*N + N]; ENTRIES from `start` on."""
+    """Sums dh_res [T, N*N], dh_post [T, N] and what else a token has in its ROW, dh_pre [T, N].
+
+    There are SLABS partial sums [T, ROW]; it sums ENTRIES from `start` on.
+    """
     entry = start + tl.arange(0, ENTRIES)
     mask = entry < SIZE
     total = tl.zeros((ENTRIES,), tl.float32)
     for k in range(SLABS):
         total += tl.load(ptr + k * SIZE + entry, mask=mask, other=0.0)
-    token = entry // (N * N + N)
-    column = entry % (N * N + N)
+    token = entry // ROW
+    column = entry % ROW
     tl.store(res_ptr + token * (N * N) + column, total, mask=mask & (column < N * N))
-    tl.store(post_ptr + token * N + column - N * N, total, mask=mask & (column >= N * N))
+    gate = column - N * N
+    tl.store(post_ptr + token * N + gate, total, mask=mask & (gate >= 0) & (gate < N))
+    if ROW > N * N + N:
+        tl.store(pre_ptr + token * N + gate - N, total, mask=mask & (gate >= N))
 
 
 @triton.jit
@@ -97,6 +105,7 @@ def mhc_read_backward_sums(
     weight_out_ptr,
     res_out_ptr,
     post_out_ptr,
+    pre_out_ptr,
     SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -107,10 +116,11 @@ def mhc_read_backward_sums(
     COLUMNS: tl.constexpr,
     SLABS: tl.constexpr,
     MAPPINGS: tl.constexpr,
+    ROW: tl.constexpr,
     SUMS: tl.constexpr,
 ):
     """Sums dphi [SPLITS, SIZE], gates [2, M, PROGRAMS] into dbias and dalpha, dweight [WEIGHT_ROWS, C],
-    dh_res and dh_post [SLABS, MAPPINGS].
+    dh_res and dh_post (and dh_pre) [SLABS, MAPPINGS], ROW numbers a token.
 
     A program sums a part of one of them. Programs with the most work come first.
     """
@@ -130,20 +140,39 @@ def mhc_read_backward_sums(
         _sum_weight(weight_ptr, weight_out_ptr, start, WEIGHT_ROWS, C, COLUMNS)
     else:
         start = (program - 3 - M - BLOCKS - WEIGHTS) * SUMS
-        _sum_mappings(mappings_ptr, res_out_ptr, post_out_ptr, start, MAPPINGS, SLABS, N, SUMS)
+        _sum_mappings(
+            mappings_ptr,
+            res_out_ptr,
+            post_out_ptr,
+            pre_out_ptr,
+            start,
+            MAPPINGS,
+            SLABS,
+            N,
+            ROW,
+            SUMS,
+        )
 
 
 def launch(
-    splits: int, K: int, n: int, programs: int, weight: tuple[int, int], slabs: int = 0, T: int = 0
+    splits: int,
+    K: int,
+    n: int,
+    programs: int,
+    weight: tuple[int, int],
+    slabs: int = 0,
+    T: int = 0,
+    look_ahead: bool = False,
 ) -> TritonLaunch:
     """Makes the launch of the second stage.
 
     It sums dphi [splits, K, m], gates [2, m, programs], dweight of shape `weight` or (0, 0), and partial sums
-    of dh_res and dh_post [slabs, T, n*n + n].
+    of dh_res and dh_post [slabs, T, n*n + n], with `look_ahead` of dh_pre too [slabs, T, n*n + 2n].
     """
     m = n * n + 2 * n
     weight_rows, C = weight
-    mappings = T * (n * n + n) if slabs else 0
+    row = n * n + n + n * look_ahead
+    mappings = T * row if slabs else 0
     return TritonLaunch(
         kernel=mhc_read_backward_sums,
         grid=(3 + m + cdiv(K * m, _ENTRIES) + cdiv(C, _COLUMNS) + cdiv(mappings, _SUMS),),
@@ -154,6 +183,7 @@ def launch(
             struct((max(1, C),)),
             struct((T, n, n) if slabs else (1,)),
             struct((T, n) if slabs else (1,)),
+            struct((T, n) if slabs and look_ahead else (1,)),
         ),
         constants={
             "SIZE": K * m,
@@ -166,6 +196,7 @@ def launch(
             "COLUMNS": _COLUMNS,
             "SLABS": slabs,
             "MAPPINGS": mappings,
+            "ROW": row,
             "SUMS": _SUMS,
         },
         num_warps=8,
@@ -186,16 +217,21 @@ def parameter_gradients(
 
 def all_gradients(
     dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, mappings: jax.Array, n: int
-) -> tuple[Gradients, jax.Array, jax.Array]:
-    """Does `parameter_gradients`, and sums [slabs, T, n*n + n] to dh_res [T, n, n], dh_post [T, n]."""
-    return _finish(dphi, gates, dweight, mappings, n, *mappings.shape[:2])
+) -> tuple[Gradients, jax.Array, jax.Array, jax.Array | None]:
+    """Does `parameter_gradients`, and sums [slabs, T, n*n + n] to dh_res [T, n, n], dh_post [T, n].
+
+    Of [slabs, T, n*n + 2n] the last is dh_pre [T, n], else None.
+    """
+    return _finish(dphi, gates, dweight, mappings, n, *mappings.shape)
 
 
-def _finish(dphi, gates, dweight, mappings, n, slabs=0, T=0):
+def _finish(dphi, gates, dweight, mappings, n, slabs=0, T=0, row=0):
     splits, K, _ = dphi.shape
     weight_shape = (0, 0) if dweight is None else dweight.shape
-    call = launch(splits, K, n, gates.shape[-1], weight_shape, slabs, T)
-    dphi, dbias, dalpha, weight, dres, dpost = call(
+    look_ahead = row == n * n + 2 * n
+    call = launch(splits, K, n, gates.shape[-1], weight_shape, slabs, T, look_ahead)
+    dphi, dbias, dalpha, weight, dres, dpost, dpre = call(
         dphi, gates, dphi if dweight is None else dweight, mappings
     )
-    return (dphi, dbias, dalpha, None if dweight is None else weight), dres, dpost
+    gradients = dphi, dbias, dalpha, None if dweight is None else weight
+    return gradients, dres, dpost, dpre if look_ahead else None

@@ -65,33 +65,45 @@ def _weighted_sums(x_ref, rows, h, n, width):
         yield pl.ds(c, size), tpu_math.weighted_sum([h[:, i : i + 1] for i in range(n)], x)
 
 
-def read_rows(x_ref, weight_ref, out_ref, rows, h, n, eps) -> None:
+def _rounded(sums, dtype):
+    """Rounds what `_weighted_sums` yields to the dtype of the streams."""
+    for columns, total in sums:
+        yield columns, total.astype(dtype).astype(jnp.float32)
+
+
+def read_rows(x_ref, weight_ref, out_ref, rows, h, n, eps, *, rounded=False) -> jax.Array | None:
     """Writes the layer input of some rows, after the norm if there is a weight (inside a kernel).
 
     Args:
       h: [rows, lanes], h_pre on the first n lanes.
+      rounded: whether the sum is rounded before the norm.
+
+    Returns:
+      by what the norm multiplies, [rows, 1].
     """
     width = out_ref.shape[-1]
     sums = _weighted_sums(x_ref, rows, h, n, width)
     if weight_ref is None:
         for columns, total in sums:
             out_ref[rows, columns] = total.astype(out_ref.dtype)
-        return
-    sums, squares = list(sums), LaneSums()
+        return None
+    sums, squares = list(_rounded(sums, x_ref.dtype) if rounded else sums), LaneSums()
     for _, total in sums:
         squares.add(total * total)
     inverse = jax.lax.rsqrt(squares.total() / width + eps)
     for columns, total in sums:
         normed = total * inverse * weight_ref[:, columns]
         out_ref[rows, columns] = normed.astype(out_ref.dtype)
+    return inverse
 
 
-def sum_cotangents(x_ref, d_ref, rows, norm, h, n, num_left):
+def sum_cotangents(x_ref, d_ref, rows, norm, h, n, num_left, *, rounded=False):
     """Yields (columns, cotangent of the sum of h_pre x in float32) for pieces of 16 rows (inside a kernel).
 
     Args:
       norm: None, or (weight_ref, d_weight_ref [16, C] to add to, eps) to go through the norm.
       num_left: rows of the block from `rows` on that are tokens.
+      rounded: as in `read_rows`; the inner product then takes the rounded layer input too.
     """
     width = d_ref.shape[-1]
     if norm is None:
@@ -99,13 +111,21 @@ def sum_cotangents(x_ref, d_ref, rows, norm, h, n, num_left):
             yield pl.ds(c, size), d_ref[rows, pl.ds(c, size)].astype(jnp.float32)
         return
     weight_ref, d_weight_ref, eps = norm
-    sums = list(_weighted_sums(x_ref, rows, h, n, width))
+    sums = _weighted_sums(x_ref, rows, h, n, width)
+    sums = list(_rounded(sums, x_ref.dtype) if rounded else sums)
     squares, products = LaneSums(), LaneSums()
     for columns, total in sums:
         squares.add(total * total)
-        products.add(d_ref[rows, columns].astype(jnp.float32) * weight_ref[:, columns] * total)
+        if not rounded:
+            products.add(d_ref[rows, columns].astype(jnp.float32) * weight_ref[:, columns] * total)
     inverse = jax.lax.rsqrt(squares.total() / width + eps)
-    mean = products.total() * inverse / width
+    if rounded:
+        for columns, total in sums:
+            normed = (total * inverse * weight_ref[:, columns]).astype(x_ref.dtype)
+            products.add(d_ref[rows, columns].astype(jnp.float32) * normed.astype(jnp.float32))
+        mean = products.total() / width
+    else:
+        mean = products.total() * inverse / width
     exists = jax.lax.broadcasted_iota(jnp.int32, (MIN_TOKENS, 1), 0) < num_left
     for columns, total in sums:
         d, normed = d_ref[rows, columns].astype(jnp.float32), total * inverse

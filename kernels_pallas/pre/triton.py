@@ -203,7 +203,8 @@ def _store_if(ptr, cols, value, C: tl.constexpr, condition):
     tl.store(ptr + cols, value, mask=(cols < C) & condition)
 
 
-def _blocks(C: int, itemsize: int, rows: int) -> dict:
+def blocks_of(C: int, itemsize: int, rows: int) -> dict:
+    """Returns blocks of at most `rows` threads, each with 16 bytes of a row."""
     vec = 16 // itemsize
     rows = min(rows, device.next_power_of_2(device.cdiv(C, vec)))
     return {"ROWS": rows, "VEC": vec, "EVEN": C % (rows * vec) == 0}
@@ -211,7 +212,7 @@ def _blocks(C: int, itemsize: int, rows: int) -> dict:
 
 def forward_launch(T: int, C: int, n: int, dtype) -> TritonLaunch:
     """Makes the launch for x [T, n*C], h_pre [T, n]."""
-    blocks = _blocks(C, dtype.itemsize, rows=128)
+    blocks = blocks_of(C, dtype.itemsize, rows=128)
     return TritonLaunch(
         kernel=mhc_pre_forward,
         grid=(T, device.cdiv(C, blocks["ROWS"] * blocks["VEC"])),
@@ -228,12 +229,12 @@ def backward_launch(T: int, C: int, n: int, dtype, *, write_dx: bool = True) -> 
         kernel=mhc_pre_backward,
         grid=(T,),
         outputs=(struct((T, n)), struct((T, n * C) if write_dx else (1,), dtype)),
-        constants={"C": C, "N": n, **_blocks(C, dtype.itemsize, rows=32), "WRITE_DX": write_dx},
+        constants={"C": C, "N": n, **blocks_of(C, dtype.itemsize, rows=32), "WRITE_DX": write_dx},
         num_warps=1,
     )
 
 
-def _row_blocks(C: int, itemsize: int, most_steps: int) -> tuple[dict, int]:
+def row_blocks(C: int, itemsize: int, most_steps: int) -> tuple[dict, int]:
     """Returns blocks for a whole row in registers, in at most `most_steps` steps, and the warps."""
     vec = 16 // itemsize
     rows = device.next_power_of_2(device.cdiv(C, vec * most_steps))
@@ -244,7 +245,7 @@ def _row_blocks(C: int, itemsize: int, most_steps: int) -> tuple[dict, int]:
 
 def forward_normed_launch(T: int, C: int, n: int, dtype, eps: float) -> TritonLaunch:
     """Makes the launch for x [T, n*C], h_pre [T, n], weight [C]."""
-    blocks, warps = _row_blocks(C, dtype.itemsize, most_steps=8)
+    blocks, warps = row_blocks(C, dtype.itemsize, most_steps=8)
     return TritonLaunch(
         kernel=mhc_pre_forward_normed,
         grid=(T,),
@@ -260,7 +261,7 @@ def backward_normed_launch(
     """Makes the launch for x, h_pre, weight as above and d [T, C]: dh_pre, dweight parts, dx or dh."""
     # A row and its part of dweight take 16 registers a step. With four tokens or more a program, the parts of
     # dweight cost at most an eighth of the streams' traffic. At most 16 programs share a multiprocessor.
-    blocks, warps = _row_blocks(C, dtype.itemsize, most_steps=5)
+    blocks, warps = row_blocks(C, dtype.itemsize, most_steps=5)
     tokens = max(4, device.cdiv(T, device.multiprocessors() * 16))
     programs = device.cdiv(T, tokens)
     return TritonLaunch(

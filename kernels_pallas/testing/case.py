@@ -18,7 +18,7 @@ BF16, F32 = jnp.bfloat16, jnp.float32
 # Array -> its axes. T are those of the tokens, m = n*n + 2*n.
 AXES = {
     **{"x": "T nC", "y": "T C", "h": "T n", "hh": "T n n", "logits": "T n n", "s": "T m", "r": "T"},
-    **{"phi": "nC m", "bias": "m", "alpha": "3", "weight": "C", "flat": "T nn"},
+    **{"phi": "nC m", "bias": "m", "alpha": "3", "weight": "C", "flat": "T nn", "known": "T n"},
 }
 STREAMS = ("x", "y")  # in the dtype of the streams; all others are float32
 ARGUMENTS = {
@@ -32,17 +32,18 @@ ARGUMENTS = {
     "boundary": "x y h hh phi bias alpha",
     "read_logits": "x phi bias alpha",
     "boundary_logits": "x y h hh phi bias alpha",
+    "look_ahead": "x y h hh known phi bias alpha",
 }
 """Arrays of an operation; those with a norm take `weight` behind them."""
 # Their oracle takes the weight or None, then all cotangents as one tuple.
-FUSED = ("read", "boundary", "read_logits", "boundary_logits")
+FUSED = ("read", "boundary", "read_logits", "boundary_logits", "look_ahead")
 # Of those: they write, and their oracle takes the update as one tuple, and the new streams that were seen.
-WRITES = ("boundary", "boundary_logits")
+WRITES = ("boundary", "boundary_logits", "look_ahead")
 TAKES_N = ("mappings", "coefficients", *FUSED)
 # Output of an operation -> the array that is like it.
 _LIKE = {
     **{"s": "s", "r": "r", "h_pre": "h", "h_post": "h", "h_res": "hh"},
-    **{"layer_input": "y", "streams": "x", "new_streams": "x", "logits": "flat"},
+    **{"layer_input": "y", "streams": "x", "new_streams": "x", "logits": "flat", "next_pre": "h"},
 }
 _STDS = (0.1, 1.0, 3.0, 10.0)  # of logits, in turn
 WIDE = 10.0  # of what makes logits, in every second draw
@@ -252,8 +253,8 @@ class Case:
         if self.op in WRITES:
             given, extra = [tuple(given[:4]), *given[4:]], {"seen": seen}
         outputs = getattr(oracle, name)(*given, **options, **extra)
-        extra |= {"other": True} if other else {}
-        gradients = getattr(oracle, f"{name}_vjp")(*given, *cotangents, **options, **extra)
+        back = {**extra, **({"other": True} if other else {})}
+        gradients = getattr(oracle, f"{name}_vjp")(*given, *cotangents, **options, **back)
         found = [*_listed(outputs), *_listed(gradients)]
         return found[: len(self.leaves())]
 

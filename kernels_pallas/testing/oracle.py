@@ -6,7 +6,8 @@ checks them against central differences.
 
 For bfloat16 streams it makes the roundings that belong to a definition: the new streams of `boundary` before
 they are read, ds to TF32, and in `read` and `boundary` the cotangent behind the norm of the layer input
-before it is multiplied with h_pre. phi is used as given, so round it to TF32 first. Results are not rounded;
+before it is multiplied with h_pre; in `look_ahead` the weighted sum before its norm, and the layer input in
+the norm's backward. phi is used as given, so round it to TF32 first. Results are not rounded;
 `error` allows for that.
 """
 
@@ -322,6 +323,86 @@ read_logits, read_logits_vjp, boundary_logits, boundary_logits_vjp = (
 )
 
 
+def _weighted_sum(streams, h_pre):
+    """Returns u as it is normed: rounded as the streams are."""
+    u = pre(streams, h_pre)
+    return round_bits(u, 8) if is_bf16(streams) else u
+
+
+def _stored_norm_vjp(u, weight, dy, eps, rounds):
+    """Does `rms_norm_vjp` with <normed, dy> of the normed row as it is stored."""
+    u, dy = _f64(u, dy)
+    r = np.sqrt((u**2).mean(-1, keepdims=True) + eps)
+    normed = rms_norm(u, weight, eps)
+    product = ((round_bits(normed, 8) if rounds else normed) * dy).mean(-1, keepdims=True)
+    return dy * np.asarray(weight, np.float64) / r - u * product / r**2, (dy * u / r).sum(0)
+
+
+def look_ahead(
+    update,
+    h_pre,
+    phi,
+    bias,
+    alpha,
+    weight,
+    n,
+    *,
+    num_iterations=20,
+    eps=1e-20,
+    norm_eps=1e-20,
+    seen=None,
+    **convention,
+):
+    """Returns (layer_input, next_pre, h_post, h_res, new_streams); arguments as of `boundary`, and h_pre."""
+    new_streams = post_res(*update)
+    stored = _stored(new_streams, update[0], seen)
+    options = {"num_iterations": num_iterations, **convention}
+    mappings = coefficients(*projection(stored, phi, norm_eps), bias, alpha, n, **options)
+    u = pre(stored, h_pre)
+    if weight is not None:
+        u = rms_norm(_weighted_sum(stored, h_pre), weight, eps)
+    return u, *mappings, new_streams
+
+
+def look_ahead_vjp(
+    update,
+    h_pre,
+    phi,
+    bias,
+    alpha,
+    weight,
+    cotangents,
+    n,
+    *,
+    num_iterations=20,
+    eps=1e-20,
+    norm_eps=1e-20,
+    seen=None,
+    other=False,
+    **convention,
+):
+    """Returns (dx, dy, dh_post, dh_res, dh_pre, dphi, dbias, dalpha), then dweight if there is a weight.
+
+    `other`: as in `round_bits`.
+    """
+    rounds = is_bf16(update[0])
+    stored = _stored(post_res(*update), update[0], seen)
+    d, dnext_pre, dh_post, dh_res, d_streams = cotangents
+    d_weight = []
+    if weight is not None:
+        d, *d_weight = _stored_norm_vjp(_weighted_sum(stored, h_pre), weight, d, eps, rounds)
+    dx, dh_pre = pre_vjp(stored, h_pre, d)
+    s, r = projection(stored, phi, norm_eps)
+    options = {"num_iterations": num_iterations, **convention}
+    ds, dr, dbias, dalpha = coefficients_vjp(
+        s, r, bias, alpha, dnext_pre, dh_post, dh_res, n, **options
+    )
+    ds = round_bits(ds, 11, other) if rounds else ds
+    dx_projection, dphi = projection_vjp(stored, phi, ds, dr, norm_eps)
+    g = dx + dx_projection + _f64(d_streams)[0]
+    return *post_res_vjp(*update, g), dh_pre, dphi, dbias, dalpha, *d_weight
+
+
 def error(actual, truth):
     """Returns the norm of the error beyond the rounding of a bfloat16 result, over the norm of the truth."""
     truth, actual, rounded = np.asarray(truth, np.float64), np.asarray(actual), is_bf16(actual)
@@ -347,6 +428,10 @@ LEAVES = {
     "read+norm": "layer_input h_post h_res streams dx dphi dbias dalpha dweight",
     "boundary": "layer_input h_post h_res new_streams dx dy dh_post dh_res dphi dbias dalpha",
     "boundary+norm": "layer_input h_post h_res new_streams dx dy dh_post dh_res dphi dbias dalpha dweight",
+    "look_ahead": "layer_input next_pre h_post h_res new_streams dx dy dh_post dh_res dh_pre dphi dbias "
+    "dalpha",
+    "look_ahead+norm": "layer_input next_pre h_post h_res new_streams dx dy dh_post dh_res dh_pre dphi dbias "
+    "dalpha dweight",
 }
 LEAVES |= {
     name.replace("+norm", "") + "_logits" + "+norm" * ("+norm" in name): leaves.replace(
@@ -376,15 +461,21 @@ def limits(case, bf16, implementation="xla"):
 
     Limits above `SUMS` have reasons in the implementations: Triton and Pallas keep the cotangent of new
     streams in bfloat16 between the read and the write, CUDA rounds it in the sums of dh_post and dh_res.
+    Triton's backward of a norm takes the weighted sum unrounded.
     """
     found = dict.fromkeys(LEAVES[case].split(), SUMS)
     if "dalpha" in found:
         found["dalpha"] = CANCELLING
-    if bf16 and case.startswith(("mappings", "read", "boundary")):
+    writes = case.startswith(("boundary", "look_ahead"))
+    if bf16 and (writes or case.startswith(("mappings", "read"))):
         found |= dict.fromkeys(_BEHIND_ROUNDING & found.keys(), TIES)
-    if bf16 and case.startswith("boundary") and implementation in ("triton", "pallas"):
+    if bf16 and case == "look_ahead+norm":
+        found |= dict.fromkeys(
+            ("dh_pre", "dweight"), ROUNDED if implementation == "triton" else TIES
+        )
+    if bf16 and writes and implementation in ("triton", "pallas"):
         found |= dict.fromkeys(_OF_THE_WRITE, ROUNDED)
-    if bf16 and case.startswith("boundary") and implementation == "cuda":
+    if bf16 and writes and implementation == "cuda":
         found |= dict.fromkeys(("dh_post", "dh_res"), ROUNDED)
     return found
 

@@ -163,9 +163,9 @@ def _name(model: dict) -> str:
     name = NAMES.get(model["connection"], model["connection"])
     if model["connection"] != "mhc":
         return name
-    return MANIFOLD_NAMES.get(model.get("manifold"), name) + " static" * bool(
-        model.get("static_res")
-    )
+    name = MANIFOLD_NAMES.get(model.get("manifold"), name)
+    static, ahead = (bool(model.get(field)) for field in ("static_res", "lookahead_pre"))
+    return name + " static" * static + ", look-ahead" * ahead
 
 
 def read_arms(

@@ -1,6 +1,7 @@
 """Cuts a stack of blocks into recompute blocks ("groups") and scans over them.
 
-A group begins with plain streams and ends with plain streams: its first sublayer reads without a pending
+A group begins with plain streams and ends with plain streams (with look-ahead pre also the n numbers with
+which the next sublayer reads): its first sublayer reads without a pending
 write, and the write of its last sublayer is done inside it, as an operation of its own. The alternative is
 to carry the pending update (streams, layer output, mappings) over the edge, as inside a group. That would
 store C + n^2 + n more per group (the layer output a second time, and the mappings), and the backward would
@@ -20,12 +21,15 @@ Tree = Any
 
 
 def checkpoint_group(
-    run: Callable[[jax.Array, Tree], tuple[jax.Array, Tree]],
+    run: Callable[[Tree, Tree], tuple[Tree, Tree]],
     policy: str,
     *,
     in_scan: bool = False,
-) -> Callable[[jax.Array, Tree], tuple[jax.Array, Tree]]:
-    """Returns one group, `run(streams, parameters) -> (streams, extras)`; backward runs it again."""
+) -> Callable[[Tree, Tree], tuple[Tree, Tree]]:
+    """Returns one group, `run(streams, parameters) -> (streams, extras)`; backward runs it again.
+
+    `streams` may be a tree, such as a settled `Pending`.
+    """
 
     def tagged(streams, parameters):
         return run(tag_block_input(streams), parameters)
@@ -44,19 +48,19 @@ def unstacked(stacked: Tree) -> list[Tree]:
 
 
 def run_groups(
-    run: Callable[[jax.Array, list[Tree]], tuple[jax.Array, list[Tree]]],
-    streams: jax.Array,
+    run: Callable[[Tree, list[Tree]], tuple[Tree, list[Tree]]],
+    streams: Tree,
     stacked: Tree,
     *,
     policy: str,
     blocks_per_group: int,
     scan: bool = True,
-) -> tuple[jax.Array, Tree]:
+) -> tuple[Tree, Tree]:
     """Runs N blocks in checkpointed groups: a scan over the full groups, then the rest.
 
     Args:
       run: `(streams, [parameters of each block]) -> (streams, [extras of each block])` for a few blocks.
-      streams: `[..., n*C]`.
+      streams: `[..., n*C]`, or a tree as of `checkpoint_group`.
       stacked: parameters of the blocks, every leaf `[N, ...]`.
       policy: one of POLICIES but "none".
       blocks_per_group: at least 1.

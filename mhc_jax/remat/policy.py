@@ -1,6 +1,7 @@
 """Says which values of a recompute block are stored, as policies for `jax.checkpoint`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -21,7 +22,7 @@ def keep(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, KEEP_NAME)
 
 
-def tag_block_input(streams: jax.Array) -> jax.Array:
+def tag_block_input(streams: Any) -> Any:
     """Marks the input of a recompute block, which `offload` moves to the host."""
     return checkpoint_name(streams, _BLOCK_INPUT)
 

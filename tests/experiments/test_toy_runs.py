@@ -93,7 +93,7 @@ def check_step_time(result, printed, arms):
     rows = result["arms"]
     assert result["shape"] == SIZES
     assert [(r["connection"], r["implementation"], r["scan_blocks"]) for r in rows] == [
-        (arm.connection, arm.implementation or "best", arm.scan) for arm in arms
+        (arm.name, arm.implementation or "best", arm.scan) for arm in arms
     ]
     base = {row["scan_blocks"]: row for row in rows if row["connection"] == "residual"}
     for row in rows:
@@ -102,7 +102,8 @@ def check_step_time(result, printed, arms):
     assert all(row["overhead_percent"] == 0 for row in base.values())
     table = [line.split() for line in printed.splitlines()[-len(rows) :]]
     for line, row in zip(table, rows, strict=True):
-        assert line[:2] == [row["connection"], row["implementation"]]
+        names = [*row["connection"].split(), row["implementation"]]
+        assert line[: len(names)] == names
         assert line[-4:-2] == [f"{ms:.2f}" for ms in row["ms"]]
         assert line[-2] == f"{row['overhead_percent']:.1f}%"
 

@@ -23,6 +23,7 @@ from mhc_jax import (
     Birkhoff,
     HyperConnections,
     Identity,
+    LookAheadConnections,
     ManifoldHyperConnections,
     Orthogonal,
     Pending,
@@ -72,6 +73,7 @@ class Model(nnx.Module):
         self.fixed = ManifoldHyperConnections(C, n, manifold=Identity(), static_res=True, **gate)
         self.hc = HyperConnections(C, n, use_post=False, **gate)
         self.next = ManifoldHyperConnections(C, n, sublayer_index=1, **gate)
+        self.ahead = LookAheadConnections(C, n, **gate)
         self.head = Readout("head", C, n, eps=0.03, **gate)
         self.sum = Readout("sum", C, n)
 
@@ -83,6 +85,10 @@ def model_loss(p, x, y):
     x, u, mappings = model.mhc.boundary(model.next.start(x))
     x, u, mappings = model.next.boundary(Pending(x, jnp.sin(u), mappings))
     x = model.next.post(x, jnp.sin(u), mappings)
+    x, u, mappings = model.ahead.boundary(model.ahead.begin(x))
+    x, u, mappings = model.ahead.boundary(Pending(x, jnp.sin(u), mappings))
+    x, _, mappings = model.ahead.settle(Pending(x, jnp.sin(u), mappings))
+    x = x + expand(Readout("prediction", C, n)(x, mappings.next_pre), n)
     z = Residual()(model.head(x) + model.sum(x), jnp.sin)
     return jnp.cos(z).sum(-1)
 

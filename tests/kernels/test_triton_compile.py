@@ -42,6 +42,7 @@ def launches(capability: int):
 
     from kernels_pallas.coefficients import triton as coefficients
     from kernels_pallas.gpu import sums
+    from kernels_pallas.look_ahead import triton_norm
     from kernels_pallas.post_res import triton as post_res
     from kernels_pallas.pre import triton as pre
     from kernels_pallas.projection import triton as projection
@@ -58,6 +59,10 @@ def launches(capability: int):
     yield "finish", projection.finish_launch(T, K, m, 2, 1e-20), [f, i]
     yield "sums", sums.launch(16, K, n, 512, (2112, C)), [f] * 4
     yield "sums with mappings", sums.launch(13, K, n, 512, (2112, C), 40, T), [f] * 4
+    yield "sums of look-ahead", sums.launch(13, K, n, 512, (13, C), 40, T, True), [f] * 4
+    bf16 = jnp.dtype(jnp.bfloat16)
+    yield "norm", triton_norm.forward_launch(T, C, bf16, 1e-6), ["*bf16", f]
+    yield "norm backward", triton_norm.backward_launch(T, C, bf16), ["*bf16", "*bf16", f]
     eps = {"sinkhorn_eps": 1e-6, "pre_eps": 1e-6}
     parts = coefficients.forward_launch(T, n, 20, K=K, eps=1e-6, splits=2, stride=28, **eps)
     yield "mappings with eps", parts, [f, f, f, f, i]

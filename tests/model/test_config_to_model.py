@@ -383,6 +383,7 @@ def decoder(params, state, tokens, config):
         return found if index is None else {name: x[index] for name, x in found.items()}
 
     streams = np.tile(params["embedding/embedding"][tokens].reshape(-1, config.width), n)
+    predicted = np.tile(np.eye(n)[0], (len(streams), 1))  # with look-ahead pre
     loads, balance = [], 0.0
     leading = config.leading_dense_blocks if config.num_experts else 0
     for number in range(config.num_blocks):
@@ -397,6 +398,8 @@ def decoder(params, state, tokens, config):
                 read = streams
             else:
                 h_pre, h_post, h_res = mappings(streams, of("_connection"), config)
+                if config.lookahead_pre:
+                    h_pre, predicted = predicted, h_pre
                 read = oracle.pre(streams, h_pre)
             x = oracle.rms_norm(read, of("_norm")["scale"], config.norm_eps)
             x = x.reshape(*tokens.shape, -1)
@@ -416,6 +419,8 @@ def decoder(params, state, tokens, config):
         head = part("readout")
         s, r = oracle.projection(streams, oracle.round_tf32(head["phi"]), config.norm_eps)
         weights = sigmoid(head["alpha"] * s / r[:, None] + head["bias"])
+    if config.lookahead_pre:
+        weights = predicted
     x = oracle.rms_norm(oracle.pre(streams, weights), params["norm/scale"], config.norm_eps)
     tied = config.tie_embeddings
     logits = x @ (params["embedding/embedding"].T if tied else params["unembed/kernel"])
@@ -433,6 +438,7 @@ DECODERS = {
     "hc with experts": {
         "connection": "hc", "hc_use_pre": False, "readout": "mean", "loss_chunks": 2, **LATENT, **EXPERTS,
     },
+    "look-ahead": {"lookahead_pre": True, "scan_blocks": False},
     "identity with experts": {
         "manifold": "identity", "readout": "sum", **EXPERTS,
         "num_blocks": 1, "leading_dense_blocks": 0, "moe_dispatch": "dropless", "shared_experts": 0,

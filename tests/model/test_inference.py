@@ -23,7 +23,8 @@ HC_MLA = DENSE | {
 CASES = {
     "residual": RESIDUAL,
     "hc-mla": HC_MLA,
-    "mhc-mla-moe": MOE | {"model.connection": "mhc", "model.leading_dense_blocks": 1},
+    "look-ahead-mla-moe": MOE
+    | {"model.connection": "mhc", "model.lookahead_pre": True, "model.leading_dense_blocks": 1},
     "mhc-bfloat16": DENSE | {"model.dtype": "bfloat16"},
 }
 

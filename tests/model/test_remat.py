@@ -139,6 +139,7 @@ MODELS = {
     "residual": {"connection": "residual", "num_blocks": 5, "recompute_block": "4"},
     "hc": {"connection": "hc", "num_blocks": 2, "recompute_block": "2"},
     "mhc with experts": {"connection": "mhc", **EXPERTS},
+    "look-ahead": {"lookahead_pre": True, "num_blocks": 2, "recompute_block": "2"},
 }
 
 
@@ -241,7 +242,9 @@ def check_gradients(model, policy, scan=True):
 
 
 @COMPILES
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(m, marks=[pytest.mark.slow] * (m == "look-ahead")) for m in MODELS]
+)
 def test_mhc_keeps_the_gradients_and_runs_layer_functions_once(model):
     check_gradients(model, "mhc")
     of_f, of_connection = split_dots(model, "none")
