@@ -115,4 +115,7 @@ CASES = (
     Case("boundary_logits", 21, 136, 3, BF16, norm=EPS),
     Case("boundary_logits", **_FEW, norm=0.4, options=_LOGITS),
     Case("boundary_logits", **_CUDA, norm=0.4, options=_LOGITS),
+    # tests/kernels/test_look_ahead.py has more.
+    Case("look_ahead", **_FEW, norm=0.4, options=_READ),
+    Case("look_ahead", **_CUDA, norm=0.4, options=_READ),
 )
