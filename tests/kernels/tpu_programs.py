@@ -132,6 +132,31 @@ def compile_other_n(topology):
         print("compiled", n, flush=True)
 
 
+def look_ahead(implementation):
+    """Outputs and gradients of `look_ahead`, which is `boundary` with other sums between."""
+    options = {"input_norm_eps": 1e-6, "implementation": implementation}
+
+    def program(x, y, h_post, h_res, h_pre, phi, bias, alpha, weight):
+        def op(*args):
+            *args, weight = args
+            return kp.look_ahead(*args, n=4, input_norm_weight=weight, **options)
+
+        return with_gradients(op, x, y, h_post, h_res, h_pre, phi, bias, alpha, weight)
+
+    return program
+
+
+def compile_look_ahead(topology):
+    """At every width for one chip."""
+    names = {f"mhc_look_ahead_{direction}" for direction in BOTH}
+    for width in WIDTHS:
+        for implementation in ("pallas", None):
+            lowered = lower(look_ahead(implementation), topology, width)
+            assert kernels_of(lowered) == names, kernels_of(lowered)
+        lowered.compile()
+        print("compiled", width, flush=True)
+
+
 def choose_kernels(topology):
     """implementation=None takes the kernels when it is lowered for a TPU, "xla" takes none."""
     for program, names in ((wide_kernels, WIDE), (narrow_kernels, NARROW)):
