@@ -100,7 +100,7 @@ def backward(
     dx, dy, d_mappings, dphi = cuda_launches.boundary_backward(
         update, d_new, d_sum, saved.h_pre, parameters.phi, fragments
     )
-    d_parameters, dh_res, dh_post, _ = sums.all_gradients(
+    d_parameters, (dh_res, dh_post) = sums.all_gradients(
         dphi, d_gates, d_weight, d_mappings, static.n
     )
     d_update = Update(dx, dy, dh_post, dh_res)

@@ -211,16 +211,16 @@ def parameter_gradients(
     dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, n: int
 ) -> Gradients:
     """Sums [splits, K, m], [2, m, programs], [rows, C] or None to dphi, dbias, dalpha, dweight."""
-    d_parameters, *_ = _finish(dphi, gates, dweight, dphi, n)
+    d_parameters, _ = _finish(dphi, gates, dweight, dphi, n)
     return d_parameters
 
 
 def all_gradients(
     dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, mappings: jax.Array, n: int
-) -> tuple[Gradients, jax.Array, jax.Array, jax.Array | None]:
-    """Does `parameter_gradients`, and sums [slabs, T, n*n + n] to dh_res [T, n, n], dh_post [T, n].
+) -> tuple[Gradients, list[jax.Array]]:
+    """Does `parameter_gradients`, and sums [slabs, T, n*n + n] to [dh_res [T, n, n], dh_post [T, n]].
 
-    Of [slabs, T, n*n + 2n] the last is dh_pre [T, n], else None.
+    Of [slabs, T, n*n + 2n] also to dh_pre [T, n].
     """
     return _finish(dphi, gates, dweight, mappings, n, *mappings.shape)
 
@@ -234,4 +234,4 @@ def _finish(dphi, gates, dweight, mappings, n, slabs=0, T=0, row=0):
         dphi, gates, dphi if dweight is None else dweight, mappings
     )
     gradients = dphi, dbias, dalpha, None if dweight is None else weight
-    return gradients, dres, dpost, dpre if look_ahead else None
+    return gradients, [dres, dpost, dpre] if look_ahead else [dres, dpost]

@@ -64,15 +64,18 @@ def backward(
         K=new_streams.shape[-1],
         **triton.mappings_static(static),
     )
-    norm = fragments.kappa, fragments.kappa  # not read
-    if static.has_norm:
-        kappas = triton_norm.backward(saved.layer_input, d.layer_input, saved.inverse)
-        norm = kappas, parameters.weight
+    weight, normed, inverse = parameters.weight, saved.layer_input, saved.inverse
+    if weight is None or normed is None or inverse is None:
+        norm = fragments.kappa, fragments.kappa  # not read
+    else:
+        norm = triton_norm.backward(normed, d.layer_input, inverse), weight
     launch = cuda_launches.backward_launch(T, C, mix=True, look_ahead=True, norm=static.has_norm)
     operands = *known.update, d_new, d.layer_input, known.h_pre, parameters.phi, *fragments
     dx, dy, d_mappings, dphi, d_weight = launch(*operands, *norm, T)
-    d_parameters, dh_res, dh_post, dh_pre = sums.all_gradients(
+    d_parameters, (dh_res, dh_post, dh_pre) = sums.all_gradients(
         dphi, d_gates, d_weight if static.has_norm else None, d_mappings, static.n
     )
-    d_known = Known(Update(dx, dy, dh_post, dh_res), dh_pre)
-    return jax.tree.map(lambda d, x: d.reshape(x.shape), d_known, known), Parameters(*d_parameters)
+    d_known = dx, dy, dh_post, dh_res, dh_pre
+    shapes = (x.shape for x in (*known.update, known.h_pre))
+    *d_update, dh_pre = (d.reshape(shape) for d, shape in zip(d_known, shapes, strict=True))
+    return Known(Update(*d_update), dh_pre), Parameters(*d_parameters)

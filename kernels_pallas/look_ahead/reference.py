@@ -5,6 +5,9 @@ ds to TF32, and each result once. Behind the norm the inner product of its backw
 it was returned. All other cotangents stay float32 until they are results.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -31,8 +34,8 @@ from kernels_pallas.sharding import layout
 def _weighted_sum(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
     """u = h_pre x `[..., C]` in the dtype of the streams' numbers, stored wide."""
     x = pre.split_streams(streams, h_pre.shape[-1], h_pre.dtype)
-    u = sum(h_pre[..., i, None] * x[i] for i in range(len(x)))
-    return round_to(u, streams.dtype)
+    terms = (h_pre[..., i, None] * x[i] for i in range(len(x)))
+    return round_to(functools.reduce(operator.add, terms), streams.dtype)
 
 
 def _row(weight: jax.Array, ndim: int) -> jax.Array:
@@ -59,11 +62,12 @@ def forward(
         pre_eps=static.pre_eps,
     )
     u = _weighted_sum(new_streams, known.h_pre)
-    if not static.has_norm:
+    weight, eps = parameters.weight, static.input_norm_eps
+    if weight is None or eps is None:
         layer_input = u.astype(new_streams.dtype)
         return new_streams, Ahead(layer_input, *mappings), Saved(s, r, None, None)
-    inverse = jax.lax.rsqrt(jnp.mean(u * u, axis=-1) + static.input_norm_eps)
-    normed = u * inverse[..., None] * _row(parameters.weight, u.ndim)
+    inverse = jax.lax.rsqrt(jnp.mean(u * u, axis=-1) + eps)
+    normed = u * inverse[..., None] * _row(weight, u.ndim)
     layer_input = round_to(normed, new_streams.dtype).astype(new_streams.dtype)
     return new_streams, Ahead(layer_input, *mappings), Saved(s, r, layer_input, inverse)
 
@@ -80,7 +84,8 @@ def backward(
     static: ReadStatic,
 ) -> tuple[Known, Parameters]:
     """Returns the cotangents of what was known and of the parameters."""
-    n, h_pre, d_weight = static.n, known.h_pre, None
+    n, h_pre = static.n, known.h_pre
+    weight, normed, inverse = parameters.weight, saved.layer_input, saved.inverse
     ds, dr, dbias, dalpha = coefficients.backward(
         saved.s,
         saved.r,
@@ -95,13 +100,12 @@ def backward(
     )
     if new_streams.dtype == jnp.bfloat16:
         ds = round_to_tf32(ds)
-    d_sum = d.layer_input.astype(h_pre.dtype)
-    if static.has_norm:
-        u = _weighted_sum(new_streams, h_pre)
-        inverse = saved.inverse[..., None]
+    d_sum, d_weight = d.layer_input.astype(h_pre.dtype), None
+    if weight is not None and normed is not None and inverse is not None:
+        u, inverse = _weighted_sum(new_streams, h_pre), inverse[..., None]
         d_weight = jnp.sum(d_sum * (u * inverse), axis=tuple(range(u.ndim - 1)))
-        product = jnp.mean(saved.layer_input.astype(u.dtype) * d_sum, axis=-1, keepdims=True)
-        d_sum = inverse * (_row(parameters.weight, u.ndim) * d_sum) - inverse**2 * product * u
+        product = jnp.mean(normed.astype(u.dtype) * d_sum, axis=-1, keepdims=True)
+        d_sum = inverse * (_row(weight, u.ndim) * d_sum) - inverse**2 * product * u
     _, dh_pre = pre.backward(new_streams, h_pre, d_sum)
     t, dphi = projection.unrounded_backward(new_streams, parameters.phi, saved.r, ds, dr)
     t = t + jnp.concatenate([h_pre[..., i, None] * d_sum for i in range(n)], axis=-1)

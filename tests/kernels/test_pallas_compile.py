@@ -44,6 +44,13 @@ def test_kernels_up_to_the_logits_compile_for_any_number_of_streams(run_python):
     assert printed.split() == [word for n in "3458" for word in ("compiled", n)]
 
 
+@SLOW
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_look_ahead_compiles_at_every_width(topology, run_python):
+    printed = run_python(PROGRAMS, "compile_look_ahead", topology, tpu_compiler=True)
+    assert printed.split()[1::2] == ["1280", "2560", "4096", "7168"]
+
+
 def test_none_takes_the_kernels_and_xla_takes_none(run_python):
     assert "chosen" in run_python(PROGRAMS, "choose_kernels", "v5p:2x2x1", tpu_compiler=True)
 

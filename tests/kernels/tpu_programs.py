@@ -155,6 +155,20 @@ def logits_kernels(n, k):
     return program
 
 
+def look_ahead(implementation):
+    """Outputs and gradients of `look_ahead`, which is `boundary` with other sums between."""
+    options = {"input_norm_eps": 1e-6, "implementation": implementation}
+
+    def program(x, y, h_post, h_res, h_pre, phi, bias, alpha, weight):
+        def op(*args):
+            *args, weight = args
+            return kp.look_ahead(*args, n=4, input_norm_weight=weight, **options)
+
+        return with_gradients(op, x, y, h_post, h_res, h_pre, phi, bias, alpha, weight)
+
+    return program
+
+
 def compile_logits(topology):
     """The fused kernels without Sinkhorn at the narrowest width: any n, more and fewer columns."""
     fused = {f"mhc_{op}_{direction}" for op in ("read", "boundary") for direction in BOTH}
@@ -163,6 +177,17 @@ def compile_logits(topology):
         assert kernels_of(lowered) == fused, kernels_of(lowered)
         lowered.compile()
         print("compiled", n, flush=True)
+
+
+def compile_look_ahead(topology):
+    """At every width for one chip."""
+    names = {f"mhc_look_ahead_{direction}" for direction in BOTH}
+    for width in WIDTHS:
+        for implementation in ("pallas", None):
+            lowered = lower(look_ahead(implementation), topology, width)
+            assert kernels_of(lowered) == names, kernels_of(lowered)
+        lowered.compile()
+        print("compiled", width, flush=True)
 
 
 def choose_kernels(topology):
