@@ -18,6 +18,9 @@ RATE = 1e12
 MICROSECONDS = {
     (1, "read"): 50.0, (1, "boundary"): 60.0, (1, "separate"): 70.0,
     (kernel_speed.SUBLAYERS, "boundary"): 60.0 + 40 * (kernel_speed.SUBLAYERS - 1),
+    (kernel_speed.SUBLAYERS, "look-ahead"): 10.0 + 30 * (kernel_speed.SUBLAYERS - 1),
+    (kernel_speed.SUBLAYERS, "boundary+norm"): 10.0 + 42 * (kernel_speed.SUBLAYERS - 1),
+    (kernel_speed.SUBLAYERS, "look-ahead+norm"): 10.0 + 33 * (kernel_speed.SUBLAYERS - 1),
 }  # fmt: skip
 
 
@@ -33,7 +36,7 @@ def timed(monkeypatch):
 
         return call
 
-    ops = ("mappings", "pre", "read", "boundary", "post_res")
+    ops = ("mappings", "pre", "read", "boundary", "look_ahead", "post_res")
     by_name = {name: on_xla(getattr(kp, name)) for name in ops}
     monkeypatch.setattr(cases, "kp", types.SimpleNamespace(**by_name))
     monkeypatch.setattr(
@@ -117,14 +120,18 @@ def test_table_of_the_sublayer_and_its_baselines(timed, tmp_path, monkeypatch, c
         {
             ("sublayer", T): 50,
             ("sublayer, boundary", T): 40,  # one more of a chain
+            ("sublayer, boundary+norm", T): 42,
+            ("sublayer, look-ahead", T): 30,
+            ("sublayer, look-ahead+norm", T): 33,
             ("sublayer, separate ops", T): 70,
             ("sublayer", 16): 50,  # few tokens: the difference of two chains would be noise
         }
     )
     parameters = 12 * 4 * M * C
     for row in ours:
-        if row["name"] in ("sublayer", "sublayer, boundary"):
-            size = 90 * row["T"] * C + parameters
+        of_a_pass = {"sublayer, look-ahead": 50, "sublayer, look-ahead+norm": 58}
+        if row["name"] in ("sublayer", "sublayer, boundary", *of_a_pass):
+            size = of_a_pass.get(row["name"], 90) * row["T"] * C + parameters
             assert row["GB/s"] * row["us"] * 1e3 == pytest.approx(size)
             assert row["tau"] == pytest.approx(row["us"] * 1e-6 * RATE / (2 * row["T"] * C))
     assert ours[-1]["temporary bytes"] == 12345

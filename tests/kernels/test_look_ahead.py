@@ -77,7 +77,7 @@ def beyond_limits(implementation, T, C, n, dtype, *, with_norm=True, **conventio
     [
         (37, 200, 4, BF16, True),
         (37, 136, 4, F32, True),
-        (6, 72, 8, BF16, False),
+        pytest.param(6, 72, 8, BF16, False, marks=SLOW),
         (7, 65, 3, BF16, True),
         (5, 136, 2, F32, False),
         (3, 40, 1, F32, False),
@@ -196,9 +196,7 @@ def test_transformations():
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("triton", marks=triton_only), "pallas"]
-)
+@pytest.mark.parametrize("implementation", [pytest.param("triton", marks=triton_only), "pallas"])
 def test_no_tokens(implementation):
     args, cotangents = draw(0, 8, 4, F32)
 
