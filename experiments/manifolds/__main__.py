@@ -2,7 +2,7 @@
 
     python -m experiments.manifolds --data 'corpus/text/**'
     python -m experiments.manifolds --summary    # the tables from the stored results; --figures draws anew
-    python -m experiments.manifolds --toy        # everything at toy size on a CPU, in a minute
+    python -m experiments.manifolds --toy        # a few arms at toy size on a CPU: three minutes on two cores
 
 Every arm is trained on the setting of `experiments.reproduction` (its `main`: 38M parameters, 100M tokens)
 with the same weights and the same order of the data in a seed, at one learning rate; then mHC and the
@@ -11,6 +11,7 @@ command again to go on where it was cut.
 """
 
 import argparse
+import concurrent.futures
 import json
 import pathlib
 import sys
@@ -108,7 +109,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict]:
     runs = settings.comparison(tuple(options.arms), seed)
     runs += settings.widths(tuple(options.streams), seed)
     configs = {f"{run.arm}/n{run.n}": config_of(run, options) for run in runs}
-    compiled = {arm: step_time.compile_arm(config) for arm, config in configs.items()}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiled = dict(zip(configs, pool.map(step_time.compile_arm, configs.values())))
     rounds = step_time.time_arms(configs, compiled, np.random.default_rng(0))
     return {
         arm: {

@@ -83,10 +83,10 @@ def test_the_command_trains_measures_and_draws(payload, tmp_path, monkeypatch, c
     # The second time nothing is trained or measured; the file has all that is there.
     monkeypatch.setattr(study, "measure", lambda options: pytest.fail("measured again"))
     study.main(["--toy", "--output", str(tmp_path), "--parts", "arms"])
-    keys = ["residual/n4", "mHC/n4", "orthogonal/n4", "mHC/n3", "identity/n3", "identity/n4"]
+    keys = ["residual/n4", "mHC/n4", "mHC/n3", "identity/n3"]
     assert trained == [(f"{key}/seed0", settings.TOY_STEPS, 16) for key in keys]
     printed = capsys.readouterr().out
-    assert "| orthogonal | 1     | 1.3000" in printed
+    assert "| mHC      | 1     | 1.2000" in printed
     stored = json.loads((tmp_path / "toy.json").read_text())
     assert stored["times"] == payload["times"]
     assert stored["runs"].keys() == {f"{key}/seed0" for key in keys}
