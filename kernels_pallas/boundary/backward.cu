@@ -106,10 +106,12 @@ struct Coefficients {
       array = part == 12 ? a.pre : a.post;
       at = t * 16, to = (part == 12 ? PRE : POST) + at;
       stride = part == 12 || MIX ? TOKENS * 16 : 0;
-    } else if (part > 14) {
+    } else if (NORM && part > 14) {
       array = a.inverse;
       at = t * 16, to = INVERSE + at;
-      stride = NORM ? TOKENS * 16 : 0;
+      stride = TOKENS * 16;
+    } else if (part > 14) {
+      stride = 0;
     }
     from = static_cast<const unsigned char*>(array) + at;
   }
