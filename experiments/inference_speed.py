@@ -47,7 +47,7 @@ def bytes_of_step(model: ModelConfig, variables, state: inference.DecodeState, b
             continue  # a row a token
         total += leaf.nbytes * (1 - idle if "/experts/" in name else 1)
     filled = int(state.position.max()) / state.room
-    total += filled * sum(x.nbytes for x in jax.tree.leaves(state.caches))
+    total += filled * sum(x.nbytes for x in jax.tree.leaves((state.leading, state.blocks)))
     return int(total)
 
 
@@ -55,7 +55,7 @@ def measure(model: ModelConfig, batch: int, prompt: int, generated: int, bandwid
     """Results of one model; the decode is timed over `generated` tokens behind the prompt."""
     model = inference.for_sampling(model)
     params, model_state = jax.jit(functools.partial(init_variables, model))(jax.random.key(0))
-    variables = inference.prepare(merged(params, model_state), model)
+    variables = inference.cast_weights(merged(params, model_state), model)
     del params, model_state
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt), np.int32)
     lengths, keys = np.full(batch, prompt, np.int32), inference.keys_of(0, range(batch))

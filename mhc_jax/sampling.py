@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from mhc_jax.config import ModelConfig
-from mhc_jax.inference import check_draws, check_prompt, keys_of, prepare, proceed, start
+from mhc_jax.inference import cast_weights, check_draws, check_prompt, keys_of, proceed, start
 from mhc_jax.train_step import Params
 
 # Prompts and what follows on them take the next power of two, so that few lengths are compiled.
@@ -45,7 +45,7 @@ def generate(
 
 def _generate(variables, prompt, config, max_tokens, temperature, top_k, seed):
     how = {"config": config, "greedy": temperature == 0, "top_k": top_k}
-    variables = prepare(variables, config)
+    variables = cast_weights(variables, config)
     tokens = np.zeros((1, _padded(len(prompt))), np.int32)
     tokens[0, : len(prompt)] = prompt
     room = tokens.shape[1] + _padded(max_tokens)

@@ -57,11 +57,9 @@ class TrainState:
 
 
 @functools.cache
-def model_graph(config: ModelConfig, stacked: bool = True) -> nnx.GraphDef:
-    """Returns the structure of the model, without its parameters; `stacked`: as in `Transformer`."""
-    return nnx.split(
-        nnx.eval_shape(lambda: Transformer(config, stacked=stacked, rngs=nnx.Rngs(0)))
-    )[0]
+def model_graph(config: ModelConfig) -> nnx.GraphDef:
+    """Returns the structure of the model, without its parameters."""
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> tuple[Params, Params]:

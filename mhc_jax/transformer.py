@@ -1,7 +1,7 @@
 """Defines the pre-norm decoder; its blocks work with any connection around their sublayers."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -164,13 +164,9 @@ class Transformer(nnx.Module):
     `leading` is the list of dense blocks before those with experts (empty for a dense model), `blocks` the
     stack of all others. These are equal, so they are scanned and one is compiled whatever the depth, unless
     `scan_blocks` is False. Sublayers are counted through both.
-
-    Args:
-      config: of the model.
-      stacked: False makes `blocks` a list too. No step of decoding then copies its weights out of a stack.
     """
 
-    def __init__(self, config: ModelConfig, *, stacked: bool = True, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = nnx.Embed(
             config.vocab_size,
@@ -191,11 +187,7 @@ class Transformer(nnx.Module):
         def make_blocks(rngs, index):
             return Block(config, index, rngs=rngs)
 
-        if stacked:
-            self.blocks = make_blocks(rngs, jnp.arange(num_leading, config.num_blocks))
-        else:
-            indices = range(num_leading, config.num_blocks)
-            self.blocks = nnx.List([Block(config, index, rngs=rngs) for index in indices])
+        self.blocks = make_blocks(rngs, jnp.arange(num_leading, config.num_blocks))
         self.readout = Readout(
             PREDICTION if config.lookahead_pre else config.readout,
             config.width,
@@ -225,7 +217,8 @@ class Transformer(nnx.Module):
 
     def hidden_with_aux(self, tokens: jax.Array) -> tuple[jax.Array, MoEAux | None]:
         """Returns the input of the unembedding, `[B, S, C]`, and the report like `with_aux`."""
-        config, scan = self.config, self._scans
+        config = self.config
+        scan = config.scan_blocks
         if config.remat == "none":
             pending, _, aux = self._walk(_forward, self._start(tokens, scan=scan), scan=scan)
         else:
@@ -249,7 +242,7 @@ class Transformer(nnx.Module):
 
     def analyse(self, tokens: jax.Array) -> Analysis:
         """Maps token ids `[B, S]` to what the L = 2 x num_blocks sublayers did."""
-        scan, n = self._scans, self.config.streams
+        scan, n = self.config.scan_blocks, self.config.streams
 
         def visit(block, pending):
             pending, writes, _ = block(pending)
@@ -260,11 +253,12 @@ class Transformer(nnx.Module):
         others = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), others)
         return jax.tree.map(lambda *xs: jnp.concatenate(xs), *leading, others)
 
-    def prefill(self, tokens: jax.Array) -> tuple[jax.Array, list]:
+    def prefill(self, tokens: jax.Array) -> tuple[jax.Array, list, Any]:
         """As `hidden_with_aux`, with what the attentions keep of the tokens; see `mhc_jax.inference`.
 
         Returns:
-          what the unembedding multiplies, `[B, S, C]`, and the rows of each block's cache, `[B, S, ...]`.
+          what the unembedding multiplies, `[B, S, C]`, and the rows of the caches, `[B, S, ...]` a leading
+          block and `[blocks, B, S, ...]` of the others.
         """
 
         def visit(block, pending):
@@ -277,17 +271,17 @@ class Transformer(nnx.Module):
 
             return block(pending, attention)[0], rows
 
-        pending, rows = walk.each(visit, self._each_block(), self._start(tokens, scan=False))
-        return self._finish(pending), rows
+        pending, leading, others = self._walk(visit, self._start(tokens))
+        return self._finish(pending), leading, others
 
     def decode(
-        self, tokens: jax.Array, caches: list, position: jax.Array
-    ) -> tuple[jax.Array, list]:
+        self, tokens: jax.Array, leading: list, stacked: Any, position: jax.Array
+    ) -> tuple[jax.Array, list, Any]:
         """Runs tokens `[B, S]` that follow `position` `[B]` int32 earlier ones; see `mhc_jax.inference`.
 
         Args:
           tokens: new token ids.
-          caches: of the blocks' attentions.
+          leading, stacked: caches of the attentions, arranged like the blocks.
           position: earlier tokens of each sequence. What does not fit behind them is not stored.
 
         Returns:
@@ -297,31 +291,34 @@ class Transformer(nnx.Module):
         sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
         place = position[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
 
-        def visit(block, pending, cache):
+        def visit(block, pending, cache, *index):
             def remember(rows):
                 nonlocal cache
                 cache = jax.tree.map(
-                    lambda old, new: old.at[sequence, place].set(
+                    lambda old, new: old.at[(*index, sequence, place)].set(
                         new.astype(old.dtype), mode="drop"
                     ),
                     cache,
                     rows,
                 )
-                return cache
+                return jax.tree.map(lambda x: x[index], cache)
 
             def attention(x):
                 return block.attention.decode(x, position, remember)
 
             return block(pending, attention)[0], cache
 
-        pending = self._start(tokens, scan=False)
-        pending, caches = walk.each(visit, self._each_block(), pending, caches)
-        return self._finish(pending), caches
+        pending, leading = walk.each(visit, self.leading, self._start(tokens), leading)
+        # The stacked caches are carried, so that new rows alone are written; a scan would copy them.
+        (pending, stacked), _ = walk.stack(
+            lambda block, carry, index: (visit(block, *carry, index), None),
+            self.blocks,
+            (pending, stacked),
+            jnp.arange(self.config.num_blocks - len(leading), dtype=jnp.int32),
+        )
+        return self._finish(pending), leading, stacked
 
-    def _each_block(self) -> list[Block]:
-        return [*self.leading, *walk.unstacked(self.blocks)]
-
-    def _walk(self, visit, carry, *, scan):
+    def _walk(self, visit, carry, *, scan=True):
         """Visits every block; see `mhc_jax.walk`.
 
         Returns:
@@ -332,16 +329,11 @@ class Transformer(nnx.Module):
         return carry, leading, others
 
     @property
-    def _scans(self) -> bool:
-        return self.config.scan_blocks and not isinstance(self.blocks, nnx.List)
-
-    @property
     def _connection(self) -> Connection:
         """Of any sublayer: its `start` and `post` need no parameters."""
-        blocks = self.blocks
-        return (blocks[0] if isinstance(blocks, nnx.List) else blocks).attention_connection
+        return self.blocks.attention_connection
 
-    def _start(self, tokens, *, scan):
+    def _start(self, tokens, *, scan=True):
         """What the first block gets. Every step of a scan does a write; a block outside has none to do."""
         streams = expand(self._embed(tokens), self.config.streams)
         first_in_scan = scan and not self.leading

@@ -31,33 +31,31 @@ def each(
     return carry, reports
 
 
-def stack(visit: Visit, blocks: nnx.Module, carry: Any, *, scan: bool = True) -> tuple[Any, Any]:
-    """Visits N equal blocks.
+def stack(
+    visit: Visit, blocks: nnx.Module, carry: Any, *own: Any, scan: bool = True
+) -> tuple[Any, Any]:
+    """Visits N blocks that are one module with a first axis of N.
 
     Args:
       visit: see the module.
-      blocks: one module with a first axis of N, or a list, which is not scanned.
+      blocks: the module.
       carry: of the first block.
+      *own: trees whose leaves are `[N, ...]`.
       scan: False writes the blocks out one after the other.
 
     Returns:
       the last carry, and the reports stacked along a first axis of N.
     """
-    if scan:
-        graph, variables = nnx.split(blocks)
-        return jax.lax.scan(
-            lambda carry, block: visit(nnx.merge(graph, block), carry), carry, variables
-        )
-    carry, reports = each(visit, unstacked(blocks), carry)
-    return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *reports)
-
-
-def unstacked(blocks: nnx.Module) -> list[nnx.Module]:
-    """Returns the N modules that are stacked in one with a first axis of N, or those of a list."""
-    if isinstance(blocks, nnx.List):
-        return list(blocks)
     graph, variables = nnx.split(blocks)
-    return [nnx.merge(graph, block) for block in remat.unstacked(variables)]
+    if scan:
+        return jax.lax.scan(
+            lambda carry, xs: visit(nnx.merge(graph, xs[0]), carry, *xs[1:]),
+            carry,
+            (variables, *own),
+        )
+    written_out = [nnx.merge(graph, block) for block in remat.unstacked(variables)]
+    carry, reports = each(visit, written_out, carry, *map(remat.unstacked, own))
+    return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *reports)
 
 
 def groups(

@@ -28,7 +28,6 @@ from mhc_jax.inference.steps import (
     for_sampling,
     init_decode,
     prefill,
-    prepare,
     token_scores,
 )
 
@@ -46,7 +45,6 @@ __all__ = [
     "init_decode",
     "keys_of",
     "prefill",
-    "prepare",
     "proceed",
     "start",
     "token_scores",

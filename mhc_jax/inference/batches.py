@@ -7,7 +7,7 @@ import numpy as np
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.inference.drawing import check_draws, check_prompt, keys_of, proceed, start
-from mhc_jax.inference.steps import check_ids, for_sampling, prepare, token_scores
+from mhc_jax.inference.steps import cast_weights, check_ids, for_sampling, token_scores
 from mhc_jax.train_step import Params
 
 # Lengths are multiples of it: tiles of kernels, and fewer different ones.
@@ -54,7 +54,7 @@ class Inference:
 
     def __init__(self, variables: Params, config: ModelConfig, batch_size: int | None = None):
         self.config = for_sampling(config)
-        self.variables = prepare(variables, self.config)
+        self.variables = cast_weights(variables, self.config)
         self.batch_size = batch_size
         self._score = jax.jit(token_scores, static_argnames="config")
 

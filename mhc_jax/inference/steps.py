@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mhc_jax import remat
 from mhc_jax.config import ModelConfig
 from mhc_jax.losses import unembed
 from mhc_jax.parameters import path_of, rule_of
@@ -27,37 +26,23 @@ class DecodeState(NamedTuple):
 
     Attributes:
       position: tokens so far of each sequence, int32 `[B]`.
-      caches: of the blocks' attentions, `[B, room, ...]` arrays.
+      leading: caches of the attentions of the leading blocks, a list.
+      blocks: caches of all others, stacked along the first axis.
     """
 
     position: jax.Array
-    caches: list[Any]
+    leading: list[Any]
+    blocks: Any
 
     @property
     def room(self) -> int:
         """Tokens that a sequence may have."""
-        return jax.tree.leaves(self.caches)[0].shape[1]
+        return jax.tree.leaves(self.blocks)[0].shape[2]
 
 
 def for_sampling(config: ModelConfig) -> ModelConfig:
     """Returns settings for generating: nothing dropped, nothing recomputed, kernels of this machine."""
     return dataclasses.replace(config, moe_dispatch="dropless", remat="none", implementation=None)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def prepare(variables: Params, config: ModelConfig) -> Params:
-    """Returns weights to decode with: cast like `cast_weights`, and each block's in arrays of their own.
-
-    All functions here take them as they take `variables`. With these a token reads every weight once; from
-    a stack of blocks it would copy it first.
-    """
-    variables = cast_weights(variables, config)
-    return variables | {"blocks": dict(enumerate(remat.unstacked(variables["blocks"])))}
-
-
-def _model(variables: Params, config: ModelConfig) -> Transformer:
-    stacked = 0 not in variables["blocks"]
-    return nnx.merge(model_graph(config, stacked), variables)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -80,8 +65,12 @@ def init_decode(config: ModelConfig, batch_size: int, length: int) -> DecodeStat
     """Returns an empty past with room for `length` tokens of `batch_size` sequences."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     cache = model.blocks.attention.init_cache(batch_size, length)
-    caches = [jax.tree.map(jnp.copy, cache) for _ in range(config.num_blocks)]
-    return DecodeState(jnp.zeros(batch_size, jnp.int32), caches)
+    stacked = config.num_blocks - config.num_leading
+    return DecodeState(
+        jnp.zeros(batch_size, jnp.int32),
+        [cache] * config.num_leading,
+        jax.tree.map(lambda x: jnp.broadcast_to(x, (stacked, *x.shape)), cache),
+    )
 
 
 def prefill(
@@ -119,15 +108,18 @@ def prefill(
     if padding == "left":
         places = jnp.arange(size, dtype=jnp.int32)[None] - lengths[:, None]
         tokens = jnp.take_along_axis(tokens, places % size, axis=1)
-    model = _model(variables, config)
-    x, rows = model.prefill(tokens)
+    model = nnx.merge(model_graph(config), variables)
+    x, leading, blocks = model.prefill(tokens)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     logits = unembed(last, model.unembedding)[:, 0]
 
-    def widen(rows):
-        return jnp.pad(rows, [(0, room - size if axis == 1 else 0) for axis in range(rows.ndim)])
+    def widen(rows, axis):
+        after = [(0, room - size if i == axis else 0) for i in range(rows.ndim)]
+        return jnp.pad(rows, after)
 
-    return logits, DecodeState(lengths, jax.tree.map(widen, rows))
+    leading = jax.tree.map(functools.partial(widen, axis=1), leading)
+    blocks = jax.tree.map(functools.partial(widen, axis=2), blocks)
+    return logits, DecodeState(lengths, leading, blocks)
 
 
 def decode(
@@ -147,12 +139,12 @@ def decode(
             f"{num_tokens} tokens behind {end - num_tokens} do not fit into a state for {room}: make one "
             f"with init_decode(config, batch_size, length={end})"
         )
-    model = _model(variables, config)
-    x, caches = model.decode(tokens, state.caches, state.position)
+    model = nnx.merge(model_graph(config), variables)
+    x, leading, blocks = model.decode(tokens, state.leading, state.blocks, state.position)
     logits = unembed(x, model.unembedding)
     # NaN by an operation: a constant would trip JAX_DEBUG_NANS.
     fits = jnp.sqrt(jnp.where(state.position + num_tokens <= room, 1.0, -1.0).astype(logits.dtype))
-    return logits * fits[:, None, None], DecodeState(state.position + num_tokens, caches)
+    return logits * fits[:, None, None], DecodeState(state.position + num_tokens, leading, blocks)
 
 
 def token_scores(
@@ -165,7 +157,7 @@ def token_scores(
       tokens, targets: `[B, S]` int32. The logits of a few tokens are there at a time.
       config: of the model.
     """
-    model = _model(variables, config)
+    model = nnx.merge(model_graph(config), variables)
     x, _ = model.hidden_with_aux(tokens)
     matrix = model.unembedding
 

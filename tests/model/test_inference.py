@@ -47,9 +47,8 @@ def test_prefill_and_decode_equal_the_whole_pass(case):
     @jax.jit
     def run(variables):
         want = whole(config, variables, tokens)
-        # From a stack of blocks and from a list of them.
-        first, state = prefill(variables, tokens[:, :6], lengths, config, room=ROOM)
-        narrow = inference.prepare(variables, config)
+        narrow = inference.cast_weights(variables, config)
+        first, state = prefill(narrow, tokens[:, :6], lengths, config, room=ROOM)
         new = tokens[rows, places].reshape(3, 2, 2).swapaxes(0, 1)
 
         def step(state, tokens):
