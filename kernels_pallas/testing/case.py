@@ -241,7 +241,7 @@ class Case:
         given: list = [*arrays]
         cotangents = jax.tree.leaves(cotangents)
         options = {**self.options, **({"n": self.n} if self.op in TAKES_N else {})}
-        name, extra = self.op, {}
+        name, extra = self.op, dict[str, Any]()
         if self.norm is not None and not self.weight:
             given.append(np.ones(self.C))
         if self.op == "pre" and self.norm is not None:
@@ -252,9 +252,11 @@ class Case:
             options["eps"] = self.norm
         if self.op in WRITES:
             given, extra = [tuple(given[:4]), *given[4:]], {"seen": seen}
-        outputs = getattr(oracle, name)(*given, **options, **extra)
-        back = {**extra, **({"other": True} if other else {})}
-        gradients = getattr(oracle, f"{name}_vjp")(*given, *cotangents, **options, **back)
+        extra |= {"other": other} if self.rounds else {}
+        # look_ahead alone rounds on the way forward.
+        forward = {k: v for k, v in extra.items() if k != "other" or self.op == "look_ahead"}
+        outputs = getattr(oracle, name)(*given, **options, **forward)
+        gradients = getattr(oracle, f"{name}_vjp")(*given, *cotangents, **options, **extra)
         found = [*_listed(outputs), *_listed(gradients)]
         return found[: len(self.leaves())]
 

@@ -323,10 +323,10 @@ read_logits, read_logits_vjp, boundary_logits, boundary_logits_vjp = (
 )
 
 
-def _weighted_sum(streams, h_pre):
-    """Returns u as it is normed: rounded as the streams are."""
+def _weighted_sum(streams, h_pre, other):
+    """Returns u as it is normed: rounded as the streams are. `other`: as in `round_bits`."""
     u = pre(streams, h_pre)
-    return round_bits(u, 8) if is_bf16(streams) else u
+    return round_bits(u, 8, other) if is_bf16(streams) else u
 
 
 def _stored_norm_vjp(u, weight, dy, eps, rounds):
@@ -351,16 +351,20 @@ def look_ahead(
     eps=1e-20,
     norm_eps=1e-20,
     seen=None,
+    other=False,
     **convention,
 ):
-    """Returns (layer_input, next_pre, h_post, h_res, new_streams); arguments as of `boundary`, and h_pre."""
+    """Returns (layer_input, next_pre, h_post, h_res, new_streams); arguments as of `boundary`, and h_pre.
+
+    `other`: as in `round_bits`.
+    """
     new_streams = post_res(*update)
     stored = _stored(new_streams, update[0], seen)
     options = {"num_iterations": num_iterations, **convention}
     mappings = coefficients(*projection(stored, phi, norm_eps), bias, alpha, n, **options)
     u = pre(stored, h_pre)
     if weight is not None:
-        u = rms_norm(_weighted_sum(stored, h_pre), weight, eps)
+        u = rms_norm(_weighted_sum(stored, h_pre, other), weight, eps)
     return u, *mappings, new_streams
 
 
@@ -390,7 +394,8 @@ def look_ahead_vjp(
     d, dnext_pre, dh_post, dh_res, d_streams = cotangents
     d_weight = []
     if weight is not None:
-        d, *d_weight = _stored_norm_vjp(_weighted_sum(stored, h_pre), weight, d, eps, rounds)
+        u = _weighted_sum(stored, h_pre, other)
+        d, *d_weight = _stored_norm_vjp(u, weight, d, eps, rounds)
     dx, dh_pre = pre_vjp(stored, h_pre, d)
     s, r = projection(stored, phi, norm_eps)
     options = {"num_iterations": num_iterations, **convention}
