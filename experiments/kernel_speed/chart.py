@@ -19,7 +19,7 @@ def bars(content: dict) -> dict[tuple[int, int], list[tuple[str, float, bool]]]:
     Shapes without a baseline are left out where others have one.
     """
     found = {}
-    for key in ("table", "baselines"):
+    for key in ("table", "baselines", "liger"):
         for row in content.get(key, {}).get("rows", ()):
             if row["name"] in OURS:
                 ours = key == "table"
@@ -31,7 +31,7 @@ def bars(content: dict) -> dict[tuple[int, int], list[tuple[str, float, bool]]]:
 
 def caption(content: dict) -> str:
     """Names device and commits."""
-    parts = {"table": "ours", "baselines": "the others"}
+    parts = {"table": "ours", "baselines": "the others", "liger": "Liger-Kernel"}
     environments = {key: content[key]["environment"] for key in parts if key in content}
     commits = ", ".join(
         f"{parts[key]}: commit {str(about['commit'])[:7]}" for key, about in environments.items()
