@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from test_train import tiny
 
@@ -108,6 +110,15 @@ def test_projection_has_the_properties_of_its_manifold(name, n):
         np.testing.assert_allclose(h.sum(-2), 1, atol=1e-6)
     elif n > 1 and name == "row_stochastic":
         assert np.abs(h.sum(-2) - 1).max() > 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_projection_on_explicit_axes(name):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        logits = jax.device_put(draws(0, TOKENS, LOGITS[name](4)), NamedSharding(mesh, P("data")))
+        h_res = jax.jit(lambda x: make(name).project(x, 4))(logits)
+        assert jax.typeof(h_res).sharding.spec == P("data", None, None)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "birkhoff"])
