@@ -237,6 +237,15 @@ def test_boundary_equals_its_parts(name, static):
     assert (np.ptp(np.asarray(h_res), axis=0).max() == 0) == static
 
 
+def test_a_name_in_place_of_a_manifold_is_refused_with_what_to_write():
+    with pytest.raises(TypeError, match=r"^manifold='lite' is a name: use PermutationMixture\(\)$"):
+        ManifoldHyperConnections(C, 4, manifold="lite")
+    with pytest.raises(
+        TypeError, match=r"^manifold='light' is a name: use an instance, as Birkhoff\(\)$"
+    ):
+        ManifoldHyperConnections(C, 4, manifold="light")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_static_form_needs_no_columns_and_is_what_static_gains_shows(name):
     made, other = connection(name, static_res=True), connection(name)
