@@ -10,6 +10,7 @@ experiments.reproduction` has the arm identity).
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -26,7 +27,7 @@ import numpy as np
 import kernels_pallas as kernels
 from experiments.evaluate import choose_text
 from experiments.output import format_table
-from mhc_jax import compilation_cache, connections
+from mhc_jax import compilation_cache, connections, look_ahead
 from mhc_jax.config import Config, ModelConfig
 from mhc_jax.inference import for_sampling
 from mhc_jax.train_step import analyse, window_losses
@@ -45,6 +46,16 @@ def _check(config: Config, workdir: str | os.PathLike) -> None:
         raise ValueError(f"{workdir} has one stream: there is no h_res to replace")
 
 
+@contextlib.contextmanager
+def _reporting(report):
+    """Lets every connection hand its h_res to `report`, and take what that returns."""
+    with (
+        mock.patch.object(connections, "report", report),
+        mock.patch.object(look_ahead, "report", report),
+    ):
+        yield
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def _losses(variables, batch, h_res, replace, model):
     """Returns losses `[B]` of windows, with h_res `[L, n, n]` if `replace`, and the mean h_res used."""
@@ -55,7 +66,7 @@ def _losses(variables, batch, h_res, replace, model):
         means.append(used.reshape(-1, *used.shape[-2:]).mean(0))
         return used
 
-    with mock.patch.object(connections, "report", report):
+    with _reporting(report):
         losses = window_losses(variables, batch, model)
     return losses, jnp.stack(means)
 
@@ -127,7 +138,7 @@ def _logits(variables, tokens, model):
         found.append((logits + bias).reshape(-1, n, n))
         return h_res
 
-    with mock.patch.object(connections, "report", report):
+    with _reporting(report):
         analyse(variables, tokens, model)
     return jnp.stack(found)
 

@@ -163,7 +163,7 @@ def _batch_noise(group: _Group, baseline: _Group) -> float:
 
 
 def _of_mappings(groups: Sequence[_Group]) -> str:
-    gains, moves = [], []
+    gains, moves, still = [], [], []
     for group in groups:
         if group.label.split(" (")[0] == NAMES["residual"]:
             continue
@@ -178,13 +178,19 @@ def _of_mappings(groups: Sequence[_Group]) -> str:
         moved = [move for arm in group.arms.values() if (move := h_res_moved(arm)) is not None]
         if moved:
             size = float(np.mean(moved))
-            moves.append(f"{size:.2g} in {group.label}" if size > 1e-3 else f"not in {group.label}")
+            if size > 1e-3:
+                moves.append(f"{size:.2g} in {group.label}")
+            else:
+                still.append(f"in {group.label}")
     parts = []
     if gains:
         parts.append(f"the largest composite gain is {_and(gains)}")
+    where = "from where it began (Frobenius norm, mean over sublayers)"
     if moves:
-        where = "from where it began (Frobenius norm, mean over sublayers)"
+        moves += [f"not {place}" for place in still]
         parts.append(f"h_res moved by {_and(moves)} {where}")
+    elif still:
+        parts.append(f"h_res did not move {_and(still)} {where}")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
@@ -196,8 +202,8 @@ def _and(parts: Sequence[str]) -> str:
 def h_res_moved(arm: Arm) -> float | None:
     """Returns ||mean h_res(l) - h_res(l) at the start|| (Frobenius), mean over l, of the newest gains.
 
-    At the start h_res is the identity (HC), or what its manifold makes of the first logits (mHC). Returns
-    None without readable gains.
+    At the start h_res is the identity (HC, and mHC that does not learn it), or what its manifold makes of the
+    first logits (mHC). Returns None without readable gains.
     """
     if not arm.gains:
         return None
@@ -209,7 +215,7 @@ def h_res_moved(arm: Arm) -> float | None:
     n = matrices.shape[-1]
     model = arm.config["model"]
     start = np.eye(n)
-    if arm.connection == "mhc":
+    if arm.connection == "mhc" and model.get("mhc_use_res", True):
         iterations = int(model.get("sinkhorn_iterations", 20))
         manifold = make_manifold(model.get("manifold", "birkhoff"), iterations)
         logits = manifold.initial_logits(n, float(model.get("res_init_gap", 8.0)))

@@ -36,7 +36,7 @@ from kernels_pallas.shapes import (
 from mhc_jax.analysis.collect import expect, report
 from mhc_jax.initialisation import hc_alpha, mhc_alpha, read_logit
 from mhc_jax.layers import RMSNorm
-from mhc_jax.manifolds import Birkhoff, Identity, Manifold
+from mhc_jax.manifolds import MANIFOLDS, Birkhoff, Identity, Manifold
 
 
 class Mappings(NamedTuple):
@@ -344,6 +344,9 @@ class ManifoldHyperConnections(_WideConnection):
         self.pre_eps = check_eps("pre_eps", pre_eps)
         expect(self)
         self.manifold = Birkhoff() if manifold is None else manifold
+        if isinstance(manifold, str):
+            known = f"{MANIFOLDS[manifold].__name__}()" if manifold in MANIFOLDS else ""
+            raise TypeError(f"{manifold=} is a name: use {known or 'an instance, as Birkhoff()'}")
         if isinstance(self.manifold, type):
             raise TypeError(f"manifold is the class {manifold.__name__}: use {manifold.__name__}()")
         if not use_res:

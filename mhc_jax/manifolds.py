@@ -167,15 +167,13 @@ class KroneckerMixture:
         return -gap * (jnp.arange(self.num_logits(n)) % 2).astype(jnp.float32)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
-        lead = logits.shape[:-1]
-        pairs = jax.nn.softmax(logits.reshape(*lead, -1, 2), axis=-1)
-        h_res = jnp.zeros_like(logits, shape=(*lead, 1, 1)) + 1
-        for k in range(pairs.shape[-2]):
-            keep, swap = pairs[..., k, 0], pairs[..., k, 1]
-            factor = jnp.stack([jnp.stack([keep, swap], -1), jnp.stack([swap, keep], -1)], -2)
-            size = 2 * h_res.shape[-1]
-            h_res = h_res[..., :, None, :, None] * factor[..., None, :, None, :]
-            h_res = h_res.reshape(*lead, size, size)
+        pairs = jax.nn.softmax(logits.reshape(*logits.shape[:-1], -1, 2), axis=-1)
+        h_res = jnp.zeros_like(logits, shape=(*logits.shape[:-1], 1, 1)) + 1
+        # Blocks are joined, not reshaped: Explicit axes refuse a reshape of two pairs of dimensions.
+        for k in reversed(range(pairs.shape[-2])):
+            keep, swap = (pairs[..., k, i, None, None] * h_res for i in range(2))
+            upper, lower = jnp.concatenate([keep, swap], -1), jnp.concatenate([swap, keep], -1)
+            h_res = jnp.concatenate([upper, lower], -2)
         return h_res
 
 

@@ -134,7 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sweep.run_one(config_of(run, options), options.output, run.key)
         return
     if options.summary or options.figures:
-        path = record.newest(QUESTION)
+        try:
+            path = record.newest(QUESTION)
+        except FileNotFoundError as error:
+            sys.exit(f"error: {error}")
         payload = record.read(path)
         if options.summary:
             print(tables.format_all(payload))

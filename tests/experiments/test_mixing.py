@@ -59,6 +59,16 @@ def test_h_res_is_replaced_in_every_sublayer_and_nothing_else_is(model):
     np.testing.assert_allclose(again, h_res.reshape(again.shape), atol=1e-5)
 
 
+def test_h_res_is_replaced_with_look_ahead_pre():
+    values = TOY | {"model.lookahead_pre": True}
+    config = mixing._unrolled(Run("main", "mHC", 1e-3, 0).config("", 4, values).model)
+    variables = init_variables(config, jax.random.key(0))[0]
+    tokens = np.zeros((1, 16), np.int32)
+    h_res = np.full((2 * config.num_blocks, config.n, config.n), 1 / config.n, np.float32)
+    batch = {"inputs": tokens, "targets": tokens}
+    np.testing.assert_array_equal(mixing._losses(variables, batch, h_res, True, config)[1], h_res)
+
+
 def test_column_errors_and_backward_gains_against_numpy():
     logits = columns.random_logits(3.0, 8.0, tokens=3)[:7]
     found = columns.measure(logits)

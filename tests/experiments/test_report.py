@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.verdict import verdict
+from experiments.verdict import h_res_moved, verdict
 from mhc_jax import gains as gains_lib
 from mhc_jax.analysis import style
 from mhc_jax.analysis.runs import read_arms
@@ -127,6 +127,22 @@ def test_the_verdict_of_one_seed(tmp_path, found):
     )
     assert said(runs[:1]) == "residual ends with a validation loss of 3.000 nats."
     assert said([]) == ""
+
+
+def test_the_verdict_where_no_h_res_moved(tmp_path, found):
+    runs = write_runs(tmp_path, {("mhc", 0): 3.0}, found)
+    assert said(runs).endswith(
+        "in mHC; h_res did not move in mHC from where it began (Frobenius norm, mean over sublayers)."
+    )
+
+
+def test_h_res_that_is_not_learned_did_not_move(tmp_path):
+    eye = gains_lib.gain_magnitudes(np.tile(np.eye(4), (2, 3, 1, 1)))
+    runs = write_runs(tmp_path, {("mhc", 0): 3.0}, {"mhc": eye})
+    config = json.loads((runs[0] / "config.json").read_text())
+    config["model"]["mhc_use_res"] = False
+    (runs[0] / "config.json").write_text(json.dumps(config))
+    assert h_res_moved(read_arms(runs)[0]) == 0
 
 
 def test_the_verdict_of_rows_alone():

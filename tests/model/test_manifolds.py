@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from test_train import tiny
 
@@ -108,6 +110,15 @@ def test_projection_has_the_properties_of_its_manifold(name, n):
         np.testing.assert_allclose(h.sum(-2), 1, atol=1e-6)
     elif n > 1 and name == "row_stochastic":
         assert np.abs(h.sum(-2) - 1).max() > 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_projection_on_explicit_axes(name):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        logits = jax.device_put(draws(0, TOKENS, LOGITS[name](4)), NamedSharding(mesh, P("data")))
+        h_res = jax.jit(lambda x: make(name).project(x, 4))(logits)
+        assert jax.typeof(h_res).sharding.spec == P("data", None, None)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "birkhoff"])
@@ -224,6 +235,15 @@ def test_boundary_equals_its_parts(name, static):
     assert float(jnp.abs(gradient[0]["bias"][...][2 * n :]).max()) > 1e-4
     h_res = ours[0][1][3]
     assert (np.ptp(np.asarray(h_res), axis=0).max() == 0) == static
+
+
+def test_a_name_in_place_of_a_manifold_is_refused_with_what_to_write():
+    with pytest.raises(TypeError, match=r"^manifold='lite' is a name: use PermutationMixture\(\)$"):
+        ManifoldHyperConnections(C, 4, manifold="lite")
+    with pytest.raises(
+        TypeError, match=r"^manifold='light' is a name: use an instance, as Birkhoff\(\)$"
+    ):
+        ManifoldHyperConnections(C, 4, manifold="light")
 
 
 @pytest.mark.parametrize("name", NAMES)
