@@ -1,5 +1,6 @@
 """A mistake on the command line is said in one line that names it and the way out."""
 
+import argparse
 import os
 import pathlib
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from experiments import output
 from mhc_jax import command_line, units
 from mhc_jax.remat.cost import plan
 
@@ -126,3 +128,18 @@ def test_remat_shows_small_sizes():
     assert "0.000" not in text
     # Table 3: 4 sublayers of 8 entries, 16 tokens, 2 bytes.
     assert "1.00 KiB" in next(line for line in text.splitlines() if "layer output" in line)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model.num_blocks", "'model.num_blocks' is not FIELD=NUMBER"),
+        ("model.num_blocks=two", "is not FIELD=NUMBER"),
+        ("model.foo=1", "has no field model.foo"),
+        ("steps.foo=1", "has no field steps.foo"),
+    ],
+)
+def test_fields_of_an_experiment_are_checked(text, message):
+    assert output.number_field("model.num_blocks=4") == "model.num_blocks=4"
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        output.number_field(text)

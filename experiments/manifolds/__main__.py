@@ -23,7 +23,7 @@ import numpy as np
 from experiments import record, sweep
 from experiments.manifolds import figures, settings, tables
 from experiments.manifolds.settings import Run
-from experiments.output import user_path
+from experiments.output import number_field, user_path
 from experiments.step_time import __main__ as step_time
 from mhc_jax.config import Config
 
@@ -49,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         default=list(settings.STREAMS), help="n of mHC and identity (all)")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=list(settings.SEEDS))
     parser.add_argument("--steps", type=int, help="of a run, for a quick try")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=NUMBER",
+    parser.add_argument("--set", nargs="*", default=[], type=number_field, metavar="FIELD=NUMBER",
                         help="integer fields of the config, for a quick try")  # fmt: skip
     parser.add_argument("--toy", action="store_true",
                         help="a few arms of toy size, in this process; stores nothing")  # fmt: skip

@@ -20,7 +20,7 @@ from unittest import mock
 import jax
 
 from experiments import mixing, record, sweep
-from experiments.output import user_path
+from experiments.output import number_field, user_path
 from experiments.reproduction import charts, figures, tables
 from experiments.reproduction.settings import (
     FIELDS,
@@ -58,7 +58,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat", nargs="*", default=[], metavar="KEY",
                         help="runs to train twice, as main/mHC/lr0.001/seed0")  # fmt: skip
     parser.add_argument("--steps", type=int, help="of a counted run, for a quick try")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=NUMBER",
+    parser.add_argument("--set", nargs="*", default=[], type=number_field, metavar="FIELD=NUMBER",
                         help="integer fields of the config, for a quick try")  # fmt: skip
     parser.add_argument("--per_gpu", type=int, default=2, help="runs that share a GPU (2)")
     parser.add_argument("--minutes", type=float, help="stop after so long, to go on later")
