@@ -20,8 +20,8 @@ from flax import nnx
 from mhc_jax import HyperConnections, ManifoldHyperConnections, Readout, Residual, expand
 
 TITLE = "state-space model, bytes of the Python standard library"
-STEPS, BATCH_SIZE, HELD_OUT = 300, 8, 128
-RATES = (3e-3, 1e-2, 3e-2)
+STEPS, BATCH_SIZE, HELD_OUT = 100, 4, 128
+RATES = (5e-3, 1.5e-2, 4.5e-2)
 WIDTH, LENGTH, BYTES = 32, 64, 256
 
 

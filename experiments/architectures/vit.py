@@ -13,8 +13,8 @@ from flax import nnx
 from mhc_jax import HyperConnections, ManifoldHyperConnections, Residual, expand
 
 TITLE = "ViT, digits of scikit-learn"
-STEPS, BATCH_SIZE, HELD_OUT = 300, 32, 497
-RATES = (1e-3, 3e-3, 1e-2)
+STEPS, BATCH_SIZE, HELD_OUT = 100, 16, 497
+RATES = (5e-4, 1.5e-3, 5e-3)
 WIDTH, HEADS, CLASSES = 32, 4, 10
 
 
