@@ -173,12 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps, rates = options.steps or module.STEPS, options.rates or module.RATES
     depths: dict[str, dict[str, dict]] = {}
     for depth in options.depths:
+        arms = depths[str(depth)] = {}
         for arm in options.arms:
-            found = compare(module, arm, depth, steps, options.seeds, rates)
-            depths.setdefault(str(depth), {})[arm] = found
-            print(f"depth {depth}, {ARMS[arm]}: {found['seconds']} s", file=sys.stderr, flush=True)
+            arms[arm] = compare(module, arm, depth, steps, options.seeds, rates)
+            print(
+                f"depth {depth}, {ARMS[arm]}: {arms[arm]['seconds']} s", file=sys.stderr, flush=True
+            )
             if options.record:  # after every arm: a run that is cut leaves what is finished
-                record.update(QUESTION, options.model, {"steps": steps, "depths": depths})
+                value = {"steps": steps, "arms": arms}
+                record.update(QUESTION, f"{options.model}/{depth}", value)
     print(f"{module.TITLE}, {steps} steps, {options.seeds} seeds\n\n{table(depths)}\n")
     print(verdict(depths))
 
