@@ -34,6 +34,12 @@ def positive(text: str) -> int:
     return value
 
 
+def rate(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} must be a positive number")
+    return value
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{QUESTION}",
@@ -47,7 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="numbers of sublayers (12 48)")  # fmt: skip
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS),
                         help="connections to compare (all)")  # fmt: skip
-    parser.add_argument("--rates", type=float, nargs="+",
+    parser.add_argument("--rates", type=rate, nargs="+",
                         help="peak learning rates to try (default: the model's)")  # fmt: skip
     parser.add_argument("--record", action="store_true",
                         help=f"store the result in experiments/{QUESTION}/results/")  # fmt: skip
@@ -98,17 +104,17 @@ def compare(module, arm: str, depth: int, steps: int, seeds: int, rates: Sequenc
     run, apply = trainer(module, arm, depth, steps)
     tried, _, _ = run(np.zeros(len(rates), int), np.asarray(rates, np.float32), data, held_out)
     tried = np.nan_to_num(np.asarray(tried), nan=math.inf)
-    rate = rates[int(tried.argmin())]
+    best = rates[int(tried.argmin())]
     numbers = np.arange(1, seeds + 1)
-    losses, errors, params = run(numbers, np.full(seeds, rate, np.float32), data, held_out)
+    losses, errors, params = run(numbers, np.full(seeds, best, np.float32), data, held_out)
     gains = {"composite_forward": 1.0, "composite_backward": 1.0}  # of residual, by definition
     if arm != "residual":
         last = jax.tree.map(lambda x: x[-1], params)
         found = analysis.gains_of(functools.partial(apply, last), held_out[0][:16])
         gains = {name: float(getattr(found, name).max()) for name in gains}
     return {
-        "tried": {f"{tried_rate:g}": float(loss) for tried_rate, loss in zip(rates, tried)},
-        "rate": rate,
+        "tried": {f"{value:g}": float(loss) for value, loss in zip(rates, tried)},
+        "rate": best,
         "losses": [float(x) for x in losses],
         "errors_percent": [float(x) for x in errors],
         **gains,
