@@ -89,6 +89,7 @@ setup(
         # datasets before 4 ran code of data sets, which the tasks' data no longer need.
         "evaluate": ["lm-eval[math]>=0.4.13,<0.5", "datasets>=4,<6", "tokenizers>=0.20"],
         "released": ["safetensors>=0.5"],  # experiments.released_gains
+        "architectures": ["scikit-learn>=1.5"],  # its digits, for experiments.architectures vit
         # pytest 8 knows the options of pyproject.toml; no torch, to keep the environment small.
         "test": [
             "pytest>=8",
@@ -97,6 +98,7 @@ setup(
             "mypy>=1.18",
             "tokenizers>=0.20",
             "safetensors>=0.5",
+            "scikit-learn>=1.5",  # its digits; 1.5 knows NumPy 2
             "gcsfs>=2025.3",
             "gcp-storage-emulator>=2026.7",  # a bucket on this machine
             "setuptools>=70.1",  # builds the wheel without the network
