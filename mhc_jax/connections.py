@@ -172,12 +172,9 @@ class _WideConnection(Connection):
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
         check_width(streams, self.n, self.width)
+        h_post, h_res = mappings[:2]  # of either kind of mappings, and of a plain tuple
         return kernels.post_res(
-            streams,
-            layer_output,
-            mappings.h_post,
-            mappings.h_res,
-            implementation=self.implementation,
+            streams, layer_output, h_post, h_res, implementation=self.implementation
         )
 
 
