@@ -71,22 +71,27 @@ def check_parameters(
     streams, width, parameters, phi_precision, static, last
 ) -> tuple[Parameters, ReadStatic]:
     """Returns parameters and static arguments as the backends take them; raises as `read` does."""
-    m = num_columns(static.n)
+    check_floating(phi=parameters.phi)
+    check_phi(streams, parameters.phi, num_columns(static.n))
+    parameters = cast_parameters(streams, width, parameters, phi_precision, static)
+    sinkhorn_eps = check_sinkhorn(static.num_iterations, "sinkhorn_eps", static.sinkhorn_eps, last)
+    pre_eps = conventions.check_eps("pre_eps", static.pre_eps)
+    return parameters, static._replace(sinkhorn_eps=sinkhorn_eps, pre_eps=pre_eps)
+
+
+def cast_parameters(streams, width, parameters, phi_precision, static) -> Parameters:
+    """Checks the parameters beside phi's columns, and casts them to what the backends take."""
     phi, bias, alpha, weight = parameters
     check_floating(phi=phi, bias=bias, alpha=alpha)
-    check_phi(streams, phi, m)
-    check_shape("bias", bias, (m,))
+    check_shape("bias", bias, (phi.shape[1],))
     check_shape("alpha", alpha, (3,))
     dtype = wide_dtype(streams.dtype)
-    parameters = Parameters(
+    return Parameters(
         rounded(streams, phi.astype(dtype), phi_precision),
         bias.astype(dtype),
         alpha.astype(dtype),
         check_norm(weight, static.input_norm_eps, width, dtype),
     )
-    sinkhorn_eps = check_sinkhorn(static.num_iterations, "sinkhorn_eps", static.sinkhorn_eps, last)
-    pre_eps = conventions.check_eps("pre_eps", static.pre_eps)
-    return parameters, static._replace(sinkhorn_eps=sinkhorn_eps, pre_eps=pre_eps)
 
 
 def _with_last(last, call, parameters, n):

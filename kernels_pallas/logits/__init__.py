@@ -14,16 +14,13 @@ import functools
 import jax
 
 from kernels_pallas import conventions, placement
+from kernels_pallas.boundary import cast_parameters
 from kernels_pallas.boundary.contract import Parameters, ReadStatic, Update
 from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.logits import reference
-from kernels_pallas.pre import check_norm
-from kernels_pallas.precision import wide_dtype
-from kernels_pallas.projection import rounded
 from kernels_pallas.shapes import (
     check_floating,
     check_phi,
-    check_shape,
     check_streams,
     check_update,
 )
@@ -72,23 +69,14 @@ _boundary_logits.defvjp(_boundary_forward, _boundary_backward)
 def _checked(streams, n, parameters, static, phi_precision) -> tuple[Parameters, ReadStatic]:
     """Returns parameters and static arguments as the backends take them; raises as `read_logits` does."""
     width = check_streams(streams, n)
-    phi, bias, alpha, weight = parameters
-    check_floating(phi=phi, bias=bias, alpha=alpha)
-    check_phi(streams, phi)
-    columns = phi.shape[1]
+    check_floating(phi=parameters.phi)
+    check_phi(streams, parameters.phi)
+    columns = parameters.phi.shape[1]
     if columns < 2 * n:
         raise ValueError(
             f"phi has {columns} columns: n={n} streams need 2n = {2 * n} for the gates, then the logits"
         )
-    check_shape("bias", bias, (columns,))
-    check_shape("alpha", alpha, (3,))
-    dtype = wide_dtype(streams.dtype)
-    parameters = Parameters(
-        rounded(streams, phi.astype(dtype), phi_precision),
-        bias.astype(dtype),
-        alpha.astype(dtype),
-        check_norm(weight, static.input_norm_eps, width, dtype),
-    )
+    parameters = cast_parameters(streams, width, parameters, phi_precision, static)
     pre_eps = conventions.check_eps("pre_eps", static.pre_eps)
     return parameters, static._replace(pre_eps=pre_eps)
 

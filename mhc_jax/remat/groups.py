@@ -1,8 +1,8 @@
 """Cuts a stack of blocks into recompute blocks ("groups") and scans over them.
 
-A group begins with plain streams and ends with plain streams (with look-ahead pre also the n numbers with
-which the next sublayer reads): its first sublayer reads without a pending
-write, and the write of its last sublayer is done inside it, as an operation of its own. The alternative is
+A group begins and ends with plain streams (with look-ahead pre also the n numbers with which the next
+sublayer reads). Its first sublayer reads without a pending write, and the write of its last sublayer is done
+inside it, as an operation of its own. The alternative is
 to carry the pending update (streams, layer output, mappings) over the edge, as inside a group. That would
 store C + n^2 + n more per group (the layer output a second time, and the mappings), and the backward would
 repeat that first write, 9C of traffic, to recover the streams. Finishing the write costs the fusion of one

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreted import BF16, F32, normal, value_and_vjp
 
 import kernels_pallas as kp
 from kernels_pallas import dispatch
 from kernels_pallas.testing import emulate, oracle
+from kernels_pallas.testing.case import BF16, F32, normal, value_and_cotangents
 
 EPS = 1e-6
 SLOW = pytest.mark.slow
@@ -77,7 +77,9 @@ def test_outputs_and_gradients(request, name, implementation, T, C, n, k, dtype,
     update, parameters, weight, d = arguments(T, C, n, k, dtype, norm)
     args = (*(update if name == "boundary_logits" else update[:1]), *parameters)
     args = (*args, weight) if norm else args
-    results = value_and_vjp(bound(name, n, norm), implementation)(args, d)
+    results = value_and_cotangents(
+        functools.partial(bound(name, n, norm), implementation=implementation)
+    )(args, d)
     options = {"eps": EPS, "maps": oracle.LOGITS}
     if name == "boundary_logits":
         options["seen"] = results[3]

@@ -1,13 +1,13 @@
 """`look_ahead`: definition, kernels and the CUDA sources against the float64 oracle, leaf by leaf."""
 
 import dataclasses
+import functools
 import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreted import BF16, F32, normal, value_and_vjp
 
 import kernels_pallas as kp
 from kernels_pallas.boundary.contract import Parameters, Update
@@ -15,6 +15,7 @@ from kernels_pallas.look_ahead import reference
 from kernels_pallas.look_ahead.contract import Known, ReadStatic
 from kernels_pallas.precision import round_to
 from kernels_pallas.testing import emulate, oracle
+from kernels_pallas.testing.case import BF16, F32, normal, value_and_cotangents
 
 EPS, ITERATIONS = 1e-6, 2
 HAS_TRITON = all(importlib.util.find_spec(name) for name in ("triton", "torch", "jax_triton"))
@@ -59,7 +60,9 @@ def beyond_limits(implementation, T, C, n, dtype, *, with_norm=True, **conventio
         options = {"with_norm": with_norm, "implementation": implementation}
         return call(*args, n=n, **options, **convention)
 
-    results = value_and_vjp(op, implementation)(args, cotangents)
+    results = value_and_cotangents(functools.partial(op, implementation=implementation))(
+        args, cotangents
+    )
     *arrays, weight = args if with_norm else (*args, None)
     arguments = arrays[:4], *arrays[4:], weight
     options = {"num_iterations": ITERATIONS, "eps": EPS, "seen": results[4], **convention}
