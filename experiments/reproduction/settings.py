@@ -13,13 +13,15 @@ ARMS = {
     "identity": {"connection": "mhc", "manifold": "identity"},
 }
 # Table 1: the mappings of HC and mHC that are learned; the others are fixed. The arms that are missing are
-# no networks of their own (see `ManifoldHyperConnections`): mHC without post is the residual network.
+# no networks of their own (see `ManifoldHyperConnections`): mHC without post is the residual network. Last,
+# mHC whose h_pre is predicted one sublayer ahead (`LookAheadConnections`).
 ABLATION = {
     "HC-res": {"connection": "hc", "hc_use_pre": False, "hc_use_post": False},
     "HC-res-random": {"connection": "hc", "hc_use_pre": False, "hc_use_post": False},
     "HC-res-pre": {"connection": "hc", "hc_use_post": False},
     "HC-pre-post": {"connection": "hc", "hc_use_res": False},
     "mHC-post": {"connection": "mhc", "mhc_use_pre": False, "mhc_use_res": False},
+    "look-ahead": {"connection": "mhc", "lookahead_pre": True},
 }
 SINKHORN = {
     f"mHC-t{t}": {"connection": "mhc", "sinkhorn_iterations": t} for t in (1, 2, 5, 10, 20, 40)
