@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.reproduction import tables
 from experiments.reproduction.figures import band, colours_of, curves
-from experiments.reproduction.settings import SCALING, SETTINGS
+from experiments.reproduction.settings import SCALING, SETTINGS, Run
 from mhc_jax.analysis.colours import COLOURS
 from mhc_jax.analysis.style import AT_ONE, STYLE, new_figure, write_figure
 
@@ -135,9 +135,9 @@ def draw_scaling(payload: dict, path: pathlib.Path) -> pathlib.Path:
             axes.set_title(title)
         for axes in grid[2:]:
             axes.set_xlabel("million tokens")
-        share = sizes[-1][0] / FLOPS_27B
+        share = float(f"{FLOPS_27B / sizes[-1][0]:.2g}")
         figure.suptitle(
-            f"Fig. 6: mHC against residual; the largest has 1/{1 / share:,.0f} of the 27B model's FLOPs",
+            f"Fig. 6: mHC against residual; the largest has 1/{share:,.0f} of the 27B model's FLOPs",
             fontsize=10,
         )
         write_figure(figure, path.with_suffix(""), ["png"])
@@ -145,8 +145,11 @@ def draw_scaling(payload: dict, path: pathlib.Path) -> pathlib.Path:
 
 
 def _has(payload: dict, name: str, series: str = "validation") -> bool:
-    keys = (key for key in payload["runs"] if key.startswith(f"{name}/"))
-    return any(series in payload["runs"][key] for key in keys)
+    """Returns whether a counted run of the setting has the series."""
+    runs = (Run.from_key(key) for key in payload["runs"])
+    return any(
+        series in payload["runs"][run.key] for run in runs if run.setting == name and not run.pilot
+    )
 
 
 def draw_all(payload: dict, folder: pathlib.Path) -> list[pathlib.Path]:
