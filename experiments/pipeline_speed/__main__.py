@@ -7,8 +7,9 @@ Result:   a line an arm: milliseconds of a step beside the ideal (all work of th
 
 A dense decoder of 1.4 billion parameters in bfloat16, nothing recomputed. The times of a stage that ideal and
 plan use are measured on one device, forward and backward by themselves, once for all numbers of
-micro-batches. "no transfers" is the same program whose devices keep what they would send: wrong numbers, the
-same work. "hidden sends" have the products of a tick between their start and their end in the program.
+micro-batches. "tiny sends" is the same program that sends 128 entries of a row instead of n*C: wrong numbers,
+the same work and the same waiting, so the difference is what the transfers cost. "hidden sends" have the
+products of a tick between their start and their end in the program.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 # Transfers run beside products. Before jax starts, and an outer setting wins.
 os.environ["XLA_FLAGS"] = (
@@ -48,6 +50,7 @@ from mhc_jax.train_step import (
     jit_train_step,
 )
 
+TINY = 128  # entries of a row that "tiny sends" moves
 TOY = {
     "num_blocks": 4, "width": 32, "num_heads": 2, "ffn_width": 64, "sequence_length": 16,
     "vocab_size": 64, "microbatches": [8], "timed": 2,
@@ -145,6 +148,12 @@ def measured_times(config: Config, repeats: int) -> StageTimes:
     return StageTimes(forward, heads, np.zeros(len(counts)), backward)
 
 
+def tiny_send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
+    """Sends the first entries of each row and keeps the rest: devices wait as for the whole."""
+    few = jax.lax.ppermute(x[..., :TINY], execute.AXIS, pairs)
+    return x.at[..., :TINY].set(few)
+
+
 def transfer_seconds(config: Config, mesh, repeats: int) -> float:
     """Measures how long the streams of a micro-batch take to a neighbour, in both directions at once."""
     model, steps = config.model, 10
@@ -172,19 +181,20 @@ def transfer_seconds(config: Config, mesh, repeats: int) -> float:
 
 @dataclasses.dataclass
 class Arm:
-    """One connection, schedule and number of micro-batches; milliseconds of a step."""
+    """One connection, schedule and number of micro-batches; milliseconds."""
 
     connection: str
     schedule: str
     microbatches: int
     step: float = 0.0
-    without_transfers: float = 0.0
+    tiny_sends: float = 0.0
     ideal: float = 0.0
     plan: float = 0.0
     one_transfer: float = 0.0
     temporaries_GiB: float = 0.0
     sends: int = 0
     hidden_sends: int = 0
+    stages: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     @property
     def bubble(self) -> float:
@@ -234,15 +244,15 @@ def measure(config: Config, mesh, shared: Parts, timed: int) -> Arm:
     )
     arm.ideal, arm.plan = 1e3 * timeline.ideal, 1e3 * timeline.seconds
     arm.one_transfer = 1e3 * shared.transfer
+    arm.stages = {
+        name: (1e3 * seconds).tolist() for name, seconds in dataclasses.asdict(shared.times).items()
+    }
     arm.step, compiled = time_steps(config, mesh, timed, shared.init)
     arm.temporaries_GiB = compiled.memory_analysis().temp_size_in_bytes / 2**30
     arm.sends, arm.hidden_sends, _ = count_sends(compiled.as_text())
     del compiled
-    send, execute.send = execute.send, lambda x, pairs: x
-    try:
-        arm.without_transfers, _ = time_steps(config, mesh, timed, shared.init)
-    finally:
-        execute.send = send
+    with mock.patch.object(execute, "send", tiny_send):
+        arm.tiny_sends, _ = time_steps(config, mesh, timed, shared.init)
     return arm
 
 
@@ -255,10 +265,15 @@ def main() -> None:
             f"{jax.device_count()} devices here, --pipe={options.pipe}: lower it, or give --toy for "
             "simulated ones"
         )
-    print(f"{options.pipe} x {jax.devices()[0].device_kind}, XLA_FLAGS={os.environ['XLA_FLAGS']}")
+    flags = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name == "XLA_FLAGS" or name.startswith("NCCL_")
+    }
+    print(f"{options.pipe} x {jax.devices()[0].device_kind}, {flags}")
     print(
         f"{'connection':<11}{'schedule':<11}{'parts':>6}{'ms a step':>11}{'ideal':>9}{'/ ideal':>9}"
-        f"{'plan':>9}{'bubble %':>10}{'planned %':>11}{'ms a send':>11}{'no transfers':>14}{'GiB':>7}"
+        f"{'plan':>9}{'bubble %':>10}{'planned %':>11}{'ms a send':>11}{'tiny sends':>12}{'GiB':>7}"
         f"{'hidden sends':>14}",
         flush=True,
     )
@@ -280,13 +295,13 @@ def main() -> None:
                     f"{connection:<11}{schedule:<11}{parts:>6}{arm.step:>11.1f}{arm.ideal:>9.1f}"
                     f"{arm.step / arm.ideal:>9.3f}{arm.plan:>9.1f}{arm.bubble:>10.1f}"
                     f"{arm.planned_bubble:>11.1f}{arm.one_transfer:>11.3f}"
-                    f"{arm.without_transfers:>14.1f}{arm.temporaries_GiB:>7.1f}"
+                    f"{arm.tiny_sends:>12.1f}{arm.temporaries_GiB:>7.1f}"
                     f"{arm.hidden_sends:>9} of {arm.sends}",
                     flush=True,
                 )
-    flags, shape = os.environ["XLA_FLAGS"], output.shape_of(options)
     rows = [dataclasses.asdict(arm) for arm in arms]
-    output.write(options, "pipeline_speed", {"XLA_FLAGS": flags, "shape": shape, "arms": rows})
+    found = {"flags": flags, "shape": output.shape_of(options), "arms": rows}
+    output.write(options, "pipeline_speed", found)
 
 
 if __name__ == "__main__":
