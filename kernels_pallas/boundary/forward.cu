@@ -28,8 +28,13 @@ constexpr int STEPS = C / COLUMNS / SPLITS;   // of a tile
 // a row are permuted, chunk c to place c ^ key, so that 8 tokens of a stream do not meet in one bank.
 constexpr int STREAM = TOKENS * PITCH, Y = N * STREAM, TILE = Y + STREAM;
 constexpr int PHI = 2 * WARPS * TILE;         // by 8 columns, two streams, 8 of s and lane: 16 bytes (HC: by 8 columns and lane)
-constexpr int PHI_LANE = HC ? 8 : 16;         // bytes
-constexpr int PHI_TILE = COLUMNS / 8 * 32 * (HC ? PHI_LANE : 2 * 3 * PHI_LANE);
+#if HC
+typedef uint2 Phi;                            // of a lane
+constexpr int PHI_TILE = COLUMNS / 8 * 32 * 8;
+#else
+typedef uint4 Phi;
+constexpr int PHI_TILE = COLUMNS * N * M * 4;
+#endif
 // Tiles of 8 columns of s, and products whose diagonals are sums of squares.
 constexpr int OF_S = HC ? N : 3, OF_SQUARES = HC ? N : 2;
 static_assert(SHARED_BYTES == PHI + 2 * PHI_TILE, "cuda_launches.py counts otherwise");
@@ -131,7 +136,7 @@ struct Sums {
 };
 
 // x' of 8 columns in place of x, u in place of y; adds to the sums.
-__device__ __forceinline__ void mix_columns(unsigned char* tile, const unsigned char* phi, const Mappings& mappings,
+__device__ __forceinline__ void mix_columns(unsigned char* tile, const Phi* phi, const Mappings& mappings,
                                             Sums& sums, int columns, int lane) {
   const int row = lane % 16 * PITCH + (columns ^ key(lane)) * 16, pair_row = row + lane / 16 * STREAM;
   u32 word[4];
@@ -153,7 +158,7 @@ __device__ __forceinline__ void mix_columns(unsigned char* tile, const unsigned 
                       pack_bf16(mappings.mix(x, y, i + 1, 2), mappings.mix(x, y, i + 1, 3))};
     store_matrices(tile + pair_row + i * STREAM, a[0], a[1], a[2], a[3]);
 #if HC
-    const uint2 b = *reinterpret_cast<const uint2*>(phi + columns * 32 * PHI_LANE);
+    const Phi b = phi[columns * 32];
 #pragma unroll
     for (int k = 0; k < 4; k += 2) {
       const u32 twice[4] = {a[k], a[k + 1], a[k], a[k + 1]}, apart[4] = {a[k], 0, 0, a[k + 1]};
@@ -163,7 +168,7 @@ __device__ __forceinline__ void mix_columns(unsigned char* tile, const unsigned 
 #else
 #pragma unroll
     for (int m = 0; m < 3; ++m) {
-      const uint4 b = *reinterpret_cast<const uint4*>(phi + ((columns * 2 + i / 2) * 3 + m) * 32 * PHI_LANE);
+      const Phi b = phi[((columns * 2 + i / 2) * 3 + m) * 32];
       multiply_bf16(sums.s[m], a, b.x, b.y);
       multiply_bf16(sums.s[m], a, b.z, b.w);
     }
@@ -225,7 +230,7 @@ __device__ __forceinline__ void run(const bf16* x, const bf16* y, const float* p
                 Place(next_item, next_step, T), lane, T);
     copy_async_commit();
     unsigned char* tile = tiles + parity * TILE;
-    const unsigned char* own_phi = shared + PHI + parity * PHI_TILE + lane * PHI_LANE;
+    const Phi* own_phi = reinterpret_cast<const Phi*>(shared + PHI + parity * PHI_TILE) + lane;
     // Tensor cores truncate when they accumulate, so four steps are accumulated there and added in float32.
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
