@@ -145,7 +145,8 @@ def _arguments(op, n, C, T, dtype, num_iterations, num_logits, norm):
         "hc_boundary": (*update, floats(2 + n, C), *parameters[1:]),
     }[op]
     options = {}
-    fused = ("read", "boundary", "read_logits", "boundary_logits", "look_ahead", "hc_read", "hc_boundary")
+    fused = ("read", "boundary", "read_logits", "boundary_logits", "look_ahead")
+    fused += ("hc_read", "hc_boundary")
     if op in ("coefficients", "mappings", *fused):
         options |= {"n": n}
     if op in ("coefficients", "mappings", "sinkhorn", "read", "boundary", "look_ahead"):

@@ -24,7 +24,6 @@ from kernels_pallas.shapes import (
 )
 from kernels_pallas.sinkhorn import check_sinkhorn
 
-
 _read = reading("read", reference)
 _boundary = writing("boundary", reference)
 

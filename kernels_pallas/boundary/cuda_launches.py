@@ -179,9 +179,7 @@ def read_backward(
     return dx, dphi
 
 
-def forward_launch(
-    T: int, C: int, *, look_ahead: bool = False, hc: bool = False
-) -> CudaLaunch:
+def forward_launch(T: int, C: int, *, look_ahead: bool = False, hc: bool = False) -> CudaLaunch:
     """Makes the launch of forward.cu.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], `phi_fragments`, T. Outputs: x', partial

@@ -52,7 +52,8 @@ def operations(
             d_sum, d_weight = pre.norm_backward(streams, h_pre, parameters.weight, d_sum, eps=eps)
         _, dh_pre = pre.backward(streams, h_pre, d_sum)
         dx, d_parameters = from_mappings(streams, parameters, kept, dh_pre, d, static)
-        d_sum = round_to(d_sum.astype(dx.dtype), streams.dtype)  # an array of its own in the kernels
+        # An array of its own in the kernels.
+        d_sum = round_to(d_sum.astype(dx.dtype), streams.dtype)
         dx = dx + jnp.concatenate([h_pre[..., i, None] * d_sum for i in range(static.n)], axis=-1)
         return dx + d_streams.astype(dx.dtype), type(parameters)(*d_parameters, d_weight)
 

@@ -18,9 +18,10 @@ from kernels_pallas.sinkhorn import triton as sinkhorn
 def store_fragments(ds, t, m, ds_ptr, pairs_ptr, mask, CHUNKS: tl.constexpr):
     """Stores ds of tokens t and columns m in the order of the lanes of boundary/backward.cu.
 
-    A tile has 16 tokens x 8 columns, of which ds has CHUNKS; a lane is 4 g + q. The left operand is
+    A tile has 16 tokens x 8 columns, and ds has CHUNKS of these; a lane is 4 g + q. The left operand is
     [tiles, CHUNKS, 32, 4] float32: tokens g, g + 8 at column 2q, then at 2q + 1. The right operand is
-    [tiles, CHUNKS, 32, 8] bfloat16 with tokens as inner index: high, then low terms of tokens 2q, 2q + 1 at column g; the same of tokens 2q + 8, 2q + 9.
+    [tiles, CHUNKS, 32, 8] bfloat16 with tokens as inner index: high, then low terms of tokens 2q, 2q + 1 at
+    column g; the same of tokens 2q + 8, 2q + 9.
     """
     half = t % 16 // 8
     tile = t // 16 * CHUNKS + m // 8

@@ -31,12 +31,10 @@ def finish_read(
     streams: jax.Array, parts: jax.Array, parameters: Parameters, static: ReadStatic
 ) -> tuple[ReadOut, Saved]:
     """Does a read from the projection's partial sums [splits, T, n, stride] on; T > 0."""
-    n, lead = static.n, streams.shape[:-1]
-    h_pre, h_post, h_res, s, r = (
-        x.reshape(*lead, *x.shape[1:]) for x in gates.forward(parts, parameters, eps=static.norm_eps)
-    )
+    found = gates.forward(parts, parameters, eps=static.norm_eps)
+    h_pre, h_post, h_res, s, r = (x.reshape(*streams.shape[:-1], *x.shape[1:]) for x in found)
     u = layer_input(streams, h_pre, parameters.weight, static)
-    return ReadOut(u, h_post, h_res.reshape(*lead, n, n)), Saved(h_pre, s, r)
+    return ReadOut(u, h_post, h_res), Saved(h_pre, s, r)
 
 
 def read_forward(

@@ -152,9 +152,7 @@ def _sizes(n: int) -> dict[str, int]:
     return {"N": n, "NP": padded, "TOKENS": tokens, "W": columns}
 
 
-def forward_launch(
-    T: int, C: int, n: int, *, splits: int, stride: int, eps: float
-) -> TritonLaunch:
+def forward_launch(T: int, C: int, n: int, *, splits: int, stride: int, eps: float) -> TritonLaunch:
     """Makes the launch from partial sums [splits, T, n, stride]."""
     sizes = _sizes(n)
     return TritonLaunch(

@@ -23,7 +23,6 @@ from kernels_pallas.shapes import (
     check_update,
 )
 
-
 _read_logits = reading("read_logits", reference)
 _boundary_logits = writing("boundary_logits", reference)
 

@@ -33,7 +33,6 @@ from kernels_pallas.look_ahead import reference
 from kernels_pallas.look_ahead.contract import Known
 from kernels_pallas.shapes import check_floating, check_shape, check_streams, check_update
 
-
 _look_ahead = writing("look_ahead", reference)
 
 
