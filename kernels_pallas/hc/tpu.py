@@ -1,54 +1,94 @@
-"""`hc_read` and `hc_boundary` on TPU, as a composition of the kernels of F_post,res, projection and F_pre.
+"""`hc_read` and `hc_boundary` on TPU: the kernels of `kernels_pallas.boundary.tpu` with one norm a stream.
 
-In the projection a stream is a token of its own. Each cotangent of the streams is an array in their dtype,
-and XLA adds these up in float32: with bfloat16 roundings that the definition does not have.
+theta is laid out as a phi [n*C, n*n+2n] that is zero where a row and a column belong to different streams;
+the MXU has room for its columns. As in `kernels_pallas.logits` the kernels make the layer input, s and r, and
+plain JAX the rest.
 """
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.boundary import contract as boundary
+from kernels_pallas.boundary import tpu_backward, tpu_forward
+from kernels_pallas.boundary import tpu_blocks as blocks
 from kernels_pallas.boundary.contract import ReadOut, ReadStatic, Saved, Update
 from kernels_pallas.hc import gates
 from kernels_pallas.hc.contract import Parameters, empty_read
+from kernels_pallas.logits.tpu import ToProjection
 from kernels_pallas.post_res import tpu as post_res
-from kernels_pallas.pre import tpu as pre
-from kernels_pallas.precision import round_to_tf32
-from kernels_pallas.projection import tpu as projection
+from kernels_pallas.shapes import check_kernel_dtype, check_unrolled_n, num_columns
+from kernels_pallas.tpu import call as tpu_call
 
 
-def _rows(streams: jax.Array, n: int) -> jax.Array:
-    """[..., n*C] -> [..., n, C]"""
-    return streams.reshape(*streams.shape[:-1], n, streams.shape[-1] // n)
-
-
-def check(first: jax.Array | Update, *rest, static: ReadStatic) -> None:
-    """Raises NotImplementedError unless the kernels of the parts accept dtype, n and width."""
+def check(first: jax.Array | Update, *_, static: ReadStatic) -> None:
+    """Raises NotImplementedError unless the kernels accept dtype, n and width."""
     streams, n = jax.tree.leaves(first)[0], static.n
-    (parameters,) = (x for x in rest if isinstance(x, Parameters))
-    struct = jax.ShapeDtypeStruct
-    lead, C = streams.shape[:-1], streams.shape[-1] // n
-    h = struct((*lead, n), jnp.float32)
-    pre.check(streams, h)
-    post_res.check(streams, struct((*lead, C), streams.dtype), h, struct((*lead, n, n), h.dtype))
-    theta = struct(parameters.theta.shape[::-1], h.dtype)
-    projection.check(struct((*lead, n, C), streams.dtype), theta)
+    check_kernel_dtype(streams.dtype)
+    check_unrolled_n(n, least=2)
+    row, dtype = streams.shape[-1], streams.dtype
+    blocks.forward_tokens(row, n, dtype, fused=True)
+    blocks.backward_tokens(row, n, dtype, 0, fused=False)
+
+
+def _with_phi(parameters: Parameters, n: int) -> boundary.Parameters:
+    """Lays out theta [2+n, C] as phi [n*C, (2+n)*n]: rows (stream, column), columns as in the bias."""
+    theta, *others = parameters
+    own = jnp.eye(n, dtype=theta.dtype)[:, None, None, :]
+    phi = own * theta.T[None, :, :, None]
+    return boundary.Parameters(phi.reshape(n * theta.shape[1], num_columns(n)), *others)
+
+
+def _dtheta(dphi: jax.Array, n: int) -> jax.Array:
+    """Sums the gradient of that phi to the one of theta."""
+    dphi = dphi.reshape(n, -1, 2 + n, n)
+    return sum(dphi[j, :, :, j] for j in range(n)).T
+
+
+def _finish(streams, out, parameters, n) -> tuple[ReadOut, Saved]:
+    """Mappings of the kernel's results."""
+    lead = streams.shape[:-1]
+    s = jnp.swapaxes(tpu_call.tokens_first(out["s"], lead, (2 + n, n)), -1, -2)
+    r = tpu_call.tokens_first(out["r"], lead, (n,))
+    h_pre, h_post, h_res = gates.forward(s, r, parameters, n=n)
+    layer_input = out["layer_input"].reshape(*lead, -1)
+    return ReadOut(layer_input, h_post, h_res), Saved(h_pre, s, r)
 
 
 def read_forward(
     streams: jax.Array, parameters: Parameters, *, static: ReadStatic
 ) -> tuple[ReadOut, Saved]:
     """Does the read of a sublayer."""
-    n, eps = static.n, static.input_norm_eps
-    if not streams.size:
+    n, x = static.n, tpu_call.flat_tokens(streams)
+    if not x.shape[0]:
         return empty_read(streams, n)
-    rows = _rows(streams, n)
-    s, r = projection.forward(rows, parameters.theta.T, norm_eps=static.norm_eps)
-    h_pre, h_post, h_res = gates.forward(s, r, parameters, n=n)
-    if parameters.weight is None or eps is None:
-        layer_input = pre.forward(streams, h_pre)
-    else:
-        layer_input = pre.forward_normed(streams, h_pre, parameters.weight, eps=eps)
-    return ReadOut(layer_input, h_post, h_res), Saved(h_pre, s, r)
+    out = tpu_forward.run_kernel(x, None, _with_phi(parameters, n), static, norms=n)
+    return _finish(streams, out, parameters, n)
+
+
+def forward(
+    update: Update, parameters: Parameters, *, static: ReadStatic
+) -> tuple[jax.Array, ReadOut, Saved]:
+    """Does the write, then the read of the new streams."""
+    n, streams = static.n, update.streams
+    x = tpu_call.flat_tokens(streams)
+    if not x.shape[0]:
+        return streams, *empty_read(streams, n)
+    out = tpu_forward.run_kernel(x, update, _with_phi(parameters, n), static, norms=n)
+    return out["new"].reshape(streams.shape), *_finish(streams, out, parameters, n)
+
+
+def _backward(streams, update, parameters, saved, d, g, static) -> tuple[dict, Parameters]:
+    """Runs the kernel: its outputs, the cotangents of the parameters; T > 0."""
+    n, none = static.n, jnp.zeros_like(saved.h_pre)
+    ds, dr, dbias, dalpha = gates.backward(parameters, saved, none, d, n=n)
+    s, ds = (gates.columns(x) for x in (saved.s, ds))
+    to_projection = ToProjection(d.layer_input, ds[..., n:], dr)
+    saved = saved._replace(s=s)
+    args = tpu_call.flat_tokens(streams), update, _with_phi(parameters, n), saved, to_projection
+    out = tpu_backward.run_kernel(*args, g, static)
+    dphi, dbias_pre, dalpha_pre, d_weight = tpu_backward.d_parameters(out)
+    dbias = jnp.concatenate([dbias_pre, dbias[n:]])
+    return out, Parameters(_dtheta(dphi, n), dbias, dalpha + dalpha_pre, d_weight)
 
 
 def read_backward(
@@ -61,30 +101,10 @@ def read_backward(
     static: ReadStatic,
 ) -> tuple[jax.Array, Parameters]:
     """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
-    n, eps, h_pre, d_weight = static.n, static.input_norm_eps, saved.h_pre, None
-    if not streams.size:
+    if not saved.r.size:
         return streams, parameters.no_cotangents()
-    if parameters.weight is None or eps is None:
-        dx, dh_pre = pre.backward(streams, h_pre, d.layer_input)
-    else:
-        args = streams, h_pre, parameters.weight, d.layer_input
-        dx, dh_pre, d_weight = pre.backward_normed(*args, eps=eps)
-    ds, dr, dbias, dalpha = gates.backward(parameters, saved, dh_pre, d, n=n)
-    if streams.dtype == jnp.bfloat16:
-        ds = round_to_tf32(ds)
-    rows = _rows(streams, n)
-    d_rows, dtheta = projection.backward(rows, parameters.theta.T, saved.r, ds, dr)
-    parts = dx, d_rows.reshape(dx.shape), d_streams
-    total = sum(part.astype(dtheta.dtype) for part in parts).astype(dx.dtype)
-    return total, Parameters(dtheta.T, dbias, dalpha, d_weight)
-
-
-def forward(
-    update: Update, parameters: Parameters, *, static: ReadStatic
-) -> tuple[jax.Array, ReadOut, Saved]:
-    """Does the write, then the read of the new streams."""
-    new_streams = post_res.forward(*update)
-    return new_streams, *read_forward(new_streams, parameters, static=static)
+    out, d_parameters = _backward(streams, None, parameters, saved, d, d_streams, static)
+    return out["dx"].reshape(streams.shape), d_parameters
 
 
 def backward(
@@ -98,6 +118,11 @@ def backward(
     static: ReadStatic,
 ) -> tuple[Update, Parameters]:
     """Returns the cotangents of the update and of the parameters."""
-    args = new_streams, parameters, saved, d, d_new
-    g, d_parameters = read_backward(*args, static=static)
-    return Update(*post_res.backward(*update, g)), d_parameters
+    row, n = new_streams.shape[-1], static.n
+    if not blocks.fits_fused_backward(row, n, new_streams.dtype, 0):
+        g, d_parameters = read_backward(new_streams, parameters, saved, d, d_new, static=static)
+        return Update(*post_res.backward(*update, g)), d_parameters
+    if not saved.r.size:
+        return update, parameters.no_cotangents()
+    out, d_parameters = _backward(new_streams, update, parameters, saved, d, d_new, static)
+    return tpu_backward.d_update(out, update), d_parameters

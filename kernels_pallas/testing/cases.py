@@ -119,6 +119,7 @@ CASES = (
     Case("hc_read", 9, 72, 3, BF16, on="xla triton"),
     Case("hc_read", 5, 40, 8, norm=EPS, on="xla triton"),
     Case("hc_read", 69, 128, 4, BF16, on="cuda", draws=2),
+    Case("hc_boundary", 37, 40, 3, BF16, on="pallas", slow="pallas"),
     Case("hc_read", **_FEW, norm=0.4, options=_HC, draws=2),
     Case("hc_read", **_CUDA, norm=0.4, options=_HC),
     Case("hc_boundary", 37, 200, 4, BF16, on="xla", draws=2),
