@@ -80,14 +80,15 @@ class Model(nnx.Module):
 
 def model_loss(p, x, y):
     model, start = nnx.merge(GRAPH, p), x
-    for connection in (model.mhc, model.rotating, model.hc):
+    for connection in (model.mhc, model.rotating):
         x = connection(x, lambda u: jnp.sin(u) + y)
     z = Residual()(model.head(x) + model.sum(x), jnp.sin)
     # A second chain: in one, the rounding of the first sums would grow a thousandfold.
     x = model.fixed(start, lambda u: jnp.sin(u) + y)
     x, u, mappings = model.mhc.boundary(model.next.start(x))
     x, u, mappings = model.next.boundary(Pending(x, jnp.sin(u), mappings))
-    x = model.next.post(x, jnp.sin(u), mappings)
+    x, u, mappings = model.hc.boundary(Pending(x, jnp.sin(u), mappings))
+    x = model.hc.post(x, jnp.sin(u), mappings)
     x, u, mappings = model.ahead.boundary(model.ahead.begin(x))
     x, u, mappings = model.ahead.boundary(Pending(x, jnp.sin(u), mappings))
     x, _, mappings = model.ahead.settle(Pending(x, jnp.sin(u), mappings))
