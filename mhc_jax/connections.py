@@ -219,7 +219,8 @@ class _WideConnection(Connection):
 
     def _bias_and_alpha(self) -> tuple[jax.Array, jax.Array]:
         """Returns both, constants in place of those of a mapping that is switched off."""
-        n, bias, alpha = self.n, self.bias[...], self.alpha[...]
+        # Whole, because a part of a split axis cannot be set.
+        n, bias, alpha = self.n, whole(self.bias[...]), whole(self.alpha[...])
         for index, fixed in enumerate(self._fixed()):
             if fixed is not None:
                 end = (index + 1) * n if index < 2 else None

@@ -72,7 +72,7 @@ class Model(nnx.Module):
         self.rotating = ManifoldHyperConnections(C, n, manifold=Orthogonal(), **gate)
         self.fixed = ManifoldHyperConnections(C, n, manifold=Identity(), static_res=True, **gate)
         self.hc = HyperConnections(C, n, use_post=False, **gate)
-        self.next = ManifoldHyperConnections(C, n, sublayer_index=1, **gate)
+        self.next = ManifoldHyperConnections(C, n, sublayer_index=1, use_pre=False, **gate)
         self.ahead = LookAheadConnections(C, n, **gate)
         self.head = Readout("head", C, n, eps=0.03, **gate)
         self.sum = Readout("sum", C, n)
