@@ -47,7 +47,6 @@ CHAINS = (
     ("look-ahead", "look_ahead", 25),
     ("look-ahead+norm", "look_ahead", 29),
     ("hc", "hc_boundary", 45),
-    ("hc+norm", "hc_boundary", 45),
     ("hc-separate", "pre", 45),
 )
 

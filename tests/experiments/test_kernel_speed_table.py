@@ -22,7 +22,6 @@ MICROSECONDS = {
     (kernel_speed.SUBLAYERS, "boundary+norm"): 10.0 + 42 * (kernel_speed.SUBLAYERS - 1),
     (kernel_speed.SUBLAYERS, "look-ahead+norm"): 10.0 + 33 * (kernel_speed.SUBLAYERS - 1),
     (kernel_speed.SUBLAYERS, "hc"): 10.0 + 41 * (kernel_speed.SUBLAYERS - 1),
-    (kernel_speed.SUBLAYERS, "hc+norm"): 10.0 + 43 * (kernel_speed.SUBLAYERS - 1),
     (kernel_speed.SUBLAYERS, "hc-separate"): 10.0 + 64 * (kernel_speed.SUBLAYERS - 1),
 }  # fmt: skip
 
@@ -128,7 +127,6 @@ def test_table_of_the_sublayer_and_its_baselines(timed, tmp_path, monkeypatch, c
             ("sublayer, look-ahead", T): 30,
             ("sublayer, look-ahead+norm", T): 33,
             ("sublayer, hc", T): 41,
-            ("sublayer, hc+norm", T): 43,
             ("sublayer, hc-separate", T): 64,
             ("sublayer, separate ops", T): 70,
             ("sublayer", 16): 50,  # few tokens: the difference of two chains would be noise

@@ -89,7 +89,7 @@ def test_terms_of_the_sums_over_columns(T, least, most):
 
 
 @pytest.mark.skipif(not emulate.available(), reason="no g++")
-@pytest.mark.parametrize(("programs", "hc"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("programs", "hc"), [(1, False), (3, True)])
 def test_forward_is_the_same_for_any_order_and_number_of_programs(programs, hc):
     T, C = 300, 320  # 3 tiles of 128 tokens in 5 splits
     x, y, post, res, _, _, _, phi, *_ = arguments(T, C, hc)
@@ -143,14 +143,17 @@ LAUNCHES = {
 SLOW = pytest.mark.slow
 
 
+def _rarely(name, capability):
+    few = "look" in name or "HC" in name
+    return few and (capability != 90 or name.endswith(("tokens of HC", "read of HC")))
+
+
 @pytest.mark.gpu_compiler
 @pytest.mark.skipif(cuda_launch._nvrtc(90) is None, reason="no NVRTC (extra 'parity')")
 @pytest.mark.parametrize(
     ("name", "capability"),
     [
-        pytest.param(
-            name, capability, marks=[SLOW] * (("look" in name or "HC" in name) and capability != 90)
-        )
+        pytest.param(name, capability, marks=[SLOW] * _rarely(name, capability))
         for name in LAUNCHES
         for capability in (80, 90, 100)
     ],

@@ -77,6 +77,9 @@ def launches(capability: int):
     yield "gates of hc", gates, [f, f, f, i]
     gates = triton_gates.backward_launch(T, C, n, round_ds=True, fragments=True)
     yield "gates of hc backward", gates, [f] * 6 + [i]
+    options = {"accumulate": True, "sharing": n, "capability": capability}
+    launch = projection.backward_launch(n * T, C, 1, 2 + n, bf16, **options)
+    yield "projection of hc backward", launch, ["*bf16", f, f, f, f, "*bf16", "*bf16", f, i]
     for b, dtype in (("*bf16", jnp.dtype(jnp.bfloat16)), (f, jnp.dtype(jnp.float32))):
         yield f"post_res {b}", post_res.forward_launch(T, C, n, dtype), [b, b, f, f]
         for add in (False, True):
@@ -94,10 +97,6 @@ def launches(capability: int):
             options = {"accumulate": accumulate, "capability": capability}
             launch = projection.backward_launch(T, K, n, m, dtype, **options)
             yield f"projection backward {b} {accumulate}", launch, [b, f, f, f, f, b, b, f, i]
-        yield f"projection of hc {b}", projection.forward_launch(n * T, C, 2 + n, dtype), [b, b, i]
-        options = {"accumulate": True, "sharing": n, "capability": capability}
-        launch = projection.backward_launch(n * T, C, 1, 2 + n, dtype, **options)
-        yield f"projection of hc backward {b}", launch, [b, f, f, f, f, b, b, f, i]
 
 
 def stack_bytes(launch, types, capability: int) -> int:
