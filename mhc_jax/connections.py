@@ -89,7 +89,7 @@ class Connection(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, Mappings]:
         """Like `pre`, but also returns the streams; with `norm`, the layer input is normalised by it.
 
-        Use the returned streams from there on: mHC then sums all cotangents of the streams in one pass.
+        Use the returned streams from there on: HC and mHC then sum all cotangents of the streams in one pass.
 
         Returns:
           streams `[..., n*C]`, layer input `[..., C]` and mappings.

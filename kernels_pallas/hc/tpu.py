@@ -32,16 +32,16 @@ def check(first: jax.Array | Update, *_, static: ReadStatic) -> None:
 
 def _with_phi(parameters: Parameters, n: int) -> boundary.Parameters:
     """Lays out theta [2+n, C] as phi [n*C, (2+n)*n]: rows (stream, column), columns as in the bias."""
-    theta, *others = parameters
+    theta, bias, alpha, weight = parameters
     own = jnp.eye(n, dtype=theta.dtype)[:, None, None, :]
     phi = own * theta.T[None, :, :, None]
-    return boundary.Parameters(phi.reshape(n * theta.shape[1], num_columns(n)), *others)
+    phi = phi.reshape(n * theta.shape[1], num_columns(n))
+    return boundary.Parameters(phi, bias, alpha, weight)
 
 
 def _dtheta(dphi: jax.Array, n: int) -> jax.Array:
     """Sums the gradient of that phi to the one of theta."""
-    dphi = dphi.reshape(n, -1, 2 + n, n)
-    return sum(dphi[j, :, :, j] for j in range(n)).T
+    return jnp.einsum("jcpj->pc", dphi.reshape(n, -1, 2 + n, n))
 
 
 def _finish(streams, out, parameters, n) -> tuple[ReadOut, Saved]:
@@ -82,10 +82,9 @@ def _backward(streams, update, parameters, saved, d, g, static) -> tuple[dict, P
     n, none = static.n, jnp.zeros_like(saved.h_pre)
     ds, dr, dbias, dalpha = gates.backward(parameters, saved, none, d, n=n)
     s, ds = (gates.columns(x) for x in (saved.s, ds))
-    to_projection = ToProjection(d.layer_input, ds[..., n:], dr)
-    saved = saved._replace(s=s)
-    args = tpu_call.flat_tokens(streams), update, _with_phi(parameters, n), saved, to_projection
-    out = tpu_backward.run_kernel(*args, g, static)
+    d = ToProjection(d.layer_input, ds[..., n:], dr)
+    x, saved, phi = tpu_call.flat_tokens(streams), saved._replace(s=s), _with_phi(parameters, n)
+    out = tpu_backward.run_kernel(x, update, phi, saved, d, g, static)
     dphi, dbias_pre, dalpha_pre, d_weight = tpu_backward.d_parameters(out)
     dbias = jnp.concatenate([dbias_pre, dbias[n:]])
     return out, Parameters(_dtheta(dphi, n), dbias, dalpha + dalpha_pre, d_weight)

@@ -50,19 +50,22 @@ def read_forward(
 
 
 def _to_projection(streams, parameters, saved, d, static):
-    """Returns the cotangent of the weighted sum, what the projection's backward takes, and partial sums."""
+    """Returns the cotangent of the weighted sum, and what the projection's backward takes.
+
+    Behind them: partial sums of dbias and dalpha, and of dweight.
+    """
     d_sum, dh_pre, d_weight = input_backward(streams, parameters, saved, d, static)
     round_ds = streams.dtype == jnp.bfloat16
     ds, dr, d_gates = gates.backward(parameters, saved, dh_pre, d, round_ds=round_ds)
     r = saved.r.reshape(-1)
     operands = _rows(streams, static.n), parameters.theta.T, r, ds, dr
-    return d_sum, operands, (d_gates, d_weight)
+    return d_sum, operands, d_gates, d_weight
 
 
-def _finish(dtheta, others, n) -> Parameters:
+def _finish(dtheta, d_gates, d_weight, n) -> Parameters:
     """Finishes the sums of the parameters, dtheta [splits, C, 2+n]."""
-    dtheta, *d_parameters = sums.parameter_gradients(dtheta, *others, n)
-    return Parameters(dtheta.T, *d_parameters)
+    d_parameters = Parameters(*sums.parameter_gradients(dtheta, d_gates, d_weight, n))
+    return d_parameters._replace(theta=d_parameters.theta.T)
 
 
 def read_backward(
@@ -78,10 +81,10 @@ def read_backward(
     n = static.n
     if not device.num_tokens(saved.r.shape):
         return streams, parameters.no_cotangents()
-    d_sum, operands, others = _to_projection(streams, parameters, saved, d, static)
-    added = _rows(d_streams, n), d_sum, saved.h_pre.reshape(-1, 1)
-    dx, dtheta = projection.backward_and_add(*operands, *added, sharing=n)
-    return dx.reshape(streams.shape), _finish(dtheta, others, n)
+    d_sum, operands, d_gates, d_weight = _to_projection(streams, parameters, saved, d, static)
+    operands += _rows(d_streams, n), d_sum, saved.h_pre.reshape(-1, 1)
+    dx, dtheta = projection.backward_and_add(*operands, sharing=n)
+    return dx.reshape(streams.shape), _finish(dtheta, d_gates, d_weight, n)
 
 
 def forward(
@@ -105,7 +108,7 @@ def backward(
     """Returns the cotangents of the update and of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return update, parameters.no_cotangents()
-    d_sum, operands, others = _to_projection(new_streams, parameters, saved, d, static)
+    d_sum, operands, d_gates, d_weight = _to_projection(new_streams, parameters, saved, d, static)
     d_projection, dtheta = projection.backward_sums(*operands)
     d_update = post_res.backward_of_sum(*update, d_new, d_projection, d_sum, saved.h_pre)
-    return Update(*d_update), _finish(dtheta, others, static.n)
+    return Update(*d_update), _finish(dtheta, d_gates, d_weight, static.n)

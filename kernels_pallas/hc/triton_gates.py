@@ -192,9 +192,7 @@ def backward_launch(T: int, C: int, n: int, *, round_ds: bool, fragments: bool) 
     )
 
 
-def forward(
-    parts: jax.Array, parameters: Parameters, *, eps: float
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+def forward(parts: jax.Array, parameters: Parameters, *, eps: float) -> tuple[jax.Array, ...]:
     """Maps partial sums [splits, T, n, stride] to h_pre, h_post, h_res, s [T, n, 2+n], r [T, n]; T > 0."""
     splits, T, n, stride = parts.shape
     C = parameters.theta.shape[1]
