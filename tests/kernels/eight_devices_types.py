@@ -72,7 +72,7 @@ class Model(nnx.Module):
         self.rotating = ManifoldHyperConnections(C, n, manifold=Orthogonal(), **gate)
         self.fixed = ManifoldHyperConnections(C, n, manifold=Identity(), static_res=True, **gate)
         self.hc = HyperConnections(C, n, use_post=False, **gate)
-        self.next = ManifoldHyperConnections(C, n, sublayer_index=1, **gate)
+        self.next = ManifoldHyperConnections(C, n, sublayer_index=1, use_pre=False, **gate)
         self.ahead = LookAheadConnections(C, n, **gate)
         self.head = Readout("head", C, n, eps=0.03, **gate)
         self.sum = Readout("sum", C, n)
@@ -80,14 +80,15 @@ class Model(nnx.Module):
 
 def model_loss(p, x, y):
     model, start = nnx.merge(GRAPH, p), x
-    for connection in (model.mhc, model.rotating, model.hc):
+    for connection in (model.mhc, model.rotating):
         x = connection(x, lambda u: jnp.sin(u) + y)
     z = Residual()(model.head(x) + model.sum(x), jnp.sin)
     # A second chain: in one, the rounding of the first sums would grow a thousandfold.
     x = model.fixed(start, lambda u: jnp.sin(u) + y)
     x, u, mappings = model.mhc.boundary(model.next.start(x))
     x, u, mappings = model.next.boundary(Pending(x, jnp.sin(u), mappings))
-    x = model.next.post(x, jnp.sin(u), mappings)
+    x, u, mappings = model.hc.boundary(Pending(x, jnp.sin(u), mappings))
+    x = model.hc.post(x, jnp.sin(u), mappings)
     x, u, mappings = model.ahead.boundary(model.ahead.begin(x))
     x, u, mappings = model.ahead.boundary(Pending(x, jnp.sin(u), mappings))
     x, _, mappings = model.ahead.settle(Pending(x, jnp.sin(u), mappings))

@@ -6,7 +6,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import kernels_pallas as kp
@@ -90,29 +89,6 @@ def test_outputs_and_gradients(request, name, implementation, T, C, n, k, dtype,
         truth += oracle.read_vjp(update[0], *parameters, weight, d, n, **options)
     judged = oracle.judge(name + "+norm" * norm, results, truth, implementation)
     assert not {leaf: pair for leaf, pair in judged.items() if not pair[0] <= pair[1]}
-
-
-def test_batches_vmap_remat_and_no_tokens():
-    n, k, lead, C = 3, 2, (2, 3), 8
-    update, parameters, _, _ = arguments(6, C, n, k, F32, False)
-    update = [x.reshape(*lead, *x.shape[1:]) for x in update]
-
-    def loss(update, batched):
-        f = functools.partial(kp.read_logits, n=n, implementation="xla")
-        f = jax.vmap(f, (0, None, None, None)) if batched else jax.checkpoint(f)
-        out = f(update[0], *parameters)
-        return sum(jnp.sum(jnp.sin(x)) for x in out), out
-
-    whole, mapped = (
-        jax.jit(jax.value_and_grad(functools.partial(loss, batched=batched), has_aux=True))(update)
-        for batched in (False, True)
-    )
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(mapped), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-    for implementation in ("xla", "pallas", *(("triton",) if HAS_TRITON else ())):
-        f = functools.partial(kp.read_logits, n=n, implementation=implementation)
-        shapes = jax.tree.map(jnp.shape, f(update[0][:0], *parameters))
-        assert shapes == ((0, 3, C), (0, 3, n), (0, 3, k), (0, 3, n * C))
 
 
 def test_the_passes_over_the_streams_are_the_fused_kernels():

@@ -15,6 +15,7 @@ import pytest
 
 import kernels_pallas as kp
 from kernels_pallas import dispatch
+from kernels_pallas.boundary import definition
 from kernels_pallas.boundary import reference as boundary_reference
 from kernels_pallas.boundary.contract import Parameters, ReadStatic, Update
 from kernels_pallas.precision import round_to, round_to_tf32, split_bf16
@@ -102,18 +103,18 @@ def test_boundary_equals_its_parts():
 def test_the_limits_see_a_rounding_too_many_or_too_few(monkeypatch):
     case = Case("boundary", 37, 200, 4, jnp.bfloat16, norm=EPS)
     arguments = case.draw()
-    write = boundary_reference.post_res
+    write = definition.post_res
 
     def backward(x, y, h_post, h_res, g):
         return write.backward(x, y, h_post, h_res, round_to(g, jnp.bfloat16))
 
     rounded = types.SimpleNamespace(new_rows=write.new_rows, backward=backward)
-    for name, value, leaves in (
-        ("post_res", rounded, {"dx", "dy", "dh_post", "dh_res"}),
-        ("round_to_tf32", lambda ds: ds, {"dphi"}),
+    for where, name, value, leaves in (
+        (definition, "post_res", rounded, {"dx", "dy", "dh_post", "dh_res"}),
+        (boundary_reference, "round_to_tf32", lambda ds: ds, {"dphi"}),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(boundary_reference, name, value)
+            patch.setattr(where, name, value)
             results = value_and_vjp(case.call("xla"), *arguments)
         judged = case.judge(*arguments, results, "xla")
         assert {leaf for leaf, (error, limit) in judged.items() if error > limit} == leaves
@@ -145,10 +146,10 @@ def test_new_streams_are_rounded_by_what_xla_does_not_drop():
     """A pair of conversions may vanish in a fusion; what is read is then not what was written."""
     x, y = normal(0, 2, 16, dtype=jnp.bfloat16), normal(1, 2, 4, dtype=jnp.bfloat16)
     args = x, y, normal(2, 2, 4), normal(3, 2, 4, 4)
-    traced = jax.make_jaxpr(boundary_reference.post_res.forward)(*args)
+    traced = jax.make_jaxpr(definition.post_res.forward)(*args)
     rounding = "reduce_precision[exponent_bits=8 mantissa_bits=7]"
     assert str(traced).count(rounding) == 4
-    assert rounding not in str(jax.make_jaxpr(boundary_reference.post_res.forward)(*_wide(args)))
+    assert rounding not in str(jax.make_jaxpr(definition.post_res.forward)(*_wide(args)))
 
 
 @pytest.mark.parametrize(("op", "shapes"), [("post_res", [(2, 4)] * 4), ("boundary", [(2, 16)])])
@@ -156,7 +157,7 @@ def test_new_streams_are_stored_in_their_dtype(op, shapes):
     """XLA undoes conversions of what the backward reads: without the barrier it stores float32 streams."""
     args = [normal(0, 2, 16, dtype=jnp.bfloat16), normal(1, 2, 4, dtype=jnp.bfloat16)]
     args += [normal(2, 2, 4), normal(3, 2, 4, 4)]
-    forward = boundary_reference.post_res.forward
+    forward = definition.post_res.forward
     if op == "boundary":
         parameters = Parameters(normal(4, 16, 24), normal(5, 24), normal(6, 3), None)
         args = Update(*args), parameters
