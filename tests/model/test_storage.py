@@ -450,11 +450,14 @@ def test_sigterm_before_the_first_step_ends_at_once(programs, moment, tmp_path, 
 
 
 def test_sigterm_while_another_program_is_compiled_saves_at_once(programs, tmp_path, monkeypatch):  # noqa: F811
+    run = Run(CONFIG, tmp_path)
+
     def forever():
+        while run.step < 2:  # evaluated after the second step
+            time.sleep(0.01)
         signal.raise_signal(signal.SIGTERM)
         time.sleep(20)
 
-    run = Run(CONFIG, tmp_path)
     slow = types.SimpleNamespace(lower=lambda *_: types.SimpleNamespace(compile=forever))
     run._eval_step = slow
     begin = time.monotonic()
