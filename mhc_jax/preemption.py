@@ -72,7 +72,7 @@ class _Alone(Stop):
     def dropped(self, unraisable) -> bool:
         """Whether Python has dropped our `Stopped`; it is then raised again a moment later.
 
-        Python drops what is raised in callbacks of its garbage collector and of weak references; jax has some.
+        Python drops what is raised in callbacks of its garbage collector and of weak references, as jax has.
         """
         if unraisable.exc_type is not Stopped:
             return False
