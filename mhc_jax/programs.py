@@ -31,6 +31,13 @@ class Programs:
         self._lowered[name] = lowered = function.lower(*args)
         self._futures[name] = self._pool.submit(lowered.compile)
 
+    def is_there(self, name: str, seconds: float) -> bool:
+        """Whether a program that was started is compiled within so many seconds, as from a cache."""
+        return bool(concurrent.futures.wait([self._futures[name]], seconds).done)
+
+    def was_started(self, name: str) -> bool:
+        return name in self._futures
+
     def wait(self, name: str) -> jax.stages.Compiled:
         """Returns the compiled program; takes as long as XLA does.
 

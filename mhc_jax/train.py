@@ -40,6 +40,8 @@ from mhc_jax.workdir import (
 )
 
 _log = logging.getLogger(__name__)
+# A train step that comes from a cache of compiled programs is there within this time.
+_SECONDS_OF_A_CACHE = 3.0
 
 
 class BadInput(ValueError):
@@ -145,10 +147,11 @@ class Run:
         self._open_data()
         self._layout = pipeline.Layout(config, self.mesh)
         self._abstract = abstract_state(config, self.mesh)
+        self._shapes = self._placement.abstract(abstract_batch(config))
         self._train_step = jit_train_step(config, self.mesh)
         _log.info("tracing the train step")
         # The trace is used by the first step.
-        self._train_step.eval_shape(self._abstract, abstract_batch(config))
+        self._train_step.eval_shape(self._abstract, self._shapes)
         self._eval_step, self._gains = self._jit(evaluate), self._jit(measure_gains)
         self._programs, self._stop = Programs(), None
         self.storage = Storage(config, self.workdir)
@@ -229,6 +232,7 @@ class Run:
                 self._start(stop)
             while self.step < self.config.steps:
                 self._dispatch()
+                self._start_others()
                 asked = self._do_what_is_due()
                 self._look_after_saves()
                 if (stop(self.step) or asked) and self.step < self.config.steps:
@@ -241,20 +245,26 @@ class Run:
             self._look_after_saves(wait=True)
 
     def _start(self, stop: Callable[[int], bool]) -> None:
-        """Has all programs compiled, and waits for the step while the main thread listens to signals."""
-        batch = self._placement.abstract(abstract_batch(self.config))
-        variables = self._abstract.variables
+        """Has the step compiled, and waits for it while the main thread listens to signals."""
         try:
-            self._programs.start("train step", self._train_step, self._abstract, batch)
-            self._programs.start("validation", self._eval_step, variables, batch)
-            if self.config.model.connection != "residual":
-                self._programs.start("gains", self._gains, variables, self._gains_tokens)
+            self._programs.start("train step", self._train_step, self._abstract, self._shapes)
+            if not self._programs.is_there("train step", _SECONDS_OF_A_CACHE):
+                self._start_others()
             self._train_step = self._compiled("train step", stop)
             preemption.start_is_over(stop)
         except preemption.Stopped:
             raise Interrupted(
                 f"stopped at step {self.step} before another one: nothing is lost, run again"
             ) from None
+
+    def _start_others(self) -> None:
+        """Has evaluation and gains compiled: beside the step, or else while the first one runs."""
+        if self._programs.was_started("validation"):
+            return
+        variables = self._abstract.variables
+        self._programs.start("validation", self._eval_step, variables, self._shapes)
+        if self.config.model.connection != "residual":
+            self._programs.start("gains", self._gains, variables, self._gains_tokens)
 
     def close(self) -> None:
         """Waits for checkpoints, closes files and gives the workdir back."""
