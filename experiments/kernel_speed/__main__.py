@@ -37,7 +37,7 @@ SHAPES = (
     (512, 2560),
     (1, 2560),
 )
-BASELINE_SHAPES = SHAPES[:2]  # where xla, Liger-Kernel and torch.compile are measured too
+BASELINE_SHAPES = SHAPES[:2]  # where xla and the programs in PyTorch are measured too
 SUBLAYERS = 5  # the chain from which the cost of one more sublayer is taken
 # Modes of `cases.sublayers` that are timed so, their operation, and their least traffic in C: of boundary
 # and hc that of separate passes, of look-ahead its own, with a norm 2C more in each direction.
@@ -64,6 +64,8 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--tpu_schedule", choices=("v5e", "v5p", "v6e", "tpu7x"), metavar="KIND")
     parser.add_argument("--shapes", help="T,C pairs, as 16384,2560:8192,4096 (default: all)")
     parser.add_argument("--baselines", type=int, default=1, help="0: neither xla nor PyTorch")
+    parser.add_argument("--packages", type=user_path,
+                        help="folder of packages of baselines, see transformer_engine.py")  # fmt: skip
     parser.add_argument("--out", type=user_path, default=FOLDER,
                         help="folder of kernel_speed/results")  # fmt: skip
     return parser.parse_args()
@@ -243,6 +245,10 @@ def main() -> None:
         found = terms.run(shapes)
         print(f"wrote {record.update(QUESTION, 'terms', found, folder=flags.out)}")
     else:
+        if flags.packages:  # for the processes of the baselines
+            before = os.environ.get("PYTHONPATH")
+            folders = [str(flags.packages.resolve()), *([before] if before else [])]
+            os.environ["PYTHONPATH"] = os.pathsep.join(folders)
         _table(shapes, bool(flags.baselines), flags.out)
 
 

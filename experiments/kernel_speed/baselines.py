@@ -1,8 +1,9 @@
-"""Times the same sublayer in PyTorch: Liger-Kernel, and torch.compile of a plain version.
+"""Times the same sublayer in PyTorch: Liger-Kernel, TransformerEngine, torch.compile of a plain version.
 
 python -m experiments.kernel_speed.baselines Liger-Kernel 16384 2560    # prints seconds
 """
 
+import functools
 import statistics
 import sys
 from collections.abc import Callable
@@ -58,6 +59,33 @@ def liger(T: int, C: int) -> float:
     return _milliseconds(step) / 1e3
 
 
+def transformer_engine(T: int, C: int) -> float:
+    """Returns the seconds of TransformerEngine's sublayer, forward and backward: the fastest of its ways.
+
+    It may add up the projection by atomic additions, and the gradient of the streams in one float32 buffer.
+    """
+    import torch
+
+    from experiments.kernel_speed import transformer_engine as engine
+
+    x, g, *parameters = _parameters(T, C)
+    x, g = (a.transpose(1, 2).contiguous()[:, None] for a in (x.detach(), g))
+    x.requires_grad_()
+    parameters = [a.detach().requires_grad_() for a in engine.from_ours(*parameters)]
+    buffer = torch.zeros(x.shape, device="cuda")
+    torch.set_float32_matmul_precision("high")
+
+    def step(**options):
+        for given in options.values():
+            if given is buffer:
+                buffer.zero_()
+        out, *_ = engine.sublayer(x, *parameters, **options)
+        torch.autograd.grad(out, (x, *parameters), g)
+
+    ways = [{}, {"use_split_k": True}, {"use_split_k": True, "fused_grad_x_acc_buffer": buffer}]
+    return min(_milliseconds(functools.partial(step, **way)) for way in ways) / 1e3
+
+
 def torch_compile(T: int, C: int) -> float:
     """Returns the seconds of torch.compile's sublayer, forward and backward."""
     import torch
@@ -90,7 +118,11 @@ def torch_compile(T: int, C: int) -> float:
     return _milliseconds(step) / 1e3
 
 
-BASELINES = {"Liger-Kernel": liger, "torch.compile": torch_compile}
+BASELINES = {
+    "Liger-Kernel": liger,
+    "TransformerEngine": transformer_engine,
+    "torch.compile": torch_compile,
+}
 
 if __name__ == "__main__":
     print(BASELINES[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3])))
