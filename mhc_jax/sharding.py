@@ -242,6 +242,11 @@ def split_by_token(x: jax.Array) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def shares(mesh: Mesh | None) -> int:
+    """Returns over how many devices a batch is split."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def split_by_row(tree: Any, axis: int = 0) -> Any:
     """Keeps arrays whose dimension `axis` counts sequences split along it: caches `[B, length, ...]`.
 

@@ -65,7 +65,7 @@ def load(
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = jax.tree.map(lambda x: place, wanted)
     else:
-        places = tree_shardings(wanted, over, stages=False)
+        places = {name: tree_shardings(part, over, stages=False) for name, part in wanted.items()}
     wanted = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted, places
     )

@@ -1,6 +1,5 @@
 """Sequences of different lengths in batches of a few lengths."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -228,8 +227,7 @@ class Inference:
         """
         if not lengths:
             return
-        sizes = {} if self.mesh is None else self.mesh.shape
-        shares = math.prod(sizes.get(axis, 1) for axis in sharding.BATCH_AXES)
+        shares = sharding.shares(self.mesh)
         lower = 0
         groups = []
         order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))

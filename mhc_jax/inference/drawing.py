@@ -70,7 +70,7 @@ def start(
         logits, state = prefill(variables, tokens, lengths, config, room=room)
         state = state_apart(state) if apart else state
         token = draw(logits, _fold(keys, 0), temperature, greedy=greedy, top_k=top_k)
-        return Batch(state, whole_everywhere(token), keys, jnp.ones((), jnp.int32))
+        return _placed(Batch(state, token, keys, jnp.ones((), jnp.int32)))
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "steps"), donate_argnames="batch")
@@ -83,12 +83,18 @@ def proceed(
         logits, state = decode(variables, batch.token[:, None], batch.state, config, apart)
         keys = _fold(batch.keys, batch.drawn)
         token = draw(logits[:, 0], keys, temperature, greedy=greedy, top_k=top_k)
-        token = whole_everywhere(token)
         return Batch(state, token, batch.keys, batch.drawn + 1), token
 
     with tokens_on(mesh):
         batch, tokens = jax.lax.scan(step, batch, length=steps)
-        return batch, tokens.T
+        return _placed(batch), tokens.T
+
+
+def _placed(batch: Batch) -> Batch:
+    """Places what is small on all devices, so that a batch comes back placed as it went in: one program."""
+    state, token = batch.state, batch.token
+    state = state._replace(position=whole_everywhere(state.position))
+    return batch._replace(state=state, token=whole_everywhere(token))
 
 
 def _fold(keys, number):

@@ -13,7 +13,7 @@ from mhc_jax import remat
 from mhc_jax.config import ModelConfig
 from mhc_jax.losses import unembed
 from mhc_jax.parameters import path_of, rule_of
-from mhc_jax.sharding import split_by_row, whole_everywhere
+from mhc_jax.sharding import split_by_row
 from mhc_jax.train_step import Params, model_graph
 from mhc_jax.transformer import Transformer
 
@@ -142,7 +142,7 @@ def prefill(
 
     leading = split_by_row(jax.tree.map(functools.partial(widen, axis=1), leading))
     blocks = split_by_row(jax.tree.map(functools.partial(widen, axis=2), blocks), axis=1)
-    return logits, DecodeState(whole_everywhere(lengths), leading, blocks)
+    return logits, DecodeState(lengths, leading, blocks)
 
 
 def decode(
@@ -179,9 +179,7 @@ def decode(
     logits = unembed(x, model.unembedding)
     # NaN by an operation: a constant would trip JAX_DEBUG_NANS.
     fits = jnp.sqrt(jnp.where(state.position + num_tokens <= room, 1.0, -1.0).astype(logits.dtype))
-    return logits * fits[:, None, None], DecodeState(
-        whole_everywhere(state.position + num_tokens), leading, blocks
-    )
+    return logits * fits[:, None, None], DecodeState(state.position + num_tokens, leading, blocks)
 
 
 def _traced(x) -> bool:
