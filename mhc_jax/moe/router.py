@@ -10,7 +10,6 @@ from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp
 from mhc_jax.remat import keep
 
-
 # Entries of all rows, up to which pairs are compared: 256 tokens of 64 experts.
 _FEW = 2**14
 
