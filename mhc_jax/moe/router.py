@@ -10,6 +10,9 @@ from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp
 from mhc_jax.remat import keep
 
+# Entries of all rows, up to which pairs are compared: 256 tokens of 64 experts.
+_FEW = 2**14
+
 
 class Routing(NamedTuple):
     """The choices of each token.
@@ -114,8 +117,11 @@ def _terms(x, count):
 def top_k(x: jax.Array, k: int) -> jax.Array:
     """Returns indices `[..., k]` int32 of the largest entries of `[..., E]`, ordered like `jax.lax.top_k`.
 
-    It does k passes of argmax, since k is small and `top_k` sorts all E.
+    It does k passes of argmax, since k is small and `top_k` sorts all E. Where there are few entries, as in
+    decoding, a GPU would only wait for its k launches: each entry counts those before it instead, in one.
     """
+    if x.size <= _FEW:
+        return _by_rank(x, k)
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     found = []
     for _ in range(k):
@@ -123,6 +129,20 @@ def top_k(x: jax.Array, k: int) -> jax.Array:
         found.append(best)
         x = jnp.where(index == best[..., None], -jnp.inf, x)
     return jnp.stack(found, axis=-1)
+
+
+def _by_rank(x, k):
+    """`top_k` by comparing all pairs of a row, `[..., E, E]`."""
+    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    index = index.reshape((1,) * (x.ndim - 1) + (-1,))
+    # NaN counts as the largest, as for argmax.
+    x = jnp.where(jnp.isnan(x), jnp.inf, x)
+    mine, other = x[..., :, None], x[..., None, :]
+    before = (other > mine) | ((other == mine) & (index[..., None, :] < index[..., :, None]))
+    rank = jnp.sum(before, axis=-1, dtype=jnp.int32)
+    place = jnp.arange(k, dtype=jnp.int32).reshape((1,) * (x.ndim - 1) + (k, 1))
+    chosen = jnp.where(rank[..., None, :] == place, index[..., None, :], 0)
+    return jnp.sum(chosen, axis=-1, dtype=jnp.int32)
 
 
 def one_hot(experts: jax.Array, num_experts: int) -> jax.Array:

@@ -200,6 +200,8 @@ def test_tasks_by_hand(workdirs, tasks, tmp_path, capsys):
     [line] = [line for line in shown.splitlines() if line.startswith("our_generation")]
     assert line.rstrip().endswith(f"66.67 ± {100 * exact['exact_match_stderr,none']:.2g}")
     assert f"{workdirs / 'mhc'}: 2 prompts were longer than the context" in shown
+    # Two choices of 7 documents, no choice one byte long behind its space; 1, 2 and 3 windows of text.
+    assert f"{workdirs / 'mhc'}: 20 continuations were scored in 20 passes." in shown
 
 
 def test_answers_are_kept(workdirs, tasks, monkeypatch, capsys):

@@ -142,7 +142,9 @@ def test_h_res_that_is_not_learned_did_not_move(tmp_path):
     config = json.loads((runs[0] / "config.json").read_text())
     config["model"]["mhc_use_res"] = False
     (runs[0] / "config.json").write_text(json.dumps(config))
-    assert h_res_moved(read_arms(runs)[0]) == 0
+    [arm] = read_arms(runs)
+    assert h_res_moved(arm) == 0
+    assert arm.name == "mHC, fixed h_res"
 
 
 def test_the_verdict_of_rows_alone():

@@ -138,6 +138,20 @@ def test_explain_on_a_cpu(op):
     assert "not pallas: needs a TPU" in text
 
 
+def test_explain_says_what_a_missing_package_would_bring(monkeypatch):
+    monkeypatch.setattr(dispatch, "_missing_package", lambda: "the package triton is not installed")
+    for op, names in (
+        ("boundary", "the first of cuda, triton that takes these sizes"),
+        ("pre", "triton"),
+    ):
+        explanation = kp.explain(op, platform="gpu", C=64)
+        assert explanation.note == (
+            f"the package triton is not installed. With it {names} would run, else xla; ask again then."
+        )
+        assert str(explanation).endswith(explanation.note)
+    assert kp.explain("pre", platform="cpu", C=64).note == ""
+
+
 @pytest.mark.gpu_interpreter
 @pytest.mark.parametrize(
     ("options", "taken", "why_not"),

@@ -138,6 +138,12 @@ def test_what_is_missing_is_named():
             call(x)
     with pytest.raises(TypeError, match=r"begins with connection\.begin\(streams\)"):
         connection.boundary(Pending(x, None, None))
+    for call in (connection.pre, Readout("prediction", C, 2)):  # one would be read as n = 1
+        for wrong in (1, 3):
+            with pytest.raises(
+                ValueError, match=rf"h_pre has shape \(3, {wrong}\), expected \(3, 2\)"
+            ):
+                call(x, jnp.ones((3, wrong)))
     with pytest.raises(TypeError, match="by prediction needs h_pre"):
         Readout("prediction", C, 2)(x)
     with pytest.raises(TypeError, match="by sum takes no h_pre"):
@@ -170,7 +176,14 @@ def test_a_configuration_that_cannot_be_is_refused_in_a_line(fields, message):
 
 def test_what_is_said_and_stored():
     config = from_dict(values())
-    assert "connection mhc, n = 2 streams, look-ahead pre" in describe(config)
+    assert "connection mhc, n = 2 streams, manifold birkhoff, look-ahead pre\n" in describe(config)
+    config = from_dict(
+        values(manifold="lite", static_res=True, mhc_use_pre=False, mhc_use_post=False)
+    )
+    assert (
+        "connection mhc, n = 2 streams, manifold lite, one h_res for all tokens (static_res), look-ahead "
+        "pre, fixed h_pre and h_post\n"
+    ) in describe(config)
     older = values(lookahead_pre=False).to_dict()
     del older["model"]["lookahead_pre"]
     assert not from_workdir(older).model.lookahead_pre

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from test_train import tiny
 import kernels_pallas as kp
 from mhc_jax import ManifoldHyperConnections, Pending, manifolds
 from mhc_jax.analysis import static_gains
-from mhc_jax.config import from_workdir
+from mhc_jax.config import conflicts, from_workdir
 from mhc_jax.describe import count_parameters
 from mhc_jax.gains import gain_magnitudes
 from mhc_jax.layers import RMSNorm
@@ -263,8 +264,10 @@ def test_static_form_needs_no_columns_and_is_what_static_gains_shows(name):
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    ("name", "static"),
+    [(name, s) for name in NAMES for s in (False, True) if (name, s) != ("identity", True)],
+)
 def test_config_makes_the_model_and_describe_counts_it(name, static):
     config = tiny(**{"model.connection": "mhc", "model.manifold": name, "model.static_res": static})
     model, k = config.model, LOGITS[name](config.model.n)
@@ -294,8 +297,62 @@ def test_a_manifold_that_does_not_exist_is_named_when_the_config_is_read(name, n
     fields = {"model.connection": "mhc", "model.n": n, "model.manifold": name}
     with pytest.raises(ValueError, match=f"^{message}$"):
         tiny(**fields)
-    assert tiny(**fields | {"model.connection": "residual"}).model.streams == 1  # has none
     with pytest.raises(ValueError, match=f"^{message[len('model..') :]}$"):
         ManifoldHyperConnections(C, n, manifold=make(name))
     with pytest.raises(ValueError, match="limit=0 must be positive"):
         manifolds.Orthogonal(limit=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_of_another_n_are_named(name):
+    k = LOGITS[name](4)
+    message = rf"^logits have shape \(2, 7\), expected \[\.\.\., {k}\]: .* has {k} logits for n=4 streams$"
+    with pytest.raises(ValueError, match=message):
+        make(name).project(jnp.ones((2, 7)), 4)
+
+
+IDLE = [
+    ({"connection": "hc", "manifold": "lite"}, "manifold", "connection='hc'", "'birkhoff'",
+     "connection='mhc'"),
+    ({"connection": "residual", "static_res": True}, "static_res", "connection='residual'", "False",
+     "connection='mhc'"),
+    *(({"connection": "hc", f"mhc_use_{part}": False}, f"mhc_use_{part}", "connection='hc'", "True",
+       "connection='mhc'") for part in ("pre", "post", "res")),
+    *(({"connection": "mhc", f"hc_use_{part}": False}, f"hc_use_{part}", "connection='mhc'", "True",
+       "connection='hc'") for part in ("pre", "post", "res")),
+    ({"mhc_use_res": False, "manifold": "lite"}, "manifold", "mhc_use_res=False", "'birkhoff'",
+     "mhc_use_res=True"),
+    ({"mhc_use_res": False, "static_res": True}, "static_res", "mhc_use_res=False", "False",
+     "mhc_use_res=True"),
+    ({"manifold": "identity", "static_res": True}, "static_res", "manifold='identity'", "False",
+     "manifold='birkhoff'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "field", "where", "neutral", "other"), IDLE)
+def test_a_switch_that_does_nothing_is_refused_and_stored_ones_are_read(
+    given, field, where, neutral, other
+):
+    given = {"connection": "mhc"} | given
+    fields = {f"model.{name}": value for name, value in given.items()}
+    value = repr(given[field])
+    message = (
+        f"model.{field}={value} does nothing with model.{where}: set model.{field}={neutral}, or "
+        f"model.{other}"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tiny(**fields)
+    stored = dataclasses.asdict(tiny(**{"model.connection": given["connection"]}))
+    stored["model"] |= given
+    read = from_workdir(stored).model
+    assert repr(getattr(read, field)) == neutral
+    assert read.connection == given["connection"]
+    assert conflicts(stored, dataclasses.asdict(from_workdir(stored))) == {}
+
+
+def test_a_baseline_drops_the_switches():
+    model = tiny(
+        **{"model.connection": "mhc", "model.manifold": "lite", "model.mhc_use_pre": False}
+    ).model
+    assert model.as_residual() == dataclasses.replace(tiny(**{"model.connection": "residual"}).model,
+                                                      alpha_init=model.alpha_init)  # fmt: skip

@@ -265,3 +265,13 @@ def test_what_does_not_divide_over_the_mesh_is_named(axis, message):
     graph, *state = make(settings(expert_width=6))
     with token_sharding(mesh), pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda x: nnx.merge(graph, *state)(x), inputs()[0])
+
+
+@pytest.mark.parametrize("few", [0, 2**14])
+def test_the_largest_entries_in_either_way(few, monkeypatch):
+    """By passes of argmax and by comparing pairs; of equal entries the lower index comes first."""
+    monkeypatch.setattr(router, "_FEW", few)
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 9, (4, 5, 16)), jnp.float32)  # with ties
+    found = router.top_k(x, 6)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, jax.lax.top_k(x, 6)[1])
