@@ -6,15 +6,17 @@ Result:   a line an arm: milliseconds of a step beside the ideal (all work of th
           beside the plan, and what the transfers add; JSON with --output or --record.
 
 A dense decoder of 1.4 billion parameters in bfloat16, nothing recomputed. The times of a stage that ideal and
-plan use are measured on one device, forward and backward by themselves. "no transfers" is the same program
-whose devices keep what they would send: wrong numbers, the same work. "hidden sends" have the products of a
-tick between their start and their end in the compiled program.
+plan use are measured on one device, forward and backward by themselves, once for all numbers of
+micro-batches. "no transfers" is the same program whose devices keep what they would send: wrong numbers, the
+same work. "hidden sends" have the products of a tick between their start and their end in the program.
 """
 
 import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 # Transfers run beside products. Before jax starts, and an outer setting wins.
 os.environ["XLA_FLAGS"] = (
@@ -22,6 +24,8 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 if "--toy" in sys.argv:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # Most of its time is compiling.
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +40,7 @@ from mhc_jax.config import Config, from_dict
 from mhc_jax.pipeline import execute, make_schedule, placement_of, stages
 from mhc_jax.pipeline.timeline import StageTimes, simulate
 from mhc_jax.train_step import (
+    TrainState,
     abstract_batch,
     abstract_state,
     init_params,
@@ -44,7 +49,7 @@ from mhc_jax.train_step import (
 )
 
 TOY = {
-    "num_blocks": 8, "width": 32, "num_heads": 2, "ffn_width": 64, "sequence_length": 16,
+    "num_blocks": 4, "width": 32, "num_heads": 2, "ffn_width": 64, "sequence_length": 16,
     "vocab_size": 64, "microbatches": [8], "timed": 2,
 }  # fmt: skip
 
@@ -190,31 +195,52 @@ class Arm:
         return 100 * (1 - self.ideal / self.plan)
 
 
-def time_steps(config: Config, mesh, timed: int):
+class Parts(NamedTuple):
+    """What arms with the same stages share: their number of micro-batches changes none of it.
+
+    Attributes:
+      times: of each stage.
+      transfer: seconds of one send.
+      init: makes the state of the first step; a step takes it, so that each arm makes it again.
+    """
+
+    times: StageTimes
+    transfer: float
+    init: Callable[[], TrainState]
+
+
+def measure_parts(config: Config, mesh, repeats: int) -> Parts:
+    return Parts(
+        measured_times(config, repeats),
+        transfer_seconds(config, mesh, repeats),
+        jit_init_state(config, mesh),
+    )
+
+
+def time_steps(config: Config, mesh, timed: int, init: Callable[[], TrainState]):
     """Returns the median milliseconds of a whole train step, and its compiled program."""
     step = jit_train_step(config, mesh)
     compiled = step.lower(abstract_state(config, mesh), abstract_batch(config)).compile()
-    state = jit_init_state(config, mesh)()
     put = sharding.BatchPlacement(mesh, config.batch_size).put
     batch = put(random_batch(config, np.random.default_rng(0)))
-    return time_step_ms(compiled, state, [batch], warmup=2, timed=timed)[0], compiled
+    return time_step_ms(compiled, init(), [batch], warmup=2, timed=timed)[0], compiled
 
 
-def measure(options: argparse.Namespace, connection: str, schedule: str, parts: int) -> Arm:
-    config = make_config(options, connection, schedule, parts)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[: options.pipe])
-    arm = Arm(connection, schedule, parts)
-    times = measured_times(config, options.timed)
-    transfer = transfer_seconds(config, mesh, options.timed)
-    timeline = simulate(make_schedule(schedule, options.pipe, parts), times, transfer)
+def measure(config: Config, mesh, shared: Parts, timed: int) -> Arm:
+    schedule, parts = config.pipe_schedule, config.optimizer.accumulate_steps
+    arm = Arm(config.model.connection, schedule, parts)
+    timeline = simulate(
+        make_schedule(schedule, mesh.shape["pipe"], parts), shared.times, shared.transfer
+    )
     arm.ideal, arm.plan = 1e3 * timeline.ideal, 1e3 * timeline.seconds
-    arm.one_transfer = 1e3 * transfer
-    arm.step, compiled = time_steps(config, mesh, options.timed)
+    arm.one_transfer = 1e3 * shared.transfer
+    arm.step, compiled = time_steps(config, mesh, timed, shared.init)
     arm.temporaries_GiB = compiled.memory_analysis().temp_size_in_bytes / 2**30
     arm.sends, arm.hidden_sends, _ = count_sends(compiled.as_text())
+    del compiled
     send, execute.send = execute.send, lambda x, pairs: x
     try:
-        arm.without_transfers, _ = time_steps(config, mesh, options.timed)
+        arm.without_transfers, _ = time_steps(config, mesh, timed, shared.init)
     finally:
         execute.send = send
     return arm
@@ -238,10 +264,15 @@ def main() -> None:
     )
     arms = []
     for schedule in options.schedules:
+        shared = {}
         for parts in options.microbatches:
             for connection in options.connections:
                 try:
-                    arm = measure(options, connection, schedule, parts)
+                    config = make_config(options, connection, schedule, parts)
+                    mesh = sharding.make_mesh(config.mesh, jax.devices()[: options.pipe])
+                    if connection not in shared:
+                        shared[connection] = measure_parts(config, mesh, options.timed)
+                    arm = measure(config, mesh, shared[connection], options.timed)
                 except ValueError as error:
                     sys.exit(f"bad input: {error}")
                 arms.append(arm)
