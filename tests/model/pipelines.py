@@ -1,6 +1,7 @@
 """Run by test_pipeline.py in a process of its own with simulated devices: stages against one device."""
 
 import functools
+import itertools
 import pathlib
 import shutil
 import sys
@@ -11,7 +12,7 @@ from eight_devices import DENSE, MOE, batch_of, check_equal, make_config, random
 
 from experiments.pipeline_plan.hidden import count_sends
 from mhc_jax import preemption, sharding, train
-from mhc_jax.pipeline import Layout, Pipeline
+from mhc_jax.pipeline import SCHEDULES, Layout, Pipeline
 from mhc_jax.train_step import (
     _narrowed,
     abstract_batch,
@@ -34,15 +35,34 @@ def schedule(name):
     return {"pipe_schedule": name}
 
 
-# Every schedule with uneven stages, stored and recomputed.
-MIXED = (
-    (schedule("gpipe"), {"pipe": 2}),
-    (schedule("gpipe") | REMAT, {"pipe": 4, "data": 2}),
-    (schedule("1f1b"), {"pipe": 4, "data": 2}),
-    (schedule("1f1b") | FULL, {"pipe": 2, "data": 2, "fsdp": 2}),
-    (schedule("dualpipev"), {"pipe": 2, "fsdp": 2}),
-    (schedule("dualpipev") | REMAT, {"pipe": 2, "data": 2}),
-)
+# Stages of different length on 2, 4 and 8 devices; 9 blocks also fill the 8 stages of a V on 4.
+MESHES = {
+    5: ({"pipe": 2}, {"pipe": 2, "data": 2}),
+    9: ({"pipe": 4}, {"pipe": 4, "fsdp": 2}),
+}
+
+
+def everything(name):
+    """The cases of one schedule: models and connections, stored and recomputed, on all meshes."""
+    for model, blocks in itertools.product((DENSE, MOE4), MESHES):
+        # What is as long as a block beside the 4 or 8 others: MoE's leading one.
+        leading = model.get("model.leading_dense_blocks", 0)
+        for connection in (RESIDUAL, HC, HC | {"model.n": 4}, {}, {"model.n": 4}):
+            meshes = MESHES[blocks]
+            if leading:  # experts in the place of fsdp
+                meshes = [
+                    {{"fsdp": "expert"}.get(k, k): v for k, v in mesh.items()} for mesh in meshes
+                ]
+            yield (
+                model | connection | {"model.num_blocks": blocks + leading},
+                [
+                    (schedule(name) | remat, mesh)
+                    for remat, mesh in itertools.product(({}, REMAT), meshes)
+                ],
+            )
+
+
+MANIFOLDS = ("identity", "lite", "kromhc", "orthogonal", "row_stochastic")
 # The model, then the schedules and meshes that one device's gradients are compared with.
 CASES = {
     "short": (
@@ -51,12 +71,20 @@ CASES = {
         )),
         (MOE4 | RESIDUAL, ((schedule("1f1b") | REMAT, {"pipe": 2, "expert": 2, "data": 2}),)),
     ),
-    "all": (
-        *((DENSE | {"model.num_blocks": 5} | connection, MIXED)
-          for connection in (RESIDUAL, HC, {}, {"model.n": 4}, {"model.tie_embeddings": True})),
-        *((MOE4 | {"model.num_blocks": 6, "model.attention": "mla"} | connection,
-           (*MIXED, (schedule("dualpipev") | FULL, {"pipe": 2, "expert": 2, "fsdp": 2})))
-          for connection in (RESIDUAL, {"model.readout": "head"})),
+    **{name: tuple(everything(name)) for name in SCHEDULES},
+    "others": (
+        *((DENSE | {"model.num_blocks": 3} | variant, ((schedule("1f1b"), {"pipe": 2}),))
+          for variant in (*({"model.manifold": name} for name in MANIFOLDS),
+                          {"model.static_res": True},
+                          {"model.static_res": True, "model.manifold": "kromhc"})),
+        (DENSE | {"model.num_blocks": 5, "model.tie_embeddings": True}, (
+            (schedule("1f1b") | FULL, {"pipe": 2, "data": 2, "fsdp": 2}),
+            (schedule("dualpipev") | REMAT, {"pipe": 2, "fsdp": 2}),
+        )),
+        (MOE4 | {"model.num_blocks": 6, "model.attention": "mla", "model.readout": "head"}, (
+            (schedule("1f1b"), {"pipe": 4, "data": 2}),
+            (schedule("dualpipev") | FULL, {"pipe": 2, "expert": 2, "fsdp": 2}),
+        )),
         (DENSE | RESIDUAL | {"model.num_blocks": 17},
          ((schedule("1f1b"), {"pipe": 8}), (schedule("dualpipev") | REMAT, {"pipe": 8}))),
     ),
@@ -180,7 +208,6 @@ if __name__ == "__main__":
         sys.exit(print("all ok"))
     for model, cases in CASES[sys.argv[1]]:
         check_gradients(model, cases)
-    if sys.argv[1] == "all":
-        for name in ("gpipe", "1f1b", "dualpipev"):
-            check_steps(schedule(name), {"pipe": 2, "data": 2}, 5)
+    if sys.argv[1] in SCHEDULES:
+        check_steps(schedule(sys.argv[1]), {"pipe": 2, "data": 2}, 5)
     print("all ok")

@@ -7,7 +7,7 @@ import pytest
 from configs import default
 from mhc_jax.config import from_dict
 from mhc_jax.pipeline.layout import check, head_cost, placement_of
-from mhc_jax.pipeline.schedule import make_schedule
+from mhc_jax.pipeline.schedule import SCHEDULES, make_schedule
 from mhc_jax.pipeline.stages import group_size
 from mhc_jax.pipeline.tables import make_tables
 
@@ -15,7 +15,13 @@ PROGRAM = pathlib.Path(__file__).with_name("pipelines.py")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("cases", ["short", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cases",
+    [
+        "short",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in (*SCHEDULES, "others")),
+    ],
+)
 def test_stages_equal_one_device(run_python, cases):
     printed = run_python(PROGRAM, cases, devices=8)
     assert printed.endswith("all ok\n")
