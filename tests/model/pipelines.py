@@ -3,6 +3,7 @@
 import functools
 import itertools
 import pathlib
+import re
 import shutil
 import sys
 
@@ -164,6 +165,45 @@ def check_steps(fields, mesh, blocks):
     print("three steps are equal", fields, mesh, flush=True)
 
 
+_OF_ONE = re.compile(
+    r" *(%\d+) = \"stablehlo.all_reduce\"\((%\w+)\) <\{[^}]*replica_groups = dense<\[\[0\], .*\n"
+    r"(?:.*\n){3}.*\}\) : .*\n"
+)
+
+
+def without_axis(program):
+    """The text of a lowered program without the axis pipe, whose size is 1, and sums over one device."""
+    for axis in ('"pipe"=1, ', '{name = "pipe", size = 1 : i64}, ', '"pipe", '):
+        program = program.replace(axis, "")
+    functions = []
+    for function in program.split("func.func "):
+        # A sum over one device is its operand.
+        while found := _OF_ONE.search(function):
+            function = function[: found.start()] + function[found.end() :]
+            function = re.sub(rf"{found[1]}\b", found[2], function)
+        names = {}
+        functions.append(
+            re.sub(r"%\d+", lambda m, n=names: f"%{n.setdefault(m[0], len(n))}", function)
+        )
+    return functions
+
+
+def check_without_stages():
+    """With `mesh.pipe=1` a step is the program of a mesh that has no such axis."""
+    config = make_config(DENSE | REMAT | PARTS | schedule("dualpipev"), {"data": 2, "fsdp": 2})
+    mesh = mesh_of(config)
+    bare = jax.sharding.Mesh(mesh.devices[0], mesh.axis_names[1:], axis_types=mesh.axis_types[1:])
+    one, none = (
+        jit_train_step(config, where).lower(abstract_state(config, where), abstract_batch(config))
+        for where in (mesh, bare)
+    )
+    one, none = one.as_text(), none.as_text()
+    assert '"pipe"=1' in one, one[:1000]
+    assert "pipe" not in none, none[:1000]
+    assert without_axis(one) == without_axis(none)
+    print("the same program without the axis", flush=True)
+
+
 def trained(config, workdir):
     """The state at the end of a run, in the order of the model."""
     run = train.Run(config, workdir)
@@ -208,6 +248,8 @@ if __name__ == "__main__":
         sys.exit(print("all ok"))
     for model, cases in CASES[sys.argv[1]]:
         check_gradients(model, cases)
+    if sys.argv[1] == "short":
+        check_without_stages()
     if sys.argv[1] in SCHEDULES:
         check_steps(schedule(sys.argv[1]), {"pipe": 2, "data": 2}, 5)
     print("all ok")
