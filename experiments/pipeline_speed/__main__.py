@@ -133,7 +133,7 @@ def measured_times(config: Config, repeats: int) -> StageTimes:
         forward = jax.jit(lambda p, x, s=stage, st=state, c=count: s.forward(p, st, x, c)[:2])
         backward = jax.jit(
             lambda p, kept, d, s=stage, st=state, c=count: s.backward(
-                p, st, kept, d, jnp.float32(0), c
+                p, st, kept, s.recompute(p, st, kept, c), d, jnp.float32(0), c
             )
         )
         kept = forward(mine, streams)[1]

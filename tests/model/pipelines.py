@@ -1,7 +1,6 @@
 """Run by test_pipeline.py in a process of its own with simulated devices: stages against one device."""
 
 import functools
-import itertools
 import pathlib
 import re
 import shutil
@@ -14,6 +13,7 @@ from eight_devices import DENSE, MOE, batch_of, check_equal, make_config, random
 from experiments.pipeline_plan.hidden import count_sends
 from mhc_jax import preemption, sharding, train
 from mhc_jax.pipeline import SCHEDULES, Layout, Pipeline
+from mhc_jax.pipeline.schedule import num_stages
 from mhc_jax.train_step import (
     _narrowed,
     abstract_batch,
@@ -36,31 +36,21 @@ def schedule(name):
     return {"pipe_schedule": name}
 
 
-# Stages of different length on 2, 4 and 8 devices; 9 blocks also fill the 8 stages of a V on 4.
-MESHES = {
-    5: ({"pipe": 2}, {"pipe": 2, "data": 2}),
-    9: ({"pipe": 4}, {"pipe": 4, "fsdp": 2}),
-}
+MESHES = {2: {"pipe": 2}, 4: {"pipe": 2, "data": 2}, 8: {"pipe": 4, "fsdp": 2}}
 
 
 def everything(name):
-    """The cases of one schedule: models and connections, stored and recomputed, on all meshes."""
-    for model, blocks in itertools.product((DENSE, MOE4), MESHES):
-        # What is as long as a block beside the 4 or 8 others: MoE's leading one.
+    """The cases of one schedule: models and connections, stored and recomputed, on 2, 4 and 8 devices."""
+    for model in (DENSE, MOE4):
         leading = model.get("model.leading_dense_blocks", 0)
         for connection in (RESIDUAL, HC, HC | {"model.n": 4}, {}, {"model.n": 4}):
-            meshes = MESHES[blocks]
-            if leading:  # experts in the place of fsdp
-                meshes = [
-                    {{"fsdp": "expert"}.get(k, k): v for k, v in mesh.items()} for mesh in meshes
-                ]
-            yield (
-                model | connection | {"model.num_blocks": blocks + leading},
-                [
-                    (schedule(name) | remat, mesh)
-                    for remat, mesh in itertools.product(({}, REMAT), meshes)
-                ],
-            )
+            for mesh in MESHES.values():
+                # One more than there are stages, so that these differ.
+                blocks = {"model.num_blocks": num_stages(name, mesh["pipe"]) + 1 + leading}
+                if leading:  # experts in the place of fsdp
+                    mesh = {{"fsdp": "expert"}.get(k, k): v for k, v in mesh.items()}
+                cases = [(schedule(name) | remat, mesh) for remat in ({}, REMAT)]
+                yield model | connection | blocks, cases
 
 
 MANIFOLDS = ("identity", "lite", "kromhc", "orthogonal", "row_stochastic")
