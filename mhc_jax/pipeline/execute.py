@@ -55,6 +55,7 @@ class Pipeline:
 
     def __init__(self, config: Config, mesh: Mesh, narrow: Callable[[Tree, Any], Tree]):
         self._config, self._mesh, self._narrow = config, mesh, narrow
+        self._held: dict[str, int] = {}
         self.layout = Layout(config, mesh)
         self._placement = self.layout.placement
         self._devices = mesh.shape[AXIS]
@@ -90,6 +91,22 @@ class Pipeline:
             out_specs=((PartitionSpec(), report), specs),
             check_vma=False,
         )(params, model_state, batch)
+
+    def held(self, params: Tree, model_state: Tree, batch: dict[str, jax.Array]) -> dict[str, int]:
+        """Bytes that a device holds through all ticks, from shapes alone; arguments as above.
+
+        Returns:
+          "activations" of all micro-batches in flight, "streams" and cotangents that wait or travel,
+          "parameters" of its stages and of the shell, whole and in the dtype of their products, and their
+          "gradients", float32.
+        """
+        if self._config.pipe_schedule == "gpipe":
+            raise ValueError(
+                "pipe_schedule=gpipe: autodiff decides what is kept; take 1f1b or dualpipev"
+            )
+        run = sharding.on_mesh(self.loss_and_gradients, self._mesh)
+        jax.eval_shape(run, params, model_state, batch)
+        return dict(self._held)
 
     def stored_reports(self, aux: MoEAux) -> MoEAux:
         """Reports of the blocks in the model's order."""
@@ -306,6 +323,13 @@ class Pipeline:
             "cotangents": slots(streams, tables.num_cotangents + 1),
             "back": zeros(streams),
         }
+        ahead, behind = carry["ahead"], carry["behind"]
+        self._held = {
+            "activations": _nbytes(ahead["kept"]),
+            "streams": _nbytes([ahead["streams"], carry["cotangents"], carry["back"]]),
+            "parameters": _nbytes([rows, shell]),
+            "gradients": _nbytes([behind, ahead["head"]]),
+        }
         mine = {name: jnp.asarray(table)[:, device] for name, table in tables.rows().items()}
         carry, _ = jax.lax.scan(tick, carry, mine)
         ahead, behind = carry["ahead"], carry["behind"]
@@ -371,6 +395,10 @@ def send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
 def _behind(arriving: Tree, made: Tree) -> tuple[Tree, Tree]:
     """Both, `arriving` not before `made`: a compiler that takes a conditional for short would wait for it."""
     return jax.lax.optimization_barrier((arriving, made))
+
+
+def _nbytes(tree: Tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _added(total: Tree, more: Tree) -> Tree:

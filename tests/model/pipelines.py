@@ -12,16 +12,16 @@ from eight_devices import DENSE, MOE, batch_of, check_equal, make_config, random
 
 from experiments.pipeline_plan.hidden import count_sends
 from mhc_jax import preemption, sharding, train
-from mhc_jax.pipeline import SCHEDULES, Layout, Pipeline
+from mhc_jax.pipeline import SCHEDULES, Layout
 from mhc_jax.pipeline.schedule import num_stages
 from mhc_jax.train_step import (
-    _narrowed,
     abstract_batch,
     abstract_state,
     init_state,
     jit_init_state,
     jit_train_step,
     loss_and_gradients,
+    make_pipeline,
 )
 
 PARTS = {"optimizer.accumulate_steps": 4, "batch_size": 16}
@@ -90,7 +90,7 @@ def mesh_of(config):
 def on_stages(config, state, batch):
     """Loss, reports and gradients in the order of the model, and the program."""
     mesh = mesh_of(config)
-    pipeline = Pipeline(config, mesh, _narrowed)
+    pipeline = make_pipeline(config, mesh)
     layout = pipeline.layout
 
     def run(params, model_state, batch):
@@ -153,6 +153,33 @@ def check_steps(fields, mesh, blocks):
     gate = state.params["blocks"]["ffn"]["gate"]["kernel"]
     assert gate.addressable_shards[0].data.shape[0] == gate.shape[0] // mesh["pipe"]
     print("three steps are equal", fields, mesh, flush=True)
+
+
+def check_held():
+    """Bytes that a device holds, counted by hand: stages of 2 and 1 blocks, each its own recompute block."""
+    fields = DENSE | RESIDUAL | FULL | PARTS | schedule("1f1b") | {"model.num_blocks": 3}
+    config = make_config(fields, {"pipe": 2})
+    mesh = mesh_of(config)
+    state = abstract_state(config, mesh)
+    batch = abstract_batch(config)
+    held = make_pipeline(config, mesh).held(state.params, state.model_state, batch)
+    sizes = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for name, tree in state.params.items()
+    }
+    # Rows of the larger stage on both devices; embedding and unembedding whole on each.
+    mine = sizes.pop("blocks") // 2 + sum(sizes.values())
+    streams = 4 * 8 * config.model.width
+    wanted = {
+        # The first device has three micro-batches in flight; two blocks keep their inputs.
+        "activations": 4 * 3 * 2 * streams,
+        # One that waits in each direction, one slot that nobody reads beside it, one that travels.
+        "streams": 4 * 5 * streams,
+        "parameters": 4 * mine,
+        "gradients": 4 * mine,
+    }
+    assert held == wanted, (held, wanted)
+    print("held as counted", flush=True)
 
 
 _OF_ONE = re.compile(
@@ -240,6 +267,7 @@ if __name__ == "__main__":
         check_gradients(model, cases)
     if sys.argv[1] == "short":
         check_without_stages()
+        check_held()
     if sys.argv[1] in SCHEDULES:
         check_steps(schedule(sys.argv[1]), {"pipe": 2, "data": 2}, 5)
     print("all ok")
