@@ -26,7 +26,7 @@ from mhc_jax import remat, sharding
 from mhc_jax.config import Config
 from mhc_jax.losses import num_counted
 from mhc_jax.moe import MoEAux
-from mhc_jax.pipeline import stages
+from mhc_jax.pipeline import gpipe, stages
 from mhc_jax.pipeline.layout import Layout, check, gathered, summed
 from mhc_jax.pipeline.residuals import zeros
 from mhc_jax.pipeline.schedule import make_schedule
@@ -83,7 +83,7 @@ class Pipeline:
         )
         tokens = PartitionSpec(sharding.BATCH_AXES, "sequence")
         report = PartitionSpec(AXIS) if self._config.model.num_experts else PartitionSpec()
-        run = self._by_autodiff if self._config.pipe_schedule == "gpipe" else self._by_schedule
+        run = self._as_gpipe if self._config.pipe_schedule == "gpipe" else self._by_schedule
         return jax.shard_map(
             functools.partial(self._on_device, run, specs),
             mesh=self._mesh,
@@ -162,6 +162,13 @@ class Pipeline:
         if self._placement.is_even:
             return list(counts[0])
         return list(jnp.asarray(counts, jnp.int32)[jax.lax.axis_index(AXIS)])
+
+    def _as_gpipe(self, rows, state, shell, split):
+        stage, streams = self._stage(rows, state, shell, split)
+        [count] = self._counts()
+        return gpipe.by_autodiff(
+            self._config.model, stage, streams, (rows, state, shell), split, count, send
+        )
 
     def _by_schedule(self, rows, state, shell, split):
         """Sums over this device's works: loss, reports, gradients of rows and of the shell."""
@@ -335,56 +342,6 @@ class Pipeline:
         ahead, behind = carry["ahead"], carry["behind"]
         aux = ahead["aux"] and jax.tree.map(lambda *xs: jnp.concatenate(xs), *ahead["aux"])
         return ahead["loss"], aux, behind["rows"], _both(behind["entry"], ahead["head"])
-
-    def _by_autodiff(self, rows, state, shell, split):
-        """As `_by_schedule`, of all forwards and then the derivative of that: `gpipe`."""
-        model, devices = self._config.model, self._devices
-        stage, streams = self._stage(rows, state, shell, split)
-        [count], device = self._counts(), jax.lax.axis_index(AXIS)
-
-        def loss_of(rows, shell):
-            def tick(carry, t):
-                x, objective, loss, total = carry
-                index = t - device
-                part = jax.tree.map(lambda x: x[jnp.clip(index, 0, self._parts - 1)], split)
-
-                def work(x, objective, loss, total):
-                    x = jax.lax.cond(
-                        device == 0,
-                        lambda x: stages.enter(model, shell, part["inputs"]),
-                        lambda x: x,
-                        x,
-                    )
-                    y, aux = stage.run(rows, state, x, count)
-                    value = jax.lax.cond(
-                        device == devices - 1,
-                        lambda y: part["share"] * stages.leave(model, shell, y, part["targets"]),
-                        lambda y: jnp.zeros((), jnp.float32),
-                        y,
-                    )
-                    objective += value
-                    if aux is not None:
-                        objective += part["balance"] * aux.balance_loss.sum()
-                        total = jax.tree.map(jnp.add, total, aux)
-                    return y, objective, loss + value, total
-
-                is_there = (index >= 0) & (index < self._parts)
-                y, *sums = jax.lax.cond(
-                    is_there, work, lambda *same: same, x, objective, loss, total
-                )
-                x = send(y, [(i, i + 1) for i in range(devices - 1)])
-                return (x, *sums), None
-
-            zero = jnp.zeros((), jnp.float32)
-            carry = zeros(streams), zero, zero, zeros(stage.aux)
-            ticks = jnp.arange(self._parts + devices - 1)
-            (_, objective, loss, total), _ = jax.lax.scan(tick, carry, ticks)
-            return objective, (loss, total)
-
-        (_, (loss, total)), gradients = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(
-            rows, shell
-        )
-        return loss, total, *gradients
 
 
 def send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
