@@ -310,6 +310,11 @@ def _init_placed(config: Config, mesh: Mesh) -> TrainState:
     return Layout(config, mesh).placed(state) if _is_staged(mesh) else state
 
 
+def make_pipeline(config: Config, mesh: Mesh) -> Pipeline | None:
+    """Returns the pipeline of a mesh with stages, None for another mesh."""
+    return Pipeline(config, mesh, _narrowed) if _is_staged(mesh) else None
+
+
 def jit_init_state(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
     """Compiles `init_state`; each device makes its own part, so no host ever holds the whole."""
     init = functools.partial(_init_placed, config, mesh)
@@ -318,8 +323,7 @@ def jit_init_state(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
 
 def jit_train_step(config: Config, mesh: Mesh | None = None) -> Callable:
     """Compiles `train_step` for this configuration; it reuses the state's buffers."""
-    is_staged = mesh is not None and _is_staged(mesh)
-    pipeline = Pipeline(config, mesh, _narrowed) if is_staged else None
+    pipeline = None if mesh is None else make_pipeline(config, mesh)
     step = on_mesh(functools.partial(train_step, config=config, pipeline=pipeline), mesh)
     if mesh is None:
         return jax.jit(step, donate_argnums=0)

@@ -9,6 +9,7 @@ nothing is allocated and no TPU is needed. Memory is what the compiler assigned.
 from LIBTPU_INIT_ARGS, as on the slice itself. Times are ESTIMATES: each instruction takes the longer of its
 FLOPs and its bytes at the chip's peak; transfers take their bytes over one axis of the torus. A transfer
 in the background counts as far as it exceeds the products of the same loop body; nothing else is counted.
+With stages the time is a bound, since all devices have one program: `experiments.pipeline_plan` simulates.
 """
 
 import os
@@ -34,6 +35,7 @@ from ml_collections import config_flags
 
 from experiments import record
 from experiments.hardware import Chip
+from experiments.pod_plan import staged
 from experiments.pod_plan.chips import chip_of, more_shares, pick_mesh
 from experiments.pod_plan.hlo import Costs, Program
 from mhc_jax import command_line, paths, pipeline, sharding, units
@@ -49,6 +51,11 @@ _MESH = flags.DEFINE_string(
 )
 _BASELINE = flags.DEFINE_boolean(
     "baseline", True, "Compile the residual model too, for mHC's share: doubles the time."
+)
+_COMPILE = flags.DEFINE_boolean(
+    "compile",
+    True,
+    "Else only what the stages of a mesh with pipe hold by their shapes, in seconds.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
 _RECORD = flags.DEFINE_string(
@@ -68,6 +75,7 @@ class Plan:
         its `temp_size` also counts temporaries that never live together.
       costs: None if the compiler gave up for want of memory.
       message: of the compiler, if so.
+      held: of a pipeline, what shapes alone say of its temporaries, by kind (`Pipeline.held`).
       compile_seconds: lowering and compiling.
     """
 
@@ -77,6 +85,7 @@ class Plan:
     costs: Costs | None = None
     message: str = ""
     compile_seconds: float = 0.0
+    held: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def devices_of(topology: str) -> list[jax.Device]:
@@ -176,6 +185,7 @@ def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
         temporaries=temporaries,
         peak=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
         costs=program.costs(),
+        held=staged.held(config, mesh),
         compile_seconds=time.perf_counter() - start,
     )
 
@@ -188,6 +198,8 @@ def _progress(text: str) -> None:
 def summary(plan: Plan) -> dict:
     """Returns the plan as JSON can hold it."""
     values = {name: getattr(plan, name) for name in ("arguments", "temporaries", "peak", "message")}
+    if plan.held:
+        values["held"] = plan.held
     values["compile_seconds"] = round(plan.compile_seconds, 1)
     if plan.costs:
         values |= dataclasses.asdict(plan.costs)
@@ -208,6 +220,7 @@ def show(plan: Plan, chip: Chip) -> None:
         f"memory     arguments {units.size(plan.arguments)}, temporaries {units.size(plan.temporaries)}, "
         f"peak {units.size(plan.peak)} of {chip.hbm} GiB per chip"
     )
+    staged.show(plan.held)
     costs = plan.costs
     print(
         f"step       {units.flops(costs.flops)}, {units.size(costs.bytes)} of HBM traffic per chip"
@@ -219,11 +232,16 @@ def show(plan: Plan, chip: Chip) -> None:
         )
     if costs.unknown_loops:
         print(f"  {costs.unknown_loops} loops of unknown length are counted once")
+    word, waiting = "at most" if plan.held else "estimate", units.duration(costs.seconds_waiting)
     print(
-        f"estimate   {units.duration(seconds(costs))} a step: {units.duration(costs.seconds_compute)} "
-        f"compute and memory, {units.duration(costs.seconds_waiting)} waiting for transfers; "
+        f"{word:<11}{units.duration(seconds(costs))} a step: {units.duration(costs.seconds_compute)} "
+        f"compute and memory, {waiting} waiting for transfers; "
         f"{100 * costs.flops / chip.flops / seconds(costs):.0f} % of the peak FLOP/s"
     )
+    if plan.held:
+        print(
+            "           as if each device had work in each tick, and both ends; see pipeline_plan"
+        )
 
 
 def compare(plan: Plan, baseline: Plan) -> dict[str, float]:
@@ -257,6 +275,14 @@ def main(argv):
         config, sizes = dataclasses.replace(config, mesh=mesh), dataclasses.asdict(mesh)
         written = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
         print(f"{topology}  {len(devices)} chips, --mesh={written}", flush=True)
+        if not _COMPILE.value:
+            held = staged.held(config, sharding.make_mesh(mesh, devices))
+            if not held:
+                sys.exit(
+                    "--nocompile says what stages hold: give --mesh=pipe=... and 1f1b or dualpipev"
+                )
+            staged.show(held)
+            return
         plan = compile_step(config, devices, chip)
         print(f"{config.model.connection}, compiled in {plan.compile_seconds:.0f} s")
         show(plan, chip)

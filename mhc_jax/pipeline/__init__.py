@@ -2,7 +2,7 @@
 
 `schedule` says which device does what in which tick (tables of numbers, no jax), `timeline` when, for given
 times; `placement` which blocks a stage holds, `layout` where their arrays lie; `stages` what a stage computes
-and `execute` runs it all in one program.
+and `execute` runs it all in one program; `gpipe` is the oracle that the others are checked by.
 """
 
 from mhc_jax.lazy import attach

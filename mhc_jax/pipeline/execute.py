@@ -3,9 +3,10 @@
 One `shard_map`, Manual over all axes of the mesh, holds a scan over the ticks of a schedule. A tick:
 
     1. the cotangents that the tick before made set out to both neighbours
-    2. the forward of one micro-batch, which does not need them
-    3. its streams set out
-    4. the backward of another micro-batch, which does not need these
+    2. the forward of one micro-batch, which does not need them; then what the backward of another computes
+       again at first, which does not either
+    3. the streams of the forward set out
+    4. that backward, which does not need these
 
 The transfers are outside of every conditional, so that all devices take part in each: a collective-permute
 that only one side reaches would hang. What a device has nothing to do in, it skips. Parameters are cast and
@@ -25,7 +26,7 @@ from mhc_jax import remat, sharding
 from mhc_jax.config import Config
 from mhc_jax.losses import num_counted
 from mhc_jax.moe import MoEAux
-from mhc_jax.pipeline import stages
+from mhc_jax.pipeline import gpipe, stages
 from mhc_jax.pipeline.layout import Layout, check, gathered, summed
 from mhc_jax.pipeline.residuals import zeros
 from mhc_jax.pipeline.schedule import make_schedule
@@ -54,6 +55,7 @@ class Pipeline:
 
     def __init__(self, config: Config, mesh: Mesh, narrow: Callable[[Tree, Any], Tree]):
         self._config, self._mesh, self._narrow = config, mesh, narrow
+        self._held: dict[str, int] = {}
         self.layout = Layout(config, mesh)
         self._placement = self.layout.placement
         self._devices = mesh.shape[AXIS]
@@ -81,7 +83,7 @@ class Pipeline:
         )
         tokens = PartitionSpec(sharding.BATCH_AXES, "sequence")
         report = PartitionSpec(AXIS) if self._config.model.num_experts else PartitionSpec()
-        run = self._by_autodiff if self._config.pipe_schedule == "gpipe" else self._by_schedule
+        run = self._as_gpipe if self._config.pipe_schedule == "gpipe" else self._by_schedule
         return jax.shard_map(
             functools.partial(self._on_device, run, specs),
             mesh=self._mesh,
@@ -89,6 +91,22 @@ class Pipeline:
             out_specs=((PartitionSpec(), report), specs),
             check_vma=False,
         )(params, model_state, batch)
+
+    def held(self, params: Tree, model_state: Tree, batch: dict[str, jax.Array]) -> dict[str, int]:
+        """Bytes that a device holds through all ticks, from shapes alone; arguments as above.
+
+        Returns:
+          "activations" of all micro-batches in flight, "streams" and cotangents that wait or travel,
+          "parameters" of its stages and of the shell, whole and in the dtype of their products, and their
+          "gradients", float32.
+        """
+        if self._config.pipe_schedule == "gpipe":
+            raise ValueError(
+                "pipe_schedule=gpipe: autodiff decides what is kept; take 1f1b or dualpipev"
+            )
+        run = sharding.on_mesh(self.loss_and_gradients, self._mesh)
+        jax.eval_shape(run, params, model_state, batch)
+        return dict(self._held)
 
     def stored_reports(self, aux: MoEAux) -> MoEAux:
         """Reports of the blocks in the model's order."""
@@ -145,6 +163,13 @@ class Pipeline:
             return list(counts[0])
         return list(jnp.asarray(counts, jnp.int32)[jax.lax.axis_index(AXIS)])
 
+    def _as_gpipe(self, rows, state, shell, split):
+        stage, streams = self._stage(rows, state, shell, split)
+        [count] = self._counts()
+        return gpipe.by_autodiff(
+            self._config.model, stage, streams, (rows, state, shell), split, count, send
+        )
+
     def _by_schedule(self, rows, state, shell, split):
         """Sums over this device's works: loss, reports, gradients of rows and of the shell."""
         model, chunks = self._config.model, self._placement.chunks
@@ -198,10 +223,18 @@ class Pipeline:
             )
             return done, y
 
-        def backward(chunk, operands, kept, cotangents, now):
+        def kept_of(kept, now):
+            return [ring[now["back_keep"]] for ring in kept]
+
+        def recompute(chunk, kept, now):
+            blocks = self._chunk(chunk, rows, state)
+            return stage.recompute(*blocks, kept_of(kept, now), counts[chunk])
+
+        def backward(chunk, operands, kept, recomputed, cotangents, now):
             gradients, dx = stage.backward(
                 *self._chunk(chunk, rows, state),
-                [ring[now["back_keep"]] for ring in kept],
+                kept_of(kept, now),
+                recomputed,
                 cotangents[now["back_read"]],
                 split["balance"][now["back_part"]],
                 counts[chunk],
@@ -238,7 +271,18 @@ class Pipeline:
                 carry["ahead"],
                 now,
             )
-            (above, below), out = _behind(arriving, out)
+            recomputed = []
+            if stage.recomputed:
+                recomputed = jax.lax.switch(
+                    now["back_run"],
+                    [
+                        lambda kept, now: zeros(stage.recomputed),
+                        *(functools.partial(recompute, chunk) for chunk in range(chunks)),
+                    ],
+                    ahead["kept"],
+                    now,
+                )
+            (above, below), (out, recomputed) = _behind(arriving, (out, recomputed))
             cotangents = carry["cotangents"].at[now["back_from_above"]].set(above)
             if chunks > 1:
                 cotangents = cotangents.at[now["back_from_below"]].set(below)
@@ -248,11 +292,12 @@ class Pipeline:
             behind, made = jax.lax.switch(
                 now["back_run"],
                 [
-                    lambda operands, kept, cotangents, now: (operands, nothing),
+                    lambda operands, kept, recomputed, cotangents, now: (operands, nothing),
                     *(functools.partial(backward, chunk) for chunk in range(chunks)),
                 ],
                 carry["behind"],
                 ahead["kept"],
+                recomputed,
                 cotangents,
                 now,
             )
@@ -285,61 +330,18 @@ class Pipeline:
             "cotangents": slots(streams, tables.num_cotangents + 1),
             "back": zeros(streams),
         }
+        ahead, behind = carry["ahead"], carry["behind"]
+        self._held = {
+            "activations": _nbytes(ahead["kept"]),
+            "streams": _nbytes([ahead["streams"], carry["cotangents"], carry["back"]]),
+            "parameters": _nbytes([rows, shell]),
+            "gradients": _nbytes([behind, ahead["head"]]),
+        }
         mine = {name: jnp.asarray(table)[:, device] for name, table in tables.rows().items()}
         carry, _ = jax.lax.scan(tick, carry, mine)
         ahead, behind = carry["ahead"], carry["behind"]
         aux = ahead["aux"] and jax.tree.map(lambda *xs: jnp.concatenate(xs), *ahead["aux"])
         return ahead["loss"], aux, behind["rows"], _both(behind["entry"], ahead["head"])
-
-    def _by_autodiff(self, rows, state, shell, split):
-        """As `_by_schedule`, of all forwards and then the derivative of that: `gpipe`."""
-        model, devices = self._config.model, self._devices
-        stage, streams = self._stage(rows, state, shell, split)
-        [count], device = self._counts(), jax.lax.axis_index(AXIS)
-
-        def loss_of(rows, shell):
-            def tick(carry, t):
-                x, objective, loss, total = carry
-                index = t - device
-                part = jax.tree.map(lambda x: x[jnp.clip(index, 0, self._parts - 1)], split)
-
-                def work(x, objective, loss, total):
-                    x = jax.lax.cond(
-                        device == 0,
-                        lambda x: stages.enter(model, shell, part["inputs"]),
-                        lambda x: x,
-                        x,
-                    )
-                    y, aux = stage.run(rows, state, x, count)
-                    value = jax.lax.cond(
-                        device == devices - 1,
-                        lambda y: part["share"] * stages.leave(model, shell, y, part["targets"]),
-                        lambda y: jnp.zeros((), jnp.float32),
-                        y,
-                    )
-                    objective += value
-                    if aux is not None:
-                        objective += part["balance"] * aux.balance_loss.sum()
-                        total = jax.tree.map(jnp.add, total, aux)
-                    return y, objective, loss + value, total
-
-                is_there = (index >= 0) & (index < self._parts)
-                y, *sums = jax.lax.cond(
-                    is_there, work, lambda *same: same, x, objective, loss, total
-                )
-                x = send(y, [(i, i + 1) for i in range(devices - 1)])
-                return (x, *sums), None
-
-            zero = jnp.zeros((), jnp.float32)
-            carry = zeros(streams), zero, zero, zeros(stage.aux)
-            ticks = jnp.arange(self._parts + devices - 1)
-            (_, objective, loss, total), _ = jax.lax.scan(tick, carry, ticks)
-            return objective, (loss, total)
-
-        (_, (loss, total)), gradients = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(
-            rows, shell
-        )
-        return loss, total, *gradients
 
 
 def send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
@@ -347,9 +349,13 @@ def send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
     return jax.lax.ppermute(x, AXIS, pairs)
 
 
-def _behind(arriving: Tree, made: jax.Array) -> tuple[Tree, jax.Array]:
+def _behind(arriving: Tree, made: Tree) -> tuple[Tree, Tree]:
     """Both, `arriving` not before `made`: a compiler that takes a conditional for short would wait for it."""
     return jax.lax.optimization_barrier((arriving, made))
+
+
+def _nbytes(tree: Tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _added(total: Tree, more: Tree) -> Tree:
