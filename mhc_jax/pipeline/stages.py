@@ -238,7 +238,12 @@ class Stage:
 
         Args:
           params, state, kept, count: as in `backward`.
+
+        Returns:
+          arrays for `backward`; none where nothing is computed again.
         """
+        if not self.recomputed:
+            return []
         last = self._num_units - 1
         fixed = self._of_unit(last, params), self._of_unit(last, state)
         return self._where_there(
