@@ -8,8 +8,8 @@ Every operation takes `implementation`: None, the best that the platform has, or
 - "xla": plain jnp, the definition. Runs everywhere.
 - "pallas": Pallas kernels for TPUs.
 - "triton": Triton kernels for NVIDIA GPUs, Triton alone.
-- "cuda": `read`, `boundary` and `look_ahead` on NVIDIA GPUs, with their large passes in CUDA C++ and their
-  small kernels in Triton.
+- "cuda": `read`, `boundary`, their forms and `look_ahead` on NVIDIA GPUs, with their large passes in CUDA
+  C++ and their small kernels in Triton.
 
 A named one runs or raises NotImplementedError; it never means another. Names by operation are text, as a
 configuration holds it: "boundary=cuda,sinkhorn=triton"; operations that it leaves out take None. `explain`
@@ -23,6 +23,7 @@ from kernels_pallas.boundary import boundary, read
 from kernels_pallas.coefficients import coefficients
 from kernels_pallas.dispatch import IMPLEMENTATIONS
 from kernels_pallas.explain import explain
+from kernels_pallas.hc import hc_boundary, hc_read
 from kernels_pallas.logits import boundary_logits, read_logits
 from kernels_pallas.look_ahead import look_ahead
 from kernels_pallas.mappings import mappings
@@ -40,6 +41,8 @@ __all__ = [
     "boundary_logits",
     "coefficients",
     "explain",
+    "hc_boundary",
+    "hc_read",
     "look_ahead",
     "mappings",
     "post_res",

@@ -54,6 +54,8 @@ OPS = {
     "read_logits": "logits",
     "boundary_logits": "logits",
     "look_ahead": "look_ahead",
+    "hc_read": "hc",
+    "hc_boundary": "hc",
 }
 
 _log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.boundary import boundary, read
 from kernels_pallas.coefficients import coefficients
+from kernels_pallas.hc import hc_boundary, hc_read
 from kernels_pallas.logits import boundary_logits, read_logits
 from kernels_pallas.look_ahead import look_ahead
 from kernels_pallas.mappings import mappings
@@ -91,7 +92,7 @@ def explain(
         f.__name__: f
         for f in (
             *(projection, coefficients, mappings, sinkhorn, pre, post_res),
-            *(read, boundary, read_logits, boundary_logits, look_ahead),
+            *(read, boundary, read_logits, boundary_logits, look_ahead, hc_read, hc_boundary),
         )
     }
     if op not in functions:
@@ -140,9 +141,12 @@ def _arguments(op, n, C, T, dtype, num_iterations, num_logits, norm):
         "read_logits": (streams, *parameters),
         "boundary_logits": (*update, *parameters),
         "look_ahead": (*update, floats(T, n), *parameters),
+        "hc_read": (streams, floats(2 + n, C), *parameters[1:]),
+        "hc_boundary": (*update, floats(2 + n, C), *parameters[1:]),
     }[op]
     options = {}
     fused = ("read", "boundary", "read_logits", "boundary_logits", "look_ahead")
+    fused += ("hc_read", "hc_boundary")
     if op in ("coefficients", "mappings", *fused):
         options |= {"n": n}
     if op in ("coefficients", "mappings", "sinkhorn", "read", "boundary", "look_ahead"):

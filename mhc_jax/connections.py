@@ -19,12 +19,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 import kernels_pallas as kernels
-from kernels_pallas import placement
 from kernels_pallas.conventions import check_eps
 from kernels_pallas.placement import whole
 from kernels_pallas.precision import wide_dtype
 from kernels_pallas.projection import check_phi_precision
-from kernels_pallas.projection import reference as projection
 from kernels_pallas.shapes import (
     KERNEL_STREAMS,
     check_floating,
@@ -165,10 +163,69 @@ class Residual(Connection):
 
 
 class _WideConnection(Connection):
-    """What HC and mHC share: `post` is the same weighted write."""
+    """What HC and mHC share: the weighted write, and reads by fused operations."""
 
     width: int
     implementation: str | None
+    norm_eps: float
+    phi_precision: str
+    bias: nnx.Param
+    alpha: nnx.Param
+
+    def _operations(self) -> tuple[Callable, Callable]:
+        """Returns the operations of a read, and of a write with the read behind it."""
+        raise NotImplementedError
+
+    def _fixed(self) -> tuple[Any, ...]:
+        """Returns the bias of h_pre, h_post, h_res if they are switched off, None if they are learned."""
+        raise NotImplementedError
+
+    def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
+        return self.read(streams)[1:]
+
+    def read(
+        self, streams: jax.Array, norm: RMSNorm | None = None
+    ) -> tuple[jax.Array, jax.Array, Mappings]:
+        check_width(streams, self.n, self.width)
+        read, _ = self._operations()
+        return self._finish(*read(streams, **self._arguments(norm)))
+
+    def boundary(
+        self, pending: Pending, norm: RMSNorm | None = None
+    ) -> tuple[jax.Array, jax.Array, Mappings]:
+        if pending.layer_output is None:
+            return self.read(pending.streams, norm)
+        streams, layer_output, written = pending
+        check_width(streams, self.n, self.width)
+        _, boundary = self._operations()
+        return self._finish(*boundary(streams, layer_output, *written, **self._arguments(norm)))
+
+    def _finish(self, layer_input, h_post, h_res, streams):
+        return streams, layer_input, Mappings(h_post, report(self, h_res, streams))
+
+    def _arguments(self, norm: RMSNorm | None) -> dict:
+        """Returns what the fused operations need beside the streams."""
+        bias, alpha = self._bias_and_alpha()
+        return {
+            "bias": bias,
+            "alpha": alpha,
+            "n": self.n,
+            "norm_eps": self.norm_eps,
+            "phi_precision": self.phi_precision,
+            "input_norm_weight": None if norm is None else norm.scale[...],
+            "input_norm_eps": None if norm is None else norm.eps,
+            "implementation": self.implementation,
+        }
+
+    def _bias_and_alpha(self) -> tuple[jax.Array, jax.Array]:
+        """Returns both, constants in place of those of a mapping that is switched off."""
+        n, bias, alpha = self.n, self.bias[...], self.alpha[...]
+        for index, fixed in enumerate(self._fixed()):
+            if fixed is not None:
+                end = (index + 1) * n if index < 2 else None
+                bias = bias.at[..., index * n : end].set(fixed)
+                alpha = alpha.at[..., index].set(0.0)
+        return bias, alpha
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
         check_width(streams, self.n, self.width)
@@ -194,7 +251,8 @@ class HyperConnections(_WideConnection):
       width: C.
       n: number of streams, at least 1.
       sublayer_index: position among the attention and FFN sublayers, from 0; may be traced.
-      use_pre, use_post, use_res: whether each mapping is learned (Table 1).
+      use_pre, use_post, use_res: whether each mapping is learned (Table 1). The fused kernels compute a fixed
+        one from a constant bias.
       alpha_init: gating factors at the start, or "auto": 0.1.
       norm_eps: of the RMSNorm.
       phi_precision: "tf32" or "highest", of theta, see `kernels_pallas.projection`.
@@ -234,39 +292,16 @@ class HyperConnections(_WideConnection):
             )
         )
 
-    def _dynamic(self, streams: jax.Array) -> jax.Array:
-        """tanh(theta x~^T) `[..., 2 + n, n]` float32: rows as in theta, a column for each stream."""
-        theta = whole(self.theta[...]).T
-        streams, theta = placement.aligned(projection.forward, streams=streams, phi=theta)
-        # A stream is a token of its own here: one projection of n T rows of C entries, nothing is copied.
-        s, r = kernels.projection(
-            streams.reshape(*streams.shape[:-1], self.n, self.width),
-            theta,
-            norm_eps=self.norm_eps,
-            phi_precision=self.phi_precision,
-            implementation=self.implementation,
-        )
-        return jnp.swapaxes(jnp.tanh(s / r[..., None]), -1, -2)
+    def _operations(self) -> tuple[Callable, Callable]:
+        return kernels.hc_read, kernels.hc_boundary
 
-    def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
-        n, lead = self.n, streams.shape[:-1]
-        check_width(streams, self.n, self.width)
-        dynamic, alpha, bias = self._dynamic(streams), whole(self.alpha[...]), whole(self.bias[...])
-        alpha, bias = alpha.astype(dynamic.dtype), bias.astype(dynamic.dtype)
-        b_pre, b_post, b_res = bias[:n], bias[n : 2 * n], bias[2 * n :].reshape(n, n)
+    def _fixed(self) -> tuple[Any, ...]:
+        used = self.use_pre, self.use_post, self.use_res
+        fixed = 1 / self.n, 1.0, jnp.eye(self.n).reshape(-1)
+        return tuple(None if use else value for use, value in zip(used, fixed))
 
-        def mapping(used, values, gate, static, fixed):
-            if not used:
-                return jnp.broadcast_to(jnp.asarray(fixed, values.dtype), values.shape)
-            return gate * values + jnp.broadcast_to(static, values.shape)
-
-        h_pre = mapping(self.use_pre, dynamic[..., 0, :], alpha[0], b_pre, 1 / n)
-        h_post = mapping(self.use_post, dynamic[..., 1, :], alpha[1], b_post, 1.0)
-        h_res = mapping(self.use_res, dynamic[..., 2:, :], alpha[2], b_res, jnp.eye(n))
-        assert h_res.shape == (*lead, n, n)
-        h_res = report(self, h_res, streams)
-        layer_input = kernels.pre(streams, h_pre, implementation=self.implementation)
-        return layer_input, Mappings(h_post, h_res)
+    def _arguments(self, norm: RMSNorm | None) -> dict:
+        return {"theta": self.theta[...], **super()._arguments(norm)}
 
 
 class ManifoldHyperConnections(_WideConnection):
@@ -368,31 +403,21 @@ class ManifoldHyperConnections(_WideConnection):
         """Whether `kernels.read` makes h_res too: of Birkhoff itself, and where its kernels take n."""
         return type(self.manifold) is Birkhoff and not self.static_res and self.n in KERNEL_STREAMS
 
-    def read(
-        self, streams: jax.Array, norm: RMSNorm | None = None
-    ) -> tuple[jax.Array, jax.Array, Mappings]:
-        check_width(streams, self.n, self.width)
-        op = kernels.read if self._sinkhorn_inside else kernels.read_logits
-        return self._finish(*op(streams, **self._arguments(norm)))
+    def _operations(self) -> tuple[Callable, Callable]:
+        if self._sinkhorn_inside:
+            return kernels.read, kernels.boundary
+        return kernels.read_logits, kernels.boundary_logits
 
-    def boundary(
-        self, pending: Pending, norm: RMSNorm | None = None
-    ) -> tuple[jax.Array, jax.Array, Mappings]:
-        if pending.layer_output is None:
-            return self.read(pending.streams, norm)
-        streams, layer_output, written = pending
-        check_width(streams, self.n, self.width)
-        op = kernels.boundary if self._sinkhorn_inside else kernels.boundary_logits
-        return self._finish(*op(streams, layer_output, *written, **self._arguments(norm)))
-
-    def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
-        return self.read(streams)[1:]
+    def _fixed(self) -> tuple[Any, ...]:
+        # sigmoid(-log(n - 1)) = 1/n, which is 1 (of 40, in float32) for n = 1; 2 sigmoid(0) = 1.
+        pre = -math.log(self.n - 1) if self.n > 1 else 40.0
+        return None if self.use_pre else pre, None if self.use_post else 0.0
 
     def _finish(self, layer_input, h_post, h_res, streams):
         """Projects the logits that stand in place of h_res, if the operation has not done it."""
         if not self._sinkhorn_inside:
             h_res = self._project(h_res, h_post)
-        return streams, layer_input, Mappings(h_post, report(self, h_res, streams))
+        return super()._finish(layer_input, h_post, h_res, streams)
 
     def _project(self, logits: jax.Array, h_post: jax.Array) -> jax.Array:
         n, options = self.n, {}
@@ -406,37 +431,13 @@ class ManifoldHyperConnections(_WideConnection):
         return jnp.zeros_like(h_post)[..., None] + h_res.reshape((1,) * (h_post.ndim - 1) + (n, n))
 
     def _arguments(self, norm: RMSNorm | None) -> dict:
-        """Returns what the fused operations need beside the streams."""
-        bias, alpha = self._bias_and_alpha()
+        found = {"phi": self.phi[...], **super()._arguments(norm), "pre_eps": self.pre_eps}
         if self.static_res:
-            bias = bias[: 2 * self.n]
-        found = {
-            "phi": self.phi[...],
-            "bias": bias,
-            "alpha": alpha,
-            "n": self.n,
-            "pre_eps": self.pre_eps,
-            "norm_eps": self.norm_eps,
-            "phi_precision": self.phi_precision,
-            "input_norm_weight": None if norm is None else norm.scale[...],
-            "input_norm_eps": None if norm is None else norm.eps,
-            "implementation": self.implementation,
-        }
+            found["bias"] = found["bias"][: 2 * self.n]
         if self._sinkhorn_inside:
             found["num_iterations"] = self.manifold.num_iterations
             found["sinkhorn_eps"], found["last"] = self.manifold.eps, self.manifold.last
         return found
-
-    def _bias_and_alpha(self) -> tuple[jax.Array, jax.Array]:
-        """Returns both, constant logits in place of those of a mapping that is switched off."""
-        n, bias, alpha = self.n, self.bias[...], self.alpha[...]
-        # sigmoid(-log(n - 1)) = 1/n, which is 1 (of 40, in float32) for n = 1; 2 sigmoid(0) = 1.
-        fixed_pre = -math.log(n - 1) if n > 1 else 40.0
-        for index, (used, fixed) in enumerate(((self.use_pre, fixed_pre), (self.use_post, 0.0))):
-            if not used:
-                bias = bias.at[..., index * n : (index + 1) * n].set(fixed)
-                alpha = alpha.at[..., index].set(0.0)
-        return bias, alpha
 
 
 @contextlib.contextmanager

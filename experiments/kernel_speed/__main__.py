@@ -40,12 +40,15 @@ SHAPES = (
 BASELINE_SHAPES = SHAPES[:2]  # where xla, Liger-Kernel and torch.compile are measured too
 SUBLAYERS = 5  # the chain from which the cost of one more sublayer is taken
 # Modes of `cases.sublayers` that are timed so, their operation, and their least traffic in C: of boundary
-# that of separate passes, of look-ahead its own, with a norm 2C more in each direction.
+# and hc that of separate passes, of look-ahead its own, with a norm 2C more in each direction.
 CHAINS = (
     ("boundary", "boundary", 45),
     ("boundary+norm", "boundary", 45),
     ("look-ahead", "look_ahead", 25),
     ("look-ahead+norm", "look_ahead", 29),
+    ("hc", "hc_boundary", 45),
+    ("hc+norm", "hc_boundary", 45),
+    ("hc-separate", "pre", 45),
 )
 
 
@@ -111,7 +114,7 @@ def _timed(implementation: str | None, count: int, mode: str, T: int, C: int, co
     from experiments.kernel_speed import measure
     from experiments.kernel_speed.cases import sublayer_inputs, sublayers
 
-    make = functools.partial(sublayer_inputs, count)
+    make = functools.partial(sublayer_inputs, count, mode)
     inputs = measure.inputs_beyond_l2(lambda key: make(key, T, C), 36 * T * C, copies)
     step = functools.partial(sublayers, implementation, count, mode)
     return measure.seconds(step, inputs, copies), measure.temporary_bytes(step, inputs[0])

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 import kernels_pallas as kp
 from kernels_pallas import dispatch
+from kernels_pallas.hc import contract as hc
+from kernels_pallas.hc import gates
 from kernels_pallas.testing.case import structs, values  # in a clone
 
 N = 4
@@ -62,8 +64,8 @@ def sublayers(implementation: str | None, count: int, mode: str, x, g, *paramete
     Args:
       implementation: of the kernels.
       count: of sublayers.
-      mode: "separate", "read", "boundary" or "look-ahead". "boundary+norm" and "look-ahead+norm" have the
-        norm of all layer inputs but the first.
+      mode: "separate", "read", "boundary", "look-ahead", or of Hyper-Connections "hc" and "hc-separate".
+        "boundary+norm", "look-ahead+norm" and "hc+norm" have the norm of all layer inputs but the first.
       x, g, *parameters: of `sublayer_inputs`.
     """
     mode, _, norm = mode.partition("+")
@@ -81,14 +83,20 @@ def sublayers(implementation: str | None, count: int, mode: str, x, g, *paramete
             return x
         if mode == "look-ahead":
             return _look_ahead(x, each, options, norm)
-        u, h_post, h_res, x = kp.read(x, *each[0], **options)
+        if mode == "hc-separate":
+            return _hc_separate(x, each, implementation)
+        read, boundary = kp.read, kp.boundary
+        if mode == "hc":
+            read, boundary = kp.hc_read, kp.hc_boundary
+            del options["num_iterations"]
+        u, h_post, h_res, x = read(x, *each[0], **options)
         for p in each[1:]:
             u = jax.lax.optimization_barrier(u)
-            if mode == "boundary":
-                u, h_post, h_res, x = kp.boundary(x, u, h_post, h_res, *p, **options, **norm)
+            if mode in ("boundary", "hc"):
+                u, h_post, h_res, x = boundary(x, u, h_post, h_res, *p, **options, **norm)
             else:
                 x = kp.post_res(x, u, h_post, h_res, implementation=implementation)
-                u, h_post, h_res, x = kp.read(x, *p, **options)
+                u, h_post, h_res, x = read(x, *p, **options)
         u = jax.lax.optimization_barrier(u)
         return kp.post_res(x, u, h_post, h_res, implementation=implementation)
 
@@ -110,9 +118,22 @@ def _look_ahead(x, each, options, norm):
     return kp.post_res(x, u, h_post, h_res, implementation=implementation)
 
 
-def sublayer_inputs(count: int, key: jax.Array, T: int, C: int) -> tuple:
-    """Returns x, g, and phi, bias, alpha of each sublayer."""
-    return _inputs("x x" + " phi bias alpha" * count, key, T, C)
+def _hc_separate(x, each, implementation):
+    """Returns the streams of `sublayers` with Hyper-Connections from one kernel an operation."""
+    for theta, bias, alpha in each:
+        rows = x.reshape(*x.shape[:-1], N, -1)
+        s, r = kp.projection(rows, theta.T, implementation=implementation)
+        h_pre, h_post, h_res = gates.forward(s, r, hc.Parameters(theta, bias, alpha, None), n=N)
+        u = kp.pre(x, h_pre, implementation=implementation)
+        u = jax.lax.optimization_barrier(u)
+        x = kp.post_res(x, u, h_post, h_res, implementation=implementation)
+    return x
+
+
+def sublayer_inputs(count: int, mode: str, key: jax.Array, T: int, C: int) -> tuple:
+    """Returns x, g, and phi (theta of Hyper-Connections), bias, alpha of each sublayer."""
+    phi = "theta" if mode.startswith("hc") else "phi"
+    return _inputs("x x" + f" {phi} bias alpha" * count, key, T, C)
 
 
 CASES = (

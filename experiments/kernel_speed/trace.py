@@ -20,6 +20,7 @@ PROGRAMS = (
     ("boundary", 3),
     ("look-ahead", 3),
     ("look-ahead+norm", 3),
+    ("hc", 3),
 )  # mode and sublayers
 
 
@@ -44,7 +45,7 @@ def run(shapes: tuple[tuple[int, int], ...]) -> list[dict]:
     torch.zeros(1, device="cuda")  # the profiler needs torch's context
     for T, C in shapes:
         for mode, count in PROGRAMS:
-            args = sublayer_inputs(count, jax.random.key(0), T, C)
+            args = sublayer_inputs(count, mode, jax.random.key(0), T, C)
             events = _kernels(jax.jit(functools.partial(sublayers, None, count, mode)), args)
             start, end = events[0].time_range.start, events[-1].time_range.end
             print(f"T {T} C {C}: {count} sublayer(s), {mode}, {end - start:.1f} us")

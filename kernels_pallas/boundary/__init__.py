@@ -5,14 +5,12 @@ the sublayer before (F_post,res), then `read`. A model that carries the pending 
 output, mappings) through a scan calls `read` once and `boundary` from then on.
 """
 
-import functools
-
 import jax
 
 from kernels_pallas import conventions, placement
 from kernels_pallas.boundary import reference
 from kernels_pallas.boundary.contract import Parameters, ReadStatic, Update
-from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.boundary.differentiable import reading, writing
 from kernels_pallas.pre import check_norm
 from kernels_pallas.precision import wide_dtype
 from kernels_pallas.projection import rounded
@@ -26,45 +24,8 @@ from kernels_pallas.shapes import (
 )
 from kernels_pallas.sinkhorn import check_sinkhorn
 
-
-@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
-def _read(streams, parameters, static, implementation):
-    return _read_forward(streams, parameters, static, implementation)[0]
-
-
-def _read_forward(streams, parameters, static, implementation):
-    out, saved = run(
-        "read", reference.read_forward, implementation, streams, parameters, static=static
-    )
-    return (out, streams), (streams, parameters, saved)
-
-
-def _read_backward(static, implementation, residuals, cotangents):
-    args = *residuals, *cotangents
-    return run("read", reference.read_backward, implementation, *args, static=static)
-
-
-_read.defvjp(_read_forward, _read_backward)
-
-
-@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
-def _boundary(update, parameters, static, implementation):
-    return _boundary_forward(update, parameters, static, implementation)[0]
-
-
-def _boundary_forward(update, parameters, static, implementation):
-    new_streams, out, saved = run(
-        "boundary", reference.forward, implementation, update, parameters, static=static
-    )
-    return (out, new_streams), (update, new_streams, parameters, saved)
-
-
-def _boundary_backward(static, implementation, residuals, cotangents):
-    args = *residuals, *cotangents
-    return run("boundary", reference.backward, implementation, *args, static=static)
-
-
-_boundary.defvjp(_boundary_forward, _boundary_backward)
+_read = reading("read", reference)
+_boundary = writing("boundary", reference)
 
 
 def check_parameters(
@@ -73,20 +34,24 @@ def check_parameters(
     """Returns parameters and static arguments as the backends take them; raises as `read` does."""
     check_floating(phi=parameters.phi)
     check_phi(streams, parameters.phi, num_columns(static.n))
-    parameters = cast_parameters(streams, width, parameters, phi_precision, static)
+    columns = num_columns(static.n)
+    parameters = cast_parameters(streams, width, parameters, columns, phi_precision, static)
     sinkhorn_eps = check_sinkhorn(static.num_iterations, "sinkhorn_eps", static.sinkhorn_eps, last)
     pre_eps = conventions.check_eps("pre_eps", static.pre_eps)
     return parameters, static._replace(sinkhorn_eps=sinkhorn_eps, pre_eps=pre_eps)
 
 
-def cast_parameters(streams, width, parameters, phi_precision, static) -> Parameters:
-    """Checks the parameters beside phi's columns, and casts them to what the backends take."""
+def cast_parameters(streams, width, parameters, columns, phi_precision, static):
+    """Checks the parameters but phi's shape, and casts them to what the backends take.
+
+    `columns` are those of the bias. Of Hyper-Connections, theta is in the place of phi.
+    """
     phi, bias, alpha, weight = parameters
-    check_floating(phi=phi, bias=bias, alpha=alpha)
-    check_shape("bias", bias, (phi.shape[1],))
+    check_floating(bias=bias, alpha=alpha)
+    check_shape("bias", bias, (columns,))
     check_shape("alpha", alpha, (3,))
     dtype = wide_dtype(streams.dtype)
-    return Parameters(
+    return type(parameters)(
         rounded(streams, phi.astype(dtype), phi_precision),
         bias.astype(dtype),
         alpha.astype(dtype),

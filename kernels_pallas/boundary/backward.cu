@@ -21,7 +21,11 @@
 //
 //   u = h_pre x' (rounded),   d <- inverse w d - kappa_n u,   dw = inverse d u
 //
-// Constants: C; MIX, LOOK_AHEAD, NORM (0 or 1); TERMS, the bfloat16 numbers that stand for one number of t in the sums
+// With HC (Hyper-Connections) each stream has its own projection and norm, and all have the same theta [6, C]:
+// t_j = g_j + h_pre_j d + ds_j theta + kappa_j x'_j with ds [4, 8] a token (two columns of zeros) and
+// dtheta = sum_j ds_j^T x'_j. A stream then needs one product where mHC's phi needs three, and dtheta 4 registers.
+//
+// Constants: C; MIX, LOOK_AHEAD, NORM, HC (0 or 1; HC has no LOOK_AHEAD); TERMS, the bfloat16 numbers that stand for one number of t in the sums
 // of dh_res and dh_post. With 2, high + low, they agree with the definition to 2^-17 (errors of 2e-6). With 1, t is
 // rounded and x' in kappa x' is not (but for NORM): errors of 2e-3 in dh_res and dh_post and of 1e-6 in dx and dy, but
 // 70 instructions and one barrier a tile fewer. Launches of few tokens have two (cuda_launches.py).
@@ -29,6 +33,10 @@
 
 #if LOOK_AHEAD
 #define KERNEL mhc_look_ahead_backward
+#elif HC && MIX
+#define KERNEL mhc_hc_boundary_backward
+#elif HC
+#define KERNEL mhc_hc_read_backward
 #elif MIX
 #define KERNEL mhc_boundary_backward
 #else
@@ -38,6 +46,8 @@
 namespace {
 
 constexpr int K = N * C;
+constexpr int OF_DS = HC ? N : 3;             // pieces of 8 columns that ds has
+constexpr int DPHI = HC ? 1 : 2 * OF_DS;      // products that a warp sums for dphi or dtheta
 constexpr int SUMS = N * N + N + LOOK_AHEAD * N;  // of a token: dh_res, dh_post, dh_pre
 constexpr int STAGES = 3;                     // tiles in shared memory: filled, computed in, written out
 
@@ -49,14 +59,14 @@ constexpr int STAGES = 3;                     // tiles in shared memory: filled,
 constexpr int STREAMS = N * TOKENS * PITCH;
 constexpr int X = 0, G = STREAMS, Y = 2 * STREAMS, D = Y + TOKENS * PITCH, STAGE = D + TOKENS * PITCH;
 // Data of tokens: ds in the order of the lanes for both products, h_res 80 bytes apart, h_post, h_pre, kappa.
-constexpr int DS = 0, DS_PAIRS = DS + TOKENS * M * 4;
-constexpr int RES = DS_PAIRS + TOKENS * M * 4, RES_PITCH = 80;
+constexpr int DS_BYTES = TOKENS * 8 * OF_DS * 4;
+constexpr int DS = 0, DS_PAIRS = DS + DS_BYTES, RES = DS_PAIRS + DS_BYTES, RES_PITCH = 80;
 constexpr int POST = RES + TOKENS * RES_PITCH, PRE = POST + TOKENS * 16, KAPPA = PRE + TOKENS * 16;
-constexpr int INVERSE = KAPPA + TOKENS * 4;   // NORM: inverse, kappa_n, two unused
+constexpr int INVERSE = KAPPA + TOKENS * (HC ? 16 : 4);  // NORM: inverse, kappa_n, two unused
 constexpr int OWN = INVERSE + NORM * TOKENS * 16;
-// Shared memory holds the rows of STAGES tiles, the token data of two, phi (6 float4 a thread) and, if MIX, t in
-// bfloat16, laid out as x: of two tiles in turn, or (TERMS 2) high and low terms of one.
-constexpr int OWNS = STAGES * STAGE, PHI = OWNS + 2 * OWN, TOTAL = PHI + 6 * 16 * THREADS;
+// Shared memory holds the rows of STAGES tiles, the token data of two, phi (6 float4 a thread; HC: a float2) and, if
+// MIX, t in bfloat16, laid out as x: of two tiles in turn, or (TERMS 2) high and low terms of one.
+constexpr int OWNS = STAGES * STAGE, PHI = OWNS + 2 * OWN, TOTAL = PHI + (HC ? 8 : 6 * 16) * THREADS;
 static_assert(SHARED_BYTES == TOTAL + MIX * 2 * STREAMS, "cuda_launches.py counts otherwise");
 static_assert(SUMS == TOKEN_SUMS, "cuda_launches.py counts otherwise");
 
@@ -94,6 +104,14 @@ struct Coefficients {
   int stride, to, token;
 
   __device__ __forceinline__ Coefficients(const Arrays& a, u32 thread) : token(thread % TOKENS) {
+#if HC
+    constexpr u32 HALF = DS_BYTES / 16;
+    static_assert(2 * HALF == THREADS, "load_tile has what is left");
+    const u32 at = thread % HALF * 16;
+    from = (thread < HALF ? reinterpret_cast<const unsigned char*>(a.ds)
+                          : reinterpret_cast<const unsigned char*>(a.ds_pairs)) + at;
+    stride = DS_BYTES, to = (thread < HALF ? DS : DS_PAIRS) + at, token = 0;
+#else
     const u32 part = thread / TOKENS, t = thread % TOKENS;
     const void* array = a.kappa;
     u32 at = t * 4;
@@ -114,6 +132,7 @@ struct Coefficients {
       stride = 0;
     }
     from = static_cast<const unsigned char*>(array) + at;
+#endif
   }
 };
 
@@ -137,6 +156,11 @@ __device__ __forceinline__ void load_tile(unsigned char* stage, unsigned char* o
   if (MIX && threadIdx.x < 4 * TOKENS) {
     const int t = threadIdx.x / 4, part = threadIdx.x % 4;
     copy_async_16(own + RES + t * RES_PITCH + part * 16, chunk(a.res, (first + t) * N + part), first + t < T);
+  }
+  if (HC && threadIdx.x >= 4 * TOKENS && threadIdx.x < 7 * TOKENS) {
+    const int t = threadIdx.x % TOKENS, part = threadIdx.x / TOKENS - 4;
+    const float* array = part == 0 ? a.post : part == 1 ? a.pre : a.kappa;
+    copy_async_16(own + POST + (part * TOKENS + t) * 16, chunk(array, first + t), first + t < T);
   }
 }
 
@@ -216,28 +240,41 @@ __device__ __forceinline__ void store_pre(const unsigned char* stage, float* sum
   if (place < N && token < tokens) sums[(first_row + token) * SUMS + N * N + N + 2 * odd + upper] = total;
 }
 
+// kappa of a token, which has one, or (HC) one a stream.
+__device__ __forceinline__ float of_stream(float kappa, int) { return kappa; }
+__device__ __forceinline__ float of_stream(const float4& kappa, int i) { return at(kappa, i); }
+
 __device__ __forceinline__ float4 load4(const unsigned char* p) { return *reinterpret_cast<const float4*>(p); }
 
 // dphi += x'^T ds: two streams' columns as rows, the tokens as inner index. `across` is x' with tokens along words:
 // column g, tokens 2q, 2q + 1 (and + 8).
-__device__ __forceinline__ void add_dphi(float (&dphi)[2][3][4], const u32 (&across)[N][2], const unsigned char* own,
+// With HC dtheta += ds_j^T x'_j for every stream: high terms of ds in rows 0-7, low ones in rows 8-15.
+__device__ __forceinline__ void add_dphi(float (&dphi)[DPHI][4], const u32 (&across)[N][2], const unsigned char* own,
                                          int lane, int tokens) {
   const int q = lane % 4;
+  float part[4] = {};  // HC: tensor cores truncate when they accumulate, so a tile's sum is added in float32
 #pragma unroll
-  for (int s = 0; s < 3; ++s) {
+  for (int s = 0; s < OF_DS; ++s) {
     uint4 b = *reinterpret_cast<const uint4*>(own + DS_PAIRS + (s * 32 + lane) * 16);  // high, low; high, low
     if (tokens < TOKENS) {  // ds of tokens beyond T was never written: zero it (t's rows of them are not stored)
       const u32 mask[2] = {2 * q < tokens ? 2 * q + 1 < tokens ? 0xffffffffu : 0xffffu : 0u,
                            2 * q + 8 < tokens ? 2 * q + 9 < tokens ? 0xffffffffu : 0xffffu : 0u};
       b.x &= mask[0], b.y &= mask[0], b.z &= mask[1], b.w &= mask[1];
     }
+#if HC
+    const u32 a[4] = {b.x, b.y, b.z, b.w};
+    multiply_bf16(part, a, across[s][0], across[s][1]);
+#else
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       const u32 a[4] = {across[2 * pair][0], across[2 * pair + 1][0], across[2 * pair][1], across[2 * pair + 1][1]};
-      multiply_bf16(dphi[pair][s], a, b.x, b.z);
-      multiply_bf16(dphi[pair][s], a, b.y, b.w);
+      multiply_bf16(dphi[pair * OF_DS + s], a, b.x, b.z);
+      multiply_bf16(dphi[pair * OF_DS + s], a, b.y, b.w);
     }
+#endif
   }
+#pragma unroll
+  for (int k = 0; HC && k < 4; ++k) dphi[0][k] += part[k];
 }
 
 // Goes back through the norm of u = h_pre x: d of tokens g, g + 8, also as two bfloat16 terms, and the lane's part of
@@ -264,7 +301,7 @@ __device__ __forceinline__ void norm_backward(float (&d)[4], float2& dw, u32 (&t
 
 // LOOK_AHEAD: everything that comes from x' alone. t = h_pre d + kappa x', parts of dh_pre in place of d, dphi, dw.
 // `terms` is d as it was loaded.
-__device__ __forceinline__ void compute_known(float (&t)[N][4], float (&dphi)[2][3][4], float2& dw, const float (&x)[N][4],
+__device__ __forceinline__ void compute_known(float (&t)[N][4], float (&dphi)[DPHI][4], float2& dw, const float (&x)[N][4],
                                               const float (&y)[4], float (&d)[4], u32 (&terms)[2][2],
                                               unsigned char* single, const unsigned char* own, const float2& weight,
                                               int lane, int tokens) {
@@ -313,7 +350,7 @@ __device__ __forceinline__ void compute_known(float (&t)[N][4], float (&dphi)[2]
 
 // `dy_out` and (NORM) the weights of the lane's two columns and their sums dw belong to LOOK_AHEAD.
 __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigned char* own, unsigned char* total,
-                                             const float4* phi, float (&dphi)[2][3][4], const float2& weight,
+                                             const unsigned char* phi, float (&dphi)[DPHI][4], const float2& weight,
                                              float2& dw, u32* dy_out, int warp, int lane, int tokens) {
   const int g = lane / 4, q = lane % 4;
   // The lane's row for load_matrices and store_matrices. The matrix gives the half of the tokens and one of two
@@ -353,18 +390,27 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 
   // t += ds phi^T. Element k of a product's inner index is column 8 s + 2 k for k < 4, else 8 s + 2 (k - 4) + 1.
 #pragma unroll
-  for (int s = 0; s < 3; ++s) {
+  for (int s = 0; s < OF_DS; ++s) {
     const float4 a = load4(own + DS + (s * 32 + lane) * 16);
+#if HC
+    const float2 p = *reinterpret_cast<const float2*>(phi);
+    multiply_tf32(t[s], a.x, a.y, a.z, a.w, p.x, p.y);
+#else
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
-      const float4 p = phi[(s * 2 + i / 2) * THREADS];
+      const float4 p = reinterpret_cast<const float4*>(phi)[(s * 2 + i / 2) * THREADS];
       multiply_tf32(t[i], a.x, a.y, a.z, a.w, p.x, p.y);
       multiply_tf32(t[i + 1], a.x, a.y, a.z, a.w, p.z, p.w);
     }
+#endif
   }
 
+#if HC
+  const float4 kappa0 = load4(own + KAPPA + g * 16), kappa1 = load4(own + KAPPA + (g + 8) * 16);
+#else
   const float* kappa = reinterpret_cast<const float*>(own + KAPPA);
   const float kappa0 = kappa[g], kappa1 = kappa[g + 8];
+#endif
   const float4 pre0 = load4(own + PRE + g * 16), pre1 = load4(own + PRE + (g + 8) * 16);
   float4 post0, post1;
   float dx[N][4] = {}, dy[4] = {};
@@ -389,7 +435,7 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         t[i][k] = fmaf(at(k < 2 ? pre0 : pre1, i), d[k], t[i][k]);
-        t[i][k] = fmaf(k < 2 ? kappa0 : kappa1, mixed[k], t[i][k]);
+        t[i][k] = fmaf(of_stream(k < 2 ? kappa0 : kappa1, i), mixed[k], t[i][k]);
       }
       across[i][0] = transpose(rounded[0]);
       across[i][1] = transpose(rounded[1]);
@@ -445,6 +491,7 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 // Grid (C / 64, splits): program (slab, split) walks over tiles split, split + splits, ...
 // x, g, dx [T, 4 C]; y, d, dy [T, C]; post, pre [T, 4]; res [T, 16]; phi [4 C, 24]; ds [tiles, 3, 32, 4] and
 // ds_pairs [tiles, 3, 32, 8] as the lanes want them; kappa [T]; sums [C / 64, T, 20 or 24]; dphi [splits, 4 C, 24].
+// HC: phi is theta [6, C], dphi [splits, 6, C], kappa [T, 4], and ds has 4 in place of 3.
 // LOOK_AHEAD, read if NORM: inverse and kappa_n [T, 4], weight [C], dw [splits, C].
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     KERNEL(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* g, const bf16* d,
@@ -468,15 +515,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   if (first < T) load_tile(shared, shared + OWNS, a, share, coefficients, first, T);
   copy_async_commit();
   // phi as the right operand of ds phi^T, in a place that this thread alone uses.
-  float4* own_phi = reinterpret_cast<float4*>(shared + PHI) + thread;
+  unsigned char* own_phi = shared + PHI + thread * (HC ? 8 : 16);
   const u32 column = slab * COLUMNS + warp * 8 + thread % 32 / 4;
+#if HC
+  const float* row = phi + thread % 4 * 2 * C + column;  // two of theta's rows, of which there are 6
+  *reinterpret_cast<float2*>(own_phi) = thread % 4 < 3 ? make_float2(row[0], row[C]) : make_float2(0, 0);
+#else
   for (int s = 0; s < 3; ++s) {
     for (int i = 0; i < N; i += 2) {
       const float* row = phi + (static_cast<long long>(i) * C + column) * M + 8 * s + thread % 4 * 2;
-      own_phi[(s * 2 + i / 2) * THREADS] = make_float4(row[0], row[1], row[C * M], row[C * M + 1]);
+      reinterpret_cast<float4*>(own_phi)[(s * 2 + i / 2) * THREADS] = make_float4(row[0], row[1], row[C * M], row[C * M + 1]);
     }
   }
-  float dphi[2][3][4] = {};
+#endif
+  float dphi[DPHI][4] = {};
   const int own_column = slab * COLUMNS + warp * 8 + lane % 4 * 2;  // the lane's first column in y, d, dy
   float2 weight = {}, dw = {};
   if (NORM) weight = *reinterpret_cast<const float2*>(weights + own_column);
@@ -514,16 +566,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     parity ^= 1;
   }
 
+#if HC
+  if (lane < 6 * 4)
+    *reinterpret_cast<float2*>(dphi_out + (static_cast<long long>(split) * 6 + lane / 4) * C + own_column) =
+        make_float2(dphi[0][0] + dphi[0][2], dphi[0][1] + dphi[0][3]);
+#else
   float* out = dphi_out + static_cast<long long>(split) * K * M;
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
 #pragma unroll
     for (int s = 0; s < 3; ++s) {
+      const float* sum = dphi[pair * OF_DS + s];
       float* row = out + (static_cast<long long>(2 * pair) * C + column) * M + 8 * s + thread % 4 * 2;
-      *reinterpret_cast<float2*>(row) = make_float2(dphi[pair][s][0], dphi[pair][s][1]);
-      *reinterpret_cast<float2*>(row + C * M) = make_float2(dphi[pair][s][2], dphi[pair][s][3]);
+      *reinterpret_cast<float2*>(row) = make_float2(sum[0], sum[1]);
+      *reinterpret_cast<float2*>(row + C * M) = make_float2(sum[2], sum[3]);
     }
   }
+#endif
   if (NORM) {
 #pragma unroll
     for (int bit = 4; bit < 32; bit *= 2) {

@@ -27,21 +27,30 @@ _PARTS = 28  # numbers of a token in forward.cu's result: s, the sum of squares,
 # Up to `FEW_TOKENS` that is nothing: the four tiles go to programs of their own, which have no next tile.
 TERMS = 1
 FEW_TOKENS = 64
-# Two tiles of x and y for each of eight warps, and two of phi (forward.cu).
-FORWARD_BYTES = 2 * _WARPS * 5 * _TOKENS * 2 * _COLUMNS + 2 * 4 * _COLUMNS * 24 * 4
+_HC_PARTS = 32  # the same with one norm a stream: 6 of s, a sum of squares and 1 unused of each
 
 
-def _shared_bytes(mix: bool, norm: bool = False) -> int:
+def _forward_bytes(hc: bool) -> int:
+    """Adds up the layout of forward.cu: two tiles of x and y for each of eight warps, and two of phi."""
+    phi = _COLUMNS // 8 * 32 * (8 if hc else 6 * 16)
+    return 2 * _WARPS * 5 * _TOKENS * 2 * _COLUMNS + 2 * phi
+
+
+def _shared_bytes(mix: bool, norm: bool = False, hc: bool = False) -> int:
     """Adds up the layout of backward.cu: rows of three tiles, token data of two, phi, t of two tiles."""
     rows = 10 * _TOKENS * 2 * _COLUMNS
-    own = _TOKENS * (2 * 24 * 4 + 80 + 2 * 16 + 4 + 16 * norm)
-    phi = 24 * 4 * 256
+    ds, kappa = (32, 16) if hc else (24, 4)
+    own = _TOKENS * (2 * ds * 4 + 80 + 2 * 16 + kappa + 16 * norm)
+    phi = (8 if hc else 24 * 4) * 256
     total = 4 * _TOKENS * 2 * _COLUMNS
     return 3 * rows + 2 * own + phi + mix * 2 * total
 
 
+FORWARD_BYTES = _forward_bytes(hc=False)
+HC_FORWARD_BYTES = _forward_bytes(hc=True)
 BACKWARD_BYTES = _shared_bytes(mix=True)
 LOOK_AHEAD_BYTES = _shared_bytes(mix=True, norm=True)
+HC_BACKWARD_BYTES = _shared_bytes(mix=True, hc=True)
 
 
 def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
@@ -50,7 +59,7 @@ def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
     Args:
       streams: of one device, by shape and dtype. The kernels index pieces of 16 bytes with signed 32 bits.
       n: number of streams.
-      shared_bytes: `FORWARD_BYTES` or `BACKWARD_BYTES`.
+      shared_bytes: `FORWARD_BYTES`, `BACKWARD_BYTES` or another of these.
     """
     T, C = num_tokens(streams.shape[:-1]), streams.shape[-1] // n
     if n != 4:
@@ -78,6 +87,7 @@ def backward_launch(
     terms: int | None = None,
     look_ahead: bool = False,
     norm: bool = False,
+    hc: bool = False,
 ) -> CudaLaunch:
     """Makes the launch of backward.cu.
 
@@ -90,13 +100,16 @@ def backward_launch(
 
     With `look_ahead` (and `mix`) inverse and kappa_n [T, 4] and the weight [C] follow the fragments; they are
     read with `norm`. The sums have dh_pre too [C / 64, T, 24], and there are partial sums of dw [splits, C].
+
+    With `hc` (Hyper-Connections) phi is theta [6, C], the fragments are those of `kernels_pallas.hc`, and the
+    last output has partial sums of dtheta [splits, 6, C].
     """
     slabs = C // _COLUMNS
     splits = _splits(slabs, cdiv(T, _TOKENS))
     if terms is None:
         terms = 2 if T <= FEW_TOKENS else TERMS
     token_sums = _TOKEN_SUMS + 4 * look_ahead
-    kernel = "mhc_boundary_backward" if mix else "mhc_read_backward"
+    kernel = f"mhc_{'hc_' * hc}{'boundary' if mix else 'read'}_backward"
     return CudaLaunch(
         kernel="mhc_look_ahead_backward" if look_ahead else kernel,
         source="boundary/backward.cu",
@@ -105,19 +118,20 @@ def backward_launch(
             struct((T, 4 * C), jnp.bfloat16),
             struct((T, C) if mix else (1,), jnp.bfloat16),
             struct((slabs, T, token_sums) if mix else (1,)),
-            struct((splits, 4 * C, 24)),
+            struct((splits, 6, C) if hc else (splits, 4 * C, 24)),
             *((struct((splits, C) if norm else (1,)),) if look_ahead else ()),
         ),
         constants={
             "MIX": int(mix),
             "LOOK_AHEAD": int(look_ahead),
             "NORM": int(norm),
+            "HC": int(hc),
             "TERMS": terms,
             "TOKEN_SUMS": token_sums,
             **_sizes(C),
         },
         num_warps=_WARPS,
-        shared_bytes=_shared_bytes(mix, norm),
+        shared_bytes=_shared_bytes(mix, norm, hc),
     )
 
 
@@ -128,6 +142,8 @@ def boundary_backward(
     h_pre: jax.Array,
     phi: jax.Array,
     fragments: Fragments,
+    *,
+    hc: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Runs backward.cu with the write; T > 0.
 
@@ -136,12 +152,13 @@ def boundary_backward(
       g, d: cotangents of the new streams and of the weighted sum.
       h_pre, phi: of the read.
       fragments: of `coefficients.triton.backward_to_fragments`.
+      hc: of Hyper-Connections, see `backward_launch`.
 
     Returns:
       dx [T, 4C], dy [T, C], partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
     """
     T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
-    return backward_launch(T, C, mix=True)(*update, g, d, h_pre, phi, *fragments, T)
+    return backward_launch(T, C, mix=True, hc=hc)(*update, g, d, h_pre, phi, *fragments, T)
 
 
 def read_backward(
@@ -151,41 +168,46 @@ def read_backward(
     h_pre: jax.Array,
     phi: jax.Array,
     fragments: Fragments,
+    *,
+    hc: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs backward.cu without the write: dx [T, 4C], partial sums of dphi; arguments as above, T > 0."""
     T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
     not_read = d, h_pre, h_pre  # in place of y, h_post, h_res
-    launch = backward_launch(T, C, mix=False)
+    launch = backward_launch(T, C, mix=False, hc=hc)
     dx, _, _, dphi = launch(streams, *not_read, g, d, h_pre, phi, *fragments, T)
     return dx, dphi
 
 
-def forward_launch(T: int, C: int, *, look_ahead: bool = False) -> CudaLaunch:
+def forward_launch(T: int, C: int, *, look_ahead: bool = False, hc: bool = False) -> CudaLaunch:
     """Makes the launch of forward.cu.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], `phi_fragments`, T. Outputs: x', partial
     sums of s and (column 24) of the squares of x' [splits, T, 28].
 
-    With `look_ahead` h_pre [T, 4] follows h_res, and u [T, C] follows x'.
+    With `look_ahead` h_pre [T, 4] follows h_res, and u [T, C] follows x'. With `hc` (Hyper-Connections) it
+    takes `theta_fragments`, and the partial sums are [splits, T, 32]: s, then the squares of each stream.
     """
+    parts = _HC_PARTS if hc else _PARTS
     splits = _forward_splits(C // _COLUMNS, cdiv(T, _WARPS * _TOKENS))
     return CudaLaunch(
-        kernel="mhc_look_ahead_forward" if look_ahead else "mhc_boundary_forward",
+        kernel=f"mhc_{'look_ahead' if look_ahead else 'hc_' * hc + 'boundary'}_forward",
         source="boundary/forward.cu",
         grid=(min(multiprocessors(), cdiv(T, _WARPS * _TOKENS) * splits),),
         outputs=(
             struct((T, 4 * C), jnp.bfloat16),
             *((struct((T, C), jnp.bfloat16),) if look_ahead else ()),
-            struct((splits, T, _PARTS)),
+            struct((splits, T, parts)),
         ),
         constants={
             "SPLITS": splits,
-            "PARTS": _PARTS,
+            "PARTS": parts,
             "LOOK_AHEAD": int(look_ahead),
+            "HC": int(hc),
             **_sizes(C),
         },
         num_warps=_WARPS,
-        shared_bytes=FORWARD_BYTES,
+        shared_bytes=_forward_bytes(hc),
     )
 
 
@@ -199,6 +221,18 @@ def phi_fragments(phi: jax.Array) -> jax.Array:
     # term, pair of streams, stream, 64 columns, 8 of them, q, one of two; 8 columns of phi, g
     terms = jnp.stack(split_bf16(phi)).reshape(2, 2, 2, -1, 8, 4, 2, 3, 8)
     return terms.transpose(3, 4, 1, 7, 8, 5, 0, 2, 6).reshape(-1, 8, 2, 3, 32, 8)
+
+
+def theta_fragments(theta: jax.Array) -> jax.Array:
+    """Lays out theta [6, C] as forward.cu reads it with HC: exact bfloat16 terms [C / 64, 8, 32, 4].
+
+    It is ordered by 64 columns, 8 of them, and lane 4 g + q: of row g (two rows of zeros are added) the high
+    terms of columns 2q, 2q + 1, then the low ones.
+    """
+    terms = jnp.stack(split_bf16(jnp.pad(theta, ((0, 2), (0, 0)))))
+    # term, g, 8 columns, q, one of two
+    terms = terms.reshape(2, 8, -1, 4, 2)
+    return terms.transpose(2, 1, 3, 0, 4).reshape(-1, 8, 32, 4)
 
 
 def _forward_splits(steps: int, tiles: int) -> int:

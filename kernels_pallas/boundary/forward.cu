@@ -13,7 +13,11 @@
 // With LOOK_AHEAD the layer input u = h_pre x' is part of the pass, because h_pre is known before: it takes the place
 // of y in shared memory and in memory costs C more.
 //
-// Constants: C, SPLITS (divides C / 64), LOOK_AHEAD (0 or 1).
+// With HC (Hyper-Connections) each stream has its own projection and norm, and all have the same theta [6, C]:
+// s[j] = x'_j theta^T and the sum of squares of x'_j. One product a stream is enough: x'_j stands in it twice, once for
+// the high terms of theta and once for the low ones.
+//
+// Constants: C, SPLITS (divides C / 64), LOOK_AHEAD, HC (0 or 1, not both).
 #include "boundary/tile.cuh"
 
 namespace {
@@ -23,8 +27,16 @@ constexpr int STEPS = C / COLUMNS / SPLITS;   // of a tile
 // A warp's tile in shared memory: rows of x (then x') by stream and token, then y (then u). The 16-byte chunks of
 // a row are permuted, chunk c to place c ^ key, so that 8 tokens of a stream do not meet in one bank.
 constexpr int STREAM = TOKENS * PITCH, Y = N * STREAM, TILE = Y + STREAM;
-constexpr int PHI = 2 * WARPS * TILE;         // by 8 columns, two streams, 8 of s and lane: 16 bytes
+constexpr int PHI = 2 * WARPS * TILE;         // by 8 columns, two streams, 8 of s and lane: 16 bytes (HC: by 8 columns and lane)
+#if HC
+typedef uint2 Phi;                            // of a lane
+constexpr int PHI_TILE = COLUMNS / 8 * 32 * 8;
+#else
+typedef uint4 Phi;
 constexpr int PHI_TILE = COLUMNS * N * M * 4;
+#endif
+// Tiles of 8 columns of s, and products whose diagonals are sums of squares.
+constexpr int OF_S = HC ? N : 3, OF_SQUARES = HC ? N : 2;
 static_assert(SHARED_BYTES == PHI + 2 * PHI_TILE, "cuda_launches.py counts otherwise");
 
 __device__ __forceinline__ int key(int token) { return token % 8; }
@@ -55,8 +67,9 @@ __device__ __forceinline__ void load_step(unsigned char* tile, unsigned char* ph
     copy_async_16(to + Y, chunk(y, row * (C / 8) + at.column + lane % 8), inside);
   }
 #pragma unroll
-  for (int k = 0; k < PHI_TILE / 16 / THREADS; ++k) {
+  for (int k = 0; k < (PHI_TILE / 16 + THREADS - 1) / THREADS; ++k) {
     const u32 part = k * THREADS + threadIdx.x;
+    if (HC && part >= PHI_TILE / 16) continue;  // whole warps
     copy_async_16(phi_tile + part * 16, chunk(phi, at.column / 8 * (PHI_TILE / 16) + part), true);
   }
 }
@@ -83,19 +96,26 @@ struct Mappings {
 };
 
 // The sums of a warp over the columns: s, and x' x'^T of tokens 0-7 and 8-15. Only the diagonal of x' x'^T is used.
+// With HC both are those of each stream; its products x'_j x'_j^T have tokens 0-7 above tokens 8-15.
 struct Sums {
-  float s[3][4], squares[2][4];
+  float s[OF_S][4], squares[OF_SQUARES][4];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) s[0][k] = s[1][k] = s[2][k] = squares[0][k] = squares[1][k] = 0;
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int m = 0; m < OF_S; ++m) s[m][k] = 0;
+#pragma unroll
+      for (int m = 0; m < OF_SQUARES; ++m) squares[m][k] = 0;
+    }
   }
   __device__ __forceinline__ void add(const Sums& other) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
 #pragma unroll
-      for (int m = 0; m < 3; ++m) s[m][k] += other.s[m][k];
-      squares[0][k] += other.squares[0][k], squares[1][k] += other.squares[1][k];
+      for (int m = 0; m < OF_S; ++m) s[m][k] += other.s[m][k];
+#pragma unroll
+      for (int m = 0; m < OF_SQUARES; ++m) squares[m][k] += other.squares[m][k];
     }
   }
   __device__ __forceinline__ void store(float* parts, int first, int lane, int T) const {
@@ -105,15 +125,18 @@ struct Sums {
       if (first + half * 8 + g >= T) continue;
       float* to = parts + static_cast<long long>(first + half * 8 + g) * PARTS;
 #pragma unroll
-      for (int m = 0; m < 3; ++m)
-        *reinterpret_cast<float2*>(to + m * 8 + q * 2) = make_float2(s[m][2 * half], s[m][2 * half + 1]);
-      if (q == g / 2) to[M] = g % 2 ? squares[half][2 * half + 1] : squares[half][2 * half];
+      for (int m = 0; m < OF_S; ++m) {
+        if (!HC || q < 3)
+          *reinterpret_cast<float2*>(to + m * 8 + q * 2) = make_float2(s[m][2 * half], s[m][2 * half + 1]);
+        if (HC && q == g / 2) to[m * 8 + 6] = g % 2 ? squares[m][2 * half + 1] : squares[m][2 * half];
+      }
+      if (!HC && q == g / 2) to[M] = g % 2 ? squares[half][2 * half + 1] : squares[half][2 * half];
     }
   }
 };
 
 // x' of 8 columns in place of x, u in place of y; adds to the sums.
-__device__ __forceinline__ void mix_columns(unsigned char* tile, const uint4* phi, const Mappings& mappings,
+__device__ __forceinline__ void mix_columns(unsigned char* tile, const Phi* phi, const Mappings& mappings,
                                             Sums& sums, int columns, int lane) {
   const int row = lane % 16 * PITCH + (columns ^ key(lane)) * 16, pair_row = row + lane / 16 * STREAM;
   u32 word[4];
@@ -134,14 +157,24 @@ __device__ __forceinline__ void mix_columns(unsigned char* tile, const uint4* ph
                       pack_bf16(mappings.mix(x, y, i + 1, 0), mappings.mix(x, y, i + 1, 1)),
                       pack_bf16(mappings.mix(x, y, i + 1, 2), mappings.mix(x, y, i + 1, 3))};
     store_matrices(tile + pair_row + i * STREAM, a[0], a[1], a[2], a[3]);
+#if HC
+    const Phi b = phi[columns * 32];
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      const u32 twice[4] = {a[k], a[k + 1], a[k], a[k + 1]}, apart[4] = {a[k], 0, 0, a[k + 1]};
+      multiply_bf16(sums.s[i + k / 2], twice, b.x, b.y);
+      multiply_bf16(sums.squares[i + k / 2], apart, a[k], a[k + 1]);
+    }
+#else
 #pragma unroll
     for (int m = 0; m < 3; ++m) {
-      const uint4 b = phi[((columns * 2 + i / 2) * 3 + m) * 32];
+      const Phi b = phi[((columns * 2 + i / 2) * 3 + m) * 32];
       multiply_bf16(sums.s[m], a, b.x, b.y);
       multiply_bf16(sums.s[m], a, b.z, b.w);
     }
     multiply_bf16(sums.squares[0], a, a[0], a[2]);
     multiply_bf16(sums.squares[1], a, a[1], a[3]);
+#endif
     if (LOOK_AHEAD) unpack(mixed[i], a[0], a[1]), unpack(mixed[i + 1], a[2], a[3]);
   }
   if (LOOK_AHEAD) {
@@ -197,7 +230,7 @@ __device__ __forceinline__ void run(const bf16* x, const bf16* y, const float* p
                 Place(next_item, next_step, T), lane, T);
     copy_async_commit();
     unsigned char* tile = tiles + parity * TILE;
-    const uint4* own_phi = reinterpret_cast<const uint4*>(shared + PHI + parity * PHI_TILE) + lane;
+    const Phi* own_phi = reinterpret_cast<const Phi*>(shared + PHI + parity * PHI_TILE) + lane;
     // Tensor cores truncate when they accumulate, so four steps are accumulated there and added in float32.
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
@@ -218,7 +251,8 @@ __device__ __forceinline__ void run(const bf16* x, const bf16* y, const float* p
 }  // namespace
 
 // Any grid. x, mixed = x' [T, 4 C]; y, layer_input [T, C]; post, pre [T, 4]; res [T, 16]; phi
-// [C / 64, 8, 2, 3, 32, 8] (`phi_fragments`); parts [SPLITS, T, 28].
+// [C / 64, 8, 2, 3, 32, 8] (`phi_fragments`); parts [SPLITS, T, 28]. With HC phi is theta [C / 64, 8, 32, 4]
+// (`theta_fragments`), and parts [SPLITS, T, 4, 8] are 6 of s, the sum of squares and an unused one of each stream.
 #if LOOK_AHEAD
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     mhc_look_ahead_forward(const bf16* x, const bf16* y, const float* post, const float* res, const float* pre,
@@ -226,9 +260,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   run(x, y, post, res, pre, phi, T, mixed, layer_input, parts);
 }
 #else
+#if HC
+#define KERNEL mhc_hc_boundary_forward
+#else
+#define KERNEL mhc_boundary_forward
+#endif
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    mhc_boundary_forward(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* phi, int T,
-                         bf16* mixed, float* parts) {
+    KERNEL(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* phi, int T, bf16* mixed,
+           float* parts) {
   run(x, y, post, res, nullptr, phi, T, mixed, nullptr, parts);
 }
 #endif

@@ -1,6 +1,7 @@
-"""Backward of `read`, `boundary` and `look_ahead` on TPU; see tpu.py."""
+"""Backward of `read`, `boundary`, `look_ahead` and their relatives on TPU; see tpu.py and tpu_forward.py."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def _transpose_window(ref, tiles, static):
 
 
 def _load_window(ref, tiles, static):
-    """Does the same without iterations (`kernels_pallas.logits`): ds and dr of these columns are inputs."""
+    """Does the same without iterations: ds and dr of these columns are inputs."""
 
     @pl.when(tiles.first_of_window() & tiles.in_range())
     def _():
@@ -109,7 +110,8 @@ def _transpose_input(ref, tiles, n, eps, *, ahead=False):
 
 def _transpose_projection(ref, tiles, n):
     """Goes back through the columns of h_pre, then in one pass makes dphi and the streams' cotangents."""
-    m, rows, exists = ref.s.shape[0], tiles.window_rows(), tiles.block_mask()
+    m, norms = ref.s.shape[0], ref.r.shape[0]
+    rows, exists = tiles.window_rows(), tiles.block_mask()
 
     @pl.when(tiles.in_range())
     def _():
@@ -117,11 +119,18 @@ def _transpose_projection(ref, tiles, n):
             post_res.spread_coefficients(ref.post_rows, ref.res_rows, rows, n, ref.spread_old)
         saved, d_pre = ref.saved_rows[rows, :].T, ref.dh_rows[...].T[:n]
         s, ds = saved[n : 2 * n], saved[2 * n : n + m]
-        dr, r = saved[n + m : n + m + 1], saved[n + m + 1 : n + m + 2]
-        normed, logits = coefficients.logits(rows_of(s), r, ref.bias, ref.alpha, n)
-        dh = coefficients.gate_backward(logits, rows_of(d_pre))
-        coefficients.add_parameter_sums(dh, normed, exists, ref.dbias, ref.dalpha, n)
-        ds_pre, dr_pre = coefficients.projection_backward(dh, normed, r, ref.alpha, n)
+        dr, r = saved[n + m : n + m + norms], saved[n + m + norms : n + m + 2 * norms]
+        if norms == 1:
+            normed, logits = coefficients.logits(rows_of(s), r, ref.bias, ref.alpha, n)
+            dh = coefficients.gate_backward(logits, rows_of(d_pre))
+            coefficients.add_parameter_sums(dh, normed, exists, ref.dbias, ref.dalpha, n)
+            ds_pre, dr_pre = coefficients.projection_backward(dh, normed, r, ref.alpha, n)
+        else:  # tanh in place of the sigmoid
+            normed, dh = s / r, rows_of(d_pre)
+            tanh = jnp.tanh(normed)
+            coefficients.add_parameter_sums(dh, rows_of(tanh), exists, ref.dbias, ref.dalpha, n)
+            d_normed = d_pre * ref.alpha[0] * (1 - tanh) * (1 + tanh)
+            ds_pre, dr_pre = rows_of(d_normed / r), -d_normed * normed / r
         _backward_block(ref, tiles, n, rows, exists, columns_of([*ds_pre, ds]), dr + dr_pre, r)
 
 
@@ -137,16 +146,17 @@ def _transpose_known_projection(ref, tiles, n):
 
 
 def _backward_block(ref, tiles, n, rows, exists, ds, dr, r):
-    """Makes dphi and the cotangents of a block's streams from ds [m, block], dr and r [1, block]."""
+    """Makes dphi and the cotangents of a block's streams from ds [m, block], dr and r [1 or n, block]."""
     width = ref.d.shape[-1]
     # Tokens past the end have undefined coefficients and may not reach dphi.
     ds = jnp.where(exists, ds, 0)
     if ref.x.dtype == jnp.bfloat16:
         ds = tpu_math.round_tf32(ds)
-    scale = dr / (r * ref.x.shape[1])
-    scale = jnp.broadcast_to(scale, (LANES, tiles.block)).T
+    norms, spread = r.shape[0], (tiles.block, LANES)
+    scale = dr / (r * (ref.x.shape[1] // norms))
+    scales = [jnp.broadcast_to(own, spread[::-1]).T for own in rows_of(scale)]
     for i in range(n):
-        ref.spread_pre[i] = jnp.broadcast_to(ref.saved_rows[rows, i : i + 1], scale.shape)
+        ref.spread_pre[i] = jnp.broadcast_to(ref.saved_rows[rows, i : i + 1], spread)
 
     def other_cotangents(c, size):
         d = ref.d_sum[:, pl.ds(c, size)].astype(jnp.float32)
@@ -157,6 +167,7 @@ def _backward_block(ref, tiles, n, rows, exists, ds, dr, r):
 
         return of_stream
 
+    scale = scales if norms > 1 else scales[0]
     projection.backward_block(ref.x, ref.phi, ds, scale, ref.dx, ref.dphi, n, other_cotangents)
 
 
@@ -213,8 +224,14 @@ def _of_mappings(d: ReadOut, n: int, columns) -> dict:
 def _of_projection(d, columns) -> dict:
     return {
         "ds": (tpu_call.tokens_last(d.ds), columns(d.ds.shape[-1])),
-        "dr": (d.dr.reshape(1, -1), columns(1)),
+        "dr": _of_norms(d.dr, d.layer_input, columns),
     }
+
+
+def _of_norms(x: jax.Array, layer_input: jax.Array, columns) -> tuple[jax.Array, Any]:
+    """Lays out [...] as [1, T], or [..., n] as [n, T]."""
+    norms = x.shape[-1] if x.ndim == layer_input.ndim else 1
+    return tpu_call.tokens_last(x) if norms > 1 else x.reshape(1, -1), columns(norms)
 
 
 def run_kernel(
@@ -232,9 +249,9 @@ def run_kernel(
     Args:
       x: the streams that were read, [T, n*C].
       update: what was written before; None: nothing.
-      parameters, saved: of the read.
+      parameters, saved: of the read. In `kernels_pallas.hc` r is [..., n]: each stream has a norm.
       d, g: cotangents of what was read, and of the streams. Without iterations `d` is a
-        `kernels_pallas.logits.tpu.ToProjection`.
+        `kernels_pallas.logits.tpu.ToProjection`, in `kernels_pallas.hc` with dr [..., n].
       static: of the read.
       d_next_pre: [..., n], of `look_ahead`, where `saved.h_pre` was known before; None: its other operations.
     """
@@ -254,7 +271,7 @@ def run_kernel(
         "alpha": (parameters.alpha, tpu_call.SCALARS),
         "h_pre": (last(saved.h_pre), columns(n)),
         "s": (last(saved.s), columns(m)),
-        "r": (saved.r.reshape(1, num_tokens), columns(1)),
+        "r": _of_norms(saved.r, d.layer_input, columns),
         "d": (flat(d.layer_input), layer_rows),
         **(_of_mappings(d, n, columns) if mixing else _of_projection(d, columns)),
         "g": (flat(g), rows),
@@ -296,7 +313,8 @@ def run_kernel(
         scratch["spread_old"] = (n + n * n, block, LANES), f32
     elif static.has_norm:
         scratch["d_sum"] = (block, width), x.dtype
-    kernel_name = "mhc_boundary_backward" if fused else "mhc_read_backward"
+    hc = "hc_" * (saved.r.ndim == d.layer_input.ndim)
+    kernel_name = f"mhc_{hc}{'boundary' if fused else 'read'}_backward"
     if d_next_pre is not None:
         kernel_name = "mhc_look_ahead_backward"
         inputs["d_next_pre"] = last(d_next_pre), columns(n)

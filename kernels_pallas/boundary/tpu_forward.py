@@ -1,4 +1,8 @@
-"""Forward of `read`, `boundary` and `look_ahead` on TPU; see tpu.py."""
+"""Forward of `read`, `boundary`, `look_ahead` and, without iterations, of their relatives on TPU; see tpu.py.
+
+The relatives are `kernels_pallas.logits` and `kernels_pallas.hc`. In the second each stream has a norm of its
+own: `ref.r` has n rows.
+"""
 
 import functools
 from typing import Any
@@ -36,22 +40,28 @@ def _read(ref, tiles, static, beside=None):
     """Computes projection and layer input of `ref.read`, after the last block of a window its coefficients.
 
     Scratch, a token a row: `ref.saved_rows` s, r; `ref.h_rows` h_pre. `beside()` runs beside the projection,
-    which leaves units idle. Without iterations (`kernels_pallas.logits`) the kernel ends with s and r.
+    which leaves units idle. Without iterations the kernel ends with s and r.
     """
     n = static.n
-    m, rows = ref.s.shape[0], tiles.window_rows()
+    m, norms, rows = ref.s.shape[0], ref.r.shape[0], tiles.window_rows()
 
     @pl.when(tiles.in_range())
     def _():
         if beside is not None:
             beside()
-        s, squares = projection.project_block(ref.read, ref.phi, m)
+        s, squares = projection.project_block(ref.read, ref.phi, m, norms)
         ref.saved_rows[rows, :m] = s.T
-        root = jnp.sqrt(squares / ref.read.shape[1] + static.norm_eps)
-        ref.saved_rows[rows, m : m + 1] = root
-        r = ref.saved_rows[rows, :].T[m : m + 1]
-        _, logits = coefficients.logits(rows_of(s[:n]), r, ref.bias, ref.alpha, n)
-        gates = coefficients.gate(logits, eps=static.pre_eps)
+        for k, square in enumerate(squares):
+            root = jnp.sqrt(square / (ref.read.shape[1] // norms) + static.norm_eps)
+            ref.saved_rows[rows, m + k : m + k + 1] = root
+        r = ref.saved_rows[rows, :].T[m : m + norms]
+        s = rows_of(s[:n])
+        if norms == 1:
+            _, logits = coefficients.logits(s, r, ref.bias, ref.alpha, n)
+            gates = coefficients.gate(logits, eps=static.pre_eps)
+        else:
+            tanhs = (jnp.tanh(s / r) for s, r in zip(s, rows_of(r), strict=True))
+            gates = [ref.alpha[0] * tanh + ref.bias[j] for j, tanh in enumerate(tanhs)]
         tpu_math.store_rows(ref.h_rows, columns_of(gates))
 
     @functools.partial(tiles.row_groups, unroll=input_unroll(ref.layer_input.shape[-1]))
@@ -70,7 +80,7 @@ def _finish(ref, saved, static):
     """Writes s, r and the coefficients of a window."""
     m = ref.s.shape[0]
     ref.s[...] = saved[:m]
-    ref.r[...] = saved[m : m + 1]
+    ref.r[...] = saved[m : m + ref.r.shape[0]]
     if not static.num_iterations:
         return
     coefficients.write_coefficients(
@@ -140,7 +150,7 @@ def _look_ahead_kernel(ref, tiles, static):
     @pl.when(tiles.in_range())
     def _():
         beside()
-        s, squares = projection.project_block(ref.new, ref.phi, m)
+        s, (squares,) = projection.project_block(ref.new, ref.phi, m)
         ref.saved_rows[block_rows, :m] = s.T
         root = jnp.sqrt(squares / ref.new.shape[1] + static.norm_eps)
         ref.saved_rows[block_rows, m : m + 1] = root
@@ -168,6 +178,7 @@ def run_kernel(
     parameters: Parameters,
     static: ReadStatic,
     known_pre: jax.Array | None = None,
+    norms: int = 1,
 ) -> dict[str, jax.Array]:
     """Runs the kernel and returns its named outputs.
 
@@ -176,11 +187,12 @@ def run_kernel(
       update: what is written; None: nothing.
       parameters, static: of the read.
       known_pre: [..., n], with what `look_ahead` reads; None: `h_pre` of this read.
+      norms: n of `kernels_pallas.hc`; 1 of all others.
     """
     n, f32 = static.n, jnp.float32
     (num_tokens, row), m = x.shape, parameters.phi.shape[1]
     kernel = _read_kernel if update is None else _boundary_kernel
-    name = "mhc_read_forward" if update is None else "mhc_boundary_forward"
+    name = f"mhc_{'hc_' * (norms > 1)}{'read' if update is None else 'boundary'}_forward"
     width, fused = row // n, update is not None
     window = sinkhorn_window(num_tokens)
     block = min(forward_tokens(row, n, x.dtype, m, fused=fused), window)
@@ -212,7 +224,7 @@ def run_kernel(
         inputs["weight"] = parameters.weight.reshape(1, width), tiles.whole(1, width)
     outputs["layer_input"] = (num_tokens, width), x.dtype, tiles.rows(width)
     mappings = {"h_pre": n, "h_post": n, "h_res": n * n} if static.num_iterations else {}
-    per_token = {**mappings, "s": m, "r": 1}
+    per_token = {**mappings, "s": m, "r": norms}
     if known_pre is not None:
         kernel, name = _look_ahead_kernel, "mhc_look_ahead_forward"
         inputs["known_pre"] = tpu_call.tokens_last(known_pre), columns(n)

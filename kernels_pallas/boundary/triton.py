@@ -52,13 +52,18 @@ def finish_read(
         pre_eps=static.pre_eps,
     )
     h_pre, h_post = h_pre.reshape(*lead, n), h_post.reshape(*lead, n)
-    weight, eps = parameters.weight, static.input_norm_eps
-    if weight is None or eps is None:
-        layer_input = pre.forward(streams, h_pre)
-    else:
-        layer_input = pre.forward_normed(streams, h_pre, weight, eps=eps)
-    out = ReadOut(layer_input, h_post, h_res.reshape(*lead, n, n))
+    u = layer_input(streams, h_pre, parameters.weight, static)
+    out = ReadOut(u, h_post, h_res.reshape(*lead, n, n))
     return out, Saved(h_pre, s.reshape(*lead, m), r.reshape(lead))
+
+
+def layer_input(
+    streams: jax.Array, h_pre: jax.Array, weight: jax.Array | None, static: ReadStatic
+) -> jax.Array:
+    """Runs F_pre, with the norm behind it if there is one."""
+    if weight is None or static.input_norm_eps is None:
+        return pre.forward(streams, h_pre)
+    return pre.forward_normed(streams, h_pre, weight, eps=static.input_norm_eps)
 
 
 def read_forward(

@@ -15,15 +15,16 @@ from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
 @triton.jit
-def _store_fragments(ds, t, m, ds_ptr, pairs_ptr, mask):
+def store_fragments(ds, t, m, ds_ptr, pairs_ptr, mask, CHUNKS: tl.constexpr):
     """Stores ds of tokens t and columns m in the order of the lanes of boundary/backward.cu.
 
-    A tile has 16 tokens x 8 columns; a lane is 4 g + q. The left operand is [tiles, 3, 32, 4] float32: tokens
-    g, g + 8 at column 2q, then at 2q + 1. The right operand is [tiles, 3, 32, 8] bfloat16 with tokens as
-    inner index: high, then low terms of tokens 2q, 2q + 1 at column g; the same of tokens 2q + 8, 2q + 9.
+    A tile has 16 tokens x 8 columns, and ds has CHUNKS of these; a lane is 4 g + q. The left operand is
+    [tiles, CHUNKS, 32, 4] float32: tokens g, g + 8 at column 2q, then at 2q + 1. The right operand is
+    [tiles, CHUNKS, 32, 8] bfloat16 with tokens as inner index: high, then low terms of tokens 2q, 2q + 1 at
+    column g; the same of tokens 2q + 8, 2q + 9.
     """
     half = t % 16 // 8
-    tile = t // 16 * 3 + m // 8
+    tile = t // 16 * CHUNKS + m // 8
     at = (tile * 32 + t % 8 * 4 + m % 8 // 2) * 4 + half + m % 2 * 2
     tl.store(ds_ptr + at, ds, mask=mask)
     high = ds.to(tl.bfloat16)
@@ -66,7 +67,7 @@ def _gate_backward(
     if ROUND:
         ds = round_tf32(ds)
     if FRAGMENTS:
-        _store_fragments(ds, rows, first + i, ds_ptr, pairs_ptr, mask)
+        store_fragments(ds, rows, first + i, ds_ptr, pairs_ptr, mask, 3)
     else:
         tl.store(ds_ptr + first + rows * M + i, ds, mask=mask)
     at = tl.arange(0, N) * tl.num_programs(0)
@@ -98,7 +99,7 @@ def mhc_coefficients_backward(
 ):
     """Writes ds, dr, and a column of sums [2, M, programs] over its tokens: of dh and of dh * s / r.
 
-    If FRAGMENTS > 0, it writes ds as `_store_fragments` lays it out, and in place of dr the factor of the
+    If FRAGMENTS > 0, it writes ds as `store_fragments` lays it out, and in place of dr the factor of the
     streams, kappa = dr / (r FRAGMENTS).
     """
     M: tl.constexpr = N * N + 2 * N
@@ -155,7 +156,7 @@ def mhc_coefficients_backward(
     if ROUND:
         ds = round_tf32(ds)
     if FRAGMENTS:
-        _store_fragments(ds, rows, 2 * N + ij, ds_ptr, pairs_ptr, mask)
+        store_fragments(ds, rows, 2 * N + ij, ds_ptr, pairs_ptr, mask, 3)
     else:
         tl.store(ds_ptr + 2 * N + rows * M + ij, ds, mask=mask)
     ij1 = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]

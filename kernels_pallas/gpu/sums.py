@@ -156,7 +156,7 @@ def mhc_read_backward_sums(
 
 def launch(
     splits: int,
-    K: int,
+    phi: tuple[int, int],
     n: int,
     programs: int,
     weight: tuple[int, int],
@@ -166,18 +166,18 @@ def launch(
 ) -> TritonLaunch:
     """Makes the launch of the second stage.
 
-    It sums dphi [splits, K, m], gates [2, m, programs], dweight of shape `weight` or (0, 0), and partial sums
+    It sums dphi [splits, *phi], gates [2, m, programs], dweight of shape `weight` or (0, 0), and partial sums
     of dh_res and dh_post [slabs, T, n*n + n], with `look_ahead` of dh_pre too [slabs, T, n*n + 2n].
     """
-    m = n * n + 2 * n
+    m, size = n * n + 2 * n, phi[0] * phi[1]
     weight_rows, C = weight
     row = n * n + n + n * look_ahead
     mappings = T * row if slabs else 0
     return TritonLaunch(
         kernel=mhc_read_backward_sums,
-        grid=(3 + m + cdiv(K * m, _ENTRIES) + cdiv(C, _COLUMNS) + cdiv(mappings, _SUMS),),
+        grid=(3 + m + cdiv(size, _ENTRIES) + cdiv(C, _COLUMNS) + cdiv(mappings, _SUMS),),
         outputs=(
-            struct((K, m)),
+            struct(phi),
             struct((m,)),
             struct((3,)),
             struct((max(1, C),)),
@@ -186,7 +186,7 @@ def launch(
             struct((T, n) if slabs and look_ahead else (1,)),
         ),
         constants={
-            "SIZE": K * m,
+            "SIZE": size,
             "SPLITS": splits,
             "PROGRAMS": programs,
             "WEIGHT_ROWS": weight_rows,
@@ -210,7 +210,10 @@ Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 def parameter_gradients(
     dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, n: int
 ) -> Gradients:
-    """Sums [splits, K, m], [2, m, programs], [rows, C] or None to dphi, dbias, dalpha, dweight."""
+    """Sums [splits, K, m], [2, m, programs], [rows, C] or None to dphi, dbias, dalpha, dweight.
+
+    In place of dphi it takes the gradient of theta of Hyper-Connections, of any shape.
+    """
     d_parameters, _ = _finish(dphi, gates, dweight, dphi, n)
     return d_parameters
 
@@ -226,10 +229,10 @@ def all_gradients(
 
 
 def _finish(dphi, gates, dweight, mappings, n, slabs=0, T=0, row=0):
-    splits, K, _ = dphi.shape
+    splits, *phi = dphi.shape
     weight_shape = (0, 0) if dweight is None else dweight.shape
     look_ahead = row == n * n + 2 * n
-    call = launch(splits, K, n, gates.shape[-1], weight_shape, slabs, T, look_ahead)
+    call = launch(splits, tuple(phi), n, gates.shape[-1], weight_shape, slabs, T, look_ahead)
     dphi, dbias, dalpha, weight, dres, dpost, dpre = call(
         dphi, gates, dphi if dweight is None else dweight, mappings
     )

@@ -9,14 +9,12 @@ the caller, who writes it in plain JAX on small arrays; JAX differentiates it:
 So a new constraint needs no kernel of its own, and step times compare constraints, not kernels.
 """
 
-import functools
-
 import jax
 
 from kernels_pallas import conventions, placement
 from kernels_pallas.boundary import cast_parameters
 from kernels_pallas.boundary.contract import Parameters, ReadStatic, Update
-from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.boundary.differentiable import reading, writing
 from kernels_pallas.logits import reference
 from kernels_pallas.shapes import (
     check_floating,
@@ -25,45 +23,8 @@ from kernels_pallas.shapes import (
     check_update,
 )
 
-
-@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
-def _read_logits(streams, parameters, static, implementation):
-    return _read_forward(streams, parameters, static, implementation)[0]
-
-
-def _read_forward(streams, parameters, static, implementation):
-    out, saved = run(
-        "read_logits", reference.read_forward, implementation, streams, parameters, static=static
-    )
-    return (out, streams), (streams, parameters, saved)
-
-
-def _read_backward(static, implementation, residuals, cotangents):
-    args = *residuals, *cotangents
-    return run("read_logits", reference.read_backward, implementation, *args, static=static)
-
-
-_read_logits.defvjp(_read_forward, _read_backward)
-
-
-@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
-def _boundary_logits(update, parameters, static, implementation):
-    return _boundary_forward(update, parameters, static, implementation)[0]
-
-
-def _boundary_forward(update, parameters, static, implementation):
-    new_streams, out, saved = run(
-        "boundary_logits", reference.forward, implementation, update, parameters, static=static
-    )
-    return (out, new_streams), (update, new_streams, parameters, saved)
-
-
-def _boundary_backward(static, implementation, residuals, cotangents):
-    args = *residuals, *cotangents
-    return run("boundary_logits", reference.backward, implementation, *args, static=static)
-
-
-_boundary_logits.defvjp(_boundary_forward, _boundary_backward)
+_read_logits = reading("read_logits", reference)
+_boundary_logits = writing("boundary_logits", reference)
 
 
 def _checked(streams, n, parameters, static, phi_precision) -> tuple[Parameters, ReadStatic]:
@@ -76,7 +37,7 @@ def _checked(streams, n, parameters, static, phi_precision) -> tuple[Parameters,
         raise ValueError(
             f"phi has {columns} columns: n={n} streams need 2n = {2 * n} for the gates, then the logits"
         )
-    parameters = cast_parameters(streams, width, parameters, phi_precision, static)
+    parameters = cast_parameters(streams, width, parameters, columns, phi_precision, static)
     pre_eps = conventions.check_eps("pre_eps", static.pre_eps)
     return parameters, static._replace(pre_eps=pre_eps)
 

@@ -7,15 +7,23 @@ from kernels_pallas.boundary.contract import Parameters, Saved
 from kernels_pallas.logits.contract import LogitsOut
 
 
-def _columns(alpha: jax.Array, n: int, m: int, ndim: int) -> jax.Array:
-    """Spreads the [3] gating factors over m columns: n, n and the rest."""
+def of_columns(alpha: jax.Array, n: int, m: int, ndim: int) -> jax.Array:
+    """Spreads the [3] gating factors over m columns: n, n and the rest; [..., m] of `ndim` dimensions."""
     counts = jnp.array([n, n, m - 2 * n])
-    return jnp.repeat(alpha, counts, total_repeat_length=m).reshape((1,) * ndim + (m,))
+    return jnp.repeat(alpha, counts, total_repeat_length=m).reshape((1,) * (ndim - 1) + (m,))
+
+
+def sums_by_gate(dh: jax.Array, x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """Returns dbias [m] and dalpha [3] of h = alpha x + bias, summed over tokens."""
+    tokens = tuple(range(dh.ndim - 1))
+    by_column = jnp.sum(dh * x, axis=tokens)
+    dalpha = jnp.stack([part.sum() for part in jnp.split(by_column, (n, 2 * n))])
+    return jnp.sum(dh, axis=tokens), dalpha
 
 
 def _affine(s, r, parameters, n):
-    normed, m = s / r[..., None], s.shape[-1]
-    columns = _columns(parameters.alpha, n, m, r.ndim)
+    normed = s / r[..., None]
+    columns = of_columns(parameters.alpha, n, s.shape[-1], s.ndim)
     return normed, columns, normed * columns + parameters.bias.reshape(columns.shape)
 
 
@@ -44,8 +52,6 @@ def backward(
         ],
         axis=-1,
     )
-    tokens, d_normed = tuple(range(saved.r.ndim)), dh * columns
-    of_columns = jnp.sum(dh * normed, axis=tokens)
-    dalpha = jnp.stack([part.sum() for part in jnp.split(of_columns, (n, 2 * n))])
+    d_normed = dh * columns
     dr = -jnp.sum(d_normed * normed, axis=-1) / saved.r
-    return d_normed / saved.r[..., None], dr, jnp.sum(dh, axis=tokens), dalpha
+    return d_normed / saved.r[..., None], dr, *sums_by_gate(dh, normed, n)

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.boundary.contract import Parameters, ReadStatic, Saved, Update
-from kernels_pallas.boundary.triton import input_backward
+from kernels_pallas.boundary.triton import input_backward, layer_input
 from kernels_pallas.gpu import device
 from kernels_pallas.logits import gates
 from kernels_pallas.logits.contract import LogitsOut, empty_read
 from kernels_pallas.post_res import triton as post_res
-from kernels_pallas.pre import triton as pre
 from kernels_pallas.precision import round_to_tf32
 from kernels_pallas.projection import triton as projection
 from kernels_pallas.shapes import check_unrolled_n
@@ -31,12 +30,8 @@ def finish_read(
 ) -> tuple[LogitsOut, Saved]:
     """Does a read from the projection's results on; T > 0."""
     h_pre, *out = gates.forward(s, r, parameters, n=static.n, pre_eps=static.pre_eps)
-    if parameters.weight is None or static.input_norm_eps is None:
-        layer_input = pre.forward(streams, h_pre)
-    else:
-        eps = static.input_norm_eps
-        layer_input = pre.forward_normed(streams, h_pre, parameters.weight, eps=eps)
-    return LogitsOut(layer_input, *out), Saved(h_pre, s, r)
+    u = layer_input(streams, h_pre, parameters.weight, static)
+    return LogitsOut(u, *out), Saved(h_pre, s, r)
 
 
 def read_forward(

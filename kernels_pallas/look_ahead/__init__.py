@@ -23,37 +23,17 @@ cotangent, because it needs a sum over the row: forward u in, the normed u out; 
 in, for their inner product.
 """
 
-import functools
-
 import jax
 
 from kernels_pallas import conventions, placement
 from kernels_pallas.boundary import check_parameters
 from kernels_pallas.boundary.contract import Parameters, ReadStatic, Update
-from kernels_pallas.derivatives import custom_vjp, run
+from kernels_pallas.boundary.differentiable import writing
 from kernels_pallas.look_ahead import reference
 from kernels_pallas.look_ahead.contract import Known
 from kernels_pallas.shapes import check_floating, check_shape, check_streams, check_update
 
-
-@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
-def _look_ahead(known, parameters, static, implementation):
-    return _forward(known, parameters, static, implementation)[0]
-
-
-def _forward(known, parameters, static, implementation):
-    new_streams, out, saved = run(
-        "look_ahead", reference.forward, implementation, known, parameters, static=static
-    )
-    return (out, new_streams), (known, new_streams, parameters, saved)
-
-
-def _backward(static, implementation, residuals, cotangents):
-    args = *residuals, *cotangents
-    return run("look_ahead", reference.backward, implementation, *args, static=static)
-
-
-_look_ahead.defvjp(_forward, _backward)
+_look_ahead = writing("look_ahead", reference)
 
 
 def look_ahead(

@@ -98,17 +98,24 @@ def _halves(x: jax.Array, m: int, dtype) -> jax.Array:
     return x if dtype == jnp.float32 else x[:m] + x[_padded(m) : _padded(m) + m]
 
 
-def project_block(x_ref, phi_ref, m: int) -> tuple[jax.Array, jax.Array]:
-    """Computes s [m, tokens] and the sums of squares [tokens, 1] of a block (inside a kernel)."""
+def project_block(x_ref, phi_ref, m: int, norms: int = 1) -> tuple[jax.Array, list[jax.Array]]:
+    """Computes s [m, tokens] and sums of squares [tokens, 1] of a block (inside a kernel).
+
+    There are as many sums as `norms`, each over an equal part of the row.
+    """
     products: Any = None
-    squares = LaneSums()
-    for c, size in tpu_math.column_chunks(x_ref.shape[1], CHUNK):
-        x = x_ref[:, pl.ds(c, size)]
-        product = _dot(phi_ref[:, pl.ds(c, size)], x, ((1,), (1,)))
-        products = product if products is None else products + product
-        x = x.astype(jnp.float32)
-        squares.add(x * x)
-    return _halves(products, m, x_ref.dtype), squares.total()
+    squares, width = [], x_ref.shape[1] // norms
+    for first in range(0, x_ref.shape[1], width):
+        sums = LaneSums()
+        for c, size in tpu_math.column_chunks(width, CHUNK):
+            columns = pl.ds(first + c, size)
+            x = x_ref[:, columns]
+            product = _dot(phi_ref[:, columns], x, ((1,), (1,)))
+            products = product if products is None else products + product
+            x = x.astype(jnp.float32)
+            sums.add(x * x)
+        squares.append(sums.total())
+    return _halves(products, m, x_ref.dtype), squares
 
 
 def _forward_kernel(x_ref, phi_ref, s_ref, r_ref, rows_ref, *, tiles, norm_eps):
@@ -119,7 +126,7 @@ def _forward_kernel(x_ref, phi_ref, s_ref, r_ref, rows_ref, *, tiles, norm_eps):
 
     @pl.when(tiles.in_range())
     def _():
-        s, squares = project_block(x_ref, phi_ref, m)
+        s, (squares,) = project_block(x_ref, phi_ref, m)
         rows_ref[rows, :m] = s.T
         rows_ref[rows, m : m + 1] = squares
 
@@ -135,7 +142,8 @@ def backward_block(x_ref, phi_ref, ds, scale, dx_ref, dphi_ref, n=1, addends=Non
 
     Args:
       ds: [m, tokens], 0 for a token that does not exist.
-      scale: [tokens, 1] or [tokens, 128] with equal lanes, dr / (K r).
+      scale: [tokens, 1] or [tokens, 128] with equal lanes, dr / (K r); a list of them, one for each stream,
+        where each has a norm of its own.
       n, addends: `addends(c, size)(i)` is added to dx in columns c ... of stream i of n. So what the streams
         share is computed once; that is an eighth of the vector operations of a read's backward.
     """
@@ -159,7 +167,8 @@ def backward_block(x_ref, phi_ref, ds, scale, dx_ref, dphi_ref, n=1, addends=Non
                 high, low = phi[: _padded(m)], phi[_padded(m) :]
                 phi = jnp.concatenate([high, high, low, low], axis=0)
             dx = _dot(right, phi, ((1,), (0,)))
-            dx += tpu_math.across(scale, size) * x.astype(jnp.float32)
+            own = scale[i] if isinstance(scale, list) else scale
+            dx += tpu_math.across(own, size) * x.astype(jnp.float32)
             if addend is not None:
                 dx += addend(i)
             dx_ref[:, columns] = dx.astype(dx_ref.dtype)

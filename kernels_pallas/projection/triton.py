@@ -117,12 +117,14 @@ def mhc_projection_backward(
     BLOCK_K: tl.constexpr,
     PAIR: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    SHARING: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Computes dx and dphi for BLOCK_K columns of one stream, over TILES tiles of BLOCK_T tokens.
 
     dx = ds phi^T + x dr / (K r), with ACCUMULATE also + dx_in + h_pre d; dphi is a partial sum [K, M].
+    SHARING neighbours have one row of d.
     """
     C: tl.constexpr = K // N
     # Programs of the same columns of the N streams are neighbours, so that they share d's tiles in L2.
@@ -147,7 +149,7 @@ def mhc_projection_backward(
         scale /= tl.load(r_ptr + t, mask=t < T, other=1.0) * K
         if ACCUMULATE:
             h = load_tile(pre_ptr + t * N + stream, t < T, EVEN)
-            d = load_tile(d_ptr + row * C + c[None, :], mask, EVEN)
+            d = load_tile(d_ptr + row // SHARING * C + c[None, :], mask, EVEN)
             dx_in = load_tile(dx_in_ptr + row * K + k[None, :], mask, EVEN)
         x = load_tile(x_ptr + row * K + k[None, :], mask, EVEN)
         ds = tl.load(ds_ptr + row * M + m[None, :], mask=(row < T) & (m[None, :] < M), other=0.0)
@@ -250,6 +252,7 @@ def backward_launch(
     dtype,
     *,
     accumulate: bool,
+    sharing: int = 1,
     capability: int | None = None,
 ) -> TritonLaunch:
     """Makes the launch for x, phi [K, m], r, ds, dr, dx_in, d, h_pre (the last three used to accumulate)."""
@@ -286,6 +289,7 @@ def backward_launch(
             "BLOCK_K": block_k,
             "PAIR": pair,
             "ACCUMULATE": accumulate,
+            "SHARING": sharing,
             "EVEN": (K // n) % block_k == 0 and cdiv(tiles, splits) * splits * block_t == T,
             "STAGES": stages,
         },
@@ -366,10 +370,15 @@ def backward_and_add(
     d_streams: jax.Array,
     d_sum: jax.Array,
     h_pre: jax.Array,
+    *,
+    sharing: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Does `backward_sums` and adds d_streams and h_pre (x) d_sum to dx; T > 0."""
+    """Does `backward_sums` and adds d_streams and h_pre (x) d_sum to dx; T > 0.
+
+    With `sharing` that many tokens in turn have one row of d_sum.
+    """
     K, m = phi.shape
     T, n = device.num_tokens(r.shape), h_pre.shape[-1]
-    launch = backward_launch(T, K, n, m, streams.dtype, accumulate=True)
+    launch = backward_launch(T, K, n, m, streams.dtype, accumulate=True, sharing=sharing)
     dx, dphi = launch(streams, phi, r, ds, dr, d_streams, d_sum, h_pre, T)
     return dx, dphi

@@ -15,10 +15,11 @@ from kernels_pallas.testing import oracle
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
-# Array -> its axes. T are those of the tokens, m = n*n + 2*n.
+# Array -> its axes. T are those of the tokens, m = n*n + 2*n, p = 2 + n.
 AXES = {
     **{"x": "T nC", "y": "T C", "h": "T n", "hh": "T n n", "logits": "T n n", "s": "T m", "r": "T"},
     **{"phi": "nC m", "bias": "m", "alpha": "3", "weight": "C", "flat": "T nn", "known": "T n"},
+    **{"theta": "p C"},
 }
 STREAMS = ("x", "y")  # in the dtype of the streams; all others are float32
 ARGUMENTS = {
@@ -33,12 +34,17 @@ ARGUMENTS = {
     "read_logits": "x phi bias alpha",
     "boundary_logits": "x y h hh phi bias alpha",
     "look_ahead": "x y h hh known phi bias alpha",
+    "hc_read": "x theta bias alpha",
+    "hc_boundary": "x y h hh theta bias alpha",
 }
 """Arrays of an operation; those with a norm take `weight` behind them."""
 # Their oracle takes the weight or None, then all cotangents as one tuple.
-FUSED = ("read", "boundary", "read_logits", "boundary_logits", "look_ahead")
+FUSED = (
+    *("read", "boundary", "read_logits", "boundary_logits", "look_ahead"),
+    *("hc_read", "hc_boundary"),
+)
 # Of those: they write, and their oracle takes the update as one tuple, and the new streams that were seen.
-WRITES = ("boundary", "boundary_logits", "look_ahead")
+WRITES = ("boundary", "boundary_logits", "look_ahead", "hc_boundary")
 TAKES_N = ("mappings", "coefficients", *FUSED)
 # Output of an operation -> the array that is like it.
 _LIKE = {
@@ -55,6 +61,7 @@ def shape(name: str, lead: tuple[int, ...], C: int, n: int) -> tuple[int, ...]:
         "T": lead,
         "nC": (n * C,),
         "m": (n * n + 2 * n,),
+        "p": (2 + n,),
         "n": (n,),
         "C": (C,),
         "3": (3,),
@@ -86,7 +93,7 @@ def values(name: str, numbers: Any, dtype) -> Any:
         return numbers.astype(dtype)
     if name == "r":
         return 0.5 + abs(numbers)
-    if name == "phi":
+    if name in ("phi", "theta"):
         return (round_to_tf32 if isinstance(numbers, jax.Array) else oracle.round_tf32)(
             0.05 * numbers
         )
@@ -182,6 +189,8 @@ class Case:
             return jnp.asarray(of(name, numbers, self.dtype))
 
         def wide(name, numbers, dtype):
+            if seed % 2 and name == "theta":
+                return values(name, WIDE * numbers, dtype)
             numbers = values(name, numbers, dtype)
             if seed % 2 == 0 or name not in ("s", "bias"):
                 return numbers

@@ -44,6 +44,7 @@ _COEFFICIENTS: dict[str, Any] = {
 }
 _READ: dict[str, Any] = {**_COEFFICIENTS, "norm_eps": 0.7}
 _LOGITS: dict[str, Any] = {"pre_eps": 0.3, "norm_eps": 0.7}
+_HC: dict[str, Any] = {"norm_eps": 0.7}
 _FEW: dict[str, Any] = {"T": 5, "C": 8, "n": 2, "on": _ALL}  # 2 streams compile fast
 _LONG: dict[str, Any] = {"options": _SHORT, "on": "pallas", "slow": "pallas", "draws": 2}
 _CUDA: dict[str, Any] = {"T": 3, "C": 64, "n": 4, "dtype": BF16, "on": "cuda"}
@@ -115,6 +116,18 @@ CASES = (
     Case("boundary_logits", 21, 136, 3, BF16, norm=EPS),
     Case("boundary_logits", **_FEW, norm=0.4, options=_LOGITS),
     Case("boundary_logits", **_CUDA, norm=0.4, options=_LOGITS),
+    Case("hc_read", 9, 72, 3, BF16, on="xla triton"),
+    Case("hc_read", 5, 40, 8, norm=EPS, on="xla triton"),
+    Case("hc_read", 69, 128, 4, BF16, on="cuda", draws=2),
+    Case("hc_boundary", 37, 40, 3, BF16, on="pallas", slow="pallas"),
+    Case("hc_read", **_FEW, norm=0.4, options=_HC, draws=2),
+    Case("hc_read", **_CUDA, norm=0.4, options=_HC),
+    Case("hc_boundary", 37, 200, 4, BF16, on="xla", draws=2),
+    Case("hc_boundary", 3, 136, 1, norm=EPS, on="xla triton"),
+    Case("hc_boundary", 9, 136, 4, BF16, norm=EPS, on="triton"),
+    Case("hc_boundary", 69, 128, 4, BF16, on="cuda"),  # one term of t, see cuda_launches
+    Case("hc_boundary", **_FEW, norm=0.4, options=_HC),
+    Case("hc_boundary", **_CUDA, norm=0.4, options=_HC),
     # tests/kernels/test_look_ahead.py has more.
     Case("look_ahead", **_FEW, norm=0.4, options=_READ),
     Case("look_ahead", **_CUDA, norm=0.4, options=_READ),

@@ -27,6 +27,9 @@ typedef unsigned short bf16;  // its bits
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(8) uint2 {
+  u32 x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };

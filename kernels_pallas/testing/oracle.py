@@ -167,9 +167,47 @@ def coefficients_vjp(
     return logits_vjp(s, r, bias, alpha, dh_pre, dh_post, d_res.reshape(-1, n * n), n)
 
 
-MAPPINGS = coefficients, coefficients_vjp
-LOGITS = logits, logits_vjp
-"""What follows the projection in `read` and `boundary`, and in `read_logits` and `boundary_logits`."""
+def stream_projection(x, theta, norm_eps=1e-20):
+    """Returns (s [T, n, 2 + n], r [T, n]) of every stream by itself; theta [2 + n, C]."""
+    rows, theta = _streams(x, len(theta) - 2), _f64(theta)[0]
+    return np.einsum("tjc,pc->tjp", rows, theta), np.sqrt((rows**2).mean(-1) + norm_eps)
+
+
+def stream_projection_vjp(x, theta, ds, dr, norm_eps=1e-20):
+    rows, theta = _streams(x, len(theta) - 2), _f64(theta)[0]
+    r = stream_projection(x, theta, norm_eps)[1]
+    dx = np.einsum("tjp,pc->tjc", ds, theta) + rows * (dr / r)[..., None] / theta.shape[1]
+    return dx.reshape(len(x), -1), np.einsum("tjc,tjp->pc", rows, ds)
+
+
+def _tanh(s, r, n):
+    """Returns tanh(s / r) with rows of theta before streams, flat as the bias [T, m]."""
+    return np.tanh(s / r[..., None]).swapaxes(1, 2).reshape(len(s), -1)
+
+
+def hc_mappings(s, r, bias, alpha, n):
+    """Returns (h_pre, h_post, h_res) of Hyper-Connections."""
+    bias, alpha = _f64(bias, alpha)
+    h = _tanh(s, r, n) * np.repeat(alpha, [n, n, n * n]) + bias
+    return h[:, :n], h[:, n : 2 * n], h[:, 2 * n :].reshape(-1, n, n)
+
+
+def hc_mappings_vjp(s, r, bias, alpha, dh_pre, dh_post, dh_res, n):
+    """Returns (ds, dr, dbias, dalpha)."""
+    alpha, *d = _f64(alpha, dh_pre, dh_post, dh_res)
+    d = np.concatenate([x.reshape(len(s), -1) for x in d], axis=1)
+    t = _tanh(s, r, n)
+    per_column = np.split((d * t).sum(0), (n, 2 * n))
+    d_normed = (d * np.repeat(alpha, [n, n, n * n])).reshape(-1, 2 + n, n).swapaxes(1, 2)
+    d_normed = d_normed / np.cosh(s / r[..., None]) ** 2
+    dr = -(d_normed * s).sum(-1) / r**2
+    return d_normed / r[..., None], dr, d.sum(0), np.array([x.sum() for x in per_column])
+
+
+MAPPINGS = coefficients, coefficients_vjp, projection, projection_vjp
+LOGITS = logits, logits_vjp, projection, projection_vjp
+HC = hc_mappings, hc_mappings_vjp, stream_projection, stream_projection_vjp
+"""What differs between `read`, `read_logits`, `hc_read` and their boundaries, see `read`."""
 
 
 def mappings(x, phi, bias, alpha, n, *, norm_eps=1e-20, **options):
@@ -247,10 +285,11 @@ def rms_norm_vjp(x, weight, dy, eps=1e-20):
 def read(x, phi, bias, alpha, weight, n, eps=1e-20, norm_eps=1e-20, maps=MAPPINGS, **options):
     """Returns (layer_input, h_post, h_res, streams); weight None: no norm of the layer input.
 
-    With `maps=LOGITS` the logits take the place of h_res. `options`: as in `coefficients` or `logits`.
+    With `maps=LOGITS` the logits take the place of h_res, with `maps=HC` theta that of phi. `options`: as in
+    `coefficients`, `logits` or `hc_mappings`.
     """
     (x,) = _f64(x)
-    h_pre, h_post, h_res = maps[0](*projection(x, phi, norm_eps), bias, alpha, n, **options)
+    h_pre, h_post, h_res = maps[0](*maps[2](x, phi, norm_eps), bias, alpha, n, **options)
     u = pre(x, h_pre)
     return (
         *(u if weight is None else rms_norm(u, weight, eps), h_post, h_res),
@@ -275,7 +314,7 @@ def read_vjp(
     """Returns (dx, dphi, dbias, dalpha), then dweight if there is a weight. `other`: as in `round_bits`."""
     rounds, (x,) = is_bf16(x), _f64(x)
     d, dh_post, dh_res, d_streams = cotangents
-    s, r = projection(x, phi, norm_eps)
+    s, r = maps[2](x, phi, norm_eps)
     h_pre, _, _ = maps[0](s, r, bias, alpha, n, **options)
     d_weight = []
     if weight is not None:
@@ -284,7 +323,7 @@ def read_vjp(
     dx, _ = pre_vjp(x, h_pre, round_bits(d, 8, other) if rounds else d)
     ds, dr, dbias, dalpha = maps[1](s, r, bias, alpha, dh_pre, dh_post, dh_res, n, **options)
     ds = round_bits(ds, 11, other) if rounds else ds
-    dx_projection, dphi = projection_vjp(x, phi, ds, dr, norm_eps)
+    dx_projection, dphi = maps[3](x, phi, ds, dr, norm_eps)
     return dx + dx_projection + _f64(d_streams)[0], dphi, dbias, dalpha, *d_weight
 
 
@@ -320,6 +359,9 @@ def boundary_vjp(update, phi, bias, alpha, weight, cotangents, n, *, seen=None, 
 
 read_logits, read_logits_vjp, boundary_logits, boundary_logits_vjp = (
     functools.partial(f, maps=LOGITS) for f in (read, read_vjp, boundary, boundary_vjp)
+)
+hc_read, hc_read_vjp, hc_boundary, hc_boundary_vjp = (
+    functools.partial(f, maps=HC) for f in (read, read_vjp, boundary, boundary_vjp)
 )
 
 
@@ -444,6 +486,10 @@ LEAVES |= {
     )
     for name, leaves in LEAVES.items()
     if name.startswith(("read", "boundary"))
+} | {
+    "hc_" + name: leaves.replace("dphi", "dtheta")
+    for name, leaves in LEAVES.items()
+    if name.startswith(("read", "boundary"))
 }
 """Outputs of each operation, then the cotangents of its arguments."""
 
@@ -457,7 +503,7 @@ way: at most 5e-5 wherever it was measured with many tokens. Without the roundin
 few tokens one of them can make more: `Case.judge` allows what the other way would change."""
 ROUNDED = 3e-3
 """One rounding to bfloat16 more than the definition has: 2e-3 where it was measured."""
-_BEHIND_ROUNDING = {"dx", "dy", "dh_post", "dh_res", "dphi"}
+_BEHIND_ROUNDING = {"dx", "dy", "dh_post", "dh_res", "dphi", "dtheta"}
 _OF_THE_WRITE = {"dx", "dy", "dh_post", "dh_res"}
 
 
@@ -471,8 +517,8 @@ def limits(case, bf16, implementation="xla"):
     found = dict.fromkeys(LEAVES[case].split(), SUMS)
     if "dalpha" in found:
         found["dalpha"] = CANCELLING
-    writes = case.startswith(("boundary", "look_ahead"))
-    if bf16 and (writes or case.startswith(("mappings", "read"))):
+    writes = case.startswith(("boundary", "look_ahead", "hc_boundary"))
+    if bf16 and (writes or case.startswith(("mappings", "read", "hc_read"))):
         found |= dict.fromkeys(_BEHIND_ROUNDING & found.keys(), TIES)
     if bf16 and case == "look_ahead+norm":
         found |= dict.fromkeys(

@@ -15,6 +15,7 @@ import pytest
 from experiments import record
 from experiments.kernel_speed import chart, check, tpu_cases
 from kernels_pallas.boundary import reference
+from kernels_pallas.pre import reference as pre
 from kernels_pallas.testing import emulate
 from kernels_pallas.testing.case import Case
 from kernels_pallas.testing.cases import CASES, EPS
@@ -31,8 +32,12 @@ def test_check_passes_and_names_what_is_wrong(name, capsys, monkeypatch):
     case = Case(op, (2, 3), 40, 2, BF16, norm=EPS if norm else None)
     assert check.check_case(case, "xla") is None
     assert capsys.readouterr().out.startswith(f"ok   xla    {name}")
-    module = {"projection": reference.projection, "pre+norm": reference.pre}.get(name, reference)
-    function = {"projection": "forward", "pre+norm": "norm_backward"}.get(name, "read_forward")
+    module, function = {
+        "projection": (reference.projection, "forward"),
+        "pre+norm": (pre, "norm_backward"),
+        "read": (reference, "read_forward"),
+        "boundary+norm": (reference, "forward"),
+    }[name]
     real = getattr(module, function)
 
     def wrong(*args, **static):
@@ -54,7 +59,7 @@ def test_the_whole_check_at_toy_size(capsys):
     checked = check.cases(shapes=((3, 8, 2),), wide=(), dtypes=(BF16,))
     assert check.run(checked, transformations=False)
     printed = capsys.readouterr().out
-    assert "17 of 17 cases within the limits of every leaf" in printed
+    assert "21 of 21 cases within the limits of every leaf" in printed
 
 
 def test_the_check_runs_the_cases_of_the_tests(monkeypatch):

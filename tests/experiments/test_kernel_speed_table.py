@@ -21,6 +21,9 @@ MICROSECONDS = {
     (kernel_speed.SUBLAYERS, "look-ahead"): 10.0 + 30 * (kernel_speed.SUBLAYERS - 1),
     (kernel_speed.SUBLAYERS, "boundary+norm"): 10.0 + 42 * (kernel_speed.SUBLAYERS - 1),
     (kernel_speed.SUBLAYERS, "look-ahead+norm"): 10.0 + 33 * (kernel_speed.SUBLAYERS - 1),
+    (kernel_speed.SUBLAYERS, "hc"): 10.0 + 41 * (kernel_speed.SUBLAYERS - 1),
+    (kernel_speed.SUBLAYERS, "hc+norm"): 10.0 + 43 * (kernel_speed.SUBLAYERS - 1),
+    (kernel_speed.SUBLAYERS, "hc-separate"): 10.0 + 64 * (kernel_speed.SUBLAYERS - 1),
 }  # fmt: skip
 
 
@@ -37,6 +40,7 @@ def timed(monkeypatch):
         return call
 
     ops = ("mappings", "pre", "read", "boundary", "look_ahead", "post_res")
+    ops += ("projection", "hc_read", "hc_boundary")
     by_name = {name: on_xla(getattr(kp, name)) for name in ops}
     monkeypatch.setattr(cases, "kp", types.SimpleNamespace(**by_name))
     monkeypatch.setattr(
@@ -123,6 +127,9 @@ def test_table_of_the_sublayer_and_its_baselines(timed, tmp_path, monkeypatch, c
             ("sublayer, boundary+norm", T): 42,
             ("sublayer, look-ahead", T): 30,
             ("sublayer, look-ahead+norm", T): 33,
+            ("sublayer, hc", T): 41,
+            ("sublayer, hc+norm", T): 43,
+            ("sublayer, hc-separate", T): 64,
             ("sublayer, separate ops", T): 70,
             ("sublayer", 16): 50,  # few tokens: the difference of two chains would be noise
         }

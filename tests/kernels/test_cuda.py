@@ -28,12 +28,13 @@ pytestmark = pytest.mark.gpu_interpreter
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
-def arguments(T, C):
-    """Random x, y, h_post, h_res, g, d, h_pre, phi, fragments of ds, kappa, T."""
+def arguments(T, C, hc=False):
+    """Random x, y, h_post, h_res, g, d, h_pre, phi or theta, fragments of ds, kappa, T."""
     rng = np.random.default_rng(0)
-    tiles = -(-T // 16)
-    shapes = [(T, 4 * C), (T, C), (T, 4), (T, 16), (T, 4 * C), (T, C), (T, 4), (4 * C, 24)]
-    shapes += [(tiles, 3, 32, 4), (tiles, 3, 32, 8), (T,)]
+    tiles, chunks = -(-T // 16), 4 if hc else 3
+    shapes = [(T, 4 * C), (T, C), (T, 4), (T, 16), (T, 4 * C), (T, C), (T, 4)]
+    shapes += [(6, C) if hc else (4 * C, 24), (tiles, chunks, 32, 4), (tiles, chunks, 32, 8)]
+    shapes += [(T, 4) if hc else (T,)]
     dtypes = [BF16, BF16, F32, F32, BF16, BF16, F32, F32, F32, BF16, F32]
     return [*(rng.standard_normal(s).astype(d) for s, d in zip(shapes, dtypes)), T]
 
@@ -47,11 +48,14 @@ def long_backward(T, C, **options):
 
 
 @pytest.mark.skipif(not emulate.available(), reason="no g++")
-@pytest.mark.parametrize(("mix", "terms"), [(False, 2), (True, 1), (True, 2)])
-def test_results_do_not_depend_on_the_order_of_threads(mix, terms):
+@pytest.mark.parametrize(
+    ("mix", "terms", "hc"),
+    [(False, 2, False), (True, 1, False), (True, 2, False), (True, 1, True)],
+)
+def test_results_do_not_depend_on_the_order_of_threads(mix, terms, hc):
     T, C = 16 * 7 + 5, 128
-    launch = long_backward(T, C, mix=mix, terms=terms)
-    first, *others = (launch.emulate(*arguments(T, C), seed=seed) for seed in (0, 1, 2))
+    launch = long_backward(T, C, mix=mix, terms=terms, hc=hc)
+    first, *others = (launch.emulate(*arguments(T, C, hc), seed=seed) for seed in (0, 1, 2))
     used = first if mix else [first[0], first[3]]  # a read has no y
     for out in used:
         assert not np.isnan(np.asarray(out, np.float32)).any()
@@ -85,12 +89,13 @@ def test_terms_of_the_sums_over_columns(T, least, most):
 
 
 @pytest.mark.skipif(not emulate.available(), reason="no g++")
-@pytest.mark.parametrize("programs", [1, 3])
-def test_forward_is_the_same_for_any_order_and_number_of_programs(programs):
+@pytest.mark.parametrize(("programs", "hc"), [(1, False), (3, False), (3, True)])
+def test_forward_is_the_same_for_any_order_and_number_of_programs(programs, hc):
     T, C = 300, 320  # 3 tiles of 128 tokens in 5 splits
-    x, y, post, res, *_ = arguments(T, C)
-    phi = np.asarray(cuda_launches.phi_fragments(round_to_tf32(jnp.asarray(arguments(T, C)[7]))))
-    launch = cuda_launches.forward_launch(T, C)
+    x, y, post, res, _, _, _, phi, *_ = arguments(T, C, hc)
+    lay_out = cuda_launches.theta_fragments if hc else cuda_launches.phi_fragments
+    phi = np.asarray(lay_out(round_to_tf32(jnp.asarray(phi))))
+    launch = cuda_launches.forward_launch(T, C, hc=hc)
     assert launch.constants["SPLITS"] == 5
     mixed, parts = launch.emulate(x, y, post, res, phi, T)
     assert not np.isnan(mixed.astype(np.float32)).any()
@@ -98,7 +103,8 @@ def test_forward_is_the_same_for_any_order_and_number_of_programs(programs):
     for seed in (1, 2):
         again, again_parts = launch.emulate(x, y, post, res, phi, T, seed=seed)
         np.testing.assert_array_equal(mixed.view(np.uint16), again.view(np.uint16))
-        np.testing.assert_array_equal(parts[..., :25], again_parts[..., :25])
+        used = np.arange(32) % 8 < 7 if hc else np.arange(28) < 25
+        np.testing.assert_array_equal(parts[..., used], again_parts[..., used])
 
 
 @pytest.mark.skipif(not emulate.available(), reason="no g++")
@@ -129,6 +135,10 @@ LAUNCHES = {
     "backward of look-ahead with norm": cuda_launches.backward_launch(
         4096, 2560, mix=True, look_ahead=True, norm=True
     ),
+    "forward of HC": cuda_launches.forward_launch(4096, 2560, hc=True),
+    "backward of HC": cuda_launches.backward_launch(4096, 2560, mix=True, hc=True),
+    "backward of few tokens of HC": cuda_launches.backward_launch(64, 2560, mix=True, hc=True),
+    "backward of read of HC": cuda_launches.backward_launch(4096, 2560, mix=False, hc=True),
 }
 SLOW = pytest.mark.slow
 
@@ -138,7 +148,9 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "capability"),
     [
-        pytest.param(name, capability, marks=[SLOW] * ("look" in name and capability != 90))
+        pytest.param(
+            name, capability, marks=[SLOW] * (("look" in name or "HC" in name) and capability != 90)
+        )
         for name in LAUNCHES
         for capability in (80, 90, 100)
     ],

@@ -42,6 +42,7 @@ def launches(capability: int):
 
     from kernels_pallas.coefficients import triton as coefficients
     from kernels_pallas.gpu import sums
+    from kernels_pallas.hc import triton_gates
     from kernels_pallas.look_ahead import triton_norm
     from kernels_pallas.post_res import triton as post_res
     from kernels_pallas.pre import triton as pre
@@ -57,9 +58,9 @@ def launches(capability: int):
     yield "mappings of parts", parts, [f, f, f, f, i]
     yield "mappings backward", coefficients.backward_launch(T, n, 20, round_ds=True), [f] * 7 + [i]
     yield "finish", projection.finish_launch(T, K, m, 2, 1e-20), [f, i]
-    yield "sums", sums.launch(16, K, n, 512, (2112, C)), [f] * 4
-    yield "sums with mappings", sums.launch(13, K, n, 512, (2112, C), 40, T), [f] * 4
-    yield "sums of look-ahead", sums.launch(13, K, n, 512, (13, C), 40, T, True), [f] * 4
+    yield "sums", sums.launch(16, (K, m), n, 512, (2112, C)), [f] * 4
+    yield "sums with mappings", sums.launch(13, (K, m), n, 512, (2112, C), 40, T), [f] * 4
+    yield "sums of look-ahead", sums.launch(13, (K, m), n, 512, (13, C), 40, T, True), [f] * 4
     bf16 = jnp.dtype(jnp.bfloat16)
     yield "norm", triton_norm.forward_launch(T, C, bf16, 1e-6), ["*bf16", f]
     yield "norm backward", triton_norm.backward_launch(T, C, bf16), ["*bf16", "*bf16", f]
@@ -72,6 +73,10 @@ def launches(capability: int):
     yield "mappings of forward.cu", parts, [f, f, f, f, i]
     launch = coefficients.backward_launch(T, n, 20, round_ds=True, fragments=K)
     yield "mappings backward, fragments", launch, [f] * 7 + [i]
+    gates = triton_gates.forward_launch(T, C, n, splits=2, stride=8, eps=1e-20)
+    yield "gates of hc", gates, [f, f, f, i]
+    gates = triton_gates.backward_launch(T, C, n, round_ds=True, fragments=True)
+    yield "gates of hc backward", gates, [f] * 6 + [i]
     for b, dtype in (("*bf16", jnp.dtype(jnp.bfloat16)), (f, jnp.dtype(jnp.float32))):
         yield f"post_res {b}", post_res.forward_launch(T, C, n, dtype), [b, b, f, f]
         for add in (False, True):
@@ -89,6 +94,10 @@ def launches(capability: int):
             options = {"accumulate": accumulate, "capability": capability}
             launch = projection.backward_launch(T, K, n, m, dtype, **options)
             yield f"projection backward {b} {accumulate}", launch, [b, f, f, f, f, b, b, f, i]
+        yield f"projection of hc {b}", projection.forward_launch(n * T, C, 2 + n, dtype), [b, b, i]
+        options = {"accumulate": True, "sharing": n, "capability": capability}
+        launch = projection.backward_launch(n * T, C, 1, 2 + n, dtype, **options)
+        yield f"projection of hc backward {b}", launch, [b, f, f, f, f, b, b, f, i]
 
 
 def stack_bytes(launch, types, capability: int) -> int:

@@ -94,7 +94,15 @@ def lower(program, topology, width, num_tokens=2048, n=4):
     T, C, m, f32 = num_tokens, width, n * n + 2 * n, jnp.float32
     shapes = {
         **{"x": (T, n * C), "y": (T, C), "h_pre": (T, n), "h_post": (T, n), "h_res": (T, n, n)},
-        **{"phi": (n * C, m), "bias": (m,), "alpha": (3,), "weight": (C,), "s": (T, m), "r": (T,)},
+        **{
+            "phi": (n * C, m),
+            "theta": (2 + n, C),
+            "bias": (m,),
+            "alpha": (3,),
+            "weight": (C,),
+            "s": (T, m),
+            "r": (T,),
+        },
     }
     args = [
         jax.ShapeDtypeStruct(shapes[name], jnp.bfloat16 if name in "xy" else f32)
@@ -177,6 +185,35 @@ def compile_logits(topology):
         assert kernels_of(lowered) == fused, kernels_of(lowered)
         lowered.compile()
         print("compiled", n, flush=True)
+
+
+def hc_kernels(n):
+    """Outputs and gradients of the fused operations of Hyper-Connections."""
+    options = {"n": n, "input_norm_eps": 1e-6, "implementation": "pallas"}
+
+    def program(x, y, h_post, h_res, theta, bias, alpha, weight):
+        def fused(op, *args):
+            *args, weight = args
+            return op(*args, input_norm_weight=weight, **options)
+
+        parameters = theta, bias, alpha, weight
+        read, boundary = (functools.partial(fused, op) for op in (kp.hc_read, kp.hc_boundary))
+        return (
+            with_gradients(read, x, *parameters),
+            with_gradients(boundary, x, y, h_post, h_res, *parameters),
+        )
+
+    return program
+
+
+def compile_hc(topology):
+    """Those of Hyper-Connections, at every width for four streams."""
+    names = {f"mhc_hc_{op}_{direction}" for op in ("read", "boundary") for direction in BOTH}
+    for n, width in ((4, 1280), (4, 2560), (4, 4096), (4, 7168), (3, 1280), (8, 1280)):
+        lowered = lower(hc_kernels(n), topology, width, n=n)
+        assert kernels_of(lowered) == names, kernels_of(lowered)
+        lowered.compile()
+        print("compiled", f"{n}x{width}", flush=True)
 
 
 def compile_look_ahead(topology):

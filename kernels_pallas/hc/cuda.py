@@ -1,0 +1,99 @@
+"""`hc_read` and `hc_boundary` with their large passes in CUDA C++, as `kernels_pallas.boundary.cuda`.
+
+forward.cu and backward.cu are compiled for one norm a stream; the small kernels between them are Triton's.
+The bytes are those of `boundary`. The forward of `hc_read` is Triton's.
+"""
+
+import jax
+
+from kernels_pallas.boundary import cuda_launches
+from kernels_pallas.boundary.contract import ReadOut, ReadStatic, Saved, Update
+from kernels_pallas.boundary.triton import input_backward
+from kernels_pallas.gpu import device, sums
+from kernels_pallas.hc import triton
+from kernels_pallas.hc import triton_gates as gates
+from kernels_pallas.hc.contract import Parameters, empty_read
+from kernels_pallas.hc.triton import read_forward
+
+__all__ = ["backward", "check", "check_forward", "forward", "read_backward", "read_forward"]
+
+
+def check(first: jax.Array | Update, *_, static: ReadStatic) -> None:
+    """Raises NotImplementedError unless backward.cu accepts these arguments and can run here."""
+    triton.check(first, static=static)
+    streams = jax.tree.leaves(first)[0]
+    cuda_launches.check(streams, static.n, cuda_launches.HC_BACKWARD_BYTES)
+
+
+def check_forward(update: Update, *_, static: ReadStatic) -> None:
+    """Raises NotImplementedError unless forward.cu accepts these arguments and can run here."""
+    triton.check(update, static=static)
+    cuda_launches.check(update.streams, static.n, cuda_launches.HC_FORWARD_BYTES)
+
+
+def forward(
+    update: Update, parameters: Parameters, *, static: ReadStatic
+) -> tuple[jax.Array, ReadOut, Saved]:
+    """Does the write, then the read of the new streams."""
+    streams, n = update.streams, static.n
+    T = device.num_tokens(streams.shape[:-1])
+    if not T:
+        return streams, *empty_read(streams, n)
+    launch = cuda_launches.forward_launch(T, streams.shape[-1] // n, hc=True)
+    new_streams, parts = launch(*update, cuda_launches.theta_fragments(parameters.theta), T)
+    new_streams = new_streams.reshape(streams.shape)
+    parts = parts.reshape(parts.shape[0], T, n, -1)
+    return new_streams, *triton.finish_read(new_streams, parts, parameters, static)
+
+
+def _to_fragments(streams, parameters, saved, d, static):
+    """Cotangent of the weighted sum, fragments, partial sums of dbias and dalpha, and of dweight."""
+    d_sum, dh_pre, d_weight = input_backward(streams, parameters, saved, d, static)
+    fragments, d_gates = gates.backward_to_fragments(parameters, saved, dh_pre, d)
+    return d_sum, fragments, d_gates, d_weight
+
+
+def read_backward(
+    streams: jax.Array,
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    d_streams: jax.Array,
+    *,
+    static: ReadStatic,
+) -> tuple[jax.Array, Parameters]:
+    """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
+    if not device.num_tokens(saved.r.shape):
+        return streams, parameters.no_cotangents()
+    d_sum, fragments, d_gates, d_weight = _to_fragments(streams, parameters, saved, d, static)
+    dx, dtheta = cuda_launches.read_backward(
+        streams, d_streams, d_sum, saved.h_pre, parameters.theta, fragments, hc=True
+    )
+    d_parameters = sums.parameter_gradients(dtheta, d_gates, d_weight, static.n)
+    return dx.reshape(streams.shape), Parameters(*d_parameters)
+
+
+def backward(
+    update: Update,
+    new_streams: jax.Array,
+    parameters: Parameters,
+    saved: Saved,
+    d: ReadOut,
+    d_new: jax.Array,
+    *,
+    static: ReadStatic,
+) -> tuple[Update, Parameters]:
+    """Returns the cotangents of the update and of the parameters."""
+    if not device.num_tokens(saved.r.shape):
+        return update, parameters.no_cotangents()
+    d_sum, fragments, d_gates, d_weight = _to_fragments(new_streams, parameters, saved, d, static)
+    dx, dy, d_mappings, dtheta = cuda_launches.boundary_backward(
+        update, d_new, d_sum, saved.h_pre, parameters.theta, fragments, hc=True
+    )
+    d_parameters, (dh_res, dh_post) = sums.all_gradients(
+        dtheta, d_gates, d_weight, d_mappings, static.n
+    )
+    d_update = Update(dx, dy, dh_post, dh_res)
+    return jax.tree.map(lambda d, x: d.reshape(x.shape), d_update, update), Parameters(
+        *d_parameters
+    )
