@@ -60,6 +60,7 @@ class _Alone(Stop):
 
     def __init__(self):
         self._starting, self._requested = True, False
+        self._again: list[threading.Timer] = []
 
     def handle(self, number, frame) -> None:
         if self._requested and number == signal.SIGINT:
@@ -67,6 +68,28 @@ class _Alone(Stop):
         self._requested = True
         if self._starting:
             raise Stopped
+
+    def dropped(self, unraisable) -> bool:
+        """Whether Python has dropped our `Stopped`; it is then raised again a moment later.
+
+        Python drops what is raised in callbacks of its garbage collector and of weak references, as jax has.
+        """
+        if unraisable.exc_type is not Stopped:
+            return False
+        timer = threading.Timer(0.01, self._raise_again)
+        self._again.append(timer)
+        timer.start()
+        return True
+
+    def _raise_again(self) -> None:
+        if self._starting:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def end(self) -> None:
+        """No signal is raised again from here on."""
+        self._starting = False
+        for timer in self._again:
+            timer.join()
 
     def __call__(self, step: int) -> bool:
         return self._requested
@@ -119,8 +142,16 @@ def stop_signals() -> Iterator[Stop]:
             yield _Together()
     else:
         stop = _Alone()
-        with _handled(dict.fromkeys((signal.SIGINT, signal.SIGTERM), stop.handle)):
-            yield stop
+        hook = sys.unraisablehook
+        sys.unraisablehook = lambda said: None if stop.dropped(said) else hook(said)
+        try:
+            with _handled(dict.fromkeys((signal.SIGINT, signal.SIGTERM), stop.handle)):
+                try:
+                    yield stop
+                finally:
+                    stop.end()
+        finally:
+            sys.unraisablehook = hook
 
 
 def during(

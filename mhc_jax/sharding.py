@@ -288,6 +288,10 @@ class BatchPlacement:
         starts = np.cumsum([0] + [last - first for first, last in sorted(mine)])
         self._local = {first: start for (first, _), start in zip(sorted(mine), starts)}
 
+    def abstract(self, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a global batch with the sharding that `put` gives."""
+        return {name: x.update(sharding=self._sharding) for name, x in batch.items()}
+
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Makes global arrays `[B, S]` of this process's rows `[B / count, S]`."""
 

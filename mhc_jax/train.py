@@ -1,5 +1,6 @@
 """The training loop: data and state in, metrics, gains and checkpoints in the workdir out."""
 
+import functools
 import logging
 import os
 import time
@@ -18,6 +19,7 @@ from mhc_jax.data import check_files, make_iterator, vocab_size
 from mhc_jax.diagnosis import find_non_finite
 from mhc_jax.initialisation import read_logit
 from mhc_jax.losses import IGNORE_INDEX
+from mhc_jax.programs import Programs
 from mhc_jax.progress import Progress
 from mhc_jax.recovery import UNREADABLE, BadData, Faults, NonFiniteError, bad_data, what
 from mhc_jax.storage import Storage
@@ -38,6 +40,8 @@ from mhc_jax.workdir import (
 )
 
 _log = logging.getLogger(__name__)
+# A train step that comes from a cache of compiled programs is there within this time.
+_SECONDS_OF_A_CACHE = 3.0
 
 
 class BadInput(ValueError):
@@ -143,12 +147,13 @@ class Run:
         self._open_data()
         self._layout = pipeline.Layout(config, self.mesh)
         self._abstract = abstract_state(config, self.mesh)
+        self._shapes = self._placement.abstract(abstract_batch(config))
         self._train_step = jit_train_step(config, self.mesh)
         _log.info("tracing the train step")
         # The trace is used by the first step.
-        self._train_step.eval_shape(self._abstract, abstract_batch(config))
+        self._train_step.eval_shape(self._abstract, self._shapes)
         self._eval_step, self._gains = self._jit(evaluate), self._jit(measure_gains)
-        self._compiled, self._stop = set(), None
+        self._programs, self._stop = Programs(), None
         self.storage = Storage(config, self.workdir)
         try:
             self.state = self._newest_state()
@@ -227,6 +232,7 @@ class Run:
                 self._start(stop)
             while self.step < self.config.steps:
                 self._dispatch()
+                self._start_others()
                 asked = self._do_what_is_due()
                 self._look_after_saves()
                 if (stop(self.step) or asked) and self.step < self.config.steps:
@@ -239,21 +245,30 @@ class Run:
             self._look_after_saves(wait=True)
 
     def _start(self, stop: Callable[[int], bool]) -> None:
-        """Compiles the step while the main thread listens to signals."""
+        """Has the step compiled, and waits for it while the main thread listens to signals."""
         try:
-            self._train_step = self._progress.compile(
-                stop,
-                self._train_step.lower(self._abstract, abstract_batch(self.config)).compile,
-                "compiling the train step",
-            )
+            self._programs.start("train step", self._train_step, self._abstract, self._shapes)
+            if not self._programs.is_there("train step", _SECONDS_OF_A_CACHE):
+                self._start_others()
+            self._train_step = self._compiled("train step", stop)
             preemption.start_is_over(stop)
         except preemption.Stopped:
             raise Interrupted(
                 f"stopped at step {self.step} before another one: nothing is lost, run again"
             ) from None
 
+    def _start_others(self) -> None:
+        """Has evaluation and gains compiled: beside the step, or else while the first one runs."""
+        if self._programs.was_started("validation"):
+            return
+        variables = self._abstract.variables
+        self._programs.start("validation", self._eval_step, variables, self._shapes)
+        if self.config.model.connection != "residual":
+            self._programs.start("gains", self._gains, variables, self._gains_tokens)
+
     def close(self) -> None:
         """Waits for checkpoints, closes files and gives the workdir back."""
+        self._programs.close()
         self.storage.close()
 
     def _dispatch(self) -> None:
@@ -365,17 +380,18 @@ class Run:
                 return True
         return False
 
-    def _compile(self, program, name: str, *args) -> None:
-        """Compiles a program before its first call. Signals end the waiting, unless this is the last step."""
-        if name not in self._compiled:
-            stop = self._stop if self.step < self.config.steps else None
-            compile_ = program.lower(*args).compile
-            self._progress.compile(stop, compile_, f"compiling the {name}")
-            self._compiled.add(name)
+    def _compiled(self, name: str, stop: Callable[[int], bool] | None) -> Callable:
+        """Waits for a program; signals end the waiting."""
+        wait = functools.partial(self._programs.wait, name)
+        return self._progress.compile(stop, wait, f"compiling the {name}")
+
+    def _program(self, name: str) -> Callable:
+        """A compiled program; signals end the waiting for it, unless this is the last step."""
+        return self._compiled(name, self._stop if self.step < self.config.steps else None)
 
     def _evaluate(self) -> None:
         self.validation.set_state(self._validation_start)
-        variables = self.state.variables
+        variables, eval_step = self.state.variables, self._program("validation")
         losses, counted = [], []
         for _ in range(self.config.eval_batches):
             try:
@@ -383,8 +399,7 @@ class Run:
             except UNREADABLE as error:
                 raise self._bad_data(error) from error
             batch = self._placement.put(rows)
-            self._compile(self._eval_step, "validation", variables, batch)
-            losses.append(self._eval_step(variables, batch))
+            losses.append(eval_step(variables, batch))
             counted.append(float((rows["targets"] != IGNORE_INDEX).mean()))
         mean = sum(x * part for x, part in zip(map(float, losses), counted)) / max(
             sum(counted), 1e-9
@@ -395,8 +410,8 @@ class Run:
         spiked, self._faults.spiked = self._faults.spiked, False
         if self.config.model.connection == "residual":
             return  # 1 by definition
-        self._compile(self._gains, "gains", self.state.variables, self._gains_tokens)
-        measured, cosine = jax.device_get(self._gains(self.state.variables, self._gains_tokens))
+        measure = self._program("gains")
+        measured, cosine = jax.device_get(measure(self.state.variables, self._gains_tokens))
         found = gains.summary(measured) | {"gains/stream_cosine": float(cosine)}
         self._write(self.step, found)
         if spiked:

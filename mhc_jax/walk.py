@@ -53,8 +53,14 @@ def stack(
             carry,
             (variables, *own),
         )
-    written_out = [nnx.merge(graph, block) for block in remat.unstacked(variables)]
-    carry, reports = each(visit, written_out, carry, *map(remat.unstacked, own))
+
+    # Equal blocks call one function, which is traced, differentiated and lowered once, kernels included. XLA
+    # puts its body in place of each call: the compiled program is that of blocks without it.
+    @jax.jit
+    def block(variables, carry, *own):
+        return visit(nnx.merge(graph, variables), carry, *own)
+
+    carry, reports = each(block, remat.unstacked(variables), carry, *map(remat.unstacked, own))
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *reports)
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.gpu import device
+from kernels_pallas.gpu import device, kernel_cache
 from kernels_pallas.gpu.device import INTERPRET
 from kernels_pallas.gpu.launch import TARGET, Launch
 
@@ -163,6 +163,8 @@ def _architectures(library: ctypes.CDLL) -> list[int]:
 def compile_ptx(source: str, constants: tuple[tuple[str, int], ...], capability: int) -> str:
     """Compiles the file `source` to PTX for a compute capability (80, 90, 100, 103), once a process.
 
+    Where jax keeps compiled programs on disk, the PTX is kept too (`kernel_cache`).
+
     Raises:
       RuntimeError: the compiler's message.
       NotImplementedError: another capability, or there is no NVRTC for it.
@@ -172,6 +174,21 @@ def compile_ptx(source: str, constants: tuple[tuple[str, int], ...], capability:
     library = _nvrtc(capability)
     if library is None:
         raise NotImplementedError(_no_nvrtc(capability))
+    version = (ctypes.c_int(), ctypes.c_int())
+    library.nvrtcVersion(*map(ctypes.byref, version))
+    texts = [path.read_text() for path in (_FOLDER / source, *sorted(_FOLDER.glob("*/*.cuh")))]
+    key = ("nvrtc", [part.value for part in version], texts, source, constants, capability)
+
+    def make():
+        return {"ptx": _compile(library, source, constants, capability)}
+
+    return kernel_cache.get(key, make)["ptx"]
+
+
+def _compile(
+    library: ctypes.CDLL, source: str, constants: tuple[tuple[str, int], ...], capability: int
+) -> str:
+    """`compile_ptx` with this NVRTC."""
 
     def check(result: int) -> None:
         if result:

@@ -1,14 +1,18 @@
 """Launches Triton kernels from JAX through jax_triton, and on the CPU in Triton's interpreter."""
 
+import contextlib
 import dataclasses
 import functools
 import math
+import threading
+import types
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.gpu import device
+from kernels_pallas.gpu import device, kernel_cache
 from kernels_pallas.gpu.device import INTERPRET
 from kernels_pallas.gpu.launch import TARGET, Launch
 
@@ -72,10 +76,14 @@ def _lower_to_ffi() -> None:
     from jax.interpreters.mlir import ir
     from jax_triton import triton_lib
 
+    keeping = _keep_ptx(triton_lib)
+
     def lower(ctx, *args, **parameters):
-        results = triton_lib.triton_kernel_call_lowering(
-            triton_lib.get_cuda_backend, ctx, *args, **parameters
-        )
+        ours = parameters["custom_call_target_name"] == TARGET
+        with keeping() if ours else contextlib.nullcontext():
+            results = triton_lib.triton_kernel_call_lowering(
+                triton_lib.get_cuda_backend, ctx, *args, **parameters
+            )
         call = results[0].owner
         if ir.StringAttr(call.attributes["call_target_name"]).value == TARGET:
             config = call.attributes["backend_config"]
@@ -85,6 +93,64 @@ def _lower_to_ffi() -> None:
         return results
 
     mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
+
+
+def _keep_ptx(triton_lib) -> Callable:
+    """Puts `kernel_cache` in front of the two calls by which jax_triton compiles.
+
+    Returns:
+      a context inside of which this thread uses it. Outside, and in other threads, nothing changes.
+    """
+    import jax_triton
+    import triton
+
+    first, second = triton_lib.code_gen.ast_to_ttir, triton_lib.compile_ttir_inplace
+    versions = triton.__version__, jax_triton.__version__
+    fields = "binary", "name", "shared_mem_bytes"
+    here = threading.local()
+
+    def to_ttir(fn, source, *, options, **others):
+        if not getattr(here, "active", False) or triton_lib._JAX_TRITON_DUMP_DIR:
+            return first(fn, source, options=options, **others)
+        here.key = ("triton", versions, fn.__name__, source.hash(), options.hash())
+        found = kernel_cache.read(here.key)
+        module = first(fn, source, options=options, **others) if found is None else _Kept(found)
+        here.ttir = str(module)
+        return module
+
+    def to_ptx(module, *args):
+        if isinstance(module, _Kept):
+            kept = {name: module.entry[name] for name in fields}
+            return triton_lib.CompilationResult(**kept, ttgir=None, llir=None)
+        key, here.key = getattr(here, "key", None), None
+        result = second(module, *args)
+        if key is not None:
+            entry = {name: getattr(result, name) for name in fields}
+            kernel_cache.write(key, {**entry, "ttir": here.ttir})
+        return result
+
+    triton_lib.code_gen = types.SimpleNamespace(ast_to_ttir=to_ttir)
+    triton_lib.compile_ttir_inplace = to_ptx
+
+    @contextlib.contextmanager
+    def keeping():
+        here.active = True
+        try:
+            yield
+        finally:
+            here.active, here.key = False, None
+
+    return keeping
+
+
+@dataclasses.dataclass
+class _Kept:
+    """Stands for the module of a kernel whose PTX was found."""
+
+    entry: dict
+
+    def __str__(self):
+        return self.entry["ttir"]
 
 
 def _torch_dtype(dtype):

@@ -88,8 +88,8 @@ def run_groups(
         streams, extras = jax.lax.scan(body, streams, grouped)
         found.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), extras))
     blocks = [] if rest is None else unstacked(rest)
+    group = jax.jit(checkpoint_group(run_group, policy))  # equal groups: see `walk.stack`
     for start in range(0, len(blocks), size):
-        group = checkpoint_group(run_group, policy)
         streams, extras = group(streams, blocks[start : start + size])
         found.append(extras)
     return streams, jax.tree.map(lambda *xs: jnp.concatenate(xs), *found)

@@ -20,13 +20,31 @@ pytestmark = [
 ]
 
 
-def test_calls_can_be_recorded():
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Two starts of a program with one cache of compiled programs."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = f"{ROOT}{os.pathsep}{os.environ['CUDA_PLUGIN']}"
-    environment.update(PYTHONPATH=path, JAX_PLATFORMS="cpu")
+    cache = str(tmp_path_factory.mktemp("cache"))
+    environment.update(PYTHONPATH=path, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=cache)
     command = [sys.executable, __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+    results = []
+    for _ in range(2):
+        results.append(subprocess.run(command, env=environment, capture_output=True, text=True))
+        assert results[-1].returncode == 0, results[-1].stderr[-2000:]
+    return results
+
+
+def test_a_second_start_compiles_no_kernel_and_lowers_the_same_program(processes):
+    first, second = processes
+    assert first.stdout == second.stdout  # jax's persistent cache takes the program as its key
+    compiled = [int(re.search(r"compiled (\d+)", result.stderr)[1]) for result in processes]
+    assert compiled[0] >= 6, compiled
+    assert compiled[1] == 0
+
+
+def test_calls_can_be_recorded(processes):
+    result = processes[0]
     calls = re.findall(r"custom_call @(\w+)\(.*?\) \{(.*?) = ", result.stdout)
     assert len(calls) >= 8, result.stdout[
         :2000
@@ -55,5 +73,17 @@ if __name__ == "__main__":
         return sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(out))
 
     structs = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, dtypes)]
+    from jax_triton import triton_lib
+
+    from kernels_pallas.gpu import cuda_launch
+
+    compiled = []
+
+    def counted(compile_):
+        return lambda *args: compiled.append(args) or compile_(*args)
+
+    cuda_launch._compile = counted(cuda_launch._compile)
+    triton_lib.compile_ttir_to_ptx_inplace = counted(triton_lib.compile_ttir_to_ptx_inplace)
     traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*structs)
     print(traced.lower(lowering_platforms=("cuda",)).as_text())
+    print("compiled", len(compiled), file=sys.stderr)

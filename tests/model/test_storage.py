@@ -450,11 +450,14 @@ def test_sigterm_before_the_first_step_ends_at_once(programs, moment, tmp_path, 
 
 
 def test_sigterm_while_another_program_is_compiled_saves_at_once(programs, tmp_path, monkeypatch):  # noqa: F811
-    def forever():
-        signal.raise_signal(signal.SIGTERM)
-        time.sleep(20)
+    run, over = Run(CONFIG, tmp_path), threading.Event()
 
-    run = Run(CONFIG, tmp_path)
+    def forever():
+        while run.step < 2:  # evaluated after the second step
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGTERM)
+        over.wait(60)
+
     slow = types.SimpleNamespace(lower=lambda *_: types.SimpleNamespace(compile=forever))
     run._eval_step = slow
     begin = time.monotonic()
@@ -463,9 +466,28 @@ def test_sigterm_while_another_program_is_compiled_saves_at_once(programs, tmp_p
         pytest.raises(Interrupted, match="stopped at step 2, saved"),
     ):
         run.loop(stop, "x")
+    over.set()
     run.close()
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 50
     assert saved(tmp_path) == [2]
+
+
+def test_sigterm_in_a_callback_of_the_garbage_collector_ends_the_start_too(capfd):
+    class Collected:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def start():
+        with preemption.stop_signals():
+            Collected()  # Python drops what is raised in there
+            for _ in range(500):
+                time.sleep(0.01)
+
+    hook = sys.unraisablehook
+    with pytest.raises(preemption.Stopped):
+        start()
+    assert sys.unraisablehook is hook
+    assert capfd.readouterr().err == ""
 
 
 def test_the_time_of_a_long_compilation_is_told(monkeypatch, caplog):
