@@ -60,7 +60,7 @@ def _names(results: Sequence[dict]) -> list[str]:
 
 
 def format_table(results: Sequence[dict]) -> str:
-    """Writes a line a score, a column a workdir, and how many prompts and answers were cut."""
+    """Writes a line a score, a column a workdir; how often a model read, and what was cut."""
     rows = [["task", *_names(results)]]
     for label, scores in _by_label(results).items():
         cells = ["-" if s is None else f"{s.value:.4g}" + _plus_minus(s.error) for s in scores]
@@ -68,6 +68,11 @@ def format_table(results: Sequence[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
     for found in results:
+        if found["scored"]:
+            lines.append(
+                f"{found['workdir']}: {found['scored']} continuations were scored in "
+                f"{found['passes']} passes."
+            )
         for key, what in (
             ("truncated", "prompts were longer than the context and lost their beginning"),
             ("shortened", "answers were given half of the context, less than their task allows"),

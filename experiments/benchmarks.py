@@ -12,9 +12,10 @@ import logging
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import lm_eval.api.model
 import lm_eval.evaluator
 import lm_eval.tasks
@@ -27,6 +28,7 @@ from lm_eval.utils import (
     make_disjoint_window,
 )
 
+from experiments import mesh_options
 from experiments.benchmark_scores import format_table, plot
 from mhc_jax import checksum, paths
 from mhc_jax.checkpoint.trained import load
@@ -128,12 +130,18 @@ class Harness(lm_eval.api.model.TemplateLM):
     Attributes:
       truncated: prompts that were longer and lost their beginning.
       shortened: prompts whose answer may be only half of `max_length` long, for the prompt's sake.
+      scored: continuations that were scored.
     """
 
     def __init__(self, model: Inference, tokenizer: Tokenizer, max_length: int):
         super().__init__()
         self._model, self._tokenizer, self.max_length = model, tokenizer, max_length
-        self.truncated = self.shortened = 0
+        self.truncated = self.shortened = self.scored = 0
+
+    @property
+    def passes(self) -> int:
+        """Sequences that were read for them: choices of one token share that of their question."""
+        return self._model.passes
 
     @property
     def eot_token_id(self) -> int:
@@ -147,6 +155,7 @@ class Harness(lm_eval.api.model.TemplateLM):
         with tqdm.tqdm(total=len(pairs), unit="request", desc="score", disable=disable) as bar:
             for index, found in self._model.score(pairs):
                 yield index, found
+                self.scored += 1
                 bar.update()
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_):
@@ -251,6 +260,7 @@ def evaluate(
     batch_size: int | None = None,
     limit: int | None = None,
     resume: bool = True,
+    mesh: Callable[[Config], jax.sharding.Mesh | None] = lambda config: None,
 ) -> dict[str, Any]:
     """The results of one workdir.
 
@@ -262,17 +272,18 @@ def evaluate(
       batch_size: sequences at once; None: by their length.
       limit: documents of each task; None: all.
       resume: take answers that a run of the same weights has left, and leave those of this one.
+      mesh: as of `load`.
 
     Returns:
-      a dict for JSON: workdir, connection, step, `truncated`, `shortened`, `tasks` (a list of name, shots
-      and the harness's whole result), and `failed` (a line a task).
+      a dict for JSON: workdir, connection, step, `truncated`, `shortened`, `scored` and `passes`, `tasks` (a
+      list of name, shots and the harness's whole result), and `failed` (a line a task).
 
     Raises:
       ValueError: no run or no good checkpoint, or a tokenizer that does not match the model.
     """
-    config, variables, step = load(workdir)
+    config, variables, step = load(workdir, mesh=mesh)
     harness = Harness(
-        Inference(variables, config.model, batch_size),
+        Inference(variables, config.model, batch_size, mesh(config)),
         _tokenizer_of(config, tokenizer),
         config.data.sequence_length,
     )
@@ -295,6 +306,8 @@ def evaluate(
         "step": step,
         "truncated": harness.truncated,
         "shortened": harness.shortened,
+        "scored": harness.scored,
+        "passes": harness.passes,
         "tasks": found,
         "failed": failed,
     }
@@ -349,6 +362,7 @@ def main(options) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     tasks = choose_tasks(options.tasks)
     manager = find_tasks(tasks, options.include_path)
+    mesh = mesh_options.mesh_of(vars(options))
     results, failed = [], []
     for workdir in options.workdir:
         try:
@@ -356,6 +370,7 @@ def main(options) -> None:
                 evaluate(
                     workdir, tasks, manager, tokenizer=options.tokenizer,
                     batch_size=options.batch_size, limit=options.limit, resume=not options.no_resume,
+                    mesh=mesh,
                 )
             )  # fmt: skip
         except (ValueError, TypeError, OSError) as error:

@@ -8,8 +8,8 @@ With --tasks, what can it do? The benchmarks of Table 4, or any of lm-evaluation
 
 Reads the newest good checkpoint of each workdir, also of one whose run goes on, and the whole validation
 split that training left out; with --batches=8 the 8 batches that training itself evaluates. --data.path names
-other text, all of which counts. It runs on one device, whatever the model was trained on, and no choice of an
-expert is dropped. Several workdirs (--workdir A B) give a table.
+other text, all of which counts. It runs on one device, or with --mesh on several; no choice of an expert is
+dropped. Several workdirs (--workdir A B) give a table.
 
 Loss: nats a token, mean over windows of the run's sequence length, ± its standard error over windows
 (windows of one document are not independent: take it as a lower bound). Perplexity: exp(loss). Bits per byte:
@@ -27,15 +27,15 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 import tqdm
 
-from experiments import record
+from experiments import mesh_options, record
 from experiments.output import user_path
-from mhc_jax import compilation_cache, paths
+from mhc_jax import compilation_cache, paths, sharding
 from mhc_jax.checkpoint.trained import load
 from mhc_jax.config import Config
 from mhc_jax.data import DataConfig, vocab_size
@@ -124,19 +124,28 @@ def choose_text(
     return Text(data, split, windows, chosen)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _losses(variables, batch, model):
-    return window_losses(variables, batch, model)
+@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+def _losses(variables, batch, model, mesh):
+    with sharding.tokens_on(mesh):
+        return window_losses(variables, batch, model)
 
 
-def losses_of(variables: Params, config: Config, text: Text, batch_size: int | None = None):
+def losses_of(
+    variables: Params,
+    config: Config,
+    text: Text,
+    batch_size: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+):
     """Mean loss of each chosen window, float64 `[W]`, and the bytes it stands for, int64 `[W]` or None.
 
     Raises:
       ValueError: a record or a text cannot be read.
     """
     length = config.data.sequence_length
-    rows = batch_size or max(1, min(config.batch_size, _TOKENS // length, len(text.chosen)))
+    shares = sharding.shares(mesh)
+    most = max(1, min(config.batch_size, shares * max(1, _TOKENS // length), len(text.chosen)))
+    rows = shares * -(-(batch_size or most) // shares)
     count_bytes = bytes_of_windows(text.data, text.split)
     losses, sizes = [], []
     with tqdm.tqdm(total=len(text.chosen), unit="window", desc="evaluate", disable=None) as bar:
@@ -149,7 +158,7 @@ def losses_of(variables: Params, config: Config, text: Text, batch_size: int | N
                 if count_bytes:
                     sizes.append(count_bytes(index, windows[row]))
             batch = {"inputs": np.maximum(windows[:, :-1], 0), "targets": windows[:, 1:]}
-            found = _losses(variables, batch, for_sampling(config.model))
+            found = _losses(variables, batch, for_sampling(config.model), mesh)
             losses.append(np.asarray(found, np.float64)[: len(indices)])
             bar.set_postfix_str(f"loss {np.concatenate(losses).mean():.4f}", refresh=False)
             bar.update(len(indices))
@@ -188,15 +197,20 @@ def summarize(losses: np.ndarray, sizes: np.ndarray | None, length: int) -> dict
     return found
 
 
-def evaluate(workdir: str, batch_size: int | None = None, **text) -> dict:
-    """The results of one workdir; further arguments as those of `choose_text`.
+def evaluate(
+    workdir: str,
+    batch_size: int | None = None,
+    mesh: Callable[[Config], jax.sharding.Mesh | None] = lambda config: None,
+    **text,
+) -> dict:
+    """The results of one workdir; `mesh` as of `load`, further arguments as those of `choose_text`.
 
     Raises:
       ValueError: no run or no good checkpoint there, or as `choose_text` and `losses_of`.
     """
-    config, variables, step = load(workdir)
+    config, variables, step = load(workdir, mesh=mesh)
     chosen = choose_text(config, **text)
-    losses, sizes = losses_of(variables, config, chosen, batch_size)
+    losses, sizes = losses_of(variables, config, chosen, batch_size, mesh(config))
     data = {name: getattr(chosen.data, name) for name in ("source", "path", "tokenizer")}
     about = {"workdir": str(workdir), "step": step, "data": data, "split": chosen.split or "all"}
     return about | summarize(losses, sizes, config.data.sequence_length)
@@ -241,6 +255,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="the first N batches of the validation split alone, as training evaluates")  # fmt: skip
     add("--batch_size", type=_positive, metavar="B",
         help="windows at once; the numbers do not depend on it")  # fmt: skip
+    add("--mesh", choices=("run",), help=mesh_options.MESH_HELP)
+    for axis, what in mesh_options.AXES.items():
+        add(f"--mesh.{axis}", type=int, metavar="N", help=what)
     add("--output", type=user_path, metavar="FILE", help="JSON file for the results")
     add("--json", action="store_true", help="print the results as JSON instead of a table")
     add("--tasks", metavar="NAMES",
@@ -294,7 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results, failed = [], []
     for workdir in options.workdir:
         try:
-            results.append(evaluate(workdir, options.batch_size, **text))
+            results.append(
+                evaluate(workdir, options.batch_size, mesh_options.mesh_of(vars(options)), **text)
+            )
         except (ValueError, TypeError, OSError) as error:
             named = workdir in str(error) or len(options.workdir) == 1
             failed.append(f"error: {error}" if named else f"error: {workdir}: {error}")

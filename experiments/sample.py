@@ -1,7 +1,8 @@
 """Continues a prompt with a trained model: python -m experiments.sample --workdir=runs/mhc --prompt="import "
 
 Prints text while it is generated. It reads the newest checkpoint of the workdir, whose run may still be
-going, and runs on one device, whatever it was trained on.
+going, and runs on one device. Where a model does not fit, --mesh=run is the mesh of its training, and
+--mesh.fsdp=-1 splits it over all devices.
 """
 
 import logging
@@ -12,6 +13,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from experiments import mesh_options
 from mhc_jax import command_line, compilation_cache
 from mhc_jax.checkpoint.trained import load
 from mhc_jax.data import load_tokenizer
@@ -24,6 +26,11 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to generate at mos
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the random draws.")
+_MESH = flags.DEFINE_enum("mesh", None, ["run"], mesh_options.MESH_HELP)
+_AXES = {
+    f"mesh.{axis}": flags.DEFINE_integer(f"mesh.{axis}", None, what)
+    for axis, what in mesh_options.AXES.items()
+}
 _NO_CACHE = flags.DEFINE_bool(compilation_cache.FLAG, False, compilation_cache.HELP)
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/ whose model the workdir must hold; not needed."
@@ -50,7 +57,9 @@ def main(argv) -> None:
     compilation_cache.use(not _NO_CACHE.value)
     expected = None if _CONFIG.value is None else command_line.load_config(_CONFIG).model
     try:
-        config, variables, _ = load(_WORKDIR.value, expected)
+        options = {name: flag.value for name, flag in {"mesh": _MESH, **_AXES}.items()}
+        mesh_of = mesh_options.mesh_of(options)
+        config, variables, _ = load(_WORKDIR.value, expected, mesh_of)
         if config.data.source == "synthetic":
             raise ValueError(f"{_WORKDIR.value} was trained on synthetic tokens, which are no text")
         tokenizer = load_tokenizer(config.data.tokenizer)
@@ -63,6 +72,7 @@ def main(argv) -> None:
             temperature=_TEMPERATURE.value,
             top_k=_TOP_K.value,
             seed=_SEED.value,
+            mesh=mesh_of(config),
         )
     except (ValueError, TypeError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

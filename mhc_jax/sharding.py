@@ -13,9 +13,10 @@ mixing need all entries of a token, so a split would turn the cheapest operation
 communication. And the streams of one device's tokens are small beside its parameters.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -211,10 +212,17 @@ def on_mesh(function, mesh: Mesh | None):
 
     @functools.wraps(function)
     def traced(*args):
-        with token_sharding(mesh, BATCH_AXES, "sequence"):
+        with tokens_on(mesh):
             return function(*args)
 
     return traced
+
+
+def tokens_on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """What is traced inside knows where tokens live on `mesh`; None changes nothing."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return token_sharding(mesh, BATCH_AXES, "sequence")
 
 
 def token_spec(lead: tuple[int, ...]) -> tuple[Mesh | AbstractMesh | None, PartitionSpec]:
@@ -232,6 +240,60 @@ def split_by_token(x: jax.Array) -> jax.Array:
     """Keeps `[B, S, C]` split by token only; without it XLA may split C like the parameters."""
     mesh, spec = token_spec(x.shape[:2])
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def shares(mesh: Mesh | None) -> int:
+    """Returns over how many devices a batch is split."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def split_by_row(tree: Any, axis: int = 0) -> Any:
+    """Keeps arrays whose dimension `axis` counts sequences split along it: caches `[B, length, ...]`.
+
+    Heads, the dimension behind the length in `[B, length, H, D]`, are split over tensor. The length is whole,
+    since every new token reads all of it.
+    """
+    where = current()
+    if where is None:
+        return tree
+
+    def split(x):
+        batch, heads = x.shape[axis], x.shape[axis + 2 : axis + 3] if x.ndim == axis + 4 else (1,)
+        rows, tensor = divisible(where.mesh, (where.axes[0], "tensor"), (batch, *heads))
+        spec = PartitionSpec(*[None] * axis, rows, None, *[tensor] * (x.ndim == axis + 4))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, spec))
+
+    return jax.tree.map(split, tree)
+
+
+def whole_everywhere(x: jax.Array) -> jax.Array:
+    """Keeps a small array whole on every device of the mesh."""
+    where = current()
+    return x if where is None else jax.lax.with_sharding_constraint(x, replicated(where.mesh))
+
+
+def by_row(function: Callable, x: jax.Array, matrix: jax.Array, *rest: jax.Array) -> Any:
+    """Returns `function(x, matrix, *rest)`, each device with its own sequences, whole.
+
+    Args:
+      function: returns arrays `[B, ...]`.
+      x: `[B, ...]`.
+      matrix: gathered along the axes that split sequences or their length; others may still split it.
+      *rest: arrays `[B, ...]`.
+    """
+    where = current()
+    ours = {*BATCH_AXES, "sequence"} & {*free_sizes(where.mesh if where else None)}
+    if where is None or where.mesh.size == 1 or not ours:
+        return function(x, matrix, *rest)
+    rows = PartitionSpec(*divisible(where.mesh, where.axes[:1], x.shape[:1]))
+    return jax.shard_map(
+        function,
+        mesh=where.mesh,
+        in_specs=(rows, PartitionSpec(), *[rows] * len(rest)),
+        out_specs=rows,
+        axis_names=frozenset(ours),
+        check_vma=False,
+    )(x, matrix.astype(x.dtype), *rest)  # in the dtype of x before it is gathered
 
 
 def gathered(path: str, x: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from mhc_jax.moe import MoEAux
 from mhc_jax.optimizer import make_optimizer, make_schedule
 from mhc_jax.parameters import merged, path_of, rule_of
 from mhc_jax.pipeline import Layout, Pipeline
-from mhc_jax.sharding import by_token, on_mesh, replicated, split_parameters, tree_shardings
+from mhc_jax.sharding import by_row, by_token, on_mesh, replicated, split_parameters, tree_shardings
 from mhc_jax.transformer import Analysis, Transformer
 
 Params = dict[str, Any]
@@ -110,12 +110,15 @@ def window_losses(variables: Params, batch: Batch, config: ModelConfig) -> jax.A
     x, _ = model.hidden_with_aux(batch["inputs"])
     chunks = config.loss_chunks if x.shape[1] % config.loss_chunks == 0 else 1
 
-    def one(row):
-        hidden, targets = row
-        return linear_cross_entropy(hidden[None], model.unembedding, targets[None], chunks)
+    def of_rows(x, matrix, targets):
+        def one(row):
+            hidden, targets = row
+            return linear_cross_entropy(hidden[None], matrix, targets[None], chunks)
 
-    # One after the other: the logits of one row are there at a time.
-    return jax.lax.map(one, (x, batch["targets"]))
+        # One after the other: the logits of one row are there at a time.
+        return jax.lax.map(one, (x, targets))
+
+    return by_row(of_rows, x, model.unembedding, batch["targets"])
 
 
 def _narrowed(params: Params, dtype) -> Params:

@@ -1,5 +1,6 @@
 """Defines the pre-norm decoder; its blocks work with any connection around their sublayers."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from mhc_jax.losses import unembed
 from mhc_jax.manifolds import make_manifold
 from mhc_jax.moe import MoE, MoEAux
 from mhc_jax.readout import PREDICTION, Readout
-from mhc_jax.sharding import split_by_token
+from mhc_jax.sharding import current, split_by_row, split_by_token
 
 
 def make_connection(config: ModelConfig, sublayer_index: int | jax.Array) -> Connection:
@@ -267,6 +268,7 @@ class Transformer(nnx.Module):
             def attention(x):
                 nonlocal rows
                 y, rows = block.attention.prefill(x)
+                rows = split_by_row(rows)
                 return y
 
             return block(pending, attention)[0], rows
@@ -275,48 +277,47 @@ class Transformer(nnx.Module):
         return self._finish(pending), leading, others
 
     def decode(
-        self, tokens: jax.Array, leading: list, stacked: Any, position: jax.Array
+        self,
+        tokens: jax.Array,
+        leading: list,
+        others: Any,
+        position: jax.Array,
+        apart: list | None = None,
     ) -> tuple[jax.Array, list, Any]:
         """Runs tokens `[B, S]` that follow `position` `[B]` int32 earlier ones; see `mhc_jax.inference`.
 
         Args:
           tokens: new token ids.
-          leading, stacked: caches of the attentions, arranged like the blocks.
+          leading, others: caches of the attentions: a list of those of the leading blocks, and of the others
+            stacked along a first axis, with `apart` a list too.
           position: earlier tokens of each sequence. What does not fit behind them is not stored.
+          apart: the variables of each of the other blocks. They are then written out one after the other,
+            where a scan copies those of each block out of the stack.
 
         Returns:
           what the unembedding multiplies, `[B, S, C]`, and the new caches.
         """
-        batch, length = tokens.shape
-        sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        place = position[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+        graph, stacked = nnx.split(self.blocks)
+        run = functools.partial(_decode_block, current())
+        pending, new_leading = self._start(tokens, scan=apart is None), []
+        for block, cache in zip(self.leading, leading, strict=True):
+            pending, cache = run(*nnx.split(block), pending, cache, position)
+            new_leading.append(cache)
+        if apart is not None:
+            found = []
+            for variables, cache in zip(apart, others, strict=True):
+                pending, cache = run(graph, variables, pending, cache, position)
+                found.append(cache)
+            return self._finish(pending), new_leading, found
 
-        def visit(block, pending, cache, *index):
-            def remember(rows):
-                nonlocal cache
-                cache = jax.tree.map(
-                    lambda old, new: old.at[(*index, sequence, place)].set(
-                        new.astype(old.dtype), mode="drop"
-                    ),
-                    cache,
-                    rows,
-                )
-                return jax.tree.map(lambda x: x[index], cache)
-
-            def attention(x):
-                return block.attention.decode(x, position, remember)
-
-            return block(pending, attention)[0], cache
-
-        pending, leading = walk.each(visit, self.leading, self._start(tokens), leading)
         # The stacked caches are carried, so that new rows alone are written; a scan would copy them.
-        (pending, stacked), _ = walk.stack(
-            lambda block, carry, index: (visit(block, *carry, index), None),
-            self.blocks,
-            (pending, stacked),
-            jnp.arange(self.config.num_blocks - len(leading), dtype=jnp.int32),
-        )
-        return self._finish(pending), leading, stacked
+        def step(carry, of_block):
+            index, variables = of_block
+            return run(graph, variables, *carry, position, index), None
+
+        indices = jnp.arange(self.config.num_blocks - len(leading), dtype=jnp.int32)
+        (pending, others), _ = jax.lax.scan(step, (pending, others), (indices, stacked))
+        return self._finish(pending), new_leading, others
 
     def _walk(self, visit, carry, *, scan=True):
         """Visits every block; see `mhc_jax.walk`.
@@ -359,3 +360,38 @@ def _forward(block: Block, pending: Pending) -> tuple[Pending, MoEAux | None]:
     """The visit of a plain forward pass."""
     pending, _, aux = block(pending)
     return pending, aux
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode_block(where, graph, variables, pending, cache, position, *index):
+    """Runs one block on new tokens. Equal blocks are traced and lowered once: kernels of experts take long.
+
+    Args:
+      where: the token sharding, which is read while this is traced.
+      graph, variables: of the block.
+      pending: of the block before.
+      cache: of the block's attention, or those of several blocks, stacked, with the block's `index`.
+      position: earlier tokens of each sequence.
+
+    Returns:
+      its pending write, and the cache with what the new tokens leave.
+    """
+    del where
+    block = nnx.merge(graph, variables)
+
+    def remember(rows):
+        nonlocal cache
+        batch, length = jax.tree.leaves(rows)[0].shape[:2]
+        sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        place = position[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+
+        def store(old, new):
+            return old.at[(*index, sequence, place)].set(new.astype(old.dtype), mode="drop")
+
+        cache = split_by_row(jax.tree.map(store, cache, rows), axis=len(index))
+        return jax.tree.map(lambda x: x[index], cache)
+
+    def attention(x):
+        return block.attention.decode(x, position, remember)
+
+    return block(pending, attention)[0], cache

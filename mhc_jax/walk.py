@@ -1,7 +1,7 @@
 """Walks over the blocks of a model; what happens at each block is the caller's.
 
-A walk calls `visit(block, carry, *own) -> (carry, report)` of one block after the other. The carry is the
-pending write of the block before, or a tuple that begins with it; `own` is what else belongs to the block.
+A walk calls `visit(block, carry) -> (carry, report)` of one block after the other. The carry is the pending
+write of the block before.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,31 +16,22 @@ from mhc_jax import remat
 Visit = Callable[..., tuple[Any, Any]]
 
 
-def each(
-    visit: Visit, blocks: Iterable[nnx.Module], carry: Any, *own: Sequence
-) -> tuple[Any, list]:
-    """Visits blocks of a list, each with its element of every list `own`.
-
-    Returns:
-      the last carry, and the reports.
-    """
+def each(visit: Visit, blocks: Iterable[nnx.Module], carry: Any) -> tuple[Any, list]:
+    """Visits blocks of a list; returns the last carry, and the reports."""
     reports = []
-    for block, *of_block in zip(blocks, *own, strict=True):
-        carry, report = visit(block, carry, *of_block)
+    for block in blocks:
+        carry, report = visit(block, carry)
         reports.append(report)
     return carry, reports
 
 
-def stack(
-    visit: Visit, blocks: nnx.Module, carry: Any, *own: Any, scan: bool = True
-) -> tuple[Any, Any]:
+def stack(visit: Visit, blocks: nnx.Module, carry: Any, *, scan: bool = True) -> tuple[Any, Any]:
     """Visits N blocks that are one module with a first axis of N.
 
     Args:
       visit: see the module.
       blocks: the module.
       carry: of the first block.
-      *own: trees whose leaves are `[N, ...]`.
       scan: False writes the blocks out one after the other.
 
     Returns:
@@ -49,18 +40,16 @@ def stack(
     graph, variables = nnx.split(blocks)
     if scan:
         return jax.lax.scan(
-            lambda carry, xs: visit(nnx.merge(graph, xs[0]), carry, *xs[1:]),
-            carry,
-            (variables, *own),
+            lambda carry, block: visit(nnx.merge(graph, block), carry), carry, variables
         )
 
     # Equal blocks call one function, which is traced, differentiated and lowered once, kernels included. XLA
     # puts its body in place of each call: the compiled program is that of blocks without it.
     @jax.jit
-    def block(variables, carry, *own):
-        return visit(nnx.merge(graph, variables), carry, *own)
+    def block(variables, carry):
+        return visit(nnx.merge(graph, variables), carry)
 
-    carry, reports = each(block, remat.unstacked(variables), carry, *map(remat.unstacked, own))
+    carry, reports = each(block, remat.unstacked(variables), carry)
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *reports)
 
 

@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import pathlib
 import sys
+import time
 
 import jax
 import numpy as np
@@ -51,20 +52,32 @@ def bytes_of_step(model: ModelConfig, variables, state: inference.DecodeState, b
     return int(total)
 
 
-def measure(model: ModelConfig, batch: int, prompt: int, generated: int, bandwidth: float | None):
-    """Results of one model; the decode is timed over `generated` tokens behind the prompt."""
+def measure(
+    model: ModelConfig,
+    batch: int,
+    prompt: int,
+    generated: int,
+    bandwidth: float | None,
+    scan: bool = False,
+):
+    """Results of one model; the decode is timed over `generated` tokens behind the prompt.
+
+    `scan`: decode by a scan over the blocks, which copies the weights of each.
+    """
     model = inference.for_sampling(model)
     params, model_state = jax.jit(functools.partial(init_variables, model))(jax.random.key(0))
     variables = inference.cast_weights(merged(params, model_state), model)
     del params, model_state
+    apart = None if scan else inference.blocks_apart(variables)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt), np.int32)
     lengths, keys = np.full(batch, prompt, np.int32), inference.keys_of(0, range(batch))
     how = {"config": model, "greedy": True, "top_k": 0}
 
     def start():
         return inference.start(
-            variables, tokens, lengths, keys, 0.0, room=prompt + 3 * generated, **how
-        )
+            variables, tokens, lengths, keys, 0.0,
+            room=prompt + 3 * generated, apart=not scan, **how,
+        )  # fmt: skip
 
     state = jax.block_until_ready(start())
     prefill_ms = time_ms(start, repeats=1, rounds=3)
@@ -73,16 +86,21 @@ def measure(model: ModelConfig, batch: int, prompt: int, generated: int, bandwid
     carried = [state]
 
     def proceed():
-        carried[0], new = inference.proceed(variables, carried[0], 0.0, steps=generated, **how)
+        carried[0], new = inference.proceed(
+            variables, carried[0], 0.0, steps=generated, apart=apart, **how
+        )
         return new
 
+    begin = time.perf_counter()
     jax.block_until_ready(proceed())
+    ready_s = time.perf_counter() - begin
     decode_ms = time_ms(proceed, repeats=1, rounds=2) / generated
     read = bytes_of_step(model, variables, carried[0].state, batch)
     found = {
         "prefill_tokens_per_second": 1e3 * batch * prompt / prefill_ms,
         "decode_tokens_per_second": 1e3 * batch / decode_ms,
         "decode_ms": decode_ms,
+        "decode_ready_s": ready_s,
         "bytes_read": read,
         "share_of_limit": None,
     }
@@ -110,6 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--batch_size", type=int, default=64, help="(%(default)s)")
     add("--prompt", type=int, default=1024, help="tokens of each (%(default)s)")
     add("--generated", type=int, default=64, help="tokens of each, timed twice (%(default)s)")
+    add("--scan", action="store_true", help="decode by a scan over the blocks, for comparison")
     output.add_arguments(parser)
     options = parser.parse_args(arguments)
     for name in ("batch_size", "prompt", "generated"):
@@ -124,13 +143,15 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"error: {error}")
         name = f"{pathlib.Path(written.partition(':')[0]).stem}:{model.connection}"
         found = measure(
-            model, options.batch_size, options.prompt, options.generated, chip and chip.bandwidth
-        )
+            model, options.batch_size, options.prompt, options.generated,
+            chip and chip.bandwidth, options.scan,
+        )  # fmt: skip
         results[name] = found
         share = found["share_of_limit"]
         print(
             f"{name:24} prefill {found['prefill_tokens_per_second']:10,.0f} tokens/s   decode "
-            f"{found['decode_tokens_per_second']:8,.0f} tokens/s, {found['decode_ms']:.2f} ms"
+            f"{found['decode_tokens_per_second']:8,.0f} tokens/s, {found['decode_ms']:.2f} ms, "
+            f"ready in {found['decode_ready_s']:.0f} s"
             + ("" if share is None else f", {100 * share:.0f} % of the memory's limit"),
             flush=True,
         )

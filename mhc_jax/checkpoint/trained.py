@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 
 import jax
 import orbax.checkpoint as ocp
@@ -21,6 +22,7 @@ from mhc_jax.checkpoint import (
     saved_steps,
 )
 from mhc_jax.config import MAY_CHANGE, Config, ModelConfig, conflicts, differences, from_workdir
+from mhc_jax.sharding import tree_shardings
 from mhc_jax.train_step import Params, TrainState, abstract_state
 from mhc_jax.workdir import read_config
 
@@ -28,16 +30,20 @@ _log = logging.getLogger(__name__)
 
 
 def load(
-    workdir: str | os.PathLike, model: ModelConfig | None = None
+    workdir: str | os.PathLike,
+    model: ModelConfig | None = None,
+    mesh: Callable[[Config], jax.sharding.Mesh | None] = lambda config: None,
 ) -> tuple[Config, Params, int]:
     """Reads the configuration of a workdir, its newest good `TrainState.variables` and their step.
 
-    A damaged checkpoint is named in a warning, and the one before it is read. The arrays lie on the first
-    device, and the optimizer's are not read.
+    A damaged checkpoint is named in a warning, and the one before it is read. The optimizer's arrays are not
+    read.
 
     Args:
       workdir: of a training.
       model: what the caller takes the model for, or None; how it is computed (`MAY_CHANGE`) may differ.
+      mesh: of the configuration that is read, the mesh that the arrays are split over, as in training; None:
+        they lie on the first device.
 
     Raises:
       ValueError: no run or no good checkpoint there, a model other than `model` (the message names the
@@ -52,11 +58,16 @@ def load(
                 f"{k}: {a!r} there, {b!r} expected" for k, (a, b) in differing.items()
             )
             raise ValueError(f"{workdir} holds another model ({fields})")
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     state = abstract_state(config)
+    wanted = {"params": state.params, "model_state": state.model_state}
+    over = mesh(config)
+    if over is None:
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda x: place, wanted)
+    else:
+        places = {name: tree_shardings(part, over, stages=False) for name, part in wanted.items()}
     wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        {"params": state.params, "model_state": state.model_state},
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted, places
     )
     step, arrays = _newest(workdir, None, wanted, config)
     return config, dataclasses.replace(state, **arrays).variables, step

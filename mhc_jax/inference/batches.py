@@ -5,15 +5,17 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from mhc_jax import sharding
 from mhc_jax.config import ModelConfig
 from mhc_jax.inference.drawing import check_draws, check_prompt, keys_of, proceed, start
-from mhc_jax.inference.steps import cast_weights, check_ids, for_sampling, token_scores
+from mhc_jax.inference.scoring import choice_scores, token_scores
+from mhc_jax.inference.steps import cast_weights, check_ids, for_decoding, for_sampling
 from mhc_jax.train_step import Params
 
 # Lengths are multiples of it: tiles of kernels, and fewer different ones.
 _MULTIPLE = 32
 _LENGTHS = {"score": 6, "generate": 3}
-# Padded tokens at once, where the batch size is not given, and rows at most.
+# Of one device: padded tokens at once, where the batch size is not given, and rows at most.
 _TOKENS = {"score": 2**14, "generate": 2**16}
 _ROWS = 64
 # Tokens that are decoded between two looks at what came out: each look waits for the device.
@@ -47,21 +49,41 @@ class Inference:
     """A model and its batches.
 
     Args:
-      variables: of the model, `TrainState.variables`, on one device.
+      variables: of the model, `TrainState.variables`.
       config: of the model; made `for_sampling`.
       batch_size: sequences at once; None: by their length. Results do not depend on it.
+      mesh: devices that share the work, as `make_mesh` of this package gives them: parameters are split as in
+        training, and sequences over data, fsdp and expert. None: the device on which the variables lie.
+
+    Attributes:
+      passes: sequences that `score` has read so far; fewer than pairs, where these share their contexts.
+
+    Raises:
+      ValueError: a size of the model is not divisible by its axis of the mesh.
     """
 
-    def __init__(self, variables: Params, config: ModelConfig, batch_size: int | None = None):
+    def __init__(
+        self,
+        variables: Params,
+        config: ModelConfig,
+        batch_size: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         self.config = for_sampling(config)
+        if mesh is not None:
+            places = sharding.tree_shardings(variables, mesh, stages=False)
+            variables = jax.device_put(variables, places)
         self.variables = cast_weights(variables, self.config)
-        self.batch_size = batch_size
-        self._score = jax.jit(token_scores, static_argnames="config")
+        self.batch_size, self.mesh = batch_size, mesh
+        self.passes = 0
+        self._apart: list[Params] | None = None
 
     def score(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
         """Log-likelihoods of continuations, the longest sequences first.
+
+        Continuations of one token are read together, in one pass over the context that they share.
 
         Args:
           pairs: token ids of a context, at least one, and of its continuation.
@@ -73,30 +95,61 @@ class Inference:
         Raises:
           ValueError: an empty context, an id outside of the vocabulary.
         """
-        for context, continuation in pairs:
+        alone, together = [], {}
+        for index, (context, continuation) in enumerate(pairs):
             if not len(context):
                 raise ValueError("a context is empty: give at least one token, such as a separator")
             for ids in (context, continuation):
                 check_ids(np.asarray(ids, np.int64), self.config.vocab_size)
-        lengths = [max(1, len(a) + len(b) - 1) for a, b in pairs]
-        for size, rows, indices in self._batches("score", lengths, 0):
+            if len(continuation) == 1:
+                together.setdefault(tuple(context), []).append(index)
+            else:
+                alone.append(index)
+        yield from self._score_alone(pairs, alone)
+        yield from self._score_choices(pairs, together)
+
+    def _score_alone(self, pairs, chosen):
+        """Scores the pairs of these indices, a pass each."""
+        lengths = [max(1, len(a) + len(b) - 1) for a, b in (pairs[index] for index in chosen)]
+        for size, rows, places in self._batches("score", lengths, 0):
+            indices = [chosen[place] for place in places]
             tokens = np.zeros((rows, size + 1), np.int32)
             for row, index in enumerate(indices):
                 ids = [*pairs[index][0], *pairs[index][1]]
                 tokens[row, : len(ids)] = ids
+            inputs, targets = tokens[:, :-1], tokens[:, 1:]
             found, likeliest = jax.device_get(
-                self._score(self.variables, tokens[:, :-1], tokens[:, 1:], config=self.config)
+                token_scores(self.variables, inputs, targets, config=self.config, mesh=self.mesh)
             )
+            self.passes += len(indices)
             for row, index in enumerate(indices):
                 context, continuation = map(len, pairs[index])
                 part = slice(context - 1, context - 1 + continuation)
-                yield (
-                    index,
-                    (
-                        float(found[row, part].sum(dtype=np.float64)),
-                        bool(likeliest[row, part].all()),
-                    ),
+                score = float(found[row, part].sum(dtype=np.float64))
+                yield index, (score, bool(likeliest[row, part].all()))
+
+    def _score_choices(self, pairs, together):
+        """Scores the pairs with one token to come, whose indices are listed by their context."""
+        contexts = list(together)
+        most = max(map(len, together.values()), default=0)
+        for size, rows, places in self._batches("score", [*map(len, contexts)], 0):
+            tokens, lengths = np.zeros((rows, size), np.int32), np.ones(rows, np.int32)
+            choices = np.zeros((rows, most), np.int32)
+            for row, place in enumerate(places):
+                context = contexts[place]
+                lengths[row] = len(context)
+                tokens[row, : lengths[row]] = context
+                ids = [pairs[index][1][0] for index in together[context]]
+                choices[row, : len(ids)] = ids
+            found, likeliest = jax.device_get(
+                choice_scores(
+                    self.variables, tokens, lengths, choices, config=self.config, mesh=self.mesh
                 )
+            )
+            self.passes += len(places)
+            for row, place in enumerate(places):
+                for column, index in enumerate(together[contexts[place]]):
+                    yield index, (float(found[row, column]), bool(likeliest[row, column]))
 
     def generate(
         self,
@@ -129,7 +182,11 @@ class Inference:
             check_prompt(np.asarray(prompt), self.config)
         steps = min(_STEPS, max_tokens - 1)
         calls = -(-(max_tokens - 1) // steps) if steps else 0
-        how = {"config": self.config, "greedy": temperature == 0, "top_k": top_k}
+        greedy = temperature == 0
+        how = {"config": self.config, "greedy": greedy, "top_k": top_k, "mesh": self.mesh}
+        if self._apart is None:
+            self._apart = for_decoding(self.variables)
+        has_apart = self._apart is not None
         for size, rows, indices in self._batches("generate", [*map(len, prompts)], max_tokens):
             tokens, lengths = np.zeros((rows, size), np.int32), np.ones(rows, np.int32)
             for row, index in enumerate(indices):
@@ -137,7 +194,16 @@ class Inference:
                 tokens[row, : lengths[row]] = prompts[index]
             keys = keys_of(seed, [*indices, *[0] * (rows - len(indices))])
             room = size + calls * steps
-            batch = start(self.variables, tokens, lengths, keys, temperature, room=room, **how)
+            batch = start(
+                self.variables,
+                tokens,
+                lengths,
+                keys,
+                temperature,
+                room=room,
+                apart=has_apart,
+                **how,
+            )
             ids = [[token] for token in np.asarray(batch.token).tolist()[: len(indices)]]
             active = [True] * len(indices)
             for _ in range(calls):
@@ -145,7 +211,9 @@ class Inference:
                     active[row] = active[row] and not is_done(index, ids[row])
                 if not any(active):
                     break
-                batch, new = proceed(self.variables, batch, temperature, steps=steps, **how)
+                batch, new = proceed(
+                    self.variables, batch, temperature, steps=steps, apart=self._apart, **how
+                )
                 for row, found in enumerate(np.asarray(new).tolist()[: len(indices)]):
                     ids[row] += found if active[row] else []
             yield from ((index, found[:max_tokens]) for index, found in zip(indices, ids))
@@ -153,9 +221,13 @@ class Inference:
     def _batches(
         self, kind: str, lengths: Sequence[int], max_tokens: int
     ) -> Iterator[tuple[int, int, list[int]]]:
-        """Padded length, rows and indices of each batch, the longest first; the last may have fewer."""
+        """Padded length, rows and indices of each batch, the longest first.
+
+        There may be fewer indices than rows, which are a multiple of the devices that share them.
+        """
         if not lengths:
             return
+        shares = sharding.shares(self.mesh)
         lower = 0
         groups = []
         order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
@@ -163,7 +235,8 @@ class Inference:
             groups.append((size, [i for i in order if lower < lengths[i] <= size]))
             lower = size
         for size, indices in reversed(groups):
-            rows = self.batch_size or min(_ROWS, max(1, _TOKENS[kind] // (size + max_tokens)))
-            rows = min(rows, len(indices))
+            most = shares * min(_ROWS, max(1, _TOKENS[kind] // (size + max_tokens)))
+            rows = min(self.batch_size or most, len(indices))
+            padded = -(-rows // shares) * shares
             for first in range(0, len(indices), rows):
-                yield size, rows, indices[first : first + rows]
+                yield size, padded, indices[first : first + rows]

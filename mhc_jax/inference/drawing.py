@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhc_jax.config import ModelConfig
-from mhc_jax.inference.steps import DecodeState, check_ids, decode, prefill
+from mhc_jax.inference.steps import DecodeState, check_ids, decode, prefill, state_apart
+from mhc_jax.sharding import tokens_on, whole_everywhere
 
 
 def draw(
@@ -46,31 +47,54 @@ class Batch(NamedTuple):
     drawn: jax.Array
 
 
-_STATIC = ("config", "greedy", "top_k")
+_STATIC = ("config", "greedy", "top_k", "mesh")
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "room"))
-def start(variables, tokens, lengths, keys, temperature, *, config, greedy, top_k, room) -> Batch:
-    """Reads right-padded prompts and draws the first token of each."""
-    logits, state = prefill(variables, tokens, lengths, config, room=room)
-    token = draw(logits, _fold(keys, 0), temperature, greedy=greedy, top_k=top_k)
-    return Batch(state, token, keys, jnp.ones((), jnp.int32))
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "room", "apart"))
+def start(
+    variables,
+    tokens,
+    lengths,
+    keys,
+    temperature,
+    *,
+    config,
+    greedy,
+    top_k,
+    room,
+    apart=False,
+    mesh=None,
+) -> Batch:
+    """Reads right-padded prompts and draws the first token of each; `apart`: to go on with `blocks_apart`."""
+    with tokens_on(mesh):
+        logits, state = prefill(variables, tokens, lengths, config, room=room)
+        state = state_apart(state) if apart else state
+        token = draw(logits, _fold(keys, 0), temperature, greedy=greedy, top_k=top_k)
+        return _placed(Batch(state, token, keys, jnp.ones((), jnp.int32)))
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "steps"), donate_argnames="batch")
 def proceed(
-    variables, batch: Batch, temperature, *, config, greedy, top_k, steps
+    variables, batch: Batch, temperature, *, config, greedy, top_k, steps, apart=None, mesh=None
 ) -> tuple[Batch, jax.Array]:
-    """Draws `steps` more tokens of each sequence, `[B, steps]`."""
+    """Draws `steps` more tokens of each sequence, `[B, steps]`; `apart` as in `decode`."""
 
     def step(batch, _):
-        logits, state = decode(variables, batch.token[:, None], batch.state, config)
+        logits, state = decode(variables, batch.token[:, None], batch.state, config, apart)
         keys = _fold(batch.keys, batch.drawn)
         token = draw(logits[:, 0], keys, temperature, greedy=greedy, top_k=top_k)
         return Batch(state, token, batch.keys, batch.drawn + 1), token
 
-    batch, tokens = jax.lax.scan(step, batch, length=steps)
-    return batch, tokens.T
+    with tokens_on(mesh):
+        batch, tokens = jax.lax.scan(step, batch, length=steps)
+        return _placed(batch), tokens.T
+
+
+def _placed(batch: Batch) -> Batch:
+    """Places what is small on all devices, so that a batch comes back placed as it went in: one program."""
+    state, token = batch.state, batch.token
+    state = state._replace(position=whole_everywhere(state.position))
+    return batch._replace(state=state, token=whole_everywhere(token))
 
 
 def _fold(keys, number):

@@ -20,7 +20,12 @@ class ExpertWeights(NamedTuple):
 
 
 def expert_ffn(
-    x: jax.Array, row_weights: jax.Array, weights: ExpertWeights, matmul: Callable
+    x: jax.Array,
+    row_weights: jax.Array,
+    weights: ExpertWeights,
+    matmul: Callable,
+    *,
+    join: bool = True,
 ) -> jax.Array:
     """Returns (silu(x gate) * (x up) * row_weight) down, each row with the matrices of its expert.
 
@@ -32,9 +37,14 @@ def expert_ffn(
       row_weights: `[...]` float32.
       weights: in the same dtype.
       matmul: (`[..., K]`, `[E, K, N]`) -> `[..., N]`.
+      join: whether gate and up are one product, for which both are copied side by side. With few rows that
+        copy would be most of the work.
     """
-    gate_up = jnp.concatenate([weights.gate, weights.up], axis=-1)
-    hidden = keep(matmul(x, gate_up))
+    if join:
+        hidden = matmul(x, jnp.concatenate([weights.gate, weights.up], axis=-1))
+    else:
+        hidden = jnp.concatenate([matmul(x, w) for w in (weights.gate, weights.up)], axis=-1)
+    hidden = keep(hidden)
     # Not kept: no gradient needs these rows; their sum is F's output, which is stored.
     return matmul(_gated(hidden, row_weights), weights.down)
 

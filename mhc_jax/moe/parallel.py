@@ -152,13 +152,14 @@ def _one_device(x, experts, routing_weights, weights, name, capacity_factor, axi
     """Computes `routed_experts` of one device's tokens and its share of the experts."""
     flat = [a.reshape(-1, a.shape[-1]) for a in (x, experts, routing_weights)]
     if name == "dropless":
-        y, kept = _dropless(*flat, weights, axis), jnp.ones(experts.shape, bool)
+        join = x.shape[1] > 1  # a token of each sequence is decoding
+        y, kept = _dropless(*flat, weights, axis, join), jnp.ones(experts.shape, bool)
     else:
         y, kept = _with_capacity(*flat, weights, axis, capacity_factor)
     return y.reshape(x.shape), kept.reshape(experts.shape)
 
 
-def _dropless(x, experts, routing_weights, weights, axis):
+def _dropless(x, experts, routing_weights, weights, axis, join):
     """Is exact for any routing, so it has rows for the case that all choices fall on one device's experts."""
     gathers = axis is not None and axis.splits_tokens
     if gathers:
@@ -178,6 +179,7 @@ def _dropless(x, experts, routing_weights, weights, axis):
         weights,
         # On one device every choice has a row and every row has a choice.
         lambda a, w: grouped_matmul(a, w, rows.sizes, covers_all_rows=axis is None),
+        join=join,
     )
     y = dispatch.to_tokens(y, rows)
     return jax.lax.psum_scatter(y, axis.name, tiled=True) if gathers else y

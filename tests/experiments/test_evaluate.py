@@ -14,6 +14,7 @@ from flax import nnx
 from test_sampling import make_config
 
 from experiments import evaluate
+from experiments.mesh_options import AXES, mesh_of
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.checkpoint.trained import load
 from mhc_jax.data import load_tokenizer, make_iterator
@@ -80,8 +81,10 @@ def test_the_loss_is_that_of_training(workdir):
     assert (found["step"], found["windows"], found["tokens"]) == (2, 8, 64)
     assert found["loss"] == pytest.approx(logged, rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(logged), rel=1e-6)
-    # Another number of windows at once, the last ones not full.
-    assert evaluate.evaluate(str(workdir), 3, batches=2)["loss"] == pytest.approx(logged, rel=1e-6)
+    # Another number of windows at once, the last ones not full, on a mesh.
+    mesh = mesh_of(dict.fromkeys([f"mesh.{axis}" for axis in AXES]) | {"mesh": "run"})
+    found = evaluate.evaluate(str(workdir), 3, mesh, batches=2)
+    assert found["loss"] == pytest.approx(logged, rel=1e-6)
     config = load(workdir)[0]
     whole = evaluate.evaluate(str(workdir), 5)
     assert whole["windows"] == len(open_windows(config.data, "validation")) > 8
@@ -216,6 +219,8 @@ def test_the_command(workdir, synthetic, tmp_path, capsys):
         (["--workdir={run}", "--batches=1", "--split=all"], "add --split=validation"),
         (["--workdir={synthetic}", "--data.path={short}"], "trained on synthetic tokens, which are no text"),
         (["--workdir={synthetic}", "--split=all"], "--split=all is for text files"),
+        (["--workdir={run}", "--mesh.data=3"], "data=3 x fsdp=1 x expert=1 x tensor=1 x sequence=1 does not"),
+        (["--workdir={run}", "--mesh.data=-1", "--mesh.fsdp=-1"], "mesh.data and mesh.fsdp are -1: only one"),
     ],
 )  # fmt: skip
 def test_one_line(arguments, message, workdir, synthetic, folder, tokenizer, tmp_path):

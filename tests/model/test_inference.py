@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -49,10 +50,13 @@ def test_prefill_and_decode_equal_the_whole_pass(case):
         want = whole(config, variables, tokens)
         narrow = inference.cast_weights(variables, config)
         first, state = prefill(narrow, tokens[:, :6], lengths, config, room=ROOM)
+        # One case scans over its blocks.
+        apart = None if case == "residual" else inference.blocks_apart(narrow)
+        state = state if apart is None else inference.state_apart(state)
         new = tokens[rows, places].reshape(3, 2, 2).swapaxes(0, 1)
 
         def step(state, tokens):
-            logits, state = decode(narrow, tokens, state, config)
+            logits, state = decode(narrow, tokens, state, config, apart)
             return state, logits
 
         state, rest = jax.lax.scan(step, state, new)
@@ -109,7 +113,7 @@ def model():
 
 
 def test_scores_are_those_of_each_sequence_alone(model, monkeypatch):
-    monkeypatch.setattr(inference.steps, "_LOGITS", 32 * 24)  # logits of 24 tokens at a time
+    monkeypatch.setattr(inference.scoring, "_LOGITS", 32 * 24)  # logits of 24 tokens at a time
     config, variables = model
     pairs = [(ids[:-k], ids[-k:]) for ids, k in zip(sequences(40, 9, 33, 50, 5), (3, 1, 20, 9, 4))]
     found = Inference(variables, config, batch_size=2)
@@ -124,10 +128,21 @@ def test_scores_are_those_of_each_sequence_alone(model, monkeypatch):
         want = float(part[np.arange(len(b)), np.asarray(b)].sum())
         assert got[row][0] == pytest.approx(want, rel=1e-5)
         assert got[row][1] == bool((part.argmax(-1) == np.asarray(b)).all())
-    # The likeliest continuation is known as such.
+    assert found.passes == 5
+    # Continuations of one token, of two contexts: a pass each, and the scores of the plain way.
     likeliest = int(logs[1, 7].argmax())
-    assert dict(found.score([(pairs[1][0], [likeliest])]))[0][1]
-    assert dict(found.score([(pairs[1][0], [(likeliest + 1) % 32])]))[0][1] is False
+    contexts = [pairs[1][0], pairs[0][0]]
+    choices = [(contexts[k % 2], [(likeliest + k) % 32]) for k in range(7)]
+    got = dict(found.score([*choices, pairs[4]]))
+    assert sorted(got) == [*range(8)]
+    assert found.passes == 8
+    plain = dict(found._score_alone(choices, range(7)))
+    assert found.passes == 15
+    for index, (score, greedy) in plain.items():
+        assert got[index][0] == pytest.approx(score, rel=1e-6)
+        assert got[index][1] == greedy
+    assert got[0][1] is True
+    assert got[2][1] is False
     for bad, message in (([([], [1])], "a context is empty"), ([([1], [32])], "token id 32")):
         with pytest.raises(ValueError, match=message):
             next(found.score(bad))
@@ -186,3 +201,13 @@ def test_padded_lengths_are_the_cheapest():
         assert chosen == sorted(chosen) and len(chosen) <= most  # noqa: PT018
         every = itertools.combinations(range(32, 257, 32), len(chosen))
         assert cost(chosen) == min(map(cost, every))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "cases", [(), pytest.param(("mhc-moe", "sequence-moe"), marks=pytest.mark.slow)]
+)
+def test_a_mesh_gives_the_logits_of_one_device(cases, run_python):
+    """On 4 and 8 devices, dense and with experts, and batches that do not divide."""
+    file = pathlib.Path(__file__).with_name("inference_devices.py")
+    assert "all ok" in run_python(file, *cases, devices=8)
