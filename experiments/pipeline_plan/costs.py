@@ -18,12 +18,14 @@ class BlockTimes:
     Attributes:
       forward, recompute, backward: of one block; `backward` without what it computes again.
       head: read-out, unembedding and loss, forward and backward.
+      matrices: of `backward`, the gradients of its matrices.
     """
 
     forward: float
     recompute: float
     backward: float
     head: float
+    matrices: float = 0.0
 
     @property
     def total(self) -> float:
@@ -54,13 +56,17 @@ def estimate(
     )
     again = {"none": 0.0, "mhc": forward}.get(config.remat, products + forward)
     unembed = 2 * config.width * config.vocab_size * num_tokens / (efficiency * chip.flops)
-    return BlockTimes(products + forward, again, 2 * products + backward, 3 * unembed)
+    matrices = block_flops(config, 0) * num_tokens / (efficiency * chip.flops)
+    return BlockTimes(products + forward, again, 2 * products + backward, 3 * unembed, matrices)
 
 
-def stage_times(block: BlockTimes, placement: Placement, num_leading: int) -> StageTimes:
+def stage_times(
+    block: BlockTimes, placement: Placement, num_leading: int, *, split: bool = False
+) -> StageTimes:
     """Returns the times of every stage.
 
-    Leading blocks, in the first one, take as long as the others and run forward twice.
+    Leading blocks, in the first one, take as long as the others and run forward twice. `split` puts off the
+    gradients of the stack's matrices.
     """
     counts = np.array(placement.counts, float)
     leading = np.zeros(len(counts))
@@ -72,4 +78,5 @@ def stage_times(block: BlockTimes, placement: Placement, num_leading: int) -> St
         head=head,
         recompute=counts * block.recompute + leading * block.forward,
         backward=(counts + leading) * block.backward,
+        put_off=counts * min(block.matrices, block.backward) if split else None,
     )

@@ -14,11 +14,14 @@ class Sends(NamedTuple):
       hidden: those in the background with a conditional, which holds the products of a tick, between their
         start and their end.
       conditional: those inside of a conditional, where devices that skip it would be waited for.
+      beside: of each that is hidden, how many conditionals there are between its start and its end. Beside
+        cotangents there are two where something is computed again: the forward and the recomputation.
     """
 
     total: int
     hidden: int
     conditional: int
+    beside: tuple[int, ...]
 
 
 def _called(instruction: Instruction, computations) -> set[str]:
@@ -45,7 +48,8 @@ def count_sends(text: str) -> Sends:
         if name not in inside:
             inside.add(name)
             left += calls[name]
-    total = hidden = conditional = 0
+    total = conditional = 0
+    beside = []
     for name, body in computations.items():
         order = list(body.values())
         for place, start in enumerate(order):
@@ -53,10 +57,10 @@ def count_sends(text: str) -> Sends:
                 continue
             total += 1
             conditional += name in inside
+            works = 0
             for later in order[place:] if start.opcode.endswith("-start") else ():
                 if later.opcode == "collective-permute-done" and start.name in later.operands:
                     break
-                if later.opcode == "conditional":
-                    hidden += 1
-                    break
-    return Sends(total, hidden, conditional)
+                works += later.opcode == "conditional"
+            beside += [works] if works else []
+    return Sends(total, len(beside), conditional, tuple(sorted(beside)))

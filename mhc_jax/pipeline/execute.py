@@ -3,9 +3,10 @@
 One `shard_map`, Manual over all axes of the mesh, holds a scan over the ticks of a schedule. A tick:
 
     1. the cotangents that the tick before made set out to both neighbours
-    2. the forward of one micro-batch, which does not need them
-    3. its streams set out
-    4. the backward of another micro-batch, which does not need these
+    2. the forward of one micro-batch, which does not need them; then what the backward of another computes
+       again at first, which does not either
+    3. the streams of the forward set out
+    4. that backward, which does not need these
 
 The transfers are outside of every conditional, so that all devices take part in each: a collective-permute
 that only one side reaches would hang. What a device has nothing to do in, it skips. Parameters are cast and
@@ -198,10 +199,18 @@ class Pipeline:
             )
             return done, y
 
-        def backward(chunk, operands, kept, cotangents, now):
+        def kept_of(kept, now):
+            return [ring[now["back_keep"]] for ring in kept]
+
+        def recompute(chunk, kept, now):
+            blocks = self._chunk(chunk, rows, state)
+            return stage.recompute(*blocks, kept_of(kept, now), counts[chunk])
+
+        def backward(chunk, operands, kept, recomputed, cotangents, now):
             gradients, dx = stage.backward(
                 *self._chunk(chunk, rows, state),
-                [ring[now["back_keep"]] for ring in kept],
+                kept_of(kept, now),
+                recomputed,
                 cotangents[now["back_read"]],
                 split["balance"][now["back_part"]],
                 counts[chunk],
@@ -238,7 +247,18 @@ class Pipeline:
                 carry["ahead"],
                 now,
             )
-            (above, below), out = _behind(arriving, out)
+            recomputed = []
+            if stage.recomputed:
+                recomputed = jax.lax.switch(
+                    now["back_run"],
+                    [
+                        lambda kept, now: zeros(stage.recomputed),
+                        *(functools.partial(recompute, chunk) for chunk in range(chunks)),
+                    ],
+                    ahead["kept"],
+                    now,
+                )
+            (above, below), (out, recomputed) = _behind(arriving, (out, recomputed))
             cotangents = carry["cotangents"].at[now["back_from_above"]].set(above)
             if chunks > 1:
                 cotangents = cotangents.at[now["back_from_below"]].set(below)
@@ -248,11 +268,12 @@ class Pipeline:
             behind, made = jax.lax.switch(
                 now["back_run"],
                 [
-                    lambda operands, kept, cotangents, now: (operands, nothing),
+                    lambda operands, kept, recomputed, cotangents, now: (operands, nothing),
                     *(functools.partial(backward, chunk) for chunk in range(chunks)),
                 ],
                 carry["behind"],
                 ahead["kept"],
+                recomputed,
                 cotangents,
                 now,
             )
@@ -347,7 +368,7 @@ def send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
     return jax.lax.ppermute(x, AXIS, pairs)
 
 
-def _behind(arriving: Tree, made: jax.Array) -> tuple[Tree, jax.Array]:
+def _behind(arriving: Tree, made: Tree) -> tuple[Tree, Tree]:
     """Both, `arriving` not before `made`: a compiler that takes a conditional for short would wait for it."""
     return jax.lax.optimization_barrier((arriving, made))
 

@@ -3,6 +3,8 @@
 `jax.vjp` gives a function that is a pytree: its leaves are the residuals. Of these only what depends on the
 micro-batch has to wait in the buffer. Parameters among them are put back where the backward runs; what was
 made of parameters alone (a rounded phi, matrices of experts side by side) is made again there.
+
+The backward of a recompute block is cut once more: what it computes again does not need the cotangent.
 """
 
 from collections.abc import Callable
@@ -75,6 +77,76 @@ def split_vjp(function: Callable, fixed: Tree, x: Tree) -> Split:
 
     kept = [s for s, wait in zip(residuals, waits, strict=True) if wait]
     return Split(forward, backward, outputs, kept, aux)
+
+
+class Recomputation(NamedTuple):
+    """A backward, cut where its cotangents have to be there.
+
+    Attributes:
+      run: `(fixed, kept) -> recomputed`, a list of arrays.
+      backward: `(fixed, kept, recomputed, cotangents) -> (gradient of fixed[0], gradient of x)`.
+      recomputed: shapes and dtypes of what `run` gives.
+    """
+
+    run: Callable[[Tree, list[jax.Array]], list[jax.Array]]
+    backward: Callable[[Tree, list[jax.Array], list[jax.Array], Tree], tuple[Tree, Tree]]
+    recomputed: list[jax.ShapeDtypeStruct]
+
+
+def split_recomputation(split: Split, fixed: Tree) -> Recomputation:
+    """Cuts the backward of a function under `jax.checkpoint`, for `fixed` of these shapes."""
+    arguments = fixed, split.kept, split.outputs
+    program, shapes = jax.make_jaxpr(split.backward, return_shape=True)(*arguments)
+    jaxpr = _without_checkpoint(program.jaxpr)
+    num_fixed, num_early = (len(jax.tree.leaves(arguments[:k])) for k in (1, 2))
+    early, late = jaxpr.invars[:num_early], jaxpr.invars[num_early:]
+    varies, needs = _varying(jaxpr, jaxpr.invars[num_fixed:]), _varying(jaxpr, late)
+    ahead, behind = [], []
+    for eqn in jaxpr.eqns:
+        waits = any(_is_in(var, needs) for var in eqn.invars)
+        if not waits:
+            ahead.append(eqn)
+        # What is made of `fixed` alone is made twice, so that it need not be handed on.
+        if waits or not any(_is_in(var, varies) for var in eqn.invars):
+            behind.append(eqn)
+    made = {var for eqn in ahead for var in eqn.outvars} & varies
+    read = [*(var for eqn in behind for var in eqn.invars), *jaxpr.outvars]
+    handed = list(dict.fromkeys(var for var in read if _is_in(var, made)))
+
+    def function(invars, eqns, outvars):
+        part = jaxpr.replace(invars=invars, eqns=eqns, outvars=outvars)
+        return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(part, program.consts))
+
+    run = function(early, ahead, handed)
+    rest = function([*early, *handed, *late], behind, jaxpr.outvars)
+    structure = jax.tree.structure(shapes)
+    return Recomputation(
+        lambda fixed, kept: list(run(*jax.tree.leaves((fixed, kept)))),
+        lambda *arguments: jax.tree.unflatten(structure, rest(*jax.tree.leaves(arguments))),
+        [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in handed],
+    )
+
+
+def _without_checkpoint(jaxpr):
+    """The program with what is under `jax.checkpoint` written out in its place."""
+    names, eqns = {}, []
+
+    def renamed(variables):
+        return [var if hasattr(var, "val") else names.get(var, var) for var in variables]
+
+    def write(body):
+        for eqn in body.eqns:
+            operands = renamed(eqn.invars)
+            if eqn.primitive.name == "remat2":
+                inner = eqn.params["jaxpr"]
+                names.update(zip(inner.invars, operands, strict=True))
+                write(inner)
+                names.update(zip(eqn.outvars, renamed(inner.outvars), strict=True))
+            else:
+                eqns.append(eqn.replace(invars=operands))
+
+    write(jaxpr)
+    return jaxpr.replace(eqns=eqns, outvars=renamed(jaxpr.outvars))
 
 
 def zeros(shapes: Tree) -> Tree:

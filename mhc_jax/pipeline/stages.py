@@ -21,7 +21,7 @@ from mhc_jax.connections import Connection, Pending, expand
 from mhc_jax.losses import linear_cross_entropy
 from mhc_jax.moe import MoEAux
 from mhc_jax.parameters import merged
-from mhc_jax.pipeline.residuals import split_vjp, zeros
+from mhc_jax.pipeline.residuals import split_recomputation, split_vjp, zeros
 from mhc_jax.transformer import Block, Transformer, make_connection
 
 Tree = Any
@@ -104,6 +104,7 @@ class Stage:
 
     Attributes:
       kept: shapes of what `forward` keeps for `backward`.
+      recomputed: shapes of what `recompute` computes again; none where everything is kept.
       aux: of the blocks' reports, a first axis for the K blocks, or None.
     """
 
@@ -136,8 +137,10 @@ class Stage:
             unit = split_vjp(group, fixed, streams)
             self._units = [unit] * self._num_units
             self._end = None
+            self._again = split_recomputation(unit, fixed)
         splits = [*self._units, *filter(None, [self._end])]
         self.kept = [shape for split in splits for shape in split.kept]
+        self.recomputed = [] if self._carries_pending else self._again.recomputed
         aux = self._units[0].aux
         self.aux = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct((self._rows, *s.shape[1:]), s.dtype), aux
@@ -222,11 +225,37 @@ class Stage:
             kept += of_end
         return carry, kept, _concatenated(reports)
 
+    def recompute(
+        self,
+        params: Sequence[Tree],
+        state: Sequence[Tree],
+        kept: list[jax.Array],
+        count: jax.Array,
+    ) -> list[jax.Array]:
+        """What the backward of the last recompute block computes again; it needs no cotangent.
+
+        Of the longest stages' last one: a shorter stage computes everything again in `backward`.
+
+        Args:
+          params, state, kept, count: as in `backward`.
+        """
+        last = self._num_units - 1
+        fixed = self._of_unit(last, params), self._of_unit(last, state)
+        return self._where_there(
+            last,
+            count,
+            self._again.run,
+            lambda fixed, kept: zeros(self.recomputed),
+            fixed,
+            kept[-len(self._units[last].kept) :],
+        )
+
     def backward(
         self,
         params: Sequence[Tree],
         state: Sequence[Tree],
         kept: list[jax.Array],
+        recomputed: list[jax.Array],
         cotangent: jax.Array,
         balance: jax.Array,
         count: jax.Array,
@@ -236,6 +265,7 @@ class Stage:
         Args:
           params, state, count: as in `forward`.
           kept: of `forward`.
+          recomputed: of `recompute`.
           cotangent: of the streams behind.
           balance: of each balance loss, scalar float32.
         """
@@ -251,7 +281,9 @@ class Stage:
         gradients = []
         for index, unit in reversed(list(enumerate(self._units))):
 
-            def run(carry, kept, fixed, unit=unit):
+            def run(carry, kept, fixed, unit=unit, is_last=index == self._num_units - 1):
+                if is_last and recomputed:
+                    return self._again.backward(fixed, kept, recomputed, (carry, balance))
                 return unit.backward(fixed, kept, (carry, balance))
 
             def skip(carry, kept, fixed, index=index):

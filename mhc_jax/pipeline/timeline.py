@@ -27,12 +27,15 @@ class StageTimes:
         forward.
       recompute: what the backward computes again.
       backward: without `recompute`.
+      put_off: part of `backward` that waits until the cotangent of the streams has set out, None: nothing.
+        The program puts nothing off; gradients of matrices could be (zero bubble, Qi et al., 2401.10241).
     """
 
     forward: np.ndarray
     head: np.ndarray
     recompute: np.ndarray
     backward: np.ndarray
+    put_off: np.ndarray | None = None
 
     @property
     def total(self) -> np.ndarray:
@@ -87,7 +90,8 @@ def simulate(schedule: Schedule, times: StageTimes, transfer: float) -> Timeline
     end_backward = np.zeros(devices)
     forward_there = np.zeros(devices)  # when what was sent last has arrived and left
     backward_there = np.zeros(devices)
-    events, sending_back = [], []
+    events, sending_back, left = [], [], np.zeros(devices)
+    put_off = np.zeros(schedule.num_stages) if times.put_off is None else times.put_off
     if devices == 1:
         transfer = 0.0
 
@@ -97,12 +101,17 @@ def simulate(schedule: Schedule, times: StageTimes, transfer: float) -> Timeline
             begin = max(ready[device], ready[to])
             events.append(Event(device, kind, stage, microbatch, begin, begin + transfer, to))
 
+    before = schedule.backward[0]
     for forward, backward in zip(schedule.forward, schedule.backward):
         start = np.maximum(end_backward, forward_there)
         backward_there = _with_neighbours(start) + transfer
         for device, stage, microbatch in sending_back:
             send("send_backward", device, stage, microbatch, start)
-        end_forward = start.copy()
+        for device, (stage, m) in enumerate(before):
+            if left[device]:
+                end = start[device] + left[device]
+                events.append(Event(device, "backward", stage, m, start[device], end))
+        end_forward, left = start + left, np.zeros(devices)
         for device, (stage, m) in enumerate(forward):
             if stage == NOTHING:
                 continue
@@ -127,10 +136,17 @@ def simulate(schedule: Schedule, times: StageTimes, transfer: float) -> Timeline
             if again > begin:
                 events.append(Event(device, "recompute", stage, m, begin, again))
             begin = max(again, backward_there[device])
-            end_backward[device] = begin + times.backward[stage]
+            left[device] = put_off[stage]
+            end_backward[device] = begin + times.backward[stage] - left[device]
             events.append(Event(device, "backward", stage, m, begin, end_backward[device]))
             if stage:
                 sending_back.append((device, stage, m))
+        before = backward
+    for device, (stage, m) in enumerate(before):
+        if left[device]:
+            end = end_backward[device] + left[device]
+            events.append(Event(device, "backward", stage, m, end_backward[device], end))
+            end_backward[device] = end
     busy = np.zeros(devices)
     for stage in range(schedule.num_stages):
         busy[schedule.device_of(stage)] += schedule.num_microbatches * times.total[stage]

@@ -1,5 +1,6 @@
 """pipeline_plan: the simulated timeline by hand, and the command."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -49,9 +50,23 @@ def test_what_hides_a_transfer():
     assert again.end <= back.start
 
 
+def test_what_is_put_off_starts_when_cotangents_have_set_out():
+    """The first backward reaches the first device the sooner, by the gradients of P - 1 stages."""
+    schedule, times = make_schedule("1f1b", 4, 16), alike(4)
+    whole = simulate(schedule, times, 0.0)
+    split = simulate(schedule, dataclasses.replace(times, put_off=np.ones(4)), 0.0)
+    assert whole.seconds - split.seconds == pytest.approx(3 * 1.0)
+    assert split.ideal == whole.ideal
+
+    def busy(timeline):
+        return sum(e.end - e.start for e in timeline.events if e.to < 0)
+
+    assert busy(split) == pytest.approx(busy(whole)) == pytest.approx(4 * 16 * 3)
+
+
 def test_events_do_not_overlap_and_take_their_time():
     schedule = make_schedule("dualpipev", 3, 7)
-    times = StageTimes(*np.random.default_rng(0).uniform(0.5, 2, (4, 6)))
+    times = StageTimes(*np.random.default_rng(0).uniform(0.5, 2, (4, 6)), put_off=np.full(6, 0.2))
     timeline = simulate(schedule, times, 0.3)
     for device in range(3):
         mine = [e for e in timeline.events if e.device == device and e.to < 0]
@@ -154,5 +169,8 @@ ENTRY %main (p: s32[], x: f32[8]) -> f32[8] {
 
 
 def test_sends_are_counted():
-    assert count_sends(PROGRAM) == (3, 1, 1)
-    assert count_sends(PROGRAM.replace("to_apply=%inner", "to_apply=%branch_1")) == (3, 1, 0)
+    assert count_sends(PROGRAM) == (3, 1, 1, (1,))
+    assert count_sends(PROGRAM.replace("to_apply=%inner", "to_apply=%branch_1"))[:3] == (3, 1, 0)
+    work = next(line for line in PROGRAM.splitlines() if "%work" in line)
+    twice = PROGRAM.replace(work, f"{work}\n{work.replace('%work', '%again')}")
+    assert count_sends(twice).beside == (2,)

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 import shutil
 import sys
 
@@ -11,7 +12,8 @@ from eight_devices import DENSE, MOE, batch_of, check_equal, make_config, random
 
 from experiments.pipeline_plan.hidden import count_sends
 from mhc_jax import preemption, sharding, train
-from mhc_jax.pipeline import Layout, Pipeline
+from mhc_jax.pipeline import SCHEDULES, Layout, Pipeline
+from mhc_jax.pipeline.schedule import num_stages
 from mhc_jax.train_step import (
     _narrowed,
     abstract_batch,
@@ -34,15 +36,24 @@ def schedule(name):
     return {"pipe_schedule": name}
 
 
-# Every schedule with uneven stages, stored and recomputed.
-MIXED = (
-    (schedule("gpipe"), {"pipe": 2}),
-    (schedule("gpipe") | REMAT, {"pipe": 4, "data": 2}),
-    (schedule("1f1b"), {"pipe": 4, "data": 2}),
-    (schedule("1f1b") | FULL, {"pipe": 2, "data": 2, "fsdp": 2}),
-    (schedule("dualpipev"), {"pipe": 2, "fsdp": 2}),
-    (schedule("dualpipev") | REMAT, {"pipe": 2, "data": 2}),
-)
+MESHES = {2: {"pipe": 2}, 4: {"pipe": 2, "data": 2}, 8: {"pipe": 4, "fsdp": 2}}
+
+
+def everything(name):
+    """The cases of one schedule: models and connections, stored and recomputed, on 2, 4 and 8 devices."""
+    for model in (DENSE, MOE4):
+        leading = model.get("model.leading_dense_blocks", 0)
+        for connection in (RESIDUAL, HC, HC | {"model.n": 4}, {}, {"model.n": 4}):
+            for mesh in MESHES.values():
+                # One more than there are stages, so that these differ.
+                blocks = {"model.num_blocks": num_stages(name, mesh["pipe"]) + 1 + leading}
+                if leading:  # experts in the place of fsdp
+                    mesh = {{"fsdp": "expert"}.get(k, k): v for k, v in mesh.items()}
+                cases = [(schedule(name) | remat, mesh) for remat in ({}, REMAT)]
+                yield model | connection | blocks, cases
+
+
+MANIFOLDS = ("identity", "lite", "kromhc", "orthogonal", "row_stochastic")
 # The model, then the schedules and meshes that one device's gradients are compared with.
 CASES = {
     "short": (
@@ -51,12 +62,20 @@ CASES = {
         )),
         (MOE4 | RESIDUAL, ((schedule("1f1b") | REMAT, {"pipe": 2, "expert": 2, "data": 2}),)),
     ),
-    "all": (
-        *((DENSE | {"model.num_blocks": 5} | connection, MIXED)
-          for connection in (RESIDUAL, HC, {}, {"model.n": 4}, {"model.tie_embeddings": True})),
-        *((MOE4 | {"model.num_blocks": 6, "model.attention": "mla"} | connection,
-           (*MIXED, (schedule("dualpipev") | FULL, {"pipe": 2, "expert": 2, "fsdp": 2})))
-          for connection in (RESIDUAL, {"model.readout": "head"})),
+    **{name: tuple(everything(name)) for name in SCHEDULES},
+    "others": (
+        *((DENSE | {"model.num_blocks": 3} | variant, ((schedule("1f1b"), {"pipe": 2}),))
+          for variant in (*({"model.manifold": name} for name in MANIFOLDS),
+                          {"model.static_res": True},
+                          {"model.static_res": True, "model.manifold": "kromhc"})),
+        (DENSE | {"model.num_blocks": 5, "model.tie_embeddings": True}, (
+            (schedule("1f1b") | FULL, {"pipe": 2, "data": 2, "fsdp": 2}),
+            (schedule("dualpipev") | REMAT, {"pipe": 2, "fsdp": 2}),
+        )),
+        (MOE4 | {"model.num_blocks": 6, "model.attention": "mla", "model.readout": "head"}, (
+            (schedule("1f1b"), {"pipe": 4, "data": 2}),
+            (schedule("dualpipev") | FULL, {"pipe": 2, "expert": 2, "fsdp": 2}),
+        )),
         (DENSE | RESIDUAL | {"model.num_blocks": 17},
          ((schedule("1f1b"), {"pipe": 8}), (schedule("dualpipev") | REMAT, {"pipe": 8}))),
     ),
@@ -136,6 +155,45 @@ def check_steps(fields, mesh, blocks):
     print("three steps are equal", fields, mesh, flush=True)
 
 
+_OF_ONE = re.compile(
+    r" *(%\d+) = \"stablehlo.all_reduce\"\((%\w+)\) <\{[^}]*replica_groups = dense<\[\[0\], .*\n"
+    r"(?:.*\n){3}.*\}\) : .*\n"
+)
+
+
+def without_axis(program):
+    """The text of a lowered program without the axis pipe, whose size is 1, and sums over one device."""
+    for axis in ('"pipe"=1, ', '{name = "pipe", size = 1 : i64}, ', '"pipe", '):
+        program = program.replace(axis, "")
+    functions = []
+    for function in program.split("func.func "):
+        # A sum over one device is its operand.
+        while found := _OF_ONE.search(function):
+            function = function[: found.start()] + function[found.end() :]
+            function = re.sub(rf"{found[1]}\b", found[2], function)
+        names = {}
+        functions.append(
+            re.sub(r"%\d+", lambda m, n=names: f"%{n.setdefault(m[0], len(n))}", function)
+        )
+    return functions
+
+
+def check_without_stages():
+    """With `mesh.pipe=1` a step is the program of a mesh that has no such axis."""
+    config = make_config(DENSE | REMAT | PARTS | schedule("dualpipev"), {"data": 2, "fsdp": 2})
+    mesh = mesh_of(config)
+    bare = jax.sharding.Mesh(mesh.devices[0], mesh.axis_names[1:], axis_types=mesh.axis_types[1:])
+    one, none = (
+        jit_train_step(config, where).lower(abstract_state(config, where), abstract_batch(config))
+        for where in (mesh, bare)
+    )
+    one, none = one.as_text(), none.as_text()
+    assert '"pipe"=1' in one, one[:1000]
+    assert "pipe" not in none, none[:1000]
+    assert without_axis(one) == without_axis(none)
+    print("the same program without the axis", flush=True)
+
+
 def trained(config, workdir):
     """The state at the end of a run, in the order of the model."""
     run = train.Run(config, workdir)
@@ -180,7 +238,8 @@ if __name__ == "__main__":
         sys.exit(print("all ok"))
     for model, cases in CASES[sys.argv[1]]:
         check_gradients(model, cases)
-    if sys.argv[1] == "all":
-        for name in ("gpipe", "1f1b", "dualpipev"):
-            check_steps(schedule(name), {"pipe": 2, "data": 2}, 5)
+    if sys.argv[1] == "short":
+        check_without_stages()
+    if sys.argv[1] in SCHEDULES:
+        check_steps(schedule(sys.argv[1]), {"pipe": 2, "data": 2}, 5)
     print("all ok")

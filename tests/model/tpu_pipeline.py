@@ -8,22 +8,29 @@ from configs import default
 from experiments.pipeline_plan.hidden import count_sends
 from mhc_jax import sharding
 from mhc_jax.config import from_dict
+from mhc_jax.pipeline.schedule import num_stages
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
 
 FIELDS = {
     "batch_size": 16, "data.sequence_length": 512, "optimizer.accumulate_steps": 8,
-    "model.num_blocks": 4, "model.width": 256, "model.num_heads": 2, "model.ffn_width": 512,
+    "model.width": 256, "model.num_heads": 2, "model.ffn_width": 512,
     "mesh.pipe": 2, "mesh.data": 2, "model.connection": "residual",
 }  # fmt: skip
 
 
-if __name__ == "__main__":
-    topology, name = sys.argv[1:3]
+def count(topology, name, policy):
     values = default.get_config()
-    values.update_from_flattened_dict(FIELDS | {"pipe_schedule": name})
+    values.update_from_flattened_dict(FIELDS | {"pipe_schedule": name, "model.remat": policy})
+    values.model.num_blocks = num_stages(name, values.mesh.pipe)
     config = from_dict(values)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = sharding.make_mesh(config.mesh, list(devices)[:4])
     step = jit_train_step(config, mesh)
     compiled = step.lower(abstract_state(config, mesh), abstract_batch(config)).compile()
-    print(*count_sends(compiled.as_text()))
+    return count_sends(compiled.as_text())
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:]:
+        sends = count(*case.split(","))
+        print(sends.total, sends.hidden, sends.conditional, *sends.beside, flush=True)
