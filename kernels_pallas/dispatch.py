@@ -192,6 +192,13 @@ def _missing_compiler(implementation: str) -> str | None:
     return None
 
 
+def missing_for(platform: str) -> str | None:
+    """Says which package the kernels of "gpu" or "tpu" lack here; None if they have all."""
+    if platform == "gpu":
+        return _missing_package()
+    return _missing_compiler("pallas") if platform == "tpu" else None
+
+
 @functools.cache
 def _unavailable(op: str, direction: str | None, implementation: str) -> str | None:
     """Says why this backend of this operation cannot run on this installation; None if it can."""

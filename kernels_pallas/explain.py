@@ -42,16 +42,24 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; `str` of it is a text to read."""
+    """What `explain` found; `str` of it is a text to read.
+
+    Attributes:
+      question: what was asked.
+      choices: one for each function of the operation.
+      note: where a package is missing, what would run with it; else "".
+    """
 
     question: str
     choices: tuple[Choice, ...]
+    note: str = ""
 
     def __str__(self) -> str:
         lines = [self.question]
         for choice in self.choices:
             lines.append(f"  {choice.op}, {choice.direction}: {choice.implementation}")
             lines += [f"    not {name}: {why}" for name, why in choice.why_not.items()]
+        lines += [f"  {self.note}"] * bool(self.note)
         return "\n".join(lines)
 
 
@@ -114,7 +122,21 @@ def explain(
     if platform == device.platform:
         where += f" ({device.device_kind})"
     question = f"{op} with n={n}, C={C}, T={T}, {dtype} streams on {where}"
-    return Explanation(question, tuple(_choice(decision, platform) for decision in decisions))
+    choices = tuple(_choice(decision, platform) for decision in decisions)
+    return Explanation(question, choices, _note(decisions, platform))
+
+
+def _note(decisions: list[dispatch.Decision], platform: str) -> str:
+    """Says what would run with a package that is missing: its kernels cannot be asked for their sizes."""
+    missing = dispatch.missing_for(platform)
+    ours = dispatch.KERNELS.get(platform, ())
+    names = [n for n in ours if any(n in dispatch.implementations(d.op) for d in decisions)]
+    if missing is None or not names:
+        return ""
+    which = (
+        names[0] if len(names) == 1 else f"the first of {', '.join(names)} that takes these sizes"
+    )
+    return f"{missing}. With it {which} would run, else xla; ask again then."
 
 
 def _arguments(op, n, C, T, dtype, num_iterations, num_logits, norm):

@@ -145,11 +145,21 @@ def check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {x.shape}, expected {expected}")
 
 
-def num_streams(name: str, mapping: jax.Array) -> int:
-    """n, the last axis of a read or write mapping `[..., n]`; raises ValueError where there is no axis."""
+def num_streams(name: str, mapping: jax.Array, streams: jax.Array) -> int:
+    """n, the last axis of a read or write mapping `[..., n]` of streams `[..., n*C]`.
+
+    Raises:
+      ValueError: no axis, or one that does not divide that of the streams.
+    """
     if not mapping.ndim:
         raise ValueError(f"{name} has shape (), expected [..., n]")
-    return mapping.shape[-1]
+    n = mapping.shape[-1]
+    if n < 1 or (streams.shape[-1:] and streams.shape[-1] % n):
+        raise ValueError(
+            f"{name} has shape {mapping.shape}, so n = {n}: the last axis n*C of streams {streams.shape} is "
+            "no multiple of it"
+        )
+    return n
 
 
 def num_columns(n: int) -> int:

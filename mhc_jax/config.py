@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -88,6 +88,11 @@ class ModelConfig:
         _one_of("model.manifold", self.manifold, MANIFOLDS)
         _one_of("model.readout", self.readout, READOUTS)
         self._check_look_ahead()
+        for field, neutral, given, needed in _without_effect(vars(self)):
+            raise ValueError(
+                f"model.{field}={getattr(self, field)!r} does nothing with model.{given[0]}={given[1]!r}: "
+                f"set model.{field}={neutral!r}, or model.{given[0]}={needed!r}"
+            )
         _one_of("model.dtype", self.dtype, DTYPES)
         try:
             dispatch.check_model(self.implementation)
@@ -178,6 +183,45 @@ class ModelConfig:
     @property
     def activation_dtype(self):
         return jnp.dtype(self.dtype)
+
+    def as_residual(self) -> "ModelConfig":
+        """Returns the same model with the residual connection."""
+        return dataclasses.replace(self, connection="residual", lookahead_pre=False, **_NEUTRAL)
+
+
+# Switches of one connection -> what they say where they say nothing.
+_OF_MHC = {
+    "manifold": "birkhoff",
+    "static_res": False,
+    "mhc_use_pre": True,
+    "mhc_use_post": True,
+    "mhc_use_res": True,
+}
+_OF_HC = {"hc_use_pre": True, "hc_use_post": True, "hc_use_res": True}
+_NEUTRAL = _OF_MHC | _OF_HC
+
+
+def _without_effect(model: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[str, Any], Any]]:
+    """Yields each switch that is set and does nothing.
+
+    Yields:
+      its field; its value where it says nothing; the field and the value which make that so; the value of
+      that field with which the switch does something.
+    """
+    connection = model["connection"]
+    for needed, switches in (("mhc", _OF_MHC), ("hc", _OF_HC)):
+        for field, neutral in switches.items():
+            if connection != needed and model[field] != neutral:
+                yield field, neutral, ("connection", connection), needed
+    if connection != "mhc":
+        return
+    if not model["mhc_use_res"]:  # h_res is the identity
+        if model["manifold"] not in ("birkhoff", "identity"):
+            yield "manifold", "birkhoff", ("mhc_use_res", False), True
+        if model["static_res"]:
+            yield "static_res", False, ("mhc_use_res", False), True
+    elif model["manifold"] == "identity" and model["static_res"]:
+        yield "static_res", False, ("manifold", "identity"), "birkhoff"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -313,7 +357,10 @@ LATER = {
 
 
 def _completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the fields of `LATER` that a stored configuration lacks."""
+    """Adds the fields of `LATER` that a stored configuration lacks, and clears switches that did nothing.
+
+    Runs that were started before such switches were refused stay readable.
+    """
     values = dict(values)
     for name, before in LATER.items():
         part, _, field = name.rpartition(".")
@@ -321,6 +368,10 @@ def _completed(values: Mapping[str, Any]) -> dict[str, Any]:
             values.setdefault(field, before)
         elif isinstance(values.get(part), Mapping):
             values[part] = {field: before, **values[part]}
+    model = values.get("model")
+    if isinstance(model, Mapping) and "connection" in model:
+        cleared = {field: neutral for field, neutral, *_ in _without_effect(_NEUTRAL | dict(model))}
+        values["model"] = {**model, **cleared}
     return values
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 
 from mhc_jax import units
+from mhc_jax.analysis.runs import fixed_mappings
 from mhc_jax.config import Config, ModelConfig
 from mhc_jax.parameters import PARTS, path_of, rule_of
 from mhc_jax.train_step import init_params
@@ -55,13 +56,25 @@ def describe(config: Config) -> str:
     whole = sums(counts)
     lines.append(f"{'all':<18}{whole.total:>18,}{whole.active:>18,}")
     lines.append(f"{'':<18}{units.count(whole.total):>18}{units.count(whole.active):>18}")
-    streams = "" if model.connection == "residual" else f", n = {model.n} streams"
-    streams += ", look-ahead pre" * model.lookahead_pre
     tokens = config.batch_size * config.data.sequence_length
     lines += [
         "",
-        f"{model.num_blocks} blocks of width {model.width}, connection {model.connection}{streams}",
+        f"{model.num_blocks} blocks of width {model.width}, connection {_connection(model)}",
         f"{config.steps:,} steps of {config.batch_size} x {config.data.sequence_length} tokens: "
         f"{units.count(config.steps * tokens)} tokens",
     ]
     return "\n".join(lines)
+
+
+def _connection(model: ModelConfig) -> str:
+    """Names the connection with its constraint and its switches."""
+    parts = [model.connection]
+    if model.connection != "residual":
+        parts.append(f"n = {model.n} streams")
+    fixed = fixed_mappings(vars(model))
+    if model.connection == "mhc" and "h_res" not in fixed:
+        parts.append(f"manifold {model.manifold}")
+        parts += ["one h_res for all tokens (static_res)"] * model.static_res
+    parts += ["look-ahead pre"] * model.lookahead_pre
+    parts += [f"fixed {' and '.join(fixed)}"] if fixed else []
+    return ", ".join(parts)

@@ -211,7 +211,7 @@ def model_config(values: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
             "manifold": "birkhoff",
             "static_res": False,
         }
-    return dataclasses.replace(base, **sizes)
+    return dataclasses.replace(base.as_residual(), **sizes)
 
 
 def from_deepseek_v3(
@@ -268,6 +268,9 @@ CONNECTION_FIELDS = (
     "mhc_use_pre",
     "mhc_use_post",
     "mhc_use_res",
+    "hc_use_pre",
+    "hc_use_post",
+    "hc_use_res",
     "sinkhorn_iterations",
 )
 """In what a residual model and the same model with another connection differ."""

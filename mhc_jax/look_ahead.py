@@ -26,7 +26,7 @@ from kernels_pallas.boundary.contract import Parameters
 from kernels_pallas.logits import gates
 from kernels_pallas.placement import whole
 from kernels_pallas.precision import wide_dtype
-from kernels_pallas.shapes import check_streams, check_width
+from kernels_pallas.shapes import check_floating, check_shape, check_streams, check_width
 from mhc_jax.analysis.collect import report
 from mhc_jax.connections import ManifoldHyperConnections, Pending, no_linen_modules_inside
 from mhc_jax.layers import RMSNorm
@@ -122,6 +122,8 @@ class LookAheadConnections(ManifoldHyperConnections):
                 "before, the first with mhc_jax.first_pre(streams, n)"
             )
         check_width(streams, self.n, self.width)
+        check_floating(h_pre=h_pre)
+        check_shape("h_pre", h_pre, (*streams.shape[:-1], self.n))
         next_pre, h_post, h_res = self._mappings(streams)
         layer_input = kernels.pre(
             streams,

@@ -36,7 +36,21 @@ class Manifold(Protocol):
         """Returns `[num_logits(n)]` float32 that project near the identity, nearer with a larger gap."""
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
-        """Maps logits `[..., num_logits(n)]` float32 to h_res `[..., n, n]` float32."""
+        """Maps logits `[..., num_logits(n)]` float32 to h_res `[..., n, n]` float32.
+
+        Raises:
+          ValueError: another number of logits.
+        """
+
+
+def _check_logits(manifold: Manifold, logits: jax.Array, n: int) -> None:
+    """Raises ValueError unless the logits are `[..., num_logits(n)]`."""
+    wanted = manifold.num_logits(n)
+    if logits.shape[-1:] != (wanted,):
+        raise ValueError(
+            f"logits have shape {logits.shape}, expected [..., {wanted}]: {type(manifold).__name__} has "
+            f"{wanted} logits for n={n} streams"
+        )
 
 
 def _off_diagonal(n: int, gap: float) -> jax.Array:
@@ -84,6 +98,7 @@ class Birkhoff:
         return _off_diagonal(n, gap)
 
     def project(self, logits: jax.Array, n: int, *, implementation: str | None = None) -> jax.Array:
+        _check_logits(self, logits, n)
         return sinkhorn(
             _as_matrices(logits, n),
             num_iterations=self.num_iterations,
@@ -104,6 +119,7 @@ class Identity:
         return jnp.zeros(0, jnp.float32)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
+        _check_logits(self, logits, n)
         return _identity_like(logits.sum(-1), n)
 
 
@@ -129,6 +145,7 @@ class PermutationMixture:
         return -gap * (jnp.arange(self.num_logits(n)) > 0).astype(jnp.float32)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
+        _check_logits(self, logits, n)
         matrices = jnp.asarray(_permutations(n), logits.dtype)
         weights = jax.nn.softmax(logits, axis=-1)
         # Products of float32: a GPU or TPU would round the weights.
@@ -167,6 +184,7 @@ class KroneckerMixture:
         return -gap * (jnp.arange(self.num_logits(n)) % 2).astype(jnp.float32)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
+        _check_logits(self, logits, n)
         pairs = jax.nn.softmax(logits.reshape(*logits.shape[:-1], -1, 2), axis=-1)
         h_res = jnp.zeros_like(logits, shape=(*logits.shape[:-1], 1, 1)) + 1
         # Blocks are joined, not reshaped: Explicit axes refuse a reshape of two pairs of dimensions.
@@ -209,6 +227,7 @@ class Orthogonal:
         return jnp.zeros(self.num_logits(n), jnp.float32)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
+        _check_logits(self, logits, n)
         half = self.limit / 2 * jnp.tanh(logits / self.limit)
         signs = np.zeros((n, n, self.num_logits(n)), np.float32)
         for k, (i, j) in enumerate(itertools.combinations(range(n), 2)):
@@ -263,6 +282,7 @@ class RowStochastic:
         return _off_diagonal(n, gap)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
+        _check_logits(self, logits, n)
         return jax.nn.softmax(_as_matrices(logits, n), axis=-1)
 
 

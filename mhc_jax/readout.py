@@ -8,7 +8,7 @@ import kernels_pallas as kernels
 from kernels_pallas.conventions import check_eps
 from kernels_pallas.placement import whole
 from kernels_pallas.projection import check_phi_precision
-from kernels_pallas.shapes import check_size, check_width
+from kernels_pallas.shapes import check_floating, check_shape, check_size, check_width
 from mhc_jax.initialisation import mhc_alpha
 
 READOUTS = ("sum", "mean", "head")
@@ -88,7 +88,7 @@ class Readout(nnx.Module):
         """Reads `streams`; `h_pre` `[..., n]` are the weights of a prediction, of no other kind.
 
         Raises:
-          ValueError: streams of another width.
+          ValueError: streams of another width, or h_pre of another shape.
           TypeError: a prediction without h_pre, or another kind with it.
         """
         check_width(streams, self.n, self.width)
@@ -97,5 +97,8 @@ class Readout(nnx.Module):
                 "needs h_pre, next_pre of the last sublayer" if h_pre is None else "takes no h_pre"
             )
             raise TypeError(f"a read-out by {self.kind} {needs}")
+        if h_pre is not None:
+            check_floating(h_pre=h_pre)
+            check_shape("h_pre", h_pre, (*streams.shape[:-1], self.n))
         weights = self._weights(streams) if h_pre is None else h_pre
         return kernels.pre(streams, weights, implementation=self.implementation)

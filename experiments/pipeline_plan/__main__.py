@@ -185,7 +185,7 @@ def main(argv):
     )
     show_stages(schedule, placement, times, model, tokens)
     arms = [model] if model.connection == "residual" else [
-        dataclasses.replace(model, connection="residual"), model
+        model.as_residual(), model
     ]  # fmt: skip
     lines = [
         f"\n{'connection':<11}{'GB/s':>6}{'MiB a send':>12}{'ms a send':>11}{'ms a step':>11}"

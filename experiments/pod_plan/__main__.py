@@ -270,7 +270,7 @@ def main(argv):
         config.model.connection: summary(plan),
     }
     if _BASELINE.value and config.model.connection != "residual" and plan.costs:
-        model = dataclasses.replace(config.model, connection="residual")
+        model = config.model.as_residual()
         baseline = compile_step(dataclasses.replace(config, model=model), devices, chip)
         print(f"residual, compiled in {baseline.compile_seconds:.0f} s", flush=True)
         show(baseline, chip)

@@ -63,8 +63,8 @@ def post_res(
       TypeError: no array, or another dtype than said above.
       NotImplementedError: the named implementation cannot run here.
     """
-    check_floating(h_post=h_post)
-    n = num_streams("h_post", h_post)
+    check_floating(streams=streams, h_post=h_post)
+    n = num_streams("h_post", h_post, streams)
     check_streams(streams, n)
     check_update(streams, layer_output, h_post, h_res, n)
     dtype = wide_dtype(streams.dtype)

@@ -80,8 +80,8 @@ def pre(
       TypeError: no array, or another dtype than said above.
       NotImplementedError: the named implementation cannot run here.
     """
-    check_floating(h_pre=h_pre)
-    n = num_streams("h_pre", h_pre)
+    check_floating(streams=streams, h_pre=h_pre)
+    n = num_streams("h_pre", h_pre, streams)
     width = check_streams(streams, n)
     check_shape("h_pre", h_pre, (*streams.shape[:-1], n))
     dtype = wide_dtype(streams.dtype)

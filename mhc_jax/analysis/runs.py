@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,8 @@ class Arm:
 
     Attributes:
       path: the workdir.
-      name: its name in figures: "residual", "HC", "mHC", with the folder's name if two agree.
+      name: its name in figures: "residual", "HC", "mHC", with its manifold, its switches ("fixed h_pre") and,
+        if two agree, the folder's name.
       connection: config["model"]["connection"].
       colour: hexadecimal, different for each arm; the first arm of a connection has the connection's.
       config: config.json.
@@ -161,11 +162,27 @@ def _read(path: epath.Path) -> Arm:
 
 def _name(model: dict) -> str:
     name = NAMES.get(model["connection"], model["connection"])
-    if model["connection"] != "mhc":
-        return name
-    name = MANIFOLD_NAMES.get(model.get("manifold"), name)
-    static, ahead = (bool(model.get(field)) for field in ("static_res", "lookahead_pre"))
-    return name + " static" * static + ", look-ahead" * ahead
+    fixed = fixed_mappings(model)
+    if model["connection"] == "mhc":
+        learned = "h_res" not in fixed
+        name = MANIFOLD_NAMES.get(model.get("manifold"), name) if learned else name
+        static, ahead = (bool(model.get(field)) for field in ("static_res", "lookahead_pre"))
+        name += " static" * (static and learned) + ", look-ahead" * ahead
+    return name + (f", fixed {' and '.join(fixed)}" if fixed else "")
+
+
+def fixed_mappings(model: Mapping[str, Any]) -> list[str]:
+    """Returns the mappings that a model's connection does not learn: names of "h_pre", "h_post", "h_res".
+
+    Args:
+      model: fields of a `ModelConfig`; older ones lack some.
+    """
+    connection = model["connection"]
+    return [
+        f"h_{part}"
+        for part in ("pre", "post", "res")
+        if not model.get(f"{connection}_use_{part}", True)
+    ]
 
 
 def read_arms(
