@@ -158,11 +158,15 @@ def bundles_of_step(text: str, trips: tuple[int, ...], shares: tuple[float, ...]
     return round(sum(weights))
 
 
+def _bandwidth(kind: str) -> float:
+    return CHIPS[kind].bandwidth * CORES[kind].bandwidth_share
+
+
 def estimate(kernel: Kernel, bundles: int, kind: str) -> dict:
     """Estimates times in microseconds from bundles and bytes, for a key of `CORES`."""
     cores = CORES[kind]
     compute = -(-kernel.steps // cores.cores) * bundles / cores.clock
-    memory = kernel.bytes / (CHIPS[kind].bandwidth * cores.bandwidth_share)
+    memory = kernel.bytes / _bandwidth(kind)
     return {
         "op": kernel.op,
         "direction": kernel.direction,
@@ -198,6 +202,13 @@ def print_table(kind: str, num_tokens: int, width: int, rows: list[dict]) -> Non
         )
 
 
+def sublayer_tau(kind: str, num_tokens: int, width: int, rows: list[dict]) -> float | None:
+    """Estimate of the fused kernels, forward and backward, in τ, the time that 2TC bytes take."""
+    fused = [row["estimate_us"] for row in rows if row["op"] == "boundary"]
+    unit = 2 * num_tokens * width / _bandwidth(kind) * 1e6
+    return round(sum(fused) / unit, 1) if len(fused) == 2 else None
+
+
 def main(
     kind: str,
     shapes: tuple[tuple[int, int], ...] = ((16384, 2560),),
@@ -222,7 +233,10 @@ def main(
                 for k in kernels
             ]
             print_table(kind, num_tokens, width, rows)
-            results.append({"T": num_tokens, "C": width, "kernels": rows})
+            tau = sublayer_tau(kind, num_tokens, width, rows)
+            if tau is not None:
+                print(f"boundary, forward and backward: {tau} τ; each array once would be 25 τ")
+            results.append({"T": num_tokens, "C": width, "kernels": rows, "sublayer_tau": tau})
     if not only:
         peaks = {"bandwidth": CHIPS[kind].bandwidth, **dataclasses.asdict(cores)}
         content = {"what": "estimate", **peaks, "shapes": results}
