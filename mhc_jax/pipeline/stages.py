@@ -232,13 +232,15 @@ class Stage:
         kept: list[jax.Array],
         count: jax.Array,
     ) -> list[jax.Array]:
-        """What the backward of the last recompute block computes again; it needs no cotangent.
+        """What the backward of the last recompute block computes again, without a cotangent; [] if nothing.
 
         Of the longest stages' last one: a shorter stage computes everything again in `backward`.
 
         Args:
           params, state, kept, count: as in `backward`.
         """
+        if not self.recomputed:
+            return []
         last = self._num_units - 1
         fixed = self._of_unit(last, params), self._of_unit(last, state)
         return self._where_there(
