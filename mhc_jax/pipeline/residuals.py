@@ -114,7 +114,7 @@ def split_recomputation(split: Split, fixed: Tree) -> Recomputation:
     handed = list(dict.fromkeys(var for var in read if _is_in(var, made)))
 
     def function(invars, eqns, outvars):
-        part = jaxpr.replace(invars=invars, eqns=eqns, outvars=outvars)
+        part = jaxpr.replace(invars=invars, eqns=_needed(eqns, outvars), outvars=outvars)
         return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(part, program.consts))
 
     run = function(early, ahead, handed)
@@ -125,6 +125,16 @@ def split_recomputation(split: Split, fixed: Tree) -> Recomputation:
         lambda *arguments: jax.tree.unflatten(structure, rest(*jax.tree.leaves(arguments))),
         [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in handed],
     )
+
+
+def _needed(eqns: list, outvars: list) -> list:
+    """Those of a program's operations that its results depend on."""
+    wanted, found = {var for var in outvars if not hasattr(var, "val")}, []
+    for eqn in reversed(eqns):
+        if not wanted.isdisjoint(eqn.outvars):
+            found.append(eqn)
+            wanted.update(var for var in eqn.invars if not hasattr(var, "val"))
+    return found[::-1]
 
 
 def _without_checkpoint(jaxpr):

@@ -232,7 +232,7 @@ class Stage:
         kept: list[jax.Array],
         count: jax.Array,
     ) -> list[jax.Array]:
-        """What the backward of the last recompute block computes again; it needs no cotangent.
+        """What the backward of the last recompute block computes again, without a cotangent; [] if nothing.
 
         Of the longest stages' last one: a shorter stage computes everything again in `backward`.
 

@@ -2,14 +2,17 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import default
 from mhc_jax.config import from_dict
 from mhc_jax.pipeline.layout import check, head_cost, placement_of
 from mhc_jax.pipeline.schedule import SCHEDULES, make_schedule
-from mhc_jax.pipeline.stages import group_size
+from mhc_jax.pipeline.stages import Stage, group_size
 from mhc_jax.pipeline.tables import make_tables
+from mhc_jax.train_step import init_params
 
 PROGRAM = pathlib.Path(__file__).with_name("pipelines.py")
 
@@ -83,6 +86,36 @@ def test_recompute_blocks_divide_the_stages():
     assert [group_size(model, counts) for counts in ((4, 4), (3, 3), (5, 5), (4, 3), (6, 0))] == [
         2, 1, 1, 1, 2,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["none", "mhc", "full"])
+def test_recomputation_needs_no_cotangent(policy, operand_dtypes):
+    """Of a stage of two blocks the last one's is apart; the other products stay in the backward."""
+    fields = {"model.num_blocks": 2, "model.width": 16, "model.num_heads": 2, "model.ffn_width": 16}
+    model = config(**fields, **{"model.connection": "residual", "model.remat": policy}).model
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))["blocks"]
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
+    streams = jax.ShapeDtypeStruct((1, 8, 16), model.activation_dtype)
+    stage = Stage(model, (2,), row, {}, streams)
+    blocks = [row] * 2, [{}] * 2
+
+    def products(function, *args):
+        program, shapes = jax.make_jaxpr(function, return_shape=True)(*blocks, *args)
+        return len(operand_dtypes(program.jaxpr)), shapes
+
+    forward, (y, kept, _) = products(lambda p, s, x: stage.forward(p, s, x, 2), streams)
+    assert (y.shape, y.dtype) == (streams.shape, streams.dtype)
+    again, recomputed = products(lambda p, s, kept: stage.recompute(p, s, kept, 2), kept)
+    assert jax.tree.map(lambda x: x.shape, recomputed) == [x.shape for x in stage.recomputed]
+    # F's products are kept under mhc, and a residual connection has none. Nothing needs the block's last one.
+    assert again == {"none": 0, "mhc": 0, "full": forward // 2 - 1}[policy]
+    assert bool(recomputed) == (policy != "none")
+    balance = jax.ShapeDtypeStruct((), jnp.float32)
+    _, (gradients, dx) = products(
+        lambda p, s, *args: stage.backward(p, s, *args, 2), kept, recomputed, y, balance
+    )
+    assert jax.tree.map(lambda x: x.shape, gradients) == [jax.tree.map(lambda x: x.shape, row)] * 2
+    assert dx.shape == streams.shape
 
 
 def test_the_head_counts_as_time_of_the_last_stage():
