@@ -238,9 +238,6 @@ class Stage:
 
         Args:
           params, state, kept, count: as in `backward`.
-
-        Returns:
-          arrays for `backward`; none where nothing is computed again.
         """
         if not self.recomputed:
             return []
