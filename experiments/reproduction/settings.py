@@ -103,7 +103,11 @@ _MAIN = Setting(
 )
 # The rate that the pilots of "main" chose for HC and mHC, so these settings need no pilots of their own.
 _AS_MAIN = {"learning_rates": (1e-3,), "pilot_fraction": 0.0, "mixing": True}
-_SCALING = {"learning_rates": (1e-3, 2e-3, 4e-3), "seeds": (0, 1), "pilot_fraction": 0.25}
+_SCALING = {
+    "learning_rates": (5e-4, 1e-3, 2e-3, 4e-3),
+    "seeds": (0, 1),
+    "pilot_fraction": 0.25,
+}
 _ARCHITECTURE = Setting(
     "MLA and experts (configs/small_30m.py), 7 blocks of width 512",
     {},
