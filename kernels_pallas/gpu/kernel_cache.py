@@ -70,8 +70,9 @@ def write(key: tuple, value: dict[str, Any]) -> None:
 
 
 def _path(key: tuple) -> pathlib.Path | None:
-    folder = jax.config.jax_compilation_cache_dir
-    if not folder or not jax.config.jax_enable_compilation_cache or "://" in folder:
+    config: Any = jax.config  # whose options mypy does not see
+    folder = config.jax_compilation_cache_dir
+    if not folder or not config.jax_enable_compilation_cache or "://" in folder:
         return None
     return pathlib.Path(folder) / "kernels" / f"{_digest(repr(key))}.json"
 
