@@ -25,6 +25,14 @@ def each(visit: Visit, blocks: Iterable[nnx.Module], carry: Any) -> tuple[Any, l
     return carry, reports
 
 
+def one_function(block: Callable) -> Callable:
+    """Lets equal blocks call one function, which is traced, differentiated and lowered once, kernels included.
+
+    XLA puts its body in place of each call: the compiled program is that of blocks without it.
+    """
+    return jax.jit(block)
+
+
 def stack(visit: Visit, blocks: nnx.Module, carry: Any, *, scan: bool = True) -> tuple[Any, Any]:
     """Visits N blocks that are one module with a first axis of N.
 
@@ -43,13 +51,10 @@ def stack(visit: Visit, blocks: nnx.Module, carry: Any, *, scan: bool = True) ->
             lambda carry, block: visit(nnx.merge(graph, block), carry), carry, variables
         )
 
-    # Equal blocks call one function, which is traced, differentiated and lowered once, kernels included. XLA
-    # puts its body in place of each call: the compiled program is that of blocks without it.
-    @jax.jit
     def block(variables, carry):
         return visit(nnx.merge(graph, variables), carry)
 
-    carry, reports = each(block, remat.unstacked(variables), carry)
+    carry, reports = each(one_function(block), remat.unstacked(variables), carry)
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *reports)
 
 

@@ -47,7 +47,7 @@ def _tanh(x):
 
 
 @triton.jit
-def mhc_hc_gates_forward(
+def mhc_coefficients_forward_hc(
     parts_ptr,
     bias_ptr,
     alpha_ptr,
@@ -91,7 +91,7 @@ def mhc_hc_gates_forward(
 
 
 @triton.jit
-def mhc_hc_gates_backward(
+def mhc_coefficients_backward_hc(
     s_ptr,
     r_ptr,
     alpha_ptr,
@@ -156,7 +156,7 @@ def forward_launch(T: int, C: int, n: int, *, splits: int, stride: int, eps: flo
     """Makes the launch from partial sums [splits, T, n, stride]."""
     sizes = _sizes(n)
     return TritonLaunch(
-        kernel=mhc_hc_gates_forward,
+        kernel=mhc_coefficients_forward_hc,
         grid=(device.cdiv(T, sizes["TOKENS"]),),
         outputs=(
             struct((T, n)),
@@ -179,7 +179,7 @@ def backward_launch(T: int, C: int, n: int, *, round_ds: bool, fragments: bool) 
     sizes, tiles = _sizes(n), device.cdiv(T, 16)
     programs = device.cdiv(T, sizes["TOKENS"])
     return TritonLaunch(
-        kernel=mhc_hc_gates_backward,
+        kernel=mhc_coefficients_backward_hc,
         grid=(programs,),
         outputs=(
             struct((tiles, n, 32, 4) if fragments else (T, n, 2 + n)),

@@ -88,7 +88,7 @@ def run_groups(
         streams, extras = jax.lax.scan(body, streams, grouped)
         found.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), extras))
     blocks = [] if rest is None else unstacked(rest)
-    group = jax.jit(checkpoint_group(run_group, policy))  # equal groups: see `walk.stack`
+    group = jax.jit(checkpoint_group(run_group, policy))  # equal groups: see `walk.one_function`
     for start in range(0, len(blocks), size):
         streams, extras = group(streams, blocks[start : start + size])
         found.append(extras)
