@@ -224,7 +224,7 @@ class _WideConnection(Connection):
         for index, fixed in enumerate(self._fixed()):
             if fixed is not None:
                 end = (index + 1) * n if index < 2 else None
-                bias = bias.at[..., index * n : end].set(fixed)
+                bias = bias.at[..., index * n : end].set(jnp.asarray(fixed, bias.dtype))
                 alpha = alpha.at[..., index].set(0.0)
         return bias, alpha
 
