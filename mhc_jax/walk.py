@@ -26,7 +26,7 @@ def each(visit: Visit, blocks: Iterable[nnx.Module], carry: Any) -> tuple[Any, l
 
 
 def one_function(block: Callable) -> Callable:
-    """Lets equal blocks call one function, which is traced, differentiated and lowered once, kernels included.
+    """Lets equal blocks call one function, which is traced, differentiated and lowered once with its kernels.
 
     XLA puts its body in place of each call: the compiled program is that of blocks without it.
     """

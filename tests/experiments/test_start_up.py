@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from experiments.start_up import __main__ as start_up
 from experiments.start_up.run import COLUMNS
 
@@ -11,6 +13,7 @@ TOY = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_second_start_finds_every_program(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     output = tmp_path / "found.json"

@@ -28,9 +28,9 @@ LOOK_AHEAD_MOE = MHC_MOE | {"model.lookahead_pre": True}
 ONE_BLOCK = {"model.num_blocks": 1, "model.leading_dense_blocks": 0}
 CASES = {
     "residual": (RESIDUAL | ONE_BLOCK, {"data": 2, "tensor": 2}),
-    "mhc": (DENSE, {"data": 2, "fsdp": 2, "sequence": 2}),
     "look-ahead-moe": (LOOK_AHEAD_MOE | ONE_BLOCK, {"fsdp": 2, "expert": 2, "tensor": 2}),
     # Only by name.
+    "mhc": (DENSE, {"data": 2, "fsdp": 2, "sequence": 2}),
     "hc-mla": (HC_MLA | ONE_BLOCK, {"fsdp": 4}),
     "mhc-moe": (MHC_MOE, {"data": 2, "fsdp": 2, "expert": 2}),
     "sequence-moe": (LOOK_AHEAD_MOE, {"expert": 2, "tensor": 2, "sequence": 2}),
@@ -132,7 +132,7 @@ def check_batches():
 
 if __name__ == "__main__":
     names = sys.argv[1:]
-    for number, name in enumerate(names or list(CASES)[:3]):
+    for number, name in enumerate(names or list(CASES)[:2]):
         check_logits(name, apart=number % 2 == 1)
         print("equal", name, flush=True)
     if not names:

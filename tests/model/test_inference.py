@@ -206,7 +206,7 @@ def test_padded_lengths_are_the_cheapest():
 @pytest.mark.long
 @pytest.mark.parametrize(
     "cases",
-    [(), pytest.param(("hc-mla", "mhc-moe", "sequence-moe"), marks=pytest.mark.slow)],
+    [(), pytest.param(("mhc", "hc-mla", "mhc-moe", "sequence-moe"), marks=pytest.mark.slow)],
 )
 def test_a_mesh_gives_the_logits_of_one_device(cases, run_python):
     """On 4 and 8 devices, dense and with experts, and batches that do not divide."""

@@ -347,6 +347,9 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
         "data.path",
         "data.tokenizer",
     }
+    # Switches of mHC, which this run of HC has not: they do nothing, in a stored run too.
+    how |= {f"model.{name}" for name in ("manifold", "static_res")}
+    how |= {f"model.mhc_use_{name}" for name in ("pre", "post", "res")}
     how |= {f"{what}_every" for what in ("log", "eval", "gains", "checkpoint")}
     assert accepted - {"model.implementation"} == how
 

@@ -138,6 +138,7 @@ EXPERTS = {
 MODELS = {
     "residual": {"connection": "residual", "num_blocks": 5, "recompute_block": "4"},
     "hc": {"connection": "hc", "num_blocks": 2, "recompute_block": "2"},
+    "mhc": {"connection": "mhc", "num_blocks": 2, "recompute_block": "2"},
     "mhc with experts": {"connection": "mhc", **EXPERTS},
     "look-ahead": {"lookahead_pre": True, "num_blocks": 2, "recompute_block": "2"},
 }
@@ -243,7 +244,11 @@ def check_gradients(model, policy, scan=True):
 
 @COMPILES
 @pytest.mark.parametrize(
-    "model", [pytest.param(m, marks=[pytest.mark.slow] * (m == "look-ahead")) for m in MODELS]
+    "model",
+    [
+        pytest.param(m, marks=[pytest.mark.slow] * (m in ("mhc with experts", "look-ahead")))
+        for m in MODELS
+    ],
 )
 def test_mhc_keeps_the_gradients_and_runs_layer_functions_once(model):
     check_gradients(model, "mhc")
@@ -395,7 +400,10 @@ def cudnn(monkeypatch):
 LATENT = {"attention": "mla", "head_dim": 128, "rope_dim": 64, "kv_rank": 32}
 
 
-@pytest.mark.parametrize(("fields", "unpadded"), [({}, True), (LATENT, False), (LATENT, True)])
+@pytest.mark.parametrize(
+    ("fields", "unpadded"),
+    [({}, True), (LATENT, False), pytest.param(LATENT, True, marks=pytest.mark.slow)],
+)
 def test_fused_attention_of_gpus_runs_once(cudnn, monkeypatch, fields, unpadded):
     # The policy knows cuDNN's kernel by the name of a primitive, which JAX may change.
     monkeypatch.setattr(fused_attention, "UNPADDED_VALUES", unpadded)

@@ -99,7 +99,8 @@ def randomized(state):
 
 @pytest.mark.parametrize(
     ("name", "connection"),
-    [(name, None) for name in CONFIGS] + [("paper_3b", "hc"), ("paper_3b", "residual")],
+    [pytest.param(name, None, marks=[pytest.mark.slow] * (name == "paper_9b")) for name in CONFIGS]
+    + [("paper_3b", "hc"), ("paper_3b", "residual")],
 )
 def test_every_config_builds_and_traces(name, connection):
     get_config = importlib.import_module(f"configs.{name}").get_config
