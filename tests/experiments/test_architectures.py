@@ -54,6 +54,7 @@ def test_the_state_space_model_at_toy_size(toy):
     assert arm["composite_forward"] == pytest.approx(1, abs=0.05)  # of its start
 
 
+@pytest.mark.slow
 def test_the_vit_at_toy_size(toy):
     pytest.importorskip("sklearn")
     stored, printed = toy("vit", "--arms", "mhc", "--rates", "1e-3", "1e-3")

@@ -35,6 +35,7 @@ def processes(tmp_path_factory):
     return results
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_no_kernel_and_lowers_the_same_program(processes):
     first, second = processes
     assert first.stdout == second.stdout  # jax's persistent cache takes the program as its key

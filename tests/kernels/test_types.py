@@ -19,7 +19,7 @@ from kernels_pallas.precision import round_to_tf32
 from kernels_pallas.testing.case import normal
 
 
-@pytest.mark.parametrize("what", ["xla", "kernels"])
+@pytest.mark.parametrize("what", [pytest.param("xla", marks=pytest.mark.slow), "kernels"])
 def test_eight_devices(run_python, what):
     program = pathlib.Path(programs.__file__)
     assert "types ok" in run_python(program, what, devices=8)

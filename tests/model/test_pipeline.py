@@ -41,10 +41,10 @@ def test_a_checkpoint_goes_on_with_and_without_stages(run_python, tmp_path):
     ("cases", "found"),
     [
         # Cotangents have the forward and what is computed again beside them, streams the backward.
-        (["v5p:2x2x1,1f1b,full", "v6e:2x2,1f1b,none"], ["2 2 0 1 2", "2 2 0 1 1"]),
+        (["v5p:2x2x1,1f1b,full"], ["2 2 0 1 2"]),
         pytest.param(
-            ["v6e:2x2,dualpipev,full", "v5p:2x2x1,dualpipev,none"],
-            ["4 4 0 1 1 2 2", "4 4 0 1 1 1 1"],
+            ["v6e:2x2,1f1b,none", "v6e:2x2,dualpipev,full", "v5p:2x2x1,dualpipev,none"],
+            ["2 2 0 1 1", "4 4 0 1 1 2 2", "4 4 0 1 1 1 1"],
             marks=pytest.mark.slow,
         ),
     ],

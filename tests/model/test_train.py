@@ -431,7 +431,8 @@ def test_state_is_a_pytree_of_arrays():
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 2])
 def test_matrices_rounded_ahead_have_the_gradients_of_those_rounded_where_used(parts, monkeypatch):
     config = tiny(
         "mhc", **EXPERTS | {"model.dtype": "bfloat16", "optimizer.accumulate_steps": parts}
