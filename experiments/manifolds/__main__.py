@@ -6,8 +6,9 @@
 
 Every arm is trained on the setting of `experiments.reproduction` (its `main`: 38M parameters, 100M tokens)
 with the same weights and the same order of the data in a seed, at one learning rate; then mHC and the
-identity with n = 1 to 8 streams; then the train steps are timed on one device, arms in turn. Give the
-command again to go on where it was cut.
+identity with n = 1 to 8 streams; then the train steps are timed on one device, arms in turn. What
+`experiments.reproduction` has trained already is taken from its results. Give the command again to go on
+where it was cut.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from experiments import record, sweep
 from experiments.manifolds import figures, settings, tables
 from experiments.manifolds.settings import Run
 from experiments.output import number_field, user_path
+from experiments.reproduction.stored import stored
 from experiments.step_time import __main__ as step_time
 from mhc_jax.config import Config
 
@@ -84,6 +86,29 @@ def config_of(run: Run, options: argparse.Namespace) -> Config:
     return run.config(options.data, options.steps, options.fields)
 
 
+def borrowed(runs: list[Run], options: argparse.Namespace) -> dict[str, str]:
+    """Keys of runs -> keys of the stored runs of `experiments.reproduction` that stand for them.
+
+    None for a quick try, whose configurations differ.
+    """
+    if not options.data or options.steps or options.fields:
+        return {}
+    try:
+        found = stored()["runs"]
+    except FileNotFoundError:
+        return {}
+    lenders = {run.key: run.lender for run in runs}
+    return {key: run.key for key, run in lenders.items() if run and run.key in found}
+
+
+def with_borrowed(payload: dict) -> dict:
+    """The payload with the summaries that it borrows among its runs."""
+    if not (keys := payload.get("borrowed")):
+        return payload
+    found = stored()["runs"]
+    return payload | {"runs": payload["runs"] | {key: found[other] for key, other in keys.items()}}
+
+
 def train(runs: list[Run], options: argparse.Namespace) -> dict[str, dict]:
     """Trains what has no summary yet; the summaries by key."""
     keys = [run.key for run in runs]
@@ -138,36 +163,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path = record.newest(QUESTION)
         except FileNotFoundError as error:
             sys.exit(f"error: {error}")
-        payload = record.read(path)
+        payload = with_borrowed(record.read(path))
         if options.summary:
             print(tables.format_all(payload))
         if options.figures:
             print(*figures.draw_all(payload, path.parent), sep="\n")
         return
     runs = wanted(options)
-    found = train(runs, options)
-    if len(found) < len(runs):
-        sys.exit(1)
+    kept = list(dict.fromkeys([*settings.all_runs(), *runs]))
+    lent = borrowed(kept, options)
+    runs = [run for run in runs if run.key not in lent]
+    unfinished = len(train(runs, options)) < len(runs)
     times = options.output / TIMES
-    if "times" in options.parts:
+    if "times" in options.parts and not unfinished:
         measured = measure(options)
         options.output.mkdir(parents=True, exist_ok=True)
         times.write_text(json.dumps(_stored(times) | measured, indent=1) + "\n")
-    kept = dict.fromkeys([*settings.all_runs(), *runs])
     payload = {
         "data": options.data or "stdlib",
         "learning_rate": settings.LEARNING_RATE,
         # With what earlier commands left, which may have asked for other parts.
         "runs": sweep.read_summaries(options.output, [run.key for run in kept]),
+        "borrowed": lent,
         "times": _stored(times),
     }
-    print(tables.format_all(payload))
+    print(tables.format_all(with_borrowed(payload)))
     if options.toy:
         path = options.output / "toy.json"
         path.write_text(json.dumps(payload, indent=1) + "\n")
     else:
         path = record.write(QUESTION, payload)
-    print(path, *figures.draw_all(payload, path.parent), sep="\n")
+    print(path, *figures.draw_all(with_borrowed(payload), path.parent), sep="\n")
+    if unfinished:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.reproduction import settings as reproduction
-from mhc_jax.config import CONNECTIONS, Config
+from mhc_jax.config import Config
 
 # The lowest rate of `experiments.reproduction`, at which every arm of it ended best. No pilots here.
 LEARNING_RATE = 1e-3
@@ -16,7 +16,7 @@ def _mhc(manifold: str, **fields: Any) -> dict[str, Any]:
     return {"connection": "mhc", "manifold": manifold, **fields}
 
 
-# Arm -> fields of `config.model`. A connection that is none of the three first is one that reads ahead.
+# Arm -> fields of `config.model`.
 ARMS: dict[str, dict[str, Any]] = {
     "residual": {"connection": "residual"},
     "HC": {"connection": "hc"},
@@ -29,7 +29,17 @@ ARMS: dict[str, dict[str, Any]] = {
     "KromHC": _mhc("kromhc"),
     "orthogonal": _mhc("orthogonal"),
     "row-stochastic": _mhc("row_stochastic"),
-    **{name: {"connection": name} for name in CONNECTIONS if name not in ("residual", "hc", "mhc")},
+    "look-ahead": _mhc("birkhoff", lookahead_pre=True),
+}
+# Arm -> setting and arm of `experiments.reproduction` whose runs, at n = 4, have the same configuration.
+# They are not trained again.
+BORROWED = {
+    "residual": ("main", "residual"),
+    "HC": ("main", "HC"),
+    "mHC": ("main", "mHC"),
+    "mHC, 1 iteration": ("sinkhorn", "mHC-t1"),
+    "identity": ("main", "identity"),
+    "look-ahead": ("ablation", "look-ahead"),
 }
 # Arms of which the number of streams is varied. With n = 1 they are the same function.
 WIDTH_ARMS = ("mHC", "identity")
@@ -68,6 +78,14 @@ class Run:
             return cls(arm, int(seed.removeprefix("seed")), int(n.removeprefix("n")))
         except ValueError:
             raise ValueError(f"{key!r} is no run: ARM/nSTREAMS/seedNUMBER") from None
+
+    @property
+    def lender(self) -> reproduction.Run | None:
+        """The run of `experiments.reproduction` with this configuration, trained or not."""
+        if self.n != 4 or self.arm not in BORROWED:
+            return None
+        setting, arm = BORROWED[self.arm]
+        return reproduction.Run(setting, arm, LEARNING_RATE, self.seed)
 
     def config(self, data: str, steps: int | None, fields: Mapping[str, Any]) -> Config:
         """The frozen configuration: that of `experiments.reproduction` but for the connection.

@@ -47,6 +47,23 @@ def test_runs_differ_in_the_connection_alone_and_none_is_made_twice():
     assert len(set(models.values())) == len(models)
 
 
+def test_what_another_study_trained_is_borrowed_if_its_configuration_is_the_same(monkeypatch):
+    options = study.parse_arguments(["--data", "text"])
+    lent = {run: run.lender for run in settings.all_runs() if run.lender}
+    assert {(run.arm, run.n) for run in lent} == {(arm, 4) for arm in settings.BORROWED}
+    for run, lender in lent.items():
+        assert study.config_of(run, options) == lender.config("text", None)
+    stored = {"main/mHC/lr0.001/seed0": summary(0.5), "main/HC/lr0.002/seed0": summary(0.5)}
+    monkeypatch.setattr(study, "stored", lambda: {"runs": stored})
+    assert study.borrowed(list(lent), options) == {"mHC/n4/seed0": "main/mHC/lr0.001/seed0"}
+    quick = study.parse_arguments(["--data", "text", "--steps", "5"])
+    assert study.borrowed(list(lent), quick) == {}
+    merged = study.with_borrowed(
+        {"runs": {}, "borrowed": {"mHC/n4/seed0": "main/mHC/lr0.001/seed0"}}
+    )
+    assert tables.by_seed(merged, "mHC")[0]["validation_loss"] == 0.5
+
+
 @pytest.fixture
 def payload():
     runs = {}
