@@ -4,9 +4,11 @@ Command:  python -m mhc_jax.main --config=configs/small_30m.py --workdir=runs/sm
           arms: configs/small_30m.py:residual, configs/small_30m.py:hc (mhc without a suffix)
 Data:     the standard library's bytes by default (8 million, passed many times): give a larger text with
           --config.data.source=text --config.data.path=<glob> for a comparison of losses.
-Time:     sized for one GPU with 24 GiB; not measured yet
-Speed:    not measured yet (python -m experiments.model_speed)
-Result:   none recorded yet
+Time:     50M tokens (1526 such steps) take 3 to 4.5 minutes on an H200 that two other trainings share
+Speed:    not measured on an idle card (python -m experiments.model_speed)
+Result:   with 50M tokens of text, three seeds: mHC -0.007 +- 0.013, HC -0.005 +- 0.011 against residual, so no
+          difference yet; the busiest expert has 2.7 times the mean load in mHC, 9.1 times in residual
+          (experiments/reproduction, setting `architecture`)
 """
 
 from configs import paper_3b
