@@ -4,8 +4,9 @@ Command:  python -m experiments.step_time                 (one GPU with 50 GiB f
 Result:   milliseconds a step and the overhead over the residual connection; JSON with --output or --record.
 
 Dense blocks with the layer shape of the paper's 27B model (width 2560, sequences of 4096, 16384 tokens a
-step), bfloat16 activations, AdamW included, no recomputation, blocks written out (and once scanned). The
-paper reports +6.7 % at n = 4.
+step), bfloat16 activations, AdamW included, no recomputation, blocks written out; then scanned, and with
+the paper's recomputation. The paper reports +6.7 % at n = 4. `python -m experiments.step_time.peak` lists the
+tensors that are in memory at the peak.
 """
 
 import argparse
@@ -36,6 +37,7 @@ class Arm(NamedTuple):
     implementation: str | None = None
     scan: bool = False
     lookahead_pre: bool = False
+    remat: str = "none"
 
     @property
     def name(self) -> str:
@@ -52,7 +54,19 @@ ARMS = [
     Arm("residual", scan=True),
     Arm("mhc", scan=True),
     Arm("mhc", scan=True, lookahead_pre=True),
+    Arm("residual", remat="mhc"),
+    Arm("mhc", remat="mhc"),
 ]
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the sizes of the model and of a step."""
+    parser.add_argument("--num_blocks", type=int, default=4, help="attention + FFN each")
+    parser.add_argument("--width", type=int, default=2560, help="C, a multiple of 128")
+    parser.add_argument("--ffn_width", type=int, default=12288, help="hidden entries of SwiGLU")
+    parser.add_argument("--sequence_length", type=int, default=4096, help="tokens")
+    parser.add_argument("--batch_size", type=int, default=4, help="sequences a step")
+    parser.add_argument("--vocab_size", type=int, default=32768, help="of random tokens")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,14 +75,17 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--num_blocks", type=int, default=4, help="attention + FFN each")
-    parser.add_argument("--width", type=int, default=2560, help="C, a multiple of 128")
-    parser.add_argument("--ffn_width", type=int, default=12288, help="hidden entries of SwiGLU")
-    parser.add_argument("--sequence_length", type=int, default=4096, help="tokens")
-    parser.add_argument("--batch_size", type=int, default=4, help="sequences a step")
-    parser.add_argument("--vocab_size", type=int, default=32768, help="of random tokens")
+    add_shape_arguments(parser)
     output.add_arguments(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    check_shape(options)
+    return options
+
+
+def check_shape(options: argparse.Namespace) -> None:
+    """Ends the program with one line if the width has no heads of 128."""
+    if options.width % 128:
+        sys.exit(f"error: --width={options.width} is not a multiple of 128, the width of a head")
 
 
 def make_config(options: argparse.Namespace, arm: Arm) -> Config:
@@ -77,7 +94,7 @@ def make_config(options: argparse.Namespace, arm: Arm) -> Config:
     values.data.sequence_length = options.sequence_length
     model = values.model
     model.connection, model.implementation = arm.connection, arm.implementation
-    model.scan_blocks, model.lookahead_pre = arm.scan, arm.lookahead_pre
+    model.scan_blocks, model.lookahead_pre, model.remat = arm.scan, arm.lookahead_pre, arm.remat
     model.num_heads = options.width // 128
     for name in ("num_blocks", "width", "ffn_width", "vocab_size"):
         model[name] = getattr(options, name)
@@ -133,8 +150,6 @@ def time_arms(
 
 def main() -> None:
     options = parse_arguments()
-    if options.width % 128:
-        sys.exit(f"--width={options.width} is not a multiple of 128, the width of a head")
     configs = {arm: make_config(options, arm) for arm in ARMS}
     print(
         f"compiling {len(configs)} train steps for {jax.devices()[0].device_kind} ...", flush=True
@@ -144,7 +159,7 @@ def main() -> None:
     rounds = time_arms(configs, compiled, np.random.default_rng(0))
 
     def over_residual(arm: Arm) -> float:
-        baseline = rounds[Arm("residual", scan=arm.scan)]
+        baseline = rounds[Arm("residual", scan=arm.scan, remat=arm.remat)]
         return 100 * (statistics.mean(rounds[arm]) / statistics.mean(baseline) - 1)
 
     rows = [
@@ -152,6 +167,7 @@ def main() -> None:
             "connection": arm.name,
             "implementation": arm.implementation or "best",
             "scan_blocks": arm.scan,
+            "remat": arm.remat,
             "ms": [round(ms, 2) for ms in rounds[arm]],
             "overhead_percent": round(over_residual(arm), 1),
             "temporaries_GiB": round(
@@ -160,12 +176,13 @@ def main() -> None:
         }
         for arm in ARMS
     ]
-    print(f"{'connection':17}{'kernels':10}{'blocks':12}{'ms a step (rounds)':24}"
+    print(f"{'connection':17}{'kernels':10}{'blocks':22}{'ms a step (rounds)':24}"
           f"{'over residual':>14}{'GiB':>8}")  # fmt: skip
     for row in rows:
         times = "  ".join(f"{ms:.2f}" for ms in row["ms"])
         blocks = "scanned" if row["scan_blocks"] else "written out"
-        print(f"{row['connection']:17}{row['implementation']:10}{blocks:12}{times:24}"
+        blocks += "" if row["remat"] == "none" else f", remat {row['remat']}"
+        print(f"{row['connection']:17}{row['implementation']:10}{blocks:22}{times:24}"
               f"{row['overhead_percent']:>13.1f}%{row['temporaries_GiB']:>8.2f}")  # fmt: skip
     output.write(options, "step_time", {"shape": output.shape_of(options), "arms": rows})
 
