@@ -122,10 +122,7 @@ def test_every_config_builds(name):
 
 @pytest.mark.parametrize(
     ("name", "connection"),
-    [
-        pytest.param(name, None, marks=[pytest.mark.slow] * (name not in IN_CI))
-        for name in CONFIGS
-    ]
+    [pytest.param(name, None, marks=[pytest.mark.slow] * (name not in IN_CI)) for name in CONFIGS]
     + [
         ("paper_3b", "hc"),
         pytest.param("paper_3b", "residual", marks=pytest.mark.slow),
