@@ -53,6 +53,7 @@ def _shares_fixtures(item) -> bool:
     return any(fixture[-1].scope == "module" for fixture in found)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the groups
 def pytest_collection_modifyitems(items):
     # The longest begin, so that one worker does not wait for the other's at the end.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
