@@ -1,5 +1,6 @@
 """Settings of every test."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -29,6 +30,10 @@ import pytest
 
 # Mixing ranks without saying so is how a [T] and a [T, n] array broadcast into nonsense.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes hundreds of thousands of objects that stay; looking for garbage after each 700 is a tenth of
+# the time of all tests.
+gc.freeze()
+gc.set_threshold(100_000, 20, 20)
 
 
 # Marker -> packages without which its tests are skipped.
@@ -42,9 +47,19 @@ NEEDS = {
 _EXTRAS = {"tpu_compiler": "tpu", "harness": "evaluate"}
 
 
+def _shares_fixtures(item) -> bool:
+    """Whether it uses a fixture that is made once for its file: both processes would make it."""
+    found = item._fixtureinfo.name2fixturedefs.values()
+    return any(fixture[-1].scope == "module" for fixture in found)
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the groups
 def pytest_collection_modifyitems(items):
     # The longest begin, so that one worker does not wait for the other's at the end.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and _shares_fixtures(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     for marker, packages in NEEDS.items():
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if not missing:

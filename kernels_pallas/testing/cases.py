@@ -67,7 +67,7 @@ CASES = (
     Case("sinkhorn", 12, 1, 5, on="triton"),
     Case("sinkhorn", 12, 1, 8, on="xla triton"),
     Case("sinkhorn", 12, 1, 1),
-    Case("sinkhorn", 12, 1, 8, options={"num_iterations": 3}, on="pallas"),
+    Case("sinkhorn", 12, 1, 8, options={"num_iterations": 3}, on="pallas", slow="pallas"),
     Case("sinkhorn", **_FEW, options=_SINKHORN),
     # With padding.
     Case("sinkhorn", 9, 1, 3, options={"eps": 1e-6, "last": "columns"}, on="triton"),
@@ -91,7 +91,8 @@ CASES = (
     Case("read", **_FEW, norm=0.4, options=_READ),
     Case("read", **_FEW | {"on": "xla"}, norm=0.4, weight=False, options=_READ),
     Case("read", **_CUDA, norm=0.4, options=_READ),
-    Case("boundary", 37, 200, 4, BF16, options=_SHORT, on="xla pallas", draws=2),
+    Case("boundary", 37, 200, 4, BF16, options=_SHORT, on="xla pallas", slow="pallas", draws=2),
+    Case("boundary", 37, 200, 2, BF16, options=_SHORT, on="pallas"),
     Case("boundary", 37, 136, 4, norm=EPS, options=_SHORT, on="xla pallas", draws=2),
     Case("boundary", 9, 136, 4, BF16, on="triton"),
     Case("boundary", 3, 200, 2, on="triton"),

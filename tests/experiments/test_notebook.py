@@ -28,6 +28,8 @@ def figures(notebook):
     ]
 
 
+# The same runs as those of the demo, whose programs are then in the cache.
+@pytest.mark.xdist_group("demo")
 @pytest.mark.long
 def test_the_notebook_runs(stored, monkeypatch):
     monkeypatch.setenv("MHC_NOTEBOOK", "short")

@@ -15,6 +15,8 @@ from mhc_jax.train_step import analyse
 NUMBER = r"[\d.e+-]+"
 
 
+@pytest.mark.xdist_group("demo")
+@pytest.mark.long
 def test_the_short_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(record, "FOLDER", tmp_path)
     stability.main(

@@ -39,7 +39,7 @@ OTHER = {"sinkhorn_eps": 0.01, "last": "columns", "pre_eps": 0.02}  # another co
 
 def ops_loss(p, x, y, implementation="xla", kp=kp):
     """A loss per token with every operation of `kp` in it."""
-    options = {"n": n, "num_iterations": 3, "implementation": implementation}
+    options = {"n": n, "num_iterations": 2, "implementation": implementation}
     norm = {"input_norm_weight": p["weight"], "input_norm_eps": 1e-6}
     parameters = p["phi"], p["bias"], p["alpha"]
     u, h_post, h_res, x = kp.read(x, *parameters, **options, **norm)
@@ -51,7 +51,7 @@ def ops_loss(p, x, y, implementation="xla", kp=kp):
     u = kp.pre(x, h_pre, norm_weight=p["weight"], norm_eps=1e-6, implementation=implementation)
     x = x + expand(kp.pre(x, h_pre, implementation=implementation), n)
     other = {"eps": 0.03, "last": "columns"}
-    h_res = kp.sinkhorn(h_res, num_iterations=3, implementation=implementation, **other)
+    h_res = kp.sinkhorn(h_res, num_iterations=2, implementation=implementation, **other)
     return jnp.cos(x).sum(-1) + jnp.sin(3 * h_res).sum((-2, -1)) + (u * u * u).sum(-1)
 
 

@@ -20,32 +20,35 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """Two starts of a program with one cache of compiled programs."""
+@pytest.fixture
+def start(tmp_path):
+    """`start()`: what a program prints; each start has the cache of compiled programs of the one before."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = f"{ROOT}{os.pathsep}{os.environ['CUDA_PLUGIN']}"
-    cache = str(tmp_path_factory.mktemp("cache"))
-    environment.update(PYTHONPATH=path, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=cache)
-    command = [sys.executable, __file__]
-    results = []
-    for _ in range(2):
-        results.append(subprocess.run(command, env=environment, capture_output=True, text=True))
-        assert results[-1].returncode == 0, results[-1].stderr[-2000:]
-    return results
+    environment.update(
+        PYTHONPATH=path, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(tmp_path)
+    )
+
+    def run():
+        command = [sys.executable, __file__]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_second_start_compiles_no_kernel_and_lowers_the_same_program(processes):
-    first, second = processes
+def test_a_second_start_compiles_no_kernel_and_lowers_the_same_program(start):
+    first, second = start(), start()
     assert first.stdout == second.stdout  # jax's persistent cache takes the program as its key
-    compiled = [int(re.search(r"compiled (\d+)", result.stderr)[1]) for result in processes]
+    compiled = [int(re.search(r"compiled (\d+)", one.stderr)[1]) for one in (first, second)]
     assert compiled[0] >= 6, compiled
     assert compiled[1] == 0
 
 
-def test_calls_can_be_recorded(processes):
-    result = processes[0]
+def test_calls_can_be_recorded(start):
+    result = start()
     calls = re.findall(r"custom_call @(\w+)\(.*?\) \{(.*?) = ", result.stdout)
     assert len(calls) >= 8, result.stdout[
         :2000

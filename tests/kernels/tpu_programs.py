@@ -117,12 +117,12 @@ def kernels_of(lowered) -> set[str]:
     return set(re.findall(r'"(mhc_\w+)"', lowered.as_text()))
 
 
-def compile_kernels(topology):
-    """Every kernel at every width for one chip."""
+def compile_kernels(topology, *widths):
+    """Every kernel at these widths for one chip."""
     lowered = lower(narrow_kernels("pallas"), topology, 128)
     assert kernels_of(lowered) == NARROW, kernels_of(lowered)
     lowered.compile()
-    for width in WIDTHS:
+    for width in map(int, widths):
         lowered = lower(wide_kernels("pallas"), topology, width)
         assert kernels_of(lowered) == WIDE, kernels_of(lowered)
         lowered.compile()

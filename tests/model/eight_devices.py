@@ -38,12 +38,11 @@ MOE = DENSE | {
 REMAT = {"model.remat": "mhc", "model.recompute_block": "2"}
 SEVERAL_AXES = (
     (DENSE, ({"data": 2, "fsdp": 2, "tensor": 2, "model.loss_chunks": 4} | REMAT,)),
-    (MOE, ({"data": 2, "expert": 2, "tensor": 2},
-           {"fsdp": 2, "expert": 2, "sequence": 2, "model.loss_chunks": 2} | REMAT)),
+    (MOE, ({"fsdp": 2, "expert": 2, "sequence": 2, "model.loss_chunks": 2} | REMAT,)),
 )  # fmt: skip
 ONE_AXIS = (
     (DENSE, ({"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"sequence": 8})),
-    (MOE, ({"expert": 8},)),
+    (MOE, ({"expert": 8}, {"data": 2, "expert": 2, "tensor": 2})),
 )
 
 

@@ -71,17 +71,25 @@ def saved(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
+@functools.cache
+def traced_once():
+    mesh = sharding.make_mesh(CONFIG.mesh)
+    functions = {
+        name: jax.jit(getattr(train_module, name), static_argnames="config")
+        for name in ("evaluate", "measure_gains")
+    }
+    return jit_init_state(CONFIG, mesh), jit_train_step(CONFIG, mesh), functions
+
+
 @pytest.fixture(scope="module")
 def programs():
-    """The programs of the loop, traced and compiled once for all runs of this file."""
-    mesh = sharding.make_mesh(CONFIG.mesh)
-    init, step = jit_init_state(CONFIG, mesh), jit_train_step(CONFIG, mesh)
+    """The programs of the loop, traced and compiled once for all runs; test_storage.py has it too."""
+    init, step, functions = traced_once()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "jit_init_state", lambda *_: init)
         patch.setattr(train_module, "jit_train_step", lambda *_: step)
-        for name in ("evaluate", "measure_gains"):
-            traced_once = jax.jit(getattr(train_module, name), static_argnames="config")
-            patch.setattr(train_module, name, traced_once)
+        for name, function in functions.items():
+            patch.setattr(train_module, name, function)
         yield types.SimpleNamespace(init=init, step=step)
 
 

@@ -10,6 +10,8 @@ import pytest
 from mhc_jax.losses import linear_cross_entropy
 
 B, S, C, V = 2, 12, 16, 24
+# Jitted once: outside of jit each test would compile every operation of it.
+gradient_of = jax.jit(jax.value_and_grad(linear_cross_entropy, argnums=(0, 1)), static_argnums=3)
 
 
 def inputs(dtype):
@@ -38,8 +40,7 @@ def test_loss_and_gradients(dtype, tolerance, chunks):
     x, matrix, targets = inputs(dtype)
     if dtype == jnp.bfloat16:
         matrix = matrix.astype(dtype).astype(jnp.float32)  # products are in bfloat16
-    gradient = jax.value_and_grad(linear_cross_entropy, argnums=(0, 1))
-    loss, (dx, d_matrix) = gradient(x, matrix, jnp.asarray(targets), chunks)
+    loss, (dx, d_matrix) = gradient_of(x, matrix, targets, chunks)
     want_loss, want_dx, want_matrix = by_hand(x, matrix, targets)
     assert abs(loss - want_loss) < 1e-5
     assert d_matrix.dtype == jnp.float32
@@ -93,8 +94,7 @@ def test_a_target_outside_of_the_vocabulary_is_nan(target):
     x, matrix, targets = inputs(jnp.float32)
     targets[1, 3] = target
     for chunks in (1, 3):
-        gradient = jax.value_and_grad(linear_cross_entropy, argnums=(0, 1))
-        loss, (dx, d_matrix) = gradient(x, matrix, jnp.asarray(targets), chunks)
+        loss, (dx, d_matrix) = gradient_of(x, matrix, targets, chunks)
         assert jnp.isnan(loss)
         assert jnp.isnan(dx[1, 3]).all()
         assert jnp.isfinite(dx[0]).all()

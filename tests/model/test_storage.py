@@ -31,6 +31,9 @@ from mhc_jax.lock import Locked, WorkdirLock
 from mhc_jax.train import BadInput, Interrupted, Run, train
 from mhc_jax.writers import MetricWriter
 
+# One process with test_loop.py, whose programs it runs.
+pytestmark = pytest.mark.xdist_group("loop")
+
 
 def mixed(x):
     x = (x ^ (x >> np.uint64(16))) * np.uint64(0x7FEB352D) & np.uint64(0xFFFFFFFF)
