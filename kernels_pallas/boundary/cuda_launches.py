@@ -36,11 +36,11 @@ def _forward_bytes(hc: bool) -> int:
     return 2 * _WARPS * 5 * _TOKENS * 2 * _COLUMNS + 2 * phi
 
 
-def _shared_bytes(mix: bool, norm: bool = False, hc: bool = False) -> int:
+def _shared_bytes(mix: bool, norm: bool = False, hc: bool = False, kappa_pre: bool = True) -> int:
     """Adds up the layout of backward.cu: rows of three tiles, token data of two, phi, t of two tiles."""
     rows = 10 * _TOKENS * 2 * _COLUMNS
     ds, kappa = (32, 16) if hc else (24, 4)
-    own = _TOKENS * (2 * ds * 4 + 80 + 2 * 16 + kappa + 16 * norm)
+    own = _TOKENS * (2 * ds * 4 + 80 + 2 * 16 + (1 + kappa_pre) * kappa + 16 * norm)
     phi = (8 if hc else 24 * 4) * 256
     total = 4 * _TOKENS * 2 * _COLUMNS
     return 3 * rows + 2 * own + phi + mix * 2 * total
@@ -49,7 +49,7 @@ def _shared_bytes(mix: bool, norm: bool = False, hc: bool = False) -> int:
 FORWARD_BYTES = _forward_bytes(hc=False)
 HC_FORWARD_BYTES = _forward_bytes(hc=True)
 BACKWARD_BYTES = _shared_bytes(mix=True)
-LOOK_AHEAD_BYTES = _shared_bytes(mix=True, norm=True)
+LOOK_AHEAD_BYTES = _shared_bytes(mix=True, norm=True, kappa_pre=False)
 HC_BACKWARD_BYTES = _shared_bytes(mix=True, hc=True)
 
 
@@ -88,6 +88,7 @@ def backward_launch(
     look_ahead: bool = False,
     norm: bool = False,
     hc: bool = False,
+    kappa_pre: bool = False,
 ) -> CudaLaunch:
     """Makes the launch of backward.cu.
 
@@ -95,7 +96,8 @@ def backward_launch(
     `TERMS`.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
-    phi [4C, 24], `coefficients.triton.Fragments`, T; without `mix`, y, h_post and h_res are not read.
+    phi [4C, 24], `coefficients.triton.Fragments` (the last if `kappa_pre`), T; without `mix`, y, h_post and
+    h_res are not read.
     Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
 
     With `look_ahead` (and `mix`) inverse and kappa_n [T, 4] and the weight [C] follow the fragments; they are
@@ -126,12 +128,13 @@ def backward_launch(
             "LOOK_AHEAD": int(look_ahead),
             "NORM": int(norm),
             "HC": int(hc),
+            "KAPPA_PRE": int(kappa_pre),
             "TERMS": terms,
             "TOKEN_SUMS": token_sums,
             **_sizes(C),
         },
         num_warps=_WARPS,
-        shared_bytes=_shared_bytes(mix, norm, hc),
+        shared_bytes=_shared_bytes(mix, norm, hc, kappa_pre),
     )
 
 
@@ -151,14 +154,16 @@ def boundary_backward(
       update: streams, layer output, h_post, h_res before the write.
       g, d: cotangents of the new streams and of the weighted sum.
       h_pre, phi: of the read.
-      fragments: of `coefficients.triton.backward_to_fragments`.
+      fragments: of `boundary.triton_layer_input.backward` or the like.
       hc: of Hyper-Connections, see `backward_launch`.
 
     Returns:
       dx [T, 4C], dy [T, C], partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
     """
     T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
-    return backward_launch(T, C, mix=True, hc=hc)(*update, g, d, h_pre, phi, *fragments, T)
+    pieces = [x for x in fragments if x is not None]
+    launch = backward_launch(T, C, mix=True, hc=hc, kappa_pre=fragments.kappa_pre is not None)
+    return launch(*update, g, d, h_pre, phi, *pieces, T)
 
 
 def read_backward(
@@ -174,8 +179,9 @@ def read_backward(
     """Runs backward.cu without the write: dx [T, 4C], partial sums of dphi; arguments as above, T > 0."""
     T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
     not_read = d, h_pre, h_pre  # in place of y, h_post, h_res
-    launch = backward_launch(T, C, mix=False, hc=hc)
-    dx, _, _, dphi = launch(streams, *not_read, g, d, h_pre, phi, *fragments, T)
+    pieces = [x for x in fragments if x is not None]
+    launch = backward_launch(T, C, mix=False, hc=hc, kappa_pre=fragments.kappa_pre is not None)
+    dx, _, _, dphi = launch(streams, *not_read, g, d, h_pre, phi, *pieces, T)
     return dx, dphi
 
 

@@ -10,7 +10,7 @@ from kernels_pallas.coefficients.triton_tiles import gates, matrices
 from kernels_pallas.gpu import device
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
-from kernels_pallas.gpu.triton_math import exp, round_tf32
+from kernels_pallas.gpu.triton_math import exp, round_tf32, vector
 from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
@@ -34,7 +34,16 @@ def store_fragments(ds, t, m, ds_ptr, pairs_ptr, mask, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _gate_backward(
+def gate_backward(normed, alpha, bias, d, scale):
+    """Returns the cotangent of the logit of a gate scale * sigmoid(normed * alpha + bias), given d of it."""
+    inverse_odds = exp(-(normed * alpha + bias))
+    gate = 1.0 / (1.0 + inverse_odds)
+    # 1 - gate as inverse_odds * gate, which does not cancel if the gate is open.
+    return d * scale * (inverse_odds * gate) * gate
+
+
+@triton.jit
+def _gates_backward(
     s_ptr,
     r,
     bias_ptr,
@@ -43,6 +52,7 @@ def _gate_backward(
     ds_ptr,
     pairs_ptr,
     sums_ptr,
+    programs,
     rows,
     i,
     mask,
@@ -59,10 +69,8 @@ def _gate_backward(
     M: tl.constexpr = N * N + 2 * N
     normed = tl.load(s_ptr + rows * M + i, mask=mask, other=0.0) / r
     alpha = tl.load(alpha_ptr)
-    inverse_odds = exp(-(normed * alpha + tl.load(bias_ptr + i)))
-    gate = 1.0 / (1.0 + inverse_odds)
-    # 1 - gate as inverse_odds * gate, which does not cancel if the gate is open.
-    d = tl.load(d_ptr + rows * N + i, mask=mask, other=0.0) * scale * (inverse_odds * gate) * gate
+    d = tl.load(d_ptr + rows * N + i, mask=mask, other=0.0)
+    d = gate_backward(normed, alpha, tl.load(bias_ptr + i), d, scale)
     ds = d * alpha / r
     if ROUND:
         ds = round_tf32(ds)
@@ -70,14 +78,16 @@ def _gate_backward(
         store_fragments(ds, rows, first + i, ds_ptr, pairs_ptr, mask, 3)
     else:
         tl.store(ds_ptr + first + rows * M + i, ds, mask=mask)
-    at = tl.arange(0, N) * tl.num_programs(0)
+    at = tl.arange(0, N) * programs
     tl.store(sums_ptr + at, tl.sum(d, axis=0))
-    tl.store(sums_ptr + M * tl.num_programs(0) + at, tl.sum(d * normed, axis=0))
+    tl.store(sums_ptr + M * programs + at, tl.sum(d * normed, axis=0))
     return tl.sum(d * alpha * normed, axis=1)
 
 
 @triton.jit
-def mhc_coefficients_backward(
+def backward_tile(
+    program,
+    programs,
     s_ptr,
     r_ptr,
     bias_ptr,
@@ -96,37 +106,41 @@ def mhc_coefficients_backward(
     ROUND: tl.constexpr,
     FRAGMENTS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
+    PRE: tl.constexpr,
 ):
-    """Writes ds, dr, and a column of sums [2, M, programs] over its tokens: of dh and of dh * s / r.
+    """Writes of TOKENS tokens ds, dr, and a column of sums [2, M, programs]: of dh and of dh * s / r.
 
-    If FRAGMENTS > 0, it writes ds as `store_fragments` lays it out, and in place of dr the factor of the
-    streams, kappa = dr / (r FRAGMENTS).
+    These are the tokens of number `program` of `programs`. If FRAGMENTS > 0, it writes ds as
+    `store_fragments` lays it out, and in place of dr the factor of the streams, kappa = dr / (r FRAGMENTS).
+    Without PRE everything that comes from dh_pre is left out.
     """
     M: tl.constexpr = N * N + 2 * N
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    sums_ptr += tl.program_id(0)
-    programs = tl.num_programs(0)
+    t = program * TOKENS + tl.arange(0, TOKENS)
+    sums_ptr += program
     rows, i, mask = gates(t, T, N, TOKENS)
     r = tl.load(r_ptr + rows, mask=rows < T, other=1.0)
-    total = _gate_backward(
-        s_ptr,
-        r,
-        bias_ptr,
-        alpha_ptr,
-        dpre_ptr,
-        ds_ptr,
-        pairs_ptr,
-        sums_ptr,
-        rows,
-        i,
-        mask,
-        0,
-        1.0,
-        N,
-        ROUND,
-        FRAGMENTS,
-    )
-    total += _gate_backward(
+    total = tl.zeros((TOKENS,), tl.float32)
+    if PRE:
+        total += _gates_backward(
+            s_ptr,
+            r,
+            bias_ptr,
+            alpha_ptr,
+            dpre_ptr,
+            ds_ptr,
+            pairs_ptr,
+            sums_ptr,
+            programs,
+            rows,
+            i,
+            mask,
+            0,
+            1.0,
+            N,
+            ROUND,
+            FRAGMENTS,
+        )
+    total += _gates_backward(
         s_ptr + N,
         r,
         bias_ptr + N,
@@ -135,6 +149,7 @@ def mhc_coefficients_backward(
         ds_ptr,
         pairs_ptr,
         sums_ptr + N * programs,
+        programs,
         rows,
         i,
         mask,
@@ -160,14 +175,93 @@ def mhc_coefficients_backward(
     else:
         tl.store(ds_ptr + 2 * N + rows * M + ij, ds, mask=mask)
     ij1 = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(sums_ptr + (2 * N + ij1) * programs, tl.sum(d, axis=0))
-    tl.store(sums_ptr + (M + 2 * N + ij1) * programs, tl.sum(d * normed, axis=0))
-    total += tl.sum(tl.sum(d * alpha * normed, axis=2), axis=1)
+    tl.store(sums_ptr + (2 * N + ij1) * programs, tl.sum(d, axis=1))
+    tl.store(sums_ptr + (M + 2 * N + ij1) * programs, tl.sum(d * normed, axis=1))
+    total += tl.sum(tl.sum(d * alpha * normed, axis=2), axis=0)
     r = tl.load(r_ptr + t, mask=t < T, other=1.0)
     dr = -total / r
     if FRAGMENTS:
         dr /= r * FRAGMENTS
     tl.store(dr_ptr + t, dr, mask=t < T)
+
+
+@triton.jit
+def pre_backward(
+    dpre,
+    s_ptr,
+    r_ptr,
+    bias_ptr,
+    alpha_ptr,
+    token,
+    inside,
+    ds_ptr,
+    pairs_ptr,
+    kappa_ptr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Does the part of `backward_tile` that comes from dh_pre, of one token; writes only if `inside`.
+
+    It writes ds as fragments, and kappa of K columns. Returns dh and dh * s / r, zeros if not `inside`.
+    """
+    i = tl.arange(0, N)
+    r = tl.load(r_ptr + token)
+    normed = tl.load(s_ptr + token * (N * N + 2 * N) + i) / r
+    alpha = tl.load(alpha_ptr)
+    d = gate_backward(normed, alpha, tl.load(bias_ptr + i), vector(dpre, N, N), 1.0)
+    d = tl.where(inside, d, 0.0)
+    ds = round_tf32(d * alpha / r)
+    store_fragments(ds, token, i, ds_ptr, pairs_ptr, (i < N) & inside, 3)
+    dr = -tl.sum(d * alpha * normed, axis=0) / r
+    tl.store(kappa_ptr + token, dr / (r * K), mask=inside)
+    return d, d * normed
+
+
+@triton.jit
+def mhc_coefficients_backward(
+    s_ptr,
+    r_ptr,
+    bias_ptr,
+    alpha_ptr,
+    dpre_ptr,
+    dpost_ptr,
+    dres_ptr,
+    T,
+    ds_ptr,
+    dr_ptr,
+    sums_ptr,
+    pairs_ptr,
+    N: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NUM_ITERATIONS: tl.constexpr,
+    ROUND: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    SINKHORN_EPS: tl.constexpr,
+):
+    """Does `backward_tile` of every TOKENS tokens."""
+    backward_tile(
+        tl.program_id(0),
+        tl.num_programs(0),
+        s_ptr,
+        r_ptr,
+        bias_ptr,
+        alpha_ptr,
+        dpre_ptr,
+        dpost_ptr,
+        dres_ptr,
+        T,
+        ds_ptr,
+        dr_ptr,
+        sums_ptr,
+        pairs_ptr,
+        N,
+        TOKENS,
+        NUM_ITERATIONS,
+        ROUND,
+        FRAGMENTS,
+        SINKHORN_EPS,
+        True,
+    )
 
 
 def backward_launch(

@@ -40,6 +40,46 @@ def _sum_alpha(ptr, out_ptr, gate, N: tl.constexpr, COUNT: tl.constexpr, BLOCK: 
 
 
 @triton.jit
+def _sum_columns(ptr, out_ptr, N: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums COUNT rows of N."""
+    column = tl.arange(0, N)
+    total = tl.zeros((BLOCK, N), tl.float32)
+    for start in range(0, COUNT, BLOCK):
+        row = (start + tl.arange(0, BLOCK))[:, None]
+        inside = tl.broadcast_to(row < COUNT, (BLOCK, N))
+        total += tl.load(ptr + row * N + column[None, :], mask=inside, other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _sum_gates(
+    ptr,
+    pre_ptr,
+    alpha_ptr,
+    bias_ptr,
+    program,
+    N: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PRE_ROWS: tl.constexpr,
+):
+    """Finishes dalpha of one gate (programs 0, 1, 2), then dbias of one column, or of those of h_pre."""
+    M: tl.constexpr = N * N + 2 * N
+    first = 0
+    if PRE_ROWS:
+        first = N
+        if program == 0:
+            total = _sum_row(pre_ptr + PRE_ROWS * N, PRE_ROWS * N, 8192)
+            tl.store(alpha_ptr, total)
+        if program == 3:
+            _sum_columns(pre_ptr, bias_ptr, N, PRE_ROWS, 8192 // N)
+    column = program - 3
+    if column >= first:
+        tl.store(bias_ptr + column, _sum_row(ptr + column * PROGRAMS, PROGRAMS, 2048))
+    elif (column < 0) & ((program > 0) | (first == 0)):
+        _sum_alpha(ptr + M * PROGRAMS, alpha_ptr, program, N, PROGRAMS, 8192)
+
+
+@triton.jit
 def _sum_dphi(ptr, out_ptr, start, SIZE: tl.constexpr, SPLITS: tl.constexpr, ENTRIES: tl.constexpr):
     """Sums ENTRIES entries of dphi from `start` on over SPLITS partial sums."""
     entry = start + tl.arange(0, ENTRIES)
@@ -74,16 +114,20 @@ def _sum_mappings(
     N: tl.constexpr,
     ROW: tl.constexpr,
     ENTRIES: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """Sums dh_res [T, N*N], dh_post [T, N] and what else a token has in its ROW, dh_pre [T, N].
 
-    There are SLABS partial sums [T, ROW]; it sums ENTRIES from `start` on.
+    There are SLABS partial sums [T, ROW], of which TOGETHER are loaded at a time; it sums ENTRIES from
+    `start` on.
     """
     entry = start + tl.arange(0, ENTRIES)
     mask = entry < SIZE
     total = tl.zeros((ENTRIES,), tl.float32)
-    for k in range(SLABS):
-        total += tl.load(ptr + k * SIZE + entry, mask=mask, other=0.0)
+    for first in range(0, SLABS, TOGETHER):
+        for k in tl.static_range(TOGETHER):
+            at = ptr + (first + k) * SIZE + entry
+            total += tl.load(at, mask=mask & (first + k < SLABS), other=0.0)
     token = entry // ROW
     column = entry % ROW
     tl.store(res_ptr + token * (N * N) + column, total, mask=mask & (column < N * N))
@@ -97,6 +141,7 @@ def _sum_mappings(
 def mhc_read_backward_sums(
     dphi_ptr,
     gates_ptr,
+    pre_ptr,
     weight_ptr,
     mappings_ptr,
     dphi_out_ptr,
@@ -105,10 +150,11 @@ def mhc_read_backward_sums(
     weight_out_ptr,
     res_out_ptr,
     post_out_ptr,
-    pre_out_ptr,
+    dpre_out_ptr,
     SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    PRE_ROWS: tl.constexpr,
     WEIGHT_ROWS: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
@@ -122,17 +168,15 @@ def mhc_read_backward_sums(
     """Sums dphi [SPLITS, SIZE], gates [2, M, PROGRAMS] into dbias and dalpha, dweight [WEIGHT_ROWS, C],
     dh_res and dh_post (and dh_pre) [SLABS, MAPPINGS], ROW numbers a token.
 
-    A program sums a part of one of them. Programs with the most work come first.
+    With PRE_ROWS the columns of h_pre are not in gates, but [2, PRE_ROWS, N] of their own. A program sums a
+    part of one of them. Programs with the most work come first.
     """
     M: tl.constexpr = N * N + 2 * N
     BLOCKS: tl.constexpr = (SIZE + ENTRIES - 1) // ENTRIES
     WEIGHTS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS if WEIGHT_ROWS else 0
     program = tl.program_id(0)
-    if program < 3:
-        _sum_alpha(gates_ptr + M * PROGRAMS, alpha_out_ptr, program, N, PROGRAMS, 8192)
-    elif program < 3 + M:
-        column = program - 3
-        tl.store(bias_out_ptr + column, _sum_row(gates_ptr + column * PROGRAMS, PROGRAMS, 2048))
+    if program < 3 + M:
+        _sum_gates(gates_ptr, pre_ptr, alpha_out_ptr, bias_out_ptr, program, N, PROGRAMS, PRE_ROWS)
     elif program < 3 + M + BLOCKS:
         _sum_dphi(dphi_ptr, dphi_out_ptr, (program - 3 - M) * ENTRIES, SIZE, SPLITS, ENTRIES)
     elif program < 3 + M + BLOCKS + WEIGHTS:
@@ -144,13 +188,14 @@ def mhc_read_backward_sums(
             mappings_ptr,
             res_out_ptr,
             post_out_ptr,
-            pre_out_ptr,
+            dpre_out_ptr,
             start,
             MAPPINGS,
             SLABS,
             N,
             ROW,
             SUMS,
+            8,
         )
 
 
@@ -163,11 +208,13 @@ def launch(
     slabs: int = 0,
     T: int = 0,
     look_ahead: bool = False,
+    pre_rows: int = 0,
 ) -> TritonLaunch:
     """Makes the launch of the second stage.
 
     It sums dphi [splits, *phi], gates [2, m, programs], dweight of shape `weight` or (0, 0), and partial sums
-    of dh_res and dh_post [slabs, T, n*n + n], with `look_ahead` of dh_pre too [slabs, T, n*n + 2n].
+    of dh_res and dh_post [slabs, T, n*n + n], with `look_ahead` of dh_pre too [slabs, T, n*n + 2n]. The sums
+    of h_pre's columns are in gates, or `pre_rows` rows in an array of their own [2, pre_rows, n].
     """
     m, size = n * n + 2 * n, phi[0] * phi[1]
     weight_rows, C = weight
@@ -189,6 +236,7 @@ def launch(
             "SIZE": size,
             "SPLITS": splits,
             "PROGRAMS": programs,
+            "PRE_ROWS": pre_rows,
             "WEIGHT_ROWS": weight_rows,
             "N": n,
             "C": max(1, C),
@@ -207,10 +255,14 @@ def launch(
 Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
+# Partial sums of dbias and dalpha [2, m, programs]; or these without h_pre's columns, and those [2, rows, n].
+Gates = jax.Array | tuple[jax.Array, jax.Array]
+
+
 def parameter_gradients(
-    dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, n: int
+    dphi: jax.Array, gates: Gates, dweight: jax.Array | None, n: int
 ) -> Gradients:
-    """Sums [splits, K, m], [2, m, programs], [rows, C] or None to dphi, dbias, dalpha, dweight.
+    """Sums [splits, K, m], `gates`, [rows, C] or None to dphi, dbias, dalpha, dweight.
 
     In place of dphi it takes the gradient of theta of Hyper-Connections, of any shape.
     """
@@ -219,7 +271,7 @@ def parameter_gradients(
 
 
 def all_gradients(
-    dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, mappings: jax.Array, n: int
+    dphi: jax.Array, gates: Gates, dweight: jax.Array | None, mappings: jax.Array, n: int
 ) -> tuple[Gradients, list[jax.Array]]:
     """Does `parameter_gradients`, and sums [slabs, T, n*n + n] to [dh_res [T, n, n], dh_post [T, n]].
 
@@ -232,9 +284,14 @@ def _finish(dphi, gates, dweight, mappings, n, slabs=0, T=0, row=0):
     splits, *phi = dphi.shape
     weight_shape = (0, 0) if dweight is None else dweight.shape
     look_ahead = row == n * n + 2 * n
-    call = launch(splits, tuple(phi), n, gates.shape[-1], weight_shape, slabs, T, look_ahead)
+    gates, pre, pre_rows = (
+        (*gates, gates[1].shape[1]) if isinstance(gates, tuple) else (gates, gates, 0)
+    )
+    call = launch(
+        splits, tuple(phi), n, gates.shape[-1], weight_shape, slabs, T, look_ahead, pre_rows
+    )
     dphi, dbias, dalpha, weight, dres, dpost, dpre = call(
-        dphi, gates, dphi if dweight is None else dweight, mappings
+        dphi, gates, pre, dphi if dweight is None else dweight, mappings
     )
     gradients = dphi, dbias, dalpha, None if dweight is None else weight
     return gradients, [dres, dpost, dpre] if look_ahead else [dres, dpost]
