@@ -95,8 +95,8 @@ CASES = {
         **_LONG, mix=True, look_ahead=True, norm=True
     ),
     "forward, HC": lambda: forward(140, 128, hc=True),
-    "backward, HC": lambda: backward(**_LONG, mix=True, hc=True),
-    "backward of read, HC": lambda: backward(**_LONG, mix=False, hc=True),
+    "backward, HC": lambda: backward(**_LONG, mix=True, hc=True, kappa_pre=True),
+    "backward of read, HC": lambda: backward(**_LONG, mix=False, hc=True, kappa_pre=True),
 }
 
 

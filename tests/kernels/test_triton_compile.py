@@ -58,7 +58,6 @@ def launches(capability: int):
     yield "mappings", coefficients.forward_launch(T, n, 20), [f, f, f, f, i]
     parts = coefficients.forward_launch(T, n, 20, K=K, eps=1e-20, splits=2, stride=32)
     yield "mappings of parts", parts, [f, f, f, f, i]
-    yield "mappings backward", coefficients.backward_launch(T, n, 20, round_ds=True), [f] * 7 + [i]
     yield "finish", projection.finish_launch(T, K, m, 2, 1e-20), [f, i]
     yield "sums", sums.launch(16, (K, m), n, 512, (2112, C)), [f] * 5
     yield "sums with mappings", sums.launch(13, (K, m), n, 512, (2112, C), 40, T), [f] * 5
@@ -75,26 +74,17 @@ def launches(capability: int):
     yield "mappings backward with eps", launch, [f] * 7 + [i]
     parts = coefficients.forward_launch(T, n, 20, K=K, eps=1e-20, splits=2, stride=28)
     yield "mappings of forward.cu", parts, [f, f, f, f, i]
-    launch = coefficients.backward_launch(T, n, 20, round_ds=True, fragments=K)
-    yield "mappings backward, fragments", launch, [f] * 7 + [i]
     gates = triton_gates.backward_launch(T, C, n, round_ds=True)
     yield "gates of hc backward", gates, [f] * 6 + [i]
-    # With a norm the registers hold a row; of short rows a program has several.
-    for width, norm, hc in (
-        (C, None, False),
-        (C, 1e-6, False),
-        (512, None, False),
-        (C, 1e-6, True),
-    ):
+    # The forward does several short rows a program; in the backward a norm keeps a row in registers.
+    static = ReadStatic(n, 20, 1e-20, None)
+    launch = layer_input.forward_launch(4 * T, 512, bf16, static, splits=2, stride=28)
+    yield "layer input", launch, ["*bf16", f, f, f, f, i]
+    for norm, hc in ((None, False), (1e-6, False), (1e-6, True)):
         static = ReadStatic(n, 20, 1e-20, norm)
-        name = f"layer input {width} {norm} {hc}"
-        x = f if hc else "*bf16"
-        dtype = jnp.dtype(jnp.float32) if hc else bf16
-        options = {"splits": 2, "stride": 8 if hc else 28, "hc": hc}
-        launch = layer_input.forward_launch(4 * T, width, dtype, static, **options)
-        yield name, launch, [x, f, f, f, f, i]
-        launch = layer_input.backward_launch(4 * T, width, bf16, static, hc=hc)
-        yield f"{name} backward", launch, ["*bf16", f, f, "*bf16"] + [f] * 6 + [i]
+        launch = layer_input.backward_launch(T, C, bf16, static, hc=hc)
+        types = ["*bf16", f, f, "*bf16", f, f, f, f, f, f, i]
+        yield f"layer input backward {norm} {hc}", launch, types
     options = {"accumulate": True, "sharing": n, "capability": capability}
     launch = projection.backward_launch(n * T, C, 1, 2 + n, bf16, **options)
     yield "projection of hc backward", launch, ["*bf16", f, f, f, f, "*bf16", "*bf16", f, i]
