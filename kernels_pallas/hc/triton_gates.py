@@ -293,4 +293,5 @@ def backward(
     *lead, n = saved.r.shape
     T = device.num_tokens(lead)
     launch = backward_launch(T, parameters.theta.shape[1], n, round_ds=round_ds)
-    return launch(saved.s, saved.r, parameters.alpha, dh_pre, d.h_post, d.h_res, T)
+    ds, dr, sums = launch(saved.s, saved.r, parameters.alpha, dh_pre, d.h_post, d.h_res, T)
+    return ds, dr, sums

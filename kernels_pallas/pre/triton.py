@@ -122,10 +122,10 @@ def store_layer_input(
         inverse = tl.rsqrt(tl.sum(squares, axis=0) / C + NORM_EPS)
     for step in tl.static_range(STEPS):
         cols = columns(step * ROWS * VEC, ROWS, VEC)
-        out = row[step]
+        u = row[step]
         if NORM:
-            out = out * inverse * load(weight_ptr, cols, C, EVEN)
-        store(out_ptr, cols, out, C, EVEN)
+            u = u * inverse * load(weight_ptr, cols, C, EVEN)
+        store(out_ptr, cols, u, C, EVEN)
 
 
 @triton.jit
