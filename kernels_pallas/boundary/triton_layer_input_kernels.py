@@ -243,9 +243,11 @@ def mhc_layer_input_backward(
         if NORM:
             dweight = zero_row(ROWS, VEC, STEPS)
         for k in range(COUNT):
-            token = (first + k * programs).to(tl.int64)
+            # From the last token to the first: the kernel before wrote d of the last ones last, backward.cu
+            # begins with the first ones. Both find some of d in L2, since x is given up first.
+            token = (T - 1 - first - k * programs).to(tl.int64)
             # The last tokens of a program may not exist: they repeat token 0 and write nothing.
-            inside = token < T
+            inside = token >= 0
             token = tl.where(inside, token, 0)
             if NORM:
                 found = weights_backward_normed(

@@ -183,7 +183,8 @@ def mhc_read_backward_sums(
         start = (program - 3 - M - BLOCKS) * COLUMNS
         _sum_weight(weight_ptr, weight_out_ptr, start, WEIGHT_ROWS, C, COLUMNS)
     else:
-        start = (program - 3 - M - BLOCKS - WEIGHTS) * SUMS
+        # From the last tokens on, of which L2 has most: backward.cu wrote them last.
+        start = (tl.num_programs(0) - 1 - program) * SUMS
         _sum_mappings(
             mappings_ptr,
             res_out_ptr,

@@ -114,6 +114,15 @@ def load(ptr, offsets, LIMIT: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def load_once(ptr, offsets, LIMIT: tl.constexpr, EVEN: tl.constexpr):
+    """Does `load` of what is read once in a while: L2 gives it up before all else."""
+    if EVEN:
+        return tl.load(ptr + offsets, eviction_policy="evict_first").to(tl.float32)
+    x = tl.load(ptr + offsets, mask=offsets < LIMIT, other=0.0, eviction_policy="evict_first")
+    return x.to(tl.float32)
+
+
+@triton.jit
 def store(ptr, offsets, value, LIMIT: tl.constexpr, EVEN: tl.constexpr):
     """Stores in the pointer's dtype, skipping columns from LIMIT on."""
     value = cast(value, ptr.dtype.element_ty)

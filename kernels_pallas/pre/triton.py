@@ -8,7 +8,7 @@ import triton.language as tl
 from kernels_pallas.gpu import device
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
-from kernels_pallas.gpu.triton_math import cast, columns, load, store
+from kernels_pallas.gpu.triton_math import cast, columns, load, load_once, store
 from kernels_pallas.shapes import check_kernel_dtype, check_unrolled_n
 
 
@@ -58,7 +58,8 @@ def weights_backward(
         d = load(d_ptr + token * C, cols, C, EVEN)
         new = ()
         for i in tl.static_range(N):
-            new = new + (sums[i] + tl.sum(load(x_ptr + i * C, cols, C, EVEN) * d, axis=1),)
+            x = load_once(x_ptr + i * C, cols, C, EVEN)
+            new = new + (sums[i] + tl.sum(x * d, axis=1),)
         sums = new
         if WRITE_DX:
             for i in tl.static_range(N):
@@ -198,7 +199,7 @@ def weights_backward_normed(
         wd = load(d_ptr + token * C, cols, C, EVEN) * load(weight_ptr, cols, C, EVEN)
         x = ()
         for i in tl.static_range(N):
-            x = x + (load(x_ptr + (token * N + i) * C, cols, C, EVEN),)
+            x = x + (load_once(x_ptr + (token * N + i) * C, cols, C, EVEN),)
         h = tl.load(pre_ptr + token * N) * x[0]
         for i in tl.static_range(1, N):
             h += tl.load(pre_ptr + token * N + i) * x[i]
