@@ -64,7 +64,7 @@ def backward(T: int, C: int, splits: int, **options) -> tuple[CudaLaunch, list]:
     args = _random(
         rng,
         ((T, 4 * C), _BF16), ((T, C), _BF16), ((T, 4), _F32), ((T, 16), _F32), ((T, 4 * C), _BF16),
-        ((T, C), _BF16), ((T, 4), _F32), ((6, C) if hc else (4 * C, 24), _F32),
+        ((T, C), _BF16), ((T, 4), _F32), ((C // 64, 8, 32, 4) if hc else (C // 64, 8, 2, 3, 32, 8), _BF16),
         ((tiles, chunks, 32, 4), _F32), ((tiles, chunks, 32, 8), _BF16), kappa,
         *([kappa] if options.get("kappa_pre") else []),
     )  # fmt: skip

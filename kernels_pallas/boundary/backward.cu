@@ -299,6 +299,11 @@ __device__ __forceinline__ void add_dphi(float (&dphi)[DPHI][4], const u32 (&acr
   for (int k = 0; HC && k < 4; ++k) dphi[0][k] += part[k];
 }
 
+// The sum of two words' lower halves (`shift` 16) or upper halves (0), as bfloat16 numbers.
+__device__ __forceinline__ float add_terms(u32 first, u32 second, u32 shift) {
+  return high(first << shift) + high(second << shift);
+}
+
 // Goes back through the norm of u = h_pre x: d of tokens g, g + 8, also as two bfloat16 terms, and the lane's part of
 // dw. `inverse` is that of token g, and kappa_n.
 __device__ __forceinline__ void norm_backward(float (&d)[4], float2& dw, u32 (&terms)[2][2], const float (&x)[N][4],
@@ -505,13 +510,13 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 }  // namespace
 
 // Grid (C / 64, splits): program (slab, split) walks over tiles split, split + splits, ...
-// x, g, dx [T, 4 C]; y, d, dy [T, C]; post, pre [T, 4]; res [T, 16]; phi [4 C, 24]; ds [tiles, 3, 32, 4] and
+// x, g, dx [T, 4 C]; y, d, dy [T, C]; post, pre [T, 4]; res [T, 16]; phi [C / 64, 8, 2, 3, 32, 8] (`phi_fragments`); ds [tiles, 3, 32, 4] and
 // ds_pairs [tiles, 3, 32, 8] as the lanes want them; kappa [T]; sums [C / 64, T, 20 or 24]; dphi [splits, 4 C, 24].
-// HC: phi is theta [6, C], dphi [splits, 6, C], kappa [T, 4], and ds has 4 in place of 3. KAPPA_PRE: kappa_pre as kappa.
+// HC: phi is theta [C / 64, 8, 32, 4] (`theta_fragments`), dphi [splits, 6, C], kappa [T, 4], and ds has 4 in place of 3. KAPPA_PRE: kappa_pre as kappa.
 // LOOK_AHEAD, read if NORM: inverse and kappa_n [T, 4], weight [C], dw [splits, C].
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     KERNEL(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* g, const bf16* d,
-           const float* pre, const float* phi, const float* ds, const bf16* ds_pairs, const float* kappa,
+           const float* pre, const bf16* phi, const float* ds, const bf16* ds_pairs, const float* kappa,
 #if KAPPA_PRE
            const float* kappa_pre,
 #endif
@@ -536,18 +541,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   int first = split * TOKENS;
   if (first < T) load_tile(shared, shared + OWNS, a, share, coefficients, first, T);
   copy_async_commit();
-  // phi as the right operand of ds phi^T, in a place that this thread alone uses.
+  // phi as the right operand of ds phi^T, in a place that this thread alone uses. It comes as forward.cu reads it; a high
+  // and a low term add up to the TF32 number. The thread has columns 2q, 2q + 1 of phi at its column of the streams.
   unsigned char* own_phi = shared + PHI + thread * (HC ? 8 : 16);
-  const u32 column = slab * COLUMNS + warp * 8 + thread % 32 / 4;
+  const u32 column = slab * COLUMNS + warp * 8 + lane / 4, piece = slab * 8 + warp, first_lane = lane % 4 * 8 + lane / 8;
+  const u32 half = lane & 4 ? 0 : 16;
 #if HC
-  const float* row = phi + thread % 4 * 2 * C + column;  // two of theta's rows, of which there are 6
-  *reinterpret_cast<float2*>(own_phi) = thread % 4 < 3 ? make_float2(row[0], row[C]) : make_float2(0, 0);
+  const uint2* row = reinterpret_cast<const uint2*>(phi) + piece * 32 + first_lane;
+  *reinterpret_cast<float2*>(own_phi) =
+      make_float2(add_terms(row[0].x, row[0].y, half), add_terms(row[4].x, row[4].y, half));
 #else
-  for (int s = 0; s < 3; ++s) {
-    for (int i = 0; i < N; i += 2) {
-      const float* row = phi + (static_cast<long long>(i) * C + column) * M + 8 * s + thread % 4 * 2;
-      reinterpret_cast<float4*>(own_phi)[(s * 2 + i / 2) * THREADS] = make_float4(row[0], row[1], row[C * M], row[C * M + 1]);
-    }
+  for (int k = 0; k < 6; ++k) {  // two streams, then 8 columns of phi
+    const uint4* row = reinterpret_cast<const uint4*>(phi) + (piece * 6 + k) * 32 + first_lane;
+    const uint4 a = row[0], b = row[4];  // whole: a load of parts gets a pragma that older versions of PTX do not have
+    reinterpret_cast<float4*>(own_phi)[(k % 3 * 2 + k / 3) * THREADS] =
+        make_float4(add_terms(a.x, a.z, half), add_terms(b.x, b.z, half), add_terms(a.y, a.w, half),
+                    add_terms(b.y, b.w, half));
   }
 #endif
   float dphi[DPHI][4] = {};
