@@ -146,12 +146,11 @@ __device__ __forceinline__ void load_tile(unsigned char* stage, unsigned char* o
                                           const Share& share, const Coefficients& c, int first, int T) {
   const bool inside = first + share.token < T;
   const u32 stream = share.stream(first);
-  // x, g and dx are not needed soon: L2 keeps d, which the kernel before has read, and the sums for the one behind.
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
     unsigned char* to = stage + share.streams + 2 * pair * TOKENS * PITCH;
-    copy_async_16_once(to + X, chunk(a.x, stream + pair * (2 * C / 8)), inside);
-    copy_async_16_once(to + G, chunk(a.g, stream + pair * (2 * C / 8)), inside);
+    copy_async_16(to + X, chunk(a.x, stream + pair * (2 * C / 8)), inside);
+    copy_async_16(to + G, chunk(a.g, stream + pair * (2 * C / 8)), inside);
   }
   if (MIX || share.half)
     copy_async_16(stage + share.single + (share.half ? D : Y), chunk(share.half ? a.d : a.y, share.row(first)),
@@ -177,6 +176,7 @@ __device__ __forceinline__ void store_tile(const unsigned char* stage, const Sha
   if (first + share.token >= T) return;
   const u32 stream = share.stream(first);
   const unsigned char* from = stage + share.streams + G;
+  // dx is not needed soon: L2 keeps the sums for the kernel behind.
   store_once(chunk(dx, stream), *reinterpret_cast<const uint4*>(from));
   store_once(chunk(dx, stream + 2 * C / 8), *reinterpret_cast<const uint4*>(from + 2 * TOKENS * PITCH));
   if (MIX && !LOOK_AHEAD && share.half == 0)

@@ -63,8 +63,8 @@ __device__ __forceinline__ void load_step(unsigned char* tile, unsigned char* ph
     const u32 row = at.first + token;
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      copy_async_16_once(to + i * STREAM, chunk(x, (row * N + i) * (C / 8) + at.column + lane % 8), inside);
-    copy_async_16_once(to + Y, chunk(y, row * (C / 8) + at.column + lane % 8), inside);
+      copy_async_16(to + i * STREAM, chunk(x, (row * N + i) * (C / 8) + at.column + lane % 8), inside);
+    copy_async_16(to + Y, chunk(y, row * (C / 8) + at.column + lane % 8), inside);
   }
 #pragma unroll
   for (int k = 0; k < (PHI_TILE / 16 + THREADS - 1) / THREADS; ++k) {

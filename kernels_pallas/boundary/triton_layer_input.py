@@ -101,9 +101,9 @@ def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = Fal
     """Makes the launch for x [T, 4C], h_pre [T, 4], weight [C] (any array), d [T, C], s, r, bias, alpha,
     dh_post [T, 4], dh_res [T, 4, 4].
 
-    Outputs: the three arrays of `Fragments`, kappa from dh_pre as kappa, sums [2, m, programs] without the
-    columns of h_pre, those sums [2, programs, 4], and with a norm dweight [programs, C], d_sum [T, C]. With
-    `hc` (Hyper-Connections) ds has 4 in place of 3 pieces, and kappa is [T, 4].
+    Outputs: the three arrays of `Fragments`, kappa from dh_pre as kappa, `gpu.sums.Gates`, and with a norm
+    dweight [programs, C], d_sum [T, C]. With `hc` (Hyper-Connections) ds has 4 in place of 3 pieces, and
+    kappa is [T, 4].
     """
     n, norm, itemsize = static.n, static.has_norm, dtype.itemsize
     if norm:
@@ -129,8 +129,8 @@ def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = Fal
             struct((tiles, pieces, 32, 8), jnp.bfloat16),
             struct(kappa),
             struct(kappa),
-            struct((2, n * n + 2 * n, programs)),
-            struct((2, rows, n)),
+            struct((n * n + 2 * n + 3, programs)),
+            struct((n + 1, rows)),
             struct((rows, C) if norm else (1,)),
             struct((T, C) if norm else (1,), dtype),
         ),

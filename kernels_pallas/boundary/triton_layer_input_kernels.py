@@ -181,8 +181,8 @@ def mhc_layer_input_backward(
 ):
     """Goes back from h_post and h_res in PROGRAMS programs, from the layer inputs of COUNT tokens in others.
 
-    Both parts write their columns of ds and their share of kappa. The second also write a row of sums
-    [2, programs, N] for dbias and dalpha, with NORM a row of dweight and the cotangents of the weighted sum.
+    Both parts write their columns of ds and their share of kappa. The second also write a column of sums
+    [N + 1, programs], with NORM a row of dweight and the cotangents of the weighted sum.
     """
     before, of_mappings = _share(PROGRAMS, RATE)
     if of_mappings:
@@ -239,7 +239,7 @@ def mhc_layer_input_backward(
         programs = tl.num_programs(0) - PROGRAMS
         i = tl.arange(0, N)
         dbias = tl.zeros((N,), tl.float32)
-        dalpha = tl.zeros((N,), tl.float32)
+        dalpha = 0.0
         if NORM:
             dweight = zero_row(ROWS, VEC, STEPS)
         for k in range(COUNT):
@@ -274,7 +274,7 @@ def mhc_layer_input_backward(
                     x_ptr, None, d_ptr, None, token, C, N, ROWS, VEC, EVEN, False, 2
                 )
             if HC:
-                d, product = gates.pre_backward(
+                d, part = gates.pre_backward(
                     found,
                     s_ptr,
                     r_ptr,
@@ -288,7 +288,7 @@ def mhc_layer_input_backward(
                     C,
                 )
             else:
-                d, product = coefficients_backward.pre_backward(
+                d, part = coefficients_backward.pre_backward(
                     found,
                     s_ptr,
                     r_ptr,
@@ -303,9 +303,9 @@ def mhc_layer_input_backward(
                     N * C,
                 )
             dbias += d
-            dalpha += product
-        tl.store(pre_sums_ptr + first * N + i, dbias)
-        tl.store(pre_sums_ptr + (programs + first) * N + i, dalpha)
+            dalpha += part
+        tl.store(pre_sums_ptr + i * programs + first, dbias)
+        tl.store(pre_sums_ptr + N * programs + first, dalpha)
         if NORM:
             for step in tl.static_range(STEPS):
                 cols = columns(step * ROWS * VEC, ROWS, VEC)

@@ -302,13 +302,13 @@ def backward(
     args = (s, r, bias, alpha, dh_pre, dh_post, dh_res)
     options = {"n": n, "num_iterations": num_iterations, "sinkhorn_eps": sinkhorn_eps}
     ds, dr, sums = backward_to_projection(*args, round_ds=False, **options)
-    return ds.reshape(s.shape), dr.reshape(r.shape), *parameter_gradients(sums, n)
+    return ds.reshape(s.shape), dr.reshape(r.shape), *parameter_gradients(sums)
 
 
 def backward_to_projection(
     s, r, bias, alpha, dh_pre, dh_post, dh_res, *, round_ds, n, num_iterations, sinkhorn_eps
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Does `backward` but for the second stage: ds [T, m], dr [T], sums [2, m, programs]; T > 0.
+    """Does `backward` but for the second stage: ds [T, m], dr [T], sums [m + 3, programs]; T > 0.
 
     Args:
       s, r, bias, alpha, dh_pre, dh_post, dh_res: as in `backward`.

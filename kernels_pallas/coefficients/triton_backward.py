@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import triton
 import triton.language as tl
 
@@ -56,21 +55,22 @@ def _gates_backward(
     rows,
     i,
     mask,
-    first,
+    gate,
     scale,
     N: tl.constexpr,
     ROUND: tl.constexpr,
     FRAGMENTS: tl.constexpr,
 ):
-    """Goes back through N gates scale * sigmoid, the columns from `first` on; writes ds and their sums.
+    """Goes back through N gates scale * sigmoid, of h_pre (`gate` 0) or h_post (1); writes ds and their sums.
 
     Returns sum(d_normed * normed).
     """
     M: tl.constexpr = N * N + 2 * N
-    normed = tl.load(s_ptr + rows * M + i, mask=mask, other=0.0) / r
-    alpha = tl.load(alpha_ptr)
+    first = gate * N
+    normed = tl.load(s_ptr + first + rows * M + i, mask=mask, other=0.0) / r
+    alpha = tl.load(alpha_ptr + gate)
     d = tl.load(d_ptr + rows * N + i, mask=mask, other=0.0)
-    d = gate_backward(normed, alpha, tl.load(bias_ptr + i), d, scale)
+    d = gate_backward(normed, alpha, tl.load(bias_ptr + first + i), d, scale)
     ds = d * alpha / r
     if ROUND:
         ds = round_tf32(ds)
@@ -78,9 +78,8 @@ def _gates_backward(
         store_fragments(ds, rows, first + i, ds_ptr, pairs_ptr, mask, 3)
     else:
         tl.store(ds_ptr + first + rows * M + i, ds, mask=mask)
-    at = tl.arange(0, N) * programs
-    tl.store(sums_ptr + at, tl.sum(d, axis=0))
-    tl.store(sums_ptr + M * programs + at, tl.sum(d * normed, axis=0))
+    tl.store(sums_ptr + (first + tl.arange(0, N)) * programs, tl.sum(d, axis=0))
+    tl.store(sums_ptr + (M + gate) * programs, tl.sum(tl.sum(d * normed, axis=1), axis=0))
     return tl.sum(d * alpha * normed, axis=1)
 
 
@@ -108,7 +107,7 @@ def backward_tile(
     SINKHORN_EPS: tl.constexpr,
     PRE: tl.constexpr,
 ):
-    """Writes of TOKENS tokens ds, dr, and a column of sums [2, M, programs]: of dh and of dh * s / r.
+    """Writes of TOKENS tokens ds, dr, and a column of sums [M + 3, programs]: of dh, then dalpha.
 
     These are the tokens of number `program` of `programs`. If FRAGMENTS > 0, it writes ds as
     `store_fragments` lays it out, and in place of dr the factor of the streams, kappa = dr / (r FRAGMENTS).
@@ -141,19 +140,19 @@ def backward_tile(
             FRAGMENTS,
         )
     total += _gates_backward(
-        s_ptr + N,
+        s_ptr,
         r,
-        bias_ptr + N,
-        alpha_ptr + 1,
+        bias_ptr,
+        alpha_ptr,
         dpost_ptr,
         ds_ptr,
         pairs_ptr,
-        sums_ptr + N * programs,
+        sums_ptr,
         programs,
         rows,
         i,
         mask,
-        N,
+        1,
         2.0,
         N,
         ROUND,
@@ -176,7 +175,8 @@ def backward_tile(
         tl.store(ds_ptr + 2 * N + rows * M + ij, ds, mask=mask)
     ij1 = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     tl.store(sums_ptr + (2 * N + ij1) * programs, tl.sum(d, axis=1))
-    tl.store(sums_ptr + (M + 2 * N + ij1) * programs, tl.sum(d * normed, axis=1))
+    dalpha = tl.sum(tl.sum(tl.sum(d * normed, axis=2), axis=1), axis=0)
+    tl.store(sums_ptr + (M + 2) * programs, dalpha)
     total += tl.sum(tl.sum(d * alpha * normed, axis=2), axis=0)
     r = tl.load(r_ptr + t, mask=t < T, other=1.0)
     dr = -total / r
@@ -202,7 +202,7 @@ def pre_backward(
 ):
     """Does the part of `backward_tile` that comes from dh_pre, of one token; writes only if `inside`.
 
-    It writes ds as fragments, and kappa of K columns. Returns dh and dh * s / r, zeros if not `inside`.
+    It writes ds as fragments, and kappa of K columns. Returns its parts of dbias (a vector) and of dalpha.
     """
     i = tl.arange(0, N)
     r = tl.load(r_ptr + token)
@@ -214,7 +214,7 @@ def pre_backward(
     store_fragments(ds, token, i, ds_ptr, pairs_ptr, (i < N) & inside, 3)
     dr = -tl.sum(d * alpha * normed, axis=0) / r
     tl.store(kappa_ptr + token, dr / (r * K), mask=inside)
-    return d, d * normed
+    return d, tl.sum(d * normed, axis=0)
 
 
 @triton.jit
@@ -275,7 +275,7 @@ def backward_launch(
 ) -> TritonLaunch:
     """Makes the launch of the backward; `round_ds` rounds ds to TF32 as the projection's backward wants it.
 
-    Outputs: ds [T, m], dr [T], sums [2, m, programs]; with `fragments` = K (n = 4 only) ds as float32
+    Outputs: ds [T, m], dr [T], sums [m + 3, programs]; with `fragments` = K (n = 4 only) ds as float32
     fragments, kappa [T], sums, bfloat16 fragments, for boundary/backward.cu.
     """
     m = n * n + 2 * n
@@ -287,7 +287,7 @@ def backward_launch(
         outputs=(
             struct((tiles, 3, 32, 4) if fragments else (T, m)),
             struct((T,)),
-            struct((2, m, programs)),
+            struct((m + 3, programs)),
             struct((tiles, 3, 32, 8) if fragments else (1,), jnp.bfloat16),
         ),
         constants={
@@ -302,8 +302,7 @@ def backward_launch(
     )
 
 
-def parameter_gradients(sums: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """Finishes the reduction: sums of the programs [2, m, P] -> dbias [m], dalpha [3]."""
-    dbias, dalpha = sums.sum(-1)
-    factor = np.repeat(np.eye(3, dtype=np.float32), (n, n, n * n), axis=0)  # column -> its alpha
-    return dbias, (dalpha[:, None] * factor).sum(0)  # one kernel, where slices and stack are six
+def parameter_gradients(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Finishes the reduction: sums of the programs [m + 3, programs] -> dbias [m], dalpha [3]."""
+    total = sums.sum(-1)
+    return total[:-3], total[-3:]

@@ -28,30 +28,6 @@ def _sum_row(ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum_alpha(ptr, out_ptr, gate, N: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums dalpha of one gate (0 pre, 1 post, 2 res) over its N or N*N rows of COUNT numbers."""
-    length = tl.where(gate == 2, N * N, N) * COUNT
-    ptr += gate * N * COUNT
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, N * N * COUNT, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(ptr + at, mask=at < length, other=0.0)
-    tl.store(out_ptr + gate, tl.sum(total, axis=0))
-
-
-@triton.jit
-def _sum_columns(ptr, out_ptr, N: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums COUNT rows of N."""
-    column = tl.arange(0, N)
-    total = tl.zeros((BLOCK, N), tl.float32)
-    for start in range(0, COUNT, BLOCK):
-        row = (start + tl.arange(0, BLOCK))[:, None]
-        inside = tl.broadcast_to(row < COUNT, (BLOCK, N))
-        total += tl.load(ptr + row * N + column[None, :], mask=inside, other=0.0)
-    tl.store(out_ptr + column, tl.sum(total, axis=0))
-
-
-@triton.jit
 def _sum_gates(
     ptr,
     pre_ptr,
@@ -62,21 +38,19 @@ def _sum_gates(
     PROGRAMS: tl.constexpr,
     PRE_ROWS: tl.constexpr,
 ):
-    """Finishes dalpha of one gate (programs 0, 1, 2), then dbias of one column, or of those of h_pre."""
+    """Finishes dalpha of one gate (programs 0, 1, 2) or dbias of one column."""
     M: tl.constexpr = N * N + 2 * N
-    first = 0
-    if PRE_ROWS:
-        first = N
-        if program == 0:
-            total = _sum_row(pre_ptr + PRE_ROWS * N, PRE_ROWS * N, 8192)
-            tl.store(alpha_ptr, total)
-        if program == 3:
-            _sum_columns(pre_ptr, bias_ptr, N, PRE_ROWS, 8192 // N)
     column = program - 3
-    if column >= first:
-        tl.store(bias_ptr + column, _sum_row(ptr + column * PROGRAMS, PROGRAMS, 2048))
-    elif (column < 0) & ((program > 0) | (first == 0)):
-        _sum_alpha(ptr + M * PROGRAMS, alpha_ptr, program, N, PROGRAMS, 8192)
+    row = tl.where(column < 0, M + program, column)
+    if PRE_ROWS:
+        if (program == 0) | ((column >= 0) & (column < N)):
+            total = _sum_row(pre_ptr + tl.where(column < 0, N, column) * PRE_ROWS, PRE_ROWS, 8192)
+        else:
+            total = _sum_row(ptr + row * PROGRAMS, PROGRAMS, 8192)
+    else:
+        total = _sum_row(ptr + row * PROGRAMS, PROGRAMS, 8192)
+    tl.store(alpha_ptr + program, total, mask=column < 0)
+    tl.store(bias_ptr + column, total, mask=column >= 0)
 
 
 @triton.jit
@@ -165,11 +139,11 @@ def mhc_read_backward_sums(
     ROW: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """Sums dphi [SPLITS, SIZE], gates [2, M, PROGRAMS] into dbias and dalpha, dweight [WEIGHT_ROWS, C],
+    """Sums dphi [SPLITS, SIZE], gates [M + 3, PROGRAMS] into dbias and dalpha, dweight [WEIGHT_ROWS, C],
     dh_res and dh_post (and dh_pre) [SLABS, MAPPINGS], ROW numbers a token.
 
-    With PRE_ROWS the columns of h_pre are not in gates, but [2, PRE_ROWS, N] of their own. A program sums a
-    part of one of them. Programs with the most work come first.
+    With PRE_ROWS h_pre's part of gates is in an array of its own [N + 1, PRE_ROWS]. A program sums a part of
+    one of them.
     """
     M: tl.constexpr = N * N + 2 * N
     BLOCKS: tl.constexpr = (SIZE + ENTRIES - 1) // ENTRIES
@@ -213,9 +187,9 @@ def launch(
 ) -> TritonLaunch:
     """Makes the launch of the second stage.
 
-    It sums dphi [splits, *phi], gates [2, m, programs], dweight of shape `weight` or (0, 0), and partial sums
-    of dh_res and dh_post [slabs, T, n*n + n], with `look_ahead` of dh_pre too [slabs, T, n*n + 2n]. The sums
-    of h_pre's columns are in gates, or `pre_rows` rows in an array of their own [2, pre_rows, n].
+    It sums dphi [splits, *phi], gates [m + 3, programs] (dbias, then dalpha), dweight of shape `weight` or
+    (0, 0), and partial sums of dh_res and dh_post [slabs, T, n*n + n], with `look_ahead` of dh_pre too
+    [slabs, T, n*n + 2n]. h_pre's part of gates may be in an array of its own [n + 1, pre_rows].
     """
     m, size = n * n + 2 * n, phi[0] * phi[1]
     weight_rows, C = weight
@@ -256,7 +230,7 @@ def launch(
 Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
-# Partial sums of dbias and dalpha [2, m, programs]; or these without h_pre's columns, and those [2, rows, n].
+# Partial sums of dbias and dalpha [m + 3, programs]; or these without h_pre's, and those [n + 1, rows].
 Gates = jax.Array | tuple[jax.Array, jax.Array]
 
 
@@ -286,7 +260,7 @@ def _finish(dphi, gates, dweight, mappings, n, slabs=0, T=0, row=0):
     weight_shape = (0, 0) if dweight is None else dweight.shape
     look_ahead = row == n * n + 2 * n
     gates, pre, pre_rows = (
-        (*gates, gates[1].shape[1]) if isinstance(gates, tuple) else (gates, gates, 0)
+        (*gates, gates[1].shape[-1]) if isinstance(gates, tuple) else (gates, gates, 0)
     )
     call = launch(
         splits, tuple(phi), n, gates.shape[-1], weight_shape, slabs, T, look_ahead, pre_rows

@@ -31,21 +31,6 @@ __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool v
                : "memory");
 }
 
-// The same of what is read once in a while: L2 gives it up before all else.
-__device__ __forceinline__ void copy_async_16_once(void* to, const void* from, bool valid) {
-  unsigned long long policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0), "l"(policy)
-               : "memory");
-}
-
-// Likewise writes 16 bytes that nobody reads soon.
-__device__ __forceinline__ void store_once(uint4* to, const uint4& v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-
 __device__ __forceinline__ void copy_async_4(void* to, const void* from, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(valid ? 4 : 0)
@@ -58,6 +43,13 @@ __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.com
 template <int pending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Writes 16 bytes that nobody reads soon: L2 gives them up before all else. (Asynchronous copies have such a hint too,
+// but ptxas made an illegal instruction of it.)
+__device__ __forceinline__ void store_once(uint4* to, const uint4& v) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 // Four 8 x 8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8. Word k of the

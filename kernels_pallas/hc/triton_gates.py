@@ -142,7 +142,7 @@ def backward_tile(
     FRAGMENTS: tl.constexpr,
     PRE: tl.constexpr,
 ):
-    """Writes of TOKENS tokens ds, dr, and a column of sums [2, M, programs]: of dh and of dh * tanh.
+    """Writes of TOKENS tokens ds, dr, and a column of sums [M + 3, programs]: of dh, then dalpha.
 
     These are the tokens of number `program` of `programs`. With FRAGMENTS (N = 4) it writes ds as
     `store_fragments` lays it out, 8 columns a stream of which two are zeros, and in place of dr the factors
@@ -175,11 +175,15 @@ def backward_tile(
     else:
         tl.store(ds_ptr + row * (2 + N) + c, ds, mask=mask)
     tl.store(dr_ptr + row, dr, mask=mask & (c == 1))
+    sums_ptr += program
+    for gate in tl.static_range(3):
+        of_gate = tl.where(tl.minimum(c, 2) == gate, dh * tanh, 0.0)
+        dalpha = tl.sum(tl.sum(tl.sum(of_gate, axis=2), axis=1), axis=0)
+        tl.store(sums_ptr + (M + gate) * programs, dalpha)
     j = tl.arange(0, NP)[:, None]
     c = tl.arange(0, W)[None, :]
-    at = sums_ptr + (c * N + j) * programs + program
+    at = sums_ptr + (c * N + j) * programs
     tl.store(at, tl.sum(dh, axis=0), mask=(j < N) & (c < 2 + N))
-    tl.store(at + M * programs, tl.sum(dh * tanh, axis=0), mask=(j < N) & (c < 2 + N))
 
 
 @triton.jit
@@ -198,7 +202,7 @@ def pre_backward(
 ):
     """Does the part of `backward_tile` that comes from dh_pre, of one token; writes only if `inside`.
 
-    Returns dh and dh * tanh, zeros if not `inside`.
+    Returns its parts of dbias (a vector) and of dalpha.
     """
     row = token * N + tl.arange(0, N)
     mask = (tl.arange(0, N) < N) & inside
@@ -211,7 +215,7 @@ def pre_backward(
     store_fragments(round_tf32(d_normed / r), token, column, ds_ptr, pairs_ptr, mask, N)
     dr = -(d_normed * normed) / r
     tl.store(kappa_ptr + row, dr / (r * C), mask=mask)
-    return dh, dh * tanh
+    return dh, tl.sum(dh * tanh, axis=0)
 
 
 @triton.jit
@@ -269,7 +273,7 @@ def sizes(n: int, num_warps: int) -> dict[str, int]:
 def backward_launch(T: int, C: int, n: int, *, round_ds: bool) -> TritonLaunch:
     """Makes the launch of the backward.
 
-    Outputs: ds [T, n, 2+n], dr [T, n], sums [2, m, programs].
+    Outputs: ds [T, n, 2+n], dr [T, n], sums [m + 3, programs].
     """
     tile = sizes(n, num_warps=4)
     programs = device.cdiv(T, tile["TOKENS"])
@@ -279,7 +283,7 @@ def backward_launch(T: int, C: int, n: int, *, round_ds: bool) -> TritonLaunch:
         outputs=(
             struct((T, n, 2 + n)),
             struct((T, n)),
-            struct((2, n * n + 2 * n, programs)),
+            struct((n * n + 2 * n + 3, programs)),
         ),
         constants={"N": n, **tile, "C": C, "ROUND": round_ds},
         num_warps=4,
@@ -289,7 +293,7 @@ def backward_launch(T: int, C: int, n: int, *, round_ds: bool) -> TritonLaunch:
 def backward(
     parameters: Parameters, saved: Saved, dh_pre: jax.Array, d: ReadOut, *, round_ds: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns ds [T, n, 2+n] (rounded to TF32 if asked for), dr [T, n], sums [2, m, programs]; T > 0."""
+    """Returns ds [T, n, 2+n] (rounded to TF32 if asked for), dr [T, n], sums [m + 3, programs]; T > 0."""
     *lead, n = saved.r.shape
     T = device.num_tokens(lead)
     launch = backward_launch(T, parameters.theta.shape[1], n, round_ds=round_ds)

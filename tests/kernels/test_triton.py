@@ -117,18 +117,16 @@ class _Card:
 @pytest.mark.parametrize("with_weight", [False, True])
 def test_second_stage_of_the_parameter_gradients(with_weight):
     n, K, m = 2, 80, 8
-    dphi, gates = normal(0, 3, K, m), normal(1, 2, m, 8300)  # more than one block of every sum
+    dphi, gates = normal(0, 3, K, m), normal(1, m + 3, 8300)  # more than one block of every sum
     dweight = normal(2, 300, 40) if with_weight else None
-    if with_weight:  # and the columns of h_pre in an array of their own
-        pre = normal(3, 2, 8300, n)
-        unread = gates.at[:, :n].set(np.nan)
-        gates = gates.at[:, :n].set(pre.swapaxes(1, 2))
-        found = sums.parameter_gradients(dphi, (unread, pre), dweight, n)
+    if with_weight:  # and h_pre's part of the gates in an array of its own
+        pre, own = normal(3, n + 1, 8300), np.array([*range(n), m])
+        found = sums.parameter_gradients(dphi, (gates.at[own].set(np.nan), pre), dweight, n)
+        gates = gates.at[own].set(pre)
     else:
         found = sums.parameter_gradients(dphi, gates, dweight, n)
-    dbias, by_column = np.asarray(gates, np.float64).sum(-1)
-    truth = [np.asarray(dphi, np.float64).sum(0), dbias]
-    truth.append([by_column[:n].sum(), by_column[n : 2 * n].sum(), by_column[2 * n :].sum()])
+    total = np.asarray(gates, np.float64).sum(-1)
+    truth = [np.asarray(dphi, np.float64).sum(0), total[:m], total[m:]]
     if with_weight:
         truth.append(np.asarray(dweight, np.float64).sum(0))
     assert (found[3] is not None) == with_weight
