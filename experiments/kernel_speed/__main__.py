@@ -1,6 +1,6 @@
 """Question: how far are the GPU kernels from the speed of memory, and from what others have?
 
-    python -m experiments.kernel_speed            # NVIDIA GPU with jax-triton; 4 minutes
+    python -m experiments.kernel_speed            # NVIDIA GPU with jax-triton; 8 minutes, estimated
     python -m experiments.kernel_speed --check    # every leaf against float64; 8 minutes or more
     python -m experiments.kernel_speed --trace    # every kernel inside a program, needs PyTorch; 1 minute
     python -m experiments.kernel_speed --terms    # cost of exact sums in the boundary's backward; 1 minute
@@ -31,6 +31,8 @@ FOLDER = pathlib.Path(__file__).parents[1]
 SHAPES = (
     (16384, 2560),
     (8192, 4096),
+    (16384, 512),
+    (32768, 512),
     (8192, 2560),
     (4096, 7168),
     (32768, 4096),
@@ -39,6 +41,7 @@ SHAPES = (
 )
 BASELINE_SHAPES = SHAPES[:2]  # where xla and the programs in PyTorch are measured too
 SUBLAYERS = 5  # the chain from which the cost of one more sublayer is taken
+SUBLAYERS_OF_FEW = 9  # up to 512 tokens, where the difference of shorter chains would be noise
 # Modes of `cases.sublayers` that are timed so, their operation, and their least traffic in C: of boundary
 # and hc that of separate passes, of look-ahead its own, with a norm 2C more in each direction.
 CHAINS = (
@@ -47,6 +50,7 @@ CHAINS = (
     ("look-ahead", "look_ahead", 25),
     ("look-ahead+norm", "look_ahead", 29),
     ("hc", "hc_boundary", 45),
+    ("hc+norm", "hc_boundary", 45),
     ("hc-separate", "pre", 45),
 )
 
@@ -137,13 +141,12 @@ def _sublayer(T: int, C: int, rate: float) -> list[dict]:
     size = 90 * T * C + parameters
     rows.append(_row("sublayer", taken("read", T, C), T, C, unfused, size, rate))
     rows[-1]["temporary bytes"] = memory
-    if T <= 512:  # the difference of two chains would be noise
-        return rows
+    count = SUBLAYERS if T > 512 else SUBLAYERS_OF_FEW
     for mode, op, least in CHAINS:
         # Each with the cost of launching one program, which the difference does not have.
-        chain, _ = _timed(None, SUBLAYERS, mode, T, C, copies=1)
+        chain, _ = _timed(None, count, mode, T, C, copies=1)
         first, _ = _timed(None, 1, mode, T, C, copies=1)
-        one = (chain - first) / (SUBLAYERS - 1)
+        one = (chain - first) / (count - 1)
         size = 2 * least * T * C + parameters
         rows.append(_row(f"sublayer, {mode}", taken(op, T, C), T, C, one, size, rate))
     separate, memory = _timed(None, 1, "separate", T, C, copies=4)

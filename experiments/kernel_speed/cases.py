@@ -65,7 +65,7 @@ def sublayers(implementation: str | None, count: int, mode: str, x, g, *paramete
       implementation: of the kernels.
       count: of sublayers.
       mode: "separate", "read", "boundary", "look-ahead", or of Hyper-Connections "hc" and "hc-separate".
-        "boundary+norm" and "look-ahead+norm" have the norm of all layer inputs but the first.
+        "boundary+norm", "look-ahead+norm" and "hc+norm" have the norm of all layer inputs but the first.
       x, g, *parameters: of `sublayer_inputs`.
     """
     mode, _, norm = mode.partition("+")

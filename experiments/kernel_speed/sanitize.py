@@ -60,11 +60,13 @@ def backward(T: int, C: int, splits: int, **options) -> tuple[CudaLaunch, list]:
     rng = np.random.default_rng(0)
     hc = options.get("hc")
     tiles, chunks = -(-T // 16), 4 if hc else 3
+    kappa = ((T, 4) if hc else (T,), _F32)
     args = _random(
         rng,
         ((T, 4 * C), _BF16), ((T, C), _BF16), ((T, 4), _F32), ((T, 16), _F32), ((T, 4 * C), _BF16),
-        ((T, C), _BF16), ((T, 4), _F32), ((6, C) if hc else (4 * C, 24), _F32),
-        ((tiles, chunks, 32, 4), _F32), ((tiles, chunks, 32, 8), _BF16), ((T, 4) if hc else (T,), _F32),
+        ((T, C), _BF16), ((T, 4), _F32), ((C // 64, 8, 32, 4) if hc else (C // 64, 8, 2, 3, 32, 8), _BF16),
+        ((tiles, chunks, 32, 4), _F32), ((tiles, chunks, 32, 8), _BF16), kappa,
+        *([kappa] if options.get("kappa_pre") else []),
     )  # fmt: skip
     if options.get("look_ahead"):
         args += _random(rng, ((T, 4), _F32), ((C,), _F32))
@@ -82,9 +84,9 @@ _LONG = {"T": 117, "C": 128, "splits": 2}
 CASES = {
     "forward": lambda: forward(140, 128),
     "forward, look-ahead": lambda: forward(140, 128, look_ahead=True),
-    "backward": lambda: backward(**_LONG, mix=True),
-    "backward, two terms": lambda: backward(**_LONG, mix=True, terms=2),
-    "backward of read": lambda: backward(**_LONG, mix=False),
+    "backward": lambda: backward(**_LONG, mix=True, kappa_pre=True),
+    "backward, two terms": lambda: backward(**_LONG, mix=True, terms=2, kappa_pre=True),
+    "backward of read": lambda: backward(**_LONG, mix=False, kappa_pre=True),
     "backward, look-ahead": lambda: backward(**_LONG, mix=True, look_ahead=True),
     "backward, look-ahead, two terms": lambda: backward(
         **_LONG, mix=True, look_ahead=True, terms=2
@@ -93,8 +95,8 @@ CASES = {
         **_LONG, mix=True, look_ahead=True, norm=True
     ),
     "forward, HC": lambda: forward(140, 128, hc=True),
-    "backward, HC": lambda: backward(**_LONG, mix=True, hc=True),
-    "backward of read, HC": lambda: backward(**_LONG, mix=False, hc=True),
+    "backward, HC": lambda: backward(**_LONG, mix=True, hc=True, kappa_pre=True),
+    "backward of read, HC": lambda: backward(**_LONG, mix=False, hc=True, kappa_pre=True),
 }
 
 

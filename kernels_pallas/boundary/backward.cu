@@ -25,7 +25,9 @@
 // t_j = g_j + h_pre_j d + ds_j theta + kappa_j x'_j with ds [4, 8] a token (two columns of zeros) and
 // dtheta = sum_j ds_j^T x'_j. A stream then needs one product where mHC's phi needs three, and dtheta 4 registers.
 //
-// Constants: C; MIX, LOOK_AHEAD, NORM, HC (0 or 1; HC has no LOOK_AHEAD); TERMS, the bfloat16 numbers that stand for one number of t in the sums
+// With KAPPA_PRE kappa is the sum of two arrays: what comes from dh_pre was made elsewhere than the rest.
+//
+// Constants: C; MIX, LOOK_AHEAD, NORM, HC, KAPPA_PRE (0 or 1; LOOK_AHEAD has no HC or KAPPA_PRE); TERMS, the bfloat16 numbers that stand for one number of t in the sums
 // of dh_res and dh_post. With 2, high + low, they agree with the definition to 2^-17 (errors of 2e-6). With 1, t is
 // rounded and x' in kappa x' is not (but for NORM): errors of 2e-3 in dh_res and dh_post and of 1e-6 in dx and dy, but
 // 70 instructions and one barrier a tile fewer. Launches of few tokens have two (cuda_launches.py).
@@ -62,7 +64,8 @@ constexpr int X = 0, G = STREAMS, Y = 2 * STREAMS, D = Y + TOKENS * PITCH, STAGE
 constexpr int DS_BYTES = TOKENS * 8 * OF_DS * 4;
 constexpr int DS = 0, DS_PAIRS = DS + DS_BYTES, RES = DS_PAIRS + DS_BYTES, RES_PITCH = 80;
 constexpr int POST = RES + TOKENS * RES_PITCH, PRE = POST + TOKENS * 16, KAPPA = PRE + TOKENS * 16;
-constexpr int INVERSE = KAPPA + TOKENS * (HC ? 16 : 4);  // NORM: inverse, kappa_n, two unused
+constexpr int OF_KAPPA = HC ? 16 : 4;          // bytes of a token
+constexpr int INVERSE = KAPPA + (1 + KAPPA_PRE) * TOKENS * OF_KAPPA;  // NORM: inverse, kappa_n, two unused
 constexpr int OWN = INVERSE + NORM * TOKENS * 16;
 // Shared memory holds the rows of STAGES tiles, the token data of two, phi (6 float4 a thread; HC: a float2) and, if
 // MIX, t in bfloat16, laid out as x: of two tiles in turn, or (TERMS 2) high and low terms of one.
@@ -78,7 +81,7 @@ struct Arrays {
   const bf16 *g, *d;
   const float *pre, *ds;
   const bf16* ds_pairs;
-  const float *kappa, *inverse;
+  const float *kappa, *kappa_pre, *inverse;
 };
 
 // The part of a tile that a thread moves: 16 bytes of five rows, streams `half` and `half + 2` of x, g, dx, and
@@ -124,6 +127,9 @@ struct Coefficients {
       array = part == 12 ? a.pre : a.post;
       at = t * 16, to = (part == 12 ? PRE : POST) + at;
       stride = part == 12 || MIX ? TOKENS * 16 : 0;
+    } else if (KAPPA_PRE && part > 14) {
+      array = a.kappa_pre;
+      to += TOKENS * OF_KAPPA;
     } else if (NORM && part > 14) {
       array = a.inverse;
       at = t * 16, to = INVERSE + at;
@@ -157,9 +163,9 @@ __device__ __forceinline__ void load_tile(unsigned char* stage, unsigned char* o
     const int t = threadIdx.x / 4, part = threadIdx.x % 4;
     copy_async_16(own + RES + t * RES_PITCH + part * 16, chunk(a.res, (first + t) * N + part), first + t < T);
   }
-  if (HC && threadIdx.x >= 4 * TOKENS && threadIdx.x < 7 * TOKENS) {
+  if (HC && threadIdx.x >= 4 * TOKENS && threadIdx.x < (7 + KAPPA_PRE) * TOKENS) {
     const int t = threadIdx.x % TOKENS, part = threadIdx.x / TOKENS - 4;
-    const float* array = part == 0 ? a.post : part == 1 ? a.pre : a.kappa;
+    const float* array = part == 0 ? a.post : part == 1 ? a.pre : part == 2 ? a.kappa : a.kappa_pre;
     copy_async_16(own + POST + (part * TOKENS + t) * 16, chunk(array, first + t), first + t < T);
   }
 }
@@ -170,8 +176,9 @@ __device__ __forceinline__ void store_tile(const unsigned char* stage, const Sha
   if (first + share.token >= T) return;
   const u32 stream = share.stream(first);
   const unsigned char* from = stage + share.streams + G;
-  *chunk(dx, stream) = *reinterpret_cast<const uint4*>(from);
-  *chunk(dx, stream + 2 * C / 8) = *reinterpret_cast<const uint4*>(from + 2 * TOKENS * PITCH);
+  // dx is not needed soon: L2 keeps the sums for the kernel behind.
+  store_once(chunk(dx, stream), *reinterpret_cast<const uint4*>(from));
+  store_once(chunk(dx, stream + 2 * C / 8), *reinterpret_cast<const uint4*>(from + 2 * TOKENS * PITCH));
   if (MIX && !LOOK_AHEAD && share.half == 0)
     *chunk(dy, share.row(first)) = *reinterpret_cast<const uint4*>(stage + share.single + D);
 }
@@ -240,11 +247,26 @@ __device__ __forceinline__ void store_pre(const unsigned char* stage, float* sum
   if (place < N && token < tokens) sums[(first_row + token) * SUMS + N * N + N + 2 * odd + upper] = total;
 }
 
-// kappa of a token, which has one, or (HC) one a stream.
-__device__ __forceinline__ float of_stream(float kappa, int) { return kappa; }
-__device__ __forceinline__ float of_stream(const float4& kappa, int i) { return at(kappa, i); }
-
 __device__ __forceinline__ float4 load4(const unsigned char* p) { return *reinterpret_cast<const float4*>(p); }
+
+// kappa of a token, which has one, or (HC) one a stream; with KAPPA_PRE the sum of two.
+#if HC
+__device__ __forceinline__ float4 load_kappa(const unsigned char* own, int token) {
+  float4 v = load4(own + KAPPA + token * 16);
+  if (KAPPA_PRE) {
+    const float4 pre = load4(own + KAPPA + (TOKENS + token) * 16);
+    v = make_float4(v.x + pre.x, v.y + pre.y, v.z + pre.z, v.w + pre.w);
+  }
+  return v;
+}
+__device__ __forceinline__ float of_stream(const float4& kappa, int i) { return at(kappa, i); }
+#else
+__device__ __forceinline__ float load_kappa(const unsigned char* own, int token) {
+  const float* kappa = reinterpret_cast<const float*>(own + KAPPA);
+  return KAPPA_PRE ? kappa[token] + kappa[TOKENS + token] : kappa[token];
+}
+__device__ __forceinline__ float of_stream(float kappa, int) { return kappa; }
+#endif
 
 // dphi += x'^T ds: two streams' columns as rows, the tokens as inner index. `across` is x' with tokens along words:
 // column g, tokens 2q, 2q + 1 (and + 8).
@@ -275,6 +297,11 @@ __device__ __forceinline__ void add_dphi(float (&dphi)[DPHI][4], const u32 (&acr
   }
 #pragma unroll
   for (int k = 0; HC && k < 4; ++k) dphi[0][k] += part[k];
+}
+
+// The sum of two words' lower halves (`shift` 16) or upper halves (0), as bfloat16 numbers.
+__device__ __forceinline__ float add_terms(u32 first, u32 second, u32 shift) {
+  return high(first << shift) + high(second << shift);
 }
 
 // Goes back through the norm of u = h_pre x: d of tokens g, g + 8, also as two bfloat16 terms, and the lane's part of
@@ -338,13 +365,12 @@ __device__ __forceinline__ void compute_known(float (&t)[N][4], float (&dphi)[DP
                 : make_float4(sums[0][0], sums[0][2], sums[1][0], sums[1][2]);
   }
   add_dphi(dphi, across, own, lane, tokens);
-  const float* kappa = reinterpret_cast<const float*>(own + KAPPA);
-  const float kappa0 = kappa[g], kappa1 = kappa[g + 8];
+  const auto kappa0 = load_kappa(own, g), kappa1 = load_kappa(own, g + 8);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      t[i][k] = fmaf(at(k < 2 ? pre0 : pre1, i), d[k], (k < 2 ? kappa0 : kappa1) * t[i][k]);
+      t[i][k] = fmaf(at(k < 2 ? pre0 : pre1, i), d[k], of_stream(k < 2 ? kappa0 : kappa1, i) * t[i][k]);
   }
 }
 
@@ -405,12 +431,7 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 #endif
   }
 
-#if HC
-  const float4 kappa0 = load4(own + KAPPA + g * 16), kappa1 = load4(own + KAPPA + (g + 8) * 16);
-#else
-  const float* kappa = reinterpret_cast<const float*>(own + KAPPA);
-  const float kappa0 = kappa[g], kappa1 = kappa[g + 8];
-#endif
+  const auto kappa0 = load_kappa(own, g), kappa1 = load_kappa(own, g + 8);
   const float4 pre0 = load4(own + PRE + g * 16), pre1 = load4(own + PRE + (g + 8) * 16);
   float4 post0, post1;
   float dx[N][4] = {}, dy[4] = {};
@@ -489,13 +510,16 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 }  // namespace
 
 // Grid (C / 64, splits): program (slab, split) walks over tiles split, split + splits, ...
-// x, g, dx [T, 4 C]; y, d, dy [T, C]; post, pre [T, 4]; res [T, 16]; phi [4 C, 24]; ds [tiles, 3, 32, 4] and
+// x, g, dx [T, 4 C]; y, d, dy [T, C]; post, pre [T, 4]; res [T, 16]; phi [C / 64, 8, 2, 3, 32, 8] (`phi_fragments`); ds [tiles, 3, 32, 4] and
 // ds_pairs [tiles, 3, 32, 8] as the lanes want them; kappa [T]; sums [C / 64, T, 20 or 24]; dphi [splits, 4 C, 24].
-// HC: phi is theta [6, C], dphi [splits, 6, C], kappa [T, 4], and ds has 4 in place of 3.
+// HC: phi is theta [C / 64, 8, 32, 4] (`theta_fragments`), dphi [splits, 6, C], kappa [T, 4], and ds has 4 in place of 3. KAPPA_PRE: kappa_pre as kappa.
 // LOOK_AHEAD, read if NORM: inverse and kappa_n [T, 4], weight [C], dw [splits, C].
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     KERNEL(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* g, const bf16* d,
-           const float* pre, const float* phi, const float* ds, const bf16* ds_pairs, const float* kappa,
+           const float* pre, const bf16* phi, const float* ds, const bf16* ds_pairs, const float* kappa,
+#if KAPPA_PRE
+           const float* kappa_pre,
+#endif
 #if LOOK_AHEAD
            const float* inverse, const float* weights, int T, bf16* dx, bf16* dy, float* sums, float* dphi_out,
            float* dw_out) {
@@ -504,8 +528,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const float *inverse = nullptr, *weights = nullptr;
   float* dw_out = nullptr;
 #endif
+#if !KAPPA_PRE
+  const float* kappa_pre = nullptr;
+#endif
   SHARED_MEMORY(shared);
-  const Arrays a = {x, y, post, res, g, d, pre, ds, ds_pairs, kappa, inverse};
+  const Arrays a = {x, y, post, res, g, d, pre, ds, ds_pairs, kappa, kappa_pre, inverse};
   const u32 thread = threadIdx.x;
   const int warp = thread / 32, lane = thread % 32;
   const int slab = blockIdx.x, split = blockIdx.y, apart = gridDim.y * TOKENS;
@@ -514,18 +541,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   int first = split * TOKENS;
   if (first < T) load_tile(shared, shared + OWNS, a, share, coefficients, first, T);
   copy_async_commit();
-  // phi as the right operand of ds phi^T, in a place that this thread alone uses.
+  // phi as the right operand of ds phi^T, in a place that this thread alone uses. It comes as forward.cu reads it; a high
+  // and a low term add up to the TF32 number. The thread has columns 2q, 2q + 1 of phi at its column of the streams.
   unsigned char* own_phi = shared + PHI + thread * (HC ? 8 : 16);
-  const u32 column = slab * COLUMNS + warp * 8 + thread % 32 / 4;
+  const u32 column = slab * COLUMNS + warp * 8 + lane / 4, piece = slab * 8 + warp, first_lane = lane % 4 * 8 + lane / 8;
+  const u32 half = lane & 4 ? 0 : 16;
 #if HC
-  const float* row = phi + thread % 4 * 2 * C + column;  // two of theta's rows, of which there are 6
-  *reinterpret_cast<float2*>(own_phi) = thread % 4 < 3 ? make_float2(row[0], row[C]) : make_float2(0, 0);
+  const uint2* row = reinterpret_cast<const uint2*>(phi) + piece * 32 + first_lane;
+  *reinterpret_cast<float2*>(own_phi) =
+      make_float2(add_terms(row[0].x, row[0].y, half), add_terms(row[4].x, row[4].y, half));
 #else
-  for (int s = 0; s < 3; ++s) {
-    for (int i = 0; i < N; i += 2) {
-      const float* row = phi + (static_cast<long long>(i) * C + column) * M + 8 * s + thread % 4 * 2;
-      reinterpret_cast<float4*>(own_phi)[(s * 2 + i / 2) * THREADS] = make_float4(row[0], row[1], row[C * M], row[C * M + 1]);
-    }
+  for (int k = 0; k < 6; ++k) {  // two streams, then 8 columns of phi
+    const uint4* row = reinterpret_cast<const uint4*>(phi) + (piece * 6 + k) * 32 + first_lane;
+    const uint4 a = row[0], b = row[4];  // whole: a load of parts gets a pragma that older versions of PTX do not have
+    reinterpret_cast<float4*>(own_phi)[(k % 3 * 2 + k / 3) * THREADS] =
+        make_float4(add_terms(a.x, a.z, half), add_terms(b.x, b.z, half), add_terms(a.y, a.w, half),
+                    add_terms(b.y, b.w, half));
   }
 #endif
   float dphi[DPHI][4] = {};

@@ -1,15 +1,15 @@
 """`read` and `boundary` with their large passes in CUDA C++, the small kernels around them in Triton.
 
 The forward of `boundary` does the write and the projection in one kernel (forward.cu, 9C instead of 13C). As
-in triton.py, one launch for the second stage of the projection and the mappings follows, then F_pre. The
-backward begins as in triton.py with dh_pre (5C) and the mappings. Then one pass sums every cotangent of the
-streams and makes dphi (backward.cu): 13C in `read`, 15C in `boundary`, where it also goes back through the
-write. The second stage of all sums comes last. The forward of `read` is Triton's.
+in triton.py, one launch for the second stage of the projection, the mappings and F_pre follows. The backward
+begins with one launch for dh_pre (5C) and the backward of the mappings. Then one pass sums every cotangent of
+the streams and makes dphi (backward.cu): 13C in `read`, 15C in `boundary`, where it also goes back through
+the write. The second stage of all sums comes last. The forward of `read` is Triton's.
 """
 
 import jax
 
-from kernels_pallas.boundary import cuda_launches, triton
+from kernels_pallas.boundary import cuda_launches, triton, triton_layer_input
 from kernels_pallas.boundary.contract import (
     Parameters,
     ReadOut,
@@ -19,7 +19,6 @@ from kernels_pallas.boundary.contract import (
     empty_read,
 )
 from kernels_pallas.boundary.triton import read_forward
-from kernels_pallas.coefficients import triton as coefficients
 from kernels_pallas.gpu import device, sums
 
 __all__ = ["backward", "check", "check_forward", "forward", "read_backward", "read_forward"]
@@ -49,18 +48,7 @@ def forward(
     launch = cuda_launches.forward_launch(T, streams.shape[-1] // n)
     new_streams, projected = launch(*update, cuda_launches.phi_fragments(parameters.phi), T)
     new_streams = new_streams.reshape(streams.shape)
-    return new_streams, *triton.finish_read(new_streams, projected, parameters, static)
-
-
-def _to_fragments(streams, parameters, saved, d, static):
-    """Cotangent of the weighted sum, fragments, partial sums of dbias and dalpha, and of dweight."""
-    d_sum, dh_pre, d_weight = triton.input_backward(streams, parameters, saved, d, static)
-    fragments, d_gates = coefficients.backward_to_fragments(
-        *triton.mappings_operands(parameters, saved, d, dh_pre),
-        K=streams.shape[-1],
-        **triton.mappings_static(static),
-    )
-    return d_sum, fragments, d_gates, d_weight
+    return new_streams, *triton_layer_input.forward(new_streams, projected, parameters, static)
 
 
 def read_backward(
@@ -75,7 +63,9 @@ def read_backward(
     """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return streams, parameters.no_cotangents()
-    d_sum, fragments, d_gates, d_weight = _to_fragments(streams, parameters, saved, d, static)
+    d_sum, fragments, d_gates, d_weight = triton_layer_input.backward(
+        streams, parameters, saved, d, static
+    )
     dx, dphi = cuda_launches.read_backward(
         streams, d_streams, d_sum, saved.h_pre, parameters.phi, fragments
     )
@@ -96,7 +86,9 @@ def backward(
     """Returns the cotangents of the update and of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return update, parameters.no_cotangents()
-    d_sum, fragments, d_gates, d_weight = _to_fragments(new_streams, parameters, saved, d, static)
+    d_sum, fragments, d_gates, d_weight = triton_layer_input.backward(
+        new_streams, parameters, saved, d, static
+    )
     dx, dy, d_mappings, dphi = cuda_launches.boundary_backward(
         update, d_new, d_sum, saved.h_pre, parameters.phi, fragments
     )

@@ -36,11 +36,11 @@ def _forward_bytes(hc: bool) -> int:
     return 2 * _WARPS * 5 * _TOKENS * 2 * _COLUMNS + 2 * phi
 
 
-def _shared_bytes(mix: bool, norm: bool = False, hc: bool = False) -> int:
+def _shared_bytes(mix: bool, norm: bool = False, hc: bool = False, kappa_pre: bool = True) -> int:
     """Adds up the layout of backward.cu: rows of three tiles, token data of two, phi, t of two tiles."""
     rows = 10 * _TOKENS * 2 * _COLUMNS
     ds, kappa = (32, 16) if hc else (24, 4)
-    own = _TOKENS * (2 * ds * 4 + 80 + 2 * 16 + kappa + 16 * norm)
+    own = _TOKENS * (2 * ds * 4 + 80 + 2 * 16 + (1 + kappa_pre) * kappa + 16 * norm)
     phi = (8 if hc else 24 * 4) * 256
     total = 4 * _TOKENS * 2 * _COLUMNS
     return 3 * rows + 2 * own + phi + mix * 2 * total
@@ -49,7 +49,7 @@ def _shared_bytes(mix: bool, norm: bool = False, hc: bool = False) -> int:
 FORWARD_BYTES = _forward_bytes(hc=False)
 HC_FORWARD_BYTES = _forward_bytes(hc=True)
 BACKWARD_BYTES = _shared_bytes(mix=True)
-LOOK_AHEAD_BYTES = _shared_bytes(mix=True, norm=True)
+LOOK_AHEAD_BYTES = _shared_bytes(mix=True, norm=True, kappa_pre=False)
 HC_BACKWARD_BYTES = _shared_bytes(mix=True, hc=True)
 
 
@@ -88,6 +88,7 @@ def backward_launch(
     look_ahead: bool = False,
     norm: bool = False,
     hc: bool = False,
+    kappa_pre: bool = False,
 ) -> CudaLaunch:
     """Makes the launch of backward.cu.
 
@@ -95,14 +96,15 @@ def backward_launch(
     `TERMS`.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
-    phi [4C, 24], `coefficients.triton.Fragments`, T; without `mix`, y, h_post and h_res are not read.
+    `phi_fragments`, `coefficients.triton.Fragments` (the last if `kappa_pre`), T; without `mix`, y, h_post
+    and h_res are not read.
     Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
 
     With `look_ahead` (and `mix`) inverse and kappa_n [T, 4] and the weight [C] follow the fragments; they are
     read with `norm`. The sums have dh_pre too [C / 64, T, 24], and there are partial sums of dw [splits, C].
 
-    With `hc` (Hyper-Connections) phi is theta [6, C], the fragments are those of `kernels_pallas.hc`, and the
-    last output has partial sums of dtheta [splits, 6, C].
+    With `hc` (Hyper-Connections) it takes `theta_fragments` and ds in four pieces, and the last output has
+    partial sums of dtheta [splits, 6, C].
     """
     slabs = C // _COLUMNS
     splits = _splits(slabs, cdiv(T, _TOKENS))
@@ -126,12 +128,13 @@ def backward_launch(
             "LOOK_AHEAD": int(look_ahead),
             "NORM": int(norm),
             "HC": int(hc),
+            "KAPPA_PRE": int(kappa_pre),
             "TERMS": terms,
             "TOKEN_SUMS": token_sums,
             **_sizes(C),
         },
         num_warps=_WARPS,
-        shared_bytes=_shared_bytes(mix, norm, hc),
+        shared_bytes=_shared_bytes(mix, norm, hc, kappa_pre),
     )
 
 
@@ -151,14 +154,16 @@ def boundary_backward(
       update: streams, layer output, h_post, h_res before the write.
       g, d: cotangents of the new streams and of the weighted sum.
       h_pre, phi: of the read.
-      fragments: of `coefficients.triton.backward_to_fragments`.
+      fragments: of `boundary.triton_layer_input.backward` or the like.
       hc: of Hyper-Connections, see `backward_launch`.
 
     Returns:
       dx [T, 4C], dy [T, C], partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
     """
     T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
-    return backward_launch(T, C, mix=True, hc=hc)(*update, g, d, h_pre, phi, *fragments, T)
+    pieces = [x for x in fragments if x is not None]
+    launch = backward_launch(T, C, mix=True, hc=hc, kappa_pre=fragments.kappa_pre is not None)
+    return launch(*update, g, d, h_pre, _lay_out(phi, hc), *pieces, T)
 
 
 def read_backward(
@@ -174,8 +179,9 @@ def read_backward(
     """Runs backward.cu without the write: dx [T, 4C], partial sums of dphi; arguments as above, T > 0."""
     T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
     not_read = d, h_pre, h_pre  # in place of y, h_post, h_res
-    launch = backward_launch(T, C, mix=False, hc=hc)
-    dx, _, _, dphi = launch(streams, *not_read, g, d, h_pre, phi, *fragments, T)
+    pieces = [x for x in fragments if x is not None]
+    launch = backward_launch(T, C, mix=False, hc=hc, kappa_pre=fragments.kappa_pre is not None)
+    dx, _, _, dphi = launch(streams, *not_read, g, d, h_pre, _lay_out(phi, hc), *pieces, T)
     return dx, dphi
 
 
@@ -212,7 +218,7 @@ def forward_launch(T: int, C: int, *, look_ahead: bool = False, hc: bool = False
 
 
 def phi_fragments(phi: jax.Array) -> jax.Array:
-    """Lays out phi [4C, 24] as forward.cu reads it: exact bfloat16 terms [C / 64, 8, 2, 3, 32, 8].
+    """Lays out phi [4C, 24] as both directions read it: exact bfloat16 terms [C / 64, 8, 2, 3, 32, 8].
 
     It is ordered by 64 columns of every stream, 8 columns, two streams, 8 of the 24 columns of phi, and lane
     4 g + q. For column g of phi a lane holds the high terms of columns 2q, 2q + 1 of both streams, then the
@@ -224,7 +230,7 @@ def phi_fragments(phi: jax.Array) -> jax.Array:
 
 
 def theta_fragments(theta: jax.Array) -> jax.Array:
-    """Lays out theta [6, C] as forward.cu reads it with HC: exact bfloat16 terms [C / 64, 8, 32, 4].
+    """Lays out theta [6, C] as both directions read it with HC: exact bfloat16 terms [C / 64, 8, 32, 4].
 
     It is ordered by 64 columns, 8 of them, and lane 4 g + q: of row g (two rows of zeros are added) the high
     terms of columns 2q, 2q + 1, then the low ones.
@@ -233,6 +239,10 @@ def theta_fragments(theta: jax.Array) -> jax.Array:
     # term, g, 8 columns, q, one of two
     terms = terms.reshape(2, 8, -1, 4, 2)
     return terms.transpose(2, 1, 3, 0, 4).reshape(-1, 8, 32, 4)
+
+
+def _lay_out(phi, hc):
+    return theta_fragments(phi) if hc else phi_fragments(phi)
 
 
 def _forward_splits(steps: int, tiles: int) -> int:

@@ -1,17 +1,18 @@
 """`read` and `boundary` in Triton. Operations share a pass over the streams where that measured faster.
 
-The forward runs F_post,res (`boundary` alone), the projection, one launch for its second stage and the
-mappings, then F_pre. The backward begins with a reduction for dh_pre (5C) and the mappings. In `read` one
-pass then sums every cotangent of the streams and makes dphi (13C). In `boundary` F_post,res's backward does
-the sum (8C + 19C), because its rows run at 95 % of the copy rate, and Triton's tensor-core tiles at 75 %. The
-cotangent through the projection is rounded to the dtype of the streams between the two, which the definition
-does not do. A last launch finishes the sums. cuda.py has the same operations with the large passes in CUDA
-C++.
+The forward runs F_post,res (`boundary` alone), the projection, then one launch for its second stage, the
+mappings and F_pre (triton_layer_input.py). The backward begins with a reduction for dh_pre (5C) and the
+mappings. In `read` one pass then sums every cotangent of the streams and makes dphi (13C). In `boundary`
+F_post,res's backward does the sum (8C + 19C), because its rows run at 95 % of the copy rate, and Triton's
+tensor-core tiles at 75 %. The cotangent through the projection is rounded to the dtype of the streams between
+the two, which the definition does not do. A last launch finishes the sums. cuda.py has the same operations
+with the large passes in CUDA C++.
 """
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.boundary import triton_layer_input
 from kernels_pallas.boundary.contract import (
     Parameters,
     ReadOut,
@@ -35,28 +36,6 @@ def check(first: jax.Array | Update, *_, static: ReadStatic) -> None:
     coefficients.sinkhorn.check_iterations(static.num_iterations)
 
 
-def finish_read(
-    streams: jax.Array, projected: jax.Array, parameters: Parameters, static: ReadStatic
-) -> tuple[ReadOut, Saved]:
-    """Does a read from the projection's partial sums on."""
-    n, lead, (K, m) = static.n, streams.shape[:-1], parameters.phi.shape
-    h_pre, h_post, h_res, s, r = coefficients.forward_of_sums(
-        projected,
-        parameters.bias,
-        parameters.alpha,
-        K=K,
-        n=n,
-        num_iterations=static.num_iterations,
-        norm_eps=static.norm_eps,
-        sinkhorn_eps=static.sinkhorn_eps,
-        pre_eps=static.pre_eps,
-    )
-    h_pre, h_post = h_pre.reshape(*lead, n), h_post.reshape(*lead, n)
-    u = layer_input(streams, h_pre, parameters.weight, static)
-    out = ReadOut(u, h_post, h_res.reshape(*lead, n, n))
-    return out, Saved(h_pre, s.reshape(*lead, m), r.reshape(lead))
-
-
 def layer_input(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array | None, static: ReadStatic
 ) -> jax.Array:
@@ -73,7 +52,7 @@ def read_forward(
     if not device.num_tokens(streams.shape[:-1]):
         return empty_read(streams, static.n)
     projected = projection.partial_sums(streams, parameters.phi)
-    return finish_read(streams, projected, parameters, static)
+    return triton_layer_input.forward(streams, projected, parameters, static)
 
 
 def read_backward(

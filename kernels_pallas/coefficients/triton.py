@@ -56,6 +56,92 @@ def _root_mean_square(
 
 
 @triton.jit
+def _pre_gate(s, r, alpha_ptr, bias_ptr, i, PRE_EPS: tl.constexpr):
+    """Returns entries i of h_pre."""
+    h = _sigmoid(s / r * tl.load(alpha_ptr) + tl.load(bias_ptr + i))
+    if PRE_EPS > 0:
+        h += PRE_EPS
+    return h
+
+
+@triton.jit
+def pre_of_parts(
+    parts_ptr,
+    bias_ptr,
+    alpha_ptr,
+    first,
+    T,
+    N: tl.constexpr,
+    COUNT: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    LD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRE_EPS: tl.constexpr,
+):
+    """Returns h_pre of COUNT tokens from `first` on, [COUNT * N], as `forward_tile` writes it."""
+    entry = tl.arange(0, COUNT * N)
+    rows, i = (first + entry // N).to(tl.int64), entry % N
+    mask = rows < T
+    r = _root_mean_square(parts_ptr, rows, mask, T, N * N + 2 * N, K, EPS, LD, SPLITS)
+    s = _load(parts_ptr, rows, i, mask, T, LD, SPLITS)
+    return _pre_gate(s, r, alpha_ptr, bias_ptr, i, PRE_EPS)
+
+
+@triton.jit
+def forward_tile(
+    program,
+    s_ptr,
+    r_ptr,
+    bias_ptr,
+    alpha_ptr,
+    T,
+    pre_ptr,
+    post_ptr,
+    res_ptr,
+    s_out_ptr,
+    r_out_ptr,
+    N: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NUM_ITERATIONS: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    LD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SINKHORN_EPS: tl.constexpr,
+    PRE_EPS: tl.constexpr,
+):
+    """Writes h_pre, h_post, h_res of TOKENS tokens, those of number `program`.
+
+    If K == 0, it reads s [T, LD] and r [T]. Otherwise it reads SPLITS partial sums [SPLITS, T, LD] of a
+    projection over K columns, given as s and as r, whose column N*N+2N sums the squares; it then writes s and
+    r too.
+    """
+    M: tl.constexpr = N * N + 2 * N
+    t = program * TOKENS + tl.arange(0, TOKENS)
+    rows, i, mask = gates(t, T, N, TOKENS)
+    r = _root_mean_square(r_ptr, rows, rows < T, T, M, K, EPS, LD, SPLITS)
+    pre = _load(s_ptr, rows, i, mask, T, LD, SPLITS)
+    post = _load(s_ptr + N, rows, i, mask, T, LD, SPLITS)
+    tl.store(pre_ptr + rows * N + i, _pre_gate(pre, r, alpha_ptr, bias_ptr, i, PRE_EPS), mask=mask)
+    h = post / r * tl.load(alpha_ptr + 1) + tl.load(bias_ptr + N + i)
+    tl.store(post_ptr + rows * N + i, 2.0 * _sigmoid(h), mask=mask)
+    if K:
+        tl.store(r_out_ptr + rows, r, mask=rows < T)
+        tl.store(s_out_ptr + rows * M + i, pre, mask=mask)
+        tl.store(s_out_ptr + rows * M + N + i, post, mask=mask)
+
+    rows, ij, mask = matrices(t, T, N, TOKENS)
+    r = _root_mean_square(r_ptr, rows, rows < T, T, M, K, EPS, LD, SPLITS)
+    res = _load(s_ptr + 2 * N, rows, ij, mask, T, LD, SPLITS)
+    if K:
+        tl.store(s_out_ptr + rows * M + 2 * N + ij, res, mask=mask)
+    logits = res / r * tl.load(alpha_ptr + 2) + tl.load(bias_ptr + 2 * N + ij)
+    res = sinkhorn.project(logits, None, NUM_ITERATIONS, SINKHORN_EPS)
+    tl.store(res_ptr + rows * (N * N) + ij, res, mask=mask)
+
+
+@triton.jit
 def mhc_coefficients_forward(
     s_ptr,
     r_ptr,
@@ -77,38 +163,29 @@ def mhc_coefficients_forward(
     SINKHORN_EPS: tl.constexpr,
     PRE_EPS: tl.constexpr,
 ):
-    """Writes h_pre, h_post, h_res of TOKENS tokens.
-
-    If K == 0, it reads s [T, LD] and r [T]. Otherwise it reads SPLITS partial sums [SPLITS, T, LD] of a
-    projection over K columns, given as s and as r, whose column N*N+2N sums the squares; it then writes s and
-    r too.
-    """
-    M: tl.constexpr = N * N + 2 * N
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    rows, i, mask = gates(t, T, N, TOKENS)
-    r = _root_mean_square(r_ptr, rows, rows < T, T, M, K, EPS, LD, SPLITS)
-    pre = _load(s_ptr, rows, i, mask, T, LD, SPLITS)
-    post = _load(s_ptr + N, rows, i, mask, T, LD, SPLITS)
-    h = pre / r * tl.load(alpha_ptr) + tl.load(bias_ptr + i)
-    if PRE_EPS > 0:
-        tl.store(pre_ptr + rows * N + i, _sigmoid(h) + PRE_EPS, mask=mask)
-    else:
-        tl.store(pre_ptr + rows * N + i, _sigmoid(h), mask=mask)
-    h = post / r * tl.load(alpha_ptr + 1) + tl.load(bias_ptr + N + i)
-    tl.store(post_ptr + rows * N + i, 2.0 * _sigmoid(h), mask=mask)
-    if K:
-        tl.store(r_out_ptr + rows, r, mask=rows < T)
-        tl.store(s_out_ptr + rows * M + i, pre, mask=mask)
-        tl.store(s_out_ptr + rows * M + N + i, post, mask=mask)
-
-    rows, ij, mask = matrices(t, T, N, TOKENS)
-    r = _root_mean_square(r_ptr, rows, rows < T, T, M, K, EPS, LD, SPLITS)
-    res = _load(s_ptr + 2 * N, rows, ij, mask, T, LD, SPLITS)
-    if K:
-        tl.store(s_out_ptr + rows * M + 2 * N + ij, res, mask=mask)
-    logits = res / r * tl.load(alpha_ptr + 2) + tl.load(bias_ptr + 2 * N + ij)
-    res = sinkhorn.project(logits, None, NUM_ITERATIONS, SINKHORN_EPS)
-    tl.store(res_ptr + rows * (N * N) + ij, res, mask=mask)
+    """Does `forward_tile` of every TOKENS tokens."""
+    forward_tile(
+        tl.program_id(0),
+        s_ptr,
+        r_ptr,
+        bias_ptr,
+        alpha_ptr,
+        T,
+        pre_ptr,
+        post_ptr,
+        res_ptr,
+        s_out_ptr,
+        r_out_ptr,
+        N,
+        TOKENS,
+        NUM_ITERATIONS,
+        K,
+        EPS,
+        LD,
+        SPLITS,
+        SINKHORN_EPS,
+        PRE_EPS,
+    )
 
 
 def forward_launch(
@@ -225,13 +302,13 @@ def backward(
     args = (s, r, bias, alpha, dh_pre, dh_post, dh_res)
     options = {"n": n, "num_iterations": num_iterations, "sinkhorn_eps": sinkhorn_eps}
     ds, dr, sums = backward_to_projection(*args, round_ds=False, **options)
-    return ds.reshape(s.shape), dr.reshape(r.shape), *parameter_gradients(sums, n)
+    return ds.reshape(s.shape), dr.reshape(r.shape), *parameter_gradients(sums)
 
 
 def backward_to_projection(
     s, r, bias, alpha, dh_pre, dh_post, dh_res, *, round_ds, n, num_iterations, sinkhorn_eps
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Does `backward` but for the second stage: ds [T, m], dr [T], sums [2, m, programs]; T > 0.
+    """Does `backward` but for the second stage: ds [T, m], dr [T], sums [m + 3, programs]; T > 0.
 
     Args:
       s, r, bias, alpha, dh_pre, dh_post, dh_res: as in `backward`.
@@ -252,11 +329,13 @@ class Fragments(NamedTuple):
       ds: rounded to TF32, in the order of the lanes, `[tiles, 3, 32, 4]` float32.
       pairs: high and low terms of the same, `[tiles, 3, 32, 8]` bfloat16.
       kappa: the factor of the streams, dr / (r K), `[T]`.
+      kappa_pre: None, or its share from dh_pre, which `kappa` then lacks.
     """
 
     ds: jax.Array
     pairs: jax.Array
     kappa: jax.Array
+    kappa_pre: jax.Array | None = None
 
 
 def backward_to_fragments(

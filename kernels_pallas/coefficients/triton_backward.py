@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import triton
 import triton.language as tl
 
@@ -10,7 +9,7 @@ from kernels_pallas.coefficients.triton_tiles import gates, matrices
 from kernels_pallas.gpu import device
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
-from kernels_pallas.gpu.triton_math import exp, round_tf32
+from kernels_pallas.gpu.triton_math import exp, round_tf32, vector
 from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
@@ -34,7 +33,16 @@ def store_fragments(ds, t, m, ds_ptr, pairs_ptr, mask, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _gate_backward(
+def gate_backward(normed, alpha, bias, d, scale):
+    """Returns the cotangent of the logit of a gate scale * sigmoid(normed * alpha + bias), given d of it."""
+    inverse_odds = exp(-(normed * alpha + bias))
+    gate = 1.0 / (1.0 + inverse_odds)
+    # 1 - gate as inverse_odds * gate, which does not cancel if the gate is open.
+    return d * scale * (inverse_odds * gate) * gate
+
+
+@triton.jit
+def _gates_backward(
     s_ptr,
     r,
     bias_ptr,
@@ -43,26 +51,26 @@ def _gate_backward(
     ds_ptr,
     pairs_ptr,
     sums_ptr,
+    programs,
     rows,
     i,
     mask,
-    first,
+    gate,
     scale,
     N: tl.constexpr,
     ROUND: tl.constexpr,
     FRAGMENTS: tl.constexpr,
 ):
-    """Goes back through N gates scale * sigmoid, the columns from `first` on; writes ds and their sums.
+    """Goes back through N gates scale * sigmoid, of h_pre (`gate` 0) or h_post (1); writes ds and their sums.
 
     Returns sum(d_normed * normed).
     """
     M: tl.constexpr = N * N + 2 * N
-    normed = tl.load(s_ptr + rows * M + i, mask=mask, other=0.0) / r
-    alpha = tl.load(alpha_ptr)
-    inverse_odds = exp(-(normed * alpha + tl.load(bias_ptr + i)))
-    gate = 1.0 / (1.0 + inverse_odds)
-    # 1 - gate as inverse_odds * gate, which does not cancel if the gate is open.
-    d = tl.load(d_ptr + rows * N + i, mask=mask, other=0.0) * scale * (inverse_odds * gate) * gate
+    first = gate * N
+    normed = tl.load(s_ptr + first + rows * M + i, mask=mask, other=0.0) / r
+    alpha = tl.load(alpha_ptr + gate)
+    d = tl.load(d_ptr + rows * N + i, mask=mask, other=0.0)
+    d = gate_backward(normed, alpha, tl.load(bias_ptr + first + i), d, scale)
     ds = d * alpha / r
     if ROUND:
         ds = round_tf32(ds)
@@ -70,10 +78,143 @@ def _gate_backward(
         store_fragments(ds, rows, first + i, ds_ptr, pairs_ptr, mask, 3)
     else:
         tl.store(ds_ptr + first + rows * M + i, ds, mask=mask)
-    at = tl.arange(0, N) * tl.num_programs(0)
-    tl.store(sums_ptr + at, tl.sum(d, axis=0))
-    tl.store(sums_ptr + M * tl.num_programs(0) + at, tl.sum(d * normed, axis=0))
+    tl.store(sums_ptr + (first + tl.arange(0, N)) * programs, tl.sum(d, axis=0))
+    tl.store(sums_ptr + (M + gate) * programs, tl.sum(tl.sum(d * normed, axis=1), axis=0))
     return tl.sum(d * alpha * normed, axis=1)
+
+
+@triton.jit
+def backward_tile(
+    program,
+    programs,
+    s_ptr,
+    r_ptr,
+    bias_ptr,
+    alpha_ptr,
+    dpre_ptr,
+    dpost_ptr,
+    dres_ptr,
+    T,
+    ds_ptr,
+    dr_ptr,
+    sums_ptr,
+    pairs_ptr,
+    N: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NUM_ITERATIONS: tl.constexpr,
+    ROUND: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    SINKHORN_EPS: tl.constexpr,
+    PRE: tl.constexpr,
+):
+    """Writes of TOKENS tokens ds, dr, and a column of sums [M + 3, programs]: of dh, then dalpha.
+
+    These are the tokens of number `program` of `programs`. If FRAGMENTS > 0, it writes ds as
+    `store_fragments` lays it out, and in place of dr the factor of the streams, kappa = dr / (r FRAGMENTS).
+    Without PRE everything that comes from dh_pre is left out.
+    """
+    M: tl.constexpr = N * N + 2 * N
+    t = program * TOKENS + tl.arange(0, TOKENS)
+    sums_ptr += program
+    rows, i, mask = gates(t, T, N, TOKENS)
+    r = tl.load(r_ptr + rows, mask=rows < T, other=1.0)
+    total = tl.zeros((TOKENS,), tl.float32)
+    if PRE:
+        total += _gates_backward(
+            s_ptr,
+            r,
+            bias_ptr,
+            alpha_ptr,
+            dpre_ptr,
+            ds_ptr,
+            pairs_ptr,
+            sums_ptr,
+            programs,
+            rows,
+            i,
+            mask,
+            0,
+            1.0,
+            N,
+            ROUND,
+            FRAGMENTS,
+        )
+    total += _gates_backward(
+        s_ptr,
+        r,
+        bias_ptr,
+        alpha_ptr,
+        dpost_ptr,
+        ds_ptr,
+        pairs_ptr,
+        sums_ptr,
+        programs,
+        rows,
+        i,
+        mask,
+        1,
+        2.0,
+        N,
+        ROUND,
+        FRAGMENTS,
+    )
+
+    rows, ij, mask = matrices(t, T, N, TOKENS)
+    r = tl.load(r_ptr + rows, mask=rows < T, other=1.0)
+    normed = tl.load(s_ptr + 2 * N + rows * M + ij, mask=mask, other=0.0) / r
+    alpha = tl.load(alpha_ptr + 2)
+    d = tl.load(dres_ptr + rows * (N * N) + ij, mask=mask, other=0.0)
+    logits = normed * alpha + tl.load(bias_ptr + 2 * N + ij)
+    d = sinkhorn.project_backward(logits, d, None, NUM_ITERATIONS, SINKHORN_EPS)
+    ds = d * alpha / r
+    if ROUND:
+        ds = round_tf32(ds)
+    if FRAGMENTS:
+        store_fragments(ds, rows, 2 * N + ij, ds_ptr, pairs_ptr, mask, 3)
+    else:
+        tl.store(ds_ptr + 2 * N + rows * M + ij, ds, mask=mask)
+    ij1 = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(sums_ptr + (2 * N + ij1) * programs, tl.sum(d, axis=1))
+    dalpha = tl.sum(tl.sum(tl.sum(d * normed, axis=2), axis=1), axis=0)
+    tl.store(sums_ptr + (M + 2) * programs, dalpha)
+    total += tl.sum(tl.sum(d * alpha * normed, axis=2), axis=0)
+    r = tl.load(r_ptr + t, mask=t < T, other=1.0)
+    dr = -total / r
+    if FRAGMENTS:
+        dr /= r * FRAGMENTS
+    tl.store(dr_ptr + t, dr, mask=t < T)
+
+
+@triton.jit
+def pre_backward(
+    dpre,
+    s_ptr,
+    r_ptr,
+    bias_ptr,
+    alpha_ptr,
+    token,
+    inside,
+    ds_ptr,
+    pairs_ptr,
+    kappa_ptr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Does the part of `backward_tile` that comes from dh_pre, of one token; writes only if `inside`.
+
+    It writes ds as fragments, and kappa of K columns. Returns its parts of dbias (a vector) and of dalpha.
+    """
+    i = tl.arange(0, N)
+    r = tl.load(r_ptr + token)
+    normed = tl.load(s_ptr + token * (N * N + 2 * N) + i) / r
+    alpha = tl.load(alpha_ptr)
+    d = gate_backward(normed, alpha, tl.load(bias_ptr + i), vector(dpre, N, N), 1.0)
+    d = tl.where(inside, d, 0.0)
+    ds = round_tf32(d * alpha / r)
+    store_fragments(ds, token, i, ds_ptr, pairs_ptr, (i < N) & inside, 3)
+    dr = -tl.sum(d * alpha * normed, axis=0) / r
+    tl.store(kappa_ptr + token, dr / (r * K), mask=inside)
+    return d, tl.sum(d * normed, axis=0)
 
 
 @triton.jit
@@ -97,77 +238,30 @@ def mhc_coefficients_backward(
     FRAGMENTS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
 ):
-    """Writes ds, dr, and a column of sums [2, M, programs] over its tokens: of dh and of dh * s / r.
-
-    If FRAGMENTS > 0, it writes ds as `store_fragments` lays it out, and in place of dr the factor of the
-    streams, kappa = dr / (r FRAGMENTS).
-    """
-    M: tl.constexpr = N * N + 2 * N
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    sums_ptr += tl.program_id(0)
-    programs = tl.num_programs(0)
-    rows, i, mask = gates(t, T, N, TOKENS)
-    r = tl.load(r_ptr + rows, mask=rows < T, other=1.0)
-    total = _gate_backward(
+    """Does `backward_tile` of every TOKENS tokens."""
+    backward_tile(
+        tl.program_id(0),
+        tl.num_programs(0),
         s_ptr,
-        r,
+        r_ptr,
         bias_ptr,
         alpha_ptr,
         dpre_ptr,
-        ds_ptr,
-        pairs_ptr,
-        sums_ptr,
-        rows,
-        i,
-        mask,
-        0,
-        1.0,
-        N,
-        ROUND,
-        FRAGMENTS,
-    )
-    total += _gate_backward(
-        s_ptr + N,
-        r,
-        bias_ptr + N,
-        alpha_ptr + 1,
         dpost_ptr,
+        dres_ptr,
+        T,
         ds_ptr,
+        dr_ptr,
+        sums_ptr,
         pairs_ptr,
-        sums_ptr + N * programs,
-        rows,
-        i,
-        mask,
         N,
-        2.0,
-        N,
+        TOKENS,
+        NUM_ITERATIONS,
         ROUND,
         FRAGMENTS,
+        SINKHORN_EPS,
+        True,
     )
-
-    rows, ij, mask = matrices(t, T, N, TOKENS)
-    r = tl.load(r_ptr + rows, mask=rows < T, other=1.0)
-    normed = tl.load(s_ptr + 2 * N + rows * M + ij, mask=mask, other=0.0) / r
-    alpha = tl.load(alpha_ptr + 2)
-    d = tl.load(dres_ptr + rows * (N * N) + ij, mask=mask, other=0.0)
-    logits = normed * alpha + tl.load(bias_ptr + 2 * N + ij)
-    d = sinkhorn.project_backward(logits, d, None, NUM_ITERATIONS, SINKHORN_EPS)
-    ds = d * alpha / r
-    if ROUND:
-        ds = round_tf32(ds)
-    if FRAGMENTS:
-        store_fragments(ds, rows, 2 * N + ij, ds_ptr, pairs_ptr, mask, 3)
-    else:
-        tl.store(ds_ptr + 2 * N + rows * M + ij, ds, mask=mask)
-    ij1 = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(sums_ptr + (2 * N + ij1) * programs, tl.sum(d, axis=0))
-    tl.store(sums_ptr + (M + 2 * N + ij1) * programs, tl.sum(d * normed, axis=0))
-    total += tl.sum(tl.sum(d * alpha * normed, axis=2), axis=1)
-    r = tl.load(r_ptr + t, mask=t < T, other=1.0)
-    dr = -total / r
-    if FRAGMENTS:
-        dr /= r * FRAGMENTS
-    tl.store(dr_ptr + t, dr, mask=t < T)
 
 
 def backward_launch(
@@ -181,7 +275,7 @@ def backward_launch(
 ) -> TritonLaunch:
     """Makes the launch of the backward; `round_ds` rounds ds to TF32 as the projection's backward wants it.
 
-    Outputs: ds [T, m], dr [T], sums [2, m, programs]; with `fragments` = K (n = 4 only) ds as float32
+    Outputs: ds [T, m], dr [T], sums [m + 3, programs]; with `fragments` = K (n = 4 only) ds as float32
     fragments, kappa [T], sums, bfloat16 fragments, for boundary/backward.cu.
     """
     m = n * n + 2 * n
@@ -193,7 +287,7 @@ def backward_launch(
         outputs=(
             struct((tiles, 3, 32, 4) if fragments else (T, m)),
             struct((T,)),
-            struct((2, m, programs)),
+            struct((m + 3, programs)),
             struct((tiles, 3, 32, 8) if fragments else (1,), jnp.bfloat16),
         ),
         constants={
@@ -208,8 +302,7 @@ def backward_launch(
     )
 
 
-def parameter_gradients(sums: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """Finishes the reduction: sums of the programs [2, m, P] -> dbias [m], dalpha [3]."""
-    dbias, dalpha = sums.sum(-1)
-    factor = np.repeat(np.eye(3, dtype=np.float32), (n, n, n * n), axis=0)  # column -> its alpha
-    return dbias, (dalpha[:, None] * factor).sum(0)  # one kernel, where slices and stack are six
+def parameter_gradients(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Finishes the reduction: sums of the programs [m + 3, programs] -> dbias [m], dalpha [3]."""
+    total = sums.sum(-1)
+    return total[:-3], total[-3:]

@@ -13,7 +13,7 @@ def gates(t, T, N: tl.constexpr, TOKENS: tl.constexpr):
 
 @triton.jit
 def matrices(t, T, N: tl.constexpr, TOKENS: tl.constexpr):
-    """Returns token index, entry and mask of a tile [TOKENS, N, N]."""
-    rows = t[:, None, None]
-    entries = tl.arange(0, N)[None, :, None] * N + tl.arange(0, N)[None, None, :]
-    return rows.to(tl.int64), entries, tl.broadcast_to(rows < T, (TOKENS, N, N))
+    """Returns token index, entry and mask of a tile [N, TOKENS, N], see `sinkhorn.triton`."""
+    rows = t[None, :, None]
+    entries = tl.arange(0, N)[:, None, None] * N + tl.arange(0, N)[None, None, :]
+    return rows.to(tl.int64), entries, tl.broadcast_to(rows < T, (N, TOKENS, N))

@@ -28,15 +28,29 @@ def _sum_row(ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum_alpha(ptr, out_ptr, gate, N: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums dalpha of one gate (0 pre, 1 post, 2 res) over its N or N*N rows of COUNT numbers."""
-    length = tl.where(gate == 2, N * N, N) * COUNT
-    ptr += gate * N * COUNT
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, N * N * COUNT, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(ptr + at, mask=at < length, other=0.0)
-    tl.store(out_ptr + gate, tl.sum(total, axis=0))
+def _sum_gates(
+    ptr,
+    pre_ptr,
+    alpha_ptr,
+    bias_ptr,
+    program,
+    N: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PRE_ROWS: tl.constexpr,
+):
+    """Finishes dalpha of one gate (programs 0, 1, 2) or dbias of one column."""
+    M: tl.constexpr = N * N + 2 * N
+    column = program - 3
+    row = tl.where(column < 0, M + program, column)
+    if PRE_ROWS:
+        if (program == 0) | ((column >= 0) & (column < N)):
+            total = _sum_row(pre_ptr + tl.where(column < 0, N, column) * PRE_ROWS, PRE_ROWS, 8192)
+        else:
+            total = _sum_row(ptr + row * PROGRAMS, PROGRAMS, 8192)
+    else:
+        total = _sum_row(ptr + row * PROGRAMS, PROGRAMS, 8192)
+    tl.store(alpha_ptr + program, total, mask=column < 0)
+    tl.store(bias_ptr + column, total, mask=column >= 0)
 
 
 @triton.jit
@@ -74,16 +88,20 @@ def _sum_mappings(
     N: tl.constexpr,
     ROW: tl.constexpr,
     ENTRIES: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """Sums dh_res [T, N*N], dh_post [T, N] and what else a token has in its ROW, dh_pre [T, N].
 
-    There are SLABS partial sums [T, ROW]; it sums ENTRIES from `start` on.
+    There are SLABS partial sums [T, ROW], of which TOGETHER are loaded at a time; it sums ENTRIES from
+    `start` on.
     """
     entry = start + tl.arange(0, ENTRIES)
     mask = entry < SIZE
     total = tl.zeros((ENTRIES,), tl.float32)
-    for k in range(SLABS):
-        total += tl.load(ptr + k * SIZE + entry, mask=mask, other=0.0)
+    for first in range(0, SLABS, TOGETHER):
+        for k in tl.static_range(TOGETHER):
+            at = ptr + (first + k) * SIZE + entry
+            total += tl.load(at, mask=mask & (first + k < SLABS), other=0.0)
     token = entry // ROW
     column = entry % ROW
     tl.store(res_ptr + token * (N * N) + column, total, mask=mask & (column < N * N))
@@ -97,6 +115,7 @@ def _sum_mappings(
 def mhc_read_backward_sums(
     dphi_ptr,
     gates_ptr,
+    pre_ptr,
     weight_ptr,
     mappings_ptr,
     dphi_out_ptr,
@@ -105,10 +124,11 @@ def mhc_read_backward_sums(
     weight_out_ptr,
     res_out_ptr,
     post_out_ptr,
-    pre_out_ptr,
+    dpre_out_ptr,
     SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    PRE_ROWS: tl.constexpr,
     WEIGHT_ROWS: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
@@ -119,38 +139,38 @@ def mhc_read_backward_sums(
     ROW: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """Sums dphi [SPLITS, SIZE], gates [2, M, PROGRAMS] into dbias and dalpha, dweight [WEIGHT_ROWS, C],
+    """Sums dphi [SPLITS, SIZE], gates [M + 3, PROGRAMS] into dbias and dalpha, dweight [WEIGHT_ROWS, C],
     dh_res and dh_post (and dh_pre) [SLABS, MAPPINGS], ROW numbers a token.
 
-    A program sums a part of one of them. Programs with the most work come first.
+    With PRE_ROWS h_pre's part of gates is in an array of its own [N + 1, PRE_ROWS]. A program sums a part of
+    one of them.
     """
     M: tl.constexpr = N * N + 2 * N
     BLOCKS: tl.constexpr = (SIZE + ENTRIES - 1) // ENTRIES
     WEIGHTS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS if WEIGHT_ROWS else 0
     program = tl.program_id(0)
-    if program < 3:
-        _sum_alpha(gates_ptr + M * PROGRAMS, alpha_out_ptr, program, N, PROGRAMS, 8192)
-    elif program < 3 + M:
-        column = program - 3
-        tl.store(bias_out_ptr + column, _sum_row(gates_ptr + column * PROGRAMS, PROGRAMS, 2048))
+    if program < 3 + M:
+        _sum_gates(gates_ptr, pre_ptr, alpha_out_ptr, bias_out_ptr, program, N, PROGRAMS, PRE_ROWS)
     elif program < 3 + M + BLOCKS:
         _sum_dphi(dphi_ptr, dphi_out_ptr, (program - 3 - M) * ENTRIES, SIZE, SPLITS, ENTRIES)
     elif program < 3 + M + BLOCKS + WEIGHTS:
         start = (program - 3 - M - BLOCKS) * COLUMNS
         _sum_weight(weight_ptr, weight_out_ptr, start, WEIGHT_ROWS, C, COLUMNS)
     else:
-        start = (program - 3 - M - BLOCKS - WEIGHTS) * SUMS
+        # From the last tokens on, of which L2 has most: backward.cu wrote them last.
+        start = (tl.num_programs(0) - 1 - program) * SUMS
         _sum_mappings(
             mappings_ptr,
             res_out_ptr,
             post_out_ptr,
-            pre_out_ptr,
+            dpre_out_ptr,
             start,
             MAPPINGS,
             SLABS,
             N,
             ROW,
             SUMS,
+            8,
         )
 
 
@@ -163,11 +183,13 @@ def launch(
     slabs: int = 0,
     T: int = 0,
     look_ahead: bool = False,
+    pre_rows: int = 0,
 ) -> TritonLaunch:
     """Makes the launch of the second stage.
 
-    It sums dphi [splits, *phi], gates [2, m, programs], dweight of shape `weight` or (0, 0), and partial sums
-    of dh_res and dh_post [slabs, T, n*n + n], with `look_ahead` of dh_pre too [slabs, T, n*n + 2n].
+    It sums dphi [splits, *phi], gates [m + 3, programs] (dbias, then dalpha), dweight of shape `weight` or
+    (0, 0), and partial sums of dh_res and dh_post [slabs, T, n*n + n], with `look_ahead` of dh_pre too
+    [slabs, T, n*n + 2n]. h_pre's part of gates may be in an array of its own [n + 1, pre_rows].
     """
     m, size = n * n + 2 * n, phi[0] * phi[1]
     weight_rows, C = weight
@@ -189,6 +211,7 @@ def launch(
             "SIZE": size,
             "SPLITS": splits,
             "PROGRAMS": programs,
+            "PRE_ROWS": pre_rows,
             "WEIGHT_ROWS": weight_rows,
             "N": n,
             "C": max(1, C),
@@ -207,10 +230,14 @@ def launch(
 Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
+# Partial sums of dbias and dalpha [m + 3, programs]; or these without h_pre's, and those [n + 1, rows].
+Gates = jax.Array | tuple[jax.Array, jax.Array]
+
+
 def parameter_gradients(
-    dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, n: int
+    dphi: jax.Array, gates: Gates, dweight: jax.Array | None, n: int
 ) -> Gradients:
-    """Sums [splits, K, m], [2, m, programs], [rows, C] or None to dphi, dbias, dalpha, dweight.
+    """Sums [splits, K, m], `gates`, [rows, C] or None to dphi, dbias, dalpha, dweight.
 
     In place of dphi it takes the gradient of theta of Hyper-Connections, of any shape.
     """
@@ -219,7 +246,7 @@ def parameter_gradients(
 
 
 def all_gradients(
-    dphi: jax.Array, gates: jax.Array, dweight: jax.Array | None, mappings: jax.Array, n: int
+    dphi: jax.Array, gates: Gates, dweight: jax.Array | None, mappings: jax.Array, n: int
 ) -> tuple[Gradients, list[jax.Array]]:
     """Does `parameter_gradients`, and sums [slabs, T, n*n + n] to [dh_res [T, n, n], dh_post [T, n]].
 
@@ -232,9 +259,14 @@ def _finish(dphi, gates, dweight, mappings, n, slabs=0, T=0, row=0):
     splits, *phi = dphi.shape
     weight_shape = (0, 0) if dweight is None else dweight.shape
     look_ahead = row == n * n + 2 * n
-    call = launch(splits, tuple(phi), n, gates.shape[-1], weight_shape, slabs, T, look_ahead)
+    gates, pre, pre_rows = (
+        (*gates, gates[1].shape[-1]) if isinstance(gates, tuple) else (gates, gates, 0)
+    )
+    call = launch(
+        splits, tuple(phi), n, gates.shape[-1], weight_shape, slabs, T, look_ahead, pre_rows
+    )
     dphi, dbias, dalpha, weight, dres, dpost, dpre = call(
-        dphi, gates, dphi if dweight is None else dweight, mappings
+        dphi, gates, pre, dphi if dweight is None else dweight, mappings
     )
     gradients = dphi, dbias, dalpha, None if dweight is None else weight
     return gradients, [dres, dpost, dpre] if look_ahead else [dres, dpost]

@@ -63,6 +63,39 @@ def opaque(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """Returns 1 / x to one unit in the last place, in one instruction; x from 1e-37 to 1e37.
+
+    Triton's division takes six, for what is outside of this range.
+    """
+    if INTERPRET:
+        return 1.0 / x
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def scalars(vector, first, COUNT: tl.constexpr):
+    """Returns COUNT entries of a vector from `first` on as a tuple of scalars."""
+    entry = tl.arange(0, vector.shape[0])
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (tl.sum(tl.where(entry == first + i, vector, 0.0), axis=0),)
+    return found
+
+
+@triton.jit
+def vector(values, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Returns COUNT scalars of a tuple as a vector of SIZE, a power of two; the rest are zeros."""
+    entry = tl.arange(0, SIZE)
+    found = tl.zeros((SIZE,), tl.float32)
+    for i in tl.static_range(COUNT):
+        found = tl.where(entry == i, values[i], found)
+    return found
+
+
+@triton.jit
 def columns(start, ROWS: tl.constexpr, VEC: tl.constexpr):
     """Returns offsets start + [ROWS, VEC]: a thread holds the VEC neighbours of one row, 16 bytes.
 
@@ -78,6 +111,15 @@ def load(ptr, offsets, LIMIT: tl.constexpr, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(ptr + offsets).to(tl.float32)
     return tl.load(ptr + offsets, mask=offsets < LIMIT, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_once(ptr, offsets, LIMIT: tl.constexpr, EVEN: tl.constexpr):
+    """Does `load` of what is read once in a while: L2 gives it up before all else."""
+    if EVEN:
+        return tl.load(ptr + offsets, eviction_policy="evict_first").to(tl.float32)
+    x = tl.load(ptr + offsets, mask=offsets < LIMIT, other=0.0, eviction_policy="evict_first")
+    return x.to(tl.float32)
 
 
 @triton.jit

@@ -45,6 +45,13 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// Writes 16 bytes that nobody reads soon: L2 gives them up before all else. (Asynchronous copies have such a hint too,
+// but ptxas made an illegal instruction of it.)
+__device__ __forceinline__ void store_once(uint4* to, const uint4& v) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8. Word k of the
 // result: elements (g, 2q) and (g, 2q + 1) of matrix k.
 __device__ __forceinline__ void load_matrices(u32 (&word)[4], const void* row) {

@@ -6,12 +6,10 @@ The bytes are those of `boundary`. The forward of `hc_read` is Triton's.
 
 import jax
 
-from kernels_pallas.boundary import cuda_launches
+from kernels_pallas.boundary import cuda_launches, triton_layer_input
 from kernels_pallas.boundary.contract import ReadOut, ReadStatic, Saved, Update
-from kernels_pallas.boundary.triton import input_backward
 from kernels_pallas.gpu import device, sums
 from kernels_pallas.hc import triton
-from kernels_pallas.hc import triton_gates as gates
 from kernels_pallas.hc.contract import Parameters, empty_read
 from kernels_pallas.hc.triton import read_forward
 
@@ -43,14 +41,7 @@ def forward(
     new_streams, parts = launch(*update, cuda_launches.theta_fragments(parameters.theta), T)
     new_streams = new_streams.reshape(streams.shape)
     parts = parts.reshape(parts.shape[0], T, n, -1)
-    return new_streams, *triton.finish_read(new_streams, parts, parameters, static)
-
-
-def _to_fragments(streams, parameters, saved, d, static):
-    """Cotangent of the weighted sum, fragments, partial sums of dbias and dalpha, and of dweight."""
-    d_sum, dh_pre, d_weight = input_backward(streams, parameters, saved, d, static)
-    fragments, d_gates = gates.backward_to_fragments(parameters, saved, dh_pre, d)
-    return d_sum, fragments, d_gates, d_weight
+    return new_streams, *triton_layer_input.forward(new_streams, parts, parameters, static, hc=True)
 
 
 def read_backward(
@@ -65,7 +56,9 @@ def read_backward(
     """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return streams, parameters.no_cotangents()
-    d_sum, fragments, d_gates, d_weight = _to_fragments(streams, parameters, saved, d, static)
+    d_sum, fragments, d_gates, d_weight = triton_layer_input.backward(
+        streams, parameters, saved, d, static, hc=True
+    )
     dx, dtheta = cuda_launches.read_backward(
         streams, d_streams, d_sum, saved.h_pre, parameters.theta, fragments, hc=True
     )
@@ -86,7 +79,9 @@ def backward(
     """Returns the cotangents of the update and of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return update, parameters.no_cotangents()
-    d_sum, fragments, d_gates, d_weight = _to_fragments(new_streams, parameters, saved, d, static)
+    d_sum, fragments, d_gates, d_weight = triton_layer_input.backward(
+        new_streams, parameters, saved, d, static, hc=True
+    )
     dx, dy, d_mappings, dtheta = cuda_launches.boundary_backward(
         update, d_new, d_sum, saved.h_pre, parameters.theta, fragments, hc=True
     )

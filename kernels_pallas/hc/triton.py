@@ -6,8 +6,9 @@ In the projection a stream is a token of its own: n T rows of C entries, which s
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.boundary import triton_layer_input
 from kernels_pallas.boundary.contract import ReadOut, ReadStatic, Saved, Update
-from kernels_pallas.boundary.triton import input_backward, layer_input
+from kernels_pallas.boundary.triton import input_backward
 from kernels_pallas.gpu import device, sums
 from kernels_pallas.hc import triton_gates as gates
 from kernels_pallas.hc.contract import Parameters, empty_read
@@ -27,16 +28,6 @@ def _rows(streams: jax.Array, n: int) -> jax.Array:
     return streams.reshape(-1, streams.shape[-1] // n)
 
 
-def finish_read(
-    streams: jax.Array, parts: jax.Array, parameters: Parameters, static: ReadStatic
-) -> tuple[ReadOut, Saved]:
-    """Does a read from the projection's partial sums [splits, T, n, stride] on; T > 0."""
-    found = gates.forward(parts, parameters, eps=static.norm_eps)
-    h_pre, h_post, h_res, s, r = (x.reshape(*streams.shape[:-1], *x.shape[1:]) for x in found)
-    u = layer_input(streams, h_pre, parameters.weight, static)
-    return ReadOut(u, h_post, h_res), Saved(h_pre, s, r)
-
-
 def read_forward(
     streams: jax.Array, parameters: Parameters, *, static: ReadStatic
 ) -> tuple[ReadOut, Saved]:
@@ -46,7 +37,7 @@ def read_forward(
         return empty_read(streams, n)
     parts = projection.partial_sums(_rows(streams, n), parameters.theta.T)
     parts = parts.reshape(parts.shape[0], T, n, parts.shape[-1])
-    return finish_read(streams, parts, parameters, static)
+    return triton_layer_input.forward(streams, parts, parameters, static, hc=True)
 
 
 def _to_projection(streams, parameters, saved, d, static):

@@ -1,30 +1,28 @@
 """The step between the projection and the mappings of Hyper-Connections in Triton, both directions.
 
+Most of it runs inside of the launches of `boundary.triton_layer_input`.
+
 A tile holds tokens x streams j x rows c of theta, as the projection writes it. Its flat columns are c n + j:
 those of the bias.
 """
 
 import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 
 from kernels_pallas.boundary.contract import ReadOut, Saved
-from kernels_pallas.coefficients.triton import Fragments
 from kernels_pallas.coefficients.triton_backward import store_fragments
 from kernels_pallas.gpu import device
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
-from kernels_pallas.gpu.triton_math import exp, round_tf32
+from kernels_pallas.gpu.triton_math import exp, round_tf32, vector
 from kernels_pallas.hc.contract import Parameters
-
-_ENTRIES = 1024  # of a tile
 
 
 @triton.jit
-def _tile(T, N: tl.constexpr, NP: tl.constexpr, TOKENS: tl.constexpr, W: tl.constexpr):
+def _tile(program, T, N: tl.constexpr, NP: tl.constexpr, TOKENS: tl.constexpr, W: tl.constexpr):
     """Returns token, stream, row of theta and mask, each [TOKENS, NP, W]."""
-    t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    t = (program * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     t = tl.broadcast_to(t[:, None, None], (TOKENS, NP, W))
     j = tl.broadcast_to(tl.arange(0, NP)[None, :, None], (TOKENS, NP, W))
     c = tl.broadcast_to(tl.arange(0, W)[None, None, :], (TOKENS, NP, W))
@@ -47,7 +45,37 @@ def _tanh(x):
 
 
 @triton.jit
-def mhc_coefficients_forward_hc(
+def pre_of_parts(
+    parts_ptr,
+    bias_ptr,
+    alpha_ptr,
+    first,
+    T,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    COUNT: tl.constexpr,
+    C: tl.constexpr,
+    EPS: tl.constexpr,
+    LD: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Returns h_pre of COUNT tokens from `first` on, [COUNT * NP], as `forward_tile` writes it."""
+    entry = tl.arange(0, COUNT * NP)
+    t, j = (first + entry // NP).to(tl.int64), entry % NP
+    mask = (t < T) & (j < N)
+    s = tl.zeros((COUNT * NP,), tl.float32)
+    squares = tl.zeros((COUNT * NP,), tl.float32)
+    for k in tl.static_range(SPLITS):
+        at = parts_ptr + ((t + k * T) * N + j) * LD
+        s += tl.load(at, mask=mask, other=0.0)
+        squares += tl.load(at + 2 + N, mask=mask, other=1.0)
+    tanh, _ = _tanh(s / tl.sqrt(squares / C + EPS))
+    return tanh * tl.load(alpha_ptr) + tl.load(bias_ptr + j, mask=j < N, other=0.0)
+
+
+@triton.jit
+def forward_tile(
+    program,
     parts_ptr,
     bias_ptr,
     alpha_ptr,
@@ -66,11 +94,11 @@ def mhc_coefficients_forward_hc(
     LD: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Writes h_pre, h_post, h_res, s and r of TOKENS tokens.
+    """Writes h_pre, h_post, h_res, s and r of TOKENS tokens, those of number `program`.
 
     It reads SPLITS partial sums [SPLITS, T, N, LD] of s, in column 2 + N those of the squares.
     """
-    t, j, c, inside = _tile(T, N, NP, TOKENS, W)
+    t, j, c, inside = _tile(program, T, N, NP, TOKENS, W)
     mask = inside & (c < 3 + N)
     s = tl.zeros((TOKENS, NP, W), tl.float32)
     for k in tl.static_range(SPLITS):
@@ -91,7 +119,9 @@ def mhc_coefficients_forward_hc(
 
 
 @triton.jit
-def mhc_coefficients_backward_hc(
+def backward_tile(
+    program,
+    programs,
     s_ptr,
     r_ptr,
     alpha_ptr,
@@ -110,21 +140,27 @@ def mhc_coefficients_backward_hc(
     C: tl.constexpr,
     ROUND: tl.constexpr,
     FRAGMENTS: tl.constexpr,
+    PRE: tl.constexpr,
 ):
-    """Writes ds, dr, and a column of sums [2, M, programs] over its tokens: of dh and of dh * tanh.
+    """Writes of TOKENS tokens ds, dr, and a column of sums [M + 3, programs]: of dh, then dalpha.
 
-    With FRAGMENTS (N = 4) it writes ds as `store_fragments` lays it out, 8 columns a stream of which two are
-    zeros, and in place of dr the factors of the streams, kappa = dr / (r C).
+    These are the tokens of number `program` of `programs`. With FRAGMENTS (N = 4) it writes ds as
+    `store_fragments` lays it out, 8 columns a stream of which two are zeros, and in place of dr the factors
+    of the streams, kappa = dr / (r C). Without PRE everything that comes from dh_pre is left out.
     """
     M: tl.constexpr = N * N + 2 * N
-    programs = tl.num_programs(0)
-    t, j, c, inside = _tile(T, N, NP, TOKENS, W)
+    t, j, c, inside = _tile(program, T, N, NP, TOKENS, W)
     mask = inside & (c < 2 + N)
     row = t * N + j
     r = tl.load(r_ptr + row, mask=inside, other=1.0)
     normed = tl.load(s_ptr + row * (2 + N) + c, mask=mask, other=0.0) / r
     tanh, derivative = _tanh(normed)
-    dh = tl.load(dpre_ptr + row, mask=mask & (c == 0), other=0.0)
+    dh = tl.zeros((TOKENS, NP, W), tl.float32)
+    if PRE:
+        dh += tl.load(dpre_ptr + row, mask=mask & (c == 0), other=0.0)
+    else:
+        inside = inside & (c > 0)
+        mask = mask & (c > 0)
     dh += tl.load(dpost_ptr + row, mask=mask & (c == 1), other=0.0)
     dh += tl.load(dres_ptr + (t * N + c - 2) * N + j, mask=mask & (c >= 2), other=0.0)
     d_normed = dh * tl.load(alpha_ptr + tl.minimum(c, 2)) * derivative
@@ -138,88 +174,128 @@ def mhc_coefficients_backward_hc(
         dr /= r * C
     else:
         tl.store(ds_ptr + row * (2 + N) + c, ds, mask=mask)
-    tl.store(dr_ptr + row, dr, mask=mask & (c == 0))
+    tl.store(dr_ptr + row, dr, mask=mask & (c == 1))
+    sums_ptr += program
+    for gate in tl.static_range(3):
+        of_gate = tl.where(tl.minimum(c, 2) == gate, dh * tanh, 0.0)
+        dalpha = tl.sum(tl.sum(tl.sum(of_gate, axis=2), axis=1), axis=0)
+        tl.store(sums_ptr + (M + gate) * programs, dalpha)
     j = tl.arange(0, NP)[:, None]
     c = tl.arange(0, W)[None, :]
-    at = sums_ptr + (c * N + j) * programs + tl.program_id(0)
+    at = sums_ptr + (c * N + j) * programs
     tl.store(at, tl.sum(dh, axis=0), mask=(j < N) & (c < 2 + N))
-    tl.store(at + M * programs, tl.sum(dh * tanh, axis=0), mask=(j < N) & (c < 2 + N))
 
 
-def _sizes(n: int) -> dict[str, int]:
-    padded, columns = device.next_power_of_2(n), device.next_power_of_2(n + 3)
-    tokens = max(1, _ENTRIES // (padded * columns))
-    return {"N": n, "NP": padded, "TOKENS": tokens, "W": columns}
+@triton.jit
+def pre_backward(
+    dpre,
+    s_ptr,
+    r_ptr,
+    alpha_ptr,
+    token,
+    inside,
+    ds_ptr,
+    pairs_ptr,
+    kappa_ptr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Does the part of `backward_tile` that comes from dh_pre, of one token; writes only if `inside`.
+
+    Returns its parts of dbias (a vector) and of dalpha.
+    """
+    row = token * N + tl.arange(0, N)
+    mask = (tl.arange(0, N) < N) & inside
+    r = tl.load(r_ptr + row)
+    normed = tl.load(s_ptr + row * (2 + N)) / r
+    tanh, derivative = _tanh(normed)
+    dh = tl.where(inside, vector(dpre, N, N), 0.0)
+    d_normed = dh * tl.load(alpha_ptr) * derivative
+    column = tl.arange(0, N) * 8
+    store_fragments(round_tf32(d_normed / r), token, column, ds_ptr, pairs_ptr, mask, N)
+    dr = -(d_normed * normed) / r
+    tl.store(kappa_ptr + row, dr / (r * C), mask=mask)
+    return dh, tl.sum(dh * tanh, axis=0)
 
 
-def forward_launch(T: int, C: int, n: int, *, splits: int, stride: int, eps: float) -> TritonLaunch:
-    """Makes the launch from partial sums [splits, T, n, stride]."""
-    sizes = _sizes(n)
-    return TritonLaunch(
-        kernel=mhc_coefficients_forward_hc,
-        grid=(device.cdiv(T, sizes["TOKENS"]),),
-        outputs=(
-            struct((T, n)),
-            struct((T, n)),
-            struct((T, n, n)),
-            struct((T, n, 2 + n)),
-            struct((T, n)),
-        ),
-        constants={**sizes, "C": C, "EPS": eps, "LD": stride, "SPLITS": splits},
-        num_warps=4,
+@triton.jit
+def mhc_coefficients_backward_hc(
+    s_ptr,
+    r_ptr,
+    alpha_ptr,
+    dpre_ptr,
+    dpost_ptr,
+    dres_ptr,
+    T,
+    ds_ptr,
+    dr_ptr,
+    sums_ptr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """Does `backward_tile` of every TOKENS tokens."""
+    backward_tile(
+        tl.program_id(0),
+        tl.num_programs(0),
+        s_ptr,
+        r_ptr,
+        alpha_ptr,
+        dpre_ptr,
+        dpost_ptr,
+        dres_ptr,
+        T,
+        ds_ptr,
+        dr_ptr,
+        sums_ptr,
+        None,
+        N,
+        NP,
+        TOKENS,
+        W,
+        C,
+        ROUND,
+        False,
+        True,
     )
 
 
-def backward_launch(T: int, C: int, n: int, *, round_ds: bool, fragments: bool) -> TritonLaunch:
+def sizes(n: int, num_warps: int) -> dict[str, int]:
+    """Returns the sizes of a tile, 8 entries a thread."""
+    padded, columns = device.next_power_of_2(n), device.next_power_of_2(n + 3)
+    tokens = max(1, 256 * num_warps // (padded * columns))
+    return {"NP": padded, "TOKENS": tokens, "W": columns}
+
+
+def backward_launch(T: int, C: int, n: int, *, round_ds: bool) -> TritonLaunch:
     """Makes the launch of the backward.
 
-    Outputs: ds [T, n, 2+n], dr [T, n], sums [2, m, programs]; with `fragments` (n = 4) ds as float32
-    fragments [tiles, 4, 32, 4], kappa [T, 4], sums, bfloat16 fragments [tiles, 4, 32, 8].
+    Outputs: ds [T, n, 2+n], dr [T, n], sums [m + 3, programs].
     """
-    sizes, tiles = _sizes(n), device.cdiv(T, 16)
-    programs = device.cdiv(T, sizes["TOKENS"])
+    tile = sizes(n, num_warps=4)
+    programs = device.cdiv(T, tile["TOKENS"])
     return TritonLaunch(
         kernel=mhc_coefficients_backward_hc,
         grid=(programs,),
         outputs=(
-            struct((tiles, n, 32, 4) if fragments else (T, n, 2 + n)),
+            struct((T, n, 2 + n)),
             struct((T, n)),
-            struct((2, n * n + 2 * n, programs)),
-            struct((tiles, n, 32, 8) if fragments else (1,), jnp.bfloat16),
+            struct((n * n + 2 * n + 3, programs)),
         ),
-        constants={**sizes, "C": C, "ROUND": round_ds, "FRAGMENTS": fragments},
+        constants={"N": n, **tile, "C": C, "ROUND": round_ds},
         num_warps=4,
     )
-
-
-def forward(parts: jax.Array, parameters: Parameters, *, eps: float) -> tuple[jax.Array, ...]:
-    """Maps partial sums [splits, T, n, stride] to h_pre, h_post, h_res, s [T, n, 2+n], r [T, n]; T > 0."""
-    splits, T, n, stride = parts.shape
-    C = parameters.theta.shape[1]
-    launch = forward_launch(T, C, n, splits=splits, stride=stride, eps=eps)
-    return launch(parts, parameters.bias, parameters.alpha, T)
-
-
-def _run_backward(parameters, saved, dh_pre, d, **options):
-    *lead, n = saved.r.shape
-    launch = backward_launch(device.num_tokens(lead), parameters.theta.shape[1], n, **options)
-    operands = saved.s, saved.r, parameters.alpha, dh_pre, d.h_post, d.h_res
-    return launch(*operands, device.num_tokens(lead))
 
 
 def backward(
     parameters: Parameters, saved: Saved, dh_pre: jax.Array, d: ReadOut, *, round_ds: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns ds [T, n, 2+n] (rounded to TF32 if asked for), dr [T, n], sums [2, m, programs]; T > 0."""
-    options = {"round_ds": round_ds, "fragments": False}
-    ds, dr, sums, _ = _run_backward(parameters, saved, dh_pre, d, **options)
+    """Returns ds [T, n, 2+n] (rounded to TF32 if asked for), dr [T, n], sums [m + 3, programs]; T > 0."""
+    *lead, n = saved.r.shape
+    T = device.num_tokens(lead)
+    launch = backward_launch(T, parameters.theta.shape[1], n, round_ds=round_ds)
+    ds, dr, sums = launch(saved.s, saved.r, parameters.alpha, dh_pre, d.h_post, d.h_res, T)
     return ds, dr, sums
-
-
-def backward_to_fragments(
-    parameters: Parameters, saved: Saved, dh_pre: jax.Array, d: ReadOut
-) -> tuple[Fragments, jax.Array]:
-    """Does `backward` for boundary/backward.cu with one norm a stream; T > 0."""
-    options = {"round_ds": True, "fragments": True}
-    ds, kappa, sums, pairs = _run_backward(parameters, saved, dh_pre, d, **options)
-    return Fragments(ds, pairs, kappa), sums

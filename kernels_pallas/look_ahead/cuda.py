@@ -70,8 +70,10 @@ def backward(
     else:
         norm = triton_norm.backward(normed, d.layer_input, inverse), weight
     launch = cuda_launches.backward_launch(T, C, mix=True, look_ahead=True, norm=static.has_norm)
-    operands = *known.update, d_new, d.layer_input, known.h_pre, parameters.phi, *fragments
-    dx, dy, d_mappings, dphi, d_weight = launch(*operands, *norm, T)
+    phi = cuda_launches.phi_fragments(parameters.phi)
+    operands = *known.update, d_new, d.layer_input, known.h_pre, phi
+    pieces = fragments.ds, fragments.pairs, fragments.kappa
+    dx, dy, d_mappings, dphi, d_weight = launch(*operands, *pieces, *norm, T)
     d_parameters, (dh_res, dh_post, dh_pre) = sums.all_gradients(
         dphi, d_gates, d_weight if static.has_norm else None, d_mappings, static.n
     )

@@ -8,7 +8,7 @@ import triton.language as tl
 from kernels_pallas.gpu import device
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
-from kernels_pallas.gpu.triton_math import cast, columns, load, store
+from kernels_pallas.gpu.triton_math import cast, columns, load, load_once, store
 from kernels_pallas.shapes import check_kernel_dtype, check_unrolled_n
 
 
@@ -34,6 +34,44 @@ def mhc_pre_forward(
 
 
 @triton.jit
+def weights_backward(
+    x_ptr,
+    pre_ptr,
+    d_ptr,
+    dx_ptr,
+    token,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    VEC: tl.constexpr,
+    EVEN: tl.constexpr,
+    WRITE_DX: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Returns dh_pre[i] = <x_i, d> of one token, N numbers; if WRITE_DX, writes dx_i = h_pre[i] d."""
+    x_ptr += token * N * C
+    sums = ()
+    for _ in tl.static_range(N):
+        sums = sums + (tl.zeros((ROWS,), tl.float32),)
+    for start in tl.range(0, C, ROWS * VEC, loop_unroll_factor=UNROLL):
+        cols = columns(start, ROWS, VEC)
+        d = load(d_ptr + token * C, cols, C, EVEN)
+        new = ()
+        for i in tl.static_range(N):
+            x = load_once(x_ptr + i * C, cols, C, EVEN)
+            new = new + (sums[i] + tl.sum(x * d, axis=1),)
+        sums = new
+        if WRITE_DX:
+            for i in tl.static_range(N):
+                h = tl.load(pre_ptr + token * N + i)
+                store(dx_ptr + (token * N + i) * C, cols, h * d, C, EVEN)
+    found = ()
+    for i in tl.static_range(N):
+        found = found + (tl.sum(sums[i], axis=0),)
+    return found
+
+
+@triton.jit
 def mhc_pre_backward(
     x_ptr,
     pre_ptr,
@@ -47,33 +85,48 @@ def mhc_pre_backward(
     EVEN: tl.constexpr,
     WRITE_DX: tl.constexpr,
 ):
-    """Computes dh_pre[i] = <x_i, d> and, if WRITE_DX, dx_i = h_pre[i] d, for one token."""
+    """Computes dh_pre and, if WRITE_DX, dx for one token."""
     token = tl.program_id(0).to(tl.int64)
-    x_ptr += token * N * C
-    sums = ()
-    for _ in tl.static_range(N):
-        sums = sums + (tl.zeros((ROWS,), tl.float32),)
-    for start in range(0, C, ROWS * VEC):
-        cols = columns(start, ROWS, VEC)
-        d = load(d_ptr + token * C, cols, C, EVEN)
-        new = ()
-        for i in tl.static_range(N):
-            new = new + (sums[i] + tl.sum(load(x_ptr + i * C, cols, C, EVEN) * d, axis=1),)
-        sums = new
-        if WRITE_DX:
-            for i in tl.static_range(N):
-                h = tl.load(pre_ptr + token * N + i)
-                store(dx_ptr + (token * N + i) * C, cols, h * d, C, EVEN)
+    found = weights_backward(
+        x_ptr, pre_ptr, d_ptr, dx_ptr, token, C, N, ROWS, VEC, EVEN, WRITE_DX, 1
+    )
     for i in tl.static_range(N):
-        tl.store(dpre_ptr + token * N + i, tl.sum(sums[i], axis=0))
+        tl.store(dpre_ptr + token * N + i, found[i])
 
 
 @triton.jit
-def _weighted_sum(x_ptr, pre_ptr, cols, C: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr):
-    acc = tl.load(pre_ptr) * load(x_ptr, cols, C, EVEN)
-    for i in tl.static_range(1, N):
-        acc += tl.load(pre_ptr + i) * load(x_ptr + i * C, cols, C, EVEN)
-    return acc
+def store_layer_input(
+    x_ptr,
+    h_pre,
+    weight_ptr,
+    out_ptr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    VEC: tl.constexpr,
+    STEPS: tl.constexpr,
+    EVEN: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+):
+    """Writes sum_i h_pre[i] x_i of one token, or (NORM) its RMSNorm; the sum stays in registers."""
+    row = ()
+    squares = tl.zeros((ROWS,), tl.float32)
+    for step in tl.static_range(STEPS):
+        cols = columns(step * ROWS * VEC, ROWS, VEC)
+        u = h_pre[0] * load(x_ptr, cols, C, EVEN)
+        for i in tl.static_range(1, N):
+            u += h_pre[i] * load(x_ptr + i * C, cols, C, EVEN)
+        row = row + (u,)
+        squares += tl.sum(u * u, axis=1)
+    if NORM:
+        inverse = tl.rsqrt(tl.sum(squares, axis=0) / C + NORM_EPS)
+    for step in tl.static_range(STEPS):
+        cols = columns(step * ROWS * VEC, ROWS, VEC)
+        u = row[step]
+        if NORM:
+            u = u * inverse * load(weight_ptr, cols, C, EVEN)
+        store(out_ptr, cols, u, C, EVEN)
 
 
 @triton.jit
@@ -90,20 +143,101 @@ def mhc_pre_forward_normed(
     STEPS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Computes the RMSNorm of sum_i h_pre[i] x_i for one token; the sum stays in registers."""
+    """Computes the RMSNorm of sum_i h_pre[i] x_i for one token."""
     token = tl.program_id(0).to(tl.int64)
+    h_pre = ()
+    for i in tl.static_range(N):
+        h_pre = h_pre + (tl.load(pre_ptr + token * N + i),)
+    x_ptr += token * N * C
+    out_ptr += token * C
+    store_layer_input(x_ptr, h_pre, weight_ptr, out_ptr, C, N, ROWS, VEC, STEPS, EVEN, True, EPS)
+
+
+@triton.jit
+def zero_row(ROWS: tl.constexpr, VEC: tl.constexpr, STEPS: tl.constexpr):
+    """Returns zeros for the columns of a row: a tuple of STEPS tiles."""
     row = ()
-    squares = tl.zeros((ROWS,), tl.float32)
+    for _ in tl.static_range(STEPS):
+        row = row + (tl.zeros((ROWS, VEC), tl.float32),)
+    return row
+
+
+@triton.jit
+def weights_backward_normed(
+    x_ptr,
+    pre_ptr,
+    weight_ptr,
+    d_ptr,
+    out_ptr,
+    dweight,
+    token,
+    inside,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VEC: tl.constexpr,
+    STEPS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WRITE_DX: tl.constexpr,
+):
+    """Does the backward of the norm and of the weighted sum for one token; writes only if `inside`.
+
+    It writes dx (WRITE_DX) or the sum's cotangent. With a_i = <x_i, w d> and b_i = <x_i, h>, one pass over x
+    gives both norms' sums and dh_pre: sum h^2 = sum_i h_pre[i] b_i, sum h w d = sum_i h_pre[i] a_i.
+
+    Returns dh_pre, N numbers, and then `dweight`, STEPS tiles, with this token's part added.
+    """
+    a = ()
+    b = ()
+    for _ in tl.static_range(N):
+        a = a + (tl.zeros((ROWS,), tl.float32),)
+        b = b + (tl.zeros((ROWS,), tl.float32),)
+    row = ()
     for step in tl.static_range(STEPS):
         cols = columns(step * ROWS * VEC, ROWS, VEC)
-        h = _weighted_sum(x_ptr + token * N * C, pre_ptr + token * N, cols, C, N, EVEN)
+        wd = load(d_ptr + token * C, cols, C, EVEN) * load(weight_ptr, cols, C, EVEN)
+        x = ()
+        for i in tl.static_range(N):
+            x = x + (load_once(x_ptr + (token * N + i) * C, cols, C, EVEN),)
+        h = tl.load(pre_ptr + token * N) * x[0]
+        for i in tl.static_range(1, N):
+            h += tl.load(pre_ptr + token * N + i) * x[i]
         row = row + (h,)
-        squares += tl.sum(h * h, axis=1)
-    inverse = tl.rsqrt(tl.sum(squares, axis=0) / C + EPS)
+        new_a = ()
+        new_b = ()
+        for i in tl.static_range(N):
+            new_a = new_a + (a[i] + tl.sum(x[i] * wd, axis=1),)
+            new_b = new_b + (b[i] + tl.sum(x[i] * h, axis=1),)
+        a = new_a
+        b = new_b
+    a_sums = ()
+    b_sums = ()
+    squares = 0.0
+    product = 0.0
+    for i in tl.static_range(N):
+        a_sums = a_sums + (tl.sum(a[i], axis=0),)
+        b_sums = b_sums + (tl.sum(b[i], axis=0),)
+        h_pre = tl.load(pre_ptr + token * N + i)
+        squares += h_pre * b_sums[i]
+        product += h_pre * a_sums[i]
+    inverse = tl.rsqrt(squares / C + EPS)
+    kappa = product * inverse * inverse * inverse / C
+    found = ()
+    for i in tl.static_range(N):
+        found = found + (inverse * a_sums[i] - kappa * b_sums[i],)
     for step in tl.static_range(STEPS):
         cols = columns(step * ROWS * VEC, ROWS, VEC)
-        out = row[step] * inverse * load(weight_ptr, cols, C, EVEN)
-        store(out_ptr + token * C, cols, out, C, EVEN)
+        d = load(d_ptr + token * C, cols, C, EVEN)
+        found = found + (dweight[step] + tl.where(inside, d * row[step] * inverse, 0.0),)
+        dh = inverse * d * load(weight_ptr, cols, C, EVEN) - kappa * row[step]
+        if WRITE_DX:
+            for i in tl.static_range(N):
+                h_pre = tl.load(pre_ptr + token * N + i)
+                _store_if(out_ptr + (token * N + i) * C, cols, h_pre * dh, C, inside)
+        else:
+            _store_if(out_ptr + token * C, cols, dh, C, inside)
+    return found
 
 
 @triton.jit
@@ -126,72 +260,34 @@ def mhc_pre_backward_normed(
     TOKENS: tl.constexpr,
     WRITE_DX: tl.constexpr,
 ):
-    """Computes dh_pre, a partial dweight over TOKENS tokens, and dx (WRITE_DX) or the sum's cotangent.
-
-    With a_i = <x_i, w d> and b_i = <x_i, h>, one pass over x gives both norms' sums and dh_pre:
-    sum h^2 = sum_i h_pre[i] b_i, sum h w d = sum_i h_pre[i] a_i.
-    """
-    dweight = ()
-    for _ in tl.static_range(STEPS):
-        dweight = dweight + (tl.zeros((ROWS, VEC), tl.float32),)
+    """Computes dh_pre, a partial dweight over TOKENS tokens, and dx (WRITE_DX) or the sum's cotangent."""
+    dweight = zero_row(ROWS, VEC, STEPS)
     for k in range(TOKENS):
         token = (tl.program_id(0) + k * tl.num_programs(0)).to(tl.int64)
-        inside = (
-            token < T
-        )  # the last tokens of a program may not exist: they repeat token 0 and write nothing
+        # The last tokens of a program may not exist: they repeat token 0 and write nothing.
+        inside = token < T
         token = tl.where(inside, token, 0)
-        a = ()
-        b = ()
-        for _ in tl.static_range(N):
-            a = a + (tl.zeros((ROWS,), tl.float32),)
-            b = b + (tl.zeros((ROWS,), tl.float32),)
-        row = ()
-        for step in tl.static_range(STEPS):
-            cols = columns(step * ROWS * VEC, ROWS, VEC)
-            wd = load(d_ptr + token * C, cols, C, EVEN) * load(weight_ptr, cols, C, EVEN)
-            x = ()
-            for i in tl.static_range(N):
-                x = x + (load(x_ptr + (token * N + i) * C, cols, C, EVEN),)
-            h = tl.load(pre_ptr + token * N) * x[0]
-            for i in tl.static_range(1, N):
-                h += tl.load(pre_ptr + token * N + i) * x[i]
-            row = row + (h,)
-            new_a = ()
-            new_b = ()
-            for i in tl.static_range(N):
-                new_a = new_a + (a[i] + tl.sum(x[i] * wd, axis=1),)
-                new_b = new_b + (b[i] + tl.sum(x[i] * h, axis=1),)
-            a = new_a
-            b = new_b
-        a_sums = ()
-        b_sums = ()
-        squares = 0.0
-        product = 0.0
+        found = weights_backward_normed(
+            x_ptr,
+            pre_ptr,
+            weight_ptr,
+            d_ptr,
+            out_ptr,
+            dweight,
+            token,
+            inside,
+            C,
+            N,
+            EPS,
+            ROWS,
+            VEC,
+            STEPS,
+            EVEN,
+            WRITE_DX,
+        )
         for i in tl.static_range(N):
-            a_sums = a_sums + (tl.sum(a[i], axis=0),)
-            b_sums = b_sums + (tl.sum(b[i], axis=0),)
-            h_pre = tl.load(pre_ptr + token * N + i)
-            squares += h_pre * b_sums[i]
-            product += h_pre * a_sums[i]
-        inverse = tl.rsqrt(squares / C + EPS)
-        kappa = product * inverse * inverse * inverse / C
-        for i in tl.static_range(N):
-            dpre = inverse * a_sums[i] - kappa * b_sums[i]
-            tl.store(dpre_ptr + token * N + i, dpre, mask=inside)
-        new = ()
-        for step in tl.static_range(STEPS):
-            cols = columns(step * ROWS * VEC, ROWS, VEC)
-            d = load(d_ptr + token * C, cols, C, EVEN)
-            dweight_row = tl.where(inside, d * row[step] * inverse, 0.0)
-            new = new + (dweight[step] + dweight_row,)
-            dh = inverse * d * load(weight_ptr, cols, C, EVEN) - kappa * row[step]
-            if WRITE_DX:
-                for i in tl.static_range(N):
-                    h_pre = tl.load(pre_ptr + token * N + i)
-                    _store_if(out_ptr + (token * N + i) * C, cols, h_pre * dh, C, inside)
-            else:
-                _store_if(out_ptr + token * C, cols, dh, C, inside)
-        dweight = new
+            tl.store(dpre_ptr + token * N + i, found[i], mask=inside)
+        dweight = found[N:]
     for step in tl.static_range(STEPS):
         cols = columns(step * ROWS * VEC, ROWS, VEC)
         store(dweight_ptr + tl.program_id(0) * C, cols, dweight[step], C, EVEN)
@@ -234,11 +330,11 @@ def backward_launch(T: int, C: int, n: int, dtype, *, write_dx: bool = True) -> 
     )
 
 
-def row_blocks(C: int, itemsize: int, most_steps: int) -> tuple[dict, int]:
+def row_blocks(C: int, itemsize: int, most_steps: int, least_warps: int = 2) -> tuple[dict, int]:
     """Returns blocks for a whole row in registers, in at most `most_steps` steps, and the warps."""
     vec = 16 // itemsize
     rows = device.next_power_of_2(device.cdiv(C, vec * most_steps))
-    rows = max(64, min(rows, 1024))
+    rows = max(32 * least_warps, min(rows, 1024))
     steps = device.cdiv(C, rows * vec)
     return {"ROWS": rows, "VEC": vec, "STEPS": steps, "EVEN": C % (rows * vec) == 0}, rows // 32
 
@@ -259,10 +355,7 @@ def backward_normed_launch(
     T: int, C: int, n: int, dtype, eps: float, *, write_dx: bool
 ) -> TritonLaunch:
     """Makes the launch for x, h_pre, weight as above and d [T, C]: dh_pre, dweight parts, dx or dh."""
-    # A row and its part of dweight take 16 registers a step. With four tokens or more a program, the parts of
-    # dweight cost at most an eighth of the streams' traffic. At most 16 programs share a multiprocessor.
-    blocks, warps = row_blocks(C, dtype.itemsize, most_steps=5)
-    tokens = max(4, device.cdiv(T, device.multiprocessors() * 16))
+    blocks, warps, tokens = normed_row_blocks(T, C, dtype.itemsize)
     programs = device.cdiv(T, tokens)
     return TritonLaunch(
         kernel=mhc_pre_backward_normed,
@@ -282,6 +375,14 @@ def backward_normed_launch(
         },
         num_warps=warps,
     )
+
+
+def normed_row_blocks(T: int, C: int, itemsize: int) -> tuple[dict, int, int]:
+    """Returns blocks of a row for the backward of the norm, the warps, and the tokens of a program."""
+    # A row and its part of dweight take 16 registers a step. With four tokens or more a program, the parts of
+    # dweight cost at most an eighth of the streams' traffic. At most 16 programs share a multiprocessor.
+    blocks, warps = row_blocks(C, itemsize, most_steps=5)
+    return blocks, warps, max(4, device.cdiv(T, device.multiprocessors() * 16))
 
 
 def check(streams: jax.Array, h_pre: jax.Array, *_, **__) -> None:

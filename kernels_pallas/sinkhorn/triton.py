@@ -1,8 +1,9 @@
-"""Sinkhorn-Knopp in Triton: tiles [tokens, n, n], one thread a row of a matrix.
+"""Sinkhorn-Knopp in Triton: tiles [n, tokens, n] (row, token, column), one thread a row of a matrix.
 
 A thread holds a row (or 4 entries of it). So row sums stay in the thread, column sums are two or three
-shuffles, and one iterate costs a thread 4 registers. The backward keeps all iterates in registers (76 for
-the paper's 20 iterations) and writes nothing to memory.
+shuffles, and one iterate costs a thread 4 registers. Triton gives lanes to the columns of a tile first, then
+to its first axis and at last, with the warps, to the axis between: so no matrix is spread over warps. The
+backward keeps all iterates in registers (76 for the paper's 20 iterations) and writes nothing to memory.
 """
 
 import jax
@@ -12,7 +13,7 @@ import triton.language as tl
 from kernels_pallas.gpu import device
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
-from kernels_pallas.gpu.triton_math import exp, opaque
+from kernels_pallas.gpu.triton_math import exp, opaque, reciprocal
 
 # 40 iterates keep 160 of a thread's 255 registers.
 MAX_BACKWARD_ITERATIONS = 40
@@ -29,9 +30,9 @@ def first_iteration(logits, valid, EPS: tl.constexpr):
     """
     if valid is not None:
         logits = tl.where(valid, logits, _PAD)
-    centred = logits - tl.max(logits, axis=1, keep_dims=True)
+    centred = logits - tl.max(logits, axis=0, keep_dims=True)
     exps = exp(centred)
-    total = tl.sum(exps, axis=1, keep_dims=True)
+    total = tl.sum(exps, axis=0, keep_dims=True)
     softmax = exps / total
     if EPS > 0:
         m = softmax + EPS
@@ -47,27 +48,31 @@ def first_iteration(logits, valid, EPS: tl.constexpr):
 
 @triton.jit
 def normalise(m, valid, AXIS: tl.constexpr, EPS: tl.constexpr):
-    """Divides m by its sums + EPS along AXIS (1: columns, 2: rows); sums of padding alone count as one."""
+    """Divides m by its sums + EPS along AXIS (0: columns, 2: rows); sums of padding alone count as one."""
     return m * inverse_sums(m, valid, AXIS, EPS)
 
 
 @triton.jit
 def inverse_sums(m, valid, AXIS: tl.constexpr, EPS: tl.constexpr):
-    """Returns 1 / (sums of m + EPS) along AXIS, as an axis of length 1."""
+    """Returns 1 / (sums of m + EPS) along AXIS, as an axis of length 1.
+
+    Without EPS a sum is at least 1 / n^2: rows (columns) that have just been divided by their sums have an
+    entry of 1 / n or more, and the sum that it is divided by next is n or less.
+    """
     total = tl.sum(m, axis=AXIS, keep_dims=True)
     if EPS > 0:  # padding gets it too, so that 0 + EPS marks it below
         total += EPS
     if valid is not None:
         total = tl.where(total == EPS, 1.0, total)
-    return 1.0 / total
+    return reciprocal(total)
 
 
 @triton.jit
 def project(logits, valid, NUM_ITERATIONS: tl.constexpr, EPS: tl.constexpr):
-    """Computes h_res of the logits [tokens, n, n]."""
+    """Computes h_res of the logits [n, tokens, n]."""
     m, _ = first_iteration(logits, valid, EPS)
     for _ in range(1, NUM_ITERATIONS):
-        m = normalise(normalise(m, valid, 1, EPS), valid, 2, EPS)
+        m = normalise(normalise(m, valid, 0, EPS), valid, 2, EPS)
     return m
 
 
@@ -77,17 +82,17 @@ def project_backward(logits, d, valid, NUM_ITERATIONS: tl.constexpr, EPS: tl.con
     first, softmax = first_iteration(logits, valid, EPS)
     iterates = (first,)
     for t in tl.static_range(1, NUM_ITERATIONS):
-        m = normalise(normalise(iterates[t - 1], valid, 1, EPS), valid, 2, EPS)
+        m = normalise(normalise(iterates[t - 1], valid, 0, EPS), valid, 2, EPS)
         iterates = iterates + (m,)
     for t in tl.static_range(1, NUM_ITERATIONS):
         # Opaque, or the compiler keeps all sums of the forward too: 255 registers and spills.
         before = opaque(iterates[NUM_ITERATIONS - 1 - t])
         after_rows = iterates[NUM_ITERATIONS - t]
-        inverse_columns = inverse_sums(before, valid, 1, EPS)
+        inverse_columns = inverse_sums(before, valid, 0, EPS)
         after_columns = before * inverse_columns
         inverse_rows = inverse_sums(after_columns, valid, 2, EPS)
         d = (d - tl.sum(d * after_rows, axis=2, keep_dims=True)) * inverse_rows
-        d = (d - tl.sum(d * after_columns, axis=1, keep_dims=True)) * inverse_columns
+        d = (d - tl.sum(d * after_columns, axis=0, keep_dims=True)) * inverse_columns
     d = d - tl.sum(d * first, axis=2, keep_dims=True)
     if EPS > 0:
         m = softmax + EPS
@@ -96,17 +101,17 @@ def project_backward(logits, d, valid, NUM_ITERATIONS: tl.constexpr, EPS: tl.con
         d_log = softmax * (d * inverse_sums(m, valid, 2, EPS))
     else:
         d_log = first * d
-    return d_log - softmax * tl.sum(d_log, axis=1, keep_dims=True)
+    return d_log - softmax * tl.sum(d_log, axis=0, keep_dims=True)
 
 
 @triton.jit
 def _tile(T, N: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr):
-    """Returns offsets and mask of a tile [TOKENS, P, P] of matrices [T, N, N], and the valid entries."""
-    t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
-    i = tl.arange(0, P)[None, :, None]
+    """Returns offsets and mask of a tile [P, TOKENS, P] of matrices [T, N, N], and the valid entries."""
+    t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[None, :, None]
+    i = tl.arange(0, P)[:, None, None]
     j = tl.arange(0, P)[None, None, :]
     offsets = t.to(tl.int64) * (N * N) + i * N + j
-    valid = tl.broadcast_to((i < N) & (j < N), (TOKENS, P, P))
+    valid = tl.broadcast_to((i < N) & (j < N), (P, TOKENS, P))
     return offsets, valid & (t < T), valid
 
 
@@ -155,11 +160,7 @@ def mhc_sinkhorn_backward(
 
 
 def tokens_per_program(n: int) -> int:
-    """Returns the tokens of a program of one warp, so that a thread holds 4 entries (2 at n = 2).
-
-    With four warps Triton would lay the rows of a matrix across warps, and each column sum would go through
-    shared memory with a barrier.
-    """
+    """Returns the tokens of a program of one warp, so that a thread holds 4 entries (2 at n = 2)."""
     padded = device.next_power_of_2(n)
     return max(1, 32 * min(4, padded) // (padded * padded))
 

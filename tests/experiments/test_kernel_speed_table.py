@@ -15,14 +15,12 @@ from kernels_pallas import dispatch
 T, C, N = 520, 8, 4
 M = N * N + 2 * N
 RATE = 1e12
+# Of the first sublayer of a chain, and of each further one.
 MICROSECONDS = {
-    (1, "read"): 50.0, (1, "boundary"): 60.0, (1, "separate"): 70.0,
-    (kernel_speed.SUBLAYERS, "boundary"): 60.0 + 40 * (kernel_speed.SUBLAYERS - 1),
-    (kernel_speed.SUBLAYERS, "look-ahead"): 10.0 + 30 * (kernel_speed.SUBLAYERS - 1),
-    (kernel_speed.SUBLAYERS, "boundary+norm"): 10.0 + 42 * (kernel_speed.SUBLAYERS - 1),
-    (kernel_speed.SUBLAYERS, "look-ahead+norm"): 10.0 + 33 * (kernel_speed.SUBLAYERS - 1),
-    (kernel_speed.SUBLAYERS, "hc"): 10.0 + 41 * (kernel_speed.SUBLAYERS - 1),
-    (kernel_speed.SUBLAYERS, "hc-separate"): 10.0 + 64 * (kernel_speed.SUBLAYERS - 1),
+    "read": (50.0, 0.0), "separate": (70.0, 0.0),
+    "boundary": (60.0, 40.0), "boundary+norm": (10.0, 42.0),
+    "look-ahead": (10.0, 30.0), "look-ahead+norm": (10.0, 33.0),
+    "hc": (10.0, 41.0), "hc+norm": (10.0, 45.0), "hc-separate": (10.0, 64.0),
 }  # fmt: skip
 
 
@@ -58,7 +56,9 @@ def timed(monkeypatch):
         out = jax.eval_shape(f, *inputs[0])
         arrays = (*inputs[0], *jax.tree.leaves(out))
         found.append((f.args, sum(x.size * x.dtype.itemsize for x in arrays), copies))
-        return 1e-6 * MICROSECONDS.get(f.args[1:], 10.0)
+        count, mode = f.args[1:] or (1, None)
+        first, further = MICROSECONDS.get(mode, (10.0, 0.0))
+        return 1e-6 * (first + (count - 1) * further)
 
     monkeypatch.setattr(measure, "seconds", seconds)
     monkeypatch.setattr(measure, "temporary_bytes", lambda f, args: 12345)
@@ -93,6 +93,7 @@ def test_operations_move_what_they_read_and_write(timed, capsys):
 
 def test_table_of_the_sublayer_and_its_baselines(timed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kernel_speed, "BASELINE_SHAPES", ((T, C),))
+    monkeypatch.setattr(kernel_speed, "SUBLAYERS_OF_FEW", 2)
     monkeypatch.setattr(cases, "CASES", cases.CASES[4:6])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
@@ -119,17 +120,13 @@ def test_table_of_the_sublayer_and_its_baselines(timed, tmp_path, monkeypatch, c
     found = {
         (row["name"], row["T"]): row["us"] for row in ours if row["name"].startswith("sublayer")
     }
+    chains = {name: further for name, (_, further) in MICROSECONDS.items() if further}
+    assert set(chains) == {mode for mode, *_ in kernel_speed.CHAINS}
     assert found == pytest.approx(
         {
-            ("sublayer", T): 50,
-            ("sublayer, boundary", T): 40,  # one more of a chain
-            ("sublayer, boundary+norm", T): 42,
-            ("sublayer, look-ahead", T): 30,
-            ("sublayer, look-ahead+norm", T): 33,
-            ("sublayer, hc", T): 41,
-            ("sublayer, hc-separate", T): 64,
-            ("sublayer, separate ops", T): 70,
-            ("sublayer", 16): 50,  # few tokens: the difference of two chains would be noise
+            **{(f"sublayer, {mode}", t): us for mode, us in chains.items() for t in (T, 16)},
+            **{("sublayer", t): 50 for t in (T, 16)},
+            **{("sublayer, separate ops", t): 70 for t in (T, 16)},
         }
     )
     parameters = 12 * 4 * M * C

@@ -19,7 +19,6 @@ if importlib.util.find_spec("triton") is None:
 
 from kernels_pallas.boundary import cuda_launches
 from kernels_pallas.gpu import cuda_launch
-from kernels_pallas.precision import round_to_tf32
 from kernels_pallas.testing import emulate
 
 PACKAGE = pathlib.Path(cuda_launches.__file__).parents[1]
@@ -28,14 +27,15 @@ pytestmark = pytest.mark.gpu_interpreter
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
-def arguments(T, C, hc=False):
-    """Random x, y, h_post, h_res, g, d, h_pre, phi or theta, fragments of ds, kappa, T."""
+def arguments(T, C, hc=False, kappa_pre=False):
+    """Random x, y, h_post, h_res, g, d, h_pre, fragments of phi and of ds, kappa (twice), T."""
     rng = np.random.default_rng(0)
     tiles, chunks = -(-T // 16), 4 if hc else 3
     shapes = [(T, 4 * C), (T, C), (T, 4), (T, 16), (T, 4 * C), (T, C), (T, 4)]
-    shapes += [(6, C) if hc else (4 * C, 24), (tiles, chunks, 32, 4), (tiles, chunks, 32, 8)]
-    shapes += [(T, 4) if hc else (T,)]
-    dtypes = [BF16, BF16, F32, F32, BF16, BF16, F32, F32, F32, BF16, F32]
+    phi = (C // 64, 8, 32, 4) if hc else (C // 64, 8, 2, 3, 32, 8)
+    shapes += [phi, (tiles, chunks, 32, 4), (tiles, chunks, 32, 8)]
+    shapes += [(T, 4) if hc else (T,)] * (1 + kappa_pre)
+    dtypes = [BF16, BF16, F32, F32, BF16, BF16, F32, BF16, F32, BF16, F32, F32]
     return [*(rng.standard_normal(s).astype(d) for s, d in zip(shapes, dtypes)), T]
 
 
@@ -54,8 +54,9 @@ def long_backward(T, C, **options):
 )
 def test_results_do_not_depend_on_the_order_of_threads(mix, terms, hc):
     T, C = 16 * 7 + 5, 128
-    launch = long_backward(T, C, mix=mix, terms=terms, hc=hc)
-    first, *others = (launch.emulate(*arguments(T, C, hc), seed=seed) for seed in (0, 1, 2))
+    launch = long_backward(T, C, mix=mix, terms=terms, hc=hc, kappa_pre=True)
+    args = arguments(T, C, hc, kappa_pre=True)
+    first, *others = (launch.emulate(*args, seed=seed) for seed in (0, 1, 2))
     used = first if mix else [first[0], first[3]]  # a read has no y
     for out in used:
         assert not np.isnan(np.asarray(out, np.float32)).any()
@@ -93,8 +94,6 @@ def test_terms_of_the_sums_over_columns(T, least, most):
 def test_forward_is_the_same_for_any_order_and_number_of_programs(programs, hc):
     T, C = 300, 320  # 3 tiles of 128 tokens in 5 splits
     x, y, post, res, _, _, _, phi, *_ = arguments(T, C, hc)
-    lay_out = cuda_launches.theta_fragments if hc else cuda_launches.phi_fragments
-    phi = np.asarray(lay_out(round_to_tf32(jnp.asarray(phi))))
     launch = cuda_launches.forward_launch(T, C, hc=hc)
     assert launch.constants["SPLITS"] == 5
     mixed, parts = launch.emulate(x, y, post, res, phi, T)
@@ -127,18 +126,22 @@ def test_a_missing_barrier_is_seen(tmp_path, barrier, output):
 
 LAUNCHES = {
     "forward": cuda_launches.forward_launch(4096, 2560),
-    "backward": cuda_launches.backward_launch(4096, 2560, mix=True),
-    "backward of few tokens": cuda_launches.backward_launch(64, 2560, mix=True),
-    "backward of read": cuda_launches.backward_launch(4096, 2560, mix=False),
+    "backward": cuda_launches.backward_launch(4096, 2560, mix=True, kappa_pre=True),
+    "backward of few tokens": cuda_launches.backward_launch(64, 2560, mix=True, kappa_pre=True),
+    "backward of read": cuda_launches.backward_launch(4096, 2560, mix=False, kappa_pre=True),
     "forward of look-ahead": cuda_launches.forward_launch(4096, 2560, look_ahead=True),
     "backward of look-ahead": cuda_launches.backward_launch(4096, 2560, mix=True, look_ahead=True),
     "backward of look-ahead with norm": cuda_launches.backward_launch(
         4096, 2560, mix=True, look_ahead=True, norm=True
     ),
     "forward of HC": cuda_launches.forward_launch(4096, 2560, hc=True),
-    "backward of HC": cuda_launches.backward_launch(4096, 2560, mix=True, hc=True),
-    "backward of few tokens of HC": cuda_launches.backward_launch(64, 2560, mix=True, hc=True),
-    "backward of read of HC": cuda_launches.backward_launch(4096, 2560, mix=False, hc=True),
+    "backward of HC": cuda_launches.backward_launch(4096, 2560, mix=True, hc=True, kappa_pre=True),
+    "backward of few tokens of HC": cuda_launches.backward_launch(
+        64, 2560, mix=True, hc=True, kappa_pre=True
+    ),
+    "backward of read of HC": cuda_launches.backward_launch(
+        4096, 2560, mix=False, hc=True, kappa_pre=True
+    ),
 }
 SLOW = pytest.mark.slow
 

@@ -262,9 +262,10 @@ if HAS_TRITON:
         outputs += [s.update(shape=(2, *s.shape[1:])) for s in (dphi, dw)]
         launch = dataclasses.replace(launch, grid=(1, 2), outputs=tuple(outputs))
         tiles = -(-T // 16)
-        shapes = [(T, 4 * C), (T, C), (T, 4), (T, 16), (T, 4 * C), (T, C), (T, 4), (4 * C, 24)]
+        shapes = [(T, 4 * C), (T, C), (T, 4), (T, 16), (T, 4 * C), (T, C), (T, 4)]
+        shapes += [(C // 64, 8, 2, 3, 32, 8)]
         shapes += [(tiles, 3, 32, 4), (tiles, 3, 32, 8), (T,), (T, 4), (C,)]
-        dtypes = [BF16, BF16, F32, F32, BF16, BF16, F32, F32, F32, BF16, F32, F32, F32]
+        dtypes = [BF16, BF16, F32, F32, BF16, BF16, F32, BF16, F32, BF16, F32, F32, F32]
         rng = np.random.default_rng(0)
         args = [rng.standard_normal(s).astype(d) for s, d in zip(shapes, dtypes, strict=True)]
         first, *others = (launch.emulate(*args, T, seed=seed) for seed in (0, 1, 2))

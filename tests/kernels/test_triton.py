@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 
 import kernels_pallas as kp
+from kernels_pallas.boundary import triton_layer_input as layer_input
+from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic
 from kernels_pallas.gpu import device, sums, triton_math
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
@@ -115,17 +117,45 @@ class _Card:
 @pytest.mark.parametrize("with_weight", [False, True])
 def test_second_stage_of_the_parameter_gradients(with_weight):
     n, K, m = 2, 80, 8
-    dphi, gates = normal(0, 3, K, m), normal(1, 2, m, 8300)  # more than one block of every sum
+    dphi, gates = normal(0, 3, K, m), normal(1, m + 3, 8300)  # more than one block of every sum
     dweight = normal(2, 300, 40) if with_weight else None
-    found = sums.parameter_gradients(dphi, gates, dweight, n)
-    dbias, by_column = np.asarray(gates, np.float64).sum(-1)
-    truth = [np.asarray(dphi, np.float64).sum(0), dbias]
-    truth.append([by_column[:n].sum(), by_column[n : 2 * n].sum(), by_column[2 * n :].sum()])
+    if with_weight:  # and h_pre's part of the gates in an array of its own
+        pre, own = normal(3, n + 1, 8300), np.array([*range(n), m])
+        found = sums.parameter_gradients(dphi, (gates.at[own].set(np.nan), pre), dweight, n)
+        gates = gates.at[own].set(pre)
+    else:
+        found = sums.parameter_gradients(dphi, gates, dweight, n)
+    total = np.asarray(gates, np.float64).sum(-1)
+    truth = [np.asarray(dphi, np.float64).sum(0), total[:m], total[m:]]
     if with_weight:
         truth.append(np.asarray(dweight, np.float64).sum(0))
     assert (found[3] is not None) == with_weight
     for ours, expected in zip(found, truth):
         np.testing.assert_allclose(np.asarray(ours), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("hc", [False, True])
+def test_several_short_rows_a_program(hc, monkeypatch):
+    """Layer inputs and their backward, four and one a program."""
+    T, n, C = 4, 4, 8
+    m = n * (2 + n)
+    static = ReadStatic(n, 2, 1e-6, None)
+    shape = (1, T, n, 8) if hc else (1, T, 28)
+    x, parts = normal(0, T, n * C, dtype=BF16), normal(1, *shape) ** 2
+    parameters = Parameters(None, normal(2, m), normal(3, 3), None)
+    d = ReadOut(normal(4, T, C, dtype=BF16), normal(5, T, n), normal(6, T, n, n))
+
+    def run():
+        out, saved = layer_input.forward(x, parts, parameters, static, hc=hc)
+        _, fragments, (_, sums), _ = layer_input.backward(x, parameters, saved, d, static, hc=hc)
+        return *out, *saved, *fragments, sums.sum(1)
+
+    one = run()
+    monkeypatch.setattr(device, "multiprocessors", lambda: 0)
+    launch = layer_input.forward_launch(T, C, x.dtype, static, splits=1, stride=28)
+    assert launch.constants["COUNT"] == 4
+    for a, b in zip(one, run(), strict=True):  # NaNs are fragments of tokens that do not exist
+        np.testing.assert_allclose(np.asarray(a, F32), np.asarray(b, F32), rtol=2e-3, atol=1e-6)
 
 
 def test_batch_axes_and_vmap():

@@ -40,6 +40,8 @@ def launches(capability: int):
     """name -> (launch, pointer types of its inputs and scalars) at n = 4."""
     import jax.numpy as jnp
 
+    from kernels_pallas.boundary import triton_layer_input as layer_input
+    from kernels_pallas.boundary.contract import ReadStatic
     from kernels_pallas.coefficients import triton as coefficients
     from kernels_pallas.gpu import sums
     from kernels_pallas.hc import triton_gates
@@ -56,11 +58,12 @@ def launches(capability: int):
     yield "mappings", coefficients.forward_launch(T, n, 20), [f, f, f, f, i]
     parts = coefficients.forward_launch(T, n, 20, K=K, eps=1e-20, splits=2, stride=32)
     yield "mappings of parts", parts, [f, f, f, f, i]
-    yield "mappings backward", coefficients.backward_launch(T, n, 20, round_ds=True), [f] * 7 + [i]
     yield "finish", projection.finish_launch(T, K, m, 2, 1e-20), [f, i]
-    yield "sums", sums.launch(16, (K, m), n, 512, (2112, C)), [f] * 4
-    yield "sums with mappings", sums.launch(13, (K, m), n, 512, (2112, C), 40, T), [f] * 4
-    yield "sums of look-ahead", sums.launch(13, (K, m), n, 512, (13, C), 40, T, True), [f] * 4
+    yield "sums", sums.launch(16, (K, m), n, 512, (2112, C)), [f] * 5
+    yield "sums with mappings", sums.launch(13, (K, m), n, 512, (2112, C), 40, T), [f] * 5
+    yield "sums of look-ahead", sums.launch(13, (K, m), n, 512, (13, C), 40, T, True), [f] * 5
+    launch = sums.launch(13, (K, m), n, 512, (13, C), 40, T, pre_rows=T)
+    yield "sums of boundary", launch, [f] * 5
     bf16 = jnp.dtype(jnp.bfloat16)
     yield "norm", triton_norm.forward_launch(T, C, bf16, 1e-6), ["*bf16", f]
     yield "norm backward", triton_norm.backward_launch(T, C, bf16), ["*bf16", "*bf16", f]
@@ -71,12 +74,17 @@ def launches(capability: int):
     yield "mappings backward with eps", launch, [f] * 7 + [i]
     parts = coefficients.forward_launch(T, n, 20, K=K, eps=1e-20, splits=2, stride=28)
     yield "mappings of forward.cu", parts, [f, f, f, f, i]
-    launch = coefficients.backward_launch(T, n, 20, round_ds=True, fragments=K)
-    yield "mappings backward, fragments", launch, [f] * 7 + [i]
-    gates = triton_gates.forward_launch(T, C, n, splits=2, stride=8, eps=1e-20)
-    yield "gates of hc", gates, [f, f, f, i]
-    gates = triton_gates.backward_launch(T, C, n, round_ds=True, fragments=True)
+    gates = triton_gates.backward_launch(T, C, n, round_ds=True)
     yield "gates of hc backward", gates, [f] * 6 + [i]
+    # The forward does several short rows a program; in the backward a norm keeps a row in registers.
+    static = ReadStatic(n, 20, 1e-20, None)
+    launch = layer_input.forward_launch(4 * T, 512, bf16, static, splits=2, stride=28)
+    yield "layer input", launch, ["*bf16", f, f, f, f, i]
+    for norm, hc in ((None, False), (1e-6, False), (1e-6, True)):
+        static = ReadStatic(n, 20, 1e-20, norm)
+        launch = layer_input.backward_launch(T, C, bf16, static, hc=hc)
+        types = ["*bf16", f, f, "*bf16", f, f, f, f, f, f, i]
+        yield f"layer input backward {norm} {hc}", launch, types
     options = {"accumulate": True, "sharing": n, "capability": capability}
     launch = projection.backward_launch(n * T, C, 1, 2 + n, bf16, **options)
     yield "projection of hc backward", launch, ["*bf16", f, f, f, f, "*bf16", "*bf16", f, i]

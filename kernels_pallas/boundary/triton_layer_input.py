@@ -1,0 +1,187 @@
+"""The layer input and its backward in Triton, with the mappings in the same launch.
+
+F_pre needs h_pre alone, four sigmoids a token, which its programs compute from the projection themselves.
+h_post and h_res are read by the next sublayer's write, so the 20 iterations of Sinkhorn-Knopp run in programs
+of their own, beside the traffic of F_pre, which they would otherwise delay. Likewise the backward of h_post
+and h_res does not need dh_pre. Both kinds of programs are mixed, since Sinkhorn's alone would leave the
+memory idle. The last quarter of a launch has none of Sinkhorn's, which take long.
+
+With HC the mappings are those of Hyper-Connections (`hc.triton_gates`).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.boundary.contract import ReadOut, ReadStatic, Saved
+from kernels_pallas.boundary.triton_layer_input_kernels import (
+    mhc_layer_input_backward,
+    mhc_layer_input_forward,
+)
+from kernels_pallas.coefficients.triton import Fragments
+from kernels_pallas.gpu import device
+from kernels_pallas.gpu.launch import struct
+from kernels_pallas.gpu.triton_launch import TritonLaunch
+from kernels_pallas.hc import triton_gates as gates
+from kernels_pallas.pre.triton import blocks_of, normed_row_blocks, row_blocks
+from kernels_pallas.sinkhorn import triton as sinkhorn
+
+
+def _rate(programs: int, others: int) -> int:
+    """Returns RATE of `_share`, so that the last programs of mappings come after three quarters of all."""
+    return min(16, device.cdiv(16 * 4 * programs, 3 * (programs + others)))
+
+
+def _tokens_per_program(T: int, C: int, itemsize: int) -> int:
+    """Returns the layer inputs of a program of one warp: several if rows are short and there are many.
+
+    It divides T and leaves a multiprocessor 16 programs.
+    """
+    if C * itemsize > 2560:
+        return 1
+    programs = 16 * device.multiprocessors()
+    return next((k for k in (4, 2) if T % k == 0 and T // k >= programs), 1)
+
+
+def _mappings(n: int, warps: int, static: ReadStatic, hc: bool) -> dict:
+    """Returns the constants of the programs of mappings."""
+    tile = {"NP": n, "W": 1, "TOKENS": warps * sinkhorn.tokens_per_program(n)}
+    return {
+        "N": n,
+        "HC": hc,
+        **(gates.sizes(n, warps) if hc else tile),
+        "NUM_ITERATIONS": static.num_iterations,
+        "SINKHORN_EPS": static.sinkhorn_eps,
+    }
+
+
+def forward_launch(
+    T: int, C: int, dtype, static: ReadStatic, *, splits: int, stride: int, hc: bool = False
+) -> TritonLaunch:
+    """Makes the launch for x [T, n*C], partial sums [splits, T, stride], bias, alpha, weight [C] (any array).
+
+    Outputs: layer input [T, C], h_pre, h_post [T, n], h_res [T, n, n], s [T, m], r [T]. With `hc`
+    (Hyper-Connections) the partial sums are [splits, T, n, stride], s [T, n, 2+n] and r [T, n].
+    """
+    n = static.n
+    # The streams of a row take 4 registers a step, the layer input 8.
+    blocks, warps = row_blocks(C, dtype.itemsize, most_steps=max(1, 20 // n), least_warps=1)
+    count = _tokens_per_program(T, C, dtype.itemsize) if warps == 1 else 1
+    mappings = _mappings(n, warps, static, hc)
+    programs, rows = device.cdiv(T, mappings["TOKENS"]), T // count
+    return TritonLaunch(
+        kernel=mhc_layer_input_forward,
+        grid=(programs + rows,),
+        outputs=(
+            struct((T, C), dtype),
+            struct((T, n)),
+            struct((T, n)),
+            struct((T, n, n)),
+            struct((T, n, 2 + n) if hc else (T, n * n + 2 * n)),
+            struct((T, n) if hc else (T,)),
+        ),
+        constants={
+            "PROGRAMS": programs,
+            "RATE": _rate(programs, rows),
+            "COUNT": count,
+            **mappings,
+            "EPS": static.norm_eps,
+            "LD": stride,
+            "SPLITS": splits,
+            "PRE_EPS": static.pre_eps,
+            "C": C,
+            **blocks,
+            "NORM": static.has_norm,
+            "NORM_EPS": static.input_norm_eps or 0.0,
+        },
+        num_warps=warps,
+    )
+
+
+def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = False) -> TritonLaunch:
+    """Makes the launch for x [T, 4C], h_pre [T, 4], weight [C] (any array), d [T, C], s, r, bias, alpha,
+    dh_post [T, 4], dh_res [T, 4, 4].
+
+    Outputs: the three arrays of `Fragments`, kappa from dh_pre as kappa, `gpu.sums.Gates`, and with a norm
+    dweight [programs, C], d_sum [T, C]. With `hc` (Hyper-Connections) ds has 4 in place of 3 pieces, and
+    kappa is [T, 4].
+    """
+    n, norm, itemsize = static.n, static.has_norm, dtype.itemsize
+    if norm:
+        blocks, warps, count = normed_row_blocks(T, C, itemsize)
+    else:
+        # With one warp a token the sums end in shuffles and need no shared memory and no barrier.
+        blocks, warps = {**blocks_of(C, itemsize, rows=32), "STEPS": 1}, 1
+        count = _tokens_per_program(T, C, itemsize)
+    mappings = _mappings(n, warps, static, hc)
+    if not hc:  # half the iterates a thread, whose registers all programs pay for
+        mappings["TOKENS"] = max(1, mappings["TOKENS"] // 2)
+    programs, rows, tiles = (
+        device.cdiv(T, mappings["TOKENS"]),
+        device.cdiv(T, count),
+        device.cdiv(T, 16),
+    )
+    pieces, kappa = (n, (T, n)) if hc else (3, (T,))
+    return TritonLaunch(
+        kernel=mhc_layer_input_backward,
+        grid=(programs + rows,),
+        outputs=(
+            struct((tiles, pieces, 32, 4)),
+            struct((tiles, pieces, 32, 8), jnp.bfloat16),
+            struct(kappa),
+            struct(kappa),
+            struct((n * n + 2 * n + 3, programs)),
+            struct((n + 1, rows)),
+            struct((rows, C) if norm else (1,)),
+            struct((T, C) if norm else (1,), dtype),
+        ),
+        constants={
+            "PROGRAMS": programs,
+            "RATE": _rate(programs, rows),
+            "COUNT": count,
+            **mappings,
+            "C": C,
+            **blocks,
+            "NORM": norm,
+            "NORM_EPS": static.input_norm_eps or 0.0,
+        },
+        num_warps=warps,
+    )
+
+
+def forward(
+    streams: jax.Array, parts: jax.Array, parameters, static: ReadStatic, *, hc: bool = False
+) -> tuple[ReadOut, Saved]:
+    """Does a read from the projection's partial sums on, see `forward_launch`; T > 0."""
+    n, (*lead, K) = static.n, streams.shape
+    splits, T, *_, stride = parts.shape
+    bias, alpha, weight = parameters.bias, parameters.alpha, parameters.weight
+    launch = forward_launch(T, K // n, streams.dtype, static, splits=splits, stride=stride, hc=hc)
+    found = launch(streams, parts, bias, alpha, bias if weight is None else weight, T)
+    u, h_pre, h_post, h_res, s, r = (x.reshape(*lead, *x.shape[1:]) for x in found)
+    return ReadOut(u, h_post, h_res), Saved(h_pre, s, r)
+
+
+def backward(
+    streams: jax.Array,
+    parameters,
+    saved: Saved,
+    d: ReadOut,
+    static: ReadStatic,
+    *,
+    hc: bool = False,
+) -> tuple[jax.Array, Fragments, tuple[jax.Array, jax.Array], jax.Array | None]:
+    """Goes back to the projection in CUDA (n = 4); T > 0.
+
+    Returns:
+      The cotangent of the weighted sum, fragments, partial sums of dbias and dalpha (see `gpu.sums`), and of
+      dweight.
+    """
+    bias, alpha, weight = parameters.bias, parameters.alpha, parameters.weight
+    lead, C = d.layer_input.shape[:-1], d.layer_input.shape[-1]
+    T = device.num_tokens(lead)
+    launch = backward_launch(T, C, streams.dtype, static, hc=hc)
+    first = streams, saved.h_pre, bias if weight is None else weight, d.layer_input
+    mappings = saved.s, saved.r, bias, alpha, d.h_post, d.h_res
+    *fragments, sums, pre_sums, d_weight, d_sum = launch(*first, *mappings, T)
+    found = Fragments(*fragments), (sums, pre_sums)
+    return (d.layer_input, *found, None) if weight is None else (d_sum, *found, d_weight)
