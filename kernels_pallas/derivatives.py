@@ -126,12 +126,22 @@ class _Function(NamedTuple):
         direction = self.definition.__name__
         return dispatch.run(self.op, direction, self.implementation, *args, **dict(self.static))
 
+    def outline(self, *args):
+        """Shapes of the results, from the definition; for arguments of any type."""
+        return _outline(self, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args))
+
     def _defined(self, *args):
         if not self.order:
             return self.definition(*args, **dict(self.static))
         *primals, cotangents = args
         _, vjp = jax.vjp(self._replace(order=self.order - 1)._defined, *primals)
         return vjp(cotangents)
+
+
+@functools.cache
+def _outline(function: _Function, structs):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return jax.eval_shape(function._defined, *structs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

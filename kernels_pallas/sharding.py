@@ -239,23 +239,13 @@ def over_mesh(
       names: the axes that become Manual; by default all.
     """
     arguments, results = definition.layout  # type: ignore[attr-defined]
-    splits_tokens = axis_names(axes)
 
     def specs(shapes):
         return jax.tree.map(lambda s: PartitionSpec(*axes if s.startswith("...") else ()), shapes)
 
-    def whole(shape, x):
-        if x is None or not splits_tokens or shape.startswith("..."):
-            return x
-        # Over the axes that split tokens only: along the others every device has the same sum.
-        return jax.lax.psum(x, splits_tokens)
-
-    def body(*local):
-        return jax.tree.map(whole, results, function(*local))
-
     def call(*args):
         return jax.shard_map(
-            body,
+            summed(definition, function, axes),
             mesh=mesh,
             in_specs=specs(arguments),
             out_specs=specs(results),
@@ -266,3 +256,20 @@ def over_mesh(
         )(*args)
 
     return call
+
+
+def summed(definition: Callable, function: Callable, axes: tuple) -> Callable:
+    """`function` with gradients of parameters summed over the mesh axes that split tokens.
+
+    Args: as of `over_mesh`, inside of whose `shard_map` it runs.
+    """
+    _, results = definition.layout  # type: ignore[attr-defined]
+    splits_tokens = axis_names(axes)
+
+    def whole(shape, x):
+        if x is None or not splits_tokens or shape.startswith("..."):
+            return x
+        # Over the axes that split tokens only: along the others every device has the same sum.
+        return jax.lax.psum(x, splits_tokens)
+
+    return lambda *local: jax.tree.map(whole, results, function(*local))
