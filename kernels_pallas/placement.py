@@ -140,6 +140,16 @@ def _reshard(x, mesh, lead):
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
+def broadcast_like(x: jax.Array, other: jax.Array, axis: int) -> jax.Array:
+    """`x` with a first axis as `axis` of `other`: its size, and what splits it."""
+    wider = jnp.broadcast_to(x, (other.shape[axis], *x.shape))
+    mesh = _explicit_mesh(other)
+    if mesh is None or _axes(other)[axis] is None:
+        return wider
+    spec = PartitionSpec(_axes(other)[axis], *_axes(x))
+    return jax.sharding.reshard(wider, NamedSharding(mesh, spec))
+
+
 def call_by_type(function: Any, *args: Any):
     """Calls `function` per device of the Explicit axes that the types of its arguments name.
 
