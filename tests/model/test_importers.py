@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -363,6 +364,58 @@ def test_a_token_that_is_split_is_refused_by_name(spec):
         for call in (lambda x: MHC(x, jnp.sin), lambda x: HC(x, jnp.sin), Readout("sum", C, n)):
             with pytest.raises(ValueError, match=r"streams? \(16, \d+\) is split.*'a'.*whole"):
                 jax.eval_shape(call, x)
+
+
+def test_vmap_over_an_axis_that_is_split():
+    """A model for one sequence under vmap over a batch: each device has its own sequences, also backward."""
+    for kinds in ({"a": "Explicit", "b": "Explicit"}, {"a": "Explicit", "b": "Auto"}):
+        mesh = mesh_of(**kinds)
+        spec = NamedSharding(mesh, P("a", None, None))
+        x = jax.ShapeDtypeStruct((8, 3, n * C), jnp.float32, sharding=spec)
+        for module in (MHC, ManifoldHyperConnections(C, n, manifold=Orthogonal()), HC):
+
+            def loss(module, x):
+                return jax.vmap(lambda x: (Readout("head", C, n)(module(x, jnp.sin)) ** 2).sum())(
+                    x
+                ).sum()
+
+            with jax.sharding.use_abstract_mesh(mesh):
+                traced = jax.jit(jax.grad(loss, (0, 1))).trace(module, x)
+                of_parameters, of_x = traced.out_info
+            assert of_x.sharding.spec == P("a", None, None)
+            for got, want in zip(jax.tree.leaves(of_parameters), jax.tree.leaves(module)):
+                assert got.shape == want.shape
+
+
+def test_gradient_of_what_an_ensemble_shares():
+    """vmap over parameters alone: results that depend on the streams alone count once, not once a model."""
+    phi = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 4)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8)), jnp.float32)
+
+    def loss(phi, x):
+        s, r = kp.projection(x, phi)
+        u, h_post, _, streams = kp.read_logits(x, phi, phi[0], phi[0, :3], n=2)
+        return sum(jnp.sum(a**3) for a in (s, r, u, h_post, streams))
+
+    def each(phi, x):
+        return sum(loss(one, x) for one in phi)
+
+    def mapped(phi, x):
+        return jax.vmap(loss, (0, None))(phi, x).sum()
+
+    wanted, found = (jax.jit(jax.grad(f, (0, 1)))(phi, x) for f in (each, mapped))
+    for a, b in zip(wanted, found):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_gains_of_mappings_on_explicit_axes():
+    mesh = mesh_of(a="Explicit", b="Explicit")
+    for spec in (P(None, "a", "b"), P(None, ("a", "b"))):
+        spec = NamedSharding(mesh, P(*spec, *(None,) * (5 - len(spec))))
+        h_res = jax.ShapeDtypeStruct((3, 8, 2, n, n), jnp.float32, sharding=spec)
+        with jax.sharding.use_abstract_mesh(mesh):
+            gains = jax.eval_shape(gain_magnitudes, h_res)
+        assert gains.composite_forward.shape == (3,)
 
 
 class LinenModel(nn.Module):
