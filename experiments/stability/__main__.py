@@ -64,8 +64,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def arm_config(options: argparse.Namespace, connection: str):
     """Returns the frozen configuration of one arm."""
     name = pathlib.Path(options.config).stem  # a path, as other commands take it, or the name alone
-    command_line.check_file(f"configs/{name}.py")
-    config = importlib.import_module(f"configs.{name}").get_config()
+    try:
+        config = importlib.import_module(f"configs.{name}").get_config()
+    except ModuleNotFoundError:
+        command_line.check_file(f"configs/{name}.py")
+        raise
     config.model.connection = connection
     if options.steps is not None:
         config.steps = options.steps
