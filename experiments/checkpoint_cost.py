@@ -9,6 +9,7 @@ long `save` blocks training, how long until everything is written, reading, and 
 import functools
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -62,9 +63,14 @@ def measure(config: Config, folder: pathlib.Path, rounds: int) -> dict[str, floa
 
 def main(argv) -> None:
     config = command_line.load_config(_CONFIG)
+    if _ROUNDS.value < 1:
+        sys.exit(f"--rounds={_ROUNDS.value} must be at least 1")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = paths.local(_FOLDER.value) if _FOLDER.value else pathlib.Path(temporary)
-        found = measure(config, folder, _ROUNDS.value)
+        try:
+            folder = paths.local(_FOLDER.value) if _FOLDER.value else pathlib.Path(temporary)
+            found = measure(config, folder, _ROUNDS.value)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
     print(f"{jax.devices()[0].device_kind}, state of {units.size(found.pop('bytes'))}")
     for name, seconds in found.items():
         print(f"{name:25s} {units.duration(seconds)}")

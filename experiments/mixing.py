@@ -178,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", nargs="+", required=True, help="of trainings of hc or mhc")
     parser.add_argument("--batches", type=int, default=32, help="of the validation split (32)")
     options = parser.parse_args(arguments)
+    if options.batches < 1:
+        parser.error(f"--batches {options.batches}: at least 1")
     compilation_cache.use(True)
     try:
         results = {name: mixing(name, options.batches) for name in options.workdir}

@@ -16,10 +16,16 @@ from jax.interpreters import ad, batching, mlir
 from kernels_pallas import dispatch, placement, varying
 
 
-def custom_vjp(function: Callable, nondiff_argnums: tuple[int, ...] = ()) -> Any:
+def custom_vjp(
+    function: Callable, nondiff_argnums: tuple[int, ...] = (), several: bool = False
+) -> Any:
     """`jax.custom_vjp` whose gradients are right inside of `jax.shard_map`, and with a clear error for jvp.
 
     Use it in the same way, `defvjp` included. Arguments vary alike over Manual axes (`varying.alike`).
+
+    Args:
+      function, nondiff_argnums: as of `jax.custom_vjp`.
+      several: there are several results, all of which depend on the first array (`_mapped_alike`).
 
     Raises:
       TypeError: where a forward-mode derivative (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) is evaluated.
@@ -36,6 +42,7 @@ def custom_vjp(function: Callable, nondiff_argnums: tuple[int, ...] = ()) -> Any
     @functools.wraps(function)
     def call(*args):
         arrays = varying.alike([x for i, x in enumerate(args) if i not in nondiff_argnums])
+        arrays = _mapped_alike(arrays) if several else arrays
         mark = _mark_p.bind(*_floating(arrays), name=name)
         arrays = iter(arrays)
         return op(*(x if i in nondiff_argnums else next(arrays) for i, x in enumerate(args)), mark)
@@ -97,6 +104,42 @@ ad.primitive_jvps[_tangent_p] = _no_forward_mode
 ad.primitive_transposes[_tangent_p] = lambda _, *args, name: [ad.Zero(x.aval) for x in args]
 
 
+# The first array of an operation, which all of its results depend on. Under `jax.vmap` it has the mapped axis
+# as soon as another array has it. Else a result such as the streams that a read hands on would lack the axis
+# where parameters alone have it, and `jax.custom_vjp` would count the cotangent of such a result once for
+# each of the parameters.
+_alike_p = Primitive("mhc_mapped_alike")
+
+
+def _mapped_alike(arrays: list) -> list:
+    (first, *rest), tree = jax.tree.flatten(arrays)
+    return jax.tree.unflatten(tree, (_alike_p.bind(first, *rest), *rest)) if rest else arrays
+
+
+def _batch_alike(args, dims):
+    first, dim = args[0], dims[0]
+    if dim is None:
+        other, at = next((x, d) for x, d in zip(args, dims) if d is not None)
+        first, dim = placement.broadcast_like(first, other, at), 0
+    args = (first, *(x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args[1:], dims[1:])))
+    return _alike_p.bind(jnp.moveaxis(first, dim, 0), *args[1:]), 0
+
+
+def _jvp_alike(primals, tangents):
+    first = _alike_p.bind(*primals)
+    if isinstance(tangents[0], ad.Zero):
+        return first, ad.Zero(jax.typeof(first))
+    return first, _alike_p.bind(tangents[0], *primals[1:])
+
+
+_alike_p.def_impl(lambda first, *_: first)
+_alike_p.def_abstract_eval(lambda first, *_: first)
+mlir.register_lowering(_alike_p, lambda ctx, first, *_: [first])
+batching.primitive_batchers[_alike_p] = _batch_alike
+ad.primitive_jvps[_alike_p] = _jvp_alike
+ad.primitive_transposes[_alike_p] = lambda d, *args: [d] + [None] * (len(args) - 1)
+
+
 class _Function(NamedTuple):
     """A function that backends have, or one of its derivatives. Equal ones compile once.
 
@@ -126,12 +169,22 @@ class _Function(NamedTuple):
         direction = self.definition.__name__
         return dispatch.run(self.op, direction, self.implementation, *args, **dict(self.static))
 
+    def outline(self, *args):
+        """Shapes of the results, from the definition; for arguments of any type."""
+        return _outline(self, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args))
+
     def _defined(self, *args):
         if not self.order:
             return self.definition(*args, **dict(self.static))
         *primals, cotangents = args
         _, vjp = jax.vjp(self._replace(order=self.order - 1)._defined, *primals)
         return vjp(cotangents)
+
+
+@functools.cache
+def _outline(function: _Function, structs):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return jax.eval_shape(function._defined, *structs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

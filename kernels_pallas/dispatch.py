@@ -99,7 +99,6 @@ def implementations(op: str) -> tuple[str, ...]:
     )
 
 
-@functools.cache
 def by_op(implementation: str | None) -> dict[str, str | None]:
     """Reads None, one name, or "op=name,op=name" into a name for each operation of `OPS`.
 
@@ -108,10 +107,15 @@ def by_op(implementation: str | None) -> dict[str, str | None]:
         kernel of that name. One name for all may be missing for some operations: these raise when they are
         called.
     """
+    if implementation is not None and not isinstance(implementation, str):
+        raise ValueError(f"implementation={implementation!r} is unknown: it must be None or text")
+    return _by_op(implementation)
+
+
+@functools.cache
+def _by_op(implementation: str | None) -> dict[str, str | None]:
     if implementation is None or implementation in IMPLEMENTATIONS:
         return dict.fromkeys(OPS, implementation)
-    if not isinstance(implementation, str):
-        raise ValueError(f"implementation={implementation!r} is unknown: it must be None or text")
     names: dict[str, str | None] = {}
     given = f"implementation={implementation!r}"
     for part in implementation.split(","):

@@ -11,15 +11,22 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels_pallas import sharding
 
 
-def _axes(x: jax.Array) -> tuple:
-    """Mesh axes of each dimension by the type of `x`."""
-    spec = tuple(jax.typeof(x).sharding.spec)
-    return spec + (None,) * (jax.typeof(x).ndim - len(spec))
+def _axes(x: Any) -> tuple:
+    """Mesh axes of each dimension by the type of the array `x`, or by the type `x`."""
+    spec = tuple(_type(x).sharding.spec)
+    return spec + (None,) * (_type(x).ndim - len(spec))
+
+
+def _type(x: Any) -> jax.core.ShapedArray:
+    return x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
 
 
 def _explicit_mesh(*arrays: jax.Array | None):
@@ -133,11 +140,22 @@ def _reshard(x, mesh, lead):
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
+def broadcast_like(x: jax.Array, other: jax.Array, axis: int) -> jax.Array:
+    """`x` with a first axis as `axis` of `other`: its size, and what splits it."""
+    wider = jnp.broadcast_to(x, (other.shape[axis], *x.shape))
+    mesh = _explicit_mesh(other)
+    if mesh is None or _axes(other)[axis] is None:
+        return wider
+    spec = PartitionSpec(_axes(other)[axis], *_axes(x))
+    return jax.sharding.reshard(wider, NamedSharding(mesh, spec))
+
+
 def call_by_type(function: Any, *args: Any):
     """Calls `function` per device of the Explicit axes that the types of its arguments name.
 
     Args:
-      function: hashable, with a `layout` as `sharding.layout` gives it.
+      function: hashable, with a `layout` as `sharding.layout` gives it, and with `outline`, which returns
+        the shapes of its results.
       *args: as `aligned` returns them, the streams or what else has tokens first; None stands for a parameter
         that is not there.
     """
@@ -145,6 +163,12 @@ def call_by_type(function: Any, *args: Any):
     mesh = jax.typeof(tokens).sharding.mesh
     if not mesh.explicit_axes and not mesh.manual_axes:
         return function(*args)
+    if mesh.explicit_axes and not mesh.manual_axes:
+        flat, tree = jax.tree.flatten(args)
+        results = _placed_p.bind(
+            *flat, function=function, tree=tree, mapped=(), where=sharding.current()
+        )
+        return jax.tree.unflatten(jax.tree.structure(function.outline(*args)), results)
     lead = _axes(tokens)[: len(sharding.lead_of(function.layout[0], args))]
     return _jitted(function, mesh, lead, sharding.current())(*args)
 
@@ -159,7 +183,108 @@ def _jitted(function, mesh, lead, where):
     del where
     if not mesh.explicit_axes:
         return jax.jit(lambda *args: function(*args))
+    return jax.jit(sharding.over_mesh(function, function, mesh, lead, _explicit_names(mesh)))
+
+
+def _explicit_names(mesh) -> frozenset[str]:
+    """The Explicit axes, for `shard_map`; none, which means all, of a mesh that has no others."""
     names = frozenset(mesh.explicit_axes)
-    # Naming none means all: of a mesh that is Explicit throughout, also where vmap has taken some of them.
-    names = frozenset() if names == frozenset(mesh.axis_names) else names
-    return jax.jit(sharding.over_mesh(function, function, mesh, lead, names))
+    return frozenset() if names == frozenset(mesh.axis_names) else names
+
+
+# `call_by_type` on Explicit axes. It is a primitive for the sake of `jax.vmap`: JAX's own rule for a
+# `shard_map` gathers an axis of vmap that a mesh axis splits, and gives cotangents another type than the
+# arguments have.
+_placed_p = Primitive("mhc_placed")
+_placed_p.multiple_results = True
+
+
+@functools.cache
+def _per_device(function, tree, mapped, axes, lead, mesh, where):
+    """One program of flat arrays that runs `function` on each device of Explicit axes.
+
+    Args:
+      tree: of the arguments.
+      mapped: of each axis of vmap, the innermost first, whether the arrays have it. They have it in front.
+      axes: mesh axes that split each of them.
+      lead: mesh axes that split the leading axes of tokens.
+      where: see `_jitted`.
+    """
+    del where
+    shapes, results = function.layout
+    levels = [jax.tree.unflatten(tree, level) for level in mapped]
+
+    def spec(tokens, used):
+        outer = [axis for axis, use in zip(reversed(axes), reversed(used)) if use]
+        return PartitionSpec(*outer, *(lead if tokens else ()))
+
+    def of_argument(shape, x, *used):
+        return None if x is None else spec(shape.startswith("..."), used)
+
+    def run(*flat):
+        args = jax.tree.unflatten(tree, flat)
+        specs = jax.tree.map(of_argument, shapes, args, *levels)
+        call = sharding.summed(function, function, lead)
+        for level in levels:
+            call = jax.vmap(call, in_axes=jax.tree.map(lambda use: 0 if use else None, level))
+        everywhere = (True,) * len(mapped)
+        out_specs = jax.tree.map(lambda s: spec(s.startswith("..."), everywhere), results)
+        args = jax.tree.map(
+            lambda s, x: jax.sharding.reshard(x, NamedSharding(mesh, s)), specs, args,
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )  # fmt: skip
+        out = jax.shard_map(
+            call,
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=out_specs,
+            axis_names=_explicit_names(mesh),
+            check_vma=False,
+        )(*args)
+        return jax.tree.leaves(out)
+
+    return jax.jit(run)
+
+
+def _program(flat, function, tree, mapped, where):
+    """`_per_device` for arrays, or types, of these types."""
+    spec = [_axes(x) for x in flat]
+
+    def depth(k, levels):
+        return sum(level[k] for level in levels)
+
+    axes = []
+    for number, level in enumerate(mapped):
+        found = (spec[k][depth(k, mapped[number + 1 :])] for k in range(len(flat)) if level[k])
+        axes.append(next((axis for axis in found if axis is not None), None))
+    first = depth(0, mapped)
+    tokens = _type(flat[0]).ndim - sharding.num_trailing(jax.tree.leaves(function.layout[0])[0])
+    mesh = _type(flat[0]).sharding.mesh
+    return _per_device(function, tree, mapped, tuple(axes), spec[0][first:tokens], mesh, where)
+
+
+def _placed(*flat, **how):
+    return _program(flat, **how)(*flat)
+
+
+def _traced(flat, how):
+    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in flat]
+    return _program(flat, **how).trace(*structs).jaxpr
+
+
+def _batch_placed(args, dims, *, mapped, **how):
+    args = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims)]
+    level = tuple(d is not None for d in dims)
+    results = _placed_p.bind(*args, mapped=(*mapped, level), **how)
+    return results, [0] * len(results)
+
+
+def _lower_placed(ctx, *args, **how):
+    traced = jaxpr_as_fun(_traced(ctx.avals_in, how))
+    return mlir.lower_fun(traced, multiple_results=True)(ctx, *args)
+
+
+_placed_p.def_impl(_placed)
+_placed_p.def_abstract_eval(lambda *flat, **how: _traced(flat, how).out_avals)
+batching.primitive_batchers[_placed_p] = _batch_placed
+mlir.register_lowering(_placed_p, _lower_placed)

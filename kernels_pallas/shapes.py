@@ -27,7 +27,7 @@ def check_size(width: int, n: int) -> None:
         ("n", "number of streams", n),
         ("width", "width C of a stream", width),
     ):
-        if not isinstance(value, numbers.Integral):
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name}={value!r}: the {what} must be an integer")
         if value < 1:
             raise ValueError(f"{name}={value}: the {what} must be at least 1")
@@ -58,11 +58,11 @@ def check_streams(streams: jax.Array, n: int) -> int:
 
     Raises:
       ValueError: n < 1 or the last axis is not a multiple of n.
-      TypeError: not an array, or a dtype other than bfloat16, float32 (float64 under jax_enable_x64).
+      TypeError: n is no integer; not an array, or a dtype other than bfloat16, float32 (float64 under
+        jax_enable_x64).
     """
     check_floating(streams=streams)
-    if n < 1:
-        raise ValueError(f"n={n}: the number of streams must be at least 1")
+    check_size(1, n)
     if streams.ndim < 1 or streams.shape[-1] % n or not streams.shape[-1]:
         raise ValueError(f"streams {streams.shape}: the last axis must be n*C, a multiple of n={n}")
     if streams.dtype not in STREAM_DTYPES:
@@ -111,9 +111,9 @@ def check_update(
 
 def check_phi(streams: jax.Array, phi: jax.Array, num_columns: int | None = None) -> None:
     """Raises ValueError unless `phi` has a row for each entry of a token, and `num_columns` columns."""
-    columns = phi.shape[1:] if num_columns is None else (num_columns,)
-    if phi.ndim != 2 or phi.shape[1:] != columns:
-        raise ValueError(f"phi has shape {phi.shape}, expected {(streams.shape[-1], *columns[:1])}")
+    if phi.ndim != 2 or num_columns not in (None, phi.shape[1]):
+        columns = "m" if num_columns is None else num_columns
+        raise ValueError(f"phi has shape {phi.shape}, expected ({streams.shape[-1]}, {columns})")
     if phi.shape[0] != streams.shape[-1]:
         raise ValueError(
             f"streams {streams.shape} and phi {phi.shape} do not fit: the last axis of the streams is n*C, "

@@ -95,12 +95,29 @@ def token_sharding(
 
     Args:
       mesh: the devices of the program.
-      *axes: mesh axes of the first, second ... leading dimension of the streams; None: not split.
+      *axes: mesh axes of the first, second ... leading dimension of the streams; None: not split. One
+        `PartitionSpec` stands for all of them.
 
     Raises:
-      ValueError: an axis that the mesh does not have.
+      TypeError: no mesh, or an axis that is neither a name, names nor None.
+      ValueError: an axis that the mesh does not have, or one that splits two dimensions.
     """
-    for axis in axis_names(axes):
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(
+            f"mesh is a {type(mesh).__name__}: use a jax.sharding.Mesh, of jax.make_mesh"
+        )
+    if len(axes) == 1 and isinstance(axes[0], PartitionSpec):
+        axes = tuple(axes[0])
+    for group in axes:
+        names = group if isinstance(group, tuple) else (group,)
+        if group is not None and not all(isinstance(name, str) for name in names):
+            raise TypeError(
+                f"axis {group!r}: use the name of a mesh axis, a tuple of names, or None"
+            )
+    used = axis_names(axes)
+    for axis in used:
+        if used.count(axis) > 1:
+            raise ValueError(f"axis {axis!r} is named twice: it splits one dimension")
         if axis not in mesh.axis_names:
             raise ValueError(
                 f"axis {axis!r} is not one of the mesh's: {', '.join(mesh.axis_names)}"
@@ -222,23 +239,13 @@ def over_mesh(
       names: the axes that become Manual; by default all.
     """
     arguments, results = definition.layout  # type: ignore[attr-defined]
-    splits_tokens = axis_names(axes)
 
     def specs(shapes):
         return jax.tree.map(lambda s: PartitionSpec(*axes if s.startswith("...") else ()), shapes)
 
-    def whole(shape, x):
-        if x is None or not splits_tokens or shape.startswith("..."):
-            return x
-        # Over the axes that split tokens only: along the others every device has the same sum.
-        return jax.lax.psum(x, splits_tokens)
-
-    def body(*local):
-        return jax.tree.map(whole, results, function(*local))
-
     def call(*args):
         return jax.shard_map(
-            body,
+            summed(definition, function, axes),
             mesh=mesh,
             in_specs=specs(arguments),
             out_specs=specs(results),
@@ -249,3 +256,20 @@ def over_mesh(
         )(*args)
 
     return call
+
+
+def summed(definition: Callable, function: Callable, axes: tuple) -> Callable:
+    """`function` with gradients of parameters summed over the mesh axes that split tokens.
+
+    Args: as of `over_mesh`, inside of whose `shard_map` it runs.
+    """
+    _, results = definition.layout  # type: ignore[attr-defined]
+    splits_tokens = axis_names(axes)
+
+    def whole(shape, x):
+        if x is None or not splits_tokens or shape.startswith("..."):
+            return x
+        # Over the axes that split tokens only: along the others every device has the same sum.
+        return jax.lax.psum(x, splits_tokens)
+
+    return lambda *local: jax.tree.map(whole, results, function(*local))

@@ -9,9 +9,8 @@ connection it has. A model that scans over its sublayers carries the write of a 
 update and lets the next connection do it (`boundary`), so that write and next read can be one kernel.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,9 +31,20 @@ from kernels_pallas.shapes import (
     check_width,
 )
 from mhc_jax.analysis.collect import expect, report
+from mhc_jax.arguments import (
+    check_gap,
+    check_implementation,
+    check_layer,
+    check_mappings,
+    check_norm,
+    check_sublayer_index,
+    check_switches,
+    make_manifold,
+    no_linen_modules_inside,
+)
 from mhc_jax.initialisation import hc_alpha, mhc_alpha, read_logit
 from mhc_jax.layers import RMSNorm
-from mhc_jax.manifolds import MANIFOLDS, Birkhoff, Identity, Manifold
+from mhc_jax.manifolds import Birkhoff, Identity, Manifold
 
 
 class Mappings(NamedTuple):
@@ -64,15 +74,26 @@ class Pending(NamedTuple):
     mappings: Any
 
 
+def check_pending(pending: Pending) -> None:
+    """Raises TypeError for what is no `Pending`, as the streams alone."""
+    if not isinstance(pending, Pending):
+        raise TypeError(
+            f"pending is a {type(pending).__name__}: use Pending(streams, None, None), or what "
+            "connection.begin(streams) returns"
+        )
+
+
 def expand(x: jax.Array, n: int) -> jax.Array:
     """Replicates the embedding into n streams: `[..., C]` -> `[..., n*C]`."""
     check_floating(x=x)
+    if not x.ndim:
+        raise ValueError("x has shape (): widen an array [..., C]")
     check_size(x.shape[-1], n)
     return jnp.concatenate([x] * n, axis=-1)
 
 
 class Connection(nnx.Module):
-    """What the three connections share. `n` is the number of streams."""
+    """What all connections share. `n` is the number of streams."""
 
     n: int
 
@@ -101,6 +122,7 @@ class Connection(nnx.Module):
         self, pending: Pending, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
         """Does the pending write, if there is one, then reads for this sublayer; see `read`."""
+        check_pending(pending)
         if pending.layer_output is None:
             return self.read(pending.streams, norm)
         return self.read(self.post(*pending), norm)
@@ -111,6 +133,7 @@ class Connection(nnx.Module):
 
     def settle(self, pending: Pending) -> Pending:
         """Does the pending write, if there is one, by itself: returns what the next sublayer reads."""
+        check_pending(pending)
         if pending.layer_output is None:
             return pending
         return Pending(self.post(*pending), None, None)
@@ -131,6 +154,7 @@ class Connection(nnx.Module):
 
     def __call__(self, streams: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Runs one sublayer (Eq. 3) around any callable `[..., C]` -> `[..., C]` with its own pre-norm."""
+        check_layer(layer)
         streams, layer_input, mappings = self.read(streams)
         with no_linen_modules_inside():
             layer_output = layer(layer_input)
@@ -172,6 +196,14 @@ class _WideConnection(Connection):
     bias: nnx.Param
     alpha: nnx.Param
 
+    def _set(self, width, n, norm_eps, phi_precision, implementation) -> None:
+        """Checks and sets what both constructors take."""
+        check_size(width, n)
+        check_phi_precision(phi_precision)
+        self.width, self.n, self.phi_precision = width, n, phi_precision
+        self.norm_eps = check_eps("norm_eps", norm_eps)
+        self.implementation = check_implementation(implementation)
+
     def _operations(self) -> tuple[Callable, Callable]:
         """Returns the operations of a read, and of a write with the read behind it."""
         raise NotImplementedError
@@ -193,18 +225,21 @@ class _WideConnection(Connection):
     def boundary(
         self, pending: Pending, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
+        check_pending(pending)
         if pending.layer_output is None:
             return self.read(pending.streams, norm)
         streams, layer_output, written = pending
         check_width(streams, self.n, self.width)
+        check_mappings(written)
         _, boundary = self._operations()
-        return self._finish(*boundary(streams, layer_output, *written, **self._arguments(norm)))
+        return self._finish(*boundary(streams, layer_output, *written[:2], **self._arguments(norm)))
 
     def _finish(self, layer_input, h_post, h_res, streams):
         return streams, layer_input, Mappings(h_post, report(self, h_res, streams))
 
     def _arguments(self, norm: RMSNorm | None) -> dict:
         """Returns what the fused operations need beside the streams."""
+        check_norm(norm)
         bias, alpha = self._bias_and_alpha()
         return {
             "bias": bias,
@@ -230,6 +265,7 @@ class _WideConnection(Connection):
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
         check_width(streams, self.n, self.width)
+        check_mappings(mappings)
         h_post, h_res = mappings[:2]  # of either kind of mappings, and of a plain tuple
         return kernels.post_res(
             streams, layer_output, h_post, h_res, implementation=self.implementation
@@ -277,11 +313,9 @@ class HyperConnections(_WideConnection):
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
-        check_size(width, n)
-        check_phi_precision(phi_precision)
-        self.width = width
-        self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
-        self.phi_precision = phi_precision
+        self._set(width, n, norm_eps, phi_precision, implementation)
+        check_sublayer_index(sublayer_index)
+        check_switches(use_pre=use_pre, use_post=use_post, use_res=use_res)
         expect(self)
         self.use_pre, self.use_post, self.use_res = use_pre, use_post, use_res
         one_hot = jax.nn.one_hot(sublayer_index % n, n, dtype=jnp.float32)
@@ -344,8 +378,9 @@ class ManifoldHyperConnections(_WideConnection):
       rngs: not used, since no parameter starts from random numbers.
 
     Raises:
-      ValueError: width < 1, n < 1, a negative pre_eps, a manifold that does not exist for n streams, or so
-        many streams that h_pre cannot sum to 1 at this gap.
+      ValueError: a number out of its range, a manifold that does not exist for n streams, an implementation
+        that does not exist, or so many streams that h_pre cannot sum to 1 at this gap.
+      TypeError: an argument of another type.
     """
 
     def __init__(
@@ -369,23 +404,16 @@ class ManifoldHyperConnections(_WideConnection):
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
-        check_size(width, n)
-        check_phi_precision(phi_precision)
-        self.width = width
-        self.n, self.norm_eps, self.implementation = n, norm_eps, implementation
-        self.phi_precision = phi_precision
+        self._set(width, n, norm_eps, phi_precision, implementation)
+        check_sublayer_index(sublayer_index)
+        check_switches(use_pre=use_pre, use_post=use_post, use_res=use_res, static_res=static_res)
         self.pre_eps = check_eps("pre_eps", pre_eps)
         expect(self)
-        self.manifold = Birkhoff() if manifold is None else manifold
-        if isinstance(manifold, str):
-            known = f"{MANIFOLDS[manifold].__name__}()" if manifold in MANIFOLDS else ""
-            raise TypeError(f"{manifold=} is a name: use {known or 'an instance, as Birkhoff()'}")
-        if isinstance(self.manifold, type):
-            raise TypeError(f"manifold is the class {manifold.__name__}: use {manifold.__name__}()")
-        if not use_res:
-            self.manifold = Identity()
+        manifold = make_manifold(manifold)
+        self.manifold = manifold if use_res else Identity()
         self.use_pre, self.use_post, self.use_res = use_pre, use_post, use_res
         self.static_res = static_res
+        res_gap = check_gap("res_init_gap", res_init_gap)
         columns = 2 * n + (0 if static_res else self.manifold.num_logits(n))
         self.phi = nnx.Param(jnp.zeros((n * width, columns), jnp.float32))
         self.alpha = nnx.Param(jnp.full(3, mhc_alpha(alpha_init, n, width), jnp.float32))
@@ -394,7 +422,7 @@ class ManifoldHyperConnections(_WideConnection):
                 [
                     _initial_read_logits(n, pre_init_gap, sublayer_index),
                     jnp.zeros(n, jnp.float32),
-                    self.manifold.initial_logits(n, res_init_gap).astype(jnp.float32),
+                    self.manifold.initial_logits(n, res_gap).astype(jnp.float32),
                 ]
             )
         )
@@ -441,31 +469,9 @@ class ManifoldHyperConnections(_WideConnection):
         return found
 
 
-@contextlib.contextmanager
-def no_linen_modules_inside() -> Iterator[None]:
-    """Raises ValueError if a layer makes Linen modules inside a connection that the bridge called.
-
-    They would become parameters of the bridge's module, and `apply` would not find them in ours.
-    """
-    find = getattr(nnx.bridge.wrappers, "current_linen_module", lambda: None)
-    module = find()
-    if not isinstance(module, nnx.bridge.ToLinen):
-        yield
-        return
-    before = set(module.variables.get("params", ()))
-    yield
-    inside = set(module.variables.get("params", ())) - before
-    if inside:
-        raise ValueError(
-            f"the layer made Linen modules ({', '.join(sorted(inside))}) while the connection called it: "
-            "make them before (dense = nn.Dense(...); connection(streams, dense)), or call `pre`, the layer "
-            "and `post`"
-        )
-
-
 def _initial_read_logits(n: int, gap: float, sublayer_index: int | jax.Array) -> jax.Array:
     """Returns the `[n]` logits of h_pre: all -gap but one, which makes the sigmoids sum to 1."""
-    read = read_logit(n, gap)
+    read = read_logit(n, check_gap("pre_init_gap", gap))
     logits = jnp.where(jnp.arange(n) == sublayer_index % n, read, -gap)
     return logits.astype(jnp.float32)
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from kernels_pallas.placement import whole
 from mhc_jax import paths
 from mhc_jax.gain_sums import GainSums, gain_sums, tokens_at_once
 
@@ -178,6 +179,10 @@ def as_mappings(h_res: Any) -> jax.Array:
     shape = h_res.shape
     if len(shape) < 3 or shape[-1] != shape[-2] or 0 in shape:
         raise ValueError(f"h_res must be [L, ..., n, n] and not empty, got {shape}")
+    if isinstance(
+        h_res, jax.Array
+    ):  # of Explicit axes: a reshape cannot merge tokens that are split
+        h_res = whole(h_res)
     return h_res.reshape(shape[0], -1, *shape[-2:])
 
 

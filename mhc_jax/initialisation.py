@@ -1,6 +1,7 @@
 """Sets the gating factors alpha at the start, by the width of the streams, and the logits of h_pre."""
 
 import math
+import numbers
 
 AUTO = "auto"
 
@@ -59,8 +60,8 @@ def read_logit(n: int, gap: float) -> float:
 
 
 def _number(alpha_init: float | str, auto: float) -> float:
-    if alpha_init == AUTO:
+    if isinstance(alpha_init, str) and alpha_init == AUTO:
         return auto
-    if isinstance(alpha_init, str) or not math.isfinite(alpha_init):
+    if not isinstance(alpha_init, numbers.Real) or not math.isfinite(alpha_init):
         raise ValueError(f"alpha_init={alpha_init!r} must be a finite number or {AUTO!r}")
     return float(alpha_init)

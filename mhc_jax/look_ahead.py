@@ -28,7 +28,13 @@ from kernels_pallas.placement import whole
 from kernels_pallas.precision import wide_dtype
 from kernels_pallas.shapes import check_floating, check_shape, check_streams, check_width
 from mhc_jax.analysis.collect import report
-from mhc_jax.connections import ManifoldHyperConnections, Pending, no_linen_modules_inside
+from mhc_jax.arguments import (
+    check_layer,
+    check_norm,
+    check_sublayer_index,
+    no_linen_modules_inside,
+)
+from mhc_jax.connections import ManifoldHyperConnections, Pending, check_pending
 from mhc_jax.layers import RMSNorm
 
 
@@ -81,6 +87,7 @@ class LookAheadConnections(ManifoldHyperConnections):
     """
 
     def __init__(self, width: int, n: int = 4, *, sublayer_index: int | jax.Array = 0, **options):
+        check_sublayer_index(sublayer_index)
         super().__init__(width, n, sublayer_index=sublayer_index + 1, **options)
 
     def start(self, streams: jax.Array) -> Pending:
@@ -122,6 +129,7 @@ class LookAheadConnections(ManifoldHyperConnections):
                 "before, the first with mhc_jax.first_pre(streams, n)"
             )
         check_width(streams, self.n, self.width)
+        check_norm(norm)
         check_floating(h_pre=h_pre)
         check_shape("h_pre", h_pre, (*streams.shape[:-1], self.n))
         next_pre, h_post, h_res = self._mappings(streams)
@@ -151,10 +159,14 @@ class LookAheadConnections(ManifoldHyperConnections):
     def boundary(
         self, pending: Pending, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, LookAheadMappings]:
+        check_pending(pending)
         streams, layer_output, known = pending
-        if known is None:
+        if not isinstance(known, LookAheadMappings):
+            found = (
+                "no mappings" if known is None else f"{type(known).__name__} of another connection"
+            )
             raise TypeError(
-                "the pending update has no mappings: with look-ahead pre a model begins with "
+                f"the pending update has {found}: with look-ahead pre a model begins with "
                 "connection.begin(streams) or connection.start(streams)"
             )
         if layer_output is None:
@@ -175,6 +187,7 @@ class LookAheadConnections(ManifoldHyperConnections):
         h_pre: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Runs one sublayer; returns the streams and `next_pre`. Raises TypeError without h_pre."""
+        check_layer(layer)
         streams, layer_input, mappings = self.read(streams, h_pre=h_pre)
         with no_linen_modules_inside():
             layer_output = layer(layer_input)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import numbers
 from typing import Protocol
 
 import jax
@@ -217,8 +218,8 @@ class Orthogonal:
     limit: float = 8.0
 
     def __post_init__(self):
-        if not 0 < self.limit < math.inf:
-            raise ValueError(f"limit={self.limit} must be positive and finite")
+        if not isinstance(self.limit, numbers.Real) or not 0 < self.limit < math.inf:
+            raise ValueError(f"limit={self.limit!r} must be positive and finite")
 
     def num_logits(self, n: int) -> int:
         return n * (n - 1) // 2

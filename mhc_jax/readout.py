@@ -9,6 +9,7 @@ from kernels_pallas.conventions import check_eps
 from kernels_pallas.placement import whole
 from kernels_pallas.projection import check_phi_precision
 from kernels_pallas.shapes import check_floating, check_shape, check_size, check_width
+from mhc_jax.arguments import check_implementation
 from mhc_jax.initialisation import mhc_alpha
 
 READOUTS = ("sum", "mean", "head")
@@ -57,8 +58,9 @@ class Readout(nnx.Module):
             raise ValueError(f"readout={kind!r} is unknown: use one of {', '.join(kinds)}")
         check_size(width, n)
         check_phi_precision(phi_precision)
-        self.kind, self.n, self.norm_eps, self.implementation = kind, n, norm_eps, implementation
-        self.width, self.phi_precision = width, phi_precision
+        self.kind, self.width, self.n, self.phi_precision = kind, width, n, phi_precision
+        self.norm_eps = check_eps("norm_eps", norm_eps)
+        self.implementation = check_implementation(implementation)
         self.eps = check_eps("eps", eps)
         if eps and kind != "head":
             raise ValueError(f"eps={eps} is the head's: a read-out by {kind} has none")

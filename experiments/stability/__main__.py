@@ -23,7 +23,7 @@ from experiments import record, report
 from experiments.output import user_path
 from experiments.reproduction.tables import format_table, mean_and_error
 from experiments.verdict import verdict
-from mhc_jax import compilation_cache
+from mhc_jax import command_line, compilation_cache
 from mhc_jax.analysis.runs import read_arms
 from mhc_jax.config import CONNECTIONS, from_dict
 from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
@@ -39,7 +39,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/stability"),
                         help="folder of the three workdirs and of report.html")  # fmt: skip
-    parser.add_argument("--config", default="small_cpu", help="name of a file of configs/")
+    parser.add_argument(
+        "--config", default="small_cpu", help="a file of configs/, as mhc or configs/mhc.py"
+    )
     parser.add_argument("--steps", type=int, help="updates of each arm (default: the config's)")
     parser.add_argument("--num_blocks", type=int, help="depth (default: the config's)")
     parser.add_argument("--learning_rate", type=float, help="peak (default: the config's)")
@@ -61,7 +63,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def arm_config(options: argparse.Namespace, connection: str):
     """Returns the frozen configuration of one arm."""
-    config = importlib.import_module(f"configs.{options.config}").get_config()
+    name = pathlib.Path(options.config).stem  # a path, as other commands take it, or the name alone
+    try:
+        config = importlib.import_module(f"configs.{name}").get_config()
+    except ModuleNotFoundError:
+        command_line.check_file(f"configs/{name}.py")
+        raise
     config.model.connection = connection
     if options.steps is not None:
         config.steps = options.steps
@@ -143,7 +150,7 @@ def run_seeds(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         first = arm_config(options, options.arms[0]).seed
         for arm in options.arms:
             arm_config(options, arm)
-    except (ValueError, TypeError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
     if options.seeds < 1:
         raise BadInput(f"--seeds {options.seeds} must be at least 1")

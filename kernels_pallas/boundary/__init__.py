@@ -48,6 +48,7 @@ def cast_parameters(streams, width, parameters, columns, phi_precision, static):
     """
     phi, bias, alpha, weight = parameters
     check_floating(bias=bias, alpha=alpha)
+    conventions.check_eps("norm_eps", static.norm_eps)
     check_shape("bias", bias, (columns,))
     check_shape("alpha", alpha, (3,))
     dtype = wide_dtype(streams.dtype)
@@ -55,7 +56,7 @@ def cast_parameters(streams, width, parameters, columns, phi_precision, static):
         rounded(streams, phi.astype(dtype), phi_precision),
         bias.astype(dtype),
         alpha.astype(dtype),
-        check_norm(weight, static.input_norm_eps, width, dtype),
+        check_norm(weight, static.input_norm_eps, width, dtype, "input_norm"),
     )
 
 

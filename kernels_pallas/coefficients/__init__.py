@@ -7,7 +7,8 @@ import jax
 from kernels_pallas import conventions, placement
 from kernels_pallas.coefficients import reference
 from kernels_pallas.derivatives import custom_vjp, run
-from kernels_pallas.shapes import check_floating, check_shape, num_columns
+from kernels_pallas.precision import wide_dtype
+from kernels_pallas.shapes import check_floating, check_shape, check_size, num_columns
 from kernels_pallas.sinkhorn import check_sinkhorn
 
 
@@ -17,7 +18,7 @@ def _run(definition, static, *args):
     return run("coefficients", definition, implementation, *args, **dict(zip(names, static)))
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(4,))
+@functools.partial(custom_vjp, nondiff_argnums=(4,), several=True)
 def _coefficients(s, r, bias, alpha, static):
     return _run(reference.forward, static, s, r, bias, alpha)
 
@@ -67,15 +68,22 @@ def coefficients(
 
     Returns:
       h_pre `[..., n]`, h_post `[..., n]`, h_res `[..., n, n]`, float32.
+
+    Raises:
+      ValueError: shapes that do not fit n.
+      TypeError: no array, or integers.
+      NotImplementedError: the named implementation cannot run here.
     """
     sinkhorn_eps = check_sinkhorn(num_iterations, "sinkhorn_eps", sinkhorn_eps, last)
     pre_eps = conventions.check_eps("pre_eps", pre_eps)
     check_floating(s=s, r=r, bias=bias, alpha=alpha)
+    check_size(1, n)
     m = num_columns(n)
     check_shape("s", s, (*r.shape, m))
     check_shape("bias", bias, (m,))
     check_shape("alpha", alpha, (3,))
-    bias, alpha = bias.astype(s.dtype), alpha.astype(s.dtype)
+    dtype = wide_dtype(s.dtype)
+    s, r, bias, alpha = (x.astype(dtype) for x in (s, r, bias, alpha))
     s, r, bias, alpha = placement.aligned(reference.forward, s=s, r=r, bias=bias, alpha=alpha)
     static = (n, num_iterations, sinkhorn_eps, pre_eps, implementation)
     if last == "rows":

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import placement
+from kernels_pallas.conventions import check_eps
 from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.pre import reference
 from kernels_pallas.precision import wide_dtype
@@ -95,18 +96,25 @@ def pre(
     return _pre_normed(streams, h_pre, weight, norm_eps, implementation)
 
 
-def check_norm(weight: jax.Array | None, eps: float | None, width: int, dtype) -> jax.Array | None:
+def check_norm(
+    weight: jax.Array | None, eps: float | None, width: int, dtype, name: str = "norm"
+) -> jax.Array | None:
     """The weight of the RMSNorm in `dtype`, ones if there is none; None without a norm (eps None).
 
+    Args:
+      name: what the two arguments begin with, "norm" or "input_norm".
+
     Raises:
-      ValueError: a weight of another width, or a weight without eps.
+      ValueError: a weight of another width, a weight without eps, or an eps that is no positive number or 0.
+      TypeError: no array, or no number.
     """
     if eps is None:
         if weight is not None:
-            raise ValueError("norm_weight was given without norm_eps")
+            raise ValueError(f"{name}_weight was given without {name}_eps: give both, as 1e-6")
         return None
+    check_eps(f"{name}_eps", eps)
     if weight is None:
         return jnp.ones((width,), dtype)
-    check_floating(norm_weight=weight)
-    check_shape("norm_weight", weight, (width,))
+    check_floating(**{f"{name}_weight": weight})
+    check_shape(f"{name}_weight", weight, (width,))
     return weight.astype(dtype)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import placement
+from kernels_pallas.conventions import check_eps
 from kernels_pallas.derivatives import custom_vjp, run
 from kernels_pallas.precision import round_to_tf32, wide_dtype
 from kernels_pallas.projection import reference
@@ -14,7 +15,7 @@ from kernels_pallas.shapes import check_floating, check_phi, check_streams
 PHI_PRECISIONS = ("tf32", "highest")
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(custom_vjp, nondiff_argnums=(2, 3), several=True)
 def _projection(streams, phi, norm_eps, implementation):
     return run("projection", reference.forward, implementation, streams, phi, norm_eps=norm_eps)
 
@@ -99,6 +100,7 @@ def projection(
     check_streams(streams, 1)
     check_floating(phi=phi)
     check_phi(streams, phi)
+    check_eps("norm_eps", norm_eps)
     phi = rounded(streams, phi.astype(wide_dtype(streams.dtype)), phi_precision)
     streams, phi = placement.aligned(reference.forward, streams=streams, phi=phi)
     return _projection(streams, phi, norm_eps, implementation)

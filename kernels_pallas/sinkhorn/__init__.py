@@ -1,6 +1,7 @@
 """Sinkhorn-Knopp projection onto the doubly stochastic matrices (Eq. 9 of the paper)."""
 
 import functools
+import numbers
 
 import jax
 
@@ -31,7 +32,9 @@ _sinkhorn.defvjp(_forward, _backward)
 
 
 def check_num_iterations(num_iterations: int) -> None:
-    """Raises ValueError for fewer than one iteration: exp(logits) alone has no stochastic rows."""
+    """Raises TypeError for no integer, ValueError below one: exp(logits) alone has no stochastic rows."""
+    if not isinstance(num_iterations, numbers.Integral) or isinstance(num_iterations, bool):
+        raise TypeError(f"num_iterations={num_iterations!r}: use an integer (the paper: 20)")
     if num_iterations < 1:
         raise ValueError(
             f"num_iterations={num_iterations}: Sinkhorn-Knopp needs at least 1 (the paper: 20)"

@@ -61,6 +61,8 @@ def loss_gap(
       ValueError: no runs, no such baseline, or a run that is none.
       FileNotFoundError: a workdir has no metrics.jsonl or no config.json.
     """
+    if not isinstance(runs, Mapping):
+        raise ValueError(f"give a dict {{name: workdir}}, not {type(runs).__name__}")
     arms = {name: run if isinstance(run, list) else [run] for name, run in runs.items()}
     if not arms or not all(arms.values()):
         raise ValueError("there is nothing to draw: give {name: workdir, or a list of them}")

@@ -6,7 +6,7 @@ band from the least to the greatest. A name that begins with residual, HC, mHC o
 connection's colour.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,8 @@ def _by_seed(gains: Mapping[str, Seeds]) -> dict[str, list[GainMagnitudes]]:
         raise ValueError(f"give a dict {{name: gains}}, not {type(gains).__name__}")
     found = {}
     for name, seeds in gains.items():
-        seeds = [seeds] if isinstance(seeds, GainMagnitudes) else list(seeds)
+        several = isinstance(seeds, Iterable) and not isinstance(seeds, GainMagnitudes)
+        seeds = list(seeds) if several else [seeds]
         for one in seeds:
             if not isinstance(one, GainMagnitudes):
                 raise ValueError(

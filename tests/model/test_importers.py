@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -17,10 +18,14 @@ from jax.sharding import PartitionSpec as P
 import kernels_pallas as kp
 from configs import default
 from mhc_jax import (
+    Birkhoff,
     HyperConnections,
     Identity,
+    LookAheadConnections,
     ManifoldHyperConnections,
     Mappings,
+    Orthogonal,
+    Pending,
     Readout,
     Residual,
     expand,
@@ -224,6 +229,13 @@ X, U = jnp.ones((2, n * C)), jnp.ones((2, C))
 PHI, BIAS, ALPHA = jnp.zeros((n * C, 24)), jnp.zeros(24), jnp.zeros(3)
 H_POST, H_RES = jnp.ones((2, n)), jnp.ones((2, n, n))
 MHC, HC = ManifoldHyperConnections(C, n), HyperConnections(C, n)
+
+
+def tokens_over(mesh, *axes):
+    with kp.token_sharding(mesh, *axes):
+        raise AssertionError("no error")
+
+
 ERRORS = {
     "streams [..., C], mhc": (lambda: MHC(U, jnp.sin), r"streams \(2, 8\).*4 \* 8 = 32: widen"),
     "streams [..., C], hc": (lambda: HC(U, jnp.sin), r"streams \(2, 8\).*4 \* 8 = 32: widen"),
@@ -253,8 +265,73 @@ ERRORS = {
     "float16": (lambda: MHC(X.astype(jnp.float16), jnp.sin), "float16: use bfloat16 or float32"),
     "no streams": (lambda: Readout("sum", C, 0), "n=0: the number of streams must be at least 1"),
     "no width": (lambda: Readout("head", 0, n), "width=0: the width C of a stream must be at"),
+    "an axis less": (lambda: expand(jnp.ones(()), n), r"x has shape \(\): widen an array"),
+    "streams of a truth": (lambda: HyperConnections(True, n), "width=True: .* must be an integer"),
+    "half a stream, op": (lambda: kp.read(X, PHI, BIAS, ALPHA, n=4.0), "n=4.0: .* must be an integer"),
     "half a stream": (lambda: ManifoldHyperConnections(C, 1.5), "n=1.5: .* must be an integer"),
     "a class": (lambda: ManifoldHyperConnections(C, n, manifold=Identity), r"use Identity\(\)"),
+    "half an index": (
+        lambda: ManifoldHyperConnections(C, n, sublayer_index=0.5), "sublayer_index=0.5: use an integer",
+    ),
+    "no index": (lambda: LookAheadConnections(C, n, sublayer_index=None), "sublayer_index=None: use"),
+    "indices": (
+        lambda: HyperConnections(C, n, sublayer_index=jnp.arange(4)),
+        r"sublayer_index has shape \(4,\): .* under jax.vmap",
+    ),
+    "gap": (
+        lambda: ManifoldHyperConnections(C, n, pre_init_gap=jnp.nan), "pre_init_gap=nan: use a finite",
+    ),
+    "gap of h_res": (
+        lambda: ManifoldHyperConnections(C, n, res_init_gap=-8), "res_init_gap=-8: use a finite",
+    ),
+    "gap in words": (
+        lambda: ManifoldHyperConnections(C, n, res_init_gap="8"), "res_init_gap='8': use a number",
+    ),
+    "eps below 0": (lambda: ManifoldHyperConnections(C, n, norm_eps=-1), "norm_eps=-1.0: use 0.0 or a"),
+    "eps of HC": (lambda: HyperConnections(C, n, norm_eps=jnp.nan), "norm_eps=nan: use 0.0 or a"),
+    "eps of the head": (lambda: Readout("head", C, n, norm_eps="1"), "norm_eps is a str, not a number"),
+    "eps of an op": (lambda: kp.hc_read(X, PHI.T[:6, :C], BIAS, ALPHA, n=n, norm_eps=-1), "norm_eps=-1.0"),
+    "eps of a projection": (lambda: kp.projection(X, PHI, norm_eps=-1), "norm_eps=-1.0: use 0.0"),
+    "eps of the input's norm": (
+        lambda: kp.read(X, PHI, BIAS, ALPHA, n=n, input_norm_eps=-1), "input_norm_eps=-1.0: use 0.0",
+    ),
+    "weight without eps": (
+        lambda: kp.read(X, PHI, BIAS, ALPHA, n=n, input_norm_weight=U[0]),
+        "input_norm_weight was given without input_norm_eps",
+    ),
+    "alpha": (lambda: HyperConnections(C, n, alpha_init=None), "alpha_init=None must be a finite"),
+    "an implementation": (
+        lambda: ManifoldHyperConnections(C, n, implementation="cdua"), "'cdua' is unknown: use None, one",
+    ),
+    "implementations": (lambda: Readout("sum", C, n, implementation=["xla"]), r"\['xla'\] is unknown"),
+    "a switch": (lambda: HyperConnections(C, n, use_pre="False"), "use_pre='False': use True or False"),
+    "no manifold": (
+        lambda: ManifoldHyperConnections(C, n, manifold=3),
+        "manifold is a int without num_logits, initial_logits, project: use an instance",
+    ),
+    "half an iteration": (lambda: Birkhoff(2.5), "num_iterations=2.5: use an integer"),
+    "limit": (lambda: Orthogonal("8"), "limit='8' must be positive and finite"),
+    "coefficients without streams": (
+        lambda: kp.coefficients(X[:, :0], X[:, 0], BIAS[:0], ALPHA, n=0), "n=0: .* at least 1",
+    ),
+    "a vector for phi": (lambda: kp.projection(X, BIAS), r"phi has shape \(24,\), expected \(32, m\)"),
+    "F(x) for F": (lambda: MHC(X, U), "layer is a ArrayImpl, which cannot be called: pass F itself"),
+    "streams for a pending write": (lambda: MHC.boundary(X), "pending is a ArrayImpl: use Pending"),
+    "no mappings": (lambda: MHC.post(X, U, None), "mappings is a NoneType: pass the Mappings that"),
+    "no pending mappings": (lambda: HC.boundary(Pending(X, U, None)), "mappings is a NoneType: pass"),
+    "mappings of mHC to look-ahead": (
+        lambda: LookAheadConnections(C, n).boundary(Pending(X, U, Mappings(H_POST, H_RES))),
+        "has Mappings of another connection: .* begins with connection.begin",
+    ),
+    "a norm of flax": (
+        lambda: MHC.read(X, nnx.RMSNorm(C, rngs=nnx.Rngs(0))),
+        r"norm is a flax\.nnx\S*RMSNorm: use mhc_jax.layers.RMSNorm",
+    ),
+    "no mesh": (lambda: tokens_over(None, "a"), "mesh is a NoneType: use a jax.sharding.Mesh"),
+    "an axis that is no name": (lambda: tokens_over(mesh_of(a="Auto"), 0), "axis 0: use the name of a"),
+    "an axis twice": (
+        lambda: tokens_over(mesh_of(a="Auto"), "a", ("a",)), "axis 'a' is named twice: it splits one",
+    ),
     "precision": (lambda: HyperConnections(C, n, phi_precision="f32"), "'f32' is unknown: use one"),
     "precision of the head": (lambda: Readout("head", C, n, phi_precision="x"), "'x' is unknown"),
     "precision of bfloat16": (
@@ -287,6 +364,58 @@ def test_a_token_that_is_split_is_refused_by_name(spec):
         for call in (lambda x: MHC(x, jnp.sin), lambda x: HC(x, jnp.sin), Readout("sum", C, n)):
             with pytest.raises(ValueError, match=r"streams? \(16, \d+\) is split.*'a'.*whole"):
                 jax.eval_shape(call, x)
+
+
+def test_vmap_over_an_axis_that_is_split():
+    """A model for one sequence under vmap over a batch: each device has its own sequences, also backward."""
+    for kinds in ({"a": "Explicit", "b": "Explicit"}, {"a": "Explicit", "b": "Auto"}):
+        mesh = mesh_of(**kinds)
+        spec = NamedSharding(mesh, P("a", None, None))
+        x = jax.ShapeDtypeStruct((8, 3, n * C), jnp.float32, sharding=spec)
+        for module in (MHC, ManifoldHyperConnections(C, n, manifold=Orthogonal()), HC):
+
+            def loss(module, x):
+                return jax.vmap(lambda x: (Readout("head", C, n)(module(x, jnp.sin)) ** 2).sum())(
+                    x
+                ).sum()
+
+            with jax.sharding.use_abstract_mesh(mesh):
+                traced = jax.jit(jax.grad(loss, (0, 1))).trace(module, x)
+                of_parameters, of_x = traced.out_info
+            assert of_x.sharding.spec == P("a", None, None)
+            for got, want in zip(jax.tree.leaves(of_parameters), jax.tree.leaves(module)):
+                assert got.shape == want.shape
+
+
+def test_gradient_of_what_an_ensemble_shares():
+    """vmap over parameters alone: results that depend on the streams alone count once, not once a model."""
+    phi = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 4)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8)), jnp.float32)
+
+    def loss(phi, x):
+        s, r = kp.projection(x, phi)
+        u, h_post, _, streams = kp.read_logits(x, phi, phi[0], phi[0, :3], n=2)
+        return sum(jnp.sum(a**3) for a in (s, r, u, h_post, streams))
+
+    def each(phi, x):
+        return sum(loss(one, x) for one in phi)
+
+    def mapped(phi, x):
+        return jax.vmap(loss, (0, None))(phi, x).sum()
+
+    wanted, found = (jax.jit(jax.grad(f, (0, 1)))(phi, x) for f in (each, mapped))
+    for a, b in zip(wanted, found):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_gains_of_mappings_on_explicit_axes():
+    mesh = mesh_of(a="Explicit", b="Explicit")
+    for spec in (P(None, "a", "b"), P(None, ("a", "b"))):
+        spec = NamedSharding(mesh, P(*spec, *(None,) * (5 - len(spec))))
+        h_res = jax.ShapeDtypeStruct((3, 8, 2, n, n), jnp.float32, sharding=spec)
+        with jax.sharding.use_abstract_mesh(mesh):
+            gains = jax.eval_shape(gain_magnitudes, h_res)
+        assert gains.composite_forward.shape == (3,)
 
 
 class LinenModel(nn.Module):
