@@ -6,10 +6,14 @@ Compiled programs are kept in the user's cache folder; --no_compilation_cache co
 With --describe it prints a table of the parameters and ends; nothing is allocated, no workdir needed.
 """
 
+import gc
+
 from mhc_jax import early_end
 
 if __name__ == "__main__":
     early_end.install()
+    # Till all is imported: looking for garbage meanwhile would be a fifth of the time.
+    gc.disable()
 
 import functools
 import importlib
@@ -88,6 +92,8 @@ def main(argv):
     except RuntimeError as error:  # what jax says of devices that it cannot use
         sys.exit(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
     imports.result()
+    gc.freeze()  # what is imported stays
+    gc.enable()
     _log.info(
         "%d processes, %d devices: %s", jax.process_count(), jax.device_count(), jax.devices()[0]
     )

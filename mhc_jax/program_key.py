@@ -29,8 +29,10 @@ _VERSION = 1
 # runs of one program. jax's own are options of `jax.config` too.
 _READ = ("CUDA_", "CUBLAS_", "CUDNN_", "JAX_", "LIBTPU_", "MOSAIC_", "NCCL_", "NPROC", "NVIDIA_", "OMP_",
          "PALLAS_", "PYTHONOPTIMIZE", "TF_", "TPU_", "TRITON_", "XLA_")  # fmt: skip
-_OF_ONE_RUN = ("CACHE", "COORDINATOR", "CUDA_VISIBLE_DEVICES", "JAX_PROCESS_ID", "TPU_WORKER_ID",
-               "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_", "JAX_LOCAL_DEVICE_IDS", "VISIBLE_DEVICES")  # fmt: skip
+_OF_ONE_RUN = ("CACHE", "COORDINATOR", "VISIBLE_DEVICES", "JAX_PROCESS_ID", "JAX_LOCAL_DEVICE_IDS",
+               "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_",
+               # jax sets these itself when a program is lowered.
+               "MOSAIC_GPU_CUDA_ROOT", "MOSAIC_GPU_RUNTIME_LIB_PATH", "MOSAIC_GPU_NVSHMEM")  # fmt: skip
 
 # Attributes of devices; each platform has some of them.
 _DEVICE = ("id", "process_index", "platform", "device_kind", "compute_capability", "core_count", "coords",

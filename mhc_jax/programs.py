@@ -61,10 +61,13 @@ class Programs:
         self._futures[name] = self._pool.submit(self._compile, name)
 
     def _compile(self, name: str) -> jax.stages.Compiled:
+        lowered = self._lowered[name]
         with self._turn:
-            compiled = self._lowered[name].compile()
-        if self._kept is not None:
-            self._pool.submit(self._kept.write, name, compiled)
+            if self._kept is None:
+                return lowered.compile()
+            compiled, keep = self._kept.compile(name, lowered)
+        with contextlib.suppress(RuntimeError):  # closed
+            self._pool.submit(keep)
         return compiled
 
     def is_there(self, name: str, seconds: float) -> bool:

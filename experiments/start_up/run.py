@@ -1,5 +1,10 @@
 """One process of `experiments.start_up`: trains four steps and writes what took how long."""
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # as `mhc_jax.main` does
+
 import argparse
 import contextlib
 import functools
@@ -137,6 +142,8 @@ def start(began: float) -> float:
     )
     jax.devices()
     imports.result()
+    gc.freeze()
+    gc.enable()
     return time.time() - began
 
 
