@@ -110,18 +110,17 @@ def _modules() -> Iterable[tuple[str, pathlib.Path]]:
     """Name and file of each imported module outside of Python's folders."""
     if not getattr(sys.modules["__main__"], "__file__", None):
         raise LookupError("the main program is no file")
-    installed = {
-        sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
-    }
-    parents = tuple(f"{os.path.realpath(path)}{os.sep}" for path in installed if path)
+    names = "stdlib", "platstdlib", "purelib", "platlib"
+    folders = {path for name in names if (path := sysconfig.get_path(name))}
+    folders |= {os.path.realpath(path) for path in folders}
+    parents = tuple(f"{folder}{os.sep}" for folder in folders)
+    inside = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if not isinstance(file, str):
+        if not isinstance(file, str) or file.startswith(parents):
             continue
-        path = os.path.realpath(file)
-        is_installed = {"site-packages", "dist-packages"} & {*path.split(os.sep)}
-        if not is_installed and not path.startswith(parents) and os.path.isfile(path):
-            yield name, pathlib.Path(path)
+        if not any(folder in file for folder in inside) and os.path.isfile(file):
+            yield name, pathlib.Path(os.path.realpath(file))
 
 
 def packages() -> list[str]:
