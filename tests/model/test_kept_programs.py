@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache as of_jax
 from test_loop import changed
 from test_train import tiny
 
@@ -20,8 +21,11 @@ from mhc_jax.kept_programs import KeptPrograms, ProgramFolder, argument_shapes
 from mhc_jax.train import Run
 from mhc_jax.train_step import abstract_state
 
-CONFIG = tiny("residual", **{"model.num_blocks": 1, "model.width": 8, "model.ffn_width": 8,
-                             "data.sequence_length": 8}, steps=2, eval_every=2)  # fmt: skip
+SMALL = {
+    "model.num_blocks": 1, "model.width": 8, "model.ffn_width": 8, "data.sequence_length": 8,
+    "optimizer.warmup_steps": 0,
+}  # fmt: skip
+CONFIG = tiny("residual", **SMALL, steps=2, eval_every=2)
 
 
 @pytest.fixture
@@ -29,10 +33,10 @@ def folder(tmp_path):
     """Where programs are kept; jax's own cache, which the tests share, has none of them."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "of_jax"))
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    of_jax.reset_cache()
     yield ProgramFolder(tmp_path / "programs", 2**30)
     jax.config.update("jax_compilation_cache_dir", before)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    of_jax.reset_cache()
 
 
 def fake_mesh(names=("data",), kinds=("H100", "H100"), versions="cuda 13", **others):
@@ -57,7 +61,8 @@ def test_the_key_sees_all_that_a_program_depends_on(monkeypatch, tmp_path):
     parts = program_key.parts(CONFIG, fake_mesh())
     assert parts["config"] == dataclasses.asdict(CONFIG)
     for name, values in changed(CONFIG):
-        keys[f"config.{name}"] = program_key.digest(parts | {"config": values})
+        if values != parts["config"]:  # -1 changes to -1
+            keys[f"config.{name}"] = program_key.digest(parts | {"config": values})
     for name, mesh in {
         "another card": fake_mesh(kinds=("H100", "H200")),
         "one card": fake_mesh(kinds=("H100",)),
@@ -91,7 +96,8 @@ def test_the_key_sees_all_that_a_program_depends_on(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "version", "4.0")
         look("python")
-    assert len({*keys.values()}) == len(keys)
+    same = {key: [name for name in keys if keys[name] == key] for key in keys.values()}
+    assert [names for names in same.values() if len(names) > 1] == []
     assert len(keys) > 100
     # What differs from run to run of one program.
     with monkeypatch.context() as patch:
@@ -205,7 +211,6 @@ def test_a_program_is_the_same_one(folder):
     for name in ("argument_size_in_bytes", "temp_size_in_bytes", "alias_size_in_bytes"):
         assert getattr(found.memory_analysis(), name) == getattr(compiled.memory_analysis(), name)
     assert found.cost_analysis() == compiled.cost_analysis()
-    assert found.as_text() == compiled.as_text()
     assert found.input_formats == compiled.input_formats
     assert argument_shapes(found) == argument_shapes(compiled)
     with pytest.raises(TypeError, match="compiled with"):
@@ -237,7 +242,7 @@ BREAK = {
 }
 
 
-def test_what_cannot_be_used_is_one_line_and_compiled_anew(folder, monkeypatch, caplog):
+def test_what_cannot_be_used_is_one_line_and_compiled_anew(folder, tmp_path, monkeypatch, caplog):
     mesh = sharding.make_mesh(CONFIG.mesh)
     kept = KeptPrograms.of_run(folder, CONFIG, mesh)
     lowered, _ = lowered_step(mesh)
@@ -245,8 +250,6 @@ def test_what_cannot_be_used_is_one_line_and_compiled_anew(folder, monkeypatch, 
     [program] = folder.path.glob("*.program")
     [link] = folder.path.glob("*.link")
     whole = program.read_bytes()
-    # jax has no program of this name: the next one is compiled, as where its cache has less than ours.
-    monkeypatch.setattr(kept_programs, "_HAD", "none")
     for name, break_ in BREAK.items():
         caplog.clear()
         break_(program)
@@ -254,7 +257,10 @@ def test_what_cannot_be_used_is_one_line_and_compiled_anew(folder, monkeypatch, 
         [line] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
         assert "cannot be used" in line
         assert "\n" not in line
-        keep(kept, "train step", lowered)
+        jax.clear_caches()
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / name))
+        of_jax.reset_cache()  # it has nothing either
+        keep(kept, "train step", lowered_step(mesh)[0])
         assert program.stat().st_mode & 0o77 == 0
         program.write_bytes(whole)
         assert kept.read("train step") is not None
