@@ -20,7 +20,7 @@ from mhc_jax.diagnosis import find_non_finite
 from mhc_jax.initialisation import read_logit
 from mhc_jax.kept_programs import KeptPrograms, ProgramFolder, argument_shapes
 from mhc_jax.losses import IGNORE_INDEX
-from mhc_jax.programs import Programs
+from mhc_jax.programs import Programs, seldom_collected
 from mhc_jax.progress import Progress
 from mhc_jax.recovery import UNREADABLE, BadData, Faults, NonFiniteError, bad_data, what
 from mhc_jax.storage import Storage
@@ -196,7 +196,8 @@ class Run:
             self._start_initial_state()
         _log.info("tracing the train step")
         # The trace is used when the step is lowered.
-        self._train_step.eval_shape(self._abstract, self._shapes)
+        with seldom_collected():
+            self._train_step.eval_shape(self._abstract, self._shapes)
 
     def _start(self, name: str, function: Callable, *args) -> None:
         if not self._programs.was_started(name):
