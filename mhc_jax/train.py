@@ -166,7 +166,8 @@ class Run:
             self._make_train_step()
             corpora.result()
             self.storage = Storage(config, self.workdir)
-            self._start("train step", self._train_step, self._abstract, self._shapes)
+            if self._programs.was_started(_INITIAL):  # XLA has both while this thread waits
+                self._start_step()
             self.state = self._newest_state()
             self.step = int(self.state.step)
             self.storage.begin(self.step)
@@ -202,6 +203,9 @@ class Run:
     def _start(self, name: str, function: Callable, *args) -> None:
         if not self._programs.was_started(name):
             self._programs.start(name, function, *args)
+
+    def _start_step(self) -> None:
+        self._start("train step", self._train_step, self._abstract, self._shapes)
 
     def _start_initial_state(self) -> None:
         if not self._programs.was_started(_INITIAL):
@@ -288,6 +292,7 @@ class Run:
     def _begin(self, stop: Callable[[int], bool]) -> None:
         """Waits for the compiled step while the main thread listens to signals."""
         try:
+            self._start_step()
             if not self._programs.is_there("train step", _SECONDS_OF_A_CACHE):
                 self._start_others()
             self._train_step = self._compiled("train step", stop)
