@@ -234,7 +234,8 @@ def with_digest(text):
 
 BREAK = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "a bit": lambda path: path.write_bytes(path.read_bytes()[:-9] + b"?" + path.read_bytes()[-8:]),
+    # Nothing else would notice: a module that is not there is not imported.
+    "a bit": lambda path: path.write_bytes(path.read_bytes().replace(b'"jax.', b'"kax.', 1)),
     "empty": lambda path: path.write_bytes(b""),
     "of another version": lambda path: path.write_bytes(with_digest(b"[]\n" + pickle.dumps(7))),
     "no pickle": lambda path: path.write_bytes(with_digest(b"[]\nnonsense")),
