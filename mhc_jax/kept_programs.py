@@ -189,15 +189,20 @@ class KeptPrograms:
         if digest.decode("ascii", "replace") != hashlib.sha256(text).hexdigest():
             raise ValueError("it is not whole")
         modules, _, pickled = text.partition(b"\n")
-        for module in json.loads(modules):
-            if module not in sys.modules:
-                with contextlib.suppress(ImportError):  # made by another one while it was imported
-                    importlib.import_module(module)
+        # One thread after the other: modules that import each other are not whole in two threads at once.
+        with _importing:
+            for module in json.loads(modules):
+                if module not in sys.modules:
+                    with contextlib.suppress(
+                        ImportError
+                    ):  # made by another one while it was imported
+                        importlib.import_module(module)
         return serialize_executable.deserialize_and_load(
             *pickle.loads(pickled), backend=self._devices[0].client, execution_devices=self._devices
         )
 
 
+_importing = threading.Lock()
 _here = threading.local()
 
 

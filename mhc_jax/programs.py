@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import gc
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -38,14 +37,12 @@ class Programs:
 
     Args:
       kept: of earlier runs; None: there are none, and none are kept.
-      at_once: how many are compiled at a time; None: all.
     """
 
-    def __init__(self, kept: KeptPrograms | None = None, at_once: int | None = None):
+    def __init__(self, kept: KeptPrograms | None = None):
         # Python's end waits for these threads: XLA would not survive it.
         self._pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
         self._kept = kept
-        self._turn = threading.Semaphore(at_once) if at_once else contextlib.nullcontext()
         self._lowered: dict[str, jax.stages.Lowered] = {}
         self._futures: dict[str, concurrent.futures.Future] = {}
 
@@ -66,22 +63,26 @@ class Programs:
         if found:
             _log.info("compiled in an earlier run: %s", ", ".join(found))
 
-    def start(self, name: str, function: Callable, *args) -> None:
+    def start(self, name: str, function: Callable, *args, after: str | None = None) -> None:
         """Lowers a jitted function for `args`, arrays or their shapes and shardings, and has it compiled.
+
+        Args:
+          after: a program that was started and is compiled before; None: XLA begins at once.
 
         Raises:
           what tracing and lowering raise; errors of XLA are those of `wait`.
         """
         with seldom_collected():
             self._lowered[name] = function.lower(*args)
-        self._futures[name] = self._pool.submit(self._compile, name)
+        self._futures[name] = self._pool.submit(self._compile, name, after)
 
-    def _compile(self, name: str) -> jax.stages.Compiled:
+    def _compile(self, name: str, after: str | None = None) -> jax.stages.Compiled:
         lowered = self._lowered[name]
-        with self._turn:
-            if self._kept is None:
-                return lowered.compile()
-            compiled, keep = self._kept.compile(name, lowered)
+        if after is not None:
+            concurrent.futures.wait([self._futures[after]])
+        if self._kept is None:
+            return lowered.compile()
+        compiled, keep = self._kept.compile(name, lowered)
         with contextlib.suppress(RuntimeError):  # closed
             self._pool.submit(keep)
         return compiled

@@ -200,9 +200,9 @@ class Run:
         with seldom_collected():
             self._train_step.eval_shape(self._abstract, self._shapes)
 
-    def _start(self, name: str, function: Callable, *args) -> None:
+    def _start(self, name: str, function: Callable, *args, after: str | None = None) -> None:
         if not self._programs.was_started(name):
-            self._programs.start(name, function, *args)
+            self._programs.start(name, function, *args, after=after)
 
     def _start_step(self) -> None:
         self._start("train step", self._train_step, self._abstract, self._shapes)
@@ -303,11 +303,17 @@ class Run:
             ) from None
 
     def _start_others(self) -> None:
-        """Has evaluation and gains compiled: beside the step, or else while the first one runs."""
-        variables = self._abstract.variables
-        self._start("validation", self._eval_step, variables, self._shapes)
+        """Has evaluation and gains lowered beside the step or the first ones, and compiled after it.
+
+        Beside it XLA would tune the same products once more, and the step come later.
+        """
+        variables, start = (
+            self._abstract.variables,
+            functools.partial(self._start, after="train step"),
+        )
+        start("validation", self._eval_step, variables, self._shapes)
         if self.config.model.connection != "residual":
-            self._start("gains", self._gains, variables, self._gains_tokens)
+            start("gains", self._gains, variables, self._gains_tokens)
 
     def close(self) -> None:
         """Waits for checkpoints, closes files and gives the workdir back."""

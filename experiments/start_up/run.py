@@ -166,8 +166,6 @@ def main() -> None:
     time_kernels(spans)
     Programs.wait = spans.timed("wait", Programs.wait)
     Programs.look_up = spans.timed("read", Programs.look_up)
-    if at_once := os.environ.get("START_UP_AT_ONCE"):
-        Programs.__init__.__defaults__ = (None, int(at_once))
     compilation_cache.use()
     begin = time.perf_counter()
     with warnings.catch_warnings(record=True) as warned, preemption.stop_signals() as stop:

@@ -5,6 +5,7 @@ import logging
 import pathlib
 import pickle
 import sys
+import time
 import types
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache as of_jax
 from test_loop import changed
 from test_train import tiny
 
-from mhc_jax import compilation_cache, kept_programs, program_key, sharding
+from mhc_jax import compilation_cache, kept_programs, program_key, programs, sharding
 from mhc_jax import train as train_module
 from mhc_jax.kept_programs import KeptPrograms, ProgramFolder, argument_shapes
 from mhc_jax.train import Run
@@ -277,6 +278,32 @@ def test_what_cannot_be_used_is_one_line_and_compiled_anew(folder, tmp_path, mon
     assert "chmod go-w" in caplog.text
 
 
+def test_modules_are_imported_by_one_thread_at_a_time(folder, monkeypatch):
+    """In the order in which they were; XLA finds what they register."""
+    mesh = sharding.make_mesh(CONFIG.mesh)
+    names = [f"jax.not_there_{k}" for k in (2, 0, 1)]
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        for k in range(3):
+            kept = KeptPrograms.of_run(folder, CONFIG, mesh)
+            keep(kept, str(k), lowered_step(mesh, 5.5 + k)[0])
+    began = []
+
+    def import_module(name):
+        began.append(name)
+        time.sleep(0.05)
+        sys.modules[name] = types.ModuleType(name)
+
+    monkeypatch.setattr(kept_programs.importlib, "import_module", import_module)
+    made = programs.Programs(kept)
+    made.look_up(["0", "1", "2"])
+    made.close()
+    for name in names:
+        del sys.modules[name]
+    assert began == names
+
+
 def test_a_program_that_jax_has_read_is_not_written(folder):
     mesh = sharding.make_mesh(CONFIG.mesh)
     lowered_step(mesh)[0].compile()  # jax's cache has it
@@ -353,8 +380,6 @@ def test_commands_say_where(monkeypatch, tmp_path):
 
 def test_processes_agree(monkeypatch):
     """What one of them lacks is compiled by all, and all are asked, whatever each of them keeps."""
-    from mhc_jax import programs
-
     read = {"a": "program a", "b": None}
     kept = types.SimpleNamespace(read=read.get)
     asked = []
