@@ -70,6 +70,7 @@ class KeptPrograms:
         self, folder: ProgramFolder, parts: dict[str, Any], devices: tuple[jax.Device, ...]
     ):
         self._folder, self._devices = folder, devices
+        self._unusable: set[str] = set()  # files that have been told
         self._key = program_key.digest(parts)
         # What is in the lowered program need not be in its key.
         beside = {name: part for name, part in parts.items() if name not in ("config", "code")}
@@ -142,17 +143,21 @@ class KeptPrograms:
 
     def _read_program(self, file: str) -> jax.stages.Compiled | None:
         path = self._program(file)
+        if file in self._unusable:
+            return None
+        # Broken, or made for what is no longer there. Whatever that raises, the program is compiled as if
+        # there were no file.
         try:
             return self._load(_owned(path))
         except FileNotFoundError:
             return None
-        # Broken, or made for what is no longer there. Whatever that raises, the program is compiled as if
-        # there were no file.
         except Exception as error:
             why = f"{type(error).__name__}: {str(error).partition(os.linesep)[0]}"
             _log.warning("%s cannot be used (%s): compiled anew", path, why)
-            with contextlib.suppress(OSError):
-                path.unlink()
+            self._unusable.add(file)
+            if not isinstance(error, _NotImportedError):  # which is no fault of the file
+                with contextlib.suppress(OSError):
+                    path.unlink()
             return None
 
     def _write_program(self, name: str, file: str, compiled: jax.stages.Compiled) -> bool:
@@ -189,20 +194,35 @@ class KeptPrograms:
         if digest.decode("ascii", "replace") != hashlib.sha256(text).hexdigest():
             raise ValueError("it is not whole")
         modules, _, pickled = text.partition(b"\n")
-        # One thread after the other: modules that import each other are not whole in two threads at once.
-        with _importing:
-            for module in json.loads(modules):
-                if module not in sys.modules:
-                    with contextlib.suppress(
-                        ImportError
-                    ):  # made by another one while it was imported
-                        importlib.import_module(module)
+        _import(json.loads(modules))
         return serialize_executable.deserialize_and_load(
             *pickle.loads(pickled), backend=self._devices[0].client, execution_devices=self._devices
         )
 
 
+class _NotImportedError(Exception):
+    """A module of a program cannot be imported."""
+
+
 _importing = threading.Lock()
+
+
+def _import(modules: list[str]) -> None:
+    """Imports modules in this order.
+
+    One thread after the other: modules that import each other are not whole in two threads at once.
+    """
+    with _importing:
+        for module in modules:
+            if module not in sys.modules:
+                try:
+                    importlib.import_module(module)
+                except ImportError:
+                    continue  # made by another one while that was imported
+                except Exception as error:
+                    raise _NotImportedError(f"{module}: {error}") from error
+
+
 _here = threading.local()
 
 

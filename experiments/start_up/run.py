@@ -104,6 +104,20 @@ class CacheLog(logging.Handler):
             found.append(said.split("'")[1])
 
 
+class Said(logging.Handler):
+    """Collects what is said of programs that are kept whole."""
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.lines = []
+        logger = logging.getLogger("mhc_jax.kept_programs")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage()[:300])
+
+
 def make_config(name: str, arm: str, settings: list[str]):
     """A config of `configs/` that evaluates after every other step."""
     module = importlib.import_module(f"configs.{name}")
@@ -156,6 +170,7 @@ def main() -> None:
     config = make_config(options.config, options.arm, options.settings)
     began = float(os.environ["START_UP_BEGAN"])
     found, spans, kept = {"imports": start(began)}, Spans(), CacheLog()
+    said = Said()
     from mhc_jax.programs import Programs
     from mhc_jax.train import Run
 
@@ -192,6 +207,8 @@ def main() -> None:
         with contextlib.suppress(_Done):
             run.loop(after, "start_up")
         run.close()
+    run._programs._pool.shutdown()  # all is written
+    found["said"] = said.lines
     found["first_step"] = steps[0][0] - began
     found["step"] = steps[2][0] - steps[1][0]
     found["evaluation"], found["evaluation_again"] = steps[1][1], steps[3][1] - steps[1][1]

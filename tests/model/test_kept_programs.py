@@ -263,8 +263,10 @@ def test_what_cannot_be_used_is_one_line_and_compiled_anew(folder, tmp_path, mon
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / name))
         of_jax.reset_cache()  # it has nothing either
         keep(kept, "train step", lowered_step(mesh)[0])
+        assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
         assert program.stat().st_mode & 0o77 == 0
         program.write_bytes(whole)
+        kept = KeptPrograms.of_run(folder, CONFIG, mesh)
         assert kept.read("train step") is not None
     link.write_text("../../elsewhere")
     assert kept.read("train step") is None
@@ -302,6 +304,13 @@ def test_modules_are_imported_by_one_thread_at_a_time(folder, monkeypatch):
     for name in names:
         del sys.modules[name]
     assert began == names
+
+    def fail(name):
+        raise AttributeError("half of a module")
+
+    monkeypatch.setattr(kept_programs.importlib, "import_module", fail)
+    assert kept.read("0") is None
+    assert len([*folder.path.glob("*.program")]) == 3  # no fault of theirs
 
 
 def test_a_program_that_jax_has_read_is_not_written(folder):
