@@ -139,7 +139,7 @@ class Tour:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        _COPIES.set_forkserver_preload(["mhc_jax.main"])
+        _COPIES.set_forkserver_preload(["mhc_jax.main", "mhc_jax.train"])
 
     def start(self, workdir: pathlib.Path, steps: int, file_limit=None, whole=False, **fields):
         """Starts a process that trains."""

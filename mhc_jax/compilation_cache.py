@@ -5,16 +5,16 @@ folder for every entry it reads or writes and removes those that were not used f
 where, how much, and what to do about entries that a kill has left unfinished.
 """
 
-import hashlib
 import logging
 import os
 import pathlib
-import platform
 
 import filelock
 import jax
 
 from mhc_jax import paths
+from mhc_jax.kept_programs import ProgramFolder
+from mhc_jax.program_key import processor
 
 FLAG = "no_compilation_cache"
 HELP = "Compile everything anew: neither read nor keep compiled programs."
@@ -26,6 +26,8 @@ _SETTINGS = {
     "jax_compilation_cache_max_size": 2**30,
     "jax_persistent_cache_min_compile_time_secs": 1.0,
 }
+# Of whole programs, where jax's cache has no limit.
+_MOST_BYTES = 2**32
 
 
 def use(wanted: bool = True) -> None:
@@ -60,21 +62,16 @@ def use(wanted: bool = True) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def processor() -> str:
-    """A name for this machine's kind of processor.
+def programs() -> ProgramFolder | None:
+    """Returns where whole programs are kept beside those of jax; None where jax keeps none, or in a bucket.
 
-    A program compiled for one may crash on another, and a home may lie on both. jax's key knows
-    accelerators, versions and flags, but not this.
+    They have as many bytes as jax's own.
     """
-    kinds = {"vendor_id", "cpu family", "model", "model name", "flags"}  # x86
-    kinds |= {"CPU implementer", "CPU part", "CPU variant", "Features"}  # ARM
-    try:
-        first = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        first = ""
-    lines = [line for line in first.splitlines() if line.partition(":")[0].strip() in kinds]
-    text = "\n".join(lines) or platform.processor()
-    return f"{platform.machine()}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder or not jax.config.jax_enable_compilation_cache or "://" in folder:
+        return None
+    most = jax.config.jax_compilation_cache_max_size
+    return ProgramFolder(pathlib.Path(folder) / "programs", _MOST_BYTES if most < 0 else most)
 
 
 def _prepare(folder: pathlib.Path) -> None:

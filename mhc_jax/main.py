@@ -6,11 +6,17 @@ Compiled programs are kept in the user's cache folder; --no_compilation_cache co
 With --describe it prints a table of the parameters and ends; nothing is allocated, no workdir needed.
 """
 
+import gc
+
 from mhc_jax import early_end
 
 if __name__ == "__main__":
     early_end.install()
+    # Till all is imported: looking for garbage meanwhile would be a fifth of the time.
+    gc.disable()
 
+import functools
+import importlib
 import logging
 import os
 import sys
@@ -21,12 +27,6 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from mhc_jax import command_line, compilation_cache, distributed, paths, preemption
-from mhc_jax.checkpoint import SaveError
-from mhc_jax.describe import describe
-from mhc_jax.lock import Locked
-from mhc_jax.progress import what_next
-from mhc_jax.recovery import BadData
-from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
 _WORKDIR = flags.DEFINE_string(
@@ -64,6 +64,8 @@ def main(argv):
             logging.getLogger(package).setLevel(logging.INFO)
     config = command_line.load_config(_CONFIG)
     if _DESCRIBE.value:
+        from mhc_jax.describe import describe
+
         try:
             print(describe(config))
         except ValueError as error:
@@ -76,6 +78,10 @@ def main(argv):
         waiting = distributed.waiting_for(_NUM_PROCESSES.value)
         if "since" in waiting:
             _log.info("%s", waiting)
+        # Half of the imports, while drivers start and processes find each other.
+        imports = preemption.Background(
+            functools.partial(importlib.import_module, "mhc_jax.train"), "importing"
+        )
         preemption.in_thread(_connect, waiting, distributed.patience())
     except ValueError as error:
         sys.exit(f"bad flags: {error}")
@@ -85,6 +91,9 @@ def main(argv):
         os._exit(1)  # a thread may still wait, which Python's own end would not survive
     except RuntimeError as error:  # what jax says of devices that it cannot use
         sys.exit(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    imports.result()
+    gc.freeze()  # what is imported stays
+    gc.enable()
     _log.info(
         "%d processes, %d devices: %s", jax.process_count(), jax.device_count(), jax.devices()[0]
     )
@@ -92,15 +101,31 @@ def main(argv):
         # There is nothing to choose: all operations are XLA's.
         logging.getLogger("kernels_pallas").setLevel(logging.WARNING)
     compilation_cache.use(not _NO_CACHE.value)
+    _train(config)
+    if jax.process_index() == 0:
+        from mhc_jax.progress import what_next
+
+        print(what_next(config, _WORKDIR.value), flush=True)
+
+
+def _train(config):
+    from mhc_jax.checkpoint import SaveError
+    from mhc_jax.lock import Locked
+    from mhc_jax.recovery import BadData
+    from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
+
     try:
-        train(config, _WORKDIR.value, init_from=_INIT_FROM.value)
+        train(
+            config,
+            _WORKDIR.value,
+            init_from=_INIT_FROM.value,
+            programs=compilation_cache.programs(),
+        )
     except Interrupted as error:
         print(f"Interrupted: {error}", file=sys.stderr)
         preemption.end_now(early_end.TRY_AGAIN)
     except (BadInput, BadData, NonFiniteError, SaveError, Locked) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    if jax.process_index() == 0:
-        print(what_next(config, _WORKDIR.value), flush=True)
 
 
 if __name__ == "__main__":

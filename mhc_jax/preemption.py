@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -172,43 +172,57 @@ def start_is_over(stop: Callable[[int], bool]) -> None:
         stop.start_is_over()
 
 
+class Background(Generic[_T]):
+    """A call in a thread, from the moment this is made.
+
+    Args:
+      function: does not see settings of jax that were made for this thread alone.
+      what: "compiling the train step".
+    """
+
+    def __init__(self, function: Callable[[], _T], what: str):
+        self._outcome: dict[str, Any] = {}
+        self._what, self._begin = what, time.monotonic()
+
+        def work():
+            try:
+                self._outcome["value"] = function()
+            except BaseException as error:
+                self._outcome["error"] = error
+
+        self._thread = threading.Thread(target=work, name=what, daemon=True)
+        self._thread.start()
+
+    def result(self, ask: Callable[[], None] | None = None, tell: Tell | None = None) -> _T:
+        """Returns or raises what the function does; the main thread waits, open for signals.
+
+        Args:
+          ask: called twice a second; what it raises ends the waiting.
+          tell: called twice a second with `what` and the seconds so far; None: a line in the log every 10 s.
+        """
+        told = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(_SECONDS_A_CALL)
+            if ask:
+                ask()
+            if tell:
+                tell(self._what, time.monotonic() - self._begin)
+            elif time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                _log.info("%s ... %d s", self._what, told - self._begin)
+        if "error" in self._outcome:
+            raise self._outcome["error"]
+        return self._outcome["value"]
+
+
 def in_thread(
     function: Callable[[], _T],
     what: str,
     ask: Callable[[], None] | None = None,
     tell: Tell | None = None,
 ) -> _T:
-    """Calls a function in a thread; the main thread waits, open for signals, and tells the time.
-
-    Args:
-      function: does not see settings of jax that were made for this thread alone.
-      what: "compiling the train step".
-      ask: called twice a second; what it raises ends the waiting.
-      tell: called twice a second with `what` and the seconds so far; None: a line in the log every 10 s.
-    """
-    outcome = {}
-
-    def work():
-        try:
-            outcome["value"] = function()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=work, name=what, daemon=True)
-    begin = told = time.monotonic()
-    thread.start()
-    while thread.is_alive():
-        thread.join(_SECONDS_A_CALL)
-        if ask:
-            ask()
-        if tell:
-            tell(what, time.monotonic() - begin)
-        elif time.monotonic() - told > _SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            _log.info("%s ... %d s", what, told - begin)
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]
+    """Calls a function in a thread and waits for it, see `Background`."""
+    return Background(function, what).result(ask, tell)
 
 
 def end_now(code: int) -> NoReturn:

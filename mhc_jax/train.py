@@ -18,8 +18,9 @@ from mhc_jax.config import Config
 from mhc_jax.data import check_files, make_iterator, vocab_size
 from mhc_jax.diagnosis import find_non_finite
 from mhc_jax.initialisation import read_logit
+from mhc_jax.kept_programs import KeptPrograms, ProgramFolder, argument_shapes
 from mhc_jax.losses import IGNORE_INDEX
-from mhc_jax.programs import Programs
+from mhc_jax.programs import Programs, seldom_collected
 from mhc_jax.progress import Progress
 from mhc_jax.recovery import UNREADABLE, BadData, Faults, NonFiniteError, bad_data, what
 from mhc_jax.storage import Storage
@@ -42,6 +43,7 @@ from mhc_jax.workdir import (
 _log = logging.getLogger(__name__)
 # A train step that comes from a cache of compiled programs is there within this time.
 _SECONDS_OF_A_CACHE = 3.0
+_INITIAL = "initial state"
 
 
 class BadInput(ValueError):
@@ -82,6 +84,7 @@ def train(
     *,
     name: str | None = None,
     init_from: str | None = None,
+    programs: ProgramFolder | None = None,
 ) -> dict[str, Any]:
     """Trains one model, resuming from the newest checkpoint of `workdir` if there is one.
 
@@ -92,6 +95,8 @@ def train(
       name: shown beside the progress bar; by default the connection.
       init_from: "WORKDIR" or "WORKDIR@STEP" of another run, whose parameters a new run starts from; the
         optimizer, the data and the schedule begin anew. A run that is resumed ignores it.
+      programs: where whole compiled programs are kept, which a later run of the same code and configuration
+        starts with at once. Code that was changed in memory is not seen: for commands. None: nowhere.
 
     Returns:
       the last value of every metric that this call wrote (none if the run was finished already).
@@ -111,7 +116,7 @@ def train(
                 _log.info("%s is finished: all %d steps are done", workdir, config.steps)
                 return {}
             check_config(config)
-            run = Run(config, workdir, init_from)
+            run = Run(config, workdir, init_from, programs)
         except preemption.Stopped:
             raise Interrupted("stopped before the first step: nothing is lost, run again") from None
         except (ValueError, TypeError, NotImplementedError, OSError) as error:
@@ -135,7 +140,13 @@ def _is_finished(config: Config, workdir: os.PathLike) -> bool:
 class Run:
     """Holds one training run on its way through the steps."""
 
-    def __init__(self, config: Config, workdir: str | os.PathLike, init_from: str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        workdir: str | os.PathLike,
+        init_from: str | None = None,
+        programs: ProgramFolder | None = None,
+    ):
         # What can be refused is refused before the workdir or the memory of a device is touched: first what
         # takes no time, then corpora are opened and the whole step is traced.
         self.config, self.workdir = config, paths.of_user(workdir)
@@ -144,18 +155,19 @@ class Run:
         check_files(config.data)
         self.mesh = sharding.make_mesh(config.mesh)
         self._placement = sharding.BatchPlacement(self.mesh, config.batch_size)
-        self._open_data()
+        corpora = preemption.Background(self._open_data, "opening the data")
         self._layout = pipeline.Layout(config, self.mesh)
-        self._abstract = abstract_state(config, self.mesh)
         self._shapes = self._placement.abstract(abstract_batch(config))
-        self._train_step = jit_train_step(config, self.mesh)
-        _log.info("tracing the train step")
-        # The trace is used by the first step.
-        self._train_step.eval_shape(self._abstract, self._shapes)
         self._eval_step, self._gains = self._jit(evaluate), self._jit(measure_gains)
-        self._programs, self._stop = Programs(), None
-        self.storage = Storage(config, self.workdir)
+        self._stop = None
+        self._programs = Programs(KeptPrograms.of_run(programs, config, self.mesh))
+        self.storage = None
         try:
+            self._make_train_step()
+            corpora.result()
+            self.storage = Storage(config, self.workdir)
+            if self._programs.was_started(_INITIAL):  # XLA has both while this thread waits
+                self._start_step()
             self.state = self._newest_state()
             self.step = int(self.state.step)
             self.storage.begin(self.step)
@@ -167,6 +179,37 @@ class Run:
         self._progress = Progress(config, self.step, shown=jax.process_index() == 0)
         self._in_flight = None  # (step, batch, position before it, metrics) of the newest step
         self._clock = None  # when the metrics of the step before were fetched
+
+    def _make_train_step(self) -> None:
+        """Takes the step that an earlier run has kept, else traces it; XLA compiles the start meanwhile."""
+        names = ["train step", "validation"]
+        if self.config.model.connection != "residual":
+            names.append("gains")
+        is_new = not saved_steps(absolute(self.workdir / FOLDER))
+        self._programs.look_up([_INITIAL] * is_new + names)
+        if self._programs.was_started("train step"):
+            self._train_step = self._programs.wait("train step")
+            self._abstract = argument_shapes(self._train_step)[0]
+            return
+        self._abstract = abstract_state(self.config, self.mesh)
+        self._train_step = jit_train_step(self.config, self.mesh)
+        if is_new:
+            self._start_initial_state()
+        _log.info("tracing the train step")
+        # The trace is used when the step is lowered.
+        with seldom_collected():
+            self._train_step.eval_shape(self._abstract, self._shapes)
+
+    def _start(self, name: str, function: Callable, *args, after: str | None = None) -> None:
+        if not self._programs.was_started(name):
+            self._programs.start(name, function, *args, after=after)
+
+    def _start_step(self) -> None:
+        self._start("train step", self._train_step, self._abstract, self._shapes)
+
+    def _start_initial_state(self) -> None:
+        if not self._programs.was_started(_INITIAL):
+            self._programs.start(_INITIAL, jit_init_state(self.config, self.mesh))
 
     def _open_source(self, init_from: str | None) -> Source | None:
         if init_from is None or saved_steps(absolute(self.workdir / FOLDER)):
@@ -211,7 +254,9 @@ class Run:
         if self.storage.latest_step is not None:
             abstract = self._layout.abstract_stored(self._abstract)
             return self._layout.restore(self.storage.restore(abstract, self.data))
-        state = jit_init_state(self.config, self.mesh)()
+        self._start_initial_state()
+        wait = functools.partial(self._programs.wait, _INITIAL)
+        state = preemption.in_thread(wait, "compiling the initial state")()
         if self._source:
             abstract = self._layout.abstract_stored(self._abstract)
             state = self._source.fill(self._layout.store(state), abstract)
@@ -229,7 +274,7 @@ class Run:
         self._stop = stop
         with self._progress.running(name):
             if self.step < self.config.steps:
-                self._start(stop)
+                self._begin(stop)
             while self.step < self.config.steps:
                 self._dispatch()
                 self._start_others()
@@ -244,10 +289,10 @@ class Run:
                     )
             self._look_after_saves(wait=True)
 
-    def _start(self, stop: Callable[[int], bool]) -> None:
-        """Has the step compiled, and waits for it while the main thread listens to signals."""
+    def _begin(self, stop: Callable[[int], bool]) -> None:
+        """Waits for the compiled step while the main thread listens to signals."""
         try:
-            self._programs.start("train step", self._train_step, self._abstract, self._shapes)
+            self._start_step()
             if not self._programs.is_there("train step", _SECONDS_OF_A_CACHE):
                 self._start_others()
             self._train_step = self._compiled("train step", stop)
@@ -258,18 +303,23 @@ class Run:
             ) from None
 
     def _start_others(self) -> None:
-        """Has evaluation and gains compiled: beside the step, or else while the first one runs."""
-        if self._programs.was_started("validation"):
-            return
-        variables = self._abstract.variables
-        self._programs.start("validation", self._eval_step, variables, self._shapes)
+        """Has evaluation and gains lowered beside the step or the first ones, and compiled after it.
+
+        Beside it XLA would tune the same products once more, and the step come later.
+        """
+        variables, start = (
+            self._abstract.variables,
+            functools.partial(self._start, after="train step"),
+        )
+        start("validation", self._eval_step, variables, self._shapes)
         if self.config.model.connection != "residual":
-            self._programs.start("gains", self._gains, variables, self._gains_tokens)
+            start("gains", self._gains, variables, self._gains_tokens)
 
     def close(self) -> None:
         """Waits for checkpoints, closes files and gives the workdir back."""
         self._programs.close()
-        self.storage.close()
+        if self.storage:
+            self.storage.close()
 
     def _dispatch(self) -> None:
         """Starts step k, then fetches the metrics of step k - 1 while it runs."""

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Mapping
 
-import tensorboardX
 from etils import epath
 
 from mhc_jax import appending
@@ -34,25 +33,33 @@ class MetricWriter:
     def __init__(self, workdir: epath.PathLike, *, tensorboard: bool, step: int = 0):
         self._lines = appending.open_lines(epath.Path(workdir) / "metrics.jsonl")
         self._folder = str(epath.Path(workdir) / "tensorboard") if tensorboard else None
-        self._board = None
-        self.go_back(step)
+        self._board, self._step = None, step
 
     def go_back(self, step: int) -> None:
         """Says that the next numbers follow `step` updates, whatever has been written before."""
-        if self._folder is None:
-            return
+        self._step = step
         if self._board:
             self._board.close()
+        if self._folder is not None:
+            self._board = self._open_board()
+
+    def _open_board(self):
+        # With what it needs it takes half a second, which the first step need not wait for.
+        import tensorboardX
+
         # Two files opened in the same second would get the same name.
-        self._board = tensorboardX.SummaryWriter(
-            self._folder, purge_step=step + 1, filename_suffix=f".{os.getpid()}.{next(_numbers)}"
+        return tensorboardX.SummaryWriter(
+            self._folder,
+            purge_step=self._step + 1,
+            filename_suffix=f".{os.getpid()}.{next(_numbers)}",
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars under `step`, the updates done (the loss is that before the last of them)."""
         line = {"step": step} | {name: jsonable(float(value)) for name, value in values.items()}
         self._lines.write(json.dumps(line) + "\n")
-        if self._board:
+        if self._folder is not None:
+            self._board = self._board or self._open_board()
             for name, value in values.items():
                 self._board.add_scalar(name, float(value), step)
 

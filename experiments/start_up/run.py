@@ -1,5 +1,10 @@
 """One process of `experiments.start_up`: trains four steps and writes what took how long."""
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # as `mhc_jax.main` does
+
 import argparse
 import contextlib
 import functools
@@ -15,16 +20,16 @@ import warnings
 import jax
 from jax import monitoring
 
-from kernels_pallas.gpu import cuda_launch
+from kernels_pallas.gpu import cuda_launch, triton_launch
 from mhc_jax import compilation_cache, preemption
 from mhc_jax.config import from_dict
-from mhc_jax.train import Run
 
 # Headings of the table. XLA's are sums over programs that are compiled at the same time.
 COLUMNS = {
     "first_step": "first step",
     "imports": "imports, devices",
     "run": "data, state",
+    "read": "reading programs",
     "trace": "tracing",
     "lower": "lowering",
     "kernels": "kernels",
@@ -36,7 +41,8 @@ COLUMNS = {
     "evaluation_again": "next",
     "gains": "first gains",
     "gains_again": "next",
-    "kept": "from cache",
+    "kept": "from jax's cache",
+    "whole": "found whole",
 }
 STEPS = 4
 _TRACE = "/jax/core/compile/jaxpr_trace_duration"
@@ -98,6 +104,20 @@ class CacheLog(logging.Handler):
             found.append(said.split("'")[1])
 
 
+class Said(logging.Handler):
+    """Collects what is said of programs that are kept whole."""
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.lines = []
+        logger = logging.getLogger("mhc_jax.kept_programs")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage()[:300])
+
+
 def make_config(name: str, arm: str, settings: list[str]):
     """A config of `configs/` that evaluates after every other step."""
     module = importlib.import_module(f"configs.{name}")
@@ -114,16 +134,31 @@ def make_config(name: str, arm: str, settings: list[str]):
 
 
 def time_kernels(spans: Spans) -> None:
-    """Times the compilers of our kernels."""
+    """Times the compilers of our kernels; Triton's is imported by the first program that needs it."""
     cuda_launch._compile = spans.timed("kernels", cuda_launch._compile)
-    with contextlib.suppress(ImportError):
-        from jax_triton import triton_lib
+    keep_ptx = triton_launch._keep_ptx
 
+    def timed(triton_lib):
         for module, name in (
             (triton_lib.code_gen, "ast_to_ttir"),
             (triton_lib, "compile_ttir_inplace"),
         ):
             setattr(module, name, spans.timed("kernels", getattr(module, name)))
+        return keep_ptx(triton_lib)
+
+    triton_launch._keep_ptx = timed
+
+
+def start(began: float) -> float:
+    """Starts as `mhc_jax.main` does: imports while devices start. Returns the seconds since `began`."""
+    imports = preemption.Background(
+        functools.partial(importlib.import_module, "mhc_jax.train"), "importing"
+    )
+    jax.devices()
+    imports.result()
+    gc.freeze()
+    gc.enable()
+    return time.time() - began
 
 
 def main() -> None:
@@ -132,23 +167,29 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("settings", nargs="*")
     options = parser.parse_args()
-    jax.devices()
+    config = make_config(options.config, options.arm, options.settings)
     began = float(os.environ["START_UP_BEGAN"])
-    found, spans, kept = {"imports": time.time() - began}, Spans(), CacheLog()
+    found, spans, kept = {"imports": start(began)}, Spans(), CacheLog()
+    said = Said()
+    from mhc_jax.programs import Programs
+    from mhc_jax.train import Run
+
     names = {_TRACE: "trace", _LOWER: "lower", _XLA: "xla"}
     monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: spans.ended(names.get(event, event), seconds)
     )
     time_kernels(spans)
-    config = make_config(options.config, options.arm, options.settings)
+    Programs.wait = spans.timed("wait", Programs.wait)
+    Programs.look_up = spans.timed("read", Programs.look_up)
     compilation_cache.use()
     begin = time.perf_counter()
     with warnings.catch_warnings(record=True) as warned, preemption.stop_signals() as stop:
         warnings.simplefilter("always")
-        run = Run(config, pathlib.Path(options.workdir) / "run")
-        found["run"] = time.perf_counter() - begin - spans.seconds("trace")
+        workdir = pathlib.Path(options.workdir) / "run"
+        run = Run(config, workdir, programs=compilation_cache.programs())
+        inside = sum(spans.seconds(name) for name in ("trace", "lower", "wait", "read"))
+        found["run"] = time.perf_counter() - begin - inside
         run.data = _Timed(run.data, spans)
-        run._programs.wait = spans.timed("wait", run._programs.wait)
         run._evaluate = spans.timed("evaluations", run._evaluate)
         run._log_gains = spans.timed("all_gains", run._log_gains)
         steps = []
@@ -157,7 +198,7 @@ def main() -> None:
             jax.block_until_ready(run.state)
             steps.append((time.time(), spans.seconds("evaluations"), spans.seconds("all_gains")))
             if step == 1:
-                for name in ("trace", "lower", "kernels", "wait", "xla", "first_batch"):
+                for name in ("trace", "lower", "kernels", "wait", "xla", "first_batch", "read"):
                     found[name] = spans.seconds(name)
             if step == STEPS:
                 raise _Done
@@ -166,12 +207,16 @@ def main() -> None:
         with contextlib.suppress(_Done):
             run.loop(after, "start_up")
         run.close()
+    run._programs._pool.shutdown()  # all is written
+    found["said"] = said.lines
     found["first_step"] = steps[0][0] - began
     found["step"] = steps[2][0] - steps[1][0]
     found["evaluation"], found["evaluation_again"] = steps[1][1], steps[3][1] - steps[1][1]
     found["gains"], found["gains_again"] = steps[1][2], steps[3][2] - steps[1][2]
     found["kept"] = f"{len(kept.hit)} of {len(kept.hit) + len(kept.missed)}"
     found["hit"], found["missed"] = kept.hit, kept.missed
+    started = run._programs._futures
+    found["whole"] = f"{len(started) - len(run._programs._lowered)} of {len(started)}"
     found["warnings"] = sorted({str(w.message)[:300] for w in warned})
     found["xla_by_the_end"] = spans.seconds("xla")
     pathlib.Path(options.output).write_text(json.dumps(found))

@@ -1,5 +1,6 @@
 """Finds text files, splits them between train and validation, and reads them."""
 
+import functools
 import glob
 import hashlib
 import itertools
@@ -47,6 +48,7 @@ class TextFile(NamedTuple):
     modified_ns: int
 
 
+@functools.cache  # nobody edits them while they run
 def stdlib_files() -> tuple[TextFile, ...]:
     """Lists the Python files of the running interpreter's standard library.
 

@@ -1,4 +1,4 @@
-"""Two starts of a toy run: the second one compiles nothing, and both tell where the time went."""
+"""Two starts of a toy run: the second one traces nothing, and both tell where the time went."""
 
 import json
 
@@ -24,10 +24,13 @@ def test_the_second_start_finds_every_program(tmp_path, monkeypatch, capsys):
     # Initial state, train step, evaluation and gains are among them.
     assert len(cold["missed"]) >= 4
     assert second["missed"] == []
-    assert sorted(second["hit"]) == sorted(cold["missed"] + cold["hit"])
+    # Not even traced: jax is asked for the rest alone.
+    assert (cold["whole"], second["whole"]) == ("0 of 4", "4 of 4")
+    assert second["trace"] + second["lower"] < 0.5
+    assert len(second["hit"]) <= len(cold["missed"]) - 4
     assert not cold["warnings"] + second["warnings"]
     for row in (cold, second):
-        parts = [row[name] for name in COLUMNS if name != "kept"]
+        parts = [row[name] for name in COLUMNS if name not in ("kept", "whole")]
         assert all(seconds >= 0 for seconds in parts)
         assert row["first_step"] > max(row["imports"] + row["run"], row["trace"], row["lower"])
     assert "| mhc, second |" in capsys.readouterr().out

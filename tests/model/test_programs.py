@@ -1,6 +1,7 @@
 """Programs that are compiled side by side, and blocks that are lowered once."""
 
 import functools
+import threading
 import types
 
 import jax
@@ -35,6 +36,30 @@ def test_programs_compile_beside_each_other():
     assert programs.was_started("sum")
     assert not programs.was_started("other")
     programs.close()
+
+
+def test_a_program_waits_for_another():
+    order, first = [], threading.Event()
+
+    def named(name, wait=None):
+        def compile_():
+            if wait:
+                wait.wait(60)
+            order.append(name)
+
+        return types.SimpleNamespace(lower=lambda *_: types.SimpleNamespace(compile=compile_))
+
+    programs = Programs()
+    programs.start("step", named("step", first))
+    programs.start("validation", named("validation"), after="step")
+    assert not programs.is_there("validation", 0.1)
+    first.set()
+    programs.wait("validation")
+    assert order == ["step", "validation"]
+    failed = Programs()  # what follows a failure is compiled
+    failed.start("step", program(RuntimeError("x"), "compiled"))
+    failed.start("gains", program("gains"), after="step")
+    assert (failed.wait("gains"), failed.wait("step")) == ("gains", "compiled")
 
 
 def test_a_failure_is_tried_again_without_the_others_and_then_told(caplog):
