@@ -22,7 +22,12 @@ PROGRAM = pathlib.Path(__file__).with_name("pipelines.py")
     "cases",
     [
         "short",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in (*SCHEDULES, "others")),
+        *(
+            pytest.param(f"{name}_{kind}", marks=pytest.mark.slow)
+            for name in (*SCHEDULES, "1f1b_split", "dualpipev_split")
+            for kind in ("dense", "experts")
+        ),
+        pytest.param("others", marks=pytest.mark.slow),
     ],
 )
 def test_stages_equal_one_device(run_python, cases):
@@ -111,11 +116,28 @@ def test_recomputation_needs_no_cotangent(policy, operand_dtypes):
     assert again == {"none": 0, "mhc": 0, "full": forward // 2 - 1}[policy]
     assert bool(recomputed) == (policy != "none")
     balance = jax.ShapeDtypeStruct((), jnp.float32)
-    _, (gradients, dx) = products(
+    whole, (gradients, dx, nothing) = products(
         lambda p, s, *args: stage.backward(p, s, *args, 2), kept, recomputed, y, balance
     )
-    assert jax.tree.map(lambda x: x.shape, gradients) == [jax.tree.map(lambda x: x.shape, row)] * 2
-    assert dx.shape == streams.shape
+    shapes = [jax.tree.map(lambda x: x.shape, row)] * 2
+    assert jax.tree.map(lambda x: x.shape, gradients) == shapes
+    assert (dx.shape, nothing) == (streams.shape, [])
+
+    # Split: the same products in two halves, and those of the second are the gradients of 5 matrices a block.
+    stage = Stage(model, (2,), row, {}, streams, split_backward=True)
+    first, (gradients, dx, put_off) = products(
+        lambda p, s, *args: stage.backward(p, s, *args, 2), kept, recomputed, y, balance
+    )
+    assert [(x.shape, x.dtype) for x in put_off] == [(x.shape, x.dtype) for x in stage.put_off]
+    second, matrices = products(lambda p, s, *args: stage.matrices(p, s, *args, 2), kept, put_off)
+    # Gate and up are one product under no policy; see `first + second`.
+    assert second == 2 * 5
+    assert first + second == whole
+    others, of_matrices = stage.parts([row] * 2)
+    assert jax.tree.map(lambda x: x.shape, gradients) == jax.tree.map(lambda x: x.shape, others)
+    assert jax.tree.map(lambda x: x.shape, matrices) == jax.tree.map(lambda x: x.shape, of_matrices)
+    assert all(leaf.ndim > 1 for leaf in jax.tree.leaves(of_matrices))
+    assert all(leaf.ndim == 1 for leaf in jax.tree.leaves(others))
 
 
 def test_the_head_counts_as_time_of_the_last_stage():
@@ -126,18 +148,24 @@ def test_the_head_counts_as_time_of_the_last_stage():
     assert placement_of(run, 1).is_identity
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("name", ["1f1b", "dualpipev"])
-def test_slots_are_read_as_they_were_written(name):
+def test_slots_are_read_as_they_were_written(name, split):
     """Plays the tables with the names of what would lie in the slots."""
     devices, parts = 3, 7
-    schedule = make_schedule(name, devices, parts)
+    schedule = make_schedule(name, devices, parts, split)
     tables, last = make_tables(schedule), schedule.num_stages - 1
-    streams, cotangents, kept = ([{} for _ in range(devices)] for _ in range(3))
+    streams, cotangents, kept, put_off = ([{} for _ in range(devices)] for _ in range(4))
     back = [None] * devices
     for tick in range(schedule.num_ticks):
         t = {key: table[tick] for key, table in tables.rows().items()}
         out, sent, back = [None] * devices, back, [None] * devices
         for d in range(devices):
+            if t["matrices_run"][d]:
+                stage, m = schedule.matrices[tick, d]
+                assert t["matrices_run"][d] == 1 + stage // devices
+                assert kept[d].pop(t["matrices_keep"][d]) == (stage, m)
+                assert put_off[d].pop(t["matrices_read"][d]) == (stage, m)
             if t["run"][d]:
                 stage, m = schedule.forward[tick, d]
                 assert (t["run"][d], t["part"][d]) == (1 + stage // devices, m)
@@ -158,5 +186,9 @@ def test_slots_are_read_as_they_were_written(name):
                 assert arrived == (("loss", m) if stage == last else (stage, m))
                 assert kept[d][t["back_keep"][d]] == (stage, m)
                 back[d] = (stage - 1, m)
+                if split:
+                    put_off[d][t["back_put_off"][d]] = (stage, m)
+    assert not any(put_off)
     assert tables.num_kept == schedule.peak_activations().max()
+    assert tables.num_put_off == schedule.peak_put_off().max() == (devices if split else 0)
     assert (tables.num_streams, tables.num_cotangents) == (1, 1) or name == "dualpipev"
