@@ -41,7 +41,7 @@ from experiments.pipeline_plan.hidden import count_sends
 from experiments.timing import random_batch, time_ms, time_step_ms
 from mhc_jax import remat, sharding
 from mhc_jax.config import Config, from_dict
-from mhc_jax.pipeline import execute, make_schedule, placement_of, stages
+from mhc_jax.pipeline import beside, execute, make_schedule, placement_of, stages
 from mhc_jax.pipeline.timeline import StageTimes, simulate
 from mhc_jax.train_step import (
     TrainState,
@@ -110,7 +110,7 @@ def make_config(
 
 
 def measured_times(config: Config, repeats: int) -> StageTimes:
-    """Measures the seconds of each stage on one device, forward and backward (or its halves) by themselves."""
+    """Measures the seconds of each stage on one device, each part by itself."""
     model = config.model
     sequences = config.batch_size // config.optimizer.accumulate_steps
     tokens = jax.random.randint(
@@ -123,15 +123,15 @@ def measured_times(config: Config, repeats: int) -> StageTimes:
         lambda x: x.astype(model.activation_dtype) if x.ndim > 1 else x, rows[: max(counts)]
     )
     shell = {name: tree for name, tree in params.items() if name != "blocks"}
-    _, leaving = stages.shell_parts(model, shell)
-    enter = jax.jit(lambda shell, tokens: stages.enter(model, shell, tokens))
+    _, leaving = beside.parts(model, shell)
+    enter = jax.jit(lambda shell, tokens: beside.enter(model, shell, tokens))
     streams = enter(shell, tokens)
     shape = jax.ShapeDtypeStruct(streams.shape, streams.dtype)
 
     @jax.jit
     def head(leaving, streams):
         return jax.value_and_grad(
-            lambda leaving, y: stages.leave(model, shell | leaving, y, tokens), (0, 1)
+            lambda leaving, y: beside.leave(model, shell | leaving, y, tokens), (0, 1)
         )(leaving, streams)
 
     def seconds(function, *args):

@@ -1,7 +1,8 @@
 """Loss and gradients of a train step over the stages of a pipeline.
 
-One `shard_map`, Manual over all axes of the mesh, holds the ticks of a schedule (`ticks`, `gpipe`). Parameters
-are cast and gathered once a step, in front of it, and gradients are summed over the devices once, behind it.
+One `shard_map`, Manual over all axes of the mesh, holds the ticks of a schedule (`ticks`, `gpipe`).
+Parameters are cast and gathered once a step, in front of it, and gradients are summed over the devices once,
+behind it.
 """
 
 import functools
@@ -17,7 +18,7 @@ from mhc_jax import remat, sharding
 from mhc_jax.config import Config
 from mhc_jax.losses import num_counted
 from mhc_jax.moe import MoEAux
-from mhc_jax.pipeline import gpipe, stages
+from mhc_jax.pipeline import beside, gpipe, stages
 from mhc_jax.pipeline.layout import Layout, check, gathered, summed
 from mhc_jax.pipeline.schedule import make_schedule
 from mhc_jax.pipeline.tables import make_tables
@@ -139,7 +140,7 @@ class Pipeline:
     def _stage(self, rows, state, shell, split):
         model = self._config.model
         part = jax.eval_shape(lambda x: x[0], split["inputs"])
-        streams = jax.eval_shape(functools.partial(stages.enter, model), shell, part)
+        streams = jax.eval_shape(functools.partial(beside.enter, model), shell, part)
         shapes = jax.eval_shape(lambda: (rows[0], state[0]))
         stage = stages.Stage(
             model,

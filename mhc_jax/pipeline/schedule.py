@@ -245,6 +245,6 @@ def check_split(name: str) -> None:
     """Raises ValueError for a schedule whose backward cannot be split."""
     if name == "gpipe":
         raise ValueError(
-            "pipe_split_backward=True does not go with pipe_schedule=gpipe, whose backward is autodiff's: take "
-            "1f1b or dualpipev"
+            "pipe_split_backward=True does not go with pipe_schedule=gpipe, whose backward is autodiff's: "
+            "take 1f1b or dualpipev"
         )

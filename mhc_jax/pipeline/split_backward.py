@@ -29,9 +29,8 @@ class Halves(NamedTuple):
     """A backward, cut.
 
     Attributes:
-      streams: `(fixed, kept, cotangents) -> (gradient of fixed[0] without what waits, gradient of x, put_off)`.
-      matrices: `(fixed, kept, put_off) -> gradient of fixed[0]`, of what waits alone. In both a leaf that
-        the other one has is None.
+      streams: `(fixed, kept, cotangents) -> (gradient of fixed[0], gradient of x, put_off)`.
+      matrices: `(fixed, kept, put_off) -> gradient of fixed[0]`. In both, leaves that the other has are None.
       put_off: shapes and dtypes of what the second reads of the first, a list.
     """
 

@@ -1,4 +1,4 @@
-"""What a stage computes: the way in (embedding, leading blocks), its blocks, the way out (read-out, loss).
+"""What a stage computes with its blocks.
 
 A stage begins and ends with plain streams: the write that its last sublayer leaves pending is done before
 they are sent, nC entries a token. Sent unfinished it would be streams, layer output and mappings, C + n^2 + n
@@ -17,13 +17,12 @@ from flax import nnx
 
 from mhc_jax import remat
 from mhc_jax.config import ModelConfig
-from mhc_jax.connections import Connection, Pending, expand
-from mhc_jax.losses import linear_cross_entropy
+from mhc_jax.connections import Connection, Pending
 from mhc_jax.moe import MoEAux
 from mhc_jax.parameters import merged
 from mhc_jax.pipeline.residuals import split_recomputation, split_vjp, zeros
 from mhc_jax.pipeline.split_backward import Backward, Halves
-from mhc_jax.transformer import Block, Transformer, make_connection
+from mhc_jax.transformer import Block, make_connection
 
 Tree = Any
 
@@ -32,18 +31,6 @@ Tree = Any
 def _block_graph(config: ModelConfig) -> nnx.GraphDef:
     """The structure of a block of the stack, without its parameters."""
     return nnx.split(nnx.eval_shape(lambda: Block(config, 0, rngs=nnx.Rngs(0))))[0]
-
-
-@functools.cache
-def _shell_graph(config: ModelConfig) -> nnx.GraphDef:
-    """The structure of the model without its stack."""
-
-    def shell():
-        model = Transformer(config, rngs=nnx.Rngs(0))
-        del model.blocks
-        return model
-
-    return nnx.split(nnx.eval_shape(shell))[0]
 
 
 def group_size(config: ModelConfig, counts: Sequence[int]) -> int:
@@ -73,24 +60,6 @@ def group_size(config: ModelConfig, counts: Sequence[int]) -> int:
         )
     divisors = (size for size in range(1, common + 1) if common % size == 0)
     return min(divisors, key=lambda size: (abs(size - wanted), size))
-
-
-def enter(config: ModelConfig, shell: Tree, tokens: jax.Array) -> jax.Array:
-    """Tokens `[b, S]` -> streams `[b, S, n*C]` that the stack reads."""
-    model = nnx.merge(_shell_graph(config), shell)
-    pending = Pending(expand(model._embed(tokens), config.streams), None, None)
-    for block in model.leading:
-        pending, _, _ = block(pending)
-    if pending.layer_output is None:
-        return pending.streams
-    return model.leading[0].attention_connection.post(*pending)
-
-
-def leave(config: ModelConfig, shell: Tree, streams: jax.Array, targets: jax.Array) -> jax.Array:
-    """Streams behind the stack `[b, S, n*C]` and targets `[b, S]` -> mean loss in nats a token."""
-    model = nnx.merge(_shell_graph(config), shell)
-    x = model.norm(model.readout(streams))
-    return linear_cross_entropy(x, model.unembedding, targets, config.loss_chunks)
 
 
 class Stage:
@@ -411,12 +380,3 @@ def _of_connection(path) -> bool:
 
 def _concatenated(reports):
     return None if reports[0] is None else jax.tree.map(lambda *xs: jnp.concatenate(xs), *reports)
-
-
-def shell_parts(config: ModelConfig, shell: Tree) -> tuple[Tree, Tree]:
-    """What of the parameters beside the stack `enter` uses, and what `leave` does."""
-    entering = {name: shell[name] for name in ("embedding", "leading") if name in shell}
-    leaving = {name: tree for name, tree in shell.items() if name not in entering}
-    if config.tie_embeddings:
-        leaving["embedding"] = shell["embedding"]
-    return entering, leaving

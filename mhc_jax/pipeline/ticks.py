@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mhc_jax.config import ModelConfig
-from mhc_jax.pipeline import stages
+from mhc_jax.pipeline import beside, stages
 from mhc_jax.pipeline.residuals import zeros
 from mhc_jax.pipeline.tables import Tables
 
@@ -56,7 +56,7 @@ def by_tables(
     rows, state, shell = trees
     devices, device, chunks = jax.lax.axis_size("pipe"), jax.lax.axis_index("pipe"), len(counts)
     size = len(rows) // chunks
-    entering, leaving = stages.shell_parts(model, shell)
+    entering, leaving = beside.parts(model, shell)
     up = [(i, i + 1) for i in range(devices - 1)]
     down = [(i + 1, i) for i in range(devices - 1)]
     nothing = zeros(streams)
@@ -87,7 +87,7 @@ def by_tables(
         if chunk == 0:
             x = jax.lax.cond(
                 now["is_first"] == 1,
-                lambda x: stages.enter(model, shell, part["inputs"]),
+                lambda x: beside.enter(model, shell, part["inputs"]),
                 lambda x: x,
                 x,
             )
@@ -103,7 +103,7 @@ def by_tables(
 
         def finish(loss, head, y):
             def weighed(head, y):
-                mean = stages.leave(model, shell | head, y, part["targets"])
+                mean = beside.leave(model, shell | head, y, part["targets"])
                 return part["share"] * mean
 
             value, (d_head, dy) = jax.value_and_grad(weighed, (0, 1))(leaving, y)
@@ -141,7 +141,7 @@ def by_tables(
 
             def enter_back(entry, dx):
                 tokens = part_of(now["back_part"])["inputs"]
-                _, vjp = jax.vjp(lambda e: stages.enter(model, shell | e, tokens), entering)
+                _, vjp = jax.vjp(lambda e: beside.enter(model, shell | e, tokens), entering)
                 return _added(entry, vjp(dx)[0])
 
             done["entry"] = jax.lax.cond(

@@ -1,6 +1,5 @@
 """pipeline_plan: the simulated timeline by hand, and the command."""
 
-import dataclasses
 import itertools
 import json
 import os

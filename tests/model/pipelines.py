@@ -6,6 +6,7 @@ In float64 by default: one device and several sum in another order, and what tha
 float32 is as large as a fault may be.
 """
 
+# ruff: noqa: E402
 import functools
 import itertools
 import pathlib
