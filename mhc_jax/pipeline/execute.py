@@ -116,9 +116,9 @@ class Pipeline:
         # As in one device's accumulation: part p takes every parts-th row.
         split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
         counted = jax.vmap(num_counted)(split["targets"])
-        counted /= jnp.maximum(jax.lax.psum(counted.sum(), batch_axes), 1)
+        total = jnp.maximum(jax.lax.psum(counted.sum(), batch_axes), 1)
         copies = jax.lax.axis_size(batch_axes) * parts
-        split["share"] = counted.astype(jnp.float32)
+        split["share"] = counted.astype(jnp.float32) / total
         split["balance"] = jnp.full(parts, 1 / copies, jnp.float32)
         loss, aux, rows, shell = run(rows, state, shell, split)
         gradients = shell | {"blocks": jax.tree.map(lambda *xs: jnp.stack(xs), *rows)}
