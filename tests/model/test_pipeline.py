@@ -48,8 +48,13 @@ def test_a_checkpoint_goes_on_with_and_without_stages(run_python, tmp_path):
         # Cotangents have the forward and what is computed again beside them, streams the backward.
         (["v5p:2x2x1,1f1b,full"], ["2 2 0 1 2"]),
         pytest.param(
-            ["v6e:2x2,1f1b,none", "v6e:2x2,dualpipev,full", "v5p:2x2x1,dualpipev,none",
-             "v5p:2x2x1,1f1b,none,split", "v6e:2x2,dualpipev,full,split"],
+            [
+                "v6e:2x2,1f1b,none",
+                "v6e:2x2,dualpipev,full",
+                "v5p:2x2x1,dualpipev,none",
+                "v5p:2x2x1,1f1b,none,split",
+                "v6e:2x2,dualpipev,full,split",
+            ],
             # The second half of a split backward is beside cotangents, or in front of them.
             ["2 2 0 1 1", "4 4 0 1 1 2 2", "4 4 0 1 1 1 1", "2 2 0 1 2", "4 4 0 1 1 2 2"],
             marks=pytest.mark.slow,
