@@ -92,6 +92,11 @@ def test_what_does_not_fit_is_named(fields, sizes, message):
     check(config(**fields), SIZES)
 
 
+def test_a_backward_of_autodiff_is_not_split():
+    with pytest.raises(ValueError, match=r"does not go with pipe_schedule=gpipe.*take 1f1b or"):
+        config(pipe_schedule="gpipe", pipe_split_backward=True)
+
+
 def test_recompute_blocks_divide_the_stages():
     model = config(**{"model.remat": "mhc", "model.num_blocks": 12}).model
     assert model.blocks_per_group == 2
