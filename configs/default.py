@@ -32,6 +32,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Order of work where mesh.pipe > 1: gpipe | 1f1b | dualpipev (docs/pipeline.md). May change when a run is
     # resumed, as the mesh may.
     config.pipe_schedule = "1f1b"
+    # 1f1b and dualpipev: gradients of matrices wait until a device would idle (zero bubble). Fewer idle ticks
+    # for more memory.
+    config.pipe_split_backward = False
 
     model = config.model = ml_collections.ConfigDict()
     model.vocab_size = 256  # at least that of data.tokenizer

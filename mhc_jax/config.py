@@ -19,6 +19,7 @@ from mhc_jax.health import ON_NON_FINITE
 from mhc_jax.initialisation import hc_alpha, mhc_alpha
 from mhc_jax.manifolds import MANIFOLDS, make_manifold
 from mhc_jax.pipeline.schedule import SCHEDULES as PIPE_SCHEDULES
+from mhc_jax.pipeline.schedule import check_split
 from mhc_jax.readout import READOUTS
 
 CONNECTIONS = ("residual", "hc", "mhc")
@@ -281,6 +282,7 @@ class Config:
     on_corrupt_data: str
     tensorboard: bool
     pipe_schedule: str
+    pipe_split_backward: bool
     model: ModelConfig
     optimizer: OptimizerConfig
     data: DataConfig
@@ -291,6 +293,8 @@ class Config:
         _one_of("on_non_finite", self.on_non_finite, ON_NON_FINITE)
         _one_of("on_corrupt_data", self.on_corrupt_data, ON_CORRUPT)
         _one_of("pipe_schedule", self.pipe_schedule, PIPE_SCHEDULES)
+        if self.pipe_split_backward:
+            check_split(self.pipe_schedule)
         ranges.check(vars(self))
         warmup = self.optimizer.warmup_steps
         if warmup >= self.steps:
@@ -329,6 +333,7 @@ MAY_CHANGE = (
     "on_corrupt_data",
     "tensorboard",
     "pipe_schedule",
+    "pipe_split_backward",
     "data.path",
     "data.tokenizer",
     "mesh",
@@ -346,6 +351,7 @@ LATER = {
     "on_non_finite": "stop",
     "on_corrupt_data": "stop",
     "pipe_schedule": "1f1b",
+    "pipe_split_backward": False,
     "mesh.pipe": 1,
     "model.scan_blocks": True,
     "model.lookahead_pre": False,

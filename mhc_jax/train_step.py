@@ -176,7 +176,7 @@ def loss_and_gradients(params: Params, model_state: Params, batch: Batch, config
 
     def add(total, part):
         # Exactly 1 where every target counts.
-        share = num_counted(part["targets"]) * parts / counted
+        share = (num_counted(part["targets"]) * parts).astype(jnp.float32) / counted
         gradients, reported = gradient(params, model_state, part, share=share)
         return jax.tree.map(jnp.add, total, split_parameters(gradients)), reported
 

@@ -1,7 +1,7 @@
 """What will a pipeline cost? Bubble, activations, transfers and what hides them, residual against mHC.
 
 Command:  python -m experiments.pipeline_plan --config=configs/paper_27b.py --pipe=8 --microbatches=32 \\
-              --schedule=dualpipev --figure=plan
+              --schedule=dualpipev --figure=plan [--split_backward]
 Result:   a table by connection and link, the stages, plan.png and plan.svg. Seconds on any machine.
 
 Times are ESTIMATES from FLOPs and bytes of --chip unless given (--forward_ms, --backward_ms,
@@ -23,7 +23,7 @@ from ml_collections import config_flags
 from experiments import record
 from experiments.hardware import CHIPS
 from experiments.pipeline_plan import picture
-from experiments.pipeline_plan.costs import BlockTimes, estimate, stage_times
+from experiments.pipeline_plan.costs import BlockTimes, estimate, put_off_bytes, stage_times
 from mhc_jax import command_line, paths, units
 from mhc_jax.analysis import style
 from mhc_jax.config import Config, ModelConfig
@@ -36,6 +36,9 @@ _MICROBATCHES = flags.DEFINE_integer(
     "microbatches", None, "Of a step; by default optimizer.accumulate_steps."
 )
 _SCHEDULE = flags.DEFINE_string("schedule", "1f1b", f"One of {', '.join(SCHEDULES)}.")
+_SPLIT = flags.DEFINE_bool(
+    "split_backward", None, "Put off gradients of matrices; by default pipe_split_backward."
+)
 _SEQUENCES = flags.DEFINE_integer("sequences", 1, "Of a micro-batch on one device.")
 _CHIP = flags.DEFINE_string("chip", "NVIDIA H200", f"For estimates: {', '.join(CHIPS)}.")
 _EFFICIENCY = flags.DEFINE_float("efficiency", 0.5, "Share of the peak that products reach.")
@@ -55,7 +58,7 @@ _NAMES = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
 class Row:
     """One connection on one link; shares of the step's time in percent.
 
-    `split`: what the step would gain if gradients of matrices waited until cotangents have set out.
+    `split`: what the whole backward's step gains by the split one; None for a schedule that has none.
     """
 
     connection: str
@@ -66,7 +69,7 @@ class Row:
     exposed: float
     payload: int
     transfer_ms: float
-    split: float
+    split: float | None
 
 
 def block_times(
@@ -89,12 +92,20 @@ def block_times(
 
 
 def evaluate(
-    schedule: Schedule, times, split, model: ModelConfig, num_tokens: int, link: float
+    schedule: Schedule, times, model: ModelConfig, num_tokens: int, link: float
 ) -> tuple[Row, Timeline]:
     payload = model.streams * model.width * num_tokens * model.activation_dtype.itemsize
     transfer = payload / (link * 1e9)
     timeline = simulate(schedule, times, transfer)
     free = simulate(schedule, times, 0.0).seconds
+    gain = None
+    if schedule.name != "gpipe":
+        sizes = schedule.num_devices, schedule.num_microbatches
+        whole, split = (
+            simulate(make_schedule(schedule.name, *sizes, split), times, transfer).seconds
+            for split in (False, True)
+        )
+        gain = 100 * (1 - split / whole)
     return Row(
         connection=model.connection,
         link=link,
@@ -104,7 +115,7 @@ def evaluate(
         exposed=100 * (timeline.seconds - free) / timeline.seconds,
         payload=payload,
         transfer_ms=1e3 * transfer,
-        split=100 * (1 - simulate(schedule, split, transfer).seconds / timeline.seconds),
+        split=gain,
     ), timeline
 
 
@@ -135,20 +146,27 @@ def _check(config: Config) -> tuple[int, int, list[float]]:
     return pipe, parts, links[:-1]
 
 
-def show_stages(schedule: Schedule, placement: Placement, times, model: ModelConfig, tokens: int):
-    """Prints what each device holds."""
+def show_stages(
+    schedule: Schedule,
+    placement: Placement,
+    times,
+    model: ModelConfig,
+    tokens: int,
+    put_off: int,
+):
+    """Prints what each device holds; `put_off`: bytes of a stage's split backward."""
     print(f"{'device':>6}  {'blocks by stage':<17}{'ms a micro-batch':>16}{'in flight':>11}  kept")
-    peaks = schedule.peak_activations()
+    peaks, waiting = schedule.peak_activations(), schedule.peak_put_off()
     streams = model.streams * model.width * tokens * model.activation_dtype.itemsize
     for device in range(schedule.num_devices):
         stages = [s for s in range(schedule.num_stages) if schedule.device_of(s) == device]
         blocks = " + ".join(str(placement.counts[s]) for s in stages)
         blocks += f" + {model.num_leading} leading" if device == 0 and model.num_leading else ""
         milliseconds = 1e3 * sum(times.total[s] for s in stages)
-        kept = units.size(peaks[device] * streams)
-        print(
-            f"{device:>6}  {blocks:<17}{milliseconds:>16.2f}{peaks[device]:>11}  {kept} of stage inputs"
-        )
+        kept = f"{units.size(peaks[device] * streams)} of stage inputs"
+        if waiting[device]:
+            kept += f", {waiting[device]} put off: {units.size(waiting[device] * put_off)}"
+        print(f"{device:>6}  {blocks:<17}{milliseconds:>16.2f}{peaks[device]:>11}  {kept}")
 
 
 def main(argv):
@@ -165,7 +183,8 @@ def main(argv):
         tokens = _SEQUENCES.value * config.data.sequence_length
         model = config.model
         block = block_times(config, model, tokens, given)
-        schedule = make_schedule(_SCHEDULE.value, pipe, parts)
+        splits = config.pipe_split_backward if _SPLIT.value is None else _SPLIT.value
+        schedule = make_schedule(_SCHEDULE.value, pipe, parts, splits)
         placement = place(
             model.num_blocks,
             pipe,
@@ -173,6 +192,12 @@ def main(argv):
             num_leading=model.num_leading,
             head_cost=block.head / block.total if block.total else 0.0,
         )
+        put_off = 0
+        if splits:
+            length = config.data.sequence_length
+            put_off = max(placement.counts) * put_off_bytes(
+                model, placement.counts, _SEQUENCES.value, length
+            )
     except ValueError as error:
         sys.exit(f"bad input: {error}")
     warning = microbatch_warning(_SCHEDULE.value, pipe, parts)
@@ -181,9 +206,9 @@ def main(argv):
     times = stage_times(block, placement, model.num_leading)
     print(
         f"{schedule.name}: {pipe} devices, {parts} micro-batches of {tokens} tokens a device, "
-        f"{schedule.num_ticks} ticks; remat={model.remat}"
+        f"{schedule.num_ticks} ticks; remat={model.remat}{', backward split' if splits else ''}"
     )
-    show_stages(schedule, placement, times, model, tokens)
+    show_stages(schedule, placement, times, model, tokens, put_off)
     arms = [model] if model.connection == "residual" else [
         model.as_residual(), model
     ]  # fmt: skip
@@ -194,31 +219,29 @@ def main(argv):
     rows = []
     for arm in arms:
         of_arm = block_times(config, arm, tokens, given)
-        each, split = (
-            stage_times(of_arm, placement, model.num_leading, split=split)
-            for split in (False, True)
-        )
+        each = stage_times(of_arm, placement, model.num_leading)
         for link in links:
-            row, _ = evaluate(schedule, each, split, arm, tokens, link)
+            row, _ = evaluate(schedule, each, arm, tokens, link)
             rows.append(row)
+            gain = "-" if row.split is None else f"{row.split:.1f}"
             lines.append(
                 f"{_NAMES[row.connection]:<11}{row.link:>6.0f}{row.payload / 2**20:>12.1f}"
                 f"{row.transfer_ms:>11.2f}"
-                f"{row.step_ms:>11.1f}{row.ideal_ms:>9.1f}{row.bubble:>10.1f}{row.exposed:>14.1f}{row.split:>9.1f}"
+                f"{row.step_ms:>11.1f}{row.ideal_ms:>9.1f}{row.bubble:>10.1f}{row.exposed:>14.1f}{gain:>9}"
             )
     print("\n".join(lines))
     sends = 2 * schedule.chunks
     print(
         f"\nA tick has {sends} sends a device ({units.size(sends * rows[-1].payload)} for "
         f"{_NAMES[rows[-1].connection]}), half of them behind a backward, half behind a forward.\n"
-        "split %: what a step would gain if gradients of matrices waited until cotangents have set out "
-        "(zero bubble); the program does not split them."
+        "split %: what a step gains by pipe_split_backward: gradients of matrices wait until a device would "
+        "idle (zero bubble)."
     )
     if _FIGURE.value:
-        _, timeline = evaluate(schedule, times, times, model, tokens, _FIGURE_LINK.value)
+        _, timeline = evaluate(schedule, times, model, tokens, _FIGURE_LINK.value)
         title = (
             f"{schedule.name}, {pipe} devices, {parts} micro-batches, {_NAMES[model.connection]}, "
-            f"{_FIGURE_LINK.value:g} GB/s"
+            f"{_FIGURE_LINK.value:g} GB/s{', backward split' if splits else ''}"
         )
         figure = picture.draw(schedule, timeline, title)
         style.write_figure(figure, paths.local(_FIGURE.value), ("png", "svg"))
@@ -235,6 +258,9 @@ def main(argv):
             "tokens": tokens,
             "counts": placement.counts,
             "peak_activations": schedule.peak_activations().tolist(),
+            "split_backward": splits,
+            "peak_put_off": schedule.peak_put_off().tolist(),
+            "put_off_bytes": put_off,
             "block": dataclasses.asdict(block),
             "rows": [dataclasses.asdict(row) for row in rows],
         }

@@ -1,14 +1,20 @@
 """Estimates the times of a block, of the head and of a stage, from FLOPs and bytes."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
+import jax
 import numpy as np
+from flax import nnx
 
 from experiments.hardware import Chip
 from mhc_jax.config import ModelConfig
 from mhc_jax.pipeline.layout import block_flops
 from mhc_jax.pipeline.placement import Placement
+from mhc_jax.pipeline.stages import Stage, group_size
 from mhc_jax.pipeline.timeline import StageTimes
+from mhc_jax.transformer import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +66,11 @@ def estimate(
     return BlockTimes(products + forward, again, 2 * products + backward, 3 * unembed, matrices)
 
 
-def stage_times(
-    block: BlockTimes, placement: Placement, num_leading: int, *, split: bool = False
-) -> StageTimes:
+def stage_times(block: BlockTimes, placement: Placement, num_leading: int) -> StageTimes:
     """Returns the times of every stage.
 
-    Leading blocks, in the first one, take as long as the others and run forward twice. `split` puts off the
-    gradients of the stack's matrices.
+    Leading blocks, in the first one, take as long as the others and run forward twice. The gradients of their
+    matrices are never put off.
     """
     counts = np.array(placement.counts, float)
     leading = np.zeros(len(counts))
@@ -78,5 +82,33 @@ def stage_times(
         head=head,
         recompute=counts * block.recompute + leading * block.forward,
         backward=(counts + leading) * block.backward,
-        put_off=counts * min(block.matrices, block.backward) if split else None,
+        matrices=counts * min(block.matrices, block.backward),
     )
+
+
+def put_off_bytes(config: ModelConfig, counts: Sequence[int], sequences: int, length: int) -> int:
+    """Returns what a backward leaves to the gradients of the matrices of one block, of its shapes.
+
+    Args:
+      config: of the model.
+      counts: blocks of the stages, which a recompute block has to divide.
+      sequences, length: of a micro-batch.
+
+    Raises:
+      ValueError: a policy of recomputation that stages cannot have.
+    """
+    size = group_size(config, counts)
+
+    def block():
+        params, others = nnx.split(Block(config, 0, rngs=nnx.Rngs(0)), nnx.Param, ...)[1:]
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(others)
+
+    params, state = jax.eval_shape(block)
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, config.activation_dtype) if x.ndim > 1 else x,
+        params,
+    )
+    streams = sequences, length, config.streams * config.width
+    streams = jax.ShapeDtypeStruct(streams, config.activation_dtype)
+    stage = Stage(config, (size,), params, state, streams, split_backward=True)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in stage.put_off) // size

@@ -17,10 +17,12 @@ _COLOURS = {
     "head": ("#333333", "#333333"),
     "recompute": ("#009E73", "#66C2A5"),
     "backward": ("#D55E00", "#E69F00"),
+    "matrices": ("#7B3294", "#B58CC6"),
     "send_forward": ("#0072B2", "#56B4E9"),
     "send_backward": ("#D55E00", "#E69F00"),
 }
-_WORK = ("forward", "head", "recompute", "backward")
+_WORK = ("forward", "head", "recompute", "backward", "matrices")
+_NAMES = {"head": "loss", "matrices": "gradients of matrices"}
 _MANY = 2000  # rectangles from which on the SVG holds a picture of them
 
 
@@ -61,6 +63,8 @@ def _all_devices(axes, schedule: Schedule, timeline: Timeline) -> None:
 def _lanes(axes, schedule: Schedule, timeline: Timeline, device: int, ticks: int) -> None:
     """Draws lanes of one device over a few ticks, counted from the middle of its work."""
     lanes = [("compute", ("forward", "head", "backward")), ("recompute", ("recompute",))]
+    if schedule.splits_backward:
+        lanes.insert(1, ("matrices", ("matrices",)))
     directions = [(f"send to {to}", to) for to in (device - 1, device + 1)
                   if 0 <= to < schedule.num_devices]  # fmt: skip
     mine = [e for e in timeline.events if e.device == device]
@@ -84,7 +88,7 @@ def _lanes(axes, schedule: Schedule, timeline: Timeline, device: int, ticks: int
         edgecolors="white",
         linewidths=0.8,
     )
-    letters = {"forward": "F", "head": "loss", "recompute": "R", "backward": "B"}
+    letters = {"forward": "F", "head": "loss", "recompute": "R", "backward": "B", "matrices": "W"}
     for e in shown:
         left, right = max(e.start, begin), min(e.end, end)
         if right - left > 0.07 * (end - begin):
@@ -105,7 +109,7 @@ def draw(
 ) -> Figure:
     """Draws all devices above, and below the lanes of one (by default the middle one) over `ticks` ticks."""
     device = schedule.num_devices // 2 if device is None else device
-    has_recompute = any(e.kind == "recompute" for e in timeline.events)
+    there = {e.kind for e in timeline.events}
     with style.styled():
         figure = style.new_figure(5.6)
         above, below = figure.subplots(2, 1, height_ratios=(1.5, 1))
@@ -113,10 +117,10 @@ def draw(
         above.set_title("Compute of all devices; white: bubble")
         _lanes(below, schedule, timeline, device, ticks)
         below.set_title(f"Device {device}, {ticks} ticks in the middle")
-        kinds = [k for k in _WORK if k != "recompute" or has_recompute]
         handles = [
-            Patch(color=_COLOURS[kind][0], label="loss" if kind == "head" else kind)
-            for kind in kinds
+            Patch(color=_COLOURS[kind][0], label=_NAMES.get(kind, kind))
+            for kind in _WORK
+            if kind in there
         ]
         if schedule.chunks > 1:
             handles.append(

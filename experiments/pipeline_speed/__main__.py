@@ -2,6 +2,7 @@
 
 Command:  python -m experiments.pipeline_speed                 (4 GPUs of one host; some minutes)
           python -m experiments.pipeline_speed --toy           (anywhere, on 4 simulated devices)
+          python -m experiments.pipeline_speed --split_backward (each arm once more, with pipe_split_backward)
 Result:   a line an arm: milliseconds of a step beside the ideal (all work of the busiest device, no wait) and
           beside the plan, and what the transfers add; JSON with --output or --record.
 
@@ -14,6 +15,7 @@ products of a tick between their start and their end in the program.
 
 import argparse
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -39,7 +41,7 @@ from experiments.pipeline_plan.hidden import count_sends
 from experiments.timing import random_batch, time_ms, time_step_ms
 from mhc_jax import remat, sharding
 from mhc_jax.config import Config, from_dict
-from mhc_jax.pipeline import execute, make_schedule, placement_of, stages
+from mhc_jax.pipeline import beside, execute, make_schedule, placement_of, stages
 from mhc_jax.pipeline.timeline import StageTimes, simulate
 from mhc_jax.train_step import (
     TrainState,
@@ -67,6 +69,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pipe", type=int, default=4, help="devices along the pipeline")
     parser.add_argument("--microbatches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--schedules", nargs="+", default=["1f1b"])
+    parser.add_argument(
+        "--split_backward",
+        action="store_true",
+        help="each arm with and without pipe_split_backward",
+    )
     parser.add_argument("--connections", nargs="+", default=["residual", "mhc"])
     parser.add_argument("--sequences", type=int, default=1, help="of a micro-batch")
     parser.add_argument("--num_blocks", type=int, default=24, help="attention + FFN each")
@@ -86,8 +93,11 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def make_config(options: argparse.Namespace, connection: str, schedule: str, parts: int) -> Config:
+def make_config(
+    options: argparse.Namespace, connection: str, schedule: str, parts: int, splits: bool = False
+) -> Config:
     values = default.get_config()
+    values.pipe_split_backward = splits
     values.batch_size = options.sequences * parts
     values.optimizer.accumulate_steps = parts
     values.pipe_schedule = schedule
@@ -100,7 +110,7 @@ def make_config(options: argparse.Namespace, connection: str, schedule: str, par
 
 
 def measured_times(config: Config, repeats: int) -> StageTimes:
-    """Measures the seconds of each stage on one device, forward and backward by themselves."""
+    """Measures the seconds of each stage on one device, each part by itself."""
     model = config.model
     sequences = config.batch_size // config.optimizer.accumulate_steps
     tokens = jax.random.randint(
@@ -113,15 +123,15 @@ def measured_times(config: Config, repeats: int) -> StageTimes:
         lambda x: x.astype(model.activation_dtype) if x.ndim > 1 else x, rows[: max(counts)]
     )
     shell = {name: tree for name, tree in params.items() if name != "blocks"}
-    _, leaving = stages.shell_parts(model, shell)
-    enter = jax.jit(lambda shell, tokens: stages.enter(model, shell, tokens))
+    _, leaving = beside.parts(model, shell)
+    enter = jax.jit(lambda shell, tokens: beside.enter(model, shell, tokens))
     streams = enter(shell, tokens)
     shape = jax.ShapeDtypeStruct(streams.shape, streams.dtype)
 
     @jax.jit
     def head(leaving, streams):
         return jax.value_and_grad(
-            lambda leaving, y: stages.leave(model, shell | leaving, y, tokens), (0, 1)
+            lambda leaving, y: beside.leave(model, shell | leaving, y, tokens), (0, 1)
         )(leaving, streams)
 
     def seconds(function, *args):
@@ -131,7 +141,9 @@ def measured_times(config: Config, repeats: int) -> StageTimes:
     found = {}
     for count in {*counts}:
         one = jax.eval_shape(lambda: rows[0])
-        stage = stages.Stage(model, (count,), one, {}, shape)
+        stage = stages.Stage(
+            model, (count,), one, {}, shape, split_backward=config.pipe_split_backward
+        )
         mine, state = rows[:count], [{}] * count
         forward = jax.jit(lambda p, x, s=stage, st=state, c=count: s.forward(p, st, x, c)[:2])
         backward = jax.jit(
@@ -139,13 +151,19 @@ def measured_times(config: Config, repeats: int) -> StageTimes:
                 p, st, kept, s.recompute(p, st, kept, c), d, jnp.float32(0), c
             )
         )
+        matrices = jax.jit(
+            lambda p, kept, put_off, s=stage, st=state, c=count: s.matrices(p, st, kept, put_off, c)
+        )
         kept = forward(mine, streams)[1]
-        found[count] = seconds(forward, mine, streams), seconds(backward, mine, kept, streams)
-    forward, backward = np.array([found[count] for count in counts]).T
+        found[count] = [seconds(forward, mine, streams), seconds(backward, mine, kept, streams), 0]
+        if stage.put_off:
+            put_off = backward(mine, kept, streams)[2]
+            found[count][2] = seconds(matrices, mine, kept, put_off)
+    forward, backward, of_matrices = np.array([found[count] for count in counts]).T
     forward[0] += seconds(enter, shell, tokens)
     heads = np.zeros(len(counts))
     heads[-1] = seconds(head, leaving, streams)
-    return StageTimes(forward, heads, np.zeros(len(counts)), backward)
+    return StageTimes(forward, heads, np.zeros(len(counts)), backward + of_matrices, of_matrices)
 
 
 def tiny_send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
@@ -185,6 +203,7 @@ class Arm:
 
     connection: str
     schedule: str
+    split_backward: bool
     microbatches: int
     step: float = 0.0
     tiny_sends: float = 0.0
@@ -238,9 +257,10 @@ def time_steps(config: Config, mesh, timed: int, init: Callable[[], TrainState])
 
 def measure(config: Config, mesh, shared: Parts, timed: int) -> Arm:
     schedule, parts = config.pipe_schedule, config.optimizer.accumulate_steps
-    arm = Arm(config.model.connection, schedule, parts)
+    splits = config.pipe_split_backward
+    arm = Arm(config.model.connection, schedule, splits, parts)
     timeline = simulate(
-        make_schedule(schedule, mesh.shape["pipe"], parts), shared.times, shared.transfer
+        make_schedule(schedule, mesh.shape["pipe"], parts, splits), shared.times, shared.transfer
     )
     arm.ideal, arm.plan = 1e3 * timeline.ideal, 1e3 * timeline.seconds
     arm.one_transfer = 1e3 * shared.transfer
@@ -272,7 +292,7 @@ def main() -> None:
     }
     print(f"{options.pipe} x {jax.devices()[0].device_kind}, {flags}")
     print(
-        f"{'connection':<11}{'schedule':<11}{'parts':>6}{'ms a step':>11}{'ideal':>9}{'/ ideal':>9}"
+        f"{'connection':<11}{'schedule':<17}{'parts':>6}{'ms a step':>11}{'ideal':>9}{'/ ideal':>9}"
         f"{'plan':>9}{'bubble %':>10}{'planned %':>11}{'ms a send':>11}{'tiny sends':>12}{'GiB':>7}"
         f"{'hidden sends':>14}",
         flush=True,
@@ -280,25 +300,28 @@ def main() -> None:
     arms = []
     for schedule in options.schedules:
         shared = {}
-        for parts in options.microbatches:
-            for connection in options.connections:
-                try:
-                    config = make_config(options, connection, schedule, parts)
-                    mesh = sharding.make_mesh(config.mesh, jax.devices()[: options.pipe])
-                    if connection not in shared:
-                        shared[connection] = measure_parts(config, mesh, options.timed)
-                    arm = measure(config, mesh, shared[connection], options.timed)
-                except ValueError as error:
-                    sys.exit(f"bad input: {error}")
-                arms.append(arm)
-                print(
-                    f"{connection:<11}{schedule:<11}{parts:>6}{arm.step:>11.1f}{arm.ideal:>9.1f}"
-                    f"{arm.step / arm.ideal:>9.3f}{arm.plan:>9.1f}{arm.bubble:>10.1f}"
-                    f"{arm.planned_bubble:>11.1f}{arm.one_transfer:>11.3f}"
-                    f"{arm.tiny_sends:>12.1f}{arm.temporaries_GiB:>7.1f}"
-                    f"{arm.hidden_sends:>9} of {arm.sends}",
-                    flush=True,
-                )
+        kinds = (False, True) if options.split_backward else (False,)
+        for parts, connection, splits in itertools.product(
+            options.microbatches, options.connections, kinds
+        ):
+            try:
+                config = make_config(options, connection, schedule, parts, splits)
+                mesh = sharding.make_mesh(config.mesh, jax.devices()[: options.pipe])
+                if (connection, splits) not in shared:
+                    shared[connection, splits] = measure_parts(config, mesh, options.timed)
+                arm = measure(config, mesh, shared[connection, splits], options.timed)
+            except ValueError as error:
+                sys.exit(f"bad input: {error}")
+            arms.append(arm)
+            name = f"{schedule} split" if splits else schedule
+            print(
+                f"{connection:<11}{name:<17}{parts:>6}{arm.step:>11.1f}{arm.ideal:>9.1f}"
+                f"{arm.step / arm.ideal:>9.3f}{arm.plan:>9.1f}{arm.bubble:>10.1f}"
+                f"{arm.planned_bubble:>11.1f}{arm.one_transfer:>11.3f}"
+                f"{arm.tiny_sends:>12.1f}{arm.temporaries_GiB:>7.1f}"
+                f"{arm.hidden_sends:>9} of {arm.sends}",
+                flush=True,
+            )
     rows = [dataclasses.asdict(arm) for arm in arms]
     found = {"flags": flags, "shape": output.shape_of(options), "arms": rows}
     output.write(options, "pipeline_speed", found)

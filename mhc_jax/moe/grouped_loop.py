@@ -63,8 +63,13 @@ def forward(x, matrices, sizes, *, transpose=False):
     return jnp.where(row < jnp.sum(sizes, dtype=jnp.int32), y, 0)
 
 
-def backward(x, matrices, sizes, cotangent):
-    """Returns the gradients of x and of the matrices; those of the matrices are summed in float32."""
+def of_x(x, matrices, sizes, cotangent):
+    """Returns the gradient of x."""
+    return forward(cotangent, matrices, sizes, transpose=True)
+
+
+def of_matrices(x, matrices, sizes, cotangent):
+    """Returns the gradient of the matrices, summed in float32."""
     blocks = _blocks(x.shape[0], sizes)
     padded, d_padded = (jnp.pad(a, ((0, blocks.rows), (0, 0))) for a in (x, cotangent))
 
@@ -85,5 +90,4 @@ def backward(x, matrices, sizes, cotangent):
     zero = jnp.zeros(matrices.shape, wide_dtype(matrices.dtype))
     zero = as_varying(zero, varying_axes(x, matrices, sizes, cotangent))
     total = jax.lax.fori_loop(0, blocks.count, body, zero)
-    dx = forward(cotangent, matrices, sizes, transpose=True)
-    return dx, total.astype(matrices.dtype)
+    return total.astype(matrices.dtype)

@@ -84,13 +84,21 @@ _grouped_matmul.defvjp(lambda covers, *args: (_grouped_matmul(covers, *args), ar
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _gradients(covers_all_rows, x, matrices, sizes, cotangent):
-    """Returns cotangent[r] @ matrices[g]^T for rows r of groups g, and the sums of x[r]^T cotangent[r]."""
-    branches = {"tpu": _ragged_dot_backward, "default": grouped_loop.backward}
+    """Returns cotangent[r] @ matrices[g]^T for rows r of groups g, and the sums of x[r]^T cotangent[r].
+
+    Two operations, so that a pipeline can put the second one off.
+    """
+    of_x = {"tpu": _ragged_dot_of_x, "default": grouped_loop.of_x}
+    of_matrices = {"tpu": _ragged_dot_of_matrices, "default": grouped_loop.of_matrices}
     if _may_use_hopper_kernel(x, matrices):
-        branches["cuda"] = functools.partial(_hopper_backward, covers_all_rows)
+        of_x["cuda"] = functools.partial(_hopper_of_x, covers_all_rows)
+        of_matrices["cuda"] = _hopper_of_matrices
     if _has_megablox(matrices.shape[1:]) and not varying_axes(x, matrices):
-        branches["tpu"] = _megablox_backward
-    return jax.lax.platform_dependent(x, matrices, sizes, cotangent, **branches)
+        of_matrices["tpu"] = _megablox_of_matrices
+    return tuple(
+        jax.lax.platform_dependent(x, matrices, sizes, cotangent, **branches)
+        for branches in (of_x, of_matrices)
+    )
 
 
 def _gradients_backward(covers_all_rows, saved, cotangents):
@@ -109,25 +117,28 @@ def _no_gradient(sizes):
     return np.zeros(sizes.shape, jax.dtypes.float0)
 
 
-def _ragged_dot_backward(x, matrices, sizes, cotangent):
-    _, vjp = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, matrices)
-    return vjp(cotangent)
+def _ragged_dot_of_x(x, matrices, sizes, cotangent):
+    _, vjp = jax.vjp(lambda x: jax.lax.ragged_dot(x, matrices, sizes), x)
+    return vjp(cotangent)[0]
 
 
-def _megablox_backward(x, matrices, sizes, cotangent):
+def _ragged_dot_of_matrices(x, matrices, sizes, cotangent):
+    _, vjp = jax.vjp(lambda w: jax.lax.ragged_dot(x, w, sizes), matrices)
+    return vjp(cotangent)[0]
+
+
+def _megablox_of_matrices(x, matrices, sizes, cotangent):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     # Tiles of the result are so large that reading the rows is no bottleneck: at 640 x 1024 a byte serves
     # 390 FLOPs; v5p needs 170.
-    d_matrices = tgmm(
+    return tgmm(
         _pad_rows(x, 512).T,
         _pad_rows(cotangent, 512),
         sizes,
         matrices.dtype,
         (512, *(_largest_tile(size, 1024) for size in matrices.shape[1:])),
     )
-    _, vjp = jax.vjp(lambda x: jax.lax.ragged_dot(x, matrices, sizes), x)
-    return *vjp(cotangent), d_matrices
 
 
 class Tiles(NamedTuple):
@@ -181,10 +192,12 @@ def _hopper_forward(covers_all_rows, x, matrices, sizes, transpose=False):
     return jnp.where(row < jnp.sum(sizes), out, 0)
 
 
-def _hopper_backward(covers_all_rows, x, matrices, sizes, cotangent):
-    d_matrices = rows_times_rows(x, cotangent, sizes, Tiles())
-    dx = _hopper_forward(covers_all_rows, cotangent, matrices, sizes, transpose=True)
-    return dx, d_matrices
+def _hopper_of_x(covers_all_rows, x, matrices, sizes, cotangent):
+    return _hopper_forward(covers_all_rows, cotangent, matrices, sizes, transpose=True)
+
+
+def _hopper_of_matrices(x, matrices, sizes, cotangent):
+    return rows_times_rows(x, cotangent, sizes, Tiles())
 
 
 def _pad_rows(x, multiple):

@@ -1,8 +1,9 @@
 """Pipeline parallelism (paper, section 4.3.3): blocks split into stages over the mesh axis `pipe`.
 
 `schedule` says which device does what in which tick (tables of numbers, no jax), `timeline` when, for given
-times; `placement` which blocks a stage holds, `layout` where their arrays lie; `stages` what a stage computes
-and `execute` runs it all in one program; `gpipe` is the oracle that the others are checked by.
+times; `placement` which blocks a stage holds, `layout` where their arrays lie; `stages` and `beside` what a
+stage computes, `residuals` and `split_backward` cut its backward; `ticks` runs a schedule and `execute` a
+step around it; `gpipe` is the oracle that the others are checked by.
 """
 
 from mhc_jax.lazy import attach

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mhc_jax.config import ModelConfig
-from mhc_jax.pipeline import stages
+from mhc_jax.pipeline import beside, stages
 from mhc_jax.pipeline.residuals import zeros
 
 Tree = Any
@@ -49,14 +49,14 @@ def by_autodiff(
             def work(x, objective, loss, total):
                 x = jax.lax.cond(
                     device == 0,
-                    lambda x: stages.enter(model, shell, part["inputs"]),
+                    lambda x: beside.enter(model, shell, part["inputs"]),
                     lambda x: x,
                     x,
                 )
                 y, aux = stage.run(rows, state, x, count)
                 value = jax.lax.cond(
                     device == devices - 1,
-                    lambda y: part["share"] * stages.leave(model, shell, y, part["targets"]),
+                    lambda y: part["share"] * beside.leave(model, shell, y, part["targets"]),
                     lambda y: jnp.zeros((), jnp.float32),
                     y,
                 )

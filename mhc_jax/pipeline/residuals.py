@@ -7,7 +7,7 @@ made of parameters alone (a rounded phi, matrices of experts side by side) is ma
 The backward of a recompute block is cut once more: what it computes again does not need the cotangent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Container
 from typing import Any, NamedTuple
 
 import jax
@@ -55,9 +55,9 @@ def split_vjp(function: Callable, fixed: Tree, x: Tree) -> Split:
 
     program, (outputs, residuals, aux) = jax.make_jaxpr(whole, return_shape=True)(fixed, x)
     num_fixed, num_outputs = (len(jax.tree.leaves(tree)) for tree in (fixed, outputs))
-    varies = _varying(program.jaxpr, program.jaxpr.invars[num_fixed:])
+    varies = varying(program.jaxpr, program.jaxpr.invars[num_fixed:])
     of_residuals = program.jaxpr.outvars[num_outputs : num_outputs + len(residuals)]
-    waits = [_is_in(var, varies) for var in of_residuals]
+    waits = [is_in(var, varies) for var in of_residuals]
     results = jax.tree.structure((outputs, residuals, aux))
 
     def run(fixed, x):
@@ -84,41 +84,42 @@ class Recomputation(NamedTuple):
 
     Attributes:
       run: `(fixed, kept) -> recomputed`, a list of arrays.
-      backward: `(fixed, kept, recomputed, cotangents) -> (gradient of fixed[0], gradient of x)`.
+      backward: `(fixed, kept, recomputed, cotangents)` -> what the whole one gives.
       recomputed: shapes and dtypes of what `run` gives.
     """
 
     run: Callable[[Tree, list[jax.Array]], list[jax.Array]]
-    backward: Callable[[Tree, list[jax.Array], list[jax.Array], Tree], tuple[Tree, Tree]]
+    backward: Callable[[Tree, list[jax.Array], list[jax.Array], Tree], Tree]
     recomputed: list[jax.ShapeDtypeStruct]
 
 
-def split_recomputation(split: Split, fixed: Tree) -> Recomputation:
-    """Cuts the backward of a function under `jax.checkpoint`, for `fixed` of these shapes."""
-    arguments = fixed, split.kept, split.outputs
-    program, shapes = jax.make_jaxpr(split.backward, return_shape=True)(*arguments)
-    jaxpr = _without_checkpoint(program.jaxpr)
+def split_recomputation(backward: Callable, arguments: tuple) -> Recomputation:
+    """Cuts the backward of a function under `jax.checkpoint`.
+
+    Args:
+      backward: `(fixed, kept, cotangents)` -> gradients.
+      arguments: their shapes and dtypes.
+    """
+    program, shapes = jax.make_jaxpr(backward, return_shape=True)(*arguments)
+    program = written_out(program, ("remat2",))
+    jaxpr = program.jaxpr
     num_fixed, num_early = (len(jax.tree.leaves(arguments[:k])) for k in (1, 2))
     early, late = jaxpr.invars[:num_early], jaxpr.invars[num_early:]
-    varies, needs = _varying(jaxpr, jaxpr.invars[num_fixed:]), _varying(jaxpr, late)
+    varies, needs = varying(jaxpr, jaxpr.invars[num_fixed:]), varying(jaxpr, late)
     ahead, behind = [], []
     for eqn in jaxpr.eqns:
-        waits = any(_is_in(var, needs) for var in eqn.invars)
+        waits = any(is_in(var, needs) for var in eqn.invars)
         if not waits:
             ahead.append(eqn)
         # What is made of `fixed` alone is made twice, so that it need not be handed on.
-        if waits or not any(_is_in(var, varies) for var in eqn.invars):
+        if waits or not any(is_in(var, varies) for var in eqn.invars):
             behind.append(eqn)
     made = {var for eqn in ahead for var in eqn.outvars} & varies
     read = [*(var for eqn in behind for var in eqn.invars), *jaxpr.outvars]
-    handed = list(dict.fromkeys(var for var in read if _is_in(var, made)))
+    handed = list(dict.fromkeys(var for var in read if is_in(var, made)))
 
-    def function(invars, eqns, outvars):
-        part = jaxpr.replace(invars=invars, eqns=_needed(eqns, outvars), outvars=outvars)
-        return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(part, program.consts))
-
-    run = function(early, ahead, handed)
-    rest = function([*early, *handed, *late], behind, jaxpr.outvars)
+    run = part_of(program, early, ahead, handed)
+    rest = part_of(program, [*early, *handed, *late], behind, jaxpr.outvars)
     structure = jax.tree.structure(shapes)
     return Recomputation(
         lambda fixed, kept: list(run(*jax.tree.leaves((fixed, kept)))),
@@ -127,7 +128,13 @@ def split_recomputation(split: Split, fixed: Tree) -> Recomputation:
     )
 
 
-def _needed(eqns: list, outvars: list) -> list:
+def part_of(program: jax.extend.core.ClosedJaxpr, invars: list, eqns: list, outvars: list):
+    """A function of `invars` that gives `outvars`: those of these operations of a program that they need."""
+    part = program.jaxpr.replace(invars=invars, eqns=needed(eqns, outvars), outvars=outvars)
+    return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(part, program.consts))
+
+
+def needed(eqns: list, outvars: list) -> list:
     """Those of a program's operations that its results depend on."""
     wanted, found = {var for var in outvars if not hasattr(var, "val")}, []
     for eqn in reversed(eqns):
@@ -137,26 +144,37 @@ def _needed(eqns: list, outvars: list) -> list:
     return found[::-1]
 
 
-def _without_checkpoint(jaxpr):
-    """The program with what is under `jax.checkpoint` written out in its place."""
-    names, eqns = {}, []
+def written_out(program: jax.extend.core.ClosedJaxpr, calls: Collection[str]):
+    """The program with what these primitives call (`jit`, `remat2`, ...) written out in their place."""
+    eqns, constvars, consts = [], list(program.jaxpr.constvars), list(program.consts)
 
-    def renamed(variables):
-        return [var if hasattr(var, "val") else names.get(var, var) for var in variables]
+    def renamed(names, variables):
+        return [var if hasattr(var, "val") else names[var] for var in variables]
 
-    def write(body):
+    def write(body, names):
+        """`names`: of the variables of `body`, which may be called more than once, in the program."""
         for eqn in body.eqns:
-            operands = renamed(eqn.invars)
-            if eqn.primitive.name == "remat2":
-                inner = eqn.params["jaxpr"]
-                names.update(zip(inner.invars, operands, strict=True))
-                write(inner)
-                names.update(zip(eqn.outvars, renamed(inner.outvars), strict=True))
+            operands = renamed(names, eqn.invars)
+            if eqn.primitive.name in calls:
+                inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+                of_inner = {}
+                if isinstance(inner, jax.extend.core.ClosedJaxpr):
+                    of_inner = {var: jax.extend.core.Var(var.aval) for var in inner.jaxpr.constvars}
+                    constvars.extend(of_inner.values())
+                    consts.extend(inner.consts)
+                    inner = inner.jaxpr
+                of_inner.update(zip(inner.invars, operands, strict=True))
+                results = write(inner, of_inner)
             else:
-                eqns.append(eqn.replace(invars=operands))
+                results = [jax.extend.core.Var(var.aval) for var in eqn.outvars]
+                eqns.append(eqn.replace(invars=operands, outvars=results))
+            names.update(zip(eqn.outvars, results, strict=True))
+        return renamed(names, body.outvars)
 
-    write(jaxpr)
-    return jaxpr.replace(eqns=eqns, outvars=renamed(jaxpr.outvars))
+    own = [*program.jaxpr.constvars, *program.jaxpr.invars]
+    outvars = write(program.jaxpr, dict(zip(own, own)))
+    jaxpr = program.jaxpr.replace(constvars=constvars, eqns=eqns, outvars=outvars)
+    return jax.extend.core.ClosedJaxpr(jaxpr, consts)
 
 
 def zeros(shapes: Tree) -> Tree:
@@ -164,14 +182,15 @@ def zeros(shapes: Tree) -> Tree:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def _is_in(var, found: set) -> bool:
+def is_in(var, found: Container) -> bool:
+    """Whether this operand of an operation is one of these variables."""
     return not hasattr(var, "val") and var in found  # a literal has a value and no hash
 
 
-def _varying(jaxpr, changing: list) -> set:
+def varying(jaxpr: jax.extend.core.Jaxpr, changing: list) -> set:
     """The variables of a program that depend on `changing`."""
     found = set(changing)
     for eqn in jaxpr.eqns:
-        if any(_is_in(var, found) for var in eqn.invars):
+        if any(is_in(var, found) for var in eqn.invars):
             found.update(eqn.outvars)
     return found

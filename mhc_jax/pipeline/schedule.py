@@ -11,6 +11,9 @@ What a forward makes travels to the next stage while the backward of the same ti
 while the forward of the next tick does: no transfer lies between two works that follow each other. This is
 bought with activations. A micro-batch needs a tick a stage in either direction, so that device i of `1f1b`
 has up to 2 (P - i) - 1 in flight, where a schedule whose transfers take no time has P - i.
+
+The backward may be split (zero bubble, Qi et al., arXiv 2401.10241): the cotangent of the streams first, the
+gradients of matrices in a later tick, before its forward.
 """
 
 import dataclasses
@@ -34,6 +37,8 @@ class Schedule:
       num_microbatches: M.
       forward: `[T, P, 2]` int32, (stage, micro-batch) whose forward a device runs, NOTHING twice for none.
       backward: the same of its backward, which comes after that forward.
+      matrices: the same of the gradients of matrices that an earlier backward has put off, which come before
+        that forward; NOTHING throughout where the backward is whole.
     """
 
     name: str
@@ -42,6 +47,11 @@ class Schedule:
     num_microbatches: int
     forward: np.ndarray
     backward: np.ndarray
+    matrices: np.ndarray
+
+    @property
+    def splits_backward(self) -> bool:
+        return bool((self.matrices >= 0).any())
 
     @property
     def num_ticks(self) -> int:
@@ -56,7 +66,7 @@ class Schedule:
         return device_of(stage, self.num_devices)
 
     def ticks_of(self, table: np.ndarray) -> np.ndarray:
-        """`[stages, M]`: the tick in which each work of `forward` or `backward` is done."""
+        """`[stages, M]`: the tick in which each work of a table is done."""
         found = np.full((self.num_stages, self.num_microbatches), NOTHING)
         tick, device = np.nonzero(table[..., 0] >= 0)
         stage, microbatch = table[tick, device].T
@@ -65,13 +75,26 @@ class Schedule:
 
     def in_flight(self) -> np.ndarray:
         """`[T, P]`: forwards of a device whose backward has not ended, at the end of each tick's forward."""
-        begun = np.cumsum(self.forward[..., 0] >= 0, axis=0)
-        ended = np.cumsum(self.backward[..., 0] >= 0, axis=0)
+        begun = _counted(self.forward)
+        if self.splits_backward:
+            return begun - _counted(self.matrices)
+        ended = _counted(self.backward)
         return begun - np.concatenate([np.zeros_like(ended[:1]), ended[:-1]])
 
     def peak_activations(self) -> np.ndarray:
         """`[P]`: the most stages' activations that a device holds at once."""
         return self.in_flight().max(0)
+
+    def peak_put_off(self) -> np.ndarray:
+        """`[P]`: the most backwards of a device whose gradients of matrices are to come."""
+        if not self.splits_backward:
+            return np.zeros(self.num_devices, int)
+        return (_counted(self.backward) - _counted(self.matrices)).max(0)
+
+
+def _counted(table: np.ndarray) -> np.ndarray:
+    """`[T, P]`: works of a table that are done by the end of each tick."""
+    return np.cumsum(table[..., 0] >= 0, axis=0)
 
 
 def device_of(stage: int, num_devices: int) -> int:
@@ -91,9 +114,14 @@ def _gpipe(num_devices: int, num_microbatches: int) -> Schedule:
     for device in range(num_devices):
         for m in range(num_microbatches):
             forward[m + device, device] = device, m
-    return Schedule(
+    return _whole(
         "gpipe", num_devices, num_devices, num_microbatches, forward, forward[::-1].copy()
     )
+
+
+def _whole(*fields) -> Schedule:
+    """A schedule that splits no backward."""
+    return Schedule(*fields, np.full_like(fields[-1], NOTHING))
 
 
 def _greedy(name: str, num_devices: int, num_stages: int, num_microbatches: int) -> Schedule:
@@ -134,8 +162,43 @@ def _greedy(name: str, num_devices: int, num_stages: int, num_microbatches: int)
             queue.append(m)
         forwards.append(forward)
         backwards.append(backward)
-    return Schedule(
+    return _whole(
         name, num_devices, num_stages, num_microbatches, np.stack(forwards), np.stack(backwards)
+    )
+
+
+def _may_wait(schedule: Schedule, device: int) -> int:
+    """Backwards of a device whose gradients of matrices wait while it has forwards to run.
+
+    `1f1b`: device i idles i ticks before its first forward and i after its last backward. The gradients of i
+    backwards fill these, and with no more than i it holds no more activations than device 0 does.
+    `dualpipev`: device 0 too has backwards before the first cotangent has come all the way. Up to half of the
+    devices the bubble gets smaller, and a quarter of it is left; beyond, activations alone grow.
+    """
+    first = schedule.num_devices if schedule.chunks > 1 else 0
+    return (first + device) // schedule.chunks
+
+
+def _split(schedule: Schedule) -> Schedule:
+    """The same with the gradients of matrices later: where a tick has no forward, or too many wait."""
+    devices, num_ticks = schedule.num_devices, schedule.num_ticks
+    waiting = [deque() for _ in range(devices)]
+    matrices = []
+    while len(matrices) < num_ticks or any(waiting):
+        tick, now = len(matrices), np.full((devices, 2), NOTHING, np.int32)
+        for device, queue in enumerate(waiting):
+            is_free = tick >= num_ticks or schedule.forward[tick, device, 0] == NOTHING
+            if queue and (is_free or len(queue) > _may_wait(schedule, device)):
+                now[device] = queue.popleft()
+            if tick < num_ticks and schedule.backward[tick, device, 0] != NOTHING:
+                queue.append(schedule.backward[tick, device])
+        matrices.append(now)
+    after = np.full((len(matrices) - num_ticks, devices, 2), NOTHING, np.int32)
+    return dataclasses.replace(
+        schedule,
+        forward=np.concatenate([schedule.forward, after]),
+        backward=np.concatenate([schedule.backward, after]),
+        matrices=np.stack(matrices),
     )
 
 
@@ -153,20 +216,35 @@ def num_stages(name: str, num_devices: int) -> int:
 
 
 @functools.cache
-def make_schedule(name: str, num_devices: int, num_microbatches: int) -> Schedule:
+def make_schedule(
+    name: str, num_devices: int, num_microbatches: int, split_backward: bool = False
+) -> Schedule:
     """The schedule of this name.
 
     Args:
       name: one of SCHEDULES.
       num_devices: P, at least 1.
       num_microbatches: M, at least 1.
+      split_backward: whether gradients of matrices come later; not of gpipe.
 
     Raises:
-      ValueError: an unknown name or a number below 1.
+      ValueError: an unknown name, a number below 1, or a backward that cannot be split.
     """
     if name not in _MAKE:
         raise ValueError(f"schedule={name!r} is unknown: use one of {', '.join(SCHEDULES)}")
     for what, value in (("devices", num_devices), ("micro-batches", num_microbatches)):
         if value < 1:
             raise ValueError(f"{value} {what}: a pipeline has at least 1")
-    return _MAKE[name](num_devices, num_microbatches)
+    if split_backward:
+        check_split(name)
+    schedule = _MAKE[name](num_devices, num_microbatches)
+    return _split(schedule) if split_backward else schedule
+
+
+def check_split(name: str) -> None:
+    """Raises ValueError for a schedule whose backward cannot be split."""
+    if name == "gpipe":
+        raise ValueError(
+            "pipe_split_backward=True does not go with pipe_schedule=gpipe, whose backward is autodiff's: "
+            "take 1f1b or dualpipev"
+        )

@@ -1,4 +1,4 @@
-"""What a stage computes: the way in (embedding, leading blocks), its blocks, the way out (read-out, loss).
+"""What a stage computes with its blocks.
 
 A stage begins and ends with plain streams: the write that its last sublayer leaves pending is done before
 they are sent, nC entries a token. Sent unfinished it would be streams, layer output and mappings, C + n^2 + n
@@ -17,12 +17,12 @@ from flax import nnx
 
 from mhc_jax import remat
 from mhc_jax.config import ModelConfig
-from mhc_jax.connections import Connection, Pending, expand
-from mhc_jax.losses import linear_cross_entropy
+from mhc_jax.connections import Connection, Pending
 from mhc_jax.moe import MoEAux
 from mhc_jax.parameters import merged
 from mhc_jax.pipeline.residuals import split_recomputation, split_vjp, zeros
-from mhc_jax.transformer import Block, Transformer, make_connection
+from mhc_jax.pipeline.split_backward import Backward, Halves
+from mhc_jax.transformer import Block, make_connection
 
 Tree = Any
 
@@ -31,18 +31,6 @@ Tree = Any
 def _block_graph(config: ModelConfig) -> nnx.GraphDef:
     """The structure of a block of the stack, without its parameters."""
     return nnx.split(nnx.eval_shape(lambda: Block(config, 0, rngs=nnx.Rngs(0))))[0]
-
-
-@functools.cache
-def _shell_graph(config: ModelConfig) -> nnx.GraphDef:
-    """The structure of the model without its stack."""
-
-    def shell():
-        model = Transformer(config, rngs=nnx.Rngs(0))
-        del model.blocks
-        return model
-
-    return nnx.split(nnx.eval_shape(shell))[0]
 
 
 def group_size(config: ModelConfig, counts: Sequence[int]) -> int:
@@ -74,24 +62,6 @@ def group_size(config: ModelConfig, counts: Sequence[int]) -> int:
     return min(divisors, key=lambda size: (abs(size - wanted), size))
 
 
-def enter(config: ModelConfig, shell: Tree, tokens: jax.Array) -> jax.Array:
-    """Tokens `[b, S]` -> streams `[b, S, n*C]` that the stack reads."""
-    model = nnx.merge(_shell_graph(config), shell)
-    pending = Pending(expand(model._embed(tokens), config.streams), None, None)
-    for block in model.leading:
-        pending, _, _ = block(pending)
-    if pending.layer_output is None:
-        return pending.streams
-    return model.leading[0].attention_connection.post(*pending)
-
-
-def leave(config: ModelConfig, shell: Tree, streams: jax.Array, targets: jax.Array) -> jax.Array:
-    """Streams behind the stack `[b, S, n*C]` and targets `[b, S]` -> mean loss in nats a token."""
-    model = nnx.merge(_shell_graph(config), shell)
-    x = model.norm(model.readout(streams))
-    return linear_cross_entropy(x, model.unembedding, targets, config.loss_chunks)
-
-
 class Stage:
     """Forward and backward of a stage, in units: blocks, or recompute blocks of several.
 
@@ -101,10 +71,12 @@ class Stage:
         are skipped.
       params, state: shapes of one block's parameters and model state.
       streams: shape of `[b, S, n*C]`.
+      split_backward: whether gradients of matrices are left to `matrices`.
 
     Attributes:
       kept: shapes of what `forward` keeps for `backward`.
       recomputed: shapes of what `recompute` computes again; none where everything is kept.
+      put_off: shapes of what `backward` leaves to `matrices`.
       aux: of the blocks' reports, a first axis for the K blocks, or None.
     """
 
@@ -115,6 +87,8 @@ class Stage:
         params: Tree,
         state: Tree,
         streams: jax.ShapeDtypeStruct,
+        *,
+        split_backward: bool = False,
     ):
         self._graph, self._config = _block_graph(config), config
         self._rows, self._streams = max(counts), streams
@@ -137,14 +111,55 @@ class Stage:
             unit = split_vjp(group, fixed, streams)
             self._units = [unit] * self._num_units
             self._end = None
-            self._again = split_recomputation(unit, fixed)
         splits = [*self._units, *filter(None, [self._end])]
         self.kept = [shape for split in splits for shape in split.kept]
-        self.recomputed = [] if self._carries_pending else self._again.recomputed
         aux = self._units[0].aux
         self.aux = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct((self._rows, *s.shape[1:]), s.dtype), aux
         )
+        self._waits = (False,) * len(jax.tree.leaves(params))
+        self._backward = [functools.partial(_whole, unit.backward) for unit in self._units]
+        self._halves: list[Halves] = []
+        if split_backward:
+            self._halves = self._halved(fixed)
+            self._backward = [half.streams for half in self._halves]
+        self.put_off = [shape for half in self._halves for shape in half.put_off]
+        self.recomputed = []
+        if not self._carries_pending:
+            arguments = fixed, self._units[-1].kept, self._units[-1].outputs
+            self._again = split_recomputation(self._backward[-1], arguments)
+            self.recomputed = self._again.recomputed
+
+    def _halved(self, fixed):
+        """The backward of every unit in two halves, and of which leaves of a block the gradient waits."""
+        leaves = jax.tree_util.tree_flatten_with_path(fixed[0][0])[0]
+        is_matrix = [leaf.ndim > 1 and not _of_connection(path) for path, leaf in leaves]
+        kinds = {id(unit): unit for unit in self._units}
+        programs = {
+            kind: Backward(unit.backward, (fixed, unit.kept, unit.outputs), is_matrix * self._size)
+            for kind, unit in kinds.items()
+        }
+        separable = [program.separable for program in programs.values()]
+        self._waits = tuple(
+            all(all(each[leaf :: len(leaves)]) for each in separable) for leaf in range(len(leaves))
+        )
+        halves = {kind: program.cut(self._waits * self._size) for kind, program in programs.items()}
+        return [halves[id(unit)] for unit in self._units]
+
+    def parts(self, rows: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:
+        """Trees of blocks' parameters: what `backward` has gradients of, and what `matrices` has.
+
+        None in the place of what the other one has.
+        """
+
+        def of(row, waits):
+            leaves, structure = jax.tree.flatten(row)
+            some = [
+                x if wait == waits else None for x, wait in zip(leaves, self._waits, strict=True)
+            ]
+            return jax.tree.unflatten(structure, some)
+
+        return tuple([of(row, waits) for row in rows] for waits in (False, True))
 
     def run(
         self, params: Sequence[Tree], state: Sequence[Tree], streams: jax.Array, count: jax.Array
@@ -261,8 +276,8 @@ class Stage:
         cotangent: jax.Array,
         balance: jax.Array,
         count: jax.Array,
-    ) -> tuple[list[Tree], jax.Array]:
-        """Gradients of K blocks' parameters, and of the streams in front.
+    ) -> tuple[list[Tree], jax.Array, list[jax.Array]]:
+        """Gradients of K blocks' parameters, and of the streams in front, and what `matrices` needs.
 
         Args:
           params, state, count: as in `forward`.
@@ -271,35 +286,70 @@ class Stage:
           cotangent: of the streams behind.
           balance: of each balance loss, scalar float32.
         """
-        carry, kept = cotangent, list(kept)
-
-        def take(shapes):
-            taken = kept[len(kept) - len(shapes) :]
-            del kept[len(kept) - len(shapes) :]
-            return taken
-
+        carry, of_units = cotangent, self._kept_of_units(kept)
         if self._end:
-            _, carry = self._end.backward(((),), take(self._end.kept), carry)
-        gradients = []
-        for index, unit in reversed(list(enumerate(self._units))):
+            end = kept[len(kept) - len(self._end.kept) :]
+            _, carry = self._end.backward(((),), end, carry)
+        gradients, put_off = [], []
+        for index in reversed(range(self._num_units)):
 
-            def run(carry, kept, fixed, unit=unit, is_last=index == self._num_units - 1):
-                if is_last and recomputed:
+            def run(carry, kept, fixed, index=index):
+                if recomputed and index == self._num_units - 1:
                     return self._again.backward(fixed, kept, recomputed, (carry, balance))
-                return unit.backward(fixed, kept, (carry, balance))
+                if self._halves and not self._carries_pending:
+                    # As under `jax.checkpoint`: nothing is computed again before the cotangent is there.
+                    kept, carry = jax.lax.optimization_barrier((kept, carry))
+                return self._backward[index](fixed, kept, (carry, balance))
 
             def skip(carry, kept, fixed, index=index):
                 # `start` leaves the streams as they are, and what it adds does not depend on them.
                 if index == 0 and self._carries_pending:
                     carry = carry.streams
-                return jax.tree.map(jnp.zeros_like, fixed[0]), carry
+                gradient = self.parts(jax.tree.map(jnp.zeros_like, fixed[0]))[0]
+                return gradient, carry, zeros(self._halves[index].put_off if self._halves else [])
 
             fixed = self._of_unit(index, params), self._of_unit(index, state)
-            of_unit, carry = self._where_there(
-                index, count, run, skip, carry, take(unit.kept), fixed
+            of_unit, carry, waiting = self._where_there(
+                index, count, run, skip, carry, of_units[index], fixed
             )
-            gradients = [*of_unit, *gradients]
-        return gradients, carry
+            gradients, put_off = [*of_unit, *gradients], [*waiting, *put_off]
+        return gradients, carry, put_off
+
+    def matrices(
+        self,
+        params: Sequence[Tree],
+        state: Sequence[Tree],
+        kept: list[jax.Array],
+        put_off: list[jax.Array],
+        count: jax.Array,
+    ) -> list[Tree]:
+        """Gradients of K blocks' matrices, where `backward` leaves them out.
+
+        Args:
+          params, state, kept, count: as in `backward`.
+          put_off: of `backward`.
+        """
+        gradients, put_off, of_units = [], list(put_off), self._kept_of_units(kept)
+        for index, half in enumerate(self._halves):
+            waiting, put_off = put_off[: len(half.put_off)], put_off[len(half.put_off) :]
+            fixed = self._of_unit(index, params), self._of_unit(index, state)
+            gradients += self._where_there(
+                index,
+                count,
+                half.matrices,
+                lambda fixed, *_: self.parts(jax.tree.map(jnp.zeros_like, fixed[0]))[1],
+                fixed,
+                of_units[index],
+                waiting,
+            )
+        return gradients
+
+    def _kept_of_units(self, kept):
+        found, kept = [], list(kept)
+        for unit in self._units:
+            found.append(kept[: len(unit.kept)])
+            kept = kept[len(unit.kept) :]
+        return found
 
     def _started(self, index, carry):
         """What follows on a unit that is not there."""
@@ -317,14 +367,16 @@ class Stage:
         return jax.lax.cond(first < count, run, skip, *args)
 
 
+def _whole(backward, *arguments):
+    """A backward that puts nothing off."""
+    return *backward(*arguments), []
+
+
+def _of_connection(path) -> bool:
+    """Whether a parameter belongs to a connection: its matrices have few columns, and the pass over the
+    streams that gives their gradients gives the cotangent of the streams too."""
+    return any("connection" in str(key) for key in path)
+
+
 def _concatenated(reports):
     return None if reports[0] is None else jax.tree.map(lambda *xs: jnp.concatenate(xs), *reports)
-
-
-def shell_parts(config: ModelConfig, shell: Tree) -> tuple[Tree, Tree]:
-    """What of the parameters beside the stack `enter` uses, and what `leave` does."""
-    entering = {name: shell[name] for name in ("embedding", "leading") if name in shell}
-    leaving = {name: tree for name, tree in shell.items() if name not in entering}
-    if config.tie_embeddings:
-        leaving["embedding"] = shell["embedding"]
-    return entering, leaving

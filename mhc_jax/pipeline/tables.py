@@ -31,7 +31,11 @@ class Tables:
       back_run, back_part, back_read, back_keep, back_is_first: the same of its backward.
       back_from_below, back_from_above, back_turned: slots for the cotangents that arrive before this tick's
         backward, made in the tick before.
-      num_streams, num_cotangents, num_kept: slots of each kind.
+      back_put_off: slot for what that backward puts off, if it is split.
+      matrices_run, matrices_keep: of the gradients of matrices that come before this tick's forward, as `run`
+        and `back_keep`.
+      matrices_read: slot of what their backward has put off.
+      num_streams, num_cotangents, num_kept, num_put_off: slots of each kind.
     """
 
     run: np.ndarray
@@ -52,9 +56,14 @@ class Tables:
     back_from_below: np.ndarray
     back_from_above: np.ndarray
     back_turned: np.ndarray
+    back_put_off: np.ndarray
+    matrices_run: np.ndarray
+    matrices_keep: np.ndarray
+    matrices_read: np.ndarray
     num_streams: int
     num_cotangents: int
     num_kept: int
+    num_put_off: int
 
     def rows(self) -> dict[str, np.ndarray]:
         """The tables by name."""
@@ -82,6 +91,9 @@ class _Slots:
         self._held[device, stage, microbatch] = slot
         return slot
 
+    def held(self, device: int, stage: int, microbatch: int) -> int:
+        return self._held[device, stage, microbatch]
+
     def give_back(self, device: int, stage: int, microbatch: int) -> int:
         slot = self._held.pop((device, stage, microbatch))
         heapq.heappush(self._free[device], slot)
@@ -105,18 +117,26 @@ def make_tables(schedule: Schedule) -> Tables:
     for name in arrivals:
         zero_or_slot[name][:] = _NOWHERE
     t = zero_or_slot
-    streams, cotangents, kept = (_Slots(devices) for _ in range(3))
+    streams, cotangents, kept, put_off = (_Slots(devices) for _ in range(4))
 
     def arrival(prefix, tick, slots, source, stage, microbatch):
         target = schedule.device_of(stage)
         way = {1: "from_below", -1: "from_above", 0: "turned"}[target - source]
         t[prefix + way][tick, target] = slots.take(target, stage, microbatch)
 
-    for tick, (forward, backward) in enumerate(zip(schedule.forward, schedule.backward)):
+    for tick, (matrices, forward, backward) in enumerate(
+        zip(schedule.matrices, schedule.forward, schedule.backward)
+    ):
         if tick:
             for device, (stage, m) in enumerate(schedule.backward[tick - 1]):
                 if stage > 0:
                     arrival("back_", tick, cotangents, device, stage - 1, m)
+        for device, (stage, m) in enumerate(matrices):
+            if stage == NOTHING:
+                continue
+            t["matrices_run"][tick, device] = 1 + stage // devices
+            t["matrices_keep"][tick, device] = kept.give_back(device, stage, m)
+            t["matrices_read"][tick, device] = put_off.give_back(device, stage, m)
         for device, (stage, m) in enumerate(forward):
             if stage == NOTHING:
                 continue
@@ -139,7 +159,11 @@ def make_tables(schedule: Schedule) -> Tables:
             t["back_part"][tick, device] = m
             t["back_is_first"][tick, device] = stage == 0
             t["back_read"][tick, device] = cotangents.give_back(device, stage, m)
-            t["back_keep"][tick, device] = kept.give_back(device, stage, m)
+            if schedule.splits_backward:
+                t["back_keep"][tick, device] = kept.held(device, stage, m)
+                t["back_put_off"][tick, device] = put_off.take(device, stage, m)
+            else:
+                t["back_keep"][tick, device] = kept.give_back(device, stage, m)
     for name in arrivals:
         count = cotangents.count if name == "loss" or name.startswith("back_") else streams.count
         t[name][t[name] == _NOWHERE] = count
@@ -148,4 +172,5 @@ def make_tables(schedule: Schedule) -> Tables:
         num_streams=streams.count,
         num_cotangents=cotangents.count,
         num_kept=kept.count,
+        num_put_off=put_off.count,
     )

@@ -3,7 +3,7 @@
 Devices meet where the program does (`mhc_jax.pipeline`): in every tick each sends to both neighbours, twice,
 whether there is something to send or not.
 
-    the cotangents of the tick before set out | forward of this tick
+    the cotangents of the tick before set out | gradients of matrices that were put off, forward of this tick
     its result sets out                       | recomputation, then, once the cotangent is there, backward
 
 So a device waits for a transfer only where that takes longer than the work beside it.
@@ -27,15 +27,14 @@ class StageTimes:
         forward.
       recompute: what the backward computes again.
       backward: without `recompute`.
-      put_off: part of `backward` that waits until the cotangent of the streams has set out, None: nothing.
-        The program puts nothing off; gradients of matrices could be (zero bubble, Qi et al., 2401.10241).
+      matrices: the part of `backward` that a schedule which splits it puts off.
     """
 
     forward: np.ndarray
     head: np.ndarray
     recompute: np.ndarray
     backward: np.ndarray
-    put_off: np.ndarray | None = None
+    matrices: np.ndarray
 
     @property
     def total(self) -> np.ndarray:
@@ -45,8 +44,8 @@ class StageTimes:
 class Event(NamedTuple):
     """Something that a device does from `start` to `end`, in seconds.
 
-    `kind`: "forward", "head", "recompute", "backward", or "send_forward" and "send_backward" of what it hands
-    on; `to` is then the device that receives.
+    `kind`: "forward", "head", "recompute", "backward", "matrices" of a backward that is split, or
+    "send_forward" and "send_backward" of what it hands on; `to` is then the device that receives.
     """
 
     device: int
@@ -90,8 +89,8 @@ def simulate(schedule: Schedule, times: StageTimes, transfer: float) -> Timeline
     end_backward = np.zeros(devices)
     forward_there = np.zeros(devices)  # when what was sent last has arrived and left
     backward_there = np.zeros(devices)
-    events, sending_back, left = [], [], np.zeros(devices)
-    put_off = np.zeros(schedule.num_stages) if times.put_off is None else times.put_off
+    events, sending_back = [], []
+    backward_seconds = times.backward - times.matrices * schedule.splits_backward
     if devices == 1:
         transfer = 0.0
 
@@ -101,26 +100,22 @@ def simulate(schedule: Schedule, times: StageTimes, transfer: float) -> Timeline
             begin = max(ready[device], ready[to])
             events.append(Event(device, kind, stage, microbatch, begin, begin + transfer, to))
 
-    before = schedule.backward[0]
-    for forward, backward in zip(schedule.forward, schedule.backward):
+    for matrices, forward, backward in zip(
+        schedule.matrices, schedule.forward, schedule.backward, strict=True
+    ):
         start = np.maximum(end_backward, forward_there)
         backward_there = _with_neighbours(start) + transfer
         for device, stage, microbatch in sending_back:
             send("send_backward", device, stage, microbatch, start)
-        for device, (stage, m) in enumerate(before):
-            if left[device]:
-                end = start[device] + left[device]
-                events.append(Event(device, "backward", stage, m, start[device], end))
-        end_forward, left = start + left, np.zeros(devices)
-        for device, (stage, m) in enumerate(forward):
-            if stage == NOTHING:
-                continue
-            for kind in ("forward", "head"):
-                seconds = getattr(times, kind)[stage]
-                if seconds:
-                    begin = end_forward[device]
-                    events.append(Event(device, kind, stage, m, begin, begin + seconds))
-                    end_forward[device] += seconds
+        end_forward = start.copy()
+        for kinds, works in ((("matrices",), matrices), (("forward", "head"), forward)):
+            for device, (stage, m) in enumerate(works):
+                for kind in kinds if stage != NOTHING else ():
+                    seconds = getattr(times, kind)[stage]
+                    if seconds:
+                        begin = end_forward[device]
+                        events.append(Event(device, kind, stage, m, begin, begin + seconds))
+                        end_forward[device] += seconds
         ready = np.maximum(end_forward, backward_there)
         forward_there = _with_neighbours(ready) + transfer
         for device, (stage, m) in enumerate(forward):
@@ -136,17 +131,10 @@ def simulate(schedule: Schedule, times: StageTimes, transfer: float) -> Timeline
             if again > begin:
                 events.append(Event(device, "recompute", stage, m, begin, again))
             begin = max(again, backward_there[device])
-            left[device] = put_off[stage]
-            end_backward[device] = begin + times.backward[stage] - left[device]
+            end_backward[device] = begin + backward_seconds[stage]
             events.append(Event(device, "backward", stage, m, begin, end_backward[device]))
             if stage:
                 sending_back.append((device, stage, m))
-        before = backward
-    for device, (stage, m) in enumerate(before):
-        if left[device]:
-            end = end_backward[device] + left[device]
-            events.append(Event(device, "backward", stage, m, end_backward[device], end))
-            end_backward[device] = end
     busy = np.zeros(devices)
     for stage in range(schedule.num_stages):
         busy[schedule.device_of(stage)] += schedule.num_microbatches * times.total[stage]
@@ -159,7 +147,7 @@ def microbatch_warning(schedule: str, num_devices: int, num_microbatches: int) -
         return ""
     table = make_schedule(schedule, num_devices, num_microbatches)
     ones = np.ones(table.num_stages)
-    found = simulate(table, StageTimes(ones, 0 * ones, 0 * ones, 2 * ones), 0.0)
+    found = simulate(table, StageTimes(ones, 0 * ones, 0 * ones, 2 * ones, ones), 0.0)
     bubble = 100 * (1 - found.ideal / found.seconds)
     return (
         f"{num_microbatches} micro-batches (optimizer.accumulate_steps) on mesh.pipe={num_devices}: "

@@ -1,6 +1,5 @@
 """pipeline_plan: the simulated timeline by hand, and the command."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -20,7 +19,7 @@ from mhc_jax.pipeline.timeline import StageTimes, simulate
 
 def alike(stages, forward=1.0, backward=2.0, recompute=0.0):
     ones = np.ones(stages)
-    return StageTimes(forward * ones, 0 * ones, recompute * ones, backward * ones)
+    return StageTimes(forward * ones, 0 * ones, recompute * ones, backward * ones, ones)
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
@@ -50,23 +49,22 @@ def test_what_hides_a_transfer():
     assert again.end <= back.start
 
 
-def test_what_is_put_off_starts_when_cotangents_have_set_out():
-    """The first backward reaches the first device the sooner, by the gradients of P - 1 stages."""
-    schedule, times = make_schedule("1f1b", 4, 16), alike(4)
-    whole = simulate(schedule, times, 0.0)
-    split = simulate(schedule, dataclasses.replace(times, put_off=np.ones(4)), 0.0)
-    assert whole.seconds - split.seconds == pytest.approx(3 * 1.0)
-    assert split.ideal == whole.ideal
-
-    def busy(timeline):
-        return sum(e.end - e.start for e in timeline.events if e.to < 0)
-
-    assert busy(split) == pytest.approx(busy(whole)) == pytest.approx(4 * 16 * 3)
+def test_what_is_put_off_fills_idle_ticks():
+    """The last device idles before its first forward, and no longer behind its last backward."""
+    whole, split = (
+        simulate(make_schedule("1f1b", 4, 16, split), alike(4), 0.0) for split in (False, True)
+    )
+    assert (whole.ideal, split.ideal) == (48, 48)
+    assert (whole.seconds, split.seconds) == (48 + 3 * 3, 48 + 3)
+    last = [e for e in split.events if e.device == 3]
+    assert (last[0].start, last[-1].end) == (3, split.seconds)
+    assert [e.kind for e in last[-4:]] == ["matrices"] * 4
+    assert sum(e.end - e.start for e in last) == 48
 
 
 def test_events_do_not_overlap_and_take_their_time():
-    schedule = make_schedule("dualpipev", 3, 7)
-    times = StageTimes(*np.random.default_rng(0).uniform(0.5, 2, (4, 6)), put_off=np.full(6, 0.2))
+    schedule = make_schedule("dualpipev", 3, 7, True)
+    times = StageTimes(*np.random.default_rng(0).uniform(0.5, 2, (4, 6)), np.full(6, 0.2))
     timeline = simulate(schedule, times, 0.3)
     for device in range(3):
         mine = [e for e in timeline.events if e.device == device and e.to < 0]

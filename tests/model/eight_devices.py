@@ -124,15 +124,19 @@ def on_one_device(config, state):
     return found, min(map(float, margins), default=math.inf)
 
 
-def check_equal(got, want, where):
-    np.testing.assert_allclose(got[0], want[0], rtol=1e-5, err_msg=f"{where}: loss")
+def check_equal(got, want, where, limit=1e-5):
+    """Returns the largest difference of a gradient, over the largest entry of its parameter's."""
+    np.testing.assert_allclose(got[0], want[0], rtol=limit, err_msg=f"{where}: loss")
     got, want = (jax.tree_util.tree_flatten_with_path(tree[1])[0] for tree in (got, want))
     # Gradients that are sums of what cancels (h_res of the first sublayer) are noise of this size.
     noise = 1e-3 * max(float(np.abs(leaf).max()) for _, leaf in want)
-    for (path, a), (_, b) in zip(got, want):
+    furthest = 0.0
+    for (path, a), (_, b) in zip(got, want, strict=True):
         scale = max(float(np.abs(b).max()), noise)
         name = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=f"{where}: {name}")
+        np.testing.assert_allclose(a, b, rtol=0, atol=limit * scale, err_msg=f"{where}: {name}")
+        furthest = max(furthest, float(np.abs(a - b).max()) / scale)
+    return furthest
 
 
 def check_step(config):

@@ -352,6 +352,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
         "checkpoints_kept",
         "tensorboard",
         "pipe_schedule",
+        "pipe_split_backward",
         "data.path",
         "data.tokenizer",
     }

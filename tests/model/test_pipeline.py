@@ -22,7 +22,12 @@ PROGRAM = pathlib.Path(__file__).with_name("pipelines.py")
     "cases",
     [
         "short",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in (*SCHEDULES, "others")),
+        *(
+            pytest.param(f"{name}_{kind}", marks=pytest.mark.slow)
+            for name in (*SCHEDULES, "1f1b_split", "dualpipev_split")
+            for kind in ("dense", "experts")
+        ),
+        pytest.param("others", marks=pytest.mark.slow),
     ],
 )
 def test_stages_equal_one_device(run_python, cases):
@@ -43,8 +48,15 @@ def test_a_checkpoint_goes_on_with_and_without_stages(run_python, tmp_path):
         # Cotangents have the forward and what is computed again beside them, streams the backward.
         (["v5p:2x2x1,1f1b,full"], ["2 2 0 1 2"]),
         pytest.param(
-            ["v6e:2x2,1f1b,none", "v6e:2x2,dualpipev,full", "v5p:2x2x1,dualpipev,none"],
-            ["2 2 0 1 1", "4 4 0 1 1 2 2", "4 4 0 1 1 1 1"],
+            [
+                "v6e:2x2,1f1b,none",
+                "v6e:2x2,dualpipev,full",
+                "v5p:2x2x1,dualpipev,none",
+                "v5p:2x2x1,1f1b,none,split",
+                "v6e:2x2,dualpipev,full,split",
+            ],
+            # The second half of a split backward is beside cotangents, or in front of them.
+            ["2 2 0 1 1", "4 4 0 1 1 2 2", "4 4 0 1 1 1 1", "2 2 0 1 2", "4 4 0 1 1 2 2"],
             marks=pytest.mark.slow,
         ),
     ],
@@ -80,6 +92,11 @@ def test_what_does_not_fit_is_named(fields, sizes, message):
     check(config(**fields), SIZES)
 
 
+def test_a_backward_of_autodiff_is_not_split():
+    with pytest.raises(ValueError, match=r"does not go with pipe_schedule=gpipe.*take 1f1b or"):
+        config(pipe_schedule="gpipe", pipe_split_backward=True)
+
+
 def test_recompute_blocks_divide_the_stages():
     model = config(**{"model.remat": "mhc", "model.num_blocks": 12}).model
     assert model.blocks_per_group == 2
@@ -111,11 +128,30 @@ def test_recomputation_needs_no_cotangent(policy, operand_dtypes):
     assert again == {"none": 0, "mhc": 0, "full": forward // 2 - 1}[policy]
     assert bool(recomputed) == (policy != "none")
     balance = jax.ShapeDtypeStruct((), jnp.float32)
-    _, (gradients, dx) = products(
+    whole, (gradients, dx, nothing) = products(
         lambda p, s, *args: stage.backward(p, s, *args, 2), kept, recomputed, y, balance
     )
-    assert jax.tree.map(lambda x: x.shape, gradients) == [jax.tree.map(lambda x: x.shape, row)] * 2
-    assert dx.shape == streams.shape
+    shapes = [jax.tree.map(lambda x: x.shape, row)] * 2
+    assert jax.tree.map(lambda x: x.shape, gradients) == shapes
+    assert (dx.shape, nothing) == (streams.shape, [])
+
+    # Split: the same products in two halves; the second has the gradients of 5 matrices a block.
+    stage = Stage(model, (2,), row, {}, streams, split_backward=True)
+    once_more, recomputed = products(lambda p, s, kept: stage.recompute(p, s, kept, 2), kept)
+    first, (gradients, dx, put_off) = products(
+        lambda p, s, *args: stage.backward(p, s, *args, 2), kept, recomputed, y, balance
+    )
+    assert [(x.shape, x.dtype) for x in put_off] == [(x.shape, x.dtype) for x in stage.put_off]
+    second, matrices = products(lambda p, s, *args: stage.matrices(p, s, *args, 2), kept, put_off)
+    assert (once_more, second) == (again, 2 * 5)
+    # A backward that is not cut begins with the forward of zeros, which the compiler drops.
+    of_zeros = forward if policy == "none" else forward // 2
+    assert first + second == whole - of_zeros
+    others, of_matrices = stage.parts([row] * 2)
+    assert jax.tree.map(lambda x: x.shape, gradients) == jax.tree.map(lambda x: x.shape, others)
+    assert jax.tree.map(lambda x: x.shape, matrices) == jax.tree.map(lambda x: x.shape, of_matrices)
+    assert all(leaf.ndim > 1 for leaf in jax.tree.leaves(of_matrices))
+    assert all(leaf.ndim == 1 for leaf in jax.tree.leaves(others))
 
 
 def test_the_head_counts_as_time_of_the_last_stage():
@@ -126,18 +162,24 @@ def test_the_head_counts_as_time_of_the_last_stage():
     assert placement_of(run, 1).is_identity
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("name", ["1f1b", "dualpipev"])
-def test_slots_are_read_as_they_were_written(name):
+def test_slots_are_read_as_they_were_written(name, split):
     """Plays the tables with the names of what would lie in the slots."""
     devices, parts = 3, 7
-    schedule = make_schedule(name, devices, parts)
+    schedule = make_schedule(name, devices, parts, split)
     tables, last = make_tables(schedule), schedule.num_stages - 1
-    streams, cotangents, kept = ([{} for _ in range(devices)] for _ in range(3))
+    streams, cotangents, kept, put_off = ([{} for _ in range(devices)] for _ in range(4))
     back = [None] * devices
     for tick in range(schedule.num_ticks):
         t = {key: table[tick] for key, table in tables.rows().items()}
         out, sent, back = [None] * devices, back, [None] * devices
         for d in range(devices):
+            if t["matrices_run"][d]:
+                stage, m = schedule.matrices[tick, d]
+                assert t["matrices_run"][d] == 1 + stage // devices
+                assert kept[d].pop(t["matrices_keep"][d]) == (stage, m)
+                assert put_off[d].pop(t["matrices_read"][d]) == (stage, m)
             if t["run"][d]:
                 stage, m = schedule.forward[tick, d]
                 assert (t["run"][d], t["part"][d]) == (1 + stage // devices, m)
@@ -158,5 +200,9 @@ def test_slots_are_read_as_they_were_written(name):
                 assert arrived == (("loss", m) if stage == last else (stage, m))
                 assert kept[d][t["back_keep"][d]] == (stage, m)
                 back[d] = (stage - 1, m)
+                if split:
+                    put_off[d][t["back_put_off"][d]] = (stage, m)
+    assert not any(put_off)
     assert tables.num_kept == schedule.peak_activations().max()
+    assert tables.num_put_off == schedule.peak_put_off().max() == (devices if split else 0)
     assert (tables.num_streams, tables.num_cotangents) == (1, 1) or name == "dualpipev"

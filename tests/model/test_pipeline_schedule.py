@@ -9,18 +9,19 @@ from mhc_jax.pipeline import SCHEDULES, Placement, make_schedule, place
 from mhc_jax.pipeline.schedule import device_of
 from mhc_jax.pipeline.timeline import StageTimes, microbatch_warning, simulate
 
-CASES = [
-    (name, devices, microbatches)
-    for name in SCHEDULES
-    for devices, microbatches in ((1, 1), (1, 5), (2, 1), (2, 4), (3, 7), (4, 8), (8, 5), (8, 32))
-]
+SIZES = ((1, 1), (1, 5), (2, 1), (2, 4), (3, 7), (4, 8), (8, 5), (8, 32))
 
 
-@pytest.mark.parametrize(("name", "devices", "microbatches"), CASES)
-def test_every_work_runs_once_after_what_it_needs(name, devices, microbatches):
-    schedule = make_schedule(name, devices, microbatches)
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [*((name, False) for name in SCHEDULES), ("1f1b", True), ("dualpipev", True)],
+)
+@pytest.mark.parametrize(("devices", "microbatches"), SIZES)
+def test_every_work_runs_once_after_what_it_needs(name, split, devices, microbatches):
+    schedule = make_schedule(name, devices, microbatches, split)
     stages = schedule.num_stages
-    for table in (schedule.forward, schedule.backward):
+    assert schedule.splits_backward == split
+    for table in (schedule.forward, schedule.backward, *([schedule.matrices] if split else [])):
         found = [tuple(work) for work in table.reshape(-1, 2) if work[0] >= 0]
         assert sorted(found) == list(itertools.product(range(stages), range(microbatches)))
         for device, column in enumerate(table.swapaxes(0, 1)):
@@ -30,6 +31,9 @@ def test_every_work_runs_once_after_what_it_needs(name, devices, microbatches):
     assert (forward[1:] > forward[:-1]).all()
     assert (backward[:-1] > backward[1:]).all()
     assert (backward >= forward).all()
+    if split:
+        # They come before the forward and the backward of their tick.
+        assert (schedule.ticks_of(schedule.matrices) > backward).all()
 
 
 @pytest.mark.parametrize(("devices", "microbatches"), [(2, 8), (4, 8), (8, 32)])
@@ -43,12 +47,26 @@ def test_activations_in_flight(devices, microbatches):
     assert max(peak("dualpipev")) <= 3 * devices - 1
 
 
+@pytest.mark.parametrize(("devices", "microbatches"), [(2, 8), (4, 8), (8, 32)])
+def test_what_a_split_backward_holds(devices, microbatches):
+    """1f1b no more activations than before, on any device than on the first; dualpipev half of P stages."""
+    whole, split = (make_schedule("1f1b", devices, microbatches, split) for split in (False, True))
+    assert split.peak_activations().max() == whole.peak_activations().max()
+    assert split.peak_put_off().tolist() == [i + 1 for i in range(devices)]
+    whole, split = (
+        make_schedule("dualpipev", devices, microbatches, split) for split in (False, True)
+    )
+    assert split.peak_activations().max() <= whole.peak_activations().max() + devices // 2
+    assert split.peak_put_off().max() == devices
+    assert not whole.peak_put_off().any()
+
+
 @pytest.mark.parametrize(("devices", "microbatches"), [(2, 4), (4, 8), (4, 32), (8, 64)])
 def test_bubbles(devices, microbatches):
-    def bubble(name):
-        schedule = make_schedule(name, devices, microbatches)
+    def bubble(name, split=False):
+        schedule = make_schedule(name, devices, microbatches, split)
         ones = np.ones(schedule.num_stages) / schedule.num_stages
-        timeline = simulate(schedule, StageTimes(ones, 0 * ones, 0 * ones, 2 * ones), 0.0)
+        timeline = simulate(schedule, StageTimes(ones, 0 * ones, 0 * ones, 2 * ones, ones), 0.0)
         assert timeline.ideal == pytest.approx(3 * microbatches / devices)
         return timeline.seconds - timeline.ideal
 
@@ -56,6 +74,8 @@ def test_bubbles(devices, microbatches):
     assert bubble("gpipe") == pytest.approx(whole)
     assert bubble("1f1b") == pytest.approx(whole)
     assert bubble("dualpipev") == pytest.approx(2 / 3 * whole)
+    assert bubble("1f1b", split=True) == pytest.approx(whole / 3)
+    assert bubble("dualpipev", split=True) == pytest.approx(whole / 6)
 
 
 def test_the_bubble_of_few_microbatches_is_named():
@@ -66,7 +86,11 @@ def test_the_bubble_of_few_microbatches_is_named():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("zero", 2, 2), "'zero' is unknown: use one of gpipe"), (("1f1b", 2, 0), "0 micro-batches")],
+    [
+        (("zero", 2, 2), "'zero' is unknown: use one of gpipe"),
+        (("1f1b", 2, 0), "0 micro-batches"),
+        (("gpipe", 2, 2, True), "pipe_split_backward=True does not go with pipe_schedule=gpipe"),
+    ],
 )
 def test_bad_schedules(arguments, message):
     with pytest.raises(ValueError, match=message):

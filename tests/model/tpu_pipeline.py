@@ -18,9 +18,10 @@ FIELDS = {
 }  # fmt: skip
 
 
-def count(topology, name, policy):
+def count(topology, name, policy, split=""):
     values = default.get_config()
-    values.update_from_flattened_dict(FIELDS | {"pipe_schedule": name, "model.remat": policy})
+    fields = {"pipe_schedule": name, "pipe_split_backward": bool(split), "model.remat": policy}
+    values.update_from_flattened_dict(FIELDS | fields)
     values.model.num_blocks = num_stages(name, values.mesh.pipe)
     config = from_dict(values)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
