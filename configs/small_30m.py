@@ -6,9 +6,9 @@ Data:     the standard library's bytes by default (8 million, passed many times)
           --config.data.source=text --config.data.path=<glob> for a comparison of losses.
 Time:     50M tokens (1526 such steps) take 3 to 4.5 minutes on an H200 that two other trainings share
 Speed:    not measured on an idle card (python -m experiments.model_speed)
-Result:   with 50M tokens of text, three seeds: mHC -0.007 +- 0.013, HC -0.005 +- 0.011 against residual, so no
-          difference yet; the busiest expert has 2.7 times the mean load in mHC, 9.1 times in residual
-          (experiments/reproduction, setting `architecture`)
+Result:   with 50M tokens of text, three seeds: mHC -0.007 +- 0.013, HC -0.005 +- 0.011 against residual: no
+          difference yet. The busiest expert has 2.7 times the mean load in mHC, 9.1 times in residual
+          (experiments/reproduction, setting `architecture`).
 """
 
 from configs import paper_3b
