@@ -544,7 +544,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   // phi as the right operand of ds phi^T, in a place that this thread alone uses. It comes as forward.cu reads it; a high
   // and a low term add up to the TF32 number. The thread has columns 2q, 2q + 1 of phi at its column of the streams.
   unsigned char* own_phi = shared + PHI + thread * (HC ? 8 : 16);
-  const u32 column = slab * COLUMNS + warp * 8 + lane / 4, piece = slab * 8 + warp, first_lane = lane % 4 * 8 + lane / 8;
+  const u32 piece = slab * 8 + warp, first_lane = lane % 4 * 8 + lane / 8;
   const u32 half = lane & 4 ? 0 : 16;
 #if HC
   const uint2* row = reinterpret_cast<const uint2*>(phi) + piece * 32 + first_lane;
@@ -602,6 +602,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     *reinterpret_cast<float2*>(dphi_out + (static_cast<long long>(split) * 6 + lane / 4) * C + own_column) =
         make_float2(dphi[0][0] + dphi[0][2], dphi[0][1] + dphi[0][3]);
 #else
+  const u32 column = slab * COLUMNS + warp * 8 + lane / 4;  // made here: through the loop it would cost a register
   float* out = dphi_out + static_cast<long long>(split) * K * M;
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
