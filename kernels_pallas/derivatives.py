@@ -108,7 +108,7 @@ ad.primitive_transposes[_tangent_p] = lambda _, *args, name: [ad.Zero(x.aval) fo
 # as soon as another array has it. Else a result such as the streams that a read hands on would lack the axis
 # where parameters alone have it, and `jax.custom_vjp` would count the cotangent of such a result once for
 # each of the parameters.
-_alike_p = Primitive("mhc_mapped_alike")
+_alike_p = Primitive("mapped_alike")
 
 
 def _mapped_alike(arrays: list) -> list:

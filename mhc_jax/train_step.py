@@ -172,7 +172,7 @@ def loss_and_gradients(params: Params, model_state: Params, batch: Batch, config
     # Part p takes every parts-th row, so that each device's rows spread over all parts.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    counted = jnp.maximum(num_counted(batch["targets"]), 1)
+    counted = jnp.maximum(num_counted(batch["targets"]), 1).astype(jnp.float32)
 
     def add(total, part):
         # Exactly 1 where every target counts.

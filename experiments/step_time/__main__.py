@@ -176,13 +176,13 @@ def main() -> None:
         }
         for arm in ARMS
     ]
-    print(f"{'connection':17}{'kernels':10}{'blocks':22}{'ms a step (rounds)':24}"
+    print(f"{'connection':17}{'kernels':10}{'blocks':24}{'ms a step (rounds)':24}"
           f"{'over residual':>14}{'GiB':>8}")  # fmt: skip
     for row in rows:
         times = "  ".join(f"{ms:.2f}" for ms in row["ms"])
         blocks = "scanned" if row["scan_blocks"] else "written out"
         blocks += "" if row["remat"] == "none" else f", remat {row['remat']}"
-        print(f"{row['connection']:17}{row['implementation']:10}{blocks:22}{times:24}"
+        print(f"{row['connection']:17}{row['implementation']:10}{blocks:24}{times:24}"
               f"{row['overhead_percent']:>13.1f}%{row['temporaries_GiB']:>8.2f}")  # fmt: skip
     output.write(options, "step_time", {"shape": output.shape_of(options), "arms": rows})
 

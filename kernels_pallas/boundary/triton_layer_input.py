@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.boundary.contract import ReadOut, ReadStatic, Saved
 from kernels_pallas.boundary.triton_layer_input_kernels import (
-    mhc_layer_input_backward,
-    mhc_layer_input_forward,
+    mhc_read_backward_input,
+    mhc_read_forward_input,
 )
 from kernels_pallas.coefficients import triton as coefficients
 from kernels_pallas.coefficients.triton import Fragments
@@ -79,7 +79,7 @@ def forward_launch(
     mappings = _mappings(n, warps, static, hc)
     programs, rows = device.cdiv(T, mappings["TOKENS"]), T // count
     return TritonLaunch(
-        kernel=mhc_layer_input_forward,
+        kernel=mhc_read_forward_input,
         grid=(programs + rows,),
         outputs=(
             struct((T, C), dtype),
@@ -132,7 +132,7 @@ def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = Fal
     )
     pieces, kappa = (n, (T, n)) if hc else (3, (T,))
     return TritonLaunch(
-        kernel=mhc_layer_input_backward,
+        kernel=mhc_read_backward_input,
         grid=(programs + rows,),
         outputs=(
             struct((tiles, pieces, 32, 4)),

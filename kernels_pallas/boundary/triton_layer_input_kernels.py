@@ -27,7 +27,7 @@ def _share(PROGRAMS: tl.constexpr, RATE: tl.constexpr):
 
 
 @triton.jit
-def mhc_layer_input_forward(
+def mhc_read_forward_input(
     x_ptr,
     parts_ptr,
     bias_ptr,
@@ -141,7 +141,7 @@ def mhc_layer_input_forward(
 
 
 @triton.jit
-def mhc_layer_input_backward(
+def mhc_read_backward_input(
     x_ptr,
     pre_ptr,
     weight_ptr,

@@ -118,7 +118,7 @@ class Pipeline:
         counted = jax.vmap(num_counted)(split["targets"])
         total = jnp.maximum(jax.lax.psum(counted.sum(), batch_axes), 1)
         copies = jax.lax.axis_size(batch_axes) * parts
-        split["share"] = counted.astype(jnp.float32) / total
+        split["share"] = counted.astype(jnp.float32) / total.astype(jnp.float32)
         split["balance"] = jnp.full(parts, 1 / copies, jnp.float32)
         loss, aux, rows, shell = run(rows, state, shell, split)
         gradients = shell | {"blocks": jax.tree.map(lambda *xs: jnp.stack(xs), *rows)}

@@ -60,8 +60,8 @@ def kernel_names():
         # Pallas: name="..." of a call, or names between which it chooses.
         yield from re.findall(r'\bname="(\w+)"', text)
         yield from re.findall(r'"(mhc_\w+?_(?:forward|backward)\w*)"', text)
-        # Triton: entries take pointers, the functions that they call are private or take none first.
-        yield from re.findall(r"@triton\.jit\ndef ([a-z]\w+)\(\s*\w+_ptr\b", text)
+        # Triton: the functions that they call have other names.
+        yield from re.findall(r"@triton\.jit\ndef (mhc_\w+)\(", text)
     for path in PACKAGE.rglob("*.cu"):
         text = path.read_text()
         for entry in re.findall(r"__global__ void [^\n]*\n\s*(\w+)\(", text):

@@ -95,10 +95,12 @@ def check_step_time(result, printed, arms):
     assert [(r["connection"], r["implementation"], r["scan_blocks"]) for r in rows] == [
         (arm.name, arm.implementation or "best", arm.scan) for arm in arms
     ]
-    base = {row["scan_blocks"]: row for row in rows if row["connection"] == "residual"}
+    base = {
+        (row["scan_blocks"], row["remat"]): row for row in rows if row["connection"] == "residual"
+    }
     for row in rows:
         assert len(row["ms"]) == step_time.ROUNDS
-        assert row["overhead_percent"] == over(row, base[row["scan_blocks"]])
+        assert row["overhead_percent"] == over(row, base[row["scan_blocks"], row["remat"]])
     assert all(row["overhead_percent"] == 0 for row in base.values())
     table = [line.split() for line in printed.splitlines()[-len(rows) :]]
     for line, row in zip(table, rows, strict=True):

@@ -29,6 +29,12 @@ SMALL = {
 CONFIG = tiny("residual", **SMALL, steps=2, eval_every=2)
 
 
+@pytest.fixture(autouse=True)
+def main_program(monkeypatch):
+    """A worker of pytest-xdist has no file as its main program, and so no key."""
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Where programs are kept; jax's own cache, which the tests share, has none of them."""
