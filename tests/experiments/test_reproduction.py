@@ -55,6 +55,7 @@ def stop_after(step):
     return signals
 
 
+@pytest.mark.slow  # test_train.py restarts a run in CI
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, texts, monkeypatch):
     run = Run("main", "mHC", 1e-2, seed=3)
     config = run.config(texts, 4, TOY)
