@@ -97,7 +97,8 @@ CASES = (
     Case("boundary", 9, 136, 4, BF16, on="triton"),
     Case("boundary", 3, 200, 2, on="triton"),
     Case("boundary", 5, 128, 4, BF16, on="triton"),  # what the CUDA C++ kernels take, too
-    Case("boundary", 69, 128, 4, BF16, options=_SHORT, on="cuda"),  # one term of t, see cuda_launches
+    # One term of t, see cuda_launches.
+    Case("boundary", 69, 128, 4, BF16, options=_SHORT, on="cuda"),
     Case("boundary", 1, 64, 4, BF16, on="cuda"),
     Case("boundary", 6, 72, 8, norm=EPS),
     Case("boundary", 6, 72, 8, BF16, norm=EPS),
