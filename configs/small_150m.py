@@ -2,9 +2,11 @@
 
 Command:  python -m mhc_jax.main --config=configs/small_150m.py --workdir=runs/small_150m
           arms: configs/small_150m.py:residual, configs/small_150m.py:hc (mhc without a suffix)
-Time:     not measured yet
-Speed:    not measured yet (python -m experiments.model_speed)
-Result:   none recorded yet
+Speed:    290 thousand tokens/s on an H200 (226 ms a step, 58 GiB); residual 334, HC 293 thousand
+          (python -m experiments.model_speed): 200M tokens take 12 minutes
+Result:   half a run of 197M tokens of text, one seed: validation loss 0.6487 after 98M tokens, HC 0.6581,
+          residual 0.6691; busiest expert 2.5, 4.5 and 10.6 times the mean load (experiments/reproduction,
+          setting `architecture_150m`). Not trained to its end yet.
 """
 
 from configs import small_30m

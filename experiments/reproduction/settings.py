@@ -161,7 +161,7 @@ SETTINGS = {
         _ARCHITECTURE,
         description="MLA and experts (configs/small_150m.py), 11 blocks of width 1024",
         base="small_150m",
-        steps=3052,
+        steps=3000,  # 197M tokens, no more than the corpus has
         batch_size=64,
         learning_rates=(6e-4,),
         seeds=(0,),
