@@ -20,7 +20,7 @@ import warnings
 import jax
 from jax import monitoring
 
-from kernels_pallas.gpu import cuda_launch, triton_launch
+from kernels_pallas.gpu import ahead, cuda_launch
 from mhc_jax import compilation_cache, preemption
 from mhc_jax.config import from_dict
 
@@ -134,19 +134,9 @@ def make_config(name: str, arm: str, settings: list[str]):
 
 
 def time_kernels(spans: Spans) -> None:
-    """Times the compilers of our kernels; Triton's is imported by the first program that needs it."""
+    """Times NVRTC and the waiting for Triton, which compiles in other threads."""
     cuda_launch._compile = spans.timed("kernels", cuda_launch._compile)
-    keep_ptx = triton_launch._keep_ptx
-
-    def timed(triton_lib):
-        for module, name in (
-            (triton_lib.code_gen, "ast_to_ttir"),
-            (triton_lib, "compile_ttir_inplace"),
-        ):
-            setattr(module, name, spans.timed("kernels", getattr(module, name)))
-        return keep_ptx(triton_lib)
-
-    triton_launch._keep_ptx = timed
+    ahead.wait = spans.timed("kernels", ahead.wait)
 
 
 def start(began: float) -> float:

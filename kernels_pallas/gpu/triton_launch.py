@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.gpu import device, kernel_cache
+from kernels_pallas.gpu import ahead, device, kernel_cache
 from kernels_pallas.gpu.device import INTERPRET
 from kernels_pallas.gpu.launch import TARGET, Launch
 
@@ -30,7 +30,7 @@ class TritonLaunch(Launch):
     def _call(self, args: list) -> tuple[jax.Array, ...]:
         import jax_triton  # fails where jax has no CUDA, hence only here
 
-        _lower_to_ffi()
+        self._compile_ahead(args)
         return tuple(
             jax_triton.triton_call(
                 *args,
@@ -44,6 +44,49 @@ class TritonLaunch(Launch):
                 **self.constants,
             )
         )
+
+    def _compile_ahead(self, args: list) -> None:
+        """Begins to fill jax_triton's cache of kernels with what lowering this launch asks it for."""
+        from jax_triton import triton_lib
+
+        keeping = _lower_to_ffi()
+        scalars = [
+            (i, triton_lib.get_triton_type(a), a) for i, a in enumerate(args) if isinstance(a, int)
+        ]
+        arrays = [
+            a if isinstance(a, int) else jax.core.ShapedArray(a.shape, a.dtype)
+            for a in [*args, *self.outputs]
+        ]
+        dtypes = tuple(map(triton_lib.get_triton_type, arrays))
+        constants = tuple(sorted(self.constants.items()))
+        capability = device.capability()
+
+        def make():
+            with keeping():
+                triton_lib.get_or_create_triton_kernel(
+                    triton_lib.get_cuda_backend,
+                    "cuda",
+                    self.kernel,
+                    list(dtypes),
+                    scalars,
+                    num_warps=self.num_warps,
+                    num_stages=self.num_stages,
+                    num_ctas=1,
+                    compute_capability=capability,
+                    enable_fp_fusion=True,
+                    metaparams=dict(constants),
+                    dump=False,
+                )
+
+        compiled_for = (
+            dtypes,
+            tuple(scalars),
+            constants,
+            self.num_warps,
+            self.num_stages,
+            capability,
+        )
+        ahead.begin(self.kernel, compiled_for, make)
 
     def _run_numpy(self, args: list) -> tuple[np.ndarray, ...]:
         args = [a if isinstance(a, int) else _to_torch(a) for a in args]
@@ -67,10 +110,13 @@ class TritonLaunch(Launch):
 
 
 @functools.cache
-def _lower_to_ffi() -> None:
+def _lower_to_ffi() -> Callable:
     """Makes jax_triton write calls of `TARGET` as XLA reads them; its other calls stay as they are.
 
     jax_triton 0.3 takes the name of a target, but writes every call in the form of the older one.
+
+    Returns:
+      the context of `_keep_ptx`.
     """
     from jax.interpreters import mlir
     from jax.interpreters.mlir import ir
@@ -80,6 +126,8 @@ def _lower_to_ffi() -> None:
 
     def lower(ctx, *args, **parameters):
         ours = parameters["custom_call_target_name"] == TARGET
+        if ours:
+            ahead.wait(parameters["fn"])
         with keeping() if ours else contextlib.nullcontext():
             results = triton_lib.triton_kernel_call_lowering(
                 triton_lib.get_cuda_backend, ctx, *args, **parameters
@@ -93,6 +141,7 @@ def _lower_to_ffi() -> None:
         return results
 
     mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
+    return keeping
 
 
 def _keep_ptx(triton_lib) -> Callable:
@@ -110,6 +159,10 @@ def _keep_ptx(triton_lib) -> Callable:
     here = threading.local()
 
     def to_ttir(fn, source, *, options, **others):
+        with ahead.front_end:
+            return parsed(fn, source, options=options, **others)
+
+    def parsed(fn, source, *, options, **others):
         if not getattr(here, "active", False) or triton_lib._JAX_TRITON_DUMP_DIR:
             return first(fn, source, options=options, **others)
         here.key = ("triton", versions, fn.__name__, source.hash(), options.hash())

@@ -9,6 +9,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -60,6 +61,8 @@ def test_calls_can_be_recorded(start):
     }
     assert set(calls) <= typed, calls
     assert result.stdout.count("{opaque = ") == len(calls)
+    # Triton's kernels were compiled by other threads, from when they were traced.
+    assert int(re.search(r"in the thread that lowers (\d+)", result.stderr)[1]) == 0
 
 
 if __name__ == "__main__":
@@ -81,13 +84,21 @@ if __name__ == "__main__":
 
     from kernels_pallas.gpu import cuda_launch
 
-    compiled = []
+    compiled, by_triton = [], []
 
-    def counted(compile_):
-        return lambda *args: compiled.append(args) or compile_(*args)
+    def counted(compile_, *lists):
+        def call(*args):
+            for each in lists:
+                each.append(threading.current_thread())
+            return compile_(*args)
 
-    cuda_launch._compile = counted(cuda_launch._compile)
-    triton_lib.compile_ttir_to_ptx_inplace = counted(triton_lib.compile_ttir_to_ptx_inplace)
+        return call
+
+    cuda_launch._compile = counted(cuda_launch._compile, compiled)
+    triton_lib.compile_ttir_to_ptx_inplace = counted(
+        triton_lib.compile_ttir_to_ptx_inplace, compiled, by_triton
+    )
     traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*structs)
     print(traced.lower(lowering_platforms=("cuda",)).as_text())
     print("compiled", len(compiled), file=sys.stderr)
+    print("in the thread that lowers", by_triton.count(threading.main_thread()), file=sys.stderr)
