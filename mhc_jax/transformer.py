@@ -14,13 +14,13 @@ from mhc_jax.config import ModelConfig
 from mhc_jax.connections import (
     Connection,
     HyperConnections,
+    LookAheadConnections,
     ManifoldHyperConnections,
     Pending,
     Residual,
     expand,
 )
 from mhc_jax.layers import RMSNorm, SwiGLU, linear, look_up
-from mhc_jax.look_ahead import LookAheadConnections
 from mhc_jax.losses import unembed
 from mhc_jax.manifolds import make_manifold
 from mhc_jax.moe import MoE, MoEAux
