@@ -7,7 +7,6 @@ in each.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,50 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mhc_jax import remat
+from mhc_jax.block import make_connection
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import Connection, Pending
 from mhc_jax.moe import MoEAux
 from mhc_jax.parameters import merged
+from mhc_jax.pipeline.blocks import block_graph, group_size
 from mhc_jax.pipeline.residuals import split_recomputation, split_vjp, zeros
 from mhc_jax.pipeline.split_backward import Backward, Halves
-from mhc_jax.transformer import Block, make_connection
 
 Tree = Any
-
-
-@functools.cache
-def _block_graph(config: ModelConfig) -> nnx.GraphDef:
-    """The structure of a block of the stack, without its parameters."""
-    return nnx.split(nnx.eval_shape(lambda: Block(config, 0, rngs=nnx.Rngs(0))))[0]
-
-
-def group_size(config: ModelConfig, counts: Sequence[int]) -> int:
-    """Blocks of a recompute block: of Eq. 20's the nearest that divides every stage.
-
-    Args:
-      config: of the model.
-      counts: blocks of the stages; 0 for one of leading blocks alone.
-
-    Raises:
-      ValueError: a number in `model.recompute_block` that does not divide the stages, or a policy that the
-        program of a pipeline cannot have.
-    """
-    if config.remat == "none":
-        return 1
-    if config.remat == "offload":
-        raise ValueError(
-            'model.remat="offload" does not go with mesh.pipe > 1: use "full", which keeps as little on a '
-            "device where a stage is one recompute block"
-        )
-    wanted, common = config.blocks_per_group, math.gcd(*counts)
-    if config.recompute_block != "auto" and common % wanted:
-        sizes = ", ".join(str(2 * count) for count in sorted({*counts} - {0}))
-        raise ValueError(
-            f"model.recompute_block={config.recompute_block} does not divide stages of {sizes} sublayers "
-            f'(mesh.pipe): use a divisor of {2 * common}, or "auto"'
-        )
-    divisors = (size for size in range(1, common + 1) if common % size == 0)
-    return min(divisors, key=lambda size: (abs(size - wanted), size))
 
 
 class Stage:
@@ -90,7 +55,7 @@ class Stage:
         *,
         split_backward: bool = False,
     ):
-        self._graph, self._config = _block_graph(config), config
+        self._graph, self._config = block_graph(config), config
         self._rows, self._streams = max(counts), streams
         self._size = group_size(config, counts)
         self._num_units = self._rows // self._size
