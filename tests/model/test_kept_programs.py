@@ -17,7 +17,7 @@ from test_loop import changed
 from test_train import tiny
 
 from mhc_jax import compilation_cache, kept_programs, program_key, programs, sharding
-from mhc_jax import train as train_module
+from mhc_jax import run as run_module
 from mhc_jax.kept_programs import KeptPrograms, ProgramFolder, argument_shapes
 from mhc_jax.train import Run
 from mhc_jax.train_step import abstract_state
@@ -364,7 +364,7 @@ def test_a_second_run_traces_nothing(folder, tmp_path, monkeypatch, caplog):
         raise AssertionError("traced")
 
     for name in ("abstract_state", "jit_init_state", "jit_train_step", "evaluate"):
-        monkeypatch.setattr(train_module, name, refuse)
+        monkeypatch.setattr(run_module, name, refuse)
     again, told = finished("second")
     jax.tree.map(np.testing.assert_array_equal, again, state)
     for name in ("train/loss", "validation/loss"):

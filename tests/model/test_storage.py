@@ -23,7 +23,7 @@ from test_loop import CONFIG, SMALL, programs, saved, state_of  # noqa: F401 - a
 from test_train import tiny
 
 from mhc_jax import appending, checkpoint, checksum, lock, paths, preemption
-from mhc_jax import train as train_module
+from mhc_jax import run as run_module
 from mhc_jax.checkpoint import Checkpoints, SaveError, trained
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
@@ -437,12 +437,12 @@ def test_sigterm_before_the_first_step_ends_at_once(programs, moment, tmp_path, 
             time.sleep(0.05)
 
     if moment == "corpora":
-        monkeypatch.setattr(train_module, "make_iterator", lambda *_, **__: forever())
+        monkeypatch.setattr(run_module, "make_iterator", lambda *_, **__: forever())
     else:
         step = types.SimpleNamespace(
             eval_shape=lambda *_: None, lower=lambda *_: types.SimpleNamespace(compile=forever)
         )
-        monkeypatch.setattr(train_module, "jit_train_step", lambda *_: step)
+        monkeypatch.setattr(run_module, "jit_train_step", lambda *_: step)
     begin = time.monotonic()
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="nothing is lost, run again"):
