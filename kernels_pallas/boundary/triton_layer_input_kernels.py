@@ -7,7 +7,7 @@ from kernels_pallas.coefficients import triton as coefficients
 from kernels_pallas.coefficients import triton_backward as coefficients_backward
 from kernels_pallas.gpu.triton_math import columns, scalars, store
 from kernels_pallas.hc import triton_gates as gates
-from kernels_pallas.pre.triton import (
+from kernels_pallas.pre.triton_kernels import (
     store_layer_input,
     weights_backward,
     weights_backward_normed,
