@@ -15,28 +15,18 @@ from mhc_jax.checkpoint.trained import Source
 from mhc_jax.config import Config
 from mhc_jax.data import check_files, make_iterator
 from mhc_jax.diagnosis import find_non_finite
-from mhc_jax.kept_programs import KeptPrograms, ProgramFolder, argument_shapes
+from mhc_jax.kept_programs import ProgramFolder
 from mhc_jax.losses import IGNORE_INDEX
-from mhc_jax.programs import Programs, seldom_collected
 from mhc_jax.progress import Progress
 from mhc_jax.recovery import UNREADABLE, BadData, Faults, NonFiniteError, bad_data, what
+from mhc_jax.run_programs import GAINS, INITIAL_STATE, TRAIN_STEP, VALIDATION, RunPrograms
 from mhc_jax.storage import Storage
-from mhc_jax.train_step import (
-    TrainState,
-    abstract_batch,
-    abstract_state,
-    evaluate,
-    jit_init_state,
-    jit_train_step,
-    measure_gains,
-    updates_done,
-)
+from mhc_jax.train_step import TrainState, abstract_batch, updates_done
 from mhc_jax.workdir import check_resumable, write_origin
 
 _log = logging.getLogger(__name__)
 # A train step that comes from a cache of compiled programs is there within this time.
 _SECONDS_OF_A_CACHE = 3.0
-_INITIAL = "initial state"
 
 
 class Interrupted(RuntimeError):
@@ -63,17 +53,17 @@ class Run:
         self._placement = sharding.BatchPlacement(self.mesh, config.batch_size)
         corpora = preemption.Background(self._open_data, "opening the data")
         self._layout = pipeline.Layout(config, self.mesh)
-        self._shapes = self._placement.abstract(abstract_batch(config))
-        self._eval_step, self._gains = self._jit(evaluate), self._jit(measure_gains)
+        batch = self._placement.abstract(abstract_batch(config))
         self._stop = None
-        self._programs = Programs(KeptPrograms.of_run(programs, config, self.mesh))
+        self._programs = RunPrograms(config, self.mesh, self._layout, batch, programs)
         self.storage = None
         try:
-            self._make_train_step()
+            is_new = not saved_steps(absolute(self.workdir / FOLDER))
+            self._programs.trace(is_new=is_new)
             corpora.result()
             self.storage = Storage(config, self.workdir)
-            if self._programs.was_started(_INITIAL):  # XLA has both while this thread waits
-                self._start_step()
+            if self._programs.was_started(INITIAL_STATE):  # XLA has both while this thread waits
+                self._programs.start_train_step()
             self.state = self._newest_state()
             self.step = int(self.state.step)
             self.storage.begin(self.step)
@@ -85,37 +75,6 @@ class Run:
         self._progress = Progress(config, self.step, shown=jax.process_index() == 0)
         self._in_flight = None  # (step, batch, position before it, metrics) of the newest step
         self._clock = None  # when the metrics of the step before were fetched
-
-    def _make_train_step(self) -> None:
-        """Takes the step that an earlier run has kept, else traces it; XLA compiles the start meanwhile."""
-        names = ["train step", "validation"]
-        if self.config.model.connection != "residual":
-            names.append("gains")
-        is_new = not saved_steps(absolute(self.workdir / FOLDER))
-        self._programs.look_up([_INITIAL] * is_new + names)
-        if self._programs.was_started("train step"):
-            self._train_step = self._programs.wait("train step")
-            self._abstract = argument_shapes(self._train_step)[0]
-            return
-        self._abstract = abstract_state(self.config, self.mesh)
-        self._train_step = jit_train_step(self.config, self.mesh)
-        if is_new:
-            self._start_initial_state()
-        _log.info("tracing the train step")
-        # The trace is used when the step is lowered.
-        with seldom_collected():
-            self._train_step.eval_shape(self._abstract, self._shapes)
-
-    def _start(self, name: str, function: Callable, *args, after: str | None = None) -> None:
-        if not self._programs.was_started(name):
-            self._programs.start(name, function, *args, after=after)
-
-    def _start_step(self) -> None:
-        self._start("train step", self._train_step, self._abstract, self._shapes)
-
-    def _start_initial_state(self) -> None:
-        if not self._programs.was_started(_INITIAL):
-            self._programs.start(_INITIAL, jit_init_state(self.config, self.mesh))
 
     def _open_source(self, init_from: str | None) -> Source | None:
         if init_from is None or saved_steps(absolute(self.workdir / FOLDER)):
@@ -141,15 +100,6 @@ class Run:
         one = make_iterator(split="validation", batch_size=1, **every)
         self._gains_tokens = next(one)["inputs"]
 
-    def _jit(self, function: Callable) -> Callable:
-        """Compiles `function(variables, batch, config=...)`; every device gets its results."""
-
-        def of_stored(variables, batch):
-            return function(self._layout.stored(variables), batch, config=self.config.model)
-
-        program = sharding.on_mesh(of_stored, self.mesh)
-        return jax.jit(program, out_shardings=sharding.replicated(self.mesh))
-
     @property
     def stored_state(self) -> TrainState:
         """The state with the blocks in the model's order, as checkpoints have it."""
@@ -158,13 +108,13 @@ class Run:
     def _newest_state(self) -> TrainState:
         """Returns the state of the newest checkpoint, else of `init_from`, else a fresh one."""
         if self.storage.latest_step is not None:
-            abstract = self._layout.abstract_stored(self._abstract)
+            abstract = self._layout.abstract_stored(self._programs.state)
             return self._layout.restore(self.storage.restore(abstract, self.data))
-        self._start_initial_state()
-        wait = functools.partial(self._programs.wait, _INITIAL)
+        self._programs.start_initial_state()
+        wait = functools.partial(self._programs.wait, INITIAL_STATE)
         state = preemption.in_thread(wait, "compiling the initial state")()
         if self._source:
-            abstract = self._layout.abstract_stored(self._abstract)
+            abstract = self._layout.abstract_stored(self._programs.state)
             state = self._source.fill(self._layout.store(state), abstract)
             state = self._layout.restore(state)
         distributed.on_first(lambda: write_origin(self.workdir, self._source))
@@ -183,7 +133,7 @@ class Run:
                 self._begin(stop)
             while self.step < self.config.steps:
                 self._dispatch()
-                self._start_others()
+                self._programs.start_others(self._gains_tokens)
                 asked = self._do_what_is_due()
                 self._look_after_saves()
                 if (stop(self.step) or asked) and self.step < self.config.steps:
@@ -198,28 +148,15 @@ class Run:
     def _begin(self, stop: Callable[[int], bool]) -> None:
         """Waits for the compiled step while the main thread listens to signals."""
         try:
-            self._start_step()
-            if not self._programs.is_there("train step", _SECONDS_OF_A_CACHE):
-                self._start_others()
-            self._train_step = self._compiled("train step", stop)
+            self._programs.start_train_step()
+            if not self._programs.is_there(TRAIN_STEP, _SECONDS_OF_A_CACHE):
+                self._programs.start_others(self._gains_tokens)
+            self._train_step = self._compiled(TRAIN_STEP, stop)
             preemption.start_is_over(stop)
         except preemption.Stopped:
             raise Interrupted(
                 f"stopped at step {self.step} before another one: nothing is lost, run again"
             ) from None
-
-    def _start_others(self) -> None:
-        """Has evaluation and gains lowered beside the step or the first ones, and compiled after it.
-
-        Beside it XLA would tune the same products once more, and the step come later.
-        """
-        variables, start = (
-            self._abstract.variables,
-            functools.partial(self._start, after="train step"),
-        )
-        start("validation", self._eval_step, variables, self._shapes)
-        if self.config.model.connection != "residual":
-            start("gains", self._gains, variables, self._gains_tokens)
 
     def close(self) -> None:
         """Waits for checkpoints, closes files and gives the workdir back."""
@@ -347,7 +284,7 @@ class Run:
 
     def _evaluate(self) -> None:
         self.validation.set_state(self._validation_start)
-        variables, eval_step = self.state.variables, self._program("validation")
+        variables, eval_step = self.state.variables, self._program(VALIDATION)
         losses, counted = [], []
         for _ in range(self.config.eval_batches):
             try:
@@ -366,7 +303,7 @@ class Run:
         spiked, self._faults.spiked = self._faults.spiked, False
         if self.config.model.connection == "residual":
             return  # 1 by definition
-        measure = self._program("gains")
+        measure = self._program(GAINS)
         measured, cosine = jax.device_get(measure(self.state.variables, self._gains_tokens))
         found = gains.summary(measured) | {"gains/stream_cosine": float(cosine)}
         self._write(self.step, found)

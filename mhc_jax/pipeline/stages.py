@@ -12,15 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from mhc_jax import remat
-from mhc_jax.block import make_connection
 from mhc_jax.config import ModelConfig
-from mhc_jax.connections import Connection, Pending
 from mhc_jax.moe import MoEAux
-from mhc_jax.parameters import merged
-from mhc_jax.pipeline.blocks import block_graph, group_size
+from mhc_jax.pipeline.blocks import Blocks, group_size
 from mhc_jax.pipeline.residuals import split_recomputation, split_vjp, zeros
 from mhc_jax.pipeline.split_backward import Backward, Halves
 
@@ -55,7 +50,7 @@ class Stage:
         *,
         split_backward: bool = False,
     ):
-        self._graph, self._config = block_graph(config), config
+        self._blocks = Blocks(config)
         self._rows, self._streams = max(counts), streams
         self._size = group_size(config, counts)
         self._num_units = self._rows // self._size
@@ -63,17 +58,16 @@ class Stage:
         fixed = [params] * self._size, [state] * self._size
         self._carries_pending = config.remat == "none"
         if self._carries_pending:
-            self._functions = [self._first, *[self._run] * (self._num_units - 1)]
-            first = split_vjp(self._first, fixed, streams)
+            self._functions = [self._blocks.first, *[self._blocks.run] * (self._num_units - 1)]
+            first = split_vjp(self._blocks.first, fixed, streams)
             pending = first.outputs[0]
             self._units = [first]
             if self._num_units > 1:
-                self._units += [split_vjp(self._run, fixed, pending)] * (self._num_units - 1)
-            self._end = split_vjp(lambda params, x: (self._finish(x), None), ((),), pending)
+                self._units += [split_vjp(self._blocks.run, fixed, pending)] * (self._num_units - 1)
+            self._end = split_vjp(lambda _, x: (self._blocks.finish(x), None), ((),), pending)
         else:
-            group = functools.partial(self._group, config.remat)
-            self._functions = [group] * self._num_units
-            unit = split_vjp(group, fixed, streams)
+            self._functions = [self._blocks.group] * self._num_units
+            unit = split_vjp(self._blocks.group, fixed, streams)
             self._units = [unit] * self._num_units
             self._end = None
         splits = [*self._units, *filter(None, [self._end])]
@@ -143,38 +137,7 @@ class Stage:
 
             carry, aux = self._where_there(index, count, run, skip, carry, fixed)
             reports.append(aux)
-        return self._finish(carry) if self._end else carry, _concatenated(reports)
-
-    # One unit: (params, state, carry) -> ((carry, balance loss), aux).
-
-    def _run(self, params, state, pending):
-        found = []
-        for p, s in zip(params, state, strict=True):
-            pending, _, aux = nnx.merge(self._graph, merged(p, s))(pending)
-            found.append(aux)
-        if found[0] is None:
-            return (pending, jnp.zeros((), jnp.float32)), None
-        aux = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
-        return (pending, aux.balance_loss.sum()), aux
-
-    def _first(self, params, state, streams):
-        return self._run(params, state, Pending(streams, None, None))
-
-    def _group(self, policy, params, state, streams):
-        def run(streams, blocks):
-            (pending, balance), aux = self._first(*blocks, streams)
-            return self._finish(pending), (balance, aux)
-
-        streams, (balance, aux) = remat.checkpoint_group(run, policy)(streams, (params, state))
-        return (streams, balance), aux
-
-    @property
-    def _connection(self) -> Connection:
-        """Of any sublayer: its `start` and `post` need no parameters."""
-        return make_connection(self._config, 0)
-
-    def _finish(self, pending):
-        return self._connection.post(*pending)
+        return self._blocks.finish(carry) if self._end else carry, _concatenated(reports)
 
     def forward(
         self, params: Sequence[Tree], state: Sequence[Tree], streams: jax.Array, count: jax.Array
@@ -319,7 +282,7 @@ class Stage:
     def _started(self, index, carry):
         """What follows on a unit that is not there."""
         if index == 0 and self._carries_pending:
-            return self._connection.start(carry)
+            return self._blocks.connection.start(carry)
         return carry
 
     def _of_unit(self, index, trees):
