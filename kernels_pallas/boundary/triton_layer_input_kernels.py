@@ -206,9 +206,9 @@ def mhc_read_backward_input(
                 TOKENS,
                 W,
                 C,
-                True,
-                True,
-                False,
+                ROUND=True,
+                FRAGMENTS=True,
+                PRE=False,
             )
         else:
             coefficients_backward.backward_tile(
@@ -229,10 +229,10 @@ def mhc_read_backward_input(
                 N,
                 TOKENS,
                 NUM_ITERATIONS,
-                True,
-                N * C,
-                SINKHORN_EPS,
-                False,
+                ROUND=True,
+                FRAGMENTS=N * C,
+                SINKHORN_EPS=SINKHORN_EPS,
+                PRE=False,
             )
     else:
         first = tl.program_id(0) - before
@@ -266,12 +266,23 @@ def mhc_read_backward_input(
                     VEC,
                     STEPS,
                     EVEN,
-                    False,
+                    WRITE_DX=False,
                 )
                 dweight = found[N:]
             else:
                 found = weights_backward(
-                    x_ptr, None, d_ptr, None, token, C, N, ROWS, VEC, EVEN, False, 2
+                    x_ptr,
+                    None,
+                    d_ptr,
+                    None,
+                    token,
+                    C,
+                    N,
+                    ROWS,
+                    VEC,
+                    EVEN,
+                    WRITE_DX=False,
+                    UNROLL=2,
                 )
             if HC:
                 d, part = gates.pre_backward(

@@ -82,7 +82,7 @@ def mhc_pre_backward(
     """Computes dh_pre and, if WRITE_DX, dx for one token."""
     token = tl.program_id(0).to(tl.int64)
     found = weights_backward(
-        x_ptr, pre_ptr, d_ptr, dx_ptr, token, C, N, ROWS, VEC, EVEN, WRITE_DX, 1
+        x_ptr, pre_ptr, d_ptr, dx_ptr, token, C, N, ROWS, VEC, EVEN, WRITE_DX, UNROLL=1
     )
     for i in tl.static_range(N):
         tl.store(dpre_ptr + token * N + i, found[i])
@@ -144,7 +144,20 @@ def mhc_pre_forward_normed(
         h_pre = h_pre + (tl.load(pre_ptr + token * N + i),)
     x_ptr += token * N * C
     out_ptr += token * C
-    store_layer_input(x_ptr, h_pre, weight_ptr, out_ptr, C, N, ROWS, VEC, STEPS, EVEN, True, EPS)
+    store_layer_input(
+        x_ptr,
+        h_pre,
+        weight_ptr,
+        out_ptr,
+        C,
+        N,
+        ROWS,
+        VEC,
+        STEPS,
+        EVEN,
+        NORM=True,
+        NORM_EPS=EPS,
+    )
 
 
 @triton.jit
