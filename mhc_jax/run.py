@@ -15,8 +15,8 @@ from mhc_jax.checkpoint.trained import Source
 from mhc_jax.config import Config
 from mhc_jax.data import check_files, make_iterator
 from mhc_jax.diagnosis import find_non_finite
-from mhc_jax.kept_programs import ProgramFolder
 from mhc_jax.losses import IGNORE_INDEX
+from mhc_jax.program_folder import ProgramFolder
 from mhc_jax.progress import Progress
 from mhc_jax.recovery import UNREADABLE, BadData, Faults, NonFiniteError, bad_data, what
 from mhc_jax.run_programs import GAINS, INITIAL_STATE, TRAIN_STEP, VALIDATION, RunPrograms

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 from mhc_jax import sharding
 from mhc_jax.config import Config
-from mhc_jax.kept_programs import KeptPrograms, ProgramFolder, argument_shapes
+from mhc_jax.kept_programs import KeptPrograms, argument_shapes
 from mhc_jax.pipeline import Layout
+from mhc_jax.program_folder import ProgramFolder
 from mhc_jax.programs import Programs, seldom_collected
 from mhc_jax.train_step import (
     TrainState,

@@ -11,7 +11,7 @@ from mhc_jax import distributed, paths, pipeline, preemption, sharding
 from mhc_jax.config import Config
 from mhc_jax.data import vocab_size
 from mhc_jax.initialisation import read_logit
-from mhc_jax.kept_programs import ProgramFolder
+from mhc_jax.program_folder import ProgramFolder
 from mhc_jax.recovery import NonFiniteError
 from mhc_jax.run import Interrupted, Run
 from mhc_jax.workdir import is_finished
