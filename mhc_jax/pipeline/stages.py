@@ -7,7 +7,7 @@ in each.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mhc_jax.config import ModelConfig
 from mhc_jax.moe import MoEAux
 from mhc_jax.pipeline.blocks import Blocks, group_size
-from mhc_jax.pipeline.residuals import split_recomputation, split_vjp, zeros
+from mhc_jax.pipeline.residuals import Split, split_recomputation, split_vjp, zeros
 from mhc_jax.pipeline.split_backward import Backward, Halves
 
 Tree = Any
@@ -50,38 +50,24 @@ class Stage:
         *,
         split_backward: bool = False,
     ):
-        self._blocks = Blocks(config)
-        self._rows, self._streams = max(counts), streams
-        self._size = group_size(config, counts)
-        self._num_units = self._rows // self._size
-        self._least = min(counts)
+        rows, self._least = max(counts), min(counts)
+        self._blocks, self._size = Blocks(config), group_size(config, counts)
+        self._num_units = rows // self._size
         fixed = [params] * self._size, [state] * self._size
+        # Without recomputation a unit is one block, and the next one does its pending write.
         self._carries_pending = config.remat == "none"
-        if self._carries_pending:
-            self._functions = [self._blocks.first, *[self._blocks.run] * (self._num_units - 1)]
-            first = split_vjp(self._blocks.first, fixed, streams)
-            pending = first.outputs[0]
-            self._units = [first]
-            if self._num_units > 1:
-                self._units += [split_vjp(self._blocks.run, fixed, pending)] * (self._num_units - 1)
-            self._end = split_vjp(lambda _, x: (self._blocks.finish(x), None), ((),), pending)
-        else:
-            self._functions = [self._blocks.group] * self._num_units
-            unit = split_vjp(self._blocks.group, fixed, streams)
-            self._units = [unit] * self._num_units
-            self._end = None
+        self._functions, self._units, self._end = self._split(fixed, streams)
         splits = [*self._units, *filter(None, [self._end])]
         self.kept = [shape for split in splits for shape in split.kept]
-        aux = self._units[0].aux
         self.aux = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct((self._rows, *s.shape[1:]), s.dtype), aux
+            lambda s: jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype), self._units[0].aux
         )
-        self._waits = (False,) * len(jax.tree.leaves(params))
-        self._backward = [functools.partial(_whole, unit.backward) for unit in self._units]
-        self._halves: list[Halves] = []
+        self._halves, self._waits = [], (False,) * len(jax.tree.leaves(params))
         if split_backward:
-            self._halves = self._halved(fixed)
+            self._halves, self._waits = self._halved(fixed)
             self._backward = [half.streams for half in self._halves]
+        else:
+            self._backward = [functools.partial(_whole, unit.backward) for unit in self._units]
         self.put_off = [shape for half in self._halves for shape in half.put_off]
         self.recomputed = []
         if not self._carries_pending:
@@ -89,8 +75,30 @@ class Stage:
             self._again = split_recomputation(self._backward[-1], arguments)
             self.recomputed = self._again.recomputed
 
-    def _halved(self, fixed):
-        """The backward of every unit in two halves, and of which leaves of a block the gradient waits."""
+    def _split(
+        self, fixed: Tree, streams: jax.ShapeDtypeStruct
+    ) -> tuple[list[Callable], list[Split], Split | None]:
+        """The function of each unit, the same with its backward, and the write behind them, if there is one.
+
+        Units that are alike are traced once.
+        """
+        blocks, others = self._blocks, self._num_units - 1
+        if not self._carries_pending:
+            unit = split_vjp(blocks.group, fixed, streams)
+            return [blocks.group] * self._num_units, [unit] * self._num_units, None
+        units = [split_vjp(blocks.first, fixed, streams)]
+        pending = units[0].outputs[0]
+        if others:
+            units += [split_vjp(blocks.run, fixed, pending)] * others
+        end = split_vjp(lambda _, x: (blocks.finish(x), None), ((),), pending)
+        return [blocks.first, *[blocks.run] * others], units, end
+
+    def _halved(self, fixed: Tree) -> tuple[list[Halves], tuple[bool, ...]]:
+        """The backward of every unit in two halves, and of which leaves of a block the gradient waits.
+
+        These are the same leaves in all units, as `parts` has them: those that every unit can leave to its
+        second half.
+        """
         leaves = jax.tree_util.tree_flatten_with_path(fixed[0][0])[0]
         is_matrix = [leaf.ndim > 1 and not _of_connection(path) for path, leaf in leaves]
         kinds = {id(unit): unit for unit in self._units}
@@ -99,11 +107,11 @@ class Stage:
             for kind, unit in kinds.items()
         }
         separable = [program.separable for program in programs.values()]
-        self._waits = tuple(
+        waits = tuple(
             all(all(each[leaf :: len(leaves)]) for each in separable) for leaf in range(len(leaves))
         )
-        halves = {kind: program.cut(self._waits * self._size) for kind, program in programs.items()}
-        return [halves[id(unit)] for unit in self._units]
+        halves = {kind: program.cut(waits * self._size) for kind, program in programs.items()}
+        return [halves[id(unit)] for unit in self._units], waits
 
     def parts(self, rows: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:
         """Trees of blocks' parameters: what `backward` has gradients of, and what `matrices` has.
