@@ -1,10 +1,15 @@
-"""Kernels of triton_layer_input.py: mappings beside F_pre, and the backward of both."""
+"""Kernels of triton_layer_input.py: mappings beside F_pre, and the backward of both.
+
+PROGRAMS and RATE say which programs are for mappings, see `_share`. These are tiles of
+`coefficients.triton_forward` and `triton_backward`, or with HC of `hc.triton_gates`. The other programs have
+COUNT tokens each and hold rows as `pre.triton_kernels` does.
+"""
 
 import triton
 import triton.language as tl
 
-from kernels_pallas.coefficients import triton as coefficients
 from kernels_pallas.coefficients import triton_backward as coefficients_backward
+from kernels_pallas.coefficients import triton_forward as coefficients
 from kernels_pallas.gpu.triton_math import columns, scalars, store
 from kernels_pallas.hc import triton_gates as gates
 from kernels_pallas.pre.triton_kernels import (

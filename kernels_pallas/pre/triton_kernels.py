@@ -1,4 +1,10 @@
-"""Kernels of triton.py, and what they share with those of the fused operations."""
+"""Kernels of triton.py, and what they share with those of the fused operations.
+
+x and dx are [T, N*C], the layer input, d and the sum's cotangent [T, C], all in the dtype of the streams;
+h_pre and dh_pre [T, N] and the norm's weight [C] float32. Sums are float32. A program holds ROWS x VEC
+columns of each stream at a time (`columns`), or a whole row in STEPS such tiles; EVEN: no tile reaches
+beyond column C.
+"""
 
 import triton
 import triton.language as tl
