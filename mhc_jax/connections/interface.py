@@ -59,7 +59,14 @@ def expand(x: jax.Array, n: int) -> jax.Array:
 
 
 class Connection(nnx.Module):
-    """What all connections share. `n` is the number of streams."""
+    """What all connections share: `pre` and `post` are a connection's own, all else can follow from them.
+
+    Streams, layer inputs and layer outputs have the dtype of the activations, mappings are float32 (float64
+    for float64 streams).
+
+    Attributes:
+      n: number of streams.
+    """
 
     n: int
 

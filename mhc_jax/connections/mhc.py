@@ -13,7 +13,7 @@ from kernels_pallas.conventions import check_eps
 from kernels_pallas.placement import whole
 from kernels_pallas.shapes import KERNEL_STREAMS
 from mhc_jax.analysis import collect
-from mhc_jax.arguments import check_gap, check_sublayer_index, check_switches, make_manifold
+from mhc_jax.arguments import check_gap, check_manifold, check_sublayer_index, check_switches
 from mhc_jax.connections.wide import WideConnection
 from mhc_jax.initialisation import mhc_alpha, read_logit
 from mhc_jax.layers import RMSNorm
@@ -90,7 +90,7 @@ class ManifoldHyperConnections(WideConnection):
         check_switches(use_pre=use_pre, use_post=use_post, use_res=use_res, static_res=static_res)
         self.pre_eps = check_eps("pre_eps", pre_eps)
         collect.expect(self)
-        manifold = make_manifold(manifold)
+        manifold = check_manifold(manifold)
         self.manifold = manifold if use_res else Identity()
         self.use_pre, self.use_post, self.use_res = use_pre, use_post, use_res
         self.static_res = static_res

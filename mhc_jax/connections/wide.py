@@ -19,7 +19,14 @@ from mhc_jax.layers import RMSNorm
 
 
 class WideConnection(Connection):
-    """A connection of several streams: the weighted write, and reads by fused operations."""
+    """A connection of several streams: the weighted write, and reads by fused operations.
+
+    Attributes:
+      width: C.
+      bias: float32, of h_pre `[n]`, h_post `[n]`, h_res (`[n*n]` of HC and Sinkhorn), one behind the other.
+      alpha: `[3]` float32, gating factors of h_pre, h_post, h_res.
+      norm_eps, phi_precision, implementation: of the operations.
+    """
 
     width: int
     implementation: str | None
