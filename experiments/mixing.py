@@ -27,7 +27,8 @@ import numpy as np
 import kernels_pallas as kernels
 from experiments.evaluate import choose_text
 from experiments.output import format_table
-from mhc_jax import compilation_cache, connections, look_ahead, walk
+from mhc_jax import compilation_cache, walk
+from mhc_jax.analysis import collect
 from mhc_jax.config import Config, ModelConfig
 from mhc_jax.inference import for_sampling
 from mhc_jax.train_step import analyse, window_losses
@@ -52,8 +53,7 @@ def _reporting(report):
     with (
         # Each block is traced by itself, so that `report` is called for each.
         mock.patch.object(walk, "one_function", lambda block: block),
-        mock.patch.object(connections, "report", report),
-        mock.patch.object(look_ahead, "report", report),
+        mock.patch.object(collect, "report", report),
     ):
         yield
 

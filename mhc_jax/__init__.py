@@ -8,13 +8,15 @@ if typing.TYPE_CHECKING:
     from kernels_pallas import __version__
     from mhc_jax.connections import (
         HyperConnections,
+        LookAheadConnections,
+        LookAheadMappings,
         ManifoldHyperConnections,
         Mappings,
         Pending,
         Residual,
         expand,
+        first_pre,
     )
-    from mhc_jax.look_ahead import LookAheadConnections, LookAheadMappings, first_pre
     from mhc_jax.manifolds import (
         Birkhoff,
         Identity,
@@ -55,9 +57,6 @@ _PLACES = {
         "mhc_jax.manifolds",
     ),
     **dict.fromkeys(("PermutationMixture", "RowStochastic"), "mhc_jax.manifolds"),
-    **dict.fromkeys(
-        ("LookAheadConnections", "LookAheadMappings", "first_pre"), "mhc_jax.look_ahead"
-    ),
     "Readout": "mhc_jax.readout",
     "__version__": "kernels_pallas",
 }

@@ -53,7 +53,7 @@ def check_implementation(implementation: str | None) -> str | None:
     return implementation
 
 
-def make_manifold(manifold: Manifold | None) -> Manifold:
+def check_manifold(manifold: Manifold | None) -> Manifold:
     """Returns `manifold`, `Birkhoff()` for None; raises TypeError for what is no instance of a manifold."""
     if manifold is None:
         return Birkhoff()

@@ -13,7 +13,7 @@ import filelock
 import jax
 
 from mhc_jax import paths
-from mhc_jax.kept_programs import ProgramFolder
+from mhc_jax.program_folder import ProgramFolder
 from mhc_jax.program_key import processor
 
 FLAG = "no_compilation_cache"

@@ -138,12 +138,6 @@ def start(
     _log.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
-def barrier(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def first_error(error: str | None) -> str | None:
     """Returns the first error of any process, None if there is none; all processes get the same answer."""
     if jax.process_count() == 1:

@@ -3,13 +3,9 @@
 jax's persistent cache is asked with the lowered program, and tracing and lowering are most of what is left
 of a second start. Here a program is found by what it depends on (`program_key`): a link names its file. Where
 that has changed but the lowered program has not, as after an edit of a comment, the file is found by that.
-
-A file is unpickled, which can run any code: so it counts only if it belongs to this user and nobody else can
-write to it.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -20,7 +16,6 @@ import pathlib
 import pickle
 import re
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +26,7 @@ from jax.sharding import Mesh
 
 from mhc_jax import program_key
 from mhc_jax.config import Config
+from mhc_jax.program_folder import ProgramFolder
 
 _log = logging.getLogger(__name__)
 
@@ -39,19 +35,6 @@ _REGISTER = ("jax.", "jax_cuda", "jax_rocm", "jaxlib.")
 # What jax tells in the thread that compiles, of a program that its own cache is asked for, and has.
 _ASKED = "/jax/compilation_cache/compile_requests_use_cache"
 _HAD = "/jax/compilation_cache/cache_hits"
-
-
-@dataclasses.dataclass(frozen=True)
-class ProgramFolder:
-    """Where programs are kept.
-
-    Attributes:
-      path: a folder of this machine; is made if it is not there.
-      most_bytes: what was not used for longest is removed where they are more.
-    """
-
-    path: pathlib.Path
-    most_bytes: int
 
 
 class KeptPrograms:
@@ -84,7 +67,7 @@ class KeptPrograms:
         if folder is None:
             return None
         try:
-            _prepare(folder.path)
+            folder.prepare()
             parts = program_key.parts(config, mesh)
         except (OSError, LookupError) as error:
             level = logging.WARNING if isinstance(error, OSError) else logging.INFO
@@ -95,7 +78,7 @@ class KeptPrograms:
     def read(self, name: str) -> jax.stages.Compiled | None:
         """Returns a program of an earlier run with this key, or None."""
         try:
-            file = _owned(self._link(name)).decode("ascii")
+            file = self._folder.read(self._link(name)).decode("ascii")
             if not re.fullmatch(r"[0-9a-f]{64}", file):
                 raise OSError("it names no program")
         except FileNotFoundError:
@@ -148,7 +131,7 @@ class KeptPrograms:
         # Broken, or made for what is no longer there. Whatever that raises, the program is compiled as if
         # there were no file.
         try:
-            return self._load(_owned(path))
+            return self._load(self._folder.read(path))
         except FileNotFoundError:
             return None
         except Exception as error:
@@ -182,8 +165,7 @@ class KeptPrograms:
 
     def _write(self, path: pathlib.Path, *parts: bytes) -> bool:
         try:
-            _replace(path, *parts)
-            _remove_oldest(self._folder)
+            self._folder.write(path, *parts)
         except OSError as error:
             _log.info("%s is not written: %s", path, error)
             return False
@@ -251,53 +233,3 @@ def argument_shapes(compiled: jax.stages.Compiled) -> tuple[Any, ...]:
         compiled.args_info[0],
         compiled.input_shardings[0],
     )
-
-
-def _prepare(folder: pathlib.Path) -> None:
-    """Makes the folder.
-
-    Raises:
-      OSError: it cannot be made, or others can write to it.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_owner(folder.stat(), folder)
-
-
-def _check_owner(stat: os.stat_result, path: pathlib.Path) -> None:
-    if stat.st_uid != os.geteuid():
-        raise PermissionError(f"{path} belongs to another user")
-    if stat.st_mode & 0o022:
-        raise PermissionError(f"other users can write to {path}: chmod go-w {path}")
-
-
-def _owned(path: pathlib.Path) -> bytes:
-    """Reads a file of this user and notes that it was used."""
-    with path.open("rb") as file:
-        _check_owner(os.fstat(file.fileno()), path)
-        found = file.read()
-    with contextlib.suppress(OSError):
-        os.utime(path)
-    return found
-
-
-def _replace(path: pathlib.Path, *parts: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines(parts)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _remove_oldest(folder: ProgramFolder) -> None:
-    """Removes files, those that were not used for longest first, and what kills have left of others."""
-    with os.scandir(folder.path) as entries:
-        found = [(entry.stat(), entry.path) for entry in entries if entry.is_file()]
-    left = folder.most_bytes
-    for stat, path in sorted(found, key=lambda entry: entry[0].st_mtime, reverse=True):
-        left -= stat.st_size
-        if left < 0:
-            with contextlib.suppress(FileNotFoundError):  # another process removes it too
-                os.unlink(path)

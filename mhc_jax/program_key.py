@@ -13,7 +13,7 @@ import pathlib
 import platform
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ _DEVICE = ("id", "process_index", "platform", "device_kind", "compute_capability
 
 
 def digest(parts: dict[str, Any]) -> str:
-    """Hashes what `parts` returns."""
+    """Returns the key: 40 hexadecimal digits, a hash of what `parts` returns."""
     text = json.dumps(parts, sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
@@ -73,10 +73,10 @@ def parts(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def code(folders: Iterable[os.PathLike] | None = None) -> str:
-    """Hashes our packages whole, and every module outside of Python's folders that has been imported.
+    """Hashes every file of our packages, and every module outside of Python's folders that has been imported.
 
-    Modules of Python's folders are known by the versions of their packages. A config of `configs/` and a
-    script around the trainer are among the others.
+    Modules of Python's folders are known by the versions of their packages (`packages`). Outside lie a config
+    of `configs/` and a script around the trainer.
 
     Args:
       folders: of packages, by default mhc_jax and kernels_pallas.
@@ -106,8 +106,12 @@ def _hash(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _modules() -> Iterable[tuple[str, pathlib.Path]]:
-    """Name and file of each imported module outside of Python's folders."""
+def _modules() -> Iterator[tuple[str, pathlib.Path]]:
+    """Yields name and file of each imported module outside of Python's folders.
+
+    Raises:
+      LookupError: the main program is no file.
+    """
     if not getattr(sys.modules["__main__"], "__file__", None):
         raise LookupError("the main program is no file")
     names = "stdlib", "platstdlib", "purelib", "platlib"
@@ -124,7 +128,10 @@ def _modules() -> Iterable[tuple[str, pathlib.Path]]:
 
 
 def packages() -> list[str]:
-    """Names and versions of all installed packages, with the time at which each was installed."""
+    """Names and versions of all installed packages, with the time at which each was installed.
+
+    The time tells apart two installations of one version, as from a folder whose code has changed.
+    """
     found = set()
     for folder in {os.path.realpath(folder or ".") for folder in sys.path}:
         try:

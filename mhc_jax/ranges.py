@@ -3,7 +3,7 @@
 `mhc_jax.config` checks what two fields must fulfil together (heads and width, warm-up and steps, ...).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -121,3 +121,9 @@ def check(fields: Mapping[str, Any], prefix: str = "") -> None:
         allowed = RANGES.get(prefix + name)
         if allowed and isinstance(value, int | float) and value not in allowed:
             raise ValueError(f"{prefix}{name}={value} {allowed}")
+
+
+def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raises ValueError unless the field `name` has one of the `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(str, choices))}")

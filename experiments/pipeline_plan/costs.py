@@ -9,12 +9,13 @@ import numpy as np
 from flax import nnx
 
 from experiments.hardware import Chip
+from mhc_jax.block import Block
 from mhc_jax.config import ModelConfig
+from mhc_jax.pipeline.blocks import group_size
 from mhc_jax.pipeline.layout import block_flops
 from mhc_jax.pipeline.placement import Placement
-from mhc_jax.pipeline.stages import Stage, group_size
+from mhc_jax.pipeline.stages import Stage
 from mhc_jax.pipeline.timeline import StageTimes
-from mhc_jax.transformer import Block
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ _COLOURS = {
 }
 _WORK = ("forward", "head", "recompute", "backward", "matrices")
 _NAMES = {"head": "loss", "matrices": "gradients of matrices"}
+_TICKS = 3  # of a device's lanes
 _MANY = 2000  # rectangles from which on the SVG holds a picture of them
 
 
@@ -60,8 +61,8 @@ def _all_devices(axes, schedule: Schedule, timeline: Timeline) -> None:
     axes.grid(False)
 
 
-def _lanes(axes, schedule: Schedule, timeline: Timeline, device: int, ticks: int) -> None:
-    """Draws lanes of one device over a few ticks, counted from the middle of its work."""
+def _lanes(axes, schedule: Schedule, timeline: Timeline, device: int) -> None:
+    """Draws lanes of one device over `_TICKS` ticks, counted from the middle of its work."""
     lanes = [("compute", ("forward", "head", "backward")), ("recompute", ("recompute",))]
     if schedule.splits_backward:
         lanes.insert(1, ("matrices", ("matrices",)))
@@ -70,7 +71,7 @@ def _lanes(axes, schedule: Schedule, timeline: Timeline, device: int, ticks: int
     mine = [e for e in timeline.events if e.device == device]
     starts = [e.start for e in mine if e.kind == "forward"]
     middle = len(starts) // 2
-    begin, end = starts[middle], starts[min(middle + ticks, len(starts) - 1)]
+    begin, end = starts[middle], starts[min(middle + _TICKS, len(starts) - 1)]
     if end <= begin:
         begin, end = 0.0, timeline.seconds
     names = [name for name, _ in lanes] + [name for name, _ in directions]
@@ -104,19 +105,17 @@ def _lanes(axes, schedule: Schedule, timeline: Timeline, device: int, ticks: int
     axes.grid(False)
 
 
-def draw(
-    schedule: Schedule, timeline: Timeline, title: str, *, device: int | None = None, ticks: int = 3
-) -> Figure:
-    """Draws all devices above, and below the lanes of one (by default the middle one) over `ticks` ticks."""
-    device = schedule.num_devices // 2 if device is None else device
+def draw(schedule: Schedule, timeline: Timeline, title: str) -> Figure:
+    """Draws all devices above, and below the lanes of the middle one over `_TICKS` ticks."""
+    device = schedule.num_devices // 2
     there = {e.kind for e in timeline.events}
     with style.styled():
         figure = style.new_figure(5.6)
         above, below = figure.subplots(2, 1, height_ratios=(1.5, 1))
         _all_devices(above, schedule, timeline)
         above.set_title("Compute of all devices; white: bubble")
-        _lanes(below, schedule, timeline, device, ticks)
-        below.set_title(f"Device {device}, {ticks} ticks in the middle")
+        _lanes(below, schedule, timeline, device)
+        below.set_title(f"Device {device}, {_TICKS} ticks in the middle")
         handles = [
             Patch(color=_COLOURS[kind][0], label=_NAMES.get(kind, kind))
             for kind in _WORK

@@ -37,7 +37,12 @@ from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
 def _rate(programs: int, others: int) -> int:
-    """Returns RATE of `_share`, so that the last programs of mappings come after three quarters of all."""
+    """Returns RATE of `_share`: of 16 programs, how many are of mappings, so that these end after 3/4 of all.
+
+    Args:
+      programs: of mappings.
+      others: of layer inputs.
+    """
     return min(16, device.cdiv(16 * 4 * programs, 3 * (programs + others)))
 
 
@@ -53,7 +58,7 @@ def _tokens_per_program(T: int, C: int, itemsize: int) -> int:
 
 
 def _mappings(n: int, warps: int, static: ReadStatic, hc: bool) -> dict:
-    """Returns the constants of the programs of mappings."""
+    """Returns the constants of the programs of mappings: TOKENS in each, as its warps have threads for."""
     tile = {"NP": n, "W": 1, "TOKENS": warps * sinkhorn.tokens_per_program(n)}
     return {
         "N": n,

@@ -1,13 +1,18 @@
-"""Kernels of triton_layer_input.py: mappings beside F_pre, and the backward of both."""
+"""Kernels of triton_layer_input.py: mappings beside F_pre, and the backward of both.
+
+PROGRAMS and RATE say which programs are for mappings, see `_share`. These are tiles of
+`coefficients.triton_forward` and `triton_backward`, or with HC of `hc.triton_gates`. The other programs have
+COUNT tokens each and hold rows as `pre.triton_kernels` does.
+"""
 
 import triton
 import triton.language as tl
 
-from kernels_pallas.coefficients import triton as coefficients
 from kernels_pallas.coefficients import triton_backward as coefficients_backward
+from kernels_pallas.coefficients import triton_forward as coefficients
 from kernels_pallas.gpu.triton_math import columns, scalars, store
 from kernels_pallas.hc import triton_gates as gates
-from kernels_pallas.pre.triton import (
+from kernels_pallas.pre.triton_kernels import (
     store_layer_input,
     weights_backward,
     weights_backward_normed,
@@ -206,9 +211,9 @@ def mhc_read_backward_input(
                 TOKENS,
                 W,
                 C,
-                True,
-                True,
-                False,
+                ROUND=True,
+                FRAGMENTS=True,
+                PRE=False,
             )
         else:
             coefficients_backward.backward_tile(
@@ -229,10 +234,10 @@ def mhc_read_backward_input(
                 N,
                 TOKENS,
                 NUM_ITERATIONS,
-                True,
-                N * C,
-                SINKHORN_EPS,
-                False,
+                ROUND=True,
+                FRAGMENTS=N * C,
+                SINKHORN_EPS=SINKHORN_EPS,
+                PRE=False,
             )
     else:
         first = tl.program_id(0) - before
@@ -266,12 +271,23 @@ def mhc_read_backward_input(
                     VEC,
                     STEPS,
                     EVEN,
-                    False,
+                    WRITE_DX=False,
                 )
                 dweight = found[N:]
             else:
                 found = weights_backward(
-                    x_ptr, None, d_ptr, None, token, C, N, ROWS, VEC, EVEN, False, 2
+                    x_ptr,
+                    None,
+                    d_ptr,
+                    None,
+                    token,
+                    C,
+                    N,
+                    ROWS,
+                    VEC,
+                    EVEN,
+                    WRITE_DX=False,
+                    UNROLL=2,
                 )
             if HC:
                 d, part = gates.pre_backward(

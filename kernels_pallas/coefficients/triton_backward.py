@@ -33,6 +33,28 @@ def store_fragments(ds, t, m, ds_ptr, pairs_ptr, mask, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def _store_ds(
+    ds,
+    rows,
+    first,
+    i,
+    mask,
+    ds_ptr,
+    pairs_ptr,
+    M: tl.constexpr,
+    ROUND: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+):
+    """Stores columns first + i of ds: rounded to TF32 if ROUND; [T, M], or as fragments if FRAGMENTS > 0."""
+    if ROUND:
+        ds = round_tf32(ds)
+    if FRAGMENTS:
+        store_fragments(ds, rows, first + i, ds_ptr, pairs_ptr, mask, 3)
+    else:
+        tl.store(ds_ptr + first + rows * M + i, ds, mask=mask)
+
+
+@triton.jit
 def gate_backward(normed, alpha, bias, d, scale):
     """Returns the cotangent of the logit of a gate scale * sigmoid(normed * alpha + bias), given d of it."""
     inverse_odds = exp(-(normed * alpha + bias))
@@ -55,31 +77,25 @@ def _gates_backward(
     rows,
     i,
     mask,
-    gate,
-    scale,
     N: tl.constexpr,
     ROUND: tl.constexpr,
     FRAGMENTS: tl.constexpr,
+    GATE: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
-    """Goes back through N gates scale * sigmoid, of h_pre (`gate` 0) or h_post (1); writes ds and their sums.
+    """Goes back through N gates SCALE * sigmoid, of h_pre (GATE 0) or h_post (1); writes ds and their sums.
 
     Returns sum(d_normed * normed).
     """
     M: tl.constexpr = N * N + 2 * N
-    first = gate * N
+    first: tl.constexpr = GATE * N
     normed = tl.load(s_ptr + first + rows * M + i, mask=mask, other=0.0) / r
-    alpha = tl.load(alpha_ptr + gate)
+    alpha = tl.load(alpha_ptr + GATE)
     d = tl.load(d_ptr + rows * N + i, mask=mask, other=0.0)
-    d = gate_backward(normed, alpha, tl.load(bias_ptr + first + i), d, scale)
-    ds = d * alpha / r
-    if ROUND:
-        ds = round_tf32(ds)
-    if FRAGMENTS:
-        store_fragments(ds, rows, first + i, ds_ptr, pairs_ptr, mask, 3)
-    else:
-        tl.store(ds_ptr + first + rows * M + i, ds, mask=mask)
+    d = gate_backward(normed, alpha, tl.load(bias_ptr + first + i), d, SCALE)
+    _store_ds(d * alpha / r, rows, first, i, mask, ds_ptr, pairs_ptr, M, ROUND, FRAGMENTS)
     tl.store(sums_ptr + (first + tl.arange(0, N)) * programs, tl.sum(d, axis=0))
-    tl.store(sums_ptr + (M + gate) * programs, tl.sum(tl.sum(d * normed, axis=1), axis=0))
+    tl.store(sums_ptr + (M + GATE) * programs, tl.sum(tl.sum(d * normed, axis=1), axis=0))
     return tl.sum(d * alpha * normed, axis=1)
 
 
@@ -133,11 +149,11 @@ def backward_tile(
             rows,
             i,
             mask,
-            0,
-            1.0,
             N,
             ROUND,
             FRAGMENTS,
+            GATE=0,
+            SCALE=1.0,
         )
     total += _gates_backward(
         s_ptr,
@@ -152,11 +168,11 @@ def backward_tile(
         rows,
         i,
         mask,
-        1,
-        2.0,
         N,
         ROUND,
         FRAGMENTS,
+        GATE=1,
+        SCALE=2.0,
     )
 
     rows, ij, mask = matrices(t, T, N, TOKENS)
@@ -166,13 +182,7 @@ def backward_tile(
     d = tl.load(dres_ptr + rows * (N * N) + ij, mask=mask, other=0.0)
     logits = normed * alpha + tl.load(bias_ptr + 2 * N + ij)
     d = sinkhorn.project_backward(logits, d, None, NUM_ITERATIONS, SINKHORN_EPS)
-    ds = d * alpha / r
-    if ROUND:
-        ds = round_tf32(ds)
-    if FRAGMENTS:
-        store_fragments(ds, rows, 2 * N + ij, ds_ptr, pairs_ptr, mask, 3)
-    else:
-        tl.store(ds_ptr + 2 * N + rows * M + ij, ds, mask=mask)
+    _store_ds(d * alpha / r, rows, 2 * N, ij, mask, ds_ptr, pairs_ptr, M, ROUND, FRAGMENTS)
     ij1 = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     tl.store(sums_ptr + (2 * N + ij1) * programs, tl.sum(d, axis=1))
     dalpha = tl.sum(tl.sum(tl.sum(d * normed, axis=2), axis=1), axis=0)
@@ -260,7 +270,7 @@ def mhc_coefficients_backward(
         ROUND,
         FRAGMENTS,
         SINKHORN_EPS,
-        True,
+        PRE=True,
     )
 
 

@@ -258,8 +258,8 @@ def mhc_coefficients_backward_hc(
         W,
         C,
         ROUND,
-        False,
-        True,
+        FRAGMENTS=False,
+        PRE=True,
     )
 
 

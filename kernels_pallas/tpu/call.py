@@ -96,10 +96,10 @@ def call_named(
     return dict(zip(outputs, results, strict=True))
 
 
-def flat_tokens(x: jax.Array, trailing: int = 1) -> jax.Array:
-    """[..., *last] -> [T, *last] for `trailing` last axes."""
-    keep = x.shape[x.ndim - trailing :]
-    return x.reshape(math.prod(x.shape[: x.ndim - trailing]), *keep)
+def flat_tokens(x: jax.Array) -> jax.Array:
+    """[..., last] -> [T, last]."""
+    *lead, last = x.shape
+    return x.reshape(math.prod(lead), last)
 
 
 def tokens_last(x: jax.Array, trailing: int = 1) -> jax.Array:

@@ -17,10 +17,10 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from mhc_jax import sharding
+from mhc_jax.block import Block
 from mhc_jax.config import Config, ModelConfig
+from mhc_jax.pipeline.blocks import group_size
 from mhc_jax.pipeline.placement import Placement, place
-from mhc_jax.pipeline.stages import group_size
-from mhc_jax.transformer import Block
 
 Tree = Any
 

@@ -65,14 +65,6 @@ class Schedule:
     def device_of(self, stage: int) -> int:
         return device_of(stage, self.num_devices)
 
-    def ticks_of(self, table: np.ndarray) -> np.ndarray:
-        """`[stages, M]`: the tick in which each work of a table is done."""
-        found = np.full((self.num_stages, self.num_microbatches), NOTHING)
-        tick, device = np.nonzero(table[..., 0] >= 0)
-        stage, microbatch = table[tick, device].T
-        found[stage, microbatch] = tick
-        return found
-
     def in_flight(self) -> np.ndarray:
         """`[T, P]`: forwards of a device whose backward has not ended, at the end of each tick's forward."""
         begun = _counted(self.forward)

@@ -4,6 +4,11 @@ The cotangent of the streams is what the next stage waits for. It needs the grad
 first half has that cotangent and the gradients of everything but matrices, which come out of the same passes;
 the products that give the gradients of matrices are the second half. What these read of the first half, the
 cotangents of the matrices' outputs above all, waits in between.
+
+`Backward` traces a backward once. Its `separable` says which gradients can be left to the second half.
+Whoever has several backwards chooses leaves that all of them can leave, and then calls `cut` of each. An
+operation goes to the second half if it depends on the micro-batch, a gradient there needs it and the first
+half does not.
 """
 
 import math
@@ -75,20 +80,19 @@ class Backward:
         return found + (outvars[len(leaves) :] if others else [])
 
     def cut(self, waits: Sequence[bool]) -> Halves:
-        """The two halves, where the gradients of these leaves are the second."""
+        """The two halves, where the gradients of these leaves of fixed[0] are the second."""
         jaxpr, num_fixed = self._program.jaxpr, self._num_fixed
         fixed = jaxpr.invars[:num_fixed]
         kept = jaxpr.invars[num_fixed : num_fixed + self._num_kept]
         varies = varying(jaxpr, jaxpr.invars[num_fixed:])
+        has_to_wait = varies - {*kept}
         first = self._outvars([not each for each in waits], others=True)
         second = self._outvars(waits, others=False)
         depends = {id(eqn) for eqn in jaxpr.eqns if any(is_in(var, varies) for var in eqn.invars)}
         early = {id(eqn) for eqn in needed(jaxpr.eqns, first)}
         late = {id(e) for e in needed(jaxpr.eqns, second) if id(e) in depends - early}
-        late = _with_least_waiting(jaxpr.eqns, late, second, varies - {*kept})
-        crossing = _waiting(
-            [eqn for eqn in jaxpr.eqns if id(eqn) in late], second, varies - {*kept}
-        )
+        late = _with_least_waiting(jaxpr.eqns, late, second, has_to_wait)
+        crossing = _waiting([eqn for eqn in jaxpr.eqns if id(eqn) in late], second, has_to_wait)
         # What is made of `fixed` alone is made twice, so that it need not wait.
         again = [eqn for eqn in jaxpr.eqns if id(eqn) in late or id(eqn) not in depends]
         run = part_of(self._program, jaxpr.invars, jaxpr.eqns, [*first, *crossing])
@@ -126,19 +130,33 @@ def _has_product(eqn) -> bool:
     )
 
 
-def _waiting(eqns: list, outvars: list, found: set) -> list:
-    """Those of the variables in `found` that these operations read and do not make."""
+def _waiting(eqns: list, outvars: list, has_to_wait: set) -> list:
+    """What waits for the second half: what its operations or its results read and it does not make.
+
+    Args:
+      eqns: operations of the second half.
+      outvars: its results.
+      has_to_wait: variables that are not there when it begins, unless they wait.
+    """
     made = {var for eqn in eqns for var in eqn.outvars}
     read = [*(var for eqn in eqns for var in eqn.invars), *outvars]
-    return list(dict.fromkeys(var for var in read if is_in(var, found) and var not in made))
+    return list(dict.fromkeys(var for var in read if is_in(var, has_to_wait) and var not in made))
 
 
-def _with_least_waiting(all_eqns: list, late: set[int], outvars: list, found: set) -> set[int]:
+def _with_least_waiting(
+    all_eqns: list, late: set[int], outvars: list, has_to_wait: set
+) -> set[int]:
     """The operations of the second half (`id`), moved or copied over the cut where less waits then.
 
     An operand of a product may be smaller than what it is made of: a normalised layer input in bfloat16 than
     the same in float32. Then it is made in the first half. Or it is larger: rows sorted by expert, k of a
-    token. Then these are sorted once more.
+    token. Then these are sorted once more. Of all such changes the one that leaves the fewest bytes is made,
+    until none leaves fewer.
+
+    Args:
+      all_eqns: of the whole backward.
+      late: those of the second half.
+      outvars, has_to_wait: as in `_waiting`.
     """
     maker = {var: eqn for eqn in all_eqns for var in eqn.outvars}
     products = {id(eqn) for eqn in all_eqns if id(eqn) in late and _has_product(eqn)}
@@ -146,28 +164,28 @@ def _with_least_waiting(all_eqns: list, late: set[int], outvars: list, found: se
     def of(ids):
         return [eqn for eqn in all_eqns if id(eqn) in ids]
 
-    def size(ids):
-        waiting = _waiting(of(ids), outvars, found)
+    def num_bytes(ids):
+        waiting = _waiting(of(ids), outvars, has_to_wait)
         return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in waiting)
 
-    def others(ids):
+    def changes(ids):
         eqns = of(ids)
         operands = [v for eqn in eqns if id(eqn) in products for v in eqn.invars if is_in(v, maker)]
         for operand in dict.fromkeys(operands):
             chain = {id(eqn) for eqn in needed(eqns, [operand])}
             if chain and chain.isdisjoint(products):
                 yield ids - chain
-        for var in _waiting(eqns, outvars, found):
+        for var in _waiting(eqns, outvars, has_to_wait):
             chain, left = ids, [var]
             while left:
                 eqn = maker.get(left.pop())
                 if eqn is not None and eqn.primitive.name in _COPIED:
                     chain = chain | {id(eqn)}
-                    left += [v for v in eqn.invars if is_in(v, found)]
+                    left += [v for v in eqn.invars if is_in(v, has_to_wait)]
                     yield chain
 
     while True:
-        best = min(others(late), key=size, default=late)
-        if size(best) >= size(late):
+        best = min(changes(late), key=num_bytes, default=late)
+        if num_bytes(best) >= num_bytes(late):
             return late
         late = best

@@ -7,59 +7,19 @@ in each.
 """
 
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from mhc_jax import remat
 from mhc_jax.config import ModelConfig
-from mhc_jax.connections import Connection, Pending
 from mhc_jax.moe import MoEAux
-from mhc_jax.parameters import merged
-from mhc_jax.pipeline.residuals import split_recomputation, split_vjp, zeros
+from mhc_jax.pipeline.blocks import Blocks, group_size
+from mhc_jax.pipeline.residuals import Split, split_recomputation, split_vjp, zeros
 from mhc_jax.pipeline.split_backward import Backward, Halves
-from mhc_jax.transformer import Block, make_connection
 
 Tree = Any
-
-
-@functools.cache
-def _block_graph(config: ModelConfig) -> nnx.GraphDef:
-    """The structure of a block of the stack, without its parameters."""
-    return nnx.split(nnx.eval_shape(lambda: Block(config, 0, rngs=nnx.Rngs(0))))[0]
-
-
-def group_size(config: ModelConfig, counts: Sequence[int]) -> int:
-    """Blocks of a recompute block: of Eq. 20's the nearest that divides every stage.
-
-    Args:
-      config: of the model.
-      counts: blocks of the stages; 0 for one of leading blocks alone.
-
-    Raises:
-      ValueError: a number in `model.recompute_block` that does not divide the stages, or a policy that the
-        program of a pipeline cannot have.
-    """
-    if config.remat == "none":
-        return 1
-    if config.remat == "offload":
-        raise ValueError(
-            'model.remat="offload" does not go with mesh.pipe > 1: use "full", which keeps as little on a '
-            "device where a stage is one recompute block"
-        )
-    wanted, common = config.blocks_per_group, math.gcd(*counts)
-    if config.recompute_block != "auto" and common % wanted:
-        sizes = ", ".join(str(2 * count) for count in sorted({*counts} - {0}))
-        raise ValueError(
-            f"model.recompute_block={config.recompute_block} does not divide stages of {sizes} sublayers "
-            f'(mesh.pipe): use a divisor of {2 * common}, or "auto"'
-        )
-    divisors = (size for size in range(1, common + 1) if common % size == 0)
-    return min(divisors, key=lambda size: (abs(size - wanted), size))
 
 
 class Stage:
@@ -90,39 +50,24 @@ class Stage:
         *,
         split_backward: bool = False,
     ):
-        self._graph, self._config = _block_graph(config), config
-        self._rows, self._streams = max(counts), streams
-        self._size = group_size(config, counts)
-        self._num_units = self._rows // self._size
-        self._least = min(counts)
+        rows, self._least = max(counts), min(counts)
+        self._blocks, self._size = Blocks(config), group_size(config, counts)
+        self._num_units = rows // self._size
         fixed = [params] * self._size, [state] * self._size
+        # Without recomputation a unit is one block, and the next one does its pending write.
         self._carries_pending = config.remat == "none"
-        if self._carries_pending:
-            self._functions = [self._first, *[self._run] * (self._num_units - 1)]
-            first = split_vjp(self._first, fixed, streams)
-            pending = first.outputs[0]
-            self._units = [first]
-            if self._num_units > 1:
-                self._units += [split_vjp(self._run, fixed, pending)] * (self._num_units - 1)
-            self._end = split_vjp(lambda params, x: (self._finish(x), None), ((),), pending)
-        else:
-            group = functools.partial(self._group, config.remat)
-            self._functions = [group] * self._num_units
-            unit = split_vjp(group, fixed, streams)
-            self._units = [unit] * self._num_units
-            self._end = None
+        self._functions, self._units, self._end = self._split(fixed, streams)
         splits = [*self._units, *filter(None, [self._end])]
         self.kept = [shape for split in splits for shape in split.kept]
-        aux = self._units[0].aux
         self.aux = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct((self._rows, *s.shape[1:]), s.dtype), aux
+            lambda s: jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype), self._units[0].aux
         )
-        self._waits = (False,) * len(jax.tree.leaves(params))
-        self._backward = [functools.partial(_whole, unit.backward) for unit in self._units]
-        self._halves: list[Halves] = []
+        self._halves, self._waits = [], (False,) * len(jax.tree.leaves(params))
         if split_backward:
-            self._halves = self._halved(fixed)
+            self._halves, self._waits = self._halved(fixed)
             self._backward = [half.streams for half in self._halves]
+        else:
+            self._backward = [functools.partial(_whole, unit.backward) for unit in self._units]
         self.put_off = [shape for half in self._halves for shape in half.put_off]
         self.recomputed = []
         if not self._carries_pending:
@@ -130,8 +75,30 @@ class Stage:
             self._again = split_recomputation(self._backward[-1], arguments)
             self.recomputed = self._again.recomputed
 
-    def _halved(self, fixed):
-        """The backward of every unit in two halves, and of which leaves of a block the gradient waits."""
+    def _split(
+        self, fixed: Tree, streams: jax.ShapeDtypeStruct
+    ) -> tuple[list[Callable], list[Split], Split | None]:
+        """The function of each unit, the same with its backward, and the write behind them, if there is one.
+
+        Units that are alike are traced once.
+        """
+        blocks, others = self._blocks, self._num_units - 1
+        if not self._carries_pending:
+            unit = split_vjp(blocks.group, fixed, streams)
+            return [blocks.group] * self._num_units, [unit] * self._num_units, None
+        units = [split_vjp(blocks.first, fixed, streams)]
+        pending = units[0].outputs[0]
+        if others:
+            units += [split_vjp(blocks.run, fixed, pending)] * others
+        end = split_vjp(lambda _, x: (blocks.finish(x), None), ((),), pending)
+        return [blocks.first, *[blocks.run] * others], units, end
+
+    def _halved(self, fixed: Tree) -> tuple[list[Halves], tuple[bool, ...]]:
+        """The backward of every unit in two halves, and of which leaves of a block the gradient waits.
+
+        These are the same leaves in all units, as `parts` has them: those that every unit can leave to its
+        second half.
+        """
         leaves = jax.tree_util.tree_flatten_with_path(fixed[0][0])[0]
         is_matrix = [leaf.ndim > 1 and not _of_connection(path) for path, leaf in leaves]
         kinds = {id(unit): unit for unit in self._units}
@@ -140,11 +107,11 @@ class Stage:
             for kind, unit in kinds.items()
         }
         separable = [program.separable for program in programs.values()]
-        self._waits = tuple(
+        waits = tuple(
             all(all(each[leaf :: len(leaves)]) for each in separable) for leaf in range(len(leaves))
         )
-        halves = {kind: program.cut(self._waits * self._size) for kind, program in programs.items()}
-        return [halves[id(unit)] for unit in self._units]
+        halves = {kind: program.cut(waits * self._size) for kind, program in programs.items()}
+        return [halves[id(unit)] for unit in self._units], waits
 
     def parts(self, rows: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:
         """Trees of blocks' parameters: what `backward` has gradients of, and what `matrices` has.
@@ -178,38 +145,7 @@ class Stage:
 
             carry, aux = self._where_there(index, count, run, skip, carry, fixed)
             reports.append(aux)
-        return self._finish(carry) if self._end else carry, _concatenated(reports)
-
-    # One unit: (params, state, carry) -> ((carry, balance loss), aux).
-
-    def _run(self, params, state, pending):
-        found = []
-        for p, s in zip(params, state, strict=True):
-            pending, _, aux = nnx.merge(self._graph, merged(p, s))(pending)
-            found.append(aux)
-        if found[0] is None:
-            return (pending, jnp.zeros((), jnp.float32)), None
-        aux = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
-        return (pending, aux.balance_loss.sum()), aux
-
-    def _first(self, params, state, streams):
-        return self._run(params, state, Pending(streams, None, None))
-
-    def _group(self, policy, params, state, streams):
-        def run(streams, blocks):
-            (pending, balance), aux = self._first(*blocks, streams)
-            return self._finish(pending), (balance, aux)
-
-        streams, (balance, aux) = remat.checkpoint_group(run, policy)(streams, (params, state))
-        return (streams, balance), aux
-
-    @property
-    def _connection(self) -> Connection:
-        """Of any sublayer: its `start` and `post` need no parameters."""
-        return make_connection(self._config, 0)
-
-    def _finish(self, pending):
-        return self._connection.post(*pending)
+        return self._blocks.finish(carry) if self._end else carry, _concatenated(reports)
 
     def forward(
         self, params: Sequence[Tree], state: Sequence[Tree], streams: jax.Array, count: jax.Array
@@ -354,7 +290,7 @@ class Stage:
     def _started(self, index, carry):
         """What follows on a unit that is not there."""
         if index == 0 and self._carries_pending:
-            return self._connection.start(carry)
+            return self._blocks.connection.start(carry)
         return carry
 
     def _of_unit(self, index, trees):

@@ -235,7 +235,7 @@ def test_models_without_connections_and_what_cannot_be_collected():
 
 def test_nothing_is_left_in_a_program_where_nobody_collects(monkeypatch):
     """The jaxpr of forward and backward is the one of connections that do not report."""
-    from mhc_jax import connections
+    from mhc_jax.analysis import collect
 
     def programs():
         model = ManifoldHyperConnections(C, N, implementation="xla")
@@ -251,7 +251,7 @@ def test_nothing_is_left_in_a_program_where_nobody_collects(monkeypatch):
         return str(jax.make_jaxpr(jax.value_and_grad(loss))(variables, streams))
 
     plain = programs()
-    monkeypatch.setattr(connections, "report", lambda connection, h_res, streams: h_res)
+    monkeypatch.setattr(collect, "report", lambda connection, h_res, streams: h_res)
     assert programs() == plain
 
 

@@ -19,11 +19,12 @@ from test_train import tiny
 import mhc_jax
 from kernels_pallas.testing import oracle
 from mhc_jax import train_step as train_step_module
+from mhc_jax.block import make_connection
 from mhc_jax.config import Config, ModelConfig, OptimizerConfig
 from mhc_jax.data import DataConfig
 from mhc_jax.manifolds import Birkhoff
 from mhc_jax.train_step import init_variables, loss_fn
-from mhc_jax.transformer import Transformer, make_connection
+from mhc_jax.transformer import Transformer
 
 BATCH, LENGTH = 2, 6
 ALL = {
@@ -146,7 +147,7 @@ def test_every_field_is_read():
     read = set()
     for path in pathlib.Path(mhc_jax.__file__).parent.rglob("*.py"):
         tree = ast.parse(path.read_text())
-        if path.name == "config.py":
+        if "config" in (path.stem, path.parent.name):
             tree = [
                 node
                 for node in ast.walk(tree)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from test_health import Poisoned, lines_of, saved, small
 
-from mhc_jax import train as train_module
 from mhc_jax.checkpoint.trained import Source, load
 from mhc_jax.config import from_dict
 from mhc_jax.data.records import BadRecord
@@ -153,8 +152,8 @@ def test_a_run_starts_from_the_parameters_of_another(finished, tmp_path, monkeyp
     def untouched(*_, **__):
         raise AssertionError("read or traced before it was refused")
 
-    for name in ("make_iterator", "jit_train_step", "abstract_state"):
-        monkeypatch.setattr(train_module, name, untouched)
+    for name in ("run.make_iterator", "run_programs.jit_train_step", "run_programs.abstract_state"):
+        monkeypatch.setattr(f"mhc_jax.{name}", untouched)
     for text, message in (
         (f"{path}@17", "--init_from=.*@17: .* no checkpoint of step 17: there are"),
         (str(tmp_path / "none"), "none is not the workdir of a run"),

@@ -16,8 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache as of_jax
 from test_loop import changed
 from test_train import tiny
 
-from mhc_jax import compilation_cache, kept_programs, program_key, programs, sharding
-from mhc_jax import train as train_module
+from mhc_jax import compilation_cache, kept_programs, program_key, programs, run_programs, sharding
 from mhc_jax.kept_programs import KeptPrograms, ProgramFolder, argument_shapes
 from mhc_jax.train import Run
 from mhc_jax.train_step import abstract_state
@@ -364,7 +363,7 @@ def test_a_second_run_traces_nothing(folder, tmp_path, monkeypatch, caplog):
         raise AssertionError("traced")
 
     for name in ("abstract_state", "jit_init_state", "jit_train_step", "evaluate"):
-        monkeypatch.setattr(train_module, name, refuse)
+        monkeypatch.setattr(run_programs, name, refuse)
     again, told = finished("second")
     jax.tree.map(np.testing.assert_array_equal, again, state)
     for name in ("train/loss", "validation/loss"):
@@ -372,7 +371,7 @@ def test_a_second_run_traces_nothing(folder, tmp_path, monkeypatch, caplog):
     assert "compiled in an earlier run: initial state, train step, validation" in caplog.text
     resumed = Run(dataclasses.replace(CONFIG), tmp_path / "second", programs=folder)
     resumed.close()
-    assert resumed._abstract == abstract
+    assert resumed._programs.state == abstract
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed.state), state)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from test_train import tiny
 
-from mhc_jax import gains, sharding
-from mhc_jax import train as train_module
+from mhc_jax import gains, run_programs, sharding
+from mhc_jax import run as run_module
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
@@ -75,7 +75,7 @@ def saved(workdir):
 def traced_once():
     mesh = sharding.make_mesh(CONFIG.mesh)
     functions = {
-        name: jax.jit(getattr(train_module, name), static_argnames="config")
+        name: jax.jit(getattr(run_programs, name), static_argnames="config")
         for name in ("evaluate", "measure_gains")
     }
     return jit_init_state(CONFIG, mesh), jit_train_step(CONFIG, mesh), functions
@@ -86,10 +86,10 @@ def programs():
     """The programs of the loop, traced and compiled once for all runs; test_storage.py has it too."""
     init, step, functions = traced_once()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "jit_init_state", lambda *_: init)
-        patch.setattr(train_module, "jit_train_step", lambda *_: step)
+        patch.setattr(run_programs, "jit_init_state", lambda *_: init)
+        patch.setattr(run_programs, "jit_train_step", lambda *_: step)
         for name, function in functions.items():
-            patch.setattr(train_module, name, function)
+            patch.setattr(run_programs, name, function)
         yield types.SimpleNamespace(init=init, step=step)
 
 
@@ -131,14 +131,8 @@ def test_a_finished_run_says_so_before_anything_is_read(workdir, monkeypatch, ca
 
     caplog.set_level(logging.INFO)
     with monkeypatch.context() as patch:
-        for name in (
-            "check_config",
-            "check_files",
-            "make_iterator",
-            "abstract_state",
-            "Storage",
-        ):
-            patch.setattr(train_module, name, refuse)
+        for name in ("check_config", "Run"):
+            patch.setattr("mhc_jax.train." + name, refuse)
         assert train(CONFIG, workdir.path) == {}
         assert f"{workdir.path} is finished: all 5 steps are done" in caplog.text
         with pytest.raises(BadInput, match=r"belongs to another run \(seed: 0 there, 1 now\)"):
@@ -175,7 +169,7 @@ def test_time_of_a_step_is_neither_compilation_nor_evaluation(workdir):
 
 
 def test_validation_is_the_mean_over_the_same_batches(workdir, reference):
-    of_batch = functools.partial(train_module.evaluate, config=CONFIG.model)  # one batch at a time
+    of_batch = functools.partial(run_programs.evaluate, config=CONFIG.model)  # one batch at a time
     start = make_iterator(CONFIG.data, split="validation", batch_size=CONFIG.batch_size)
     batches = [next(start) for _ in range(CONFIG.eval_batches)]
     found = values(lines_of(workdir.path), "validation/loss")
@@ -289,8 +283,8 @@ def test_a_bad_step_is_logged_and_its_batch_comes_again(programs, reference, tmp
         searched.append((int(state.step), batch))
         return "there"
 
-    monkeypatch.setattr(train_module, "jit_train_step", lambda *_: step)
-    monkeypatch.setattr(train_module, "find_non_finite", search)
+    monkeypatch.setattr(run_programs, "jit_train_step", lambda *_: step)
+    monkeypatch.setattr(run_module, "find_non_finite", search)
     with pytest.raises(NonFiniteError, match=r"step 3: loss nan.*First non-finite: there"):
         train(config, tmp_path)
     assert len(calls) == 4

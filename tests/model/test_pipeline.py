@@ -8,9 +8,10 @@ import pytest
 
 from configs import default
 from mhc_jax.config import from_dict
+from mhc_jax.pipeline.blocks import group_size
 from mhc_jax.pipeline.layout import check, head_cost, placement_of
 from mhc_jax.pipeline.schedule import SCHEDULES, make_schedule
-from mhc_jax.pipeline.stages import Stage, group_size
+from mhc_jax.pipeline.stages import Stage
 from mhc_jax.pipeline.tables import make_tables
 from mhc_jax.train_step import init_params
 

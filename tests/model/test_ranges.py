@@ -98,6 +98,8 @@ def drawn(seed):
     fields = {name: inside(rng, name) for name in ranges.RANGES}
     fields |= {name: values[rng.integers(len(values))] for name, values in CHOICES.items()}
     fields |= {"data.source": "synthetic", "tensorboard": False}
+    if fields["model.connection"] != "mhc":
+        fields["model.manifold"] = "birkhoff"  # another one would do nothing, and is refused
     names = list(ranges.RANGES)
     bad = names[seed // 2 % len(names)] if seed % 2 else None
     if bad:

@@ -22,8 +22,8 @@ from etils import epath
 from test_loop import CONFIG, SMALL, programs, saved, state_of  # noqa: F401 - a fixture
 from test_train import tiny
 
-from mhc_jax import appending, checkpoint, checksum, lock, paths, preemption
-from mhc_jax import train as train_module
+from mhc_jax import appending, checkpoint, checksum, lock, paths, preemption, run_programs
+from mhc_jax import run as run_module
 from mhc_jax.checkpoint import Checkpoints, SaveError, trained
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
@@ -437,12 +437,12 @@ def test_sigterm_before_the_first_step_ends_at_once(programs, moment, tmp_path, 
             time.sleep(0.05)
 
     if moment == "corpora":
-        monkeypatch.setattr(train_module, "make_iterator", lambda *_, **__: forever())
+        monkeypatch.setattr(run_module, "make_iterator", lambda *_, **__: forever())
     else:
         step = types.SimpleNamespace(
             eval_shape=lambda *_: None, lower=lambda *_: types.SimpleNamespace(compile=forever)
         )
-        monkeypatch.setattr(train_module, "jit_train_step", lambda *_: step)
+        monkeypatch.setattr(run_programs, "jit_train_step", lambda *_: step)
     begin = time.monotonic()
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="nothing is lost, run again"):
@@ -462,7 +462,7 @@ def test_sigterm_while_another_program_is_compiled_saves_at_once(programs, tmp_p
         over.wait(60)
 
     slow = types.SimpleNamespace(lower=lambda *_: types.SimpleNamespace(compile=forever))
-    run._eval_step = slow
+    run._programs._evaluate = slow
     begin = time.monotonic()
     with (
         preemption.stop_signals() as stop,

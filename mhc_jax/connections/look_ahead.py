@@ -27,14 +27,15 @@ from kernels_pallas.logits import gates
 from kernels_pallas.placement import whole
 from kernels_pallas.precision import wide_dtype
 from kernels_pallas.shapes import check_floating, check_shape, check_streams, check_width
-from mhc_jax.analysis.collect import report
+from mhc_jax.analysis import collect
 from mhc_jax.arguments import (
     check_layer,
     check_norm,
     check_sublayer_index,
     no_linen_modules_inside,
 )
-from mhc_jax.connections import ManifoldHyperConnections, Pending, check_pending
+from mhc_jax.connections.interface import Pending, check_pending
+from mhc_jax.connections.mhc import ManifoldHyperConnections
 from mhc_jax.layers import RMSNorm
 
 
@@ -140,7 +141,7 @@ class LookAheadConnections(ManifoldHyperConnections):
             norm_eps=None if norm is None else norm.eps,
             implementation=self.implementation,
         )
-        mappings = LookAheadMappings(h_post, report(self, h_res, streams), next_pre)
+        mappings = LookAheadMappings(h_post, collect.report(self, h_res, streams), next_pre)
         return streams, layer_input, mappings
 
     def _mappings(self, streams):
@@ -177,7 +178,7 @@ class LookAheadConnections(ManifoldHyperConnections):
         layer_input, next_pre, h_post, h_res, streams = kernels.look_ahead(
             streams, layer_output, *known, **self._arguments(norm)
         )
-        mappings = LookAheadMappings(h_post, report(self, h_res, streams), next_pre)
+        mappings = LookAheadMappings(h_post, collect.report(self, h_res, streams), next_pre)
         return streams, layer_input, mappings
 
     def __call__(
@@ -192,6 +193,3 @@ class LookAheadConnections(ManifoldHyperConnections):
         with no_linen_modules_inside():
             layer_output = layer(layer_input)
         return self.post(streams, layer_output, mappings), mappings.next_pre
-
-
-__all__ = ["LookAheadConnections", "LookAheadMappings", "first_pre"]
