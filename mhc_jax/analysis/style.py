@@ -283,7 +283,7 @@ def write_figure(figure: Figure, path: epath.PathLike, formats: Sequence[str]) -
     with styled():
         if (layout := figure.get_layout_engine()) is not None:
             layout.execute(figure)
-            figure.set_layout_engine("none")  # every format reuses the layout, which halves the time
+            figure.set_layout_engine("none")  # all formats reuse the layout: half the time
         for form in formats:
             metadata = {"Date": None} if form == "svg" else None
             content = io.BytesIO()
