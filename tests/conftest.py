@@ -11,7 +11,7 @@ import tempfile
 
 # Before jax starts. Compiling is most of the time of the tests: half of that was LLVM's optimisation, and
 # XLA's newer fusion emitters take two fifths of the rest. XLA would cut a program into 32 modules for LLVM to
-# compile side by side, which takes 1.4 times the time of the CPU; here both cores have tests to run.
+# compile side by side, which takes up to 1.4 times the time of the CPU; here both cores have tests to run.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # an unknown flag ends the process
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
