@@ -10,10 +10,12 @@ import sys
 import tempfile
 
 # Before jax starts. Compiling is most of the time of the tests: half of that was LLVM's optimisation, and
-# XLA's newer fusion emitters take two fifths of the rest.
+# XLA's newer fusion emitters take two fifths of the rest. XLA would cut a program into 32 modules for LLVM to
+# compile side by side, which takes up to 1.4 times the time of the CPU; here both cores have tests to run.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # an unknown flag ends the process
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 # Tests of restart and of bad batches run the same program again, also in processes of their own: one cache
 # for all of them. pytest's workers inherit the folder of the process that started them.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

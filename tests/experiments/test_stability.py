@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments import record
+from experiments import record, report
 from experiments.stability import __main__ as stability
 from mhc_jax.analysis import gain_magnitudes, gains_of_run
 from mhc_jax.checkpoint.trained import load
@@ -19,6 +19,11 @@ NUMBER = r"[\d.e+-]+"
 @pytest.mark.long
 def test_the_short_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(record, "FOLDER", tmp_path)
+    # Drawing takes longer than the runs: the first seed's page has its figures, the second's has none.
+    draw, drawn = report._figures, []
+    monkeypatch.setattr(
+        report, "_figures", lambda *args: "" if drawn else drawn.append(draw(*args)) or drawn[0]
+    )
     stability.main(
         [
             "--steps=2",
@@ -43,8 +48,10 @@ def test_the_short_demo(tmp_path, capsys, monkeypatch):
         assert gains == [1.0] * 4 if arm == "residual" else all(0.9 < g < 1.5 for g in gains)
     sentences = re.findall(r"^Against residual, in validation loss, .*\.$", printed, re.MULTILINE)
     assert len(sentences) == 2
-    report = (tmp_path / "runs" / "seed1" / "report.html").read_text()
-    assert html.escape(sentences[1]) in report
+    pages = [(tmp_path / "runs" / f"seed{seed}" / "report.html").read_text() for seed in (0, 1)]
+    assert drawn[0].count("data:image/svg+xml") == 12  # six figures, each wide and narrow
+    assert drawn[0] in pages[0]
+    assert all(html.escape(one) in page for one, page in zip(sentences, pages, strict=True))
     paired = re.findall(
         r"^\| (\w+) +\| [\d.]+ ± [\d.]+ +\| ([+-][\d.]+ ± [\d.]+)? +\|", printed, re.MULTILINE
     )
