@@ -22,9 +22,11 @@ from mhc_jax.sampling import generate
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.", required=True)
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to generate at most.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: the likeliest token.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to generate at most.", 1)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.8, "Divides the logits; 0: the likeliest token.", 0.0
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.", 0)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the random draws.")
 _MESH = flags.DEFINE_enum("mesh", None, ["run"], mesh_options.MESH_HELP)
 _AXES = {

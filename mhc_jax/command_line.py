@@ -70,10 +70,16 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) ->
     try:
         for argument, following in zip(argv, [*argv[1:], ""]):
             given = re.fullmatch(r"--?config(=(.*))?", argument)
-            path = given and (given[2] or following)
-            if path:
+            if given:
+                path = following if given[1] is None else given[2]
+                if not path:
+                    sys.exit("--config is empty: give a file, as in --config=configs/mhc.py")
                 check_file(path)
-        return values(argv)
+        return values(["--help" if argument == "-h" else argument for argument in argv])
+    except SystemExit as error:
+        # absl ends --help with 1.
+        asked = error.code == 1 and any(re.match(r"-h$|--?help", argument) for argument in argv)
+        sys.exit(0 if asked else error.code)
     except SyntaxError as error:
         sys.exit(f"bad --config: {error.filename}, line {error.lineno}: {error.msg}")
     except ImportError as error:
@@ -81,7 +87,16 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) ->
             raise
         sys.exit(f"bad --config: it imports {error.name}, and {CLONE}")
     except flags.Error as error:
-        sys.exit(f"bad flags: {_one_line(error)}")
+        text = _one_line(error)
+        if "get_config() takes" in text:  # of a file that has no variants, with one behind it
+            sys.exit(
+                f"bad --config={path}: {path.split(':', 1)[0]} has no variants: leave out "
+                f":{path.split(':', 1)[-1]} and set fields, as in --config.model.connection=hc"
+            )
+        missing = re.search(r"Flag --(\S+) must have a value other than None", text)
+        if missing:
+            sys.exit(f"--{missing[1]} is missing: {values[missing[1]].help}")
+        sys.exit(f"bad flags: {text}")
     except (AttributeError, KeyError) as error:  # the wording of ml_collections
         text = _one_line(error)
         name = (re.findall(r"[\"'](\w+)[\"']", text) or [""])[-1]

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import output
+from experiments import cli
 from mhc_jax import command_line, units
 from mhc_jax.remat.cost import plan
 
@@ -141,6 +141,6 @@ def test_remat_shows_small_sizes():
     ],
 )
 def test_fields_of_an_experiment_are_checked(text, message):
-    assert output.number_field("model.num_blocks=4") == "model.num_blocks=4"
+    assert cli.number_field("model.num_blocks=4") == "model.num_blocks=4"
     with pytest.raises(argparse.ArgumentTypeError, match=message):
-        output.number_field(text)
+        cli.number_field(text)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from experiments import output
+from experiments import cli, output
 from experiments.start_up.run import COLUMNS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -23,13 +23,11 @@ ARMS, STARTS = ("residual", "mhc"), ("cold", "second")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.start_up", description=__doc__.splitlines()[0]
-    )
+    parser = cli.Parser(prog="python -m experiments.start_up", description=__doc__)
     parser.add_argument("--config", help="of configs/: small_30m on a GPU, small_cpu on a CPU")
     parser.add_argument("--arms", nargs="+", default=ARMS, help="connections")
     parser.add_argument(
-        "--set", nargs="*", default=[], type=output.number_field, metavar="FIELD=NUMBER",
+        "--set", nargs="*", default=[], type=cli.number_field, metavar="FIELD=NUMBER",
         help="integer fields of the config, for a quick try",
     )  # fmt: skip
     output.add_arguments(parser)
@@ -93,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
