@@ -139,16 +139,17 @@ def run_all(
                 bar.write(f"{key}: {said}", file=sys.stderr)
 
         threads = [threading.Thread(target=work, args=(slot,)) for slot in slots]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             for thread in threads:
                 thread.join()
         except KeyboardInterrupt:
             stop.set()
             bar.write("stopping: running trainings save their state ...", file=sys.stderr)
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # it was started
+                    thread.join()
             raise Interrupted(
                 f"{bar.n} of {len(todo)} runs are finished: the same command goes on"
             ) from None
