@@ -80,7 +80,7 @@ def test_help_succeeds_and_a_missing_flag_says_what_it_is(monkeypatch, capsys):
         with pytest.raises(SystemExit) as caught:
             command_line._parse_flags(["program", *arguments], values)
         assert caught.value.code == 0
-        assert "flags:" in capsys.readouterr().out
+        assert "--helpfull" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"^--prompt is missing: Text to go on from\.$"):
         command_line._parse_flags(["program"], values)
 
