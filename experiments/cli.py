@@ -175,12 +175,15 @@ def run(main: Callable[[], Any]) -> NoReturn:
         sys.exit(130)
     except Exception as error:
         # Only now: most commands start without all that training needs.
+        from mhc_jax import command_line
         from mhc_jax.checkpoint import SaveError
         from mhc_jax.lock import Locked
         from mhc_jax.recovery import BadData
         from mhc_jax.train import BadInput, Interrupted, NonFiniteError
 
         said = (BadInput, BadData, Interrupted, Locked, NonFiniteError, SaveError)
+        if isinstance(error, RuntimeError) and (not_there := command_line.no_backend(error)):
+            sys.exit(not_there)
         if not isinstance(error, said):
             raise
         sys.exit(f"{type(error).__name__}: {error}")

@@ -65,6 +65,8 @@ def main(argv) -> None:
         if config.data.source == "synthetic":
             raise ValueError(f"{_WORKDIR.value} was trained on synthetic tokens, which are no text")
         tokenizer = load_tokenizer(config.data.tokenizer)
+        if not _PROMPT.value:
+            raise ValueError("--prompt is empty: give text to go on from")
         prompt = tokenizer.encode([_PROMPT.value.encode()])[0].astype(np.int32)
         ids = generate(
             variables,

@@ -8,6 +8,7 @@ def main(argv):
 command_line.run(main)
 """
 
+import dataclasses
 import difflib
 import pathlib
 import re
@@ -27,6 +28,12 @@ CLONE = (
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs `absl.app.run`; a wrong command line gives one line and exit code 1."""
     app.run(_without_arguments(main), flags_parser=_parse_flags)
+
+
+def no_backend(error: RuntimeError) -> str:
+    """Returns in one line what jax says of a platform that it cannot use; "" for any other error."""
+    lines = str(error).splitlines() or [""]
+    return f"RuntimeError: {lines[0]}" if "Unable to initialize backend" in lines[0] else ""
 
 
 def load_config(flag: flags.FlagHolder) -> Config:
@@ -61,7 +68,15 @@ def _without_arguments(main):
             sys.exit(
                 f"unexpected arguments {argv[1:]}: fields are set with --config.<name>=<value>"
             )
-        main(argv)
+        try:
+            main(argv)
+        except KeyboardInterrupt:
+            print("\nInterrupted", file=sys.stderr)
+            sys.exit(130)
+        except RuntimeError as error:
+            if not_there := no_backend(error):
+                sys.exit(not_there)
+            raise
 
     return checked
 
@@ -96,7 +111,12 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) ->
         missing = re.search(r"Flag --(\S+) must have a value other than None", text)
         if missing:
             sys.exit(f"--{missing[1]} is missing: {values[missing[1]].help}")
-        sys.exit(f"bad flags: {text}")
+        group = re.search(r"--config\.(\S+?)=(.*): Failed to parse .* as a ConfigDict", text)
+        if group:
+            name, value = group.groups()
+            text = f"--config.{name}={value}: set one field of {name}, as --config.{name}.NAME=..."
+        unknown = re.fullmatch(r"Unknown command line flag '(\w+)'", text)
+        sys.exit(f"bad flags: {text}{_nearest(unknown[1]) if unknown else ''}")
     except (AttributeError, KeyError) as error:  # the wording of ml_collections
         text = _one_line(error)
         name = (re.findall(r"[\"'](\w+)[\"']", text) or [""])[-1]
@@ -104,10 +124,24 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) ->
             (argument for argument in argv if name in re.split(r"[.=]", argument)), "--config"
         )
         if text == f"'{name}'":
-            text = "configs/default.py has no such field"
+            text = f"configs/default.py has no such field{_nearest(name)}"
         sys.exit(f"bad {given}: {text}")
     except (TypeError, ValueError, OSError) as error:
         sys.exit(f"bad --config: {_one_line(error)}")
+
+
+def _nearest(name: str) -> str:
+    """Returns ": did you mean --config.PART.FIELD?" for the last name of a field, "" if none is near."""
+    fields: dict[str, str] = {}
+    parts = [("", Config)]
+    for prefix, kind in parts:
+        for field in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(field.type):
+                parts.append((f"{prefix}{field.name}.", field.type))
+            else:
+                fields.setdefault(field.name, prefix + field.name)
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.75)
+    return f": did you mean --config.{fields[near[0]]}?" if near else ""
 
 
 def _one_line(error: Exception) -> str:

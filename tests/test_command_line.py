@@ -60,7 +60,10 @@ def test_a_config_with_fields(parse, monkeypatch):
         (["--config=configs/mhc.py", "--config.model.widht=3"], 'widht=3: Did you mean "width"'),
         (["--config=configs/mhc.py", "--config.model.n=x"], "--config.model.n=x: invalid literal"),
         (["--config=configs/mhc.py", "--config.model.n=0"], "bad config: model.n=0 must be at least 1"),
-        (["--config=configs/mhc.py", "--n=3"], "Unknown command line flag 'n'"),
+        (["--config=configs/mhc.py", "--n=3"], "flag 'n': did you mean --config.model.n?"),
+        (["--config=configs/mhc.py", "--config.learning_rate=1"], "mean --config.optimizer.learning_rate?"),
+        (["--config=configs/mhc.py", "--config.model.zzz=1"], "has no such field"),
+        (["--config=configs/mhc.py", "--config.data=text"], "set one field of data, as --config.data."),
     ],
 )  # fmt: skip
 def test_one_line(parse, monkeypatch, arguments, message):
@@ -259,7 +262,21 @@ def test_what_a_command_refuses_is_one_line(capsys):
     def broken():
         raise ValueError("of the code, not of the user")
 
-    for main, code in ((refused, "BadInput: model.n=0"), (interrupted, 130), (lambda: 3, 3)):
+    def without_devices():
+        raise RuntimeError("Unable to initialize backend 'tpu': no libtpu\nMore of it")
+
+    line = "RuntimeError: Unable to initialize backend 'tpu': no libtpu"
+    with pytest.raises(SystemExit, match=f"^{line}$"):
+        command_line._without_arguments(lambda argv: without_devices())([])
+    with pytest.raises(SystemExit, match="130"):
+        command_line._without_arguments(lambda argv: interrupted())([])
+    assert capsys.readouterr().err == "\nInterrupted\n"
+    for main, code in (
+        (without_devices, line),
+        (refused, "BadInput: model.n=0"),
+        (interrupted, 130),
+        (lambda: 3, 3),
+    ):
         with pytest.raises(SystemExit) as caught:
             cli.run(main)
         assert caught.value.code == code

@@ -1,6 +1,6 @@
 """Which constraint on h_res, and how many streams? Paired comparisons with seeds, gains, step times.
 
-    python -m experiments.manifolds --data 'corpus/text/**'
+    python -m experiments.manifolds --data 'corpus/text/**'    # --record: into the repository's results
     python -m experiments.manifolds --summary    # the tables from the stored results; --figures draws anew
     python -m experiments.manifolds --toy        # a few arms at toy size on a CPU: three minutes on two cores
 
@@ -40,8 +40,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=cli.new_folder, default=pathlib.Path("runs/manifolds"),
                         help="folder of the workdirs (runs/manifolds)")  # fmt: skip
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--arms", nargs="+", choices=list(settings.ARMS),
-                        default=list(settings.ARMS), help="of the comparison at n = 4 (all)")  # fmt: skip
+    parser.add_argument("--arms", nargs="+", metavar="ARM", choices=list(settings.ARMS),
+                        default=list(settings.ARMS),
+                        help=f"of the comparison at n = 4: {'; '.join(settings.ARMS)} (all)")  # fmt: skip
     parser.add_argument("--streams", nargs="+", type=int, choices=settings.STREAMS,
                         default=list(settings.STREAMS), help="n of mHC and identity (all)")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=cli.seed, default=list(settings.SEEDS))

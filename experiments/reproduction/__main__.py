@@ -44,8 +44,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("--output", type=cli.new_folder, default=pathlib.Path("runs/reproduction"),
                         help="folder of the workdirs (runs/reproduction)")  # fmt: skip
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["main", "depth"],
-                        help="comparisons to run, in this order (main depth)")  # fmt: skip
+    parser.add_argument("--settings", nargs="+", metavar="NAME", choices=SETTINGS, default=["main", "depth"],
+                        help=f"comparisons to run, in this order: {', '.join(SETTINGS)} "
+                        "(default: main depth)")  # fmt: skip
     parser.add_argument("--arms", nargs="+", metavar="ARM", choices=FIELDS,
                         help="of the counted runs (all)")  # fmt: skip
     parser.add_argument("--seeds", type=cli.seed, nargs="+", help="of the counted runs (all)")
