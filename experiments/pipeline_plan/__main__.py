@@ -147,7 +147,7 @@ def _check(config: Config) -> tuple[int, int, list[float]]:
         given = f"--links={','.join(_LINKS.value)} --figure_link={_FIGURE_LINK.value:g}"
         raise ValueError(f"{given}: a link has more than 0 GB/s")
     for flag in (_FIGURE, _OUTPUT):
-        if flag.value is not None:
+        if flag.value:
             paths.check_new(paths.local(flag.value), folder=False)
     return pipe, parts, links[:-1]
 

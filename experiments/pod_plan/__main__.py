@@ -263,7 +263,7 @@ def main(argv):
         sys.exit("--topology is missing: give the slice, as in --topology=v5p:8x8x8")
     try:
         for flag, folder in ((_OUTPUT, False), (_HLO, True)):
-            if flag.value is not None:
+            if flag.value:
                 paths.check_new(paths.local(flag.value), folder=folder)
         chip = chip_of(topology)
         devices = devices_of(topology)

@@ -51,7 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sinkhorn_iterations", type=cli.positive,
                         help="of the model; else hc_sinkhorn_iters of config.json, or 20")  # fmt: skip
     parser.add_argument(
-        "--eps", type=cli.number, help="of the model; else hc_eps of config.json, or 1e-6"
+        "--eps", type=cli.number_from_0, help="of the model; else hc_eps of config.json, or 1e-6"
     )
     options = parser.parse_args(argv)
     if (options.model is None) != (options.text is None):
