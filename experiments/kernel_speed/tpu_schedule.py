@@ -248,8 +248,8 @@ def main(
 
 
 def _shape(text: str) -> tuple[int, int]:
-    num_tokens, width = text.split("x")
-    return int(num_tokens), int(width)
+    num_tokens, _, width = text.partition("x")
+    return cli.positive(num_tokens), cli.positive(width)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,17 @@ def parse_arguments() -> argparse.Namespace:
         "--repeats", type=cli.positive, default=10, help="timed calls, after 3 others"
     )
     output.add_arguments(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.tokens % options.sequence_length:
+        parser.error(
+            f"--tokens={options.tokens} is no multiple of --sequence_length={options.sequence_length}"
+        )
+    if options.experts_per_token > options.num_experts:
+        parser.error(
+            f"--experts_per_token={options.experts_per_token} is more than "
+            f"--num_experts={options.num_experts}"
+        )
+    return options
 
 
 def time_ms(function, *args, repeats: int) -> float:

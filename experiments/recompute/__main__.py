@@ -18,7 +18,7 @@ FOLDER = pathlib.Path(__file__).parents[1]
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
+    return [cli.integer(1, 48)(part) for part in text.split(",") if part]
 
 
 def parse_arguments() -> argparse.Namespace:
