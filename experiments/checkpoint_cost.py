@@ -31,8 +31,8 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Every time is the median of so many
 def measure(config: Config, folder: pathlib.Path, rounds: int) -> dict[str, float]:
     """Returns the bytes of the state, and the seconds of every part."""
     mesh = sharding.make_mesh(config.mesh)
-    state = jax.block_until_ready(jit_init_state(config, mesh)())
     data = make_iterator(config.data, split="train", batch_size=config.batch_size)
+    state = jax.block_until_ready(jit_init_state(config, mesh)())
     checksum.of_arrays(state)  # compiles
     times: dict[str, list[float]] = {}
 
@@ -67,7 +67,10 @@ def main(argv) -> None:
         sys.exit(f"--rounds={_ROUNDS.value} must be at least 1")
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            folder = paths.local(_FOLDER.value) if _FOLDER.value else pathlib.Path(temporary)
+            folder = pathlib.Path(temporary)
+            if _FOLDER.value is not None:
+                folder = paths.local(_FOLDER.value)
+                paths.check_new(folder, folder=True)
             found = measure(config, folder, _ROUNDS.value)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")

@@ -33,8 +33,7 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments import mesh_options, record
-from experiments.output import user_path
+from experiments import cli, mesh_options, record
 from mhc_jax import compilation_cache, paths, sharding
 from mhc_jax.checkpoint.trained import load
 from mhc_jax.config import Config
@@ -238,10 +237,9 @@ def format_table(results: Sequence[dict]) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.evaluate", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = cli.Parser(
+        prog="python -m experiments.evaluate", description=__doc__, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--workdir", nargs="+", action="extend", default=[],
         help="folders of trainings, or gs://bucket/folder; may be repeated")  # fmt: skip
@@ -251,31 +249,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="where the tokenizer file of the run lies now, if it was moved")  # fmt: skip
     add("--split", choices=("validation", "all"),
         help="files that training leaves out, or all; default with --data.path: all")  # fmt: skip
-    add("--batches", type=_positive, metavar="N",
+    add("--batches", type=cli.positive, metavar="N",
         help="the first N batches of the validation split alone, as training evaluates")  # fmt: skip
-    add("--batch_size", type=_positive, metavar="B",
+    add("--batch_size", type=cli.positive, metavar="B",
         help="windows at once; the numbers do not depend on it")  # fmt: skip
     add("--mesh", choices=("run",), help=mesh_options.MESH_HELP)
     for axis, what in mesh_options.AXES.items():
         add(f"--mesh.{axis}", type=int, metavar="N", help=what)
-    add("--output", type=user_path, metavar="FILE", help="JSON file for the results")
+    add("--output", type=cli.new_file, metavar="FILE", help="JSON file for the results")
     add("--json", action="store_true", help="print the results as JSON instead of a table")
     add("--tasks", metavar="NAMES",
         help="tasks of lm-evaluation-harness instead: table4, or names with shots, piqa,gsm8k:8")  # fmt: skip
     add("--include_path", metavar="DIR", help="folder of task files of your own, for --tasks")
-    add("--limit", type=_positive, metavar="N", help="documents of each task, to try it")
-    add("--figure", type=user_path, metavar="FILE", help="figure of the tasks, .png or .svg")
+    add("--limit", type=cli.positive, metavar="N", help="documents of each task, to try it")
+    add("--figure", type=cli.new_file, metavar="FILE", help="figure of the tasks, .png or .svg")
     add("--no_resume", action="store_true",
         help="ask everything anew, also what an earlier run of the same weights has answered")  # fmt: skip
     add(f"--{compilation_cache.FLAG}", action="store_true", help=compilation_cache.HELP)
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 def run_tasks(options: argparse.Namespace) -> None:
@@ -328,7 +319,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
+    cli.run(main)

@@ -18,28 +18,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.output import user_path
+from experiments import cli
 from experiments.timing import time_ms
 from mhc_jax.moe.grouped_matmul import Tiles, hopper_tiles, rows_times_matrices, rows_times_rows
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m experiments.expert_tiles",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__,
+        small="--rows 256 --width 128 --expert_width 128 --num_experts 4",
     )
-    parser.add_argument("--rows", type=int, default=196608, help="tokens x experts of a token")
-    parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--expert_width", type=int, default=896)
-    parser.add_argument("--num_experts", type=int, default=64)
-    parser.add_argument("--block_m", type=int, nargs="+", default=[128])
-    parser.add_argument("--block_n", type=int, nargs="+", default=[128, 192, 256])
-    parser.add_argument("--block_k", type=int, nargs="+", default=[64])
-    parser.add_argument("--max_concurrent_steps", type=int, nargs="+", default=[4, 6])
-    parser.add_argument("--grid_block_n", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--repeats", type=int, default=5, help="calls timed together, 3 times")
-    parser.add_argument("--output", type=user_path, help="JSON file for the result")
+    parser.add_argument(
+        "--rows", type=cli.positive, default=196608, help="tokens x experts of a token"
+    )
+    parser.add_argument("--width", type=cli.positive, default=1280)
+    parser.add_argument("--expert_width", type=cli.positive, default=896)
+    parser.add_argument("--num_experts", type=cli.positive, default=64)
+    parser.add_argument("--block_m", type=cli.positive, nargs="+", default=[128])
+    parser.add_argument("--block_n", type=cli.positive, nargs="+", default=[128, 192, 256])
+    parser.add_argument("--block_k", type=cli.positive, nargs="+", default=[64])
+    parser.add_argument("--max_concurrent_steps", type=cli.positive, nargs="+", default=[4, 6])
+    parser.add_argument("--grid_block_n", type=cli.positive, nargs="+", default=[1, 4, 8])
+    parser.add_argument(
+        "--repeats", type=cli.positive, default=5, help="calls timed together, 3 times"
+    )
+    parser.add_argument("--output", type=cli.new_file, help="JSON file for the result")
     return parser.parse_args(arguments)
 
 
@@ -144,4 +148,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -7,7 +7,6 @@ has one. An mHC model has its connections beside, under DeepSeek-V4's names, and
 since no loader of `transformers` computes it. Needs pip install safetensors.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -15,18 +14,19 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from experiments.output import user_path
+from experiments import cli
 from mhc_jax import huggingface
 from mhc_jax.checkpoint.trained import load
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.export_hf", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = cli.Parser(
+        prog="python -m experiments.export_hf", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--workdir", required=True, help="folder of a training")
-    parser.add_argument("--output", required=True, type=user_path, metavar="DIR", help="new folder")
+    parser.add_argument(
+        "--output", required=True, type=cli.new_folder, metavar="DIR", help="new folder"
+    )
     options = parser.parse_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)
     if options.output.exists() and any(options.output.iterdir()):
@@ -53,4 +53,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

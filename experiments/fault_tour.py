@@ -12,7 +12,6 @@ damage was harmless; everything else ended with one line and the exit code that 
 if anything was lost.
 """
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -30,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from experiments import output
+from experiments import cli, output
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIELDS = {
@@ -408,10 +407,9 @@ def table(rows: list[Row]) -> str:
 
 def main() -> int:
     """Runs the tour; returns 1 if anything was lost."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.fault_tour", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(prog="python -m experiments.fault_tour", description=__doc__)
     parser.add_argument("--short", action="store_true", help="a few of each kind")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and places (0)")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the moments and places (0)")
     output.add_arguments(parser)
     options = parser.parse_args()
     number = (
@@ -444,4 +442,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

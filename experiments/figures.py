@@ -9,7 +9,6 @@ gain 1, composite backward gain below 2, gradient norm near that of the residual
 gains of 1e3 and more in a deep network.
 """
 
-import argparse
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
+from experiments import cli
 from mhc_jax import analysis, paths
 from mhc_jax import gains as gains_lib
 from mhc_jax.analysis import style
@@ -164,22 +164,28 @@ def _unused(name: str, taken) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 2, with one line on stderr, if a workdir or the baseline does not exist."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.figures", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(prog="python -m experiments.figures", description=__doc__)
     parser.add_argument("workdir", nargs="+")
     parser.add_argument("--baseline", help="connection, name or workdir; residual if there is one")
-    parser.add_argument("--output", default="figures", help="folder for the figures (figures/)")
-    parser.add_argument("--step", type=int, help="step of the gains; else the last common one")
+    parser.add_argument(
+        "--output",
+        type=cli.new_folder_anywhere,
+        default="figures",
+        help="folder for the figures (figures/)",
+    )
+    parser.add_argument(
+        "--step", type=cli.count, help="step of the gains; else the last common one"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         for path in make_figures(read_arms(args.workdir), args.output, args.baseline, args.step):
             print(f"{path}.png {path}.svg")
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

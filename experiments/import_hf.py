@@ -18,8 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from experiments.hf_files import read, save
-from mhc_jax import command_line
-from mhc_jax.paths import of_user
+from mhc_jax import command_line, paths
 
 _INPUT = flags.DEFINE_string("input", None, "Folder with config.json and *.safetensors.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "New folder of a run.")
@@ -31,11 +30,12 @@ def main(argv) -> None:
     logging.getLogger("mhc_jax").setLevel(logging.WARNING)
     for flag in (_INPUT, _WORKDIR):
         if flag.value is None:
-            sys.exit(f"--{flag.name} is missing")
+            sys.exit(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
     config = command_line.load_config(_CONFIG)
     try:
-        if (pathlib.Path(of_user(_WORKDIR.value)) / "config.json").exists():
+        if (pathlib.Path(paths.of_user(_WORKDIR.value)) / "config.json").exists():
             raise ValueError(f"{_WORKDIR.value} is the workdir of a run: give a new folder")
+        paths.check_new(paths.of_user(_WORKDIR.value), folder=True)
         config, variables = read(pathlib.Path(_INPUT.value).expanduser(), config)
         save(config, variables, _WORKDIR.value)
     except ModuleNotFoundError:

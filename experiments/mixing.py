@@ -9,7 +9,6 @@ the trained weights lean on, not what another training would reach (for that, `p
 experiments.reproduction` has the arm identity).
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas as kernels
+from experiments import cli
 from experiments.evaluate import choose_text
 from experiments.output import format_table
 from mhc_jax import compilation_cache, walk
@@ -170,16 +170,12 @@ def format_rows(results: dict[str, dict]) -> list[list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.mixing",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser(prog="python -m experiments.mixing", description=__doc__)
     parser.add_argument("--workdir", nargs="+", required=True, help="of trainings of hc or mhc")
-    parser.add_argument("--batches", type=int, default=32, help="of the validation split (32)")
+    parser.add_argument(
+        "--batches", type=cli.positive, default=32, help="of the validation split (32)"
+    )
     options = parser.parse_args(arguments)
-    if options.batches < 1:
-        parser.error(f"--batches {options.batches}: at least 1")
     compilation_cache.use(True)
     try:
         results = {name: mixing(name, options.batches) for name in options.workdir}
@@ -189,4 +185,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

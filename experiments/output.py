@@ -2,40 +2,16 @@
 
 import argparse
 import json
-import pathlib
 from typing import Any
 
-from configs import default
-from experiments import record
-from mhc_jax import paths
+from experiments import cli, record
 
 OPTIONS = ("output", "record")
 
 
-def user_path(text: str) -> pathlib.Path:
-    """Returns a path of this machine with `~` expanded; for `type=` of an argument."""
-    try:
-        return paths.local(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def number_field(text: str) -> str:
-    """Returns FIELD=NUMBER as it is given, if the configs have such a field; for `type=` of an argument."""
-    name, _, value = text.partition("=")
-    if not value.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=NUMBER, as model.num_blocks=4")
-    node = default.get_config()
-    for part in name.split("."):
-        if not hasattr(node, "keys") or part not in node:
-            raise argparse.ArgumentTypeError(f"{text!r}: configs/default.py has no field {name}")
-        node = node[part]
-    return text
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --output and --record."""
-    parser.add_argument("--output", type=user_path, help="JSON file for the result")
+    parser.add_argument("--output", type=cli.new_file, help="JSON file for the result")
     parser.add_argument(
         "--record",
         action="store_true",

@@ -7,7 +7,6 @@ an attachment. A workdir that cannot be read is left out, and the page says so. 
 `format_table` give the same table to a terminal.
 """
 
-import argparse
 import base64
 import datetime
 import html
@@ -22,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from etils import epath
 
-from experiments import record
+from experiments import cli, record
 from experiments.alt_text import describe
 from experiments.figures import choose_gains, make_figures
 from experiments.verdict import LAST_STEPS, verdict
@@ -368,20 +367,21 @@ def write_report(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 2 with one line on stderr where a workdir or the baseline is not there."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(prog="python -m experiments.report", description=__doc__)
     parser.add_argument("workdir", nargs="+")
-    parser.add_argument("--output", default="report.html")
+    parser.add_argument("--output", type=cli.new_file_anywhere, default="report.html")
     parser.add_argument("--title", default="Residual, HC and mHC")
     parser.add_argument("--baseline", help="connection, name or workdir; residual if there is one")
-    parser.add_argument("--step", type=int, help="step of the gains; else the last common one")
+    parser.add_argument(
+        "--step", type=cli.count, help="step of the gains; else the last common one"
+    )
     parser.add_argument("--note", action="append", default=[], help="a paragraph; may be repeated")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     choice = {"baseline": args.baseline, "step": args.step}
     try:
         rows = write_report(args.output, args.workdir, args.title, None, args.note, **choice)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(format_table(rows))
@@ -391,4 +391,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -22,9 +22,11 @@ from mhc_jax.sampling import generate
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.", required=True)
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to generate at most.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: the likeliest token.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to generate at most.", 1)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.8, "Divides the logits; 0: the likeliest token.", 0.0
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.", 0)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the random draws.")
 _MESH = flags.DEFINE_enum("mesh", None, ["run"], mesh_options.MESH_HELP)
 _AXES = {
@@ -63,6 +65,8 @@ def main(argv) -> None:
         if config.data.source == "synthetic":
             raise ValueError(f"{_WORKDIR.value} was trained on synthetic tokens, which are no text")
         tokenizer = load_tokenizer(config.data.tokenizer)
+        if not _PROMPT.value:
+            raise ValueError("--prompt is empty: give text to go on from")
         prompt = tokenizer.encode([_PROMPT.value.encode()])[0].astype(np.int32)
         ids = generate(
             variables,

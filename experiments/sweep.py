@@ -5,6 +5,7 @@ A study names its runs by text keys and gives a `Config` for each. `run_all` sta
 kept, unfinished ones resume from their last checkpoint.
 """
 
+import argparse
 import contextlib
 import json
 import math
@@ -20,10 +21,11 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from experiments import record
+from experiments import cli, record
 from mhc_jax import gains as gains_lib
 from mhc_jax.analysis.runs import read_metrics
 from mhc_jax.config import Config
+from mhc_jax.data import files
 from mhc_jax.train import Interrupted, NonFiniteError, train
 from mhc_jax.writers import jsonable
 
@@ -53,6 +55,34 @@ def gpus() -> list[str]:
     return [str(number) for number, _ in enumerate(listed.stdout.splitlines())]
 
 
+def add_arguments(parser: argparse.ArgumentParser, per_gpu: int) -> None:
+    """Adds the options that studies share; `per_gpu`: the default."""
+    parser.add_argument("--data", default="", help="glob of text files; else the standard library")
+    parser.add_argument(
+        "--per_gpu", type=cli.positive, default=per_gpu, help="runs that share a GPU"
+    )
+    parser.add_argument("--minutes", type=cli.number, help="stop after so long, to go on later")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="results and figures to those of the repository, which the page shows; else to --output",
+    )
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, started by the study itself
+
+
+def check(options: argparse.Namespace, configs: Iterable[Callable[[], Config]]) -> None:
+    """Checks the data and makes the configurations, before any run starts.
+
+    Raises:
+      BadInput: no file matches `--data`, or a configuration is refused.
+    """
+    with cli.bad_input():
+        if options.data:
+            files.glob_files(options.data)
+        for config in configs:
+            config()
+
+
 def run_all(
     module: str,
     keys: Sequence[str],
@@ -78,38 +108,55 @@ def run_all(
 
     Returns:
       the keys without a summary at the end.
+
+    Raises:
+      Interrupted: Ctrl-C; no run was started after it, and the running ones have saved their state.
     """
     todo = [key for key in keys if not (output / key / SUMMARY).exists()]
-    waiting, lock = list(todo), threading.Lock()
+    waiting, lock, stop = list(todo), threading.Lock(), threading.Event()
 
     def take() -> str | None:
         with lock:
+            if stop.is_set():
+                return None
             left = math.inf if deadline is None else deadline - time.monotonic()
             fitting = (key for key in waiting if left > max(seconds(key), 0.0))
             if (key := next(fitting, None)) is not None:
                 waiting.remove(key)
             return key
 
+    if todo and not gpus():
+        print("no NVIDIA GPU here: the runs take the CPU, which may be slow", file=sys.stderr)
     slots = [gpu for _ in range(per_gpu) for gpu in (gpus() or [""])]
     with tqdm.tqdm(total=len(todo), desc=module.rpartition(".")[2], unit="run") as bar:
 
         def work(gpu: str):
             while (key := take()) is not None:
-                _run_process(module, key, output, arguments, gpu, per_gpu, deadline)
+                _run_process(module, key, output, arguments, gpu, per_gpu, deadline, stop)
                 found = read_summary(output, key)
                 bar.update(found is not None)
                 said = "stopped" if found is None else f"{found['validation_loss']}"
                 bar.write(f"{key}: {said}", file=sys.stderr)
 
         threads = [threading.Thread(target=work, args=(slot,)) for slot in slots]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            stop.set()
+            bar.write("stopping: running trainings save their state ...", file=sys.stderr)
+            for thread in threads:
+                if thread.ident is not None:  # it was started
+                    thread.join()
+            raise Interrupted(
+                f"{bar.n} of {len(todo)} runs are finished: the same command goes on"
+            ) from None
     return [key for key in keys if not (output / key / SUMMARY).exists()]
 
 
-def _run_process(module, key, output, arguments, gpu, per_gpu, deadline) -> None:
+def _run_process(module, key, output, arguments, gpu, per_gpu, deadline, stop) -> None:
     workdir = output / key
     workdir.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
@@ -122,14 +169,16 @@ def _run_process(module, key, output, arguments, gpu, per_gpu, deadline) -> None
     command += arguments
     with (workdir / "log.txt").open("a") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            process.wait(None if deadline is None else max(deadline - time.monotonic(), 1))
-        except subprocess.TimeoutExpired:
-            process.terminate()  # the run saves its state
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        end = math.inf if deadline is None else max(deadline, time.monotonic() + 1)
+        while process.poll() is None:
+            if stop.wait(0.2) or time.monotonic() > end:
+                process.terminate()  # the run saves its state
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                break
+        process.wait()
     if process.returncode:
         last = (workdir / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
         tqdm.tqdm.write(

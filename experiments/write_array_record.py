@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from experiments.output import user_path
+from experiments import cli
 from mhc_jax.data import files, records
 from mhc_jax.data.config import SPLITS
 from mhc_jax.data.tokenizer import load_tokenizer
@@ -21,9 +21,7 @@ from mhc_jax.data.tokenizer import load_tokenizer
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line and checks the numbers."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(prog="python -m experiments.write_array_record", description=__doc__)
     parser.add_argument(
         "--input",
         required=True,
@@ -39,25 +37,25 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output",
         required=True,
-        type=user_path,
+        type=cli.new_folder,
         metavar="DIR",
         help="folder for the shards and metadata.json; created, must not hold any yet",
     )
     parser.add_argument(
-        "--shards", type=int, default=1, metavar="N", help="files per split (default: 1)"
+        "--shards", type=cli.positive, default=1, metavar="N", help="files per split (default: 1)"
     )
     parser.add_argument(
         "--validation_fraction",
-        type=float,
+        type=cli.number,
         required=True,
         metavar="F",
         help="share of the files for validation, between 0 and 1; as in the training config",
     )
     options = parser.parse_args(arguments)
-    if options.shards < 1:
-        parser.error(f"--shards {options.shards}: at least 1")
-    if not 0 < options.validation_fraction < 1:
-        parser.error(f"--validation_fraction {options.validation_fraction}: between 0 and 1")
+    if not options.validation_fraction < 1:
+        parser.error(
+            f"--validation_fraction={options.validation_fraction} must lie between 0 and 1 (exclusive)"
+        )
     return options
 
 

@@ -1,6 +1,7 @@
 """Says which implementation `implementation=None` takes for an operation, and why not the others."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,7 @@ from kernels_pallas.mappings import mappings
 from kernels_pallas.post_res import post_res
 from kernels_pallas.pre import pre
 from kernels_pallas.projection import projection
-from kernels_pallas.shapes import num_columns
+from kernels_pallas.shapes import check_size, num_columns
 from kernels_pallas.sinkhorn import sinkhorn
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -93,7 +94,7 @@ def explain(
       platform: "cpu", "gpu" or "tpu"; None: that of this process's devices.
 
     Raises:
-      ValueError: the operation or the platform does not exist, or sizes do not fit.
+      ValueError, TypeError: the operation, the platform or the dtype does not exist, or sizes do not fit.
     """
     op = getattr(op, "__name__", op)
     functions = {
@@ -109,6 +110,9 @@ def explain(
     platform = platform or device.platform
     if platform not in PLATFORMS:
         raise ValueError(f"platform={platform!r} is unknown: use one of {', '.join(PLATFORMS)}")
+    check_size(C, n)
+    if not isinstance(T, numbers.Integral) or T < 1:
+        raise ValueError(f"T={T!r}: the number of tokens must be an integer of at least 1")
     dtype = jnp.dtype(dtype)
     args, options = _arguments(op, n, C, T, dtype, num_iterations, num_logits, norm)
 

@@ -8,6 +8,7 @@ def main(argv):
 command_line.run(main)
 """
 
+import dataclasses
 import difflib
 import pathlib
 import re
@@ -27,6 +28,12 @@ CLONE = (
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs `absl.app.run`; a wrong command line gives one line and exit code 1."""
     app.run(_without_arguments(main), flags_parser=_parse_flags)
+
+
+def no_backend(error: RuntimeError) -> str:
+    """Returns in one line what jax says of a platform that it cannot use; "" for any other error."""
+    lines = str(error).splitlines() or [""]
+    return f"RuntimeError: {lines[0]}" if "Unable to initialize backend" in lines[0] else ""
 
 
 def load_config(flag: flags.FlagHolder) -> Config:
@@ -61,7 +68,15 @@ def _without_arguments(main):
             sys.exit(
                 f"unexpected arguments {argv[1:]}: fields are set with --config.<name>=<value>"
             )
-        main(argv)
+        try:
+            main(argv)
+        except KeyboardInterrupt:
+            print("\nInterrupted", file=sys.stderr)
+            sys.exit(130)
+        except RuntimeError as error:
+            if not_there := no_backend(error):
+                sys.exit(not_there)
+            raise
 
     return checked
 
@@ -70,10 +85,16 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) ->
     try:
         for argument, following in zip(argv, [*argv[1:], ""]):
             given = re.fullmatch(r"--?config(=(.*))?", argument)
-            path = given and (given[2] or following)
-            if path:
+            if given:
+                path = following if given[1] is None else given[2]
+                if not path:
+                    sys.exit("--config is empty: give a file, as in --config=configs/mhc.py")
                 check_file(path)
-        return values(argv)
+        return values(["--help" if argument == "-h" else argument for argument in argv])
+    except SystemExit as error:
+        # absl ends --help with 1.
+        asked = error.code == 1 and any(re.match(r"-h$|--?help", argument) for argument in argv)
+        sys.exit(0 if asked else error.code)
     except SyntaxError as error:
         sys.exit(f"bad --config: {error.filename}, line {error.lineno}: {error.msg}")
     except ImportError as error:
@@ -81,7 +102,21 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) ->
             raise
         sys.exit(f"bad --config: it imports {error.name}, and {CLONE}")
     except flags.Error as error:
-        sys.exit(f"bad flags: {_one_line(error)}")
+        text = _one_line(error)
+        if "get_config() takes" in text:  # of a file that has no variants, with one behind it
+            sys.exit(
+                f"bad --config={path}: {path.split(':', 1)[0]} has no variants: leave out "
+                f":{path.split(':', 1)[-1]} and set fields, as in --config.model.connection=hc"
+            )
+        missing = re.search(r"Flag --(\S+) must have a value other than None", text)
+        if missing:
+            sys.exit(f"--{missing[1]} is missing: {values[missing[1]].help}")
+        group = re.search(r"--config\.(\S+?)=(.*): Failed to parse .* as a ConfigDict", text)
+        if group:
+            name, value = group.groups()
+            text = f"--config.{name}={value}: set one field of {name}, as --config.{name}.NAME=..."
+        unknown = re.fullmatch(r"Unknown command line flag '(\w+)'", text)
+        sys.exit(f"bad flags: {text}{_nearest(unknown[1]) if unknown else ''}")
     except (AttributeError, KeyError) as error:  # the wording of ml_collections
         text = _one_line(error)
         name = (re.findall(r"[\"'](\w+)[\"']", text) or [""])[-1]
@@ -89,10 +124,24 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) ->
             (argument for argument in argv if name in re.split(r"[.=]", argument)), "--config"
         )
         if text == f"'{name}'":
-            text = "configs/default.py has no such field"
+            text = f"configs/default.py has no such field{_nearest(name)}"
         sys.exit(f"bad {given}: {text}")
     except (TypeError, ValueError, OSError) as error:
         sys.exit(f"bad --config: {_one_line(error)}")
+
+
+def _nearest(name: str) -> str:
+    """Returns ": did you mean --config.PART.FIELD?" for the last name of a field, "" if none is near."""
+    fields: dict[str, str] = {}
+    parts = [("", Config)]
+    for prefix, kind in parts:
+        for field in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(field.type):
+                parts.append((f"{prefix}{field.name}.", field.type))
+            else:
+                fields.setdefault(field.name, prefix + field.name)
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.75)
+    return f": did you mean --config.{fields[near[0]]}?" if near else ""
 
 
 def _one_line(error: Exception) -> str:

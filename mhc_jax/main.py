@@ -44,9 +44,14 @@ _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, where no cluster is found by itself."
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Processes of the run; 1: alone, whatever cluster there is."
+    "num_processes",
+    None,
+    "Processes of the run; 1: alone, whatever cluster there is.",
+    lower_bound=1,
 )
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Number of this process, from 0.", lower_bound=0
+)
 
 _log = logging.getLogger("mhc_jax.main")
 
@@ -71,7 +76,7 @@ def main(argv):
         except ValueError as error:
             sys.exit(f"bad config: {error}")
         return
-    if _WORKDIR.value is None:
+    if not _WORKDIR.value:
         sys.exit("--workdir is missing: give the folder of the run, as in --workdir=runs/mhc")
     try:
         paths.of_user(_WORKDIR.value)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import sinkhorn
+from kernels_pallas.shapes import check_floating, check_size
 from kernels_pallas.sinkhorn import check_sinkhorn
 
 
@@ -31,6 +32,7 @@ class Manifold(Protocol):
 
         Raises:
           ValueError: the manifold does not exist for n streams. The message begins with "n=".
+          TypeError: n is no integer.
         """
 
     def initial_logits(self, n: int, gap: float) -> jax.Array:
@@ -41,11 +43,13 @@ class Manifold(Protocol):
 
         Raises:
           ValueError: another number of logits.
+          TypeError: no array, or no floating dtype.
         """
 
 
 def _check_logits(manifold: Manifold, logits: jax.Array, n: int) -> None:
-    """Raises ValueError unless the logits are `[..., num_logits(n)]`."""
+    """Raises ValueError or TypeError unless the logits are `[..., num_logits(n)]`, floating."""
+    check_floating(logits=logits)
     wanted = manifold.num_logits(n)
     if logits.shape[-1:] != (wanted,):
         raise ValueError(
@@ -93,6 +97,7 @@ class Birkhoff:
         check_sinkhorn(self.num_iterations, "eps", self.eps, self.last)
 
     def num_logits(self, n: int) -> int:
+        check_size(1, n)
         return n * n
 
     def initial_logits(self, n: int, gap: float) -> jax.Array:
@@ -114,6 +119,7 @@ class Identity:
     """h_res = I, without parameters: streams never mix. The strongest control arm of the field."""
 
     def num_logits(self, n: int) -> int:
+        check_size(1, n)
         return 0
 
     def initial_logits(self, n: int, gap: float) -> jax.Array:
@@ -136,6 +142,7 @@ class PermutationMixture:
     """
 
     def num_logits(self, n: int) -> int:
+        check_size(1, n)
         if n > 5:
             raise ValueError(
                 f"n={n}: mHC-lite weighs all n! permutations, here {math.factorial(n)}; it takes n up to 5"
@@ -174,6 +181,7 @@ class KroneckerMixture:
     """
 
     def num_logits(self, n: int) -> int:
+        check_size(1, n)
         if n & (n - 1):
             raise ValueError(
                 f"n={n}: KromHC is a Kronecker product of 2 x 2 matrices; n must be a power of two, "
@@ -222,6 +230,7 @@ class Orthogonal:
             raise ValueError(f"limit={self.limit!r} must be positive and finite")
 
     def num_logits(self, n: int) -> int:
+        check_size(1, n)
         return n * (n - 1) // 2
 
     def initial_logits(self, n: int, gap: float) -> jax.Array:
@@ -277,6 +286,7 @@ class RowStochastic:
     """
 
     def num_logits(self, n: int) -> int:
+        check_size(1, n)
         return n * n
 
     def initial_logits(self, n: int, gap: float) -> jax.Array:

@@ -14,9 +14,12 @@ def of_user(path: str | os.PathLike) -> epath.Path:
     """Expands `~`; "gs://bucket/folder" names a place in a bucket.
 
     Raises:
-      ValueError: a scheme other than gs://, no bucket, an unknown user, or no package that reads gs://.
+      ValueError: an empty path, a scheme other than gs://, no bucket, an unknown user, or no package that
+        reads gs://.
     """
     text = os.fspath(path)
+    if not text.strip():
+        raise ValueError(f"the path {text!r} is empty: give a folder or a file")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/{1,2}", text)
     if not scheme:
         expanded = os.path.expanduser(text)
@@ -45,6 +48,31 @@ def local(path: str | os.PathLike) -> pathlib.Path:
     if is_bucket(found):
         raise ValueError(f"{path}: only folders of this machine can be used here")
     return pathlib.Path(found)
+
+
+def check_new(path: os.PathLike, *, folder: bool) -> None:
+    """Checks that a folder or a file can be made there or is there already, without making it.
+
+    An error at the end of a measurement or a training would cost all the work before. Buckets are not asked.
+
+    Raises:
+      ValueError: a file is in the place of a folder, or the other way round, or the folder that would hold it
+        is read-only.
+    """
+    if is_bucket(path):
+        return
+    target = pathlib.Path(os.path.abspath(path))
+    try:
+        there = next(place for place in (target, *target.parents) if place.exists())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    if there == target and there.is_dir() != folder:
+        kinds = ("file", "folder") if folder else ("folder", "file")
+        raise ValueError(f"{path} is a {kinds[0]}: give the path of a {kinds[1]}")
+    if there != target and not there.is_dir():
+        raise ValueError(f"{path}: {there} is a file, and cannot hold it: give another path")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{path}: {there} is read-only for this user: give another path")
 
 
 def cache_folder() -> pathlib.Path:

@@ -58,12 +58,13 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     free = [axis for axis, size in sizes.items() if size == -1]
     product = math.prod(size for size in sizes.values() if size != -1)
     if num_devices % product or (not free and product != num_devices):
-        nearest = (
-            f"set mesh.{free[0] if free else 'data'}=-1 and let the others divide {num_devices}"
-        )
-        raise ValueError(
-            f"mesh {written} does not multiply out to the {num_devices} devices: {nearest}"
-        )
+        devices = "1 device" if num_devices == 1 else f"{num_devices} devices"
+        if num_devices % product:
+            asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
+            hint = f"lower {asked}, whose product has to divide {num_devices}"
+        else:
+            hint = f"set mesh.data=-1, or raise an axis to use all {num_devices}"
+        raise ValueError(f"mesh {written} does not multiply out to the {devices}: {hint}")
     if free:
         sizes[free[0]] = num_devices // product
     return sizes

@@ -84,6 +84,7 @@ def train(
             if _is_finished(config, workdir):
                 _log.info("%s is finished: all %d steps are done", workdir, config.steps)
                 return {}
+            paths.check_new(workdir, folder=True)
             check_config(config)
             run = Run(config, workdir, init_from, programs)
         except preemption.Stopped:

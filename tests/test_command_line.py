@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import output
-from mhc_jax import command_line, units
+from configs import small_cpu
+from experiments import cli
+from mhc_jax import command_line, paths, train, units
+from mhc_jax.config import from_dict
 from mhc_jax.remat.cost import plan
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,6 +29,7 @@ def parse(monkeypatch):
         values = flags.FlagValues()
         monkeypatch.setattr(sys, "argv", ["program", *arguments])
         flag = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+        flags.DEFINE_integer("steps", 1, "", 1, flag_values=values)
         command_line._parse_flags(sys.argv, values)
         return command_line.load_config(flag)
 
@@ -48,13 +51,19 @@ def test_a_config_with_fields(parse, monkeypatch):
         (["--config", "configs/mch.py"], "no file configs/mch.py: did you mean configs/mhc.py?"),
         (["--config=none.py:hc"], "no file none.py: configs/ has default.py, hc.py, mhc.py"),
         (["--config=configs"], "no file configs"),
+        (["--config=", "--config.seed=1"], "--config is empty: give a file"),
+        (["--config=configs/mhc.py:hc"], "configs/mhc.py has no variants: leave out :hc"),
+        (["--config=configs/mhc.py", "--steps=0"], "--steps=0: 0 is not a positive integer"),
         (["--config=README.md"], "bad --config: README.md, line "),
         (["--config=configs/paper_3b.py:hcc"], ":hcc is no variant: use one of"),
         (["--config=configs/mhc.py", "--config.model.nn=3"], "bad --config.model.nn=3: configs/default.py"),
         (["--config=configs/mhc.py", "--config.model.widht=3"], 'widht=3: Did you mean "width"'),
         (["--config=configs/mhc.py", "--config.model.n=x"], "--config.model.n=x: invalid literal"),
         (["--config=configs/mhc.py", "--config.model.n=0"], "bad config: model.n=0 must be at least 1"),
-        (["--config=configs/mhc.py", "--n=3"], "Unknown command line flag 'n'"),
+        (["--config=configs/mhc.py", "--n=3"], "flag 'n': did you mean --config.model.n?"),
+        (["--config=configs/mhc.py", "--config.learning_rate=1"], "mean --config.optimizer.learning_rate?"),
+        (["--config=configs/mhc.py", "--config.model.zzz=1"], "has no such field"),
+        (["--config=configs/mhc.py", "--config.data=text"], "set one field of data, as --config.data."),
     ],
 )  # fmt: skip
 def test_one_line(parse, monkeypatch, arguments, message):
@@ -63,6 +72,20 @@ def test_one_line(parse, monkeypatch, arguments, message):
         parse(*arguments)
     assert message in caught.value.code
     assert "\n" not in caught.value.code
+
+
+def test_help_succeeds_and_a_missing_flag_says_what_it_is(monkeypatch, capsys):
+    values = flags.FlagValues()
+    flags.DEFINE_flag(app.HelpFlag(), values)
+    flags.DEFINE_string("prompt", None, "Text to go on from.", values, required=True)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    for arguments in (["-h"], ["--help"]):
+        with pytest.raises(SystemExit) as caught:
+            command_line._parse_flags(["program", *arguments], values)
+        assert caught.value.code == 0
+        assert "--helpfull" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"^--prompt is missing: Text to go on from\.$"):
+        command_line._parse_flags(["program"], values)
 
 
 def test_outside_of_a_clone(parse, monkeypatch, tmp_path):
@@ -141,6 +164,122 @@ def test_remat_shows_small_sizes():
     ],
 )
 def test_fields_of_an_experiment_are_checked(text, message):
-    assert output.number_field("model.num_blocks=4") == "model.num_blocks=4"
+    assert cli.number_field("model.num_blocks=4") == "model.num_blocks=4"
     with pytest.raises(argparse.ArgumentTypeError, match=message):
-        output.number_field(text)
+        cli.number_field(text)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """`experiment(*arguments)`: what the parser of an experiment reads; beside it a file and a folder."""
+    (tmp_path / "file").touch()
+    parser = cli.Parser(prog="python -m experiments.toy", description=__doc__, small="--width=2")
+    parser.add_argument("--width", type=cli.positive, default=2560, help="C")
+    parser.add_argument("--seed", type=cli.seed, help="of weights")
+    parser.add_argument("--minutes", type=cli.number, help="of work (default: all)")
+    parser.add_argument("--learning_rate", type=cli.number_from_0)
+    parser.add_argument("--arms", nargs="+", default=["residual", "mhc"], help="to train")
+    parser.add_argument("--output", type=cli.new_file, help="JSON file")
+    parser.add_argument("--folder", type=cli.new_folder_anywhere)
+    return lambda *arguments: parser.parse_args([text.format(here=tmp_path) for text in arguments])
+
+
+def test_options_of_an_experiment(experiment, tmp_path, capsys):
+    found = experiment(
+        "--width=3", "--seed=0", "--minutes=.5", "--learning_rate=0", "--output={here}/new/a.json",
+        "--folder={here}",
+    )  # fmt: skip
+    assert (found.width, found.seed, found.minutes, found.learning_rate) == (3, 0, 0.5, 0.0)
+    assert (found.output, found.folder) == (tmp_path / "new" / "a.json", tmp_path)
+    assert not found.output.parent.exists()
+    with pytest.raises(SystemExit) as caught:
+        experiment("--help")
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert __doc__ in said
+    for line in ("C (default: 2560)", "of weights\n", "to train (default: residual mhc)"):
+        assert line in said
+    assert "None" not in said
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--width=0", "argument --width: '0' is no integer of at least 1"),
+        ("--width=1.5", "'1.5' is no integer"),
+        ("--seed=-1", "'-1' is no integer of at least 0 and at most 4294967295"),
+        ("--seed=4294967296", "is no integer"),
+        ("--minutes=nan", "'nan' is no finite number above 0"),
+        ("--minutes=0", "'0' is no finite number above 0"),
+        ("--minutes=soon", "'soon' is no finite number"),
+        ("--learning_rate=-1", "'-1' is no finite number of at least 0"),
+        ("--widht=3", "unknown argument --widht=3: did you mean --width?"),
+        ("more", "unknown argument more ("),
+        ("--output=", "the path '' is empty"),
+        ("--output={here}", " is a folder: give the path of a file"),
+        ("--output={here}/file/a.json", "/file is a file, and cannot hold it"),
+        ("--output=gs://bucket/a.json", "only folders of this machine"),
+        ("--folder={here}/file", "/file is a file: give the path of a folder"),
+        ("--output={here}/" + 300 * "x", "File name too long"),
+        ("--seed=1", "the default sizes are for an accelerator, and jax finds the CPU alone"),
+    ],
+)
+def test_a_wrong_option_of_an_experiment_is_one_line(experiment, capsys, argument, message):
+    sized = () if argument == "--seed=1" else ("--width=2",)
+    with pytest.raises(SystemExit) as caught:
+        experiment(*sized, argument)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in said
+    assert said.startswith("python -m experiments.toy: error: ")
+    assert said.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: path != tmp_path
+    )  # root may write anywhere
+    with pytest.raises(ValueError, match=f"{tmp_path} is read-only for this user"):
+        paths.check_new(tmp_path / "new", folder=True)
+
+
+def test_a_file_for_a_workdir_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "Run", None)
+    workdir = tmp_path / "file"
+    workdir.touch()
+    with pytest.raises(train.BadInput, match="is a file: give the path of a folder"):
+        train.train(from_dict(small_cpu.get_config()), workdir)
+
+
+def test_what_a_command_refuses_is_one_line(capsys):
+    def refused():
+        with cli.bad_input():
+            raise ValueError("model.n=0")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def broken():
+        raise ValueError("of the code, not of the user")
+
+    def without_devices():
+        raise RuntimeError("Unable to initialize backend 'tpu': no libtpu\nMore of it")
+
+    line = "RuntimeError: Unable to initialize backend 'tpu': no libtpu"
+    with pytest.raises(SystemExit, match=f"^{line}$"):
+        command_line._without_arguments(lambda argv: without_devices())([])
+    with pytest.raises(SystemExit, match="130"):
+        command_line._without_arguments(lambda argv: interrupted())([])
+    assert capsys.readouterr().err == "\nInterrupted\n"
+    for main, code in (
+        (without_devices, line),
+        (refused, "BadInput: model.n=0"),
+        (interrupted, 130),
+        (lambda: 3, 3),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.run(main)
+        assert caught.value.code == code
+    assert capsys.readouterr().err == "Interrupted\n"
+    with pytest.raises(ValueError, match="of the code"):
+        cli.run(broken)

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import scipy.stats
 
-from experiments import record
+from experiments import cli, record
 from experiments.architectures import state_space, vit
 from experiments.output import format_table
 from experiments.reproduction.tables import mean_and_error
@@ -28,32 +28,20 @@ MODELS = {"state_space": state_space, "vit": vit}
 ARMS = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
-
-
-def rate(text: str) -> float:
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} must be a positive number")
-    return value
-
-
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m experiments.{QUESTION}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser(prog=f"python -m experiments.{QUESTION}", description=__doc__)
     parser.add_argument("model", choices=MODELS, help="a file of experiments/architectures/")
-    parser.add_argument("--steps", type=positive, help="updates of a run (default: the model's)")
-    parser.add_argument("--seeds", type=positive, default=3, help="counted seeds, 1 to so many (3)")
-    parser.add_argument("--depths", type=positive, nargs="+", default=[12, 48],
+    parser.add_argument(
+        "--steps", type=cli.positive, help="updates of a run (default: the model's)"
+    )
+    parser.add_argument(
+        "--seeds", type=cli.positive, default=3, help="counted seeds, 1 to so many (3)"
+    )
+    parser.add_argument("--depths", type=cli.positive, nargs="+", default=[12, 48],
                         help="numbers of sublayers (12 48)")  # fmt: skip
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS),
                         help="connections to compare (all)")  # fmt: skip
-    parser.add_argument("--rates", type=rate, nargs="+",
+    parser.add_argument("--rates", type=cli.number, nargs="+",
                         help="peak learning rates to try (default: the model's)")  # fmt: skip
     parser.add_argument("--record", action="store_true",
                         help=f"store the result in experiments/{QUESTION}/results/")  # fmt: skip
@@ -193,4 +181,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -17,25 +17,27 @@ import math
 import jax
 import jax.numpy as jnp
 
-from experiments import output
+from experiments import cli, output
 from experiments.timing import time_ms
 from mhc_jax.fused_attention import causal_attention, padded_cudnn, unpadded_cudnn
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m experiments.attention_speed",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__,
+        small="--heads 2 --sequence_length 256",
     )
-    parser.add_argument("--heads", type=int, nargs="+", default=[32, 16])
-    parser.add_argument("--batch_size", type=int, default=4, help="sequences")
-    parser.add_argument("--sequence_length", type=int, default=4096)
+    parser.add_argument("--heads", type=cli.positive, nargs="+", default=[32, 16])
+    parser.add_argument("--batch_size", type=cli.positive, default=4, help="sequences")
+    parser.add_argument("--sequence_length", type=cli.positive, default=4096)
     parser.add_argument(
-        "--key_width", type=int, default=192, help="of a head, without and with position"
+        "--key_width", type=cli.positive, default=192, help="of a head, without and with position"
     )
-    parser.add_argument("--value_width", type=int, default=128, help="of a head")
-    parser.add_argument("--repeats", type=int, default=10, help="calls timed together, 5 times")
+    parser.add_argument("--value_width", type=cli.positive, default=128, help="of a head")
+    parser.add_argument(
+        "--repeats", type=cli.positive, default=10, help="calls timed together, 5 times"
+    )
     output.add_arguments(parser)
     return parser.parse_args(arguments)
 
@@ -125,4 +127,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

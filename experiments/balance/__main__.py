@@ -22,15 +22,14 @@ import numpy as np
 from flax import nnx
 
 from configs import small_30m
-from experiments import record
-from experiments.output import user_path
+from experiments import cli, record
 from mhc_jax.analysis import style
 from mhc_jax.analysis.colours import COLOURS
 from mhc_jax.analysis.runs import read_metrics, running_mean
 from mhc_jax.checkpoint.trained import load
 from mhc_jax.config import Config, from_dict
 from mhc_jax.data import make_iterator
-from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
+from mhc_jax.train import train
 from mhc_jax.train_step import model_graph
 
 FINAL_BATCHES = 64
@@ -38,22 +37,21 @@ TARGET = 1.25
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.balance",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/balance"),
+    parser = cli.Parser(prog="python -m experiments.balance", description=__doc__)
+    parser.add_argument("--output", type=cli.new_folder, default=pathlib.Path("runs/balance"),
                         help="folder of the two workdirs and of the result")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=300, help="updates of each arm")
+    parser.add_argument("--steps", type=cli.positive, default=300, help="updates of each arm")
     parser.add_argument(
-        "--balance_rate", type=float, default=5e-3, help="step of the bias in the balanced arm"
+        "--balance_rate",
+        type=cli.number_from_0,
+        default=5e-3,
+        help="step of the bias in the balanced arm",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of weights and data")
     parser.add_argument(
         "--record", action="store_true", help="result into experiments/balance/results"
     )
-    parser.add_argument("--chart", type=user_path, metavar="FILE", help="only draw this result")
+    parser.add_argument("--chart", type=cli.user_path, metavar="FILE", help="only draw this result")
     return parser.parse_args()
 
 
@@ -116,16 +114,17 @@ def draw(path: pathlib.Path) -> None:
 def main() -> None:
     options = parse_arguments()
     if options.chart:
-        draw(options.chart)
+        try:
+            draw(options.chart)
+        except (OSError, ValueError, KeyError) as error:
+            sys.exit(f"--chart={options.chart}: no result of this experiment ({error})")
         return
     arms = {}
     for name, rate in (("balanced", options.balance_rate), ("not balanced", 0.0)):
         workdir = options.output / name.replace(" ", "_")
-        config = make_config(options, rate)
-        try:
-            train(config, workdir, name=name)
-        except (BadInput, NonFiniteError, Interrupted) as error:
-            sys.exit(f"{type(error).__name__}: {error}")
+        with cli.bad_input():
+            config = make_config(options, rate)
+        train(config, workdir, name=name)
         metrics = read_metrics(workdir / "metrics.jsonl")
         steps, busiest = metrics["moe/max_load"]
         loads = {split: final_load(workdir, split) for split in ("train", "validation")}
@@ -157,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

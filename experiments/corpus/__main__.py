@@ -22,28 +22,26 @@ import glob
 import sys
 from collections.abc import Sequence
 
+from experiments import cli
 from experiments.corpus import manifest as manifests
 from experiments.corpus import packages
-from experiments.output import user_path
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.corpus",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser(prog="python -m experiments.corpus", description=__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--output", type=user_path, metavar="DIR", help="folder of the new corpus")
     action.add_argument(
-        "--check", type=user_path, metavar="DIR", help="folder of a corpus to check"
+        "--output", type=cli.new_folder, metavar="DIR", help="folder of the new corpus"
     )
-    parser.add_argument("--manifest", type=user_path, metavar="FILE",
+    action.add_argument(
+        "--check", type=cli.user_path, metavar="DIR", help="folder of a corpus to check"
+    )
+    parser.add_argument("--manifest", type=cli.user_path, metavar="FILE",
                         help="manifest (.json or .json.gz) to rebuild or to check against")  # fmt: skip
-    parser.add_argument("--packages", type=user_path, metavar="FILE", nargs="+",
+    parser.add_argument("--packages", type=cli.user_path, metavar="FILE", nargs="+",
                         help="lists with lines `name version kind suffixes`, kinds "
                         f"{', '.join(packages.KINDS)} (default: packages.txt beside this file)")  # fmt: skip
-    parser.add_argument("--archives", type=user_path, metavar="DIR",
+    parser.add_argument("--archives", type=cli.new_folder, metavar="DIR",
                         help="where archives are or go (default: archives/ in the output)")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.packages and (options.manifest or options.check):
@@ -93,4 +91,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -8,7 +8,6 @@ Random weights. A decode step reads each weight once (of the experts those that 
 expected to choose) and the cache of the tokens so far; the limit counts their bytes and nothing else.
 """
 
-import argparse
 import functools
 import importlib.util
 import pathlib
@@ -18,7 +17,7 @@ import time
 import jax
 import numpy as np
 
-from experiments import output
+from experiments import cli, output
 from experiments.hardware import CHIPS
 from experiments.timing import time_ms
 from mhc_jax import inference
@@ -120,20 +119,24 @@ def load(written: str) -> ModelConfig:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.inference_speed", description=__doc__.splitlines()[0]
+    parser = cli.Parser(
+        prog="python -m experiments.inference_speed",
+        description=__doc__,
+        small="--config configs/small_cpu.py --batch_size 2 --prompt 16 --generated 8",
     )
     add = parser.add_argument
     add("--config", nargs="+", default=CONFIGS, metavar="FILE[:ARM]", help="one or several")
-    add("--batch_size", type=int, default=64, help="(%(default)s)")
-    add("--prompt", type=int, default=1024, help="tokens of each (%(default)s)")
-    add("--generated", type=int, default=64, help="tokens of each, timed twice (%(default)s)")
+    add("--batch_size", type=cli.positive, default=64, help="(%(default)s)")
+    add("--prompt", type=cli.positive, default=1024, help="tokens of each (%(default)s)")
+    add(
+        "--generated",
+        type=cli.positive,
+        default=64,
+        help="tokens of each, timed twice (%(default)s)",
+    )
     add("--scan", action="store_true", help="decode by a scan over the blocks, for comparison")
     output.add_arguments(parser)
     options = parser.parse_args(arguments)
-    for name in ("batch_size", "prompt", "generated"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}={getattr(options, name)} must be at least 1")
     chip = CHIPS.get(jax.devices()[0].device_kind)
     results = {}
     for written in options.config:
@@ -159,4 +162,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -8,6 +8,7 @@ again to go on where it was cut.
 """
 
 import argparse
+import functools
 import pathlib
 import statistics
 import sys
@@ -18,7 +19,7 @@ from unittest import mock
 import jax
 import optax
 
-from experiments import record, sweep
+from experiments import cli, record, sweep
 from experiments.init_study import figure
 from experiments.init_study.runs import (
     ALPHA_TIMES_ROW,
@@ -28,7 +29,6 @@ from experiments.init_study.runs import (
     first_runs,
     second_runs,
 )
-from experiments.output import user_path
 from mhc_jax import optimizer, parameters, train_step
 
 QUESTION = "init_study"
@@ -37,23 +37,18 @@ KEPT = ("validation_loss", "validation", "diverged", "learning_rate", "steps", "
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/init_study"),
+    parser = cli.Parser(prog=f"python -m {MODULE}", description=__doc__)
+    parser.add_argument("--output", type=cli.new_folder, default=pathlib.Path("runs/init_study"),
                         help="folder of the workdirs (runs/init_study)")  # fmt: skip
-    parser.add_argument("--data", default="", help="glob of text files; else the standard library")
-    parser.add_argument("--steps", type=int, help="horizon of the first runs, for a quick try")
+    parser.add_argument(
+        "--steps", type=cli.positive, help="horizon of the first runs, for a quick try"
+    )
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), choices=WIDTHS)
-    parser.add_argument("--per_gpu", type=int, default=3, help="runs that share a GPU (3)")
-    parser.add_argument("--minutes", type=float, help="stop after so long, to go on later")
     parser.add_argument("--summary", action="store_true",
                         help="print the table from the stored results")  # fmt: skip
     parser.add_argument("--figures", action="store_true",
                         help="draw the figure from the stored results")  # fmt: skip
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, started by the study itself
+    sweep.add_arguments(parser, per_gpu=3)
     return parser.parse_args(arguments)
 
 
@@ -141,10 +136,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(figure.draw(found, path.with_suffix(".png")))
         return
     if options.run:
-        train_one(all_runs()[options.run], options)
+        runs = all_runs()
+        if options.run not in runs:
+            sys.exit(f"--run={options.run} is no run of this study, as {next(iter(runs))}")
+        train_one(runs[options.run], options)
         return
     arguments = ["--data", options.data] + (
         ["--steps", str(options.steps)] if options.steps else []
+    )
+    some = [run for run in first_runs() if run.width in options.widths]
+    sweep.check(
+        options, [functools.partial(run.config, options.data, options.steps) for run in some]
     )
     deadline = options.minutes and time.monotonic() + 60 * options.minutes
     shared = {"per_gpu": options.per_gpu, "deadline": deadline}
@@ -161,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(second_runs(find_winner(found, options.widths)))
     payload = collect(options)
     print(figure.format_table(payload))
-    path = record.write(QUESTION, payload)
+    path = record.write(QUESTION, payload, folder=None if options.record else options.output)
     print(path, figure.draw(payload, path.with_suffix(".png")))
 
 
@@ -191,4 +193,4 @@ def _gains(summary: dict) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -24,7 +24,7 @@ import pathlib
 import subprocess
 import sys
 
-from experiments.output import user_path
+from experiments import cli
 
 QUESTION = "kernel_speed"
 FOLDER = pathlib.Path(__file__).parents[1]
@@ -56,21 +56,17 @@ CHAINS = (
 
 
 def _flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.kernel_speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser(prog="python -m experiments.kernel_speed", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare with float64")
     parser.add_argument("--trace", action="store_true", help="only list the kernels of a sublayer")
     parser.add_argument("--terms", action="store_true", help="only time both forms of backward.cu")
     parser.add_argument("--chart", action="store_true", help="only draw the charts of all results")
     parser.add_argument("--tpu_schedule", choices=("v5e", "v5p", "v6e", "tpu7x"), metavar="KIND")
     parser.add_argument("--shapes", help="T,C pairs, as 16384,2560:8192,4096 (default: all)")
-    parser.add_argument("--baselines", type=int, default=1, help="0: neither xla nor PyTorch")
-    parser.add_argument("--packages", type=user_path,
+    parser.add_argument("--baselines", type=cli.count, default=1, help="0: neither xla nor PyTorch")
+    parser.add_argument("--packages", type=cli.user_path,
                         help="folder of packages of baselines, see transformer_engine.py")  # fmt: skip
-    parser.add_argument("--out", type=user_path, default=FOLDER,
+    parser.add_argument("--out", type=cli.new_folder, default=FOLDER,
                         help="folder of kernel_speed/results")  # fmt: skip
     return parser.parse_args()
 
@@ -256,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -9,7 +9,6 @@ driver itself, each array in memory of its own: no kernel of XLA is in the way, 
 out parts of a large block would hide what is read beside an array. Ends with 1 if anything was found.
 """
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import cli
 from kernels_pallas.boundary import cuda_launches
 from kernels_pallas.gpu import cuda_launch
 from kernels_pallas.gpu.cuda_launch import CudaLaunch
@@ -207,7 +207,7 @@ def sanitize(sanitizer: str, tools: list[str]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m experiments.kernel_speed.sanitize", description=__doc__)
     parser.add_argument("--launch", action="store_true", help="run the kernels, no sanitizer")
     parser.add_argument("--emulate", action="store_true", help="run them on the CPU")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
@@ -225,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -14,7 +14,6 @@ Nothing here is a measurement. Expected on a v5p: memory limits every kernel but
 by 3 %, the boundary's forward.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -22,7 +21,7 @@ import pathlib
 import re
 import tempfile
 
-from experiments import libtpu
+from experiments import cli, libtpu
 from experiments.hardware import CHIPS
 
 
@@ -249,12 +248,12 @@ def main(
 
 
 def _shape(text: str) -> tuple[int, int]:
-    num_tokens, width = text.split("x")
-    return int(num_tokens), int(width)
+    num_tokens, _, width = text.partition("x")
+    return cli.positive(num_tokens), cli.positive(width)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m experiments.kernel_speed.tpu_schedule", description=__doc__)
     parser.add_argument("--tpu_schedule", choices=CORES, default="v5p", metavar="KIND")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=((16384, 2560),), metavar="TxC")
     parser.add_argument("--only", nargs="+", default=(), metavar="OP.DIRECTION")

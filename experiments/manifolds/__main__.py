@@ -1,6 +1,6 @@
 """Which constraint on h_res, and how many streams? Paired comparisons with seeds, gains, step times.
 
-    python -m experiments.manifolds --data 'corpus/text/**'
+    python -m experiments.manifolds --data 'corpus/text/**'    # --record: into the repository's results
     python -m experiments.manifolds --summary    # the tables from the stored results; --figures draws anew
     python -m experiments.manifolds --toy        # a few arms at toy size on a CPU: three minutes on two cores
 
@@ -13,6 +13,7 @@ where it was cut.
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import pathlib
 import sys
@@ -21,10 +22,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments import record, sweep
+from experiments import cli, record, sweep
 from experiments.manifolds import figures, settings, tables
 from experiments.manifolds.settings import Run
-from experiments.output import number_field, user_path
 from experiments.reproduction.stored import stored
 from experiments.step_time import __main__ as step_time
 from mhc_jax.config import Config
@@ -36,32 +36,26 @@ TIMES = "times.json"  # beside the workdirs
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/manifolds"),
+    parser = cli.Parser(prog=f"python -m {MODULE}", description=__doc__)
+    parser.add_argument("--output", type=cli.new_folder, default=pathlib.Path("runs/manifolds"),
                         help="folder of the workdirs (runs/manifolds)")  # fmt: skip
-    parser.add_argument("--data", default="", help="glob of text files; else the standard library")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--arms", nargs="+", choices=list(settings.ARMS),
-                        default=list(settings.ARMS), help="of the comparison at n = 4 (all)")  # fmt: skip
+    parser.add_argument("--arms", nargs="+", metavar="ARM", choices=list(settings.ARMS),
+                        default=list(settings.ARMS),
+                        help=f"of the comparison at n = 4: {'; '.join(settings.ARMS)} (all)")  # fmt: skip
     parser.add_argument("--streams", nargs="+", type=int, choices=settings.STREAMS,
                         default=list(settings.STREAMS), help="n of mHC and identity (all)")  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(settings.SEEDS))
-    parser.add_argument("--steps", type=int, help="of a run, for a quick try")
-    parser.add_argument("--set", nargs="*", default=[], type=number_field, metavar="FIELD=NUMBER",
+    parser.add_argument("--seeds", nargs="+", type=cli.seed, default=list(settings.SEEDS))
+    parser.add_argument("--steps", type=cli.positive, help="of a run, for a quick try")
+    parser.add_argument("--set", nargs="*", default=[], type=cli.number_field, metavar="FIELD=NUMBER",
                         help="integer fields of the config, for a quick try")  # fmt: skip
     parser.add_argument("--toy", action="store_true",
                         help="a few arms of toy size, in this process; stores nothing")  # fmt: skip
-    parser.add_argument("--per_gpu", type=int, default=2, help="runs that share a GPU (2)")
-    parser.add_argument("--minutes", type=float, help="stop after so long, to go on later")
     parser.add_argument("--summary", action="store_true",
                         help="print the tables from the stored results")  # fmt: skip
     parser.add_argument("--figures", action="store_true",
                         help="draw the figures from the stored results")  # fmt: skip
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, started by the study itself
+    sweep.add_arguments(parser, per_gpu=2)
     options = parser.parse_args(arguments)
     fields = dict(field.split("=") for field in options.set)
     options.fields = {name: int(value) for name, value in fields.items()}
@@ -155,8 +149,10 @@ def _stored(path: pathlib.Path) -> dict:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.run:
-        run = Run.from_key(options.run)
-        sweep.run_one(config_of(run, options), options.output, run.key)
+        with cli.bad_input():
+            run = Run.from_key(options.run)
+            config = config_of(run, options)
+        sweep.run_one(config, options.output, run.key)
         return
     if options.summary or options.figures:
         try:
@@ -170,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(*figures.draw_all(payload, path.parent), sep="\n")
         return
     runs = wanted(options)
+    sweep.check(options, [functools.partial(config_of, run, options) for run in runs])
     kept = list(dict.fromkeys([*settings.all_runs(), *runs]))
     lent = borrowed(kept, options)
     runs = [run for run in runs if run.key not in lent]
@@ -192,11 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = options.output / "toy.json"
         path.write_text(json.dumps(payload, indent=1) + "\n")
     else:
-        path = record.write(QUESTION, payload)
+        path = record.write(QUESTION, payload, folder=None if options.record else options.output)
     print(path, *figures.draw_all(with_borrowed(payload), path.parent), sep="\n")
     if unfinished:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -75,9 +75,11 @@ class Run:
         """
         try:
             arm, n, seed = key.split("/")
+            ARMS[arm]
             return cls(arm, int(seed.removeprefix("seed")), int(n.removeprefix("n")))
-        except ValueError:
-            raise ValueError(f"{key!r} is no run: ARM/nSTREAMS/seedNUMBER") from None
+        except (ValueError, KeyError) as error:
+            unknown = f" ({error} is unknown)" if isinstance(error, KeyError) else ""
+            raise ValueError(f"{key!r} is no run: ARM/nSTREAMS/seedNUMBER{unknown}") from None
 
     @property
     def lender(self) -> reproduction.Run | None:

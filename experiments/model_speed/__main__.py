@@ -30,11 +30,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 import jax
 import numpy as np
 
-from experiments import output
+from experiments import cli, output
 from experiments.hardware import CHIPS
 from experiments.model_speed import profile
 from experiments.model_speed.flops import attention_flops, parameter_flops
-from experiments.output import user_path
 from experiments.timing import random_batch
 from mhc_jax.command_line import check_file
 from mhc_jax.config import Config, from_dict
@@ -51,15 +50,17 @@ PAPER_BATCH = 8  # sequences, where the config's own batch is that of a pod
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.model_speed", description=__doc__.splitlines()[0]
+    parser = cli.Parser(
+        prog="python -m experiments.model_speed",
+        description=__doc__,
+        small="--config configs/small_cpu.py --batch_size 4",
     )
     parser.add_argument(
         "--config", nargs="+", default=CONFIGS, metavar="FILE[:ARM]", help="one or several"
     )
     parser.add_argument(
         "--batch_size",
-        type=int,
+        type=cli.positive,
         nargs="+",
         help=f"sequences a step, one or several (the config's; {PAPER_BATCH} if that is above 64)",
     )
@@ -67,20 +68,20 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--remat", nargs="+", help="policies, one or several (default: the config's)"
     )
     parser.add_argument("--recompute_block", help="L_r (default: the config's)")
-    parser.add_argument("--loss_chunks", type=int, help="(default: the config's)")
+    parser.add_argument("--loss_chunks", type=cli.positive, help="(default: the config's)")
     parser.add_argument(
         "--scan_blocks",
         action=argparse.BooleanOptionalAction,
         help="one block compiled and looped over, or all written out (the config's; written out where its "
         f"own batch is that of a pod and {PAPER_BATCH} sequences are taken instead)",
     )
-    parser.add_argument("--num_steps", type=int, default=10, help="timed a round (%(default)s)")
+    parser.add_argument(
+        "--num_steps", type=cli.positive, default=10, help="timed a round (%(default)s)"
+    )
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
-    parser.add_argument("--hlo", type=user_path, help="folder for the compiled programs' text")
+    parser.add_argument("--hlo", type=cli.new_folder, help="folder for the compiled programs' text")
     output.add_arguments(parser)
     options = parser.parse_args(arguments)
-    if options.num_steps < 1:
-        parser.error(f"--num_steps={options.num_steps} must be at least 1")
     return options
 
 
@@ -306,4 +307,4 @@ def _write(options, limit, arms) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs import default
-from experiments import output, timing
+from experiments import cli, output, timing
 from mhc_jax.config import ModelConfig, from_dict
 from mhc_jax.moe import MoE, dispatch, router
 from mhc_jax.moe.experts import ExpertWeights, expert_ffn
@@ -25,24 +25,36 @@ from mhc_jax.moe.parallel import capacity, choose_dispatch
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m experiments.moe_speed",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__,
+        small="--tokens 256 --sequence_length 64 --width 64 --expert_width 64",
     )
     parser.add_argument(
-        "--tokens", type=int, default=16384, help="in sequences of --sequence_length"
+        "--tokens", type=cli.positive, default=16384, help="in sequences of --sequence_length"
     )
-    parser.add_argument("--sequence_length", type=int, default=4096)
-    parser.add_argument("--width", type=int, default=2560, help="C")
-    parser.add_argument("--num_experts", type=int, default=72)
-    parser.add_argument("--experts_per_token", type=int, default=6)
-    parser.add_argument("--shared_experts", type=int, default=2)
-    parser.add_argument("--expert_width", type=int, default=1536, help="F")
-    parser.add_argument("--capacity_factors", type=float, nargs="*", default=[1.0, 1.25, 1.5])
-    parser.add_argument("--repeats", type=int, default=10, help="timed calls, after 3 others")
+    parser.add_argument("--sequence_length", type=cli.positive, default=4096)
+    parser.add_argument("--width", type=cli.positive, default=2560, help="C")
+    parser.add_argument("--num_experts", type=cli.positive, default=72)
+    parser.add_argument("--experts_per_token", type=cli.positive, default=6)
+    parser.add_argument("--shared_experts", type=cli.count, default=2)
+    parser.add_argument("--expert_width", type=cli.positive, default=1536, help="F")
+    parser.add_argument("--capacity_factors", type=cli.number, nargs="*", default=[1.0, 1.25, 1.5])
+    parser.add_argument(
+        "--repeats", type=cli.positive, default=10, help="timed calls, after 3 others"
+    )
     output.add_arguments(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.tokens % options.sequence_length:
+        parser.error(
+            f"--tokens={options.tokens} is no multiple of --sequence_length={options.sequence_length}"
+        )
+    if options.experts_per_token > options.num_experts:
+        parser.error(
+            f"--experts_per_token={options.experts_per_token} is more than "
+            f"--num_experts={options.num_experts}"
+        )
+    return options
 
 
 def time_ms(function, *args, repeats: int) -> float:
@@ -205,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -123,10 +123,12 @@ def _check(config: Config) -> tuple[int, int, list[float]]:
     """Checks devices, micro-batches and links.
 
     Raises:
-      ValueError: a flag out of range.
+      ValueError: a flag out of range, or a file that cannot be written.
     """
     pipe = config.mesh.pipe if _PIPE.value is None else _PIPE.value
-    parts = _MICROBATCHES.value or config.optimizer.accumulate_steps
+    parts = (
+        config.optimizer.accumulate_steps if _MICROBATCHES.value is None else _MICROBATCHES.value
+    )
     for name, value in (("pipe", pipe), ("microbatches", parts), ("sequences", _SEQUENCES.value)):
         if value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
@@ -142,7 +144,11 @@ def _check(config: Config) -> tuple[int, int, list[float]]:
     except ValueError:
         raise ValueError(f"--links={','.join(_LINKS.value)}: give numbers, in GB/s") from None
     if not all(0 < link < 1e9 for link in links):
-        raise ValueError(f"--links={','.join(_LINKS.value)}: a link has more than 0 GB/s")
+        given = f"--links={','.join(_LINKS.value)} --figure_link={_FIGURE_LINK.value:g}"
+        raise ValueError(f"{given}: a link has more than 0 GB/s")
+    for flag in (_FIGURE, _OUTPUT):
+        if flag.value:
+            paths.check_new(paths.local(flag.value), folder=False)
     return pipe, parts, links[:-1]
 
 

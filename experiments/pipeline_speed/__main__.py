@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import default
-from experiments import output
+from experiments import cli, output
 from experiments.pipeline_plan.hidden import count_sends
 from experiments.timing import random_batch, time_ms, time_step_ms
 from mhc_jax import remat, sharding
@@ -60,14 +60,10 @@ TOY = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.pipeline_speed",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = cli.Parser(prog="python -m experiments.pipeline_speed", description=__doc__)
     parser.add_argument("--toy", action="store_true", help="small, on simulated devices")
-    parser.add_argument("--pipe", type=int, default=4, help="devices along the pipeline")
-    parser.add_argument("--microbatches", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--pipe", type=cli.positive, default=4, help="devices along the pipeline")
+    parser.add_argument("--microbatches", type=cli.positive, nargs="+", default=[8, 32])
     parser.add_argument("--schedules", nargs="+", default=["1f1b"])
     parser.add_argument(
         "--split_backward",
@@ -75,15 +71,17 @@ def parse_arguments() -> argparse.Namespace:
         help="each arm with and without pipe_split_backward",
     )
     parser.add_argument("--connections", nargs="+", default=["residual", "mhc"])
-    parser.add_argument("--sequences", type=int, default=1, help="of a micro-batch")
-    parser.add_argument("--num_blocks", type=int, default=24, help="attention + FFN each")
-    parser.add_argument("--width", type=int, default=2048, help="C")
-    parser.add_argument("--num_heads", type=int, default=16, help="a divisor of the width")
-    parser.add_argument("--ffn_width", type=int, default=6144, help="hidden entries of SwiGLU")
-    parser.add_argument("--sequence_length", type=int, default=4096, help="tokens")
-    parser.add_argument("--vocab_size", type=int, default=32768, help="of random tokens")
+    parser.add_argument("--sequences", type=cli.positive, default=1, help="of a micro-batch")
+    parser.add_argument("--num_blocks", type=cli.positive, default=24, help="attention + FFN each")
+    parser.add_argument("--width", type=cli.positive, default=2048, help="C")
+    parser.add_argument("--num_heads", type=cli.positive, default=16, help="a divisor of the width")
+    parser.add_argument(
+        "--ffn_width", type=cli.positive, default=6144, help="hidden entries of SwiGLU"
+    )
+    parser.add_argument("--sequence_length", type=cli.positive, default=4096, help="tokens")
+    parser.add_argument("--vocab_size", type=cli.positive, default=32768, help="of random tokens")
     parser.add_argument("--remat", default="none", help="none | mhc | full")
-    parser.add_argument("--timed", type=int, default=8, help="steps that are timed")
+    parser.add_argument("--timed", type=cli.positive, default=8, help="steps that are timed")
     output.add_arguments(parser)
     options = parser.parse_args()
     if options.toy:
@@ -328,4 +326,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -262,6 +262,9 @@ def main(argv):
     if topology is None:
         sys.exit("--topology is missing: give the slice, as in --topology=v5p:8x8x8")
     try:
+        for flag, folder in ((_OUTPUT, False), (_HLO, True)):
+            if flag.value:
+                paths.check_new(paths.local(flag.value), folder=folder)
         chip = chip_of(topology)
         devices = devices_of(topology)
         meshes = list(meshes_of(_MESH.value, config, len(devices)))

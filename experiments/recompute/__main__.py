@@ -12,22 +12,17 @@ import os
 import pathlib
 import sys
 
-from experiments import libtpu
-from experiments.output import user_path
+from experiments import cli, libtpu
 
 FOLDER = pathlib.Path(__file__).parents[1]
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
+    return [cli.integer(1, 48)(part) for part in text.split(",") if part]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.recompute",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser(prog="python -m experiments.recompute", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     memory = commands.add_parser("memory", help="bytes of compiled programs for several L_r")
     memory.add_argument("--topology", help="TPU to compile for, as v5p:2x2x1 (needs libtpu)")
@@ -35,11 +30,13 @@ def parse_arguments() -> argparse.Namespace:
                         help="L_r of the stack whose F keeps nothing, of 48 sublayers")  # fmt: skip
     memory.add_argument("--decoder", type=_numbers, default=[2, 4, 6, 8, 12, 24],
                         help="even L_r of the decoder, of 24 sublayers")  # fmt: skip
-    memory.add_argument("--threads", type=int, default=os.cpu_count(), help="compilations at once")
+    memory.add_argument(
+        "--threads", type=cli.positive, default=os.cpu_count(), help="compilations at once"
+    )
     commands.add_parser("step_time", help="milliseconds of a train step for each policy")
     commands.add_parser("figure", help="draws all results")
     for command in commands.choices.values():
-        command.add_argument("--results", type=user_path, default=FOLDER,
+        command.add_argument("--results", type=cli.new_folder, default=FOLDER,
                              help="folder of recompute/results")  # fmt: skip
     return parser.parse_args()
 
@@ -92,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

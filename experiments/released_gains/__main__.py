@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import output
+from experiments import cli, output
 from experiments.released_gains import dynamic, figure
 from mhc_jax import analysis
 from mhc_jax.analysis import style
@@ -37,30 +37,25 @@ STATIC, DYNAMIC = "mHC, static", "mHC, tokens of the text"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.released_gains",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    path = output.user_path
-    parser.add_argument("--safetensors", type=path, required=True, metavar="DIR",
+    parser = cli.Parser(prog="python -m experiments.released_gains", description=__doc__)
+    parser.add_argument("--safetensors", type=cli.user_path, required=True, metavar="DIR",
                         help="folder of the checkpoint: *.safetensors, index, config.json")  # fmt: skip
     parser.add_argument(
-        "--output", type=path, default=pathlib.Path("runs/released_gains"), metavar="FOLDER",
+        "--output", type=cli.new_folder, default=pathlib.Path("runs/released_gains"), metavar="FOLDER",
         help="folder for figures and numbers (runs/released_gains)")  # fmt: skip
     parser.add_argument("--model", help="folder or name of the model for `transformers`")
-    parser.add_argument("--text", type=path, metavar="FILE", help="text that the model reads")
-    parser.add_argument("--max_tokens", type=int, default=1024, help="of the text (1024)")
-    parser.add_argument("--sinkhorn_iterations", type=int,
+    parser.add_argument(
+        "--text", type=cli.user_path, metavar="FILE", help="text that the model reads"
+    )
+    parser.add_argument("--max_tokens", type=cli.positive, default=1024, help="of the text (1024)")
+    parser.add_argument("--sinkhorn_iterations", type=cli.positive,
                         help="of the model; else hc_sinkhorn_iters of config.json, or 20")  # fmt: skip
     parser.add_argument(
-        "--eps", type=float, help="of the model; else hc_eps of config.json, or 1e-6"
+        "--eps", type=cli.number_from_0, help="of the model; else hc_eps of config.json, or 1e-6"
     )
     options = parser.parse_args(argv)
     if (options.model is None) != (options.text is None):
         parser.error("--model and --text belong together: the model reads the text")
-    if options.max_tokens < 1:
-        parser.error(f"--max_tokens={options.max_tokens} must be at least 1")
     return options
 
 
@@ -185,4 +180,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

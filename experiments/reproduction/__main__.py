@@ -19,8 +19,7 @@ from unittest import mock
 
 import jax
 
-from experiments import mixing, record, sweep
-from experiments.output import number_field, user_path
+from experiments import cli, mixing, record, sweep
 from experiments.reproduction import charts, figures, tables
 from experiments.reproduction.settings import (
     FIELDS,
@@ -36,39 +35,34 @@ from experiments.reproduction.stored import QUESTION, stored
 from experiments.sinkhorn import __main__ as sinkhorn
 from experiments.sinkhorn import columns
 from mhc_jax import train_step
+from mhc_jax.config import Config
 
 MODULE = f"experiments.{QUESTION}"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/reproduction"),
+    parser = cli.Parser(prog=f"python -m {MODULE}", description=__doc__)
+    parser.add_argument("--output", type=cli.new_folder, default=pathlib.Path("runs/reproduction"),
                         help="folder of the workdirs (runs/reproduction)")  # fmt: skip
-    parser.add_argument("--data", default="", help="glob of text files; else the standard library")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["main", "depth"],
-                        help="comparisons to run, in this order (main depth)")  # fmt: skip
+    parser.add_argument("--settings", nargs="+", metavar="NAME", choices=SETTINGS, default=["main", "depth"],
+                        help=f"comparisons to run, in this order: {', '.join(SETTINGS)} "
+                        "(default: main depth)")  # fmt: skip
     parser.add_argument("--arms", nargs="+", metavar="ARM", choices=FIELDS,
                         help="of the counted runs (all)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", help="of the counted runs (all)")
+    parser.add_argument("--seeds", type=cli.seed, nargs="+", help="of the counted runs (all)")
     parser.add_argument("--pilots_only", action="store_true", help="choose learning rates and end")
     parser.add_argument("--repeat", nargs="*", default=[], metavar="KEY",
                         help="runs to train twice, as main/mHC/lr0.001/seed0")  # fmt: skip
-    parser.add_argument("--steps", type=int, help="of a counted run, for a quick try")
-    parser.add_argument("--set", nargs="*", default=[], type=number_field, metavar="FIELD=NUMBER",
+    parser.add_argument("--steps", type=cli.positive, help="of a counted run, for a quick try")
+    parser.add_argument("--set", nargs="*", default=[], type=cli.number_field, metavar="FIELD=NUMBER",
                         help="integer fields of the config, for a quick try")  # fmt: skip
-    parser.add_argument("--per_gpu", type=int, default=2, help="runs that share a GPU (2)")
-    parser.add_argument("--minutes", type=float, help="stop after so long, to go on later")
     parser.add_argument("--no_cut", action="store_true",
                         help="with --minutes: start no run that they cannot hold")  # fmt: skip
     parser.add_argument("--summary", action="store_true",
                         help="print the tables from the stored results")  # fmt: skip
     parser.add_argument("--figures", action="store_true",
                         help="draw the figures from the stored results")  # fmt: skip
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, started by the study itself
+    sweep.add_arguments(parser, per_gpu=2)
     return parser.parse_args(arguments)
 
 
@@ -77,6 +71,12 @@ def child_arguments(options: argparse.Namespace) -> list[str]:
     steps = ["--steps", str(options.steps)] if options.steps else []
     fields = ["--set", *options.set] if options.set else []
     return ["--data", options.data, *steps, *fields]
+
+
+def config_of(run: Run, options: argparse.Namespace) -> Config:
+    """Returns the configuration of a run with what the options change."""
+    fields = {name: int(value) for name, value in (field.split("=") for field in options.set)}
+    return run.config(options.data, options.steps, fields)
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -97,6 +97,10 @@ def run(options: argparse.Namespace) -> dict:
         return sweep.read_summaries(options.output, keys)
 
     first = [pilot for name in options.settings for pilot in pilots(name)]
+    with cli.bad_input():
+        again = [dataclasses.replace(Run.from_key(key), repeat=1) for key in options.repeat]
+    alike = first or [r for name in options.settings for r in counted(name, {})]
+    sweep.check(options, [functools.partial(config_of, one, options) for one in [*alike, *again]])
     found = train(first)
     losses = {key: tables.loss(summary) for key, summary in found.items()}
     rates = {
@@ -113,7 +117,7 @@ def run(options: argparse.Namespace) -> dict:
         )  # a cut leaves every table with whole pairs
         if run.arm in (options.arms or FIELDS) and run.seed in (options.seeds or [run.seed])
     ]
-    runs += [dataclasses.replace(Run.from_key(key), repeat=1) for key in options.repeat]
+    runs += again
     found |= train(runs)
     missing = [run.key for run in first + runs if run.key not in found]
     data = options.data or "stdlib"
@@ -161,10 +165,9 @@ def _start_of(run: Run):
 
 def train_one(options: argparse.Namespace) -> None:
     """Trains one run in this process, and measures what its h_res does where the setting asks for it."""
-    run = Run.from_key(options.run)
-    fields = dict(field.split("=") for field in options.set)
-    fields = {name: int(value) for name, value in fields.items()}
-    config = run.config(options.data, options.steps, fields)
+    with cli.bad_input():
+        run = Run.from_key(options.run)
+        config = config_of(run, options)
     model = config.model
     learned = {
         "hc": model.hc_use_res,
@@ -186,20 +189,25 @@ def train_one(options: argparse.Namespace) -> None:
         sweep.run_one(config, options.output, options.run, more)
 
 
-def store(payload: dict) -> list[pathlib.Path]:
-    """Writes one file a setting, `<device>_<setting>.json`, beside the runs that it already has."""
+def store(payload: dict, root: pathlib.Path | None = None) -> list[pathlib.Path]:
+    """Writes one file a setting, `<device>_<setting>.json`, beside the runs that it already has.
+
+    Args:
+      payload: as `run` returns it.
+      root: holds `reproduction/results`; None: the repository's.
+    """
     paths = []
     everything = [*payload["runs"], *payload["missing"]]
     for name in dict.fromkeys(Run.from_key(key).setting for key in everything):
         device = f"{record.device_slug()}_{name}"
-        path = record.result_path(QUESTION, device)
+        path = record.result_path(QUESTION, device, root)
         before = record.read(path) if path.exists() else {"runs": {}, "missing": []}
         runs = before["runs"] | _of(name, payload["runs"])
         missing = {*before["missing"], *_of(name, payload["missing"])} - runs.keys()
         rates = {name: payload["learning_rates"][name]} if name in payload["learning_rates"] else {}
         content = {"data": payload["data"], "learning_rates": rates, "runs": runs}
         content["missing"] = sorted(missing)
-        paths.append(record.write(QUESTION, content, device=device))
+        paths.append(record.write(QUESTION, content, device=device, folder=root))
     return paths
 
 
@@ -215,17 +223,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.run:
         train_one(options)
         return
+    root = None
     if not (options.summary or options.figures):
-        print(*store(run(options)), sep="\n")
-    payload = stored()
+        root = None if options.record else options.output
+        print(*store(run(options), root), sep="\n")
+    payload = stored(root)
     if options.summary or not options.figures:
         print(tables.format_all(payload))
         print(sinkhorn.summary(record.read(record.newest("sinkhorn")), payload))
     if options.figures or not options.summary:
-        folder = record.result_path(QUESTION, "cpu").parent
-        drawn = figures.draw_all(payload, folder) + charts.draw_all(payload, folder)
-        print(*drawn, sinkhorn.draw_newest(payload), sep="\n")
+        folder = record.result_path(QUESTION, "cpu", root).parent
+        print(*figures.draw_all(payload, folder), *charts.draw_all(payload, folder), sep="\n")
+        if root is None:
+            print(sinkhorn.draw_newest(payload))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -215,9 +215,11 @@ class Run:
         try:
             setting, arm, rate, seed = key.split("/")
             seed, _, repeat = seed.removeprefix("seed").partition("_repeat")
+            SETTINGS[setting], FIELDS[arm]
             return cls(setting, arm, float(rate.removeprefix("lr")), int(seed), int(repeat or 0))
-        except ValueError:
-            raise ValueError(f"{key!r} is no run: SETTING/ARM/lrRATE/seedNUMBER") from None
+        except (ValueError, KeyError) as error:
+            unknown = f" ({error} is unknown)" if isinstance(error, KeyError) else ""
+            raise ValueError(f"{key!r} is no run: SETTING/ARM/lrRATE/seedNUMBER{unknown}") from None
 
     def config(self, data_path: str, steps: int | None, fields: dict | None = None) -> Config:
         """Returns the frozen configuration.

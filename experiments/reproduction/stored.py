@@ -1,13 +1,22 @@
 """Reads the results that are stored, of every machine."""
 
+import pathlib
+
 from experiments import record
 
 QUESTION = "reproduction"
 
 
-def stored() -> dict:
-    """Returns the results of every file in one payload; where two have a run, that of the newest."""
-    folder = record.result_path(QUESTION, "cpu").parent
+def stored(root: pathlib.Path | None = None) -> dict:
+    """Returns the results of every file in one payload; where two have a run, that of the newest.
+
+    Args:
+      root: holds `reproduction/results`; None: the repository's.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    folder = record.result_path(QUESTION, "cpu", root).parent
     contents = [record.read(path) for path in folder.glob("*.json")]
     contents.sort(key=lambda content: content["environment"]["date"])
     if not contents:

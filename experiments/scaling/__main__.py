@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from configs import default
-from experiments import output
+from experiments import cli, output
 from experiments.timing import random_batch, time_step_ms
 from mhc_jax import sharding
 from mhc_jax.config import Config, from_dict
@@ -36,18 +36,18 @@ WARMUP, TIMED, ROUNDS = 3, 10, 2
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.scaling",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = cli.Parser(prog="python -m experiments.scaling", description=__doc__)
+    parser.add_argument("--num_blocks", type=cli.positive, default=18, help="attention + FFN each")
+    parser.add_argument("--width", type=cli.positive, default=2048, help="C")
+    parser.add_argument("--num_heads", type=cli.positive, default=16, help="a divisor of the width")
+    parser.add_argument(
+        "--ffn_width", type=cli.positive, default=5632, help="hidden entries of SwiGLU"
     )
-    parser.add_argument("--num_blocks", type=int, default=18, help="attention + FFN each")
-    parser.add_argument("--width", type=int, default=2048, help="C")
-    parser.add_argument("--num_heads", type=int, default=16, help="a divisor of the width")
-    parser.add_argument("--ffn_width", type=int, default=5632, help="hidden entries of SwiGLU")
-    parser.add_argument("--sequence_length", type=int, default=2048, help="tokens")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences a step and device")
-    parser.add_argument("--vocab_size", type=int, default=32768, help="of random tokens")
+    parser.add_argument("--sequence_length", type=cli.positive, default=2048, help="tokens")
+    parser.add_argument(
+        "--batch_size", type=cli.positive, default=8, help="sequences a step and device"
+    )
+    parser.add_argument("--vocab_size", type=cli.positive, default=32768, help="of random tokens")
     output.add_arguments(parser)
     return parser.parse_args()
 
@@ -154,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -8,7 +8,6 @@ and products of many mappings the backward gain (Fig. 7). Trained mappings and l
 `python -m experiments.reproduction --settings mixing sinkhorn`.
 """
 
-import argparse
 import pathlib
 from collections.abc import Sequence
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from experiments import record
+from experiments import cli, record
 from experiments.output import format_table
 from experiments.reproduction.settings import Run
 from experiments.reproduction.stored import stored
@@ -103,9 +102,14 @@ def summary(payload: dict, trainings: dict) -> str:
     return "\n\n".join(parts)
 
 
-def draw_newest(trainings: dict) -> pathlib.Path:
-    """Draws the column error against t_max, and for each kind of mappings the backward gain against depth."""
-    path = record.newest(QUESTION)
+def draw_newest(trainings: dict, root: pathlib.Path | None = None) -> pathlib.Path:
+    """Draws the column error against t_max, and for each kind of mappings the backward gain against depth.
+
+    Args:
+      trainings: as `stored` of `experiments.reproduction` returns them.
+      root: holds `sinkhorn/results`; None: the repository's.
+    """
+    path = record.newest(QUESTION, root)
     kinds = record.read(path)["random"] | trained(trainings)
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(T_MAX)))
     with matplotlib.rc_context(STYLE):
@@ -136,21 +140,23 @@ def draw_newest(trainings: dict) -> pathlib.Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m experiments.{QUESTION}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser(prog=f"python -m experiments.{QUESTION}", description=__doc__)
+    parser.add_argument("--output", type=cli.new_folder, default=pathlib.Path("runs/sinkhorn"),
+                        help="folder of result and figure (runs/sinkhorn)")  # fmt: skip
+    parser.add_argument("--record", action="store_true",
+                        help="result and figure to those of the repository instead")  # fmt: skip
     parser.add_argument("--summary", action="store_true", help="print the stored tables")
     parser.add_argument("--figures", action="store_true", help="draw the stored results")
     options = parser.parse_args(arguments)
+    root = None
     if not (options.summary or options.figures):
-        record.write(QUESTION, measure_all())
+        root = None if options.record else options.output
+        print(record.write(QUESTION, measure_all(), folder=root))
     if options.summary or not options.figures:
-        print(summary(record.read(record.newest(QUESTION)), stored()))
+        print(summary(record.read(record.newest(QUESTION, root)), stored()))
     if options.figures or not options.summary:
-        print(draw_newest(stored()))
+        print(draw_newest(stored(), root))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -19,34 +19,33 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from experiments import record, report
-from experiments.output import user_path
+from experiments import cli, record, report
 from experiments.reproduction.tables import format_table, mean_and_error
 from experiments.verdict import verdict
 from mhc_jax import command_line, compilation_cache
 from mhc_jax.analysis.runs import read_arms
 from mhc_jax.config import CONNECTIONS, from_dict
-from mhc_jax.train import BadInput, Interrupted, NonFiniteError, train
+from mhc_jax.train import NonFiniteError, train
 
 PACKAGES = ("jax", "flax", "optax", "grain", "orbax-checkpoint")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.stability",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--output", type=user_path, default=pathlib.Path("runs/stability"),
+    parser = cli.Parser(prog="python -m experiments.stability", description=__doc__)
+    parser.add_argument("--output", type=cli.new_folder, default=pathlib.Path("runs/stability"),
                         help="folder of the three workdirs and of report.html")  # fmt: skip
     parser.add_argument(
         "--config", default="small_cpu", help="a file of configs/, as mhc or configs/mhc.py"
     )
-    parser.add_argument("--steps", type=int, help="updates of each arm (default: the config's)")
-    parser.add_argument("--num_blocks", type=int, help="depth (default: the config's)")
-    parser.add_argument("--learning_rate", type=float, help="peak (default: the config's)")
-    parser.add_argument("--seed", type=int, help="of weights and data (default: the config's)")
-    parser.add_argument("--seeds", type=int, default=1,
+    parser.add_argument(
+        "--steps", type=cli.positive, help="updates of each arm (default: the config's)"
+    )
+    parser.add_argument("--num_blocks", type=cli.positive, help="depth (default: the config's)")
+    parser.add_argument(
+        "--learning_rate", type=cli.number_from_0, help="peak (default: the config's)"
+    )
+    parser.add_argument("--seed", type=cli.seed, help="of weights and data (default: the config's)")
+    parser.add_argument("--seeds", type=cli.positive, default=1,
                         help="repeat with so many seeds, --seed and those after it")  # fmt: skip
     parser.add_argument("--record", action="store_true",
                         help="store the summary in experiments/stability/results/")  # fmt: skip
@@ -146,14 +145,10 @@ def paired_table(seeds: dict[int, dict[str, dict]]) -> str:
 
 def run_seeds(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Calls `run` for every seed; one seed uses the output folder itself, several a folder each."""
-    try:  # errors before any work
+    with cli.bad_input():  # before any work
         first = arm_config(options, options.arms[0]).seed
         for arm in options.arms:
             arm_config(options, arm)
-    except (ValueError, TypeError) as error:
-        raise BadInput(str(error)) from error
-    if options.seeds < 1:
-        raise BadInput(f"--seeds {options.seeds} must be at least 1")
     found = {}
     for seed in range(first, first + options.seeds):
         of_seed = argparse.Namespace(**vars(options) | {"seed": seed})
@@ -176,11 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logging.INFO
     )  # where there is no terminal for a bar
     compilation_cache.use(not options.no_compilation_cache)
-    try:
-        run_seeds(options, arguments)
-    except (BadInput, Interrupted) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_seeds(options, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -15,25 +15,30 @@ import sys
 import tempfile
 import time
 
-from experiments import output
+from experiments import cli, output
 from experiments.start_up.run import COLUMNS
+from mhc_jax import command_line
 
 ROOT = pathlib.Path(__file__).parents[2]
 ARMS, STARTS = ("residual", "mhc"), ("cold", "second")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.start_up", description=__doc__.splitlines()[0]
-    )
+    parser = cli.Parser(prog="python -m experiments.start_up", description=__doc__)
     parser.add_argument("--config", help="of configs/: small_30m on a GPU, small_cpu on a CPU")
-    parser.add_argument("--arms", nargs="+", default=ARMS, help="connections")
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=("residual", "hc", "mhc"))
     parser.add_argument(
-        "--set", nargs="*", default=[], type=output.number_field, metavar="FIELD=NUMBER",
+        "--set", nargs="*", default=[], type=cli.number_field, metavar="FIELD=NUMBER",
         help="integer fields of the config, for a quick try",
     )  # fmt: skip
     output.add_arguments(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.config:
+        try:
+            command_line.check_file(f"configs/{options.config}.py")
+        except ValueError as error:
+            parser.error(f"--config={options.config}: {error}")
+    return options
 
 
 def measure(config: str, arm: str, settings: list[str], cache: pathlib.Path) -> dict:
@@ -93,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

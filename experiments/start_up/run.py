@@ -5,7 +5,6 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # as `mhc_jax.main` does
 
-import argparse
 import contextlib
 import functools
 import importlib
@@ -20,6 +19,7 @@ import warnings
 import jax
 from jax import monitoring
 
+from experiments import cli
 from kernels_pallas.gpu import ahead, cuda_launch
 from mhc_jax import compilation_cache, preemption
 from mhc_jax.config import from_dict
@@ -152,7 +152,7 @@ def start(began: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = cli.Parser(prog="python -m experiments.start_up.run", description=__doc__)
     for name in ("config", "arm", "workdir", "output"):
         parser.add_argument(name)
     parser.add_argument("settings", nargs="*")
@@ -229,4 +229,4 @@ class _Timed:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

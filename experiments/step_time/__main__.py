@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from configs import default
-from experiments import output
+from experiments import cli, output
 from experiments.timing import random_batch
 from mhc_jax.config import Config, ModelConfig, from_dict
 from mhc_jax.train_step import abstract_batch, init_state, jit_train_step
@@ -61,19 +61,21 @@ ARMS = [
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the sizes of the model and of a step."""
-    parser.add_argument("--num_blocks", type=int, default=4, help="attention + FFN each")
-    parser.add_argument("--width", type=int, default=2560, help="C, a multiple of 128")
-    parser.add_argument("--ffn_width", type=int, default=12288, help="hidden entries of SwiGLU")
-    parser.add_argument("--sequence_length", type=int, default=4096, help="tokens")
-    parser.add_argument("--batch_size", type=int, default=4, help="sequences a step")
-    parser.add_argument("--vocab_size", type=int, default=32768, help="of random tokens")
+    parser.add_argument("--num_blocks", type=cli.positive, default=4, help="attention + FFN each")
+    parser.add_argument("--width", type=cli.positive, default=2560, help="C, a multiple of 128")
+    parser.add_argument(
+        "--ffn_width", type=cli.positive, default=12288, help="hidden entries of SwiGLU"
+    )
+    parser.add_argument("--sequence_length", type=cli.positive, default=4096, help="tokens")
+    parser.add_argument("--batch_size", type=cli.positive, default=4, help="sequences a step")
+    parser.add_argument("--vocab_size", type=cli.positive, default=32768, help="of random tokens")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m experiments.step_time",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__,
+        small="--width 128 --ffn_width 256 --num_blocks 1 --sequence_length 64 --vocab_size 256",
     )
     add_shape_arguments(parser)
     output.add_arguments(parser)
@@ -188,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

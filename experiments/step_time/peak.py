@@ -28,7 +28,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
-from experiments import output
+from experiments import cli, output
 from experiments.step_time.__main__ import Arm, add_shape_arguments, check_shape, make_config
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
 
@@ -46,10 +46,10 @@ class Tensor(NamedTuple):
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m experiments.step_time.peak",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__,
+        small="--width 128 --ffn_width 256 --num_blocks 1 --sequence_length 64 --vocab_size 256",
     )
     add_shape_arguments(parser)
     parser.add_argument("--connections", nargs="+", default=["residual", "mhc"],

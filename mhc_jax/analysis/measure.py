@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen, nnx
 
 from mhc_jax import gains as gains_lib
+from mhc_jax import paths
 from mhc_jax.analysis.collect import collected
 from mhc_jax.analysis.runs import read_config, stored_gains
 from mhc_jax.gain_sums import gain_sums
@@ -106,8 +107,9 @@ def gains_of_run(
       FileNotFoundError: the folder has no config.json.
       ValueError: no gains or no checkpoint, a file that cannot be read (the message names it), or a text
         without tokens.
+      TypeError: a text that is neither str nor bytes.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = paths.of_user(workdir)
     config = read_config(workdir)
     if text is not None:
         return _on_text(workdir, text, max_sequences)
@@ -140,7 +142,9 @@ def _on_text(workdir: pathlib.Path, text: str | bytes, max_sequences: int) -> Ga
         return _ones(2 * config.model.num_blocks)
     if config.data.source == "synthetic":
         raise ValueError(f"{workdir} was trained on synthetic tokens, which are no text")
-    raw = text.encode() if isinstance(text, str) else bytes(text)
+    if not isinstance(text, str | bytes):
+        raise TypeError(f"text is a {type(text).__name__}: give str or bytes")
+    raw = text.encode() if isinstance(text, str) else text
     tokens = load_tokenizer(config.data.tokenizer).encode([raw])[0].astype(np.int32)
     length = min(config.data.sequence_length, len(tokens))
     if not length:

@@ -1,7 +1,9 @@
 """Saves checkpoints while training goes on, restores the newest good one, and tries the file system."""
 
 import contextlib
+import errno
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -251,7 +253,12 @@ def probe(workdir: epath.PathLike) -> None:
             raise OSError("what was restored is not what was saved")
         folder.rmtree()
     except Exception as error:
+        way_out = (
+            "folders must be renamable there; docs/launch.md has the options of gcsfuse, and --workdir may "
+            "be gs://bucket/folder"
+        )
+        if os.strerror(errno.ENOSPC) in str(error):
+            way_out = "free some space there, or give another --workdir"
         raise ValueError(
-            f"checkpoints cannot be saved in {workdir} ({one_line(error)}): folders must be renamable there; "
-            "docs/launch.md has the options of gcsfuse, and --workdir may be gs://bucket/folder"
+            f"checkpoints cannot be saved in {workdir} ({one_line(error)}): {way_out}"
         ) from error

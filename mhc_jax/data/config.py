@@ -40,20 +40,20 @@ class DataConfig:
 
     def __post_init__(self):
         if self.source not in SOURCES:
-            raise ValueError(f"source={self.source!r} is unknown: use one of {', '.join(SOURCES)}.")
+            raise ValueError(
+                f"data.source={self.source!r} is unknown: use one of {', '.join(SOURCES)}."
+            )
         reads_path = self.source in ("text", "array_record")
         if reads_path and not self.path.strip():
-            raise ValueError(
-                f"source={self.source!r} needs files: set path to a glob, got path={self.path!r}."
-            )
+            raise ValueError(f"data.source={self.source!r} needs files: set data.path to a glob.")
         if not reads_path and self.path:
             raise ValueError(
-                f"source={self.source!r} reads no path, got path={self.path!r}: "
-                "set path='' or source='text'."
+                f"data.source={self.source!r} reads no files, but data.path={self.path!r}: "
+                "set data.path='' or data.source='text'."
             )
         if not self.tokenizer:
             raise ValueError(
-                f"tokenizer={self.tokenizer!r}: use 'byte' or the path of a tokenizers JSON file."
+                f"data.tokenizer={self.tokenizer!r}: use 'byte' or the path of a tokenizers JSON file."
             )
         ranges.check(vars(self), "data.")
 

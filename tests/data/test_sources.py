@@ -129,7 +129,7 @@ def test_tokenizer_ignores_stored_limits_and_spelt_out_specials(tokenizer_file):
         ({"source": "web"}, "source='web'.*stdlib, text, array_record, synthetic"),
         ({"source": "text"}, "source='text' needs files"),
         ({"source": "array_record", "path": " "}, "needs files"),
-        ({"path": "*.txt"}, r"source='synthetic' reads no path, got path='\*.txt'"),
+        ({"path": "*.txt"}, r"data.source='synthetic' reads no files, but data.path='\*.txt'"),
         ({"tokenizer": ""}, "tokenizer=''"),
         ({"sequence_length": 0}, "sequence_length=0"),
         ({"sequence_length": 2.5}, "sequence_length=2.5"),

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import sweep
+from experiments import record, sweep
 from experiments.manifolds import __main__ as study
 from experiments.manifolds import settings, tables
 from experiments.manifolds.settings import ARMS, Run
@@ -116,6 +116,13 @@ def test_the_command_trains_measures_and_draws(payload, tmp_path, monkeypatch, c
     assert stored["runs"].keys() == {f"{key}/seed0" for key in keys}
     for name in ("arms.png", "widths.png"):
         assert (tmp_path / name).stat().st_size > 5000
+    # At full size too, the results of the repository change only where it is asked for.
+    monkeypatch.setattr(study, "train", lambda runs, options: {run.key: None for run in runs})
+    for options, folder in (([], tmp_path), (["--record"], tmp_path / "repository")):
+        monkeypatch.setattr(record, "FOLDER", tmp_path / "repository")
+        study.main(["--output", str(tmp_path), "--parts", "arms", *options])
+        assert record.result_path("manifolds", folder=folder).exists()
+        assert (tmp_path / "repository").exists() == bool(options)
 
 
 def test_arms_that_differ_in_the_manifold_train_states_of_their_own(monkeypatch):

@@ -140,7 +140,7 @@ def test_a_run_at_toy_size(tmp_path, capsys):
 
 def test_blocks_are_written_out_unless_asked_otherwise():
     for arguments, scans in (([], False), (["--scan_blocks"], True), (["--no-scan_blocks"], False)):
-        options = model_speed.parse_arguments(arguments)
+        options = model_speed.parse_arguments(["--num_steps=1", *arguments])
         for name in ("paper_3b", "small_30m"):
             arm = model_speed.Arm(f"configs/{name}.py", options, 4, None)
             assert arm.config.model.scan_blocks == arm.result["scan_blocks"] == scans

@@ -1,5 +1,6 @@
 """Sweeps, their summaries and the paired tables; a run that was cut ends as one that was not."""
 
+import _thread
 import contextlib
 import json
 import math
@@ -14,6 +15,7 @@ from experiments import record, sweep
 from experiments.init_study import __main__ as init_study
 from experiments.init_study import figure
 from experiments.init_study.runs import ALPHA_TIMES_ROW, all_runs, first_runs, second_runs
+from experiments.manifolds import __main__ as manifolds
 from experiments.reproduction import __main__ as reproduction
 from experiments.reproduction import charts, figures, tables
 from experiments.reproduction.settings import (
@@ -28,6 +30,7 @@ from experiments.reproduction.settings import (
 )
 from experiments.reproduction.stored import stored
 from mhc_jax import train as training
+from mhc_jax.train import BadInput, Interrupted
 from mhc_jax.train_step import abstract_state
 
 TOY = {"model.num_blocks": 1, "model.width": 16, "model.num_heads": 2, "model.ffn_width": 16,
@@ -274,6 +277,44 @@ def test_no_run_is_started_that_the_time_cannot_hold(tmp_path, monkeypatch):
                                 seconds=seconds.get)  # fmt: skip
         assert missing == list(seconds)
         assert started == (list(seconds)[1:] if deadline else list(seconds))
+
+
+def test_an_interrupt_starts_no_further_run(tmp_path, monkeypatch):
+    started = []
+
+    def run_process(module, key, output, arguments, gpu, per_gpu, deadline, stop):
+        started.append(key)
+        if len(started) == 2:
+            _thread.interrupt_main()
+        assert stop.wait(60)
+
+    monkeypatch.setattr(sweep, "_run_process", run_process)
+    with pytest.raises(Interrupted, match="0 of 5 runs are finished: the same command goes on"):
+        sweep.run_all("m", list("abcde"), tmp_path, [], per_gpu=2, deadline=None)
+    assert sorted(started) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("study", "arguments", "message"),
+    [
+        (reproduction, ["--data=/none/*"], "No file matches '/none/\\*'"),
+        (init_study, ["--data=/none/*"], "No file matches"),
+        (manifolds, ["--data=/none/*"], "No file matches"),
+        (reproduction, ["--set", "model.num_heads=7"], "model.width=512 over model.num_heads=7"),
+        (manifolds, ["--set", "model.num_heads=7"], "model.width=512 over model.num_heads=7"),
+        (reproduction, ["--repeat", "main/foo/lr1/seed0"], "'foo' is unknown"),
+        (reproduction, ["--run", "foo"], "'foo' is no run: SETTING"),
+        (manifolds, ["--run", "foo"], "'foo' is no run: ARM"),
+        (init_study, ["--run", "foo"], "--run=foo is no run of this study"),
+    ],
+)
+def test_a_study_refuses_wrong_input_before_it_starts(
+    study, arguments, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep, "run_all", None)
+    with pytest.raises((BadInput, SystemExit), match=message):
+        study.main([*arguments, "--output", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_time_of_a_run_is_that_of_its_like(tmp_path):

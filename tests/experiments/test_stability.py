@@ -83,8 +83,3 @@ def check_gains_on_a_text(workdir):
     with pytest.raises(ValueError, match="mhc is of another architecture") as error:
         gains_of_run(workdir, text)
     assert "\n" not in str(error.value)
-
-
-def test_a_demo_without_seeds_is_refused():
-    with pytest.raises(SystemExit, match="--seeds 0 must be at least 1"):
-        stability.main(["--seeds=0"])

@@ -138,6 +138,15 @@ def test_explain_on_a_cpu(op):
     assert "not pallas: needs a TPU" in text
 
 
+@pytest.mark.parametrize("wrong", [{"T": -1}, {"T": 0.5}, {"n": "4"}, {"C": 0}])
+def test_explain_names_a_wrong_size(wrong):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(
+        (ValueError, TypeError), match=f"{'width' if name == 'C' else name}={value!r}: "
+    ):
+        kp.explain("read", platform="cpu", **wrong)
+
+
 def test_explain_says_what_a_missing_package_would_bring(monkeypatch):
     monkeypatch.setattr(dispatch, "_missing_package", lambda: "the package triton is not installed")
     for op, names in (

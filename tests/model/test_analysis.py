@@ -530,6 +530,8 @@ def test_gains_of_a_run(tmp_path):
         analysis.gains_of_run(run)
     with pytest.raises(FileNotFoundError, match="nothing is not a workdir"):
         analysis.gains_of_run(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"^gs:// names no bucket: give gs://bucket/folder$"):
+        analysis.gains_of_run("gs://")
     (run / "config.json").write_text('{"model": {"conn')
     with pytest.raises(ValueError, match=r"mhc/config\.json is no configuration"):
         analysis.gains_of_run(run)

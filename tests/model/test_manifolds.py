@@ -304,6 +304,21 @@ def test_a_manifold_that_does_not_exist_is_named_when_the_config_is_read(name, n
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_n_and_no_logits_is_named(name):
+    manifold = make(name)
+    for n, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("4", TypeError)):
+        with pytest.raises(error, match=f"^n={n!r}: the number of streams must be"):
+            manifold.num_logits(n)
+    for logits, said in (
+        (None, "None, not an array"),
+        ([1.0], "a list"),
+        (jnp.ones(2, int), "int32"),
+    ):
+        with pytest.raises(TypeError, match=f"^logits is {said}"):
+            manifold.project(logits, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_of_another_n_are_named(name):
     k = LOGITS[name](4)
     message = rf"^logits have shape \(2, 7\), expected \[\.\.\., {k}\]: .* has {k} logits for n=4 streams$"

@@ -38,11 +38,21 @@ def test_the_rest_goes_to_the_axis_that_is_minus_one():
     assert sizes == ONE | {"fsdp": 16, "tensor": 4}
 
 
-@pytest.mark.parametrize(("sizes", "devices"), [({"fsdp": 3}, 8), ({"data": -1, "tensor": 3}, 8)])
-def test_a_mesh_that_does_not_multiply_out(sizes, devices):
-    with pytest.raises(
-        ValueError, match=r"tensor=\d.* does not multiply out to the 8 devices: set"
-    ):
+@pytest.mark.parametrize(
+    ("sizes", "devices", "said"),
+    [
+        ({"fsdp": 3}, 8, "8 devices: lower mesh.fsdp=3, whose product has to divide 8"),
+        ({"data": -1, "tensor": 3}, 8, "8 devices: lower mesh.tensor=3, whose"),
+        (
+            {"data": -1, "tensor": 2, "pipe": 2},
+            1,
+            "1 device: lower mesh.pipe=2, mesh.tensor=2, whose",
+        ),
+        ({"fsdp": 2, "tensor": 2}, 8, "8 devices: set mesh.data=-1, or raise an axis to use all 8"),
+    ],
+)
+def test_a_mesh_that_does_not_multiply_out(sizes, devices, said):
+    with pytest.raises(ValueError, match=rf"tensor=\d.* does not multiply out to the {said}"):
         sharding.mesh_sizes(MeshConfig(**ONE | sizes), devices)
 
 

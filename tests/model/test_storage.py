@@ -1,6 +1,7 @@
 """Damaged, full, shared and far storage: what a run finds, says and does then."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -276,6 +277,17 @@ def test_storage_that_cannot_rename_folders_fails_at_the_start(programs, tmp_pat
         train(CONFIG, tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / lock.NAME).exists()
+
+
+def test_a_full_disk_is_named_at_the_start(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.write, "_Manager", full)
+    with pytest.raises(
+        ValueError, match=r"No space left on device\): free some space there, or give"
+    ):
+        checkpoint.write.probe(tmp_path)
 
 
 def test_what_is_left_of_a_killed_save_is_removed(two_steps, tmp_path):
