@@ -16,24 +16,25 @@ from jax.interpreters import ad, batching, mlir
 from kernels_pallas import dispatch, placement, varying
 
 
-def custom_vjp(
-    function: Callable, nondiff_argnums: tuple[int, ...] = (), several: bool = False
-) -> Any:
-    """`jax.custom_vjp` whose gradients are right inside of `jax.shard_map`, and with a clear error for jvp.
+def custom_vjp(function: Callable, nondiff_argnums: tuple[int, ...] = ()) -> Any:
+    """`jax.custom_vjp` with right gradients in `jax.shard_map` and `jax.vmap`, and a clear error for jvp.
 
-    Use it in the same way, `defvjp` included. Arguments vary alike over Manual axes (`varying.alike`).
+    Use it in the same way, `defvjp` included. Arguments vary alike over Manual axes (`varying.alike`), and
+    results have every axis of vmap that an argument has (`_mapped_alike`).
 
     Args:
       function, nondiff_argnums: as of `jax.custom_vjp`.
-      several: there are several results, all of which depend on the first array (`_mapped_alike`).
 
     Raises:
       TypeError: where a forward-mode derivative (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) is evaluated.
     """
     name = function.__name__.strip("_")
 
+    def arrays_of(args):
+        return [x for i, x in enumerate(args) if i not in nondiff_argnums]
+
     def without_mark(*args):
-        return function(*args[:-1])
+        return _mapped_alike(function(*args[:-1]), arrays_of(args[:-1]))[0]
 
     without_mark.__name__ = function.__name__
     # The mark comes last, where it moves none of nondiff_argnums.
@@ -41,15 +42,18 @@ def custom_vjp(
 
     @functools.wraps(function)
     def call(*args):
-        arrays = varying.alike([x for i, x in enumerate(args) if i not in nondiff_argnums])
-        arrays = _mapped_alike(arrays) if several else arrays
+        arrays = varying.alike(arrays_of(args))
         mark = _mark_p.bind(*_floating(arrays), name=name)
         arrays = iter(arrays)
         return op(*(x if i in nondiff_argnums else next(arrays) for i, x in enumerate(args)), mark)
 
     def defvjp(forward: Callable, backward: Callable) -> None:
+        def alike(*args):
+            results, saved = forward(*args[:-1])
+            return _mapped_alike(results, arrays_of(args[:-1]), saved)
+
         op.defvjp(
-            lambda *args: forward(*args[:-1]),
+            alike,
             lambda *args: (*backward(*args), None),
         )
 
@@ -104,40 +108,41 @@ ad.primitive_jvps[_tangent_p] = _no_forward_mode
 ad.primitive_transposes[_tangent_p] = lambda _, *args, name: [ad.Zero(x.aval) for x in args]
 
 
-# The first array of an operation, which all of its results depend on. Under `jax.vmap` it has the mapped axis
-# as soon as another array has it. Else a result such as the streams that a read hands on would lack the axis
-# where parameters alone have it, and `jax.custom_vjp` would count the cotangent of such a result once for
-# each of the parameters.
-_alike_p = Primitive("mapped_alike")
+# One result of an operation, and all arguments. Under `jax.vmap` the result has the mapped axis as soon as an
+# argument has it. Else a result that depends on the other arguments alone would lack the axis, and
+# `jax.custom_vjp` would count its cotangent once for each element of the axis.
+ALIKE = "mapped_alike"
+_alike_p = Primitive(ALIKE)
 
 
-def _mapped_alike(arrays: list) -> list:
-    (first, *rest), tree = jax.tree.flatten(arrays)
-    return jax.tree.unflatten(tree, (_alike_p.bind(first, *rest), *rest)) if rest else arrays
+def _mapped_alike(results: Any, args: Any, saved: Any = None) -> tuple[Any, Any]:
+    """`results` and `saved`, results with the mapped axes of `args`; what is in both stays one array.
+
+    One result alone depends on all arguments, and needs nothing.
+    """
+    found = jax.tree.leaves(results)
+    if len(found) < 2:
+        return results, saved
+    arrays = jax.tree.leaves(args)
+    alike = {id(x): _alike_p.bind(x, *arrays) for x in found}
+    return jax.tree.map(lambda x: alike.get(id(x), x), (results, saved))
 
 
 def _batch_alike(args, dims):
-    first, dim = args[0], dims[0]
+    (first, *rest), (dim, *others) = args, dims
     if dim is None:
-        other, at = next((x, d) for x, d in zip(args, dims) if d is not None)
+        other, at = next((x, d) for x, d in zip(rest, others) if d is not None)
         first, dim = placement.broadcast_like(first, other, at), 0
-    args = (first, *(x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args[1:], dims[1:])))
-    return _alike_p.bind(jnp.moveaxis(first, dim, 0), *args[1:]), 0
-
-
-def _jvp_alike(primals, tangents):
-    first = _alike_p.bind(*primals)
-    if isinstance(tangents[0], ad.Zero):
-        return first, ad.Zero(jax.typeof(first))
-    return first, _alike_p.bind(tangents[0], *primals[1:])
+    # Of an axis of vmap around this one the others tell as well with this axis in them.
+    return _alike_p.bind(first, *rest), dim
 
 
 _alike_p.def_impl(lambda first, *_: first)
 _alike_p.def_abstract_eval(lambda first, *_: first)
 mlir.register_lowering(_alike_p, lambda ctx, first, *_: [first])
 batching.primitive_batchers[_alike_p] = _batch_alike
-ad.primitive_jvps[_alike_p] = _jvp_alike
-ad.primitive_transposes[_alike_p] = lambda d, *args: [d] + [None] * (len(args) - 1)
+# A tangent has the axes that it has: nothing counts it.
+ad.primitive_jvps[_alike_p] = lambda primals, tangents: (_alike_p.bind(*primals), tangents[0])
 
 
 class _Function(NamedTuple):
@@ -189,7 +194,7 @@ def _outline(function: _Function, structs):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _call(function: _Function, *args):
-    return placement.call_by_type(function, *args)
+    return _mapped_alike(placement.call_by_type(function, *args), args)[0]
 
 
 def _forward(function, *args):

@@ -39,6 +39,12 @@ def _rescale(mantissa: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.A
     return mantissa * _power_of_two(-k)[None, None], exponent + k
 
 
+def root(x: jax.Array) -> jax.Array:
+    """Square root with derivative 0 at 0, as of a norm: composites are exact identities at the start."""
+    zero = x == 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
+
+
 class Scaled(NamedTuple):
     """value * 2**exponent: value [L, K] float32, exponent [L, 1] int32."""
 
@@ -181,7 +187,7 @@ def singular_values(matrix: jax.Array) -> jax.Array:
 
     turns = (_JACOBI_SWEEPS if n <= 4 else _JACOBI_SWEEPS_ABOVE_4) * (2 * half - 1)
     columns = jnp.concatenate(lax.fori_loop(0, turns, turn, (columns[:half], columns[half:])))
-    values = jnp.sqrt(jnp.sum(columns * columns, axis=1))
+    values = root(jnp.sum(columns * columns, axis=1))
     return jnp.flip(jnp.sort(values, axis=0), axis=0)[:n]
 
 
@@ -222,7 +228,7 @@ def _sums(h_res: jax.Array, share: jax.Array) -> GainSums:
     scaled = forward * _power_of_two(exponent - unit)[:, None, None]
     eye = jnp.eye(n, dtype=jnp.float32)[None, ..., None]
     distances = [
-        jnp.sqrt(jnp.sum(jnp.square(scaled - target * _power_of_two(-unit)[:, None, None]), (1, 2)))
+        root(jnp.sum(jnp.square(scaled - target * _power_of_two(-unit)[:, None, None]), (1, 2)))
         for target in (eye, jnp.full_like(eye, 1 / n))
     ]
     distances = _sum_over_tokens(jnp.stack(distances, axis=1), unit, share)
@@ -268,10 +274,13 @@ def gain_sums(h_res: jax.Array) -> GainSums:
         share = (start + jnp.arange(size) >= index * size).astype(jnp.float32)
         return total.plus(_sums(chunk, share)), None
 
+    def zeros(*shape):
+        return jnp.zeros(shape, jnp.float32)
+
     def nothing(width):
-        return Scaled(jnp.zeros((sublayers, width)), jnp.full((sublayers, 1), _NOTHING, jnp.int32))
+        return Scaled(zeros(sublayers, width), jnp.full((sublayers, 1), _NOTHING, jnp.int32))
 
     n2 = n * n
     widths = (4 + n2, n2, 3 + n2, 1 + n2, 2)
-    empty = GainSums(jnp.zeros(()), *map(nothing, widths))
+    empty = GainSums(zeros(), *map(nothing, widths))
     return lax.scan(of_chunk, empty, jnp.arange(chunks))[0]

@@ -25,7 +25,7 @@ from etils import epath
 
 from kernels_pallas.placement import whole
 from mhc_jax import paths
-from mhc_jax.gain_sums import GainSums, gain_sums, tokens_at_once
+from mhc_jax.gain_sums import GainSums, gain_sums, root, tokens_at_once
 
 
 class GainMagnitudes(NamedTuple):
@@ -108,7 +108,7 @@ def finish(sums: GainSums) -> GainMagnitudes:
         for x in (sums.single, sums.head, sums.tail, sums.distances)
     )
     deviation = sums.squares._replace(  # the exponent of squares is even
-        value=jnp.sqrt(sums.squares.value / sums.tokens), exponent=sums.squares.exponent // 2
+        value=root(sums.squares.value / sums.tokens), exponent=sums.squares.exponent // 2
     ).plain()
 
     def matrices(flat):
@@ -231,7 +231,7 @@ def stream_cosine(streams: jax.Array, n: int) -> jax.Array:
         # Divide by the largest entry first: squares of exploding streams leave float32.
         peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
         x = x / jnp.where(peak > 0, peak, 1.0)
-        norm = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+        norm = root(jnp.sum(x * x, axis=-1, keepdims=True))
         unit.append(x / jnp.where(norm > 0, norm, 1.0))
     pairs = [
         jnp.mean(jnp.sum(unit[i] * unit[j], axis=-1)) for i in range(n) for j in range(i + 1, n)

@@ -80,7 +80,8 @@ def linear_cross_entropy(
     It has no forward-mode derivative (`jax.jvp`, `jax.hessian`). Rounding is that of `unembed`: products in
     the dtype of x, the gradient of the logits rounded to it, that of the matrix summed in float32. Over a
     mesh every device cuts its own tokens into chunks; the matrix is gathered once and its gradient is
-    summed once.
+    summed once. Under `jax.vmap` leave `spmd_axis_name` out there: JAX cannot lower it around a `shard_map`
+    over some of the axes.
 
     Args:
       x: `[B, S, C]`.

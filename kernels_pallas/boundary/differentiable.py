@@ -51,6 +51,6 @@ def _differentiable(op, forward, backward):
         return forward(arrays, parameters, static, implementation)[0]
 
     call.__name__ = op
-    operation = custom_vjp(call, nondiff_argnums=(2, 3), several=True)
+    operation = custom_vjp(call, nondiff_argnums=(2, 3))
     operation.defvjp(forward, backward)
     return operation

@@ -18,7 +18,7 @@ def _run(definition, static, *args):
     return run("coefficients", definition, implementation, *args, **dict(zip(names, static)))
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(4,), several=True)
+@functools.partial(custom_vjp, nondiff_argnums=(4,))
 def _coefficients(s, r, bias, alpha, static):
     return _run(reference.forward, static, s, r, bias, alpha)
 

@@ -15,7 +15,7 @@ from kernels_pallas.shapes import check_floating, check_phi, check_streams
 PHI_PRECISIONS = ("tf32", "highest")
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2, 3), several=True)
+@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
 def _projection(streams, phi, norm_eps, implementation):
     return run("projection", reference.forward, implementation, streams, phi, norm_eps=norm_eps)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import sequential_vmap
 
 from kernels_pallas.derivatives import custom_vjp
 from kernels_pallas.varying import varying_axes
@@ -71,7 +72,12 @@ def _grouped_matmul(covers_all_rows, x, matrices, sizes):
     branches = {"tpu": jax.lax.ragged_dot, "default": grouped_loop.forward}
     if _may_use_hopper_kernel(x, matrices):
         branches["cuda"] = functools.partial(_hopper_forward, covers_all_rows)
-    return jax.lax.platform_dependent(x, matrices, sizes, **branches)
+    return _best(branches, x, matrices, sizes)
+
+
+def _best(branches, *args):
+    """What the platform has; under `jax.vmap` one call after the other, since no kernel has a batch axis."""
+    return sequential_vmap(lambda *args: jax.lax.platform_dependent(*args, **branches))(*args)
 
 
 def _backward(covers_all_rows, saved, cotangent):
@@ -95,10 +101,7 @@ def _gradients(covers_all_rows, x, matrices, sizes, cotangent):
         of_matrices["cuda"] = _hopper_of_matrices
     if _has_megablox(matrices.shape[1:]) and not varying_axes(x, matrices):
         of_matrices["tpu"] = _megablox_of_matrices
-    return tuple(
-        jax.lax.platform_dependent(x, matrices, sizes, cotangent, **branches)
-        for branches in (of_x, of_matrices)
-    )
+    return tuple(_best(branches, x, matrices, sizes, cotangent) for branches in (of_x, of_matrices))
 
 
 def _gradients_backward(covers_all_rows, saved, cotangents):

@@ -103,4 +103,5 @@ class MoE(nnx.Module):
                 routing.scores, config.experts_per_token
             )
         load = router.load(routing.experts, config.num_experts)
-        return y, MoEAux(load, balance_loss, 1 - jnp.mean(kept, dtype=jnp.float32))
+        share = jnp.sum(~kept, dtype=jnp.float32) / max(kept.size, 1)
+        return y, MoEAux(load, balance_loss, share)

@@ -150,6 +150,8 @@ def capacity(num_tokens: int, experts_per_token: int, num_experts: int, factor: 
 
 def _one_device(x, experts, routing_weights, weights, name, capacity_factor, axis):
     """Computes `routed_experts` of one device's tokens and its share of the experts."""
+    if not x.size:  # no tokens
+        return x, jnp.ones(experts.shape, bool)
     flat = [a.reshape(-1, a.shape[-1]) for a in (x, experts, routing_weights)]
     if name == "dropless":
         join = x.shape[1] > 1  # a token of each sequence is decoding

@@ -162,6 +162,7 @@ def sequence_balance_loss(scores: jax.Array, experts_per_token: int) -> jax.Arra
         loss = sum_i f_i P_i                             (1 when all experts are used equally)
 
     The choices counted here are those of the scores alone, without the balancing bias, as in the report.
+    Without tokens it is 0.
 
     Args:
       scores: `[B, S, E]`.
@@ -171,6 +172,8 @@ def sequence_balance_loss(scores: jax.Array, experts_per_token: int) -> jax.Arra
 
 
 def _sequence_balance_loss(scores, experts_per_token):
+    if not scores.size:
+        return jnp.zeros((), scores.dtype)
     num_experts = scores.shape[-1]
     chosen = one_hot(top_k(jax.lax.stop_gradient(scores), experts_per_token), num_experts)
     fraction = jnp.mean(jnp.sum(chosen, axis=2), axis=1) * (num_experts / experts_per_token)

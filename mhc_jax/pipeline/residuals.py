@@ -14,6 +14,8 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 
+from kernels_pallas.derivatives import ALIKE
+
 Tree = Any
 
 
@@ -145,7 +147,10 @@ def needed(eqns: list, outvars: list) -> list:
 
 
 def written_out(program: jax.extend.core.ClosedJaxpr, calls: Collection[str]):
-    """The program with what these primitives call (`jit`, `remat2`, ...) written out in their place."""
+    """The program with what these primitives call (`jit`, `remat2`, ...) written out in their place.
+
+    What `jax.vmap` alone needs (`ALIKE`) is left out: it would make a result wait for what it is not made of.
+    """
     eqns, constvars, consts = [], list(program.jaxpr.constvars), list(program.consts)
 
     def renamed(names, variables):
@@ -165,6 +170,8 @@ def written_out(program: jax.extend.core.ClosedJaxpr, calls: Collection[str]):
                     inner = inner.jaxpr
                 of_inner.update(zip(inner.invars, operands, strict=True))
                 results = write(inner, of_inner)
+            elif eqn.primitive.name == ALIKE:
+                results = operands[:1]
             else:
                 results = [jax.extend.core.Var(var.aval) for var in eqn.outvars]
                 eqns.append(eqn.replace(invars=operands, outvars=results))
@@ -191,6 +198,7 @@ def varying(jaxpr: jax.extend.core.Jaxpr, changing: list) -> set:
     """The variables of a program that depend on `changing`."""
     found = set(changing)
     for eqn in jaxpr.eqns:
-        if any(is_in(var, found) for var in eqn.invars):
+        operands = eqn.invars[:1] if eqn.primitive.name == ALIKE else eqn.invars
+        if any(is_in(var, found) for var in operands):
             found.update(eqn.outvars)
     return found

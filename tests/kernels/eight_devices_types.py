@@ -179,6 +179,44 @@ def explicit(mesh, tokens, axis):
     return run
 
 
+def ensemble(mesh, members, axis):
+    """Equal models under vmap over parameters alone, split over `members`, their tokens over `axis`.
+
+    Member k counts k + 1 times, so that a sum over another axis, or one too many, shows.
+    """
+    weights = jnp.arange(1.0, 1 + mesh.shape[members], dtype=jnp.float32)
+
+    def run(name, evaluate=call):
+        loss = LOSSES[name][0]
+
+        def total(stack, x, y):
+            losses = jax.vmap(lambda p: loss(p, x, y).sum())(stack)
+            return losses @ weights, losses
+
+        def gradients(*args):
+            (_, losses), (of_members, *of_tokens) = jax.value_and_grad(
+                total, (0, 1, 2), has_aux=True
+            )(*args)
+            return losses, of_members, of_tokens
+
+        def stacked(x):
+            spec = NamedSharding(mesh, P(members, *(None,) * x.ndim))
+            return jax.device_put(jnp.stack([x] * len(weights)), spec)
+
+        parameters, x, y = place(mesh, name, P(axis), None)
+        with jax.set_mesh(mesh):
+            args = jax.tree.map(stacked, jax.device_get(parameters)), x, y
+            losses, of_members, of_tokens = jax.device_get(evaluate(jax.jit(gradients), *args))
+        np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+        for leaf in jax.tree.leaves(of_members):
+            one = leaf / np.asarray(weights).reshape(-1, *(1,) * (leaf.ndim - 1))
+            np.testing.assert_allclose(one, one[:1] + 0 * one, rtol=1e-5, atol=1e-5)
+        dx, dy = (d / np.sum(weights) for d in of_tokens)
+        return losses[0], (jax.tree.map(lambda x: x[0], of_members), dx, dy)
+
+    return run
+
+
 def manual(mesh, tokens, *, inside, check_vma, axes=frozenset()):
     """The gradient outside or inside of a shard_map over `axes` (all by default)."""
     names = axes or set(mesh.axis_names)
@@ -236,6 +274,7 @@ def cases():
     yield "explicit, two axes", ops, explicit(two, P("a", "b"), "a"), True
     yield "explicit, two axes", connections, explicit(two, P("a", "b"), "a"), False
     yield "explicit, two axes on one dimension", both, explicit(two, P(("a", "b")), "b"), False
+    yield "ensemble, explicit", ops, ensemble(two, "a", "b"), True
     yield "explicit and auto", connections, explicit(mixed, P("a"), "a"), True
     auto = mesh_of(a=(4, "Auto"), b=(2, "Auto"))
     mixed = mesh_of(a=(4, "Auto"), b=(2, "Explicit"))

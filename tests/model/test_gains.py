@@ -249,3 +249,20 @@ def test_summary_keys():
         "gains/composite_second_singular": float(actual.second_singular[-1]),
     }
     assert all(type(value) is float for value in line.values())
+
+
+def test_gradients_where_a_norm_is_zero():
+    """Composites start as identities, and an odd n is paired with a column of zeros."""
+
+    def of_gains(h_res):
+        found = gains.gain_magnitudes(h_res)
+        return jnp.sum(found.distance_identity) + jnp.sum(found.matrix_std)
+
+    h_res = jnp.broadcast_to(jnp.eye(3), (2, 4, 3, 3))
+    assert jnp.isfinite(jax.jit(jax.grad(of_gains))(h_res)).all()
+    matrices = random_mappings(3)[0].astype(np.float64)
+    u, _, vt = np.linalg.svd(matrices)
+    gradient = jax.jit(jax.grad(lambda m: singular_values(m).sum()))
+    found = gradient(jnp.asarray(matrices.transpose(1, 2, 0), jnp.float32))
+    # Of the nuclear norm.
+    np.testing.assert_allclose(found.transpose(2, 0, 1), u @ vt, atol=2e-5)

@@ -408,6 +408,47 @@ def test_gradient_of_what_an_ensemble_shares():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_second_gradient_of_what_an_ensemble_shares():
+    """The results of a backward count once too, here the gradient of h_post, which h_res has no part in."""
+    rng = np.random.default_rng(0)
+    x, y, h_post, h_res, d = (
+        jnp.asarray(rng.normal(size=size), jnp.float32)
+        for size in ((2, 8), (2, 4), (2, 2), (3, 2, 2, 2), (2, 8))
+    )
+
+    def inner(h_res, x, y, h_post, d):
+        def f(*args):
+            return jnp.vdot(kp.post_res(*args), d)
+
+        return sum(jnp.sin(g).sum() for g in jax.grad(f, (0, 1, 2, 3))(x, y, h_post, h_res))
+
+    def each(h_res, *shared):
+        return sum(inner(one, *shared) for one in h_res)
+
+    def mapped(h_res, *shared):
+        return jax.vmap(inner, (0, *(None,) * 4))(h_res, *shared).sum()
+
+    args = h_res, x, y, h_post, d
+    wanted, found = (jax.jit(jax.grad(f, (0, 1, 2, 3, 4)))(*args) for f in (each, mapped))
+    for a, b in zip(wanted, found):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_streams_are_kept_once():
+    """What a boundary keeps for its backward and what the next one keeps are the same array."""
+
+    def f(x):
+        x, u, mappings = MHC.read(x)
+        for _ in range(2):
+            x, u, mappings = MHC.boundary(Pending(x, jnp.sin(u), mappings))
+        return x, u, mappings
+
+    x = jax.ShapeDtypeStruct((3, n * C), jnp.float32)
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(f, x)[1], x))
+    # Those of the read, and what the two boundaries have written.
+    assert [leaf.shape for leaf in kept].count(x.shape) == 3
+
+
 def test_gains_of_mappings_on_explicit_axes():
     mesh = mesh_of(a="Explicit", b="Explicit")
     for spec in (P(None, "a", "b"), P(None, ("a", "b"))):

@@ -275,3 +275,37 @@ def test_the_largest_entries_in_either_way(few, monkeypatch):
     found = router.top_k(x, 6)
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, jax.lax.top_k(x, 6)[1])
+
+
+def test_an_ensemble_of_grouped_matmuls_is_the_loop_over_it():
+    """vmap over matrices alone, and the gradient of its gradient: rows count once for each result."""
+    rng = np.random.default_rng(0)
+    x, d, matrices = (
+        jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((5, 4), (5, 3), (2, 3, 4, 3))
+    )
+    sizes = jnp.asarray([2, 0, 2], jnp.int32)
+
+    def inner(matrices, x, d):
+        def f(x, matrices):
+            return jnp.vdot(grouped_matmul(x, matrices, sizes), d)
+
+        value, gradients = jax.value_and_grad(f, (0, 1))(x, matrices)
+        return value + sum(jnp.sin(g).sum() for g in gradients)
+
+    def each(matrices, x, d):
+        return sum(inner(one, x, d) for one in matrices)
+
+    def mapped(matrices, x, d):
+        return jax.vmap(inner, (0, None, None))(matrices, x, d).sum()
+
+    wanted, found = (jax.jit(jax.grad(f, (0, 1, 2)))(matrices, x, d) for f in (each, mapped))
+    for a, b in zip(wanted, found):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
+def test_no_tokens(dispatch):
+    graph, params, rest = make(settings(moe_dispatch=dispatch, sequence_balance_weight=0.5))
+    y, aux = jax.jit(lambda x: nnx.merge(graph, params, rest)(x))(jnp.zeros((0, 5, 8)))
+    assert y.shape == (0, 5, 8)
+    assert not any(np.any(leaf) for leaf in aux), aux
