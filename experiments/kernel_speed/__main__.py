@@ -1,7 +1,7 @@
 """Question: how far are the GPU kernels from the speed of memory, and from what others have?
 
-    python -m experiments.kernel_speed            # NVIDIA GPU with jax-triton; 8 minutes, estimated
-    python -m experiments.kernel_speed --check    # every leaf against float64; 8 minutes or more
+    python -m experiments.kernel_speed            # NVIDIA GPU with jax-triton; about 15 minutes, 1 a shape
+    python -m experiments.kernel_speed --check    # every leaf against float64; about 20 minutes
     python -m experiments.kernel_speed --trace    # every kernel inside a program, needs PyTorch; 1 minute
     python -m experiments.kernel_speed --terms    # cost of exact sums in the boundary's backward; 1 minute
     python -m experiments.kernel_speed --chart    # draws the charts of all results again, needs no GPU
