@@ -15,6 +15,14 @@ from etils import epath
 from configs import default
 from mhc_jax import paths
 
+# Package that an experiment may need -> the extra that has it.
+_EXTRAS = {
+    **dict.fromkeys(("triton", "jax_triton"), "gpu"),
+    **dict.fromkeys(("torch", "transformers"), "parity"),
+    "libtpu": "tpu",
+    "lm_eval": "evaluate",
+}
+
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Adds the default to the help of an option that has one and does not tell it."""
@@ -48,6 +56,8 @@ class Parser(argparse.ArgumentParser):
             known = [option for option in self._option_string_actions if option.startswith("--")]
             near = difflib.get_close_matches(name, known, n=1) if name.startswith("-") else []
             hint = f": did you mean {near[0]}?" if near else ""
+            if not name.startswith("-"):
+                hint = ": several values of an option follow it without ="
             self.error(f"unknown argument {unknown[0]}{hint}")
         if self._small is not None and not self._chosen(parsed):
             import jax
@@ -182,6 +192,9 @@ def run(main: Callable[[], Any]) -> NoReturn:
         from mhc_jax.train import BadInput, Interrupted, NonFiniteError
 
         said = (BadInput, BadData, Interrupted, Locked, NonFiniteError, SaveError)
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _EXTRAS:
+            name = error.name.split(".")[0]
+            sys.exit(f"{name} is not installed: pip install -e '.[{_EXTRAS[name]}]'")
         if isinstance(error, RuntimeError) and (not_there := command_line.no_backend(error)):
             sys.exit(not_there)
         if not isinstance(error, said):

@@ -32,8 +32,10 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def no_backend(error: RuntimeError) -> str:
     """Returns in one line what jax says of a platform that it cannot use; "" for any other error."""
-    lines = str(error).splitlines() or [""]
-    return f"RuntimeError: {lines[0]}" if "Unable to initialize backend" in lines[0] else ""
+    line = (str(error).splitlines() or [""])[0]
+    if "TPU support not installed" in line:
+        return "there is no libtpu, the compiler for TPUs: pip install -e '.[tpu]'"
+    return f"RuntimeError: {line}" if "Unable to initialize backend" in line else ""
 
 
 def load_config(flag: flags.FlagHolder) -> Config:

@@ -214,7 +214,7 @@ def test_options_of_an_experiment(experiment, tmp_path, capsys):
         ("--minutes=soon", "'soon' is no finite number"),
         ("--learning_rate=-1", "'-1' is no finite number of at least 0"),
         ("--widht=3", "unknown argument --widht=3: did you mean --width?"),
-        ("more", "unknown argument more ("),
+        ("more", "unknown argument more: several values of an option follow it without = ("),
         ("--output=", "the path '' is empty"),
         ("--output={here}", " is a folder: give the path of a file"),
         ("--output={here}/file/a.json", "/file is a file, and cannot hold it"),
@@ -265,6 +265,12 @@ def test_what_a_command_refuses_is_one_line(capsys):
     def without_devices():
         raise RuntimeError("Unable to initialize backend 'tpu': no libtpu\nMore of it")
 
+    def without_package():
+        raise ModuleNotFoundError("No module named 'triton.language'", name="triton.language")
+
+    def without_compiler():
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
     line = "RuntimeError: Unable to initialize backend 'tpu': no libtpu"
     with pytest.raises(SystemExit, match=f"^{line}$"):
         command_line._without_arguments(lambda argv: without_devices())([])
@@ -273,6 +279,8 @@ def test_what_a_command_refuses_is_one_line(capsys):
     assert capsys.readouterr().err == "\nInterrupted\n"
     for main, code in (
         (without_devices, line),
+        (without_package, "triton is not installed: pip install -e '.[gpu]'"),
+        (without_compiler, "there is no libtpu, the compiler for TPUs: pip install -e '.[tpu]'"),
         (refused, "BadInput: model.n=0"),
         (interrupted, 130),
         (lambda: 3, 3),

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli
-from kernels_pallas.boundary import cuda_launches
 from kernels_pallas.gpu import cuda_launch
 from kernels_pallas.gpu.cuda_launch import CudaLaunch
 from kernels_pallas.precision import round_to_tf32
@@ -45,6 +44,8 @@ def _random(rng: np.random.Generator, *shapes: tuple[tuple[int, ...], Any]) -> l
 
 def forward(T: int, C: int, **options) -> tuple[CudaLaunch, list]:
     """forward.cu and its arguments; options of `cuda_launches.forward_launch`."""
+    from kernels_pallas.boundary import cuda_launches  # needs Triton, --help does not
+
     rng = np.random.default_rng(0)
     update = _random(rng, ((T, 4 * C), _BF16), ((T, C), _BF16), ((T, 4), _F32), ((T, 16), _F32))
     known = _random(rng, ((T, 4), _F32)) if options.get("look_ahead") else []
@@ -57,6 +58,8 @@ def forward(T: int, C: int, **options) -> tuple[CudaLaunch, list]:
 
 def backward(T: int, C: int, splits: int, **options) -> tuple[CudaLaunch, list]:
     """backward.cu and its arguments; `splits` programs share the tokens, others as `backward_launch`."""
+    from kernels_pallas.boundary import cuda_launches  # needs Triton, --help does not
+
     rng = np.random.default_rng(0)
     hc = options.get("hc")
     tiles, chunks = -(-T // 16), 4 if hc else 3

@@ -17,8 +17,24 @@ from experiments import cli, libtpu
 FOLDER = pathlib.Path(__file__).parents[1]
 
 
-def _numbers(text: str) -> list[int]:
-    return [cli.integer(1, 48)(part) for part in text.split(",") if part]
+def _numbers(text: str, most: int = 48) -> list[int]:
+    return [cli.integer(1, most)(part) for part in text.split(",") if part]
+
+
+def _even(text: str) -> list[int]:
+    numbers = _numbers(text, 24)
+    if odd := [number for number in numbers if number % 2]:
+        raise argparse.ArgumentTypeError(f"{odd[0]} is odd, and a block has two sublayers")
+    return numbers
+
+
+def _check_accelerator(parser: cli.Parser, command: str) -> None:
+    """Ends the program where there is the CPU alone: these sizes would take hours, and all memory."""
+    import jax
+
+    if jax.default_backend() == "cpu":
+        hint = ": give --topology=v5p:2x2x1" if command == "memory" else ""
+        parser.error(f"{command} needs an accelerator, and jax finds the CPU alone{hint}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     memory.add_argument("--topology", help="TPU to compile for, as v5p:2x2x1 (needs libtpu)")
     memory.add_argument("--synthetic", type=_numbers, default=[1, 2, 3, 4, 6, 8, 12, 16, 24, 48],
                         help="L_r of the stack whose F keeps nothing, of 48 sublayers")  # fmt: skip
-    memory.add_argument("--decoder", type=_numbers, default=[2, 4, 6, 8, 12, 24],
+    memory.add_argument("--decoder", type=_even, default=[2, 4, 6, 8, 12, 24],
                         help="even L_r of the decoder, of 24 sublayers")  # fmt: skip
     memory.add_argument(
         "--threads", type=cli.positive, default=os.cpu_count(), help="compilations at once"
@@ -38,7 +54,10 @@ def parse_arguments() -> argparse.Namespace:
     for command in commands.choices.values():
         command.add_argument("--results", type=cli.new_folder, default=FOLDER,
                              help="folder of recompute/results")  # fmt: skip
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.command == "step_time" or (options.command == "memory" and not options.topology):
+        _check_accelerator(parser, options.command)
+    return options
 
 
 def _device(topology: str | None):

@@ -134,6 +134,10 @@ def test_recompute_step_time(monkeypatch, tmp_path, capsys):
     sizes, arms = SIZES | {"num_blocks": 8}, recompute_step_time.ARMS
     monkeypatch.setattr(recompute_step_time, "SHAPE", sizes)
     monkeypatch.setattr("sys.argv", ["x", "step_time", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        recompute.main()
+    assert "needs an accelerator, and jax finds the CPU alone" in capsys.readouterr().err
+    monkeypatch.setattr(recompute, "_check_accelerator", lambda *_: None)
     recompute.main()
     result = record.read(record.result_path("recompute", folder=tmp_path))["step_time"]
     rows = result["arms"]
