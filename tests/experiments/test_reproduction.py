@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import re
+import signal
 import time
 
 import jax
@@ -279,7 +280,7 @@ def test_no_run_is_started_that_the_time_cannot_hold(tmp_path, monkeypatch):
         assert started == (list(seconds)[1:] if deadline else list(seconds))
 
 
-def test_an_interrupt_starts_no_further_run(tmp_path, monkeypatch):
+def test_an_interrupt_starts_no_further_run(tmp_path, monkeypatch, request):
     started = []
 
     def run_process(module, key, output, arguments, gpu, per_gpu, deadline, stop):
@@ -289,6 +290,9 @@ def test_an_interrupt_starts_no_further_run(tmp_path, monkeypatch):
         assert stop.wait(60)
 
     monkeypatch.setattr(sweep, "_run_process", run_process)
+    # A process that a script starts in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(Interrupted, match="0 of 5 runs are finished: the same command goes on"):
         sweep.run_all("m", list("abcde"), tmp_path, [], per_gpu=2, deadline=None)
     assert sorted(started) == ["a", "b"]
