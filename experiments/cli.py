@@ -19,8 +19,6 @@ from mhc_jax import paths
 _EXTRAS = {
     **dict.fromkeys(("triton", "jax_triton"), "gpu"),
     **dict.fromkeys(("torch", "transformers"), "parity"),
-    "libtpu": "tpu",
-    "lm_eval": "evaluate",
 }
 
 
@@ -60,14 +58,15 @@ class Parser(argparse.ArgumentParser):
                 hint = ": several values of an option follow it without ="
             self.error(f"unknown argument {unknown[0]}{hint}")
         if self._small is not None and not self._chosen(parsed):
-            import jax
-
-            if jax.default_backend() == "cpu":
-                self.error(
-                    "the default sizes are for an accelerator, and jax finds the CPU alone: choose smaller "
-                    f"ones, as {self._small}"
-                )
+            self.need_accelerator("the default sizes are", f"choose smaller ones, as {self._small}")
         return parsed
+
+    def need_accelerator(self, what: str, way_out: str) -> None:
+        """Ends the program where jax has the CPU alone: `what` would take hours there, or all memory."""
+        import jax
+
+        if jax.default_backend() == "cpu":
+            self.error(f"{what} for an accelerator, and jax finds the CPU alone: {way_out}")
 
     def _chosen(self, parsed: argparse.Namespace) -> bool:
         """Whether one of the options that say how large the computation is has been given."""

@@ -17,7 +17,7 @@ front_end = threading.RLock()
 _WORKERS = 8  # a model has a dozen kernels, of which one takes half of the time
 # Kernel function -> what it is compiled for -> the thread's job. Functions are compared by identity, since
 # `hash` of a `triton.jit` function parses it.
-_jobs: dict[int, dict[Any, concurrent.futures.Future]] = {}
+_jobs: dict[int, dict[str, concurrent.futures.Future]] = {}
 
 
 @functools.cache
@@ -26,8 +26,14 @@ def _pool() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="triton")
 
 
-def begin(kernel: Any, compiled_for: Any, make: Callable[[], object]) -> None:
-    """Calls `make` in another thread, unless that was done for the same kernel and `compiled_for`."""
+def begin(kernel: Any, compiled_for: str, make: Callable[[], object]) -> None:
+    """Calls `make` in another thread, unless that was done for the same kernel and `compiled_for`.
+
+    Args:
+      kernel: a `triton.jit` function.
+      compiled_for: names all that the result depends on besides.
+      make: compiles, and keeps the result itself.
+    """
     with front_end:
         kernel.cache_key  # noqa: B018, computed here: the lock is not held where jax compares kernels
     jobs = _jobs.setdefault(id(kernel), {})

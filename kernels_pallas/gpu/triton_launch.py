@@ -57,36 +57,25 @@ class TritonLaunch(Launch):
             a if isinstance(a, int) else jax.core.ShapedArray(a.shape, a.dtype)
             for a in [*args, *self.outputs]
         ]
-        dtypes = tuple(map(triton_lib.get_triton_type, arrays))
-        constants = tuple(sorted(self.constants.items()))
-        capability = device.capability()
+        operands = list(map(triton_lib.get_triton_type, arrays)), scalars
+        # Those of `_call`, and jax_triton's defaults.
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "num_ctas": 1,
+            "compute_capability": device.capability(),
+            "enable_fp_fusion": True,
+            "metaparams": dict(sorted(self.constants.items())),
+            "dump": False,
+        }
 
         def make():
             with keeping():
                 triton_lib.get_or_create_triton_kernel(
-                    triton_lib.get_cuda_backend,
-                    "cuda",
-                    self.kernel,
-                    list(dtypes),
-                    scalars,
-                    num_warps=self.num_warps,
-                    num_stages=self.num_stages,
-                    num_ctas=1,
-                    compute_capability=capability,
-                    enable_fp_fusion=True,
-                    metaparams=dict(constants),
-                    dump=False,
+                    triton_lib.get_cuda_backend, "cuda", self.kernel, *operands, **options
                 )
 
-        compiled_for = (
-            dtypes,
-            tuple(scalars),
-            constants,
-            self.num_warps,
-            self.num_stages,
-            capability,
-        )
-        ahead.begin(self.kernel, compiled_for, make)
+        ahead.begin(self.kernel, repr((operands, options)), make)
 
     def _run_numpy(self, args: list) -> tuple[np.ndarray, ...]:
         args = [a if isinstance(a, int) else _to_torch(a) for a in args]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import record
+from experiments import cli, record
 from experiments.moe_speed import __main__ as moe_speed
 from experiments.recompute import __main__ as recompute
 from experiments.recompute import step_time as recompute_step_time
@@ -136,8 +136,8 @@ def test_recompute_step_time(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["x", "step_time", "--results", str(tmp_path)])
     with pytest.raises(SystemExit):
         recompute.main()
-    assert "needs an accelerator, and jax finds the CPU alone" in capsys.readouterr().err
-    monkeypatch.setattr(recompute, "_check_accelerator", lambda *_: None)
+    assert "step_time is for an accelerator, and jax finds the CPU alone" in capsys.readouterr().err
+    monkeypatch.setattr(cli.Parser, "need_accelerator", lambda *_: None)
     recompute.main()
     result = record.read(record.result_path("recompute", folder=tmp_path))["step_time"]
     rows = result["arms"]
