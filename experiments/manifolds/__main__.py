@@ -142,6 +142,16 @@ def measure(options: argparse.Namespace) -> dict[str, dict]:
     }  # fmt: skip
 
 
+def store(payload: dict, root: pathlib.Path | None) -> pathlib.Path:
+    """Writes the result of this device beside the runs and times that it has; `root` as of `record.write`.
+
+    The workdirs of what is stored may be gone, or on another machine.
+    """
+    before = _stored(record.result_path(QUESTION, folder=root))
+    kept = {name: before.get(name, {}) | payload[name] for name in ("runs", "borrowed", "times")}
+    return record.write(QUESTION, payload | kept, folder=root)
+
+
 def _stored(path: pathlib.Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -179,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     payload = {
         "data": options.data or "stdlib",
         "learning_rate": settings.LEARNING_RATE,
-        # With what earlier commands left, which may have asked for other parts.
+        # With what earlier commands left in the folder, which may have asked for other parts.
         "runs": sweep.read_summaries(options.output, [run.key for run in kept]),
         "borrowed": lent,
         "times": _stored(times),
@@ -189,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = options.output / "toy.json"
         path.write_text(json.dumps(payload, indent=1) + "\n")
     else:
-        path = record.write(QUESTION, payload, folder=None if options.record else options.output)
+        path = store(payload, None if options.record else options.output)
     print(path, *figures.draw_all(with_borrowed(payload), path.parent), sep="\n")
     if unfinished:
         sys.exit(1)

@@ -93,7 +93,8 @@ def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
         handles, labels = norm.get_legend_handles_labels()
         columns = len(labels) if len(labels) < 5 else 3
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-        figure.suptitle(f"{setting.description}: mean and standard error of the seeds", fontsize=10)
+        seeds = "mean and standard error of the seeds" if len(setting.seeds) > 1 else "one seed"
+        figure.suptitle(f"{setting.description}: {seeds}", fontsize=10)
         write_figure(figure, path.with_suffix(""), ["png"])
     return path
 

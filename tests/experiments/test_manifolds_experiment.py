@@ -123,6 +123,11 @@ def test_the_command_trains_measures_and_draws(payload, tmp_path, monkeypatch, c
         study.main(["--output", str(tmp_path), "--parts", "arms", *options])
         assert record.result_path("manifolds", folder=folder).exists()
         assert (tmp_path / "repository").exists() == bool(options)
+    # Runs whose workdirs were on another machine stay in the results.
+    (tmp_path / "mHC/n4/seed0" / sweep.SUMMARY).unlink()
+    study.main(["--output", str(tmp_path), "--parts", "arms", "--record"])
+    runs = record.read(record.result_path("manifolds"))["runs"]
+    assert runs.keys() == {f"{key}/seed0" for key in keys}
 
 
 def test_arms_that_differ_in_the_manifold_train_states_of_their_own(monkeypatch):
