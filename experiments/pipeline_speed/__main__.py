@@ -14,6 +14,7 @@ products of a tick between their start and their end in the program.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import itertools
 import os
@@ -244,16 +245,35 @@ def measure_parts(config: Config, mesh, repeats: int) -> Parts:
     )
 
 
-def time_steps(config: Config, mesh, timed: int, init: Callable[[], TrainState]):
-    """Returns the median milliseconds of a whole train step, and its compiled program."""
-    step = jit_train_step(config, mesh)
-    compiled = step.lower(abstract_state(config, mesh), abstract_batch(config)).compile()
+class Steps(NamedTuple):
+    """The train step of an arm, whole and with tiny sends: compiled, or being compiled."""
+
+    whole: concurrent.futures.Future
+    tiny: concurrent.futures.Future
+
+
+def compile_steps(config: Config, mesh, pool: concurrent.futures.Executor) -> Steps:
+    """Lowers both steps and compiles them in the threads of `pool`."""
+
+    def start():
+        lowered = jit_train_step(config, mesh).lower(
+            abstract_state(config, mesh), abstract_batch(config)
+        )
+        return pool.submit(lowered.compile)
+
+    whole = start()
+    with mock.patch.object(execute, "send", tiny_send):
+        return Steps(whole, start())
+
+
+def time_steps(config: Config, mesh, compiled, timed: int, init: Callable[[], TrainState]) -> float:
+    """Returns the median milliseconds of a whole train step."""
     put = sharding.BatchPlacement(mesh, config.batch_size).put
     batch = put(random_batch(config, np.random.default_rng(0)))
-    return time_step_ms(compiled, init(), [batch], warmup=2, timed=timed)[0], compiled
+    return time_step_ms(compiled, init(), [batch], warmup=2, timed=timed)[0]
 
 
-def measure(config: Config, mesh, shared: Parts, timed: int) -> Arm:
+def measure(config: Config, mesh, shared: Parts, steps: Steps, timed: int) -> Arm:
     schedule, parts = config.pipe_schedule, config.optimizer.accumulate_steps
     splits = config.pipe_split_backward
     arm = Arm(config.model.connection, schedule, splits, parts)
@@ -265,12 +285,11 @@ def measure(config: Config, mesh, shared: Parts, timed: int) -> Arm:
     arm.stages = {
         name: (1e3 * seconds).tolist() for name, seconds in dataclasses.asdict(shared.times).items()
     }
-    arm.step, compiled = time_steps(config, mesh, timed, shared.init)
-    arm.temporaries_GiB = compiled.memory_analysis().temp_size_in_bytes / 2**30
-    arm.sends, arm.hidden_sends = count_sends(compiled.as_text())[:2]
-    del compiled
-    with mock.patch.object(execute, "send", tiny_send):
-        arm.tiny_sends, _ = time_steps(config, mesh, timed, shared.init)
+    whole = steps.whole.result()
+    arm.step = time_steps(config, mesh, whole, timed, shared.init)
+    arm.temporaries_GiB = whole.memory_analysis().temp_size_in_bytes / 2**30
+    arm.sends, arm.hidden_sends = count_sends(whole.as_text())[:2]
+    arm.tiny_sends = time_steps(config, mesh, steps.tiny.result(), timed, shared.init)
     return arm
 
 
@@ -295,34 +314,40 @@ def main() -> None:
         f"{'hidden sends':>14}",
         flush=True,
     )
-    arms = []
-    for schedule in options.schedules:
-        shared = {}
-        kinds = (False, True) if options.split_backward else (False,)
-        for parts, connection, splits in itertools.product(
-            options.microbatches, options.connections, kinds
-        ):
-            try:
-                config = make_config(options, connection, schedule, parts, splits)
-                mesh = sharding.make_mesh(config.mesh, jax.devices()[: options.pipe])
-                if (connection, splits) not in shared:
-                    shared[connection, splits] = measure_parts(config, mesh, options.timed)
-                arm = measure(config, mesh, shared[connection, splits], options.timed)
-            except ValueError as error:
-                sys.exit(f"bad input: {error}")
-            arms.append(arm)
-            name = f"{schedule} split" if splits else schedule
-            print(
-                f"{connection:<11}{name:<17}{parts:>6}{arm.step:>11.1f}{arm.ideal:>9.1f}"
-                f"{arm.step / arm.ideal:>9.3f}{arm.plan:>9.1f}{arm.bubble:>10.1f}"
-                f"{arm.planned_bubble:>11.1f}{arm.one_transfer:>11.3f}"
-                f"{arm.tiny_sends:>12.1f}{arm.temporaries_GiB:>7.1f}"
-                f"{arm.hidden_sends:>9} of {arm.sends}",
-                flush=True,
-            )
-    rows = [dataclasses.asdict(arm) for arm in arms]
-    found = {"flags": flags, "shape": output.shape_of(options), "arms": rows}
-    output.write(options, "pipeline_speed", found)
+    kinds = (False, True) if options.split_backward else (False,)
+    wanted = itertools.product(options.schedules, options.microbatches, options.connections, kinds)
+    try:
+        todo = [
+            make_config(options, connection, schedule, parts, splits)
+            for schedule, parts, connection, splits in wanted
+        ]
+        mesh = sharding.make_mesh(todo[0].mesh, jax.devices()[: options.pipe])
+        # All before anything is timed: compiling tries kernels on the devices.
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            compiled = [compile_steps(config, mesh, pool) for config in todo]
+    except ValueError as error:
+        sys.exit(f"bad input: {error}")
+    print(f"{len(compiled)} arms compiled", file=sys.stderr, flush=True)
+    arms, shared = [], {}
+    for config, steps in zip(todo, compiled, strict=True):
+        key = config.pipe_schedule, config.model.connection, config.pipe_split_backward
+        if key not in shared:
+            shared[key] = measure_parts(config, mesh, options.timed)
+        arm = measure(config, mesh, shared[key], steps, options.timed)
+        arms.append(arm)
+        name = f"{arm.schedule} split" if arm.split_backward else arm.schedule
+        print(
+            f"{arm.connection:<11}{name:<17}{arm.microbatches:>6}{arm.step:>11.1f}{arm.ideal:>9.1f}"
+            f"{arm.step / arm.ideal:>9.3f}{arm.plan:>9.1f}{arm.bubble:>10.1f}"
+            f"{arm.planned_bubble:>11.1f}{arm.one_transfer:>11.3f}"
+            f"{arm.tiny_sends:>12.1f}{arm.temporaries_GiB:>7.1f}"
+            f"{arm.hidden_sends:>9} of {arm.sends}",
+            flush=True,
+        )
+        # After each arm, so that a run that is cut leaves the others.
+        rows = [dataclasses.asdict(arm) for arm in arms]
+        found = {"flags": flags, "shape": output.shape_of(options), "arms": rows}
+        output.write(options, "pipeline_speed", found)
 
 
 if __name__ == "__main__":
