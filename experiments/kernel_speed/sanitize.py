@@ -71,7 +71,7 @@ def backward(T: int, C: int, splits: int, **options) -> tuple[CudaLaunch, list]:
         ((tiles, chunks, 32, 4), _F32), ((tiles, chunks, 32, 8), _BF16), kappa,
         *([kappa] if options.get("kappa_pre") else []),
     )  # fmt: skip
-    if options.get("look_ahead"):
+    if options.get("look_ahead") or options.get("norm"):
         args += _random(rng, ((T, 4), _F32), ((C,), _F32))
     launch = cuda_launches.backward_launch(T, C, **options)
     dx, dy, sums, dphi, *rest = launch.outputs
@@ -90,6 +90,11 @@ CASES = {
     "backward": lambda: backward(**_LONG, mix=True, kappa_pre=True),
     "backward, two terms": lambda: backward(**_LONG, mix=True, terms=2, kappa_pre=True),
     "backward of read": lambda: backward(**_LONG, mix=False, kappa_pre=True),
+    "backward with norm": lambda: backward(**_LONG, mix=True, kappa_pre=True, norm=True),
+    "backward with norm, two terms": lambda: backward(
+        **_LONG, mix=True, terms=2, kappa_pre=True, norm=True
+    ),
+    "backward of read with norm": lambda: backward(**_LONG, mix=False, kappa_pre=True, norm=True),
     "backward, look-ahead": lambda: backward(**_LONG, mix=True, look_ahead=True),
     "backward, look-ahead, two terms": lambda: backward(
         **_LONG, mix=True, look_ahead=True, terms=2
@@ -100,6 +105,12 @@ CASES = {
     "forward, HC": lambda: forward(140, 128, hc=True),
     "backward, HC": lambda: backward(**_LONG, mix=True, hc=True, kappa_pre=True),
     "backward of read, HC": lambda: backward(**_LONG, mix=False, hc=True, kappa_pre=True),
+    "backward with norm, HC": lambda: backward(
+        **_LONG, mix=True, hc=True, kappa_pre=True, norm=True
+    ),
+    "backward of read with norm, HC": lambda: backward(
+        **_LONG, mix=False, hc=True, kappa_pre=True, norm=True
+    ),
 }
 
 

@@ -15,11 +15,14 @@
 // numbers too: 4 tokens x 4 streams of t times 4 tokens x 2 streams of x. A quarter of the result, that of equal
 // tokens, is used. A program writes a partial sum for each token: 80 bytes for 64 columns, 0.6C.
 //
-// With LOOK_AHEAD (needs MIX) the read's h_pre was known before the write, so that its cotangent is a sum of this pass
-// too: dh_pre = x' d, in products of a warp's own columns, added up over the warps. With NORM d is the cotangent of the
-// layer input behind its norm, w the norm's weight; the tokens' inverse and kappa_n come with the coefficients:
+// With NORM d is the cotangent of the layer input behind its norm, w the norm's weight; the tokens' inverse and kappa_n
+// come with the coefficients:
 //
-//   u = h_pre x' (rounded),   d <- inverse w d - kappa_n u,   dw = inverse d u
+//   u = h_pre x',   d <- inverse w d - kappa_n u,   dw = inverse d u
+//
+// With LOOK_AHEAD (needs MIX) the read's h_pre was known before the write, so that its cotangent is a sum of this pass
+// too: dh_pre = x' d, in products of a warp's own columns, added up over the warps. The definitions differ behind the
+// norm: with LOOK_AHEAD u is rounded before it is normed and d is not rounded, without it d is and u is not.
 //
 // With HC (Hyper-Connections) each stream has its own projection and norm, and all have the same theta [6, C]:
 // t_j = g_j + h_pre_j d + ds_j theta + kappa_j x'_j with ds [4, 8] a token (two columns of zeros) and
@@ -27,7 +30,8 @@
 //
 // With KAPPA_PRE kappa is the sum of two arrays: what comes from dh_pre was made elsewhere than the rest.
 //
-// Constants: C; MIX, LOOK_AHEAD, NORM, HC, KAPPA_PRE (0 or 1; LOOK_AHEAD has no HC or KAPPA_PRE); TERMS, the bfloat16 numbers that stand for one number of t in the sums
+// Constants: C; MIX, LOOK_AHEAD, NORM, HC, KAPPA_PRE (0 or 1; LOOK_AHEAD has no HC or KAPPA_PRE, without it NORM has
+// KAPPA_PRE); TERMS, the bfloat16 numbers that stand for one number of t in the sums
 // of dh_res and dh_post. With 2, high + low, they agree with the definition to 2^-17 (errors of 2e-6). With 1, t is
 // rounded and x' in kappa x' is not (but for NORM): errors of 2e-3 in dh_res and dh_post and of 1e-6 in dx and dy, but
 // 70 instructions and one barrier a tile fewer. Launches of few tokens have two (cuda_launches.py).
@@ -51,6 +55,8 @@ constexpr int K = N * C;
 constexpr int OF_DS = HC ? N : 3;             // pieces of 8 columns that ds has
 constexpr int DPHI = HC ? 1 : 2 * OF_DS;      // products that a warp sums for dphi or dtheta
 constexpr int SUMS = N * N + N + LOOK_AHEAD * N;  // of a token: dh_res, dh_post, dh_pre
+// Whether x' comes before g: what it takes to make d leaves no registers for both.
+constexpr bool FIRST = LOOK_AHEAD || (NORM && MIX);
 constexpr int STAGES = 3;                     // tiles in shared memory: filled, computed in, written out
 
 // A tile in shared memory. Rows of x and g by stream and token, then y, d; once read, each warp writes dx over g
@@ -66,6 +72,7 @@ constexpr int DS = 0, DS_PAIRS = DS + DS_BYTES, RES = DS_PAIRS + DS_BYTES, RES_P
 constexpr int POST = RES + TOKENS * RES_PITCH, PRE = POST + TOKENS * 16, KAPPA = PRE + TOKENS * 16;
 constexpr int OF_KAPPA = HC ? 16 : 4;          // bytes of a token
 constexpr int INVERSE = KAPPA + (1 + KAPPA_PRE) * TOKENS * OF_KAPPA;  // NORM: inverse, kappa_n, two unused
+static_assert(!(HC && NORM) || KAPPA_PRE, "then the token data of HC are neighbours, see load_tile");
 constexpr int OWN = INVERSE + NORM * TOKENS * 16;
 // Shared memory holds the rows of STAGES tiles, the token data of two, phi (6 float4 a thread; HC: a float2) and, if
 // MIX, t in bfloat16, laid out as x: of two tiles in turn, or (TERMS 2) high and low terms of one.
@@ -163,9 +170,14 @@ __device__ __forceinline__ void load_tile(unsigned char* stage, unsigned char* o
     const int t = threadIdx.x / 4, part = threadIdx.x % 4;
     copy_async_16(own + RES + t * RES_PITCH + part * 16, chunk(a.res, (first + t) * N + part), first + t < T);
   }
-  if (HC && threadIdx.x >= 4 * TOKENS && threadIdx.x < (7 + KAPPA_PRE) * TOKENS) {
+  if (!HC && NORM && KAPPA_PRE && threadIdx.x / TOKENS == 4) {
+    const int t = threadIdx.x % TOKENS;
+    copy_async_16(own + INVERSE + t * 16, chunk(a.inverse, first + t), first + t < T);
+  }
+  if (HC && threadIdx.x >= 4 * TOKENS && threadIdx.x < (7 + KAPPA_PRE + NORM) * TOKENS) {
     const int t = threadIdx.x % TOKENS, part = threadIdx.x / TOKENS - 4;
     const float* array = part == 0 ? a.post : part == 1 ? a.pre : part == 2 ? a.kappa : a.kappa_pre;
+    if (NORM && part == 4) array = a.inverse;
     copy_async_16(own + POST + (part * TOKENS + t) * 16, chunk(array, first + t), first + t < T);
   }
 }
@@ -304,15 +316,15 @@ __device__ __forceinline__ float add_terms(u32 first, u32 second, u32 shift) {
   return high(first << shift) + high(second << shift);
 }
 
-// Goes back through the norm of u = h_pre x: d of tokens g, g + 8, also as two bfloat16 terms, and the lane's part of
-// dw. `inverse` is that of token g, and kappa_n.
+// Goes back through the norm of u = h_pre x': d of tokens g, g + 8, rounded or (LOOK_AHEAD) also as two bfloat16 terms,
+// and the lane's part of dw. `inverse` is that of token g, and kappa_n.
 __device__ __forceinline__ void norm_backward(float (&d)[4], float2& dw, u32 (&terms)[2][2], const float (&x)[N][4],
                                               const float4& pre0, const float4& pre1, const unsigned char* inverse,
                                               const float2& weight) {
   float u[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) u[k] = weighted_sum(k < 2 ? pre0 : pre1, x[0][k], x[1][k], x[2][k], x[3][k]);
-  unpack(u, pack_bf16(u[0], u[1]), pack_bf16(u[2], u[3]));
+  if (LOOK_AHEAD) unpack(u, pack_bf16(u[0], u[1]), pack_bf16(u[2], u[3]));
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float2 norm = *reinterpret_cast<const float2*>(inverse + half * 8 * 16);
@@ -322,12 +334,15 @@ __device__ __forceinline__ void norm_backward(float (&d)[4], float2& dw, u32 (&t
     own_d[0] = fmaf(-norm.y, own_u[0], norm.x * weight.x * own_d[0]);
     own_d[1] = fmaf(-norm.y, own_u[1], norm.x * weight.y * own_d[1]);
     terms[0][half] = pack_bf16(own_d[0], own_d[1]);
-    terms[1][half] = pack_bf16(own_d[0] - low(terms[0][half]), own_d[1] - high(terms[0][half]));
+    if (LOOK_AHEAD)
+      terms[1][half] = pack_bf16(own_d[0] - low(terms[0][half]), own_d[1] - high(terms[0][half]));
+    else
+      own_d[0] = low(terms[0][half]), own_d[1] = high(terms[0][half]);
   }
 }
 
-// LOOK_AHEAD: everything that comes from x' alone. t = h_pre d + kappa x', parts of dh_pre in place of d, dphi, dw.
-// `terms` is d as it was loaded.
+// FIRST: everything that comes from x' alone. t = h_pre d + kappa x', dphi, dw, and (LOOK_AHEAD) parts of dh_pre in
+// place of d. `terms` is d as it was loaded.
 __device__ __forceinline__ void compute_known(float (&t)[N][4], float (&dphi)[DPHI][4], float2& dw, const float (&x)[N][4],
                                               const float (&y)[4], float (&d)[4], u32 (&terms)[2][2],
                                               unsigned char* single, const unsigned char* own, const float2& weight,
@@ -351,7 +366,7 @@ __device__ __forceinline__ void compute_known(float (&t)[N][4], float (&dphi)[DP
   __syncwarp();
   // dh_pre: rows are tokens of two streams, columns tokens, and equal tokens are used.
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int half = 0; LOOK_AHEAD && half < 2; ++half) {
     float sums[2][4] = {};
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
@@ -374,7 +389,7 @@ __device__ __forceinline__ void compute_known(float (&t)[N][4], float (&dphi)[DP
   }
 }
 
-// `dy_out` and (NORM) the weights of the lane's two columns and their sums dw belong to LOOK_AHEAD.
+// The weights of the lane's two columns and their sums dw belong to NORM, `dy_out` to LOOK_AHEAD.
 __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigned char* own, unsigned char* total,
                                              const unsigned char* phi, float (&dphi)[DPHI][4], const float2& weight,
                                              float2& dw, u32* dy_out, int warp, int lane, int tokens) {
@@ -392,7 +407,7 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
     load_matrices(word, stage + streams_row + X + i * TOKENS * PITCH);
     unpack(x[i], word[0], word[1]);
     unpack(x[i + 1], word[2], word[3]);
-    if (LOOK_AHEAD) continue;
+    if (FIRST) continue;
     load_matrices(word, stage + streams_row + G + i * TOKENS * PITCH);
     unpack(t[i], word[0], word[1]);
     unpack(t[i + 1], word[2], word[3]);
@@ -400,8 +415,8 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
   load_matrices(word, stage + single_row + Y);
   unpack(y, word[0], word[1]);
   unpack(d, word[2], word[3]);
-  if (LOOK_AHEAD) {
-    u32 terms[2][2] = {{word[2], word[3]}, {0, 0}};
+  u32 terms[2][2] = {{word[2], word[3]}, {0, 0}};
+  if (FIRST) {
     compute_known(t, dphi, dw, x, y, d, terms, single, own, weight, lane, tokens);
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
@@ -435,6 +450,7 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
   const float4 pre0 = load4(own + PRE + g * 16), pre1 = load4(own + PRE + (g + 8) * 16);
   float4 post0, post1;
   float dx[N][4] = {}, dy[4] = {};
+  if (NORM && !FIRST) norm_backward(d, dw, terms, x, pre0, pre1, own + INVERSE + g * 16, weight);
   if (MIX) post0 = load4(own + POST + g * 16), post1 = load4(own + POST + (g + 8) * 16);
   u32 across[N][2];  // x' with tokens along words: column g, tokens 2q, 2q + 1 (and + 8)
 #pragma unroll
@@ -445,7 +461,7 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
       res0 = load4(own + RES + g * RES_PITCH + i * 16);
       res1 = load4(own + RES + (g + 8) * RES_PITCH + i * 16);
     }
-    if (!LOOK_AHEAD) {
+    if (!FIRST) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float post = MIX ? at(k < 2 ? post0 : post1, i) : 0;
@@ -476,7 +492,7 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
     }
   }
 
-  if (!LOOK_AHEAD) add_dphi(dphi, across, own, lane, tokens);
+  if (!FIRST) add_dphi(dphi, across, own, lane, tokens);
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < N; i += 2) {
@@ -513,14 +529,14 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 // x, g, dx [T, 4 C]; y, d, dy [T, C]; post, pre [T, 4]; res [T, 16]; phi [C / 64, 8, 2, 3, 32, 8] (`phi_fragments`); ds [tiles, 3, 32, 4] and
 // ds_pairs [tiles, 3, 32, 8] as the lanes want them; kappa [T]; sums [C / 64, T, 20 or 24]; dphi [splits, 4 C, 24].
 // HC: phi is theta [C / 64, 8, 32, 4] (`theta_fragments`), dphi [splits, 6, C], kappa [T, 4], and ds has 4 in place of 3. KAPPA_PRE: kappa_pre as kappa.
-// LOOK_AHEAD, read if NORM: inverse and kappa_n [T, 4], weight [C], dw [splits, C].
+// NORM: inverse and kappa_n [T, 4], weight [C], dw [splits, C]. With LOOK_AHEAD they are there without it, too.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     KERNEL(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* g, const bf16* d,
            const float* pre, const bf16* phi, const float* ds, const bf16* ds_pairs, const float* kappa,
 #if KAPPA_PRE
            const float* kappa_pre,
 #endif
-#if LOOK_AHEAD
+#if NORM || LOOK_AHEAD
            const float* inverse, const float* weights, int T, bf16* dx, bf16* dy, float* sums, float* dphi_out,
            float* dw_out) {
 #else
@@ -621,6 +637,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       dw.x += __shfl_sync(0xffffffffu, dw.x, lane ^ bit);
       dw.y += __shfl_sync(0xffffffffu, dw.y, lane ^ bit);
     }
-    if (lane < 4) *reinterpret_cast<float2*>(dw_out + static_cast<long long>(split) * C + own_column) = dw;
+    // Made here: own_column costs a register through the loop, which LOOK_AHEAD needs there anyway.
+    const int column = LOOK_AHEAD ? own_column : slab * COLUMNS + warp * 8 + lane * 2;
+    if (lane < 4) *reinterpret_cast<float2*>(dw_out + static_cast<long long>(split) * C + column) = dw;
   }
 }

@@ -2,9 +2,10 @@
 
 The forward of `boundary` does the write and the projection in one kernel (forward.cu, 9C instead of 13C). As
 in triton.py, one launch for the second stage of the projection, the mappings and F_pre follows. The backward
-begins with one launch for dh_pre (5C) and the backward of the mappings, two with a norm. Then one pass sums
-every cotangent of the streams and makes dphi (backward.cu): 13C in `read`, 15C in `boundary`, where it also
-goes back through the write. The second stage of all sums comes last. The forward of `read` is Triton's.
+begins with one launch for dh_pre (5C) and the backward of the mappings. Then one pass goes back through the
+norm of the layer input, sums every cotangent of the streams and makes dphi (backward.cu): 13C in `read`, 15C
+in `boundary`, where it also goes back through the write. The second stage of all sums comes last. The forward
+of `read` is Triton's.
 """
 
 import jax
@@ -63,12 +64,9 @@ def read_backward(
     """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return streams, parameters.no_cotangents()
-    d_sum, fragments, d_gates, d_weight = triton_layer_input.backward(
-        streams, parameters, saved, d, static
-    )
-    dx, dphi = cuda_launches.read_backward(
-        streams, d_streams, d_sum, saved.h_pre, parameters.phi, fragments
-    )
+    fragments, d_gates, norm = triton_layer_input.backward(streams, parameters, saved, d, static)
+    given = d_streams, d.layer_input, saved.h_pre, parameters.phi, fragments, norm
+    dx, dphi, d_weight = cuda_launches.read_backward(streams, *given)
     d_parameters = sums.parameter_gradients(dphi, d_gates, d_weight, static.n)
     return dx.reshape(streams.shape), Parameters(*d_parameters)
 
@@ -86,12 +84,11 @@ def backward(
     """Returns the cotangents of the update and of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return update, parameters.no_cotangents()
-    d_sum, fragments, d_gates, d_weight = triton_layer_input.backward(
+    fragments, d_gates, norm = triton_layer_input.backward(
         new_streams, parameters, saved, d, static
     )
-    dx, dy, d_mappings, dphi = cuda_launches.boundary_backward(
-        update, d_new, d_sum, saved.h_pre, parameters.phi, fragments
-    )
+    given = d_new, d.layer_input, saved.h_pre, parameters.phi, fragments, norm
+    dx, dy, d_mappings, dphi, d_weight = cuda_launches.boundary_backward(update, *given)
     d_parameters, (dh_res, dh_post) = sums.all_gradients(
         dphi, d_gates, d_weight, d_mappings, static.n
     )

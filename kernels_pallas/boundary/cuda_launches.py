@@ -4,6 +4,8 @@ The kernels need n = 4, bfloat16 streams, C in multiples of 64, and a GPU of com
 backward.cu runs on 8.0 too.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -48,9 +50,10 @@ def _shared_bytes(mix: bool, norm: bool = False, hc: bool = False, kappa_pre: bo
 
 FORWARD_BYTES = _forward_bytes(hc=False)
 HC_FORWARD_BYTES = _forward_bytes(hc=True)
-BACKWARD_BYTES = _shared_bytes(mix=True)
+# Of the largest form, with the write and the norm of the layer input.
+BACKWARD_BYTES = _shared_bytes(mix=True, norm=True)
 LOOK_AHEAD_BYTES = _shared_bytes(mix=True, norm=True, kappa_pre=False)
-HC_BACKWARD_BYTES = _shared_bytes(mix=True, hc=True)
+HC_BACKWARD_BYTES = _shared_bytes(mix=True, norm=True, hc=True)
 
 
 def check(streams: jax.Array, n: int, shared_bytes: int) -> None:
@@ -100,11 +103,15 @@ def backward_launch(
     and h_res are not read.
     Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
 
-    With `look_ahead` (and `mix`) inverse and kappa_n [T, 4] and the weight [C] follow the fragments; they are
-    read with `norm`. The sums have dh_pre too [C / 64, T, 24], and there are partial sums of dw [splits, C].
+    With `norm` d is the cotangent behind the norm of the layer input: inverse and kappa_n [T, 4] and the
+    weight [C] follow the fragments, and the last output has partial sums of dw [splits, C]. Without
+    `look_ahead` it needs `kappa_pre`.
 
-    With `hc` (Hyper-Connections) it takes `theta_fragments` and ds in four pieces, and the last output has
-    partial sums of dtheta [splits, 6, C].
+    With `look_ahead` (and `mix`) the sums have dh_pre too [C / 64, T, 24]. The arrays of a norm are there
+    without `norm` too, and then neither read nor written.
+
+    With `hc` (Hyper-Connections) it takes `theta_fragments` and ds in four pieces, and has partial sums of
+    dtheta [splits, 6, C] in place of dphi's.
     """
     slabs = C // _COLUMNS
     splits = _splits(slabs, cdiv(T, _TOKENS))
@@ -121,7 +128,7 @@ def backward_launch(
             struct((T, C) if mix else (1,), jnp.bfloat16),
             struct((slabs, T, token_sums) if mix else (1,)),
             struct((splits, 6, C) if hc else (splits, 4 * C, 24)),
-            *((struct((splits, C) if norm else (1,)),) if look_ahead else ()),
+            *((struct((splits, C) if norm else (1,)),) if norm or look_ahead else ()),
         ),
         constants={
             "MIX": int(mix),
@@ -138,6 +145,18 @@ def backward_launch(
     )
 
 
+class Norm(NamedTuple):
+    """What goes back through the norm of a layer input: the cotangent of u is inverse w d - kappa_n u.
+
+    Attributes:
+      rows: inverse, kappa_n and two unused numbers of each token, `[T, 4]`.
+      weight: `[C]`.
+    """
+
+    rows: jax.Array
+    weight: jax.Array
+
+
 def boundary_backward(
     update: Update,
     g: jax.Array,
@@ -145,25 +164,25 @@ def boundary_backward(
     h_pre: jax.Array,
     phi: jax.Array,
     fragments: Fragments,
+    norm: Norm | None = None,
     *,
     hc: bool = False,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Runs backward.cu with the write; T > 0.
 
     Args:
       update: streams, layer output, h_post, h_res before the write.
-      g, d: cotangents of the new streams and of the weighted sum.
+      g, d: cotangents of the new streams and of the layer input.
       h_pre, phi: of the read.
       fragments: of `boundary.triton_layer_input.backward` or the like.
+      norm: None if the layer input is not normed.
       hc: of Hyper-Connections, see `backward_launch`.
 
     Returns:
-      dx [T, 4C], dy [T, C], partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
+      dx [T, 4C], dy [T, C], partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24], of
+      dw [splits, C] or None.
     """
-    T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
-    pieces = [x for x in fragments if x is not None]
-    launch = backward_launch(T, C, mix=True, hc=hc, kappa_pre=fragments.kappa_pre is not None)
-    return launch(*update, g, d, h_pre, _lay_out(phi, hc), *pieces, T)
+    return _backward(update, g, d, h_pre, phi, fragments, norm, mix=True, hc=hc)
 
 
 def read_backward(
@@ -173,16 +192,28 @@ def read_backward(
     h_pre: jax.Array,
     phi: jax.Array,
     fragments: Fragments,
+    norm: Norm | None = None,
     *,
     hc: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Runs backward.cu without the write: dx [T, 4C], partial sums of dphi; arguments as above, T > 0."""
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Runs backward.cu without the write; arguments as above, T > 0.
+
+    Returns:
+      dx [T, 4C], partial sums of dphi and of dw.
+    """
+    update = Update(streams, d, h_pre, h_pre)  # y, h_post, h_res are not read
+    dx, _, _, dphi, dw = _backward(update, g, d, h_pre, phi, fragments, norm, mix=False, hc=hc)
+    return dx, dphi, dw
+
+
+def _backward(update, g, d, h_pre, phi, fragments, norm, *, mix, hc):
     T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
-    not_read = d, h_pre, h_pre  # in place of y, h_post, h_res
-    pieces = [x for x in fragments if x is not None]
-    launch = backward_launch(T, C, mix=False, hc=hc, kappa_pre=fragments.kappa_pre is not None)
-    dx, _, _, dphi = launch(streams, *not_read, g, d, h_pre, _lay_out(phi, hc), *pieces, T)
-    return dx, dphi
+    pieces = [x for x in (*fragments, *(norm or ())) if x is not None]
+    forms = {"norm": norm is not None, "kappa_pre": fragments.kappa_pre is not None}
+    launch = backward_launch(T, C, mix=mix, hc=hc, **forms)
+    lay_out = theta_fragments if hc else phi_fragments
+    found = launch(*update, g, d, h_pre, lay_out(phi), *pieces, T)
+    return found if norm is not None else (*found, None)
 
 
 def forward_launch(T: int, C: int, *, look_ahead: bool = False, hc: bool = False) -> CudaLaunch:
@@ -239,10 +270,6 @@ def theta_fragments(theta: jax.Array) -> jax.Array:
     # term, g, 8 columns, q, one of two
     terms = terms.reshape(2, 8, -1, 4, 2)
     return terms.transpose(2, 1, 3, 0, 4).reshape(-1, 8, 32, 4)
-
-
-def _lay_out(phi, hc):
-    return theta_fragments(phi) if hc else phi_fragments(phi)
 
 
 def _forward_splits(steps: int, tiles: int) -> int:

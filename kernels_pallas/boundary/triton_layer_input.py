@@ -6,8 +6,9 @@ of their own, beside the traffic of F_pre, which they would otherwise delay. Lik
 and h_res does not need dh_pre. Both kinds of programs are mixed, since Sinkhorn's alone would leave the
 memory idle. The last quarter of a launch has none of Sinkhorn's, which take long.
 
-A norm's backward stays apart from Sinkhorn's: a program that keeps a row would pay for the registers of both,
-and one launch took 200 us where two take 168 (H200, T 16384, C 2560; 64 and 50 at C 512).
+Behind a norm the backward makes the sums of a row alone, in one pass that does not keep it, and two numbers a
+token of them, with which backward.cu goes on. A program that kept rows would pay for their registers and
+Sinkhorn's: 200 us where two launches took 168 (H200, T 16384, C 2560; 64 and 50 at C 512).
 
 With HC the mappings are those of Hyper-Connections (`hc.triton_gates`).
 """
@@ -16,23 +17,18 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.boundary.contract import ReadOut, ReadStatic, Saved
+from kernels_pallas.boundary.cuda_launches import Norm
 from kernels_pallas.boundary.triton_layer_input_kernels import (
     mhc_read_backward_input,
     mhc_read_forward_input,
 )
-from kernels_pallas.coefficients import triton as coefficients
 from kernels_pallas.coefficients.triton import Fragments
 from kernels_pallas.gpu import device
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.sums import Gates
 from kernels_pallas.gpu.triton_launch import TritonLaunch
 from kernels_pallas.hc import triton_gates as gates
-from kernels_pallas.pre.triton import (
-    backward_of_weights_normed,
-    blocks_of,
-    normed_row_blocks,
-    row_blocks,
-)
+from kernels_pallas.pre.triton import blocks_of, row_blocks
 from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
@@ -117,22 +113,18 @@ def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = Fal
     dh_post [T, 4], dh_res [T, 4, 4].
 
     Outputs: the three arrays of `Fragments`, kappa from dh_pre as kappa, `gpu.sums.Gates`, and with a norm
-    dweight [programs, C], d_sum [T, C]. With `hc` (Hyper-Connections) ds has 4 in place of 3 pieces, and
-    kappa is [T, 4].
+    inverse, kappa_n, 0, 0 of each token [T, 4]: the cotangent of the weighted sum u is inverse w d - kappa_n
+    u. With `hc` (Hyper-Connections) ds has 4 in place of 3 pieces, and kappa is [T, 4].
     """
-    n, norm, itemsize = static.n, static.has_norm, dtype.itemsize
-    if norm:
-        blocks, warps, count = normed_row_blocks(T, C, itemsize)
-    else:
-        # With one warp a token the sums end in shuffles and need no shared memory and no barrier.
-        blocks, warps = {**blocks_of(C, itemsize, rows=32), "STEPS": 1}, 1
-        count = _tokens_per_program(T, C, itemsize)
-    mappings = _mappings(n, warps, static, hc)
+    n, norm = static.n, static.has_norm
+    count = _tokens_per_program(T, C, dtype.itemsize)
+    # With one warp a token the sums end in shuffles and need no shared memory and no barrier.
+    mappings = _mappings(n, 1, static, hc)
     if not hc:  # half the iterates a thread, whose registers all programs pay for
         mappings["TOKENS"] = max(1, mappings["TOKENS"] // 2)
     programs, rows, tiles = (
         device.cdiv(T, mappings["TOKENS"]),
-        device.cdiv(T, count),
+        T // count,
         device.cdiv(T, 16),
     )
     pieces, kappa = (n, (T, n)) if hc else (3, (T,))
@@ -146,8 +138,7 @@ def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = Fal
             struct(kappa),
             struct((n * n + 2 * n + 3, programs)),
             struct((n + 1, rows)),
-            struct((rows, C) if norm else (1,)),
-            struct((T, C) if norm else (1,), dtype),
+            struct((T, 4) if norm else (1,)),
         ),
         constants={
             "PROGRAMS": programs,
@@ -155,11 +146,11 @@ def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = Fal
             "COUNT": count,
             **mappings,
             "C": C,
-            **blocks,
+            **blocks_of(C, dtype.itemsize, rows=32),
             "NORM": norm,
             "NORM_EPS": static.input_norm_eps or 0.0,
         },
-        num_warps=warps,
+        num_warps=1,
     )
 
 
@@ -184,31 +175,18 @@ def backward(
     static: ReadStatic,
     *,
     hc: bool = False,
-) -> tuple[jax.Array, Fragments, Gates, jax.Array | None]:
+) -> tuple[Fragments, Gates, Norm | None]:
     """Goes back to the projection in CUDA (n = 4); T > 0.
 
     Returns:
-      The cotangent of the weighted sum, fragments, partial sums of dbias and dalpha (see `gpu.sums`), and of
-      dweight.
+      Fragments, partial sums of dbias and dalpha (see `gpu.sums`), and what goes back through the norm.
     """
     bias, alpha, weight = parameters.bias, parameters.alpha, parameters.weight
-    if not hc and weight is not None and static.input_norm_eps is not None:
-        d_sum, dh_pre, d_weight = backward_of_weights_normed(
-            streams, saved.h_pre, weight, d.layer_input, eps=static.input_norm_eps
-        )
-        apart, d_gates = coefficients.backward_to_fragments(
-            *(saved.s, saved.r, bias, alpha, dh_pre, d.h_post, d.h_res),
-            K=streams.shape[-1],
-            n=static.n,
-            num_iterations=static.num_iterations,
-            sinkhorn_eps=static.sinkhorn_eps,
-        )
-        return d_sum, apart, d_gates, d_weight
     lead, C = d.layer_input.shape[:-1], d.layer_input.shape[-1]
     T = device.num_tokens(lead)
     launch = backward_launch(T, C, streams.dtype, static, hc=hc)
     first = streams, saved.h_pre, bias if weight is None else weight, d.layer_input
     mappings = saved.s, saved.r, bias, alpha, d.h_post, d.h_res
-    *fragments, sums, pre_sums, d_weight, d_sum = launch(*first, *mappings, T)
-    found = Fragments(*fragments), (sums, pre_sums)
-    return (d.layer_input, *found, None) if weight is None else (d_sum, *found, d_weight)
+    *fragments, sums, pre_sums, rows = launch(*first, *mappings, T)
+    norm = None if weight is None else Norm(rows, weight)
+    return Fragments(*fragments), (sums, pre_sums), norm

@@ -10,13 +10,12 @@ import triton.language as tl
 
 from kernels_pallas.coefficients import triton_backward as coefficients_backward
 from kernels_pallas.coefficients import triton_forward as coefficients
-from kernels_pallas.gpu.triton_math import columns, scalars, store
+from kernels_pallas.gpu.triton_math import scalars, vector
 from kernels_pallas.hc import triton_gates as gates
 from kernels_pallas.pre.triton_kernels import (
     store_layer_input,
     weights_backward,
-    weights_backward_normed,
-    zero_row,
+    weights_backward_behind_norm,
 )
 
 
@@ -164,8 +163,7 @@ def mhc_read_backward_input(
     kappa_pre_ptr,
     sums_ptr,
     pre_sums_ptr,
-    dweight_ptr,
-    d_sum_ptr,
+    norm_ptr,
     PROGRAMS: tl.constexpr,
     RATE: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -176,7 +174,6 @@ def mhc_read_backward_input(
     C: tl.constexpr,
     ROWS: tl.constexpr,
     VEC: tl.constexpr,
-    STEPS: tl.constexpr,
     EVEN: tl.constexpr,
     NORM: tl.constexpr,
     NORM_EPS: tl.constexpr,
@@ -187,7 +184,8 @@ def mhc_read_backward_input(
     """Goes back from h_post and h_res in PROGRAMS programs, from the layer inputs of COUNT tokens in others.
 
     Both parts write their columns of ds and their share of kappa. The second also write a column of sums
-    [N + 1, programs], with NORM a row of dweight and the cotangents of the weighted sum.
+    [N + 1, programs], and with NORM of each token inverse, kappa_n and two zeros (16 bytes are one
+    asynchronous copy): backward.cu makes the cotangent of the weighted sum of them.
     """
     before, of_mappings = _share(PROGRAMS, RATE)
     if of_mappings:
@@ -245,35 +243,27 @@ def mhc_read_backward_input(
         i = tl.arange(0, N)
         dbias = tl.zeros((N,), tl.float32)
         dalpha = 0.0
-        if NORM:
-            dweight = zero_row(ROWS, VEC, STEPS)
         for k in range(COUNT):
             # From the last token to the first: the kernel before wrote d of the last ones last, backward.cu
             # begins with the first ones. Both find some of d in L2, since x is given up first.
             token = (T - 1 - first - k * programs).to(tl.int64)
-            # The last tokens of a program may not exist: they repeat token 0 and write nothing.
-            inside = token >= 0
-            token = tl.where(inside, token, 0)
             if NORM:
-                found = weights_backward_normed(
+                found = weights_backward_behind_norm(
                     x_ptr,
                     pre_ptr,
                     weight_ptr,
                     d_ptr,
-                    d_sum_ptr,
-                    dweight,
                     token,
-                    inside,
                     C,
                     N,
                     NORM_EPS,
                     ROWS,
                     VEC,
-                    STEPS,
                     EVEN,
-                    WRITE_DX=False,
+                    UNROLL=2,
                 )
-                dweight = found[N:]
+                norm = vector(found[N:], 2, 4)
+                tl.store(norm_ptr + token * 4 + tl.arange(0, 4), norm)
             else:
                 found = weights_backward(
                     x_ptr,
@@ -296,7 +286,6 @@ def mhc_read_backward_input(
                     r_ptr,
                     alpha_ptr,
                     token,
-                    inside,
                     ds_ptr,
                     pairs_ptr,
                     kappa_pre_ptr,
@@ -311,7 +300,6 @@ def mhc_read_backward_input(
                     bias_ptr,
                     alpha_ptr,
                     token,
-                    inside,
                     ds_ptr,
                     pairs_ptr,
                     kappa_pre_ptr,
@@ -322,7 +310,3 @@ def mhc_read_backward_input(
             dalpha += part
         tl.store(pre_sums_ptr + i * programs + first, dbias)
         tl.store(pre_sums_ptr + N * programs + first, dalpha)
-        if NORM:
-            for step in tl.static_range(STEPS):
-                cols = columns(step * ROWS * VEC, ROWS, VEC)
-                store(dweight_ptr + first * C, cols, dweight[step], C, EVEN)

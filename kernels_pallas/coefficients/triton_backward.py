@@ -203,14 +203,13 @@ def pre_backward(
     bias_ptr,
     alpha_ptr,
     token,
-    inside,
     ds_ptr,
     pairs_ptr,
     kappa_ptr,
     N: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Does the part of `backward_tile` that comes from dh_pre, of one token; writes only if `inside`.
+    """Does the part of `backward_tile` that comes from dh_pre, of one token.
 
     It writes ds as fragments, and kappa of K columns. Returns its parts of dbias (a vector) and of dalpha.
     """
@@ -219,11 +218,10 @@ def pre_backward(
     normed = tl.load(s_ptr + token * (N * N + 2 * N) + i) / r
     alpha = tl.load(alpha_ptr)
     d = gate_backward(normed, alpha, tl.load(bias_ptr + i), vector(dpre, N, N), 1.0)
-    d = tl.where(inside, d, 0.0)
     ds = round_tf32(d * alpha / r)
-    store_fragments(ds, token, i, ds_ptr, pairs_ptr, (i < N) & inside, 3)
+    store_fragments(ds, token, i, ds_ptr, pairs_ptr, None, 3)
     dr = -tl.sum(d * alpha * normed, axis=0) / r
-    tl.store(kappa_ptr + token, dr / (r * K), mask=inside)
+    tl.store(kappa_ptr + token, dr / (r * K))
     return d, tl.sum(d * normed, axis=0)
 
 

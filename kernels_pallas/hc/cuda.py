@@ -56,12 +56,11 @@ def read_backward(
     """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return streams, parameters.no_cotangents()
-    d_sum, fragments, d_gates, d_weight = triton_layer_input.backward(
+    fragments, d_gates, norm = triton_layer_input.backward(
         streams, parameters, saved, d, static, hc=True
     )
-    dx, dtheta = cuda_launches.read_backward(
-        streams, d_streams, d_sum, saved.h_pre, parameters.theta, fragments, hc=True
-    )
+    given = d_streams, d.layer_input, saved.h_pre, parameters.theta, fragments, norm
+    dx, dtheta, d_weight = cuda_launches.read_backward(streams, *given, hc=True)
     d_parameters = sums.parameter_gradients(dtheta, d_gates, d_weight, static.n)
     return dx.reshape(streams.shape), Parameters(*d_parameters)
 
@@ -79,12 +78,11 @@ def backward(
     """Returns the cotangents of the update and of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return update, parameters.no_cotangents()
-    d_sum, fragments, d_gates, d_weight = triton_layer_input.backward(
+    fragments, d_gates, norm = triton_layer_input.backward(
         new_streams, parameters, saved, d, static, hc=True
     )
-    dx, dy, d_mappings, dtheta = cuda_launches.boundary_backward(
-        update, d_new, d_sum, saved.h_pre, parameters.theta, fragments, hc=True
-    )
+    given = d_new, d.layer_input, saved.h_pre, parameters.theta, fragments, norm
+    dx, dy, d_mappings, dtheta, d_weight = cuda_launches.boundary_backward(update, *given, hc=True)
     d_parameters, (dh_res, dh_post) = sums.all_gradients(
         dtheta, d_gates, d_weight, d_mappings, static.n
     )

@@ -193,28 +193,26 @@ def pre_backward(
     r_ptr,
     alpha_ptr,
     token,
-    inside,
     ds_ptr,
     pairs_ptr,
     kappa_ptr,
     N: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Does the part of `backward_tile` that comes from dh_pre, of one token; writes only if `inside`.
+    """Does the part of `backward_tile` that comes from dh_pre, of one token.
 
     Returns its parts of dbias (a vector) and of dalpha.
     """
     row = token * N + tl.arange(0, N)
-    mask = (tl.arange(0, N) < N) & inside
     r = tl.load(r_ptr + row)
     normed = tl.load(s_ptr + row * (2 + N)) / r
     tanh, derivative = _tanh(normed)
-    dh = tl.where(inside, vector(dpre, N, N), 0.0)
+    dh = vector(dpre, N, N)
     d_normed = dh * tl.load(alpha_ptr) * derivative
     column = tl.arange(0, N) * 8
-    store_fragments(round_tf32(d_normed / r), token, column, ds_ptr, pairs_ptr, mask, N)
+    store_fragments(round_tf32(d_normed / r), token, column, ds_ptr, pairs_ptr, None, N)
     dr = -(d_normed * normed) / r
-    tl.store(kappa_ptr + row, dr / (r * C), mask=mask)
+    tl.store(kappa_ptr + row, dr / (r * C))
     return dh, tl.sum(dh * tanh, axis=0)
 
 

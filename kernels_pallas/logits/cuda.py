@@ -103,7 +103,7 @@ def read_backward(
     if not device.num_tokens(saved.r.shape):
         return streams, parameters.no_cotangents()
     d_sum, flat, others = _to_fragments(streams, parameters, saved, d, static)
-    dx, dphi = cuda_launches.read_backward(
+    dx, dphi, _ = cuda_launches.read_backward(
         streams, d_streams, d_sum, saved.h_pre, _padded(parameters.phi), flat
     )
     dphi = dphi.sum(0)[:, : parameters.phi.shape[1]]
@@ -124,7 +124,7 @@ def backward(
     if not device.num_tokens(saved.r.shape):
         return update, parameters.no_cotangents()
     d_sum, flat, others = _to_fragments(new_streams, parameters, saved, d, static)
-    dx, dy, d_mappings, dphi = cuda_launches.boundary_backward(
+    dx, dy, d_mappings, dphi, _ = cuda_launches.boundary_backward(
         update, d_new, d_sum, saved.h_pre, _padded(parameters.phi), flat
     )
     d_mappings, entries = d_mappings.sum(0), static.n * static.n

@@ -16,11 +16,11 @@ Least traffic at n = 4, in elements a token over C (1C = 2TC bytes of bfloat16):
 | `look_ahead` | x, y in, x', u out: 10C | x, y, g, d in, dx, dy out: 15C | 25C |
 | with the norm of the layer input | and 2C | and 2C | 29C |
 | `boundary`, its h_pre found on the way | 9C + 5C | 5C + 15C | 34C |
-| with the norm of the layer input | | and 1C | 35C |
+| with the norm of the layer input | the same | the same | 34C |
 
-That is what "cuda" moves, where nothing is held on chip. A norm is a second pass over u and over its
+That is what "cuda" moves, where nothing is held on chip. Here a norm is a second pass over u and over its
 cotangent, because it needs a sum over the row: forward u in, the normed u out; backward the layer input and d
-in, for their inner product.
+in, for their inner product. `boundary` finds these sums in the pass that h_pre and dh_pre need.
 """
 
 import jax

@@ -176,6 +176,79 @@ def zero_row(ROWS: tl.constexpr, VEC: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
+def _behind_norm(a, b, pre_ptr, token, C: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr):
+    """Takes N sums a_i = <x_i, w d> and b_i = <x_i, u> of one token, u = sum_i h_pre[i] x_i.
+
+    They give both sums of the norm: <u, u> = sum_i h_pre[i] b_i, <u, w d> = sum_i h_pre[i] a_i.
+
+    Returns dh_pre, N numbers, then inverse and kappa: the cotangent of u is inverse w d - kappa u.
+    """
+    squares = 0.0
+    product = 0.0
+    for i in tl.static_range(N):
+        h_pre = tl.load(pre_ptr + token * N + i)
+        squares += h_pre * b[i]
+        product += h_pre * a[i]
+    inverse = tl.rsqrt(squares / C + EPS)
+    kappa = product * inverse * inverse * inverse / C
+    found = ()
+    for i in tl.static_range(N):
+        found = found + (inverse * a[i] - kappa * b[i],)
+    return found + (inverse, kappa)
+
+
+@triton.jit
+def weights_backward_behind_norm(
+    x_ptr,
+    pre_ptr,
+    weight_ptr,
+    d_ptr,
+    token,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VEC: tl.constexpr,
+    EVEN: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Does `weights_backward` where d is the cotangent behind the norm, in one pass that keeps no row.
+
+    Returns dh_pre, N numbers, then inverse and kappa: the cotangent of u is inverse w d - kappa u.
+    """
+    h_pre = ()
+    a = ()
+    b = ()
+    for i in tl.static_range(N):
+        h_pre = h_pre + (tl.load(pre_ptr + token * N + i),)
+        a = a + (tl.zeros((ROWS,), tl.float32),)
+        b = b + (tl.zeros((ROWS,), tl.float32),)
+    x_ptr += token * N * C
+    for start in tl.range(0, C, ROWS * VEC, loop_unroll_factor=UNROLL):
+        cols = columns(start, ROWS, VEC)
+        wd = load(d_ptr + token * C, cols, C, EVEN) * load(weight_ptr, cols, C, EVEN)
+        x = ()
+        for i in tl.static_range(N):
+            x = x + (load_once(x_ptr + i * C, cols, C, EVEN),)
+        u = h_pre[0] * x[0]
+        for i in tl.static_range(1, N):
+            u += h_pre[i] * x[i]
+        new_a = ()
+        new_b = ()
+        for i in tl.static_range(N):
+            new_a = new_a + (a[i] + tl.sum(x[i] * wd, axis=1),)
+            new_b = new_b + (b[i] + tl.sum(x[i] * u, axis=1),)
+        a = new_a
+        b = new_b
+    a_sums = ()
+    b_sums = ()
+    for i in tl.static_range(N):
+        a_sums = a_sums + (tl.sum(a[i], axis=0),)
+        b_sums = b_sums + (tl.sum(b[i], axis=0),)
+    return _behind_norm(a_sums, b_sums, pre_ptr, token, C, N, EPS)
+
+
+@triton.jit
 def weights_backward_normed(
     x_ptr,
     pre_ptr,
@@ -196,8 +269,7 @@ def weights_backward_normed(
 ):
     """Does the backward of the norm and of the weighted sum for one token; writes only if `inside`.
 
-    It writes dx (WRITE_DX) or the sum's cotangent. With a_i = <x_i, w d> and b_i = <x_i, h>, one pass over x
-    gives both norms' sums and dh_pre: sum h^2 = sum_i h_pre[i] b_i, sum h w d = sum_i h_pre[i] a_i.
+    It writes dx (WRITE_DX) or the sum's cotangent. One pass over x gives all sums, see `_behind_norm`.
 
     Returns dh_pre, N numbers, and then `dweight`, STEPS tiles, with this token's part added.
     """
@@ -226,19 +298,13 @@ def weights_backward_normed(
         b = new_b
     a_sums = ()
     b_sums = ()
-    squares = 0.0
-    product = 0.0
     for i in tl.static_range(N):
         a_sums = a_sums + (tl.sum(a[i], axis=0),)
         b_sums = b_sums + (tl.sum(b[i], axis=0),)
-        h_pre = tl.load(pre_ptr + token * N + i)
-        squares += h_pre * b_sums[i]
-        product += h_pre * a_sums[i]
-    inverse = tl.rsqrt(squares / C + EPS)
-    kappa = product * inverse * inverse * inverse / C
-    found = ()
-    for i in tl.static_range(N):
-        found = found + (inverse * a_sums[i] - kappa * b_sums[i],)
+    behind = _behind_norm(a_sums, b_sums, pre_ptr, token, C, N, EPS)
+    inverse = behind[N]
+    kappa = behind[N + 1]
+    found = behind[:N]
     for step in tl.static_range(STEPS):
         cols = columns(step * ROWS * VEC, ROWS, VEC)
         d = load(d_ptr + token * C, cols, C, EVEN)

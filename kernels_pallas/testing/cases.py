@@ -100,6 +100,7 @@ CASES = (
     # One term of t, see cuda_launches.
     Case("boundary", 69, 128, 4, BF16, options=_SHORT, on="cuda"),
     Case("boundary", 1, 64, 4, BF16, on="cuda"),
+    Case("boundary", 17, 64, 4, BF16, norm=EPS, options=_SHORT, on="cuda"),
     Case("boundary", 6, 72, 8, norm=EPS),
     Case("boundary", 6, 72, 8, BF16, norm=EPS),
     Case("boundary", (2, 18), 200, 4, BF16, norm=EPS),

@@ -19,7 +19,7 @@ if importlib.util.find_spec("triton") is None:
 
 from kernels_pallas.boundary import cuda_launches
 from kernels_pallas.gpu import cuda_launch
-from kernels_pallas.testing import emulate
+from kernels_pallas.testing import emulate, oracle
 
 PACKAGE = pathlib.Path(cuda_launches.__file__).parents[1]
 
@@ -27,24 +27,24 @@ pytestmark = pytest.mark.gpu_interpreter
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
-def arguments(T, C, hc=False, kappa_pre=False):
-    """Random x, y, h_post, h_res, g, d, h_pre, fragments of phi and of ds, kappa (twice), T."""
+def arguments(T, C, hc=False, kappa_pre=False, norm=False):
+    """Random x, y, h_post, h_res, g, d, h_pre, fragments of phi and of ds, kappa (twice), a norm's, T."""
     rng = np.random.default_rng(0)
     tiles, chunks = -(-T // 16), 4 if hc else 3
     shapes = [(T, 4 * C), (T, C), (T, 4), (T, 16), (T, 4 * C), (T, C), (T, 4)]
     phi = (C // 64, 8, 32, 4) if hc else (C // 64, 8, 2, 3, 32, 8)
     shapes += [phi, (tiles, chunks, 32, 4), (tiles, chunks, 32, 8)]
-    shapes += [(T, 4) if hc else (T,)] * (1 + kappa_pre)
-    dtypes = [BF16, BF16, F32, F32, BF16, BF16, F32, BF16, F32, BF16, F32, F32]
+    shapes += [(T, 4) if hc else (T,)] * (1 + kappa_pre) + [(T, 4), (C,)] * norm
+    dtypes = [BF16, BF16, F32, F32, BF16, BF16, F32, BF16, F32, BF16, F32, F32, F32, F32]
     return [*(rng.standard_normal(s).astype(d) for s, d in zip(shapes, dtypes)), T]
 
 
 def long_backward(T, C, **options):
     """The backward's launch with two programs a slab, so that each walks over several tiles."""
     launch = cuda_launches.backward_launch(T, C, **options)
-    *outputs, dphi = launch.outputs
-    outputs.append(dphi.update(shape=(2, *dphi.shape[1:])))
-    return dataclasses.replace(launch, grid=(launch.grid[0], 2), outputs=tuple(outputs))
+    dx, dy, token_sums, *parts = launch.outputs
+    outputs = dx, dy, token_sums, *(part.update(shape=(2, *part.shape[1:])) for part in parts)
+    return dataclasses.replace(launch, grid=(launch.grid[0], 2), outputs=outputs)
 
 
 @pytest.mark.skipif(not emulate.available(), reason="no g++")
@@ -63,6 +63,49 @@ def test_results_do_not_depend_on_the_order_of_threads(mix, terms, hc):
     for other in others:
         for a, b in zip(first, other):
             np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+@pytest.mark.skipif(not emulate.available(), reason="no g++")
+@pytest.mark.parametrize(
+    ("mix", "terms", "hc"),
+    [(False, 1, False), (True, 1, False), (True, 2, False), (False, 1, True), (True, 1, True)],
+)
+def test_the_norm_of_the_layer_input(mix, terms, hc):
+    """Cotangents behind the norm without the projection's part, in programs that walk over several tiles."""
+    T, C = 16 * 4 + 5, 128
+    launch = long_backward(T, C, mix=mix, terms=terms, hc=hc, kappa_pre=True, norm=True)
+    *args, T = arguments(T, C, hc, kappa_pre=True, norm=True)
+    args[8:10] = map(np.zeros_like, args[8:10])  # ds
+    first, *others = (launch.emulate(*args, T, seed=seed) for seed in (0, 1, 2))
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+    dx, dy, token_sums, _, dw = first
+    x, y, post, res, g, d, pre, *_, kappa, kappa_pre, norm, weight = (
+        a.astype(np.float64) for a in args
+    )
+    update = x, y, post, res.reshape(T, 4, 4)
+    new = oracle.round_bits(oracle.post_res(*update), 8) if mix else x
+    u = oracle.pre(new, pre)
+    inverse, kappa_n = norm[:, :1], norm[:, 1:2]
+    du = oracle.round_bits(inverse * weight * d - kappa_n * u, 8)
+    t = np.einsum("ti,tc->tic", pre, du)
+    t += (kappa + kappa_pre).reshape(T, -1, 1) * new.reshape(T, 4, C)
+    t = g + t.reshape(T, -1)
+    pairs = [(dx, t), (dw.sum(0), (inverse * d * u).sum(0))]
+    if mix:
+        *rows, dh_post, dh_res = oracle.post_res_vjp(*update, t)
+        pairs[0] = (dx, rows[0])
+        pairs += [(dy, rows[1]), (token_sums.sum(0)[:, 16:], dh_post)]
+        pairs += [(token_sums.sum(0)[:, :16], dh_res.reshape(T, 16))]
+    limits = [
+        oracle.TIES,
+        oracle.SUMS,
+        oracle.TIES,
+        *[oracle.ROUNDED if terms == 1 else oracle.TIES] * 2,
+    ]
+    for (found, truth), limit in zip(pairs, limits):
+        assert oracle.error(found, truth) < limit
 
 
 @pytest.mark.skipif(not emulate.available(), reason="no g++")
@@ -143,11 +186,21 @@ LAUNCHES = {
         4096, 2560, mix=False, hc=True, kappa_pre=True
     ),
 }
+for name, options in {
+    "backward": {"mix": True},
+    "backward of few tokens": {"mix": True, "terms": 2},
+    "backward of read": {"mix": False},
+    "backward of HC": {"mix": True, "hc": True},
+    "backward of read of HC": {"mix": False, "hc": True},
+}.items():
+    LAUNCHES[f"{name} with norm"] = cuda_launches.backward_launch(
+        4096, 2560, kappa_pre=True, norm=True, **options
+    )
 SLOW = pytest.mark.slow
 
 
 def _rarely(name, capability):
-    few = "look" in name or "HC" in name
+    few = any(form in name for form in ("look", "HC", "norm"))
     return few and (capability != 90 or name.endswith(("tokens of HC", "read of HC")))
 
 
@@ -203,6 +256,20 @@ def test_both_sides_must_count_the_same_bytes(name):
     wrong = {**launch.macros, "SHARED_BYTES": launch.shared_bytes + 16}
     with pytest.raises(emulate.CompilationError, match="counts otherwise"):
         emulate.compile(PACKAGE / launch.source, launch.kernel, wrong)
+
+
+def test_check_asks_for_the_bytes_of_the_largest_form():
+    forms = {
+        "look": cuda_launches.LOOK_AHEAD_BYTES,
+        "HC": cuda_launches.HC_BACKWARD_BYTES,
+        "": cuda_launches.BACKWARD_BYTES,
+    }
+    largest = dict.fromkeys(forms, 0)
+    for name, launch in LAUNCHES.items():
+        if "backward" in name:
+            form = next(form for form in forms if form in name)
+            largest[form] = max(largest[form], launch.shared_bytes)
+    assert largest == forms
 
 
 def test_a_device_that_is_not_supported_is_named():

@@ -134,21 +134,23 @@ def test_second_stage_of_the_parameter_gradients(with_weight):
         np.testing.assert_allclose(np.asarray(ours), expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("norm", [None, 1e-6])
 @pytest.mark.parametrize("hc", [False, True])
-def test_several_short_rows_a_program(hc, monkeypatch):
+def test_several_short_rows_a_program(hc, norm, monkeypatch):
     """Layer inputs and their backward, four and one a program."""
     T, n, C = 4, 4, 8
     m = n * (2 + n)
-    static = ReadStatic(n, 2, 1e-6, None)
+    static = ReadStatic(n, 2, 1e-6, norm)
     shape = (1, T, n, 8) if hc else (1, T, 28)
     x, parts = normal(0, T, n * C, dtype=BF16), normal(1, *shape) ** 2
-    parameters = Parameters(None, normal(2, m), normal(3, 3), None)
+    weight = None if norm is None else normal(7, C)
+    parameters = Parameters(None, normal(2, m), normal(3, 3), weight)
     d = ReadOut(normal(4, T, C, dtype=BF16), normal(5, T, n), normal(6, T, n, n))
 
     def run():
         out, saved = layer_input.forward(x, parts, parameters, static, hc=hc)
-        _, fragments, (_, sums), _ = layer_input.backward(x, parameters, saved, d, static, hc=hc)
-        return *out, *saved, *fragments, sums.sum(1)
+        fragments, (_, sums), through = layer_input.backward(x, parameters, saved, d, static, hc=hc)
+        return *out, *saved, *fragments, sums.sum(1), *(through or ())
 
     one = run()
     monkeypatch.setattr(device, "multiprocessors", lambda: 0)
