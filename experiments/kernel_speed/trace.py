@@ -18,9 +18,11 @@ from experiments.kernel_speed.cases import sublayer_inputs, sublayers
 PROGRAMS = (
     ("read", 1),
     ("boundary", 3),
+    ("boundary+norm", 3),
     ("look-ahead", 3),
     ("look-ahead+norm", 3),
     ("hc", 3),
+    ("hc+norm", 3),
 )  # mode and sublayers
 
 

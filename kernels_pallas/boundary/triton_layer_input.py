@@ -32,8 +32,8 @@ from kernels_pallas.pre.triton import blocks_of, row_blocks
 from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
-def _rate(programs: int, others: int) -> int:
-    """Returns RATE of `_share`: of 16 programs, how many are of mappings, so that these end after 3/4 of all.
+def rate(programs: int, others: int) -> int:
+    """Returns RATE of `share`: of 16 programs, how many are of mappings, so that these end after 3/4 of all.
 
     Args:
       programs: of mappings.
@@ -42,7 +42,7 @@ def _rate(programs: int, others: int) -> int:
     return min(16, device.cdiv(16 * 4 * programs, 3 * (programs + others)))
 
 
-def _tokens_per_program(T: int, C: int, itemsize: int) -> int:
+def tokens_per_program(T: int, C: int, itemsize: int) -> int:
     """Returns the layer inputs of a program of one warp: several if rows are short and there are many.
 
     It divides T and leaves a multiprocessor 16 programs.
@@ -76,7 +76,7 @@ def forward_launch(
     n = static.n
     # The streams of a row take 4 registers a step, the layer input 8.
     blocks, warps = row_blocks(C, dtype.itemsize, most_steps=max(1, 20 // n), least_warps=1)
-    count = _tokens_per_program(T, C, dtype.itemsize) if warps == 1 else 1
+    count = tokens_per_program(T, C, dtype.itemsize) if warps == 1 else 1
     mappings = _mappings(n, warps, static, hc)
     programs, rows = device.cdiv(T, mappings["TOKENS"]), T // count
     return TritonLaunch(
@@ -92,7 +92,7 @@ def forward_launch(
         ),
         constants={
             "PROGRAMS": programs,
-            "RATE": _rate(programs, rows),
+            "RATE": rate(programs, rows),
             "COUNT": count,
             **mappings,
             "EPS": static.norm_eps,
@@ -117,7 +117,7 @@ def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = Fal
     u. With `hc` (Hyper-Connections) ds has 4 in place of 3 pieces, and kappa is [T, 4].
     """
     n, norm = static.n, static.has_norm
-    count = _tokens_per_program(T, C, dtype.itemsize)
+    count = tokens_per_program(T, C, dtype.itemsize)
     # With one warp a token the sums end in shuffles and need no shared memory and no barrier.
     mappings = _mappings(n, 1, static, hc)
     if not hc:  # half the iterates a thread, whose registers all programs pay for
@@ -142,7 +142,7 @@ def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = Fal
         ),
         constants={
             "PROGRAMS": programs,
-            "RATE": _rate(programs, rows),
+            "RATE": rate(programs, rows),
             "COUNT": count,
             **mappings,
             "C": C,

@@ -1,6 +1,6 @@
 """Kernels of triton_layer_input.py: mappings beside F_pre, and the backward of both.
 
-PROGRAMS and RATE say which programs are for mappings, see `_share`. These are tiles of
+PROGRAMS and RATE say which programs are for mappings, see `share`. These are tiles of
 `coefficients.triton_forward` and `triton_backward`, or with HC of `hc.triton_gates`. The other programs have
 COUNT tokens each and hold rows as `pre.triton_kernels` does.
 """
@@ -20,7 +20,7 @@ from kernels_pallas.pre.triton_kernels import (
 
 
 @triton.jit
-def _share(PROGRAMS: tl.constexpr, RATE: tl.constexpr):
+def share(PROGRAMS: tl.constexpr, RATE: tl.constexpr):
     """Says how many programs of mappings come before this one, and whether it is one of them.
 
     RATE of 16 programs are, until there have been PROGRAMS.
@@ -70,7 +70,7 @@ def mhc_read_forward_input(
 
     It reads partial sums of the projection, see `forward_tile`, and writes s and r too.
     """
-    before, of_mappings = _share(PROGRAMS, RATE)
+    before, of_mappings = share(PROGRAMS, RATE)
     if of_mappings:
         if HC:
             gates.forward_tile(
@@ -187,7 +187,7 @@ def mhc_read_backward_input(
     [N + 1, programs], and with NORM of each token inverse, kappa_n and two zeros (16 bytes are one
     asynchronous copy): backward.cu makes the cotangent of the weighted sum of them.
     """
-    before, of_mappings = _share(PROGRAMS, RATE)
+    before, of_mappings = share(PROGRAMS, RATE)
     if of_mappings:
         if HC:
             gates.backward_tile(

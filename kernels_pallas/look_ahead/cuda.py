@@ -1,10 +1,10 @@
 """`look_ahead` with one pass over the streams in each direction, in CUDA C++; the small kernels in Triton.
 
-Forward: forward.cu of `boundary` with h_pre (10C), one launch for the second stage of the projection and the
-mappings, and the norm of the layer input if there is one (2C). Backward: the mappings, with a norm its inner
-products (2C), then backward.cu of `boundary` with the sums of dh_pre and the norm's part (15C), then the
-second stage of all sums. Nothing of the backward waits for the streams before its pass. Partial sums of
-dh_res, dh_post and dh_pre are 0.75C more, written and read (0.6C in `boundary`).
+Forward: forward.cu of `boundary` with h_pre (10C), one launch for the second stage of the projection, the
+mappings and the norm of the layer input if there is one (2C). Backward: one launch for the mappings and the
+inner products of the norm (2C), then backward.cu of `boundary` with the sums of dh_pre and the norm's part
+(15C), then the second stage of all sums. Nothing of the backward waits for the streams before its pass.
+Partial sums of dh_res, dh_post and dh_pre are 0.75C more, written and read (0.6C in `boundary`).
 """
 
 import jax
@@ -59,16 +59,18 @@ def backward(
     T, C = device.num_tokens(saved.r.shape), d.layer_input.shape[-1]
     if not T:
         return known, parameters.no_cotangents()
-    fragments, d_gates = coefficients.backward_to_fragments(
-        *triton.mappings_operands(parameters, saved, d),
-        K=new_streams.shape[-1],
-        **triton.mappings_static(static),
-    )
     weight, normed, inverse = parameters.weight, saved.layer_input, saved.inverse
+    mappings = triton.mappings_operands(parameters, saved, d)
     if weight is None or normed is None or inverse is None:
+        fragments, d_gates = coefficients.backward_to_fragments(
+            *mappings, K=new_streams.shape[-1], **triton.mappings_static(static)
+        )
         norm = fragments.kappa, fragments.kappa  # not read
     else:
-        norm = triton_norm.backward(normed, d.layer_input, inverse), weight
+        fragments, d_gates, rows = triton_norm.backward(
+            normed, d.layer_input, inverse, mappings, static
+        )
+        norm = rows, weight
     launch = cuda_launches.backward_launch(T, C, mix=True, look_ahead=True, norm=static.has_norm)
     phi = cuda_launches.phi_fragments(parameters.phi)
     operands = *known.update, d_new, d.layer_input, known.h_pre, phi

@@ -32,6 +32,8 @@ def finish(
 ) -> tuple[Ahead, Saved]:
     """Does the pass from the projection's partial sums and the weighted sum u [..., C] on; T > 0."""
     n, lead, (K, m) = static.n, u.shape[:-1], parameters.phi.shape
+    if parameters.weight is not None:
+        return triton_norm.forward(u, parameters.weight, projected, parameters, static)
     next_pre, h_post, h_res, s, r = coefficients.forward_of_sums(
         projected,
         parameters.bias,
@@ -44,12 +46,7 @@ def finish(
         pre_eps=static.pre_eps,
     )
     mappings = next_pre.reshape(*lead, n), h_post.reshape(*lead, n), h_res.reshape(*lead, n, n)
-    s, r = s.reshape(*lead, m), r.reshape(lead)
-    weight, eps = parameters.weight, static.input_norm_eps
-    if weight is None or eps is None:
-        return Ahead(u, *mappings), Saved(s, r, None, None)
-    layer_input, inverse = triton_norm.forward(u, weight, eps)
-    return Ahead(layer_input, *mappings), Saved(s, r, layer_input, inverse)
+    return Ahead(u, *mappings), Saved(s.reshape(*lead, m), r.reshape(lead), None, None)
 
 
 def forward(

@@ -1,18 +1,32 @@
-"""The norm of a layer input that is in memory, in Triton: forward, and the sum that its backward needs."""
+"""The norm of a layer input that is in memory, in Triton, with the mappings in the same launch.
+
+In both directions the norm moves 2C and the mappings move nothing to speak of, and neither needs the other.
+As in `boundary.triton_layer_input` there are programs of both kinds, so that memory is busy while
+Sinkhorn-Knopp iterates.
+"""
 
 import jax
+import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from kernels_pallas.boundary.contract import Parameters
+from kernels_pallas.boundary.triton_layer_input import rate, tokens_per_program
+from kernels_pallas.boundary.triton_layer_input_kernels import share
+from kernels_pallas.coefficients import triton_backward as coefficients_backward
+from kernels_pallas.coefficients import triton_forward as coefficients
+from kernels_pallas.coefficients.triton import Fragments
 from kernels_pallas.gpu import device
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
-from kernels_pallas.gpu.triton_math import columns, load, store
+from kernels_pallas.gpu.triton_math import columns, load, load_once, store, vector
+from kernels_pallas.look_ahead.contract import Ahead, ReadStatic, Saved
 from kernels_pallas.pre.triton import blocks_of, row_blocks
+from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
 @triton.jit
-def mhc_look_ahead_forward_norm(
+def _store_normed(
     u_ptr,
     weight_ptr,
     out_ptr,
@@ -25,83 +39,284 @@ def mhc_look_ahead_forward_norm(
     EVEN: tl.constexpr,
 ):
     """Writes the RMSNorm of one row of u, and by what it multiplies; the row stays in registers."""
-    token = tl.program_id(0).to(tl.int64)
     row = ()
     squares = tl.zeros((ROWS,), tl.float32)
     for step in tl.static_range(STEPS):
-        u = load(u_ptr + token * C, columns(step * ROWS * VEC, ROWS, VEC), C, EVEN)
+        u = load(u_ptr, columns(step * ROWS * VEC, ROWS, VEC), C, EVEN)
         row = row + (u,)
         squares += tl.sum(u * u, axis=1)
     inverse = tl.rsqrt(tl.sum(squares, axis=0) / C + EPS)
-    tl.store(inverse_ptr + token, inverse)
+    tl.store(inverse_ptr, inverse)
     for step in tl.static_range(STEPS):
         cols = columns(step * ROWS * VEC, ROWS, VEC)
         out = row[step] * inverse * load(weight_ptr, cols, C, EVEN)
-        store(out_ptr + token * C, cols, out, C, EVEN)
+        store(out_ptr, cols, out, C, EVEN)
 
 
 @triton.jit
-def mhc_look_ahead_backward_norm(
+def mhc_look_ahead_forward_input(
+    u_ptr,
+    weight_ptr,
+    parts_ptr,
+    bias_ptr,
+    alpha_ptr,
+    T,
+    out_ptr,
+    inverse_ptr,
+    pre_ptr,
+    post_ptr,
+    res_ptr,
+    s_ptr,
+    r_ptr,
+    PROGRAMS: tl.constexpr,
+    RATE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COUNT: tl.constexpr,
+    N: tl.constexpr,
+    NUM_ITERATIONS: tl.constexpr,
+    EPS: tl.constexpr,
+    LD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SINKHORN_EPS: tl.constexpr,
+    PRE_EPS: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    VEC: tl.constexpr,
+    STEPS: tl.constexpr,
+    EVEN: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+):
+    """Makes mappings of TOKENS tokens in each of PROGRAMS programs, norms COUNT rows in the others."""
+    before, of_mappings = share(PROGRAMS, RATE)
+    if of_mappings:
+        coefficients.forward_tile(
+            before,
+            parts_ptr,
+            parts_ptr,
+            bias_ptr,
+            alpha_ptr,
+            T,
+            pre_ptr,
+            post_ptr,
+            res_ptr,
+            s_ptr,
+            r_ptr,
+            N,
+            TOKENS,
+            NUM_ITERATIONS,
+            N * C,
+            EPS,
+            LD,
+            SPLITS,
+            SINKHORN_EPS,
+            PRE_EPS,
+        )
+    else:
+        first = (tl.program_id(0) - before) * COUNT
+        for k in tl.static_range(COUNT):
+            token = (first + k).to(tl.int64)
+            _store_normed(
+                u_ptr + token * C,
+                weight_ptr,
+                out_ptr + token * C,
+                inverse_ptr + token,
+                C,
+                NORM_EPS,
+                ROWS,
+                VEC,
+                STEPS,
+                EVEN,
+            )
+
+
+@triton.jit
+def mhc_look_ahead_backward_input(
     normed_ptr,
     d_ptr,
     inverse_ptr,
-    out_ptr,
+    s_ptr,
+    r_ptr,
+    bias_ptr,
+    alpha_ptr,
+    dpre_ptr,
+    dpost_ptr,
+    dres_ptr,
+    T,
+    ds_ptr,
+    pairs_ptr,
+    kappa_ptr,
+    sums_ptr,
+    norm_ptr,
+    PROGRAMS: tl.constexpr,
+    RATE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COUNT: tl.constexpr,
+    N: tl.constexpr,
+    NUM_ITERATIONS: tl.constexpr,
+    SINKHORN_EPS: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
     VEC: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Writes of one token inverse, kappa and two zeros, so that du = inverse w d - kappa u.
+    """Goes back from the mappings in PROGRAMS programs, and begins with the norm of COUNT rows in others.
 
-    kappa is inverse^2 <normed, d> / C. 16 bytes a token are one asynchronous copy.
+    Of a row it writes inverse, kappa and two zeros, so that du = inverse w d - kappa u, where kappa is
+    inverse^2 <normed, d> / C. 16 bytes a token are one asynchronous copy.
     """
-    token = tl.program_id(0).to(tl.int64)
-    sums = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, C, ROWS * VEC):
-        cols = columns(start, ROWS, VEC)
-        normed = load(normed_ptr + token * C, cols, C, EVEN)
-        sums += tl.sum(normed * load(d_ptr + token * C, cols, C, EVEN), axis=1)
-    inverse = tl.load(inverse_ptr + token)
-    kappa = inverse * inverse * tl.sum(sums, axis=0) / C
-    place = tl.arange(0, 4)
-    row = tl.where(place == 0, inverse, tl.where(place == 1, kappa, 0.0))
-    tl.store(out_ptr + token * 4 + place, row)
+    before, of_mappings = share(PROGRAMS, RATE)
+    if of_mappings:
+        coefficients_backward.backward_tile(
+            before,
+            PROGRAMS,
+            s_ptr,
+            r_ptr,
+            bias_ptr,
+            alpha_ptr,
+            dpre_ptr,
+            dpost_ptr,
+            dres_ptr,
+            T,
+            ds_ptr,
+            kappa_ptr,
+            sums_ptr,
+            pairs_ptr,
+            N,
+            TOKENS,
+            NUM_ITERATIONS,
+            ROUND=True,
+            FRAGMENTS=N * C,
+            SINKHORN_EPS=SINKHORN_EPS,
+            PRE=True,
+        )
+    else:
+        first = tl.program_id(0) - before
+        for k in range(COUNT):
+            # From the last token to the first, for d in L2, see `mhc_read_backward_input`.
+            token = (T - 1 - first - k * (tl.num_programs(0) - PROGRAMS)).to(tl.int64)
+            sums = tl.zeros((ROWS,), tl.float32)
+            for start in tl.range(0, C, ROWS * VEC, loop_unroll_factor=5):
+                cols = columns(start, ROWS, VEC)
+                normed = load_once(normed_ptr + token * C, cols, C, EVEN)
+                sums += tl.sum(normed * load(d_ptr + token * C, cols, C, EVEN), axis=1)
+            inverse = tl.load(inverse_ptr + token)
+            kappa = inverse * inverse * tl.sum(sums, axis=0) / C
+            row = vector((inverse, kappa), 2, 4)
+            tl.store(norm_ptr + token * 4 + tl.arange(0, 4), row)
 
 
-def forward_launch(T: int, C: int, dtype, eps: float) -> TritonLaunch:
-    """Makes the launch for u [T, C], weight [C]: the normed rows, inverse [T]."""
-    # Five steps of two warps at C = 2560 would spill 8 bytes.
-    blocks, warps = row_blocks(C, dtype.itemsize, most_steps=4)
+def forward_launch(
+    T: int, C: int, dtype, static: ReadStatic, *, splits: int, stride: int
+) -> TritonLaunch:
+    """Makes the launch for u [T, C], weight [C], partial sums [splits, T, stride], bias, alpha.
+
+    Outputs: the normed rows [T, C], inverse [T], next_pre, h_post [T, n], h_res [T, n, n], s [T, m], r [T].
+    """
+    n = static.n
+    blocks, warps = row_blocks(C, dtype.itemsize, most_steps=5, least_warps=1)
+    tokens = warps * sinkhorn.tokens_per_program(n)
+    count = tokens_per_program(T, C, dtype.itemsize) if warps == 1 else 1
+    programs, rows = device.cdiv(T, tokens), T // count
     return TritonLaunch(
-        kernel=mhc_look_ahead_forward_norm,
-        grid=(T,),
-        outputs=(struct((T, C), dtype), struct((T,))),
-        constants={"C": C, "EPS": eps, **blocks},
+        kernel=mhc_look_ahead_forward_input,
+        grid=(programs + rows,),
+        outputs=(
+            struct((T, C), dtype),
+            struct((T,)),
+            struct((T, n)),
+            struct((T, n)),
+            struct((T, n, n)),
+            struct((T, n * n + 2 * n)),
+            struct((T,)),
+        ),
+        constants={
+            "PROGRAMS": programs,
+            "RATE": rate(programs, rows),
+            "TOKENS": tokens,
+            "COUNT": count,
+            "N": n,
+            "NUM_ITERATIONS": static.num_iterations,
+            "EPS": static.norm_eps,
+            "LD": stride,
+            "SPLITS": splits,
+            "SINKHORN_EPS": static.sinkhorn_eps,
+            "PRE_EPS": static.pre_eps,
+            "C": C,
+            **blocks,
+            "NORM_EPS": static.input_norm_eps,
+        },
         num_warps=warps,
     )
 
 
-def backward_launch(T: int, C: int, dtype) -> TritonLaunch:
-    """Makes the launch for normed, d [T, C], inverse [T]: inverse, kappa, 0, 0 in [T, 4]."""
-    # With one warp a token the sum ends in shuffles and needs no barrier.
+def backward_launch(T: int, C: int, dtype, static: ReadStatic) -> TritonLaunch:
+    """Makes the launch (n = 4) for the normed rows, d [T, C], inverse [T], s, r, bias, alpha, dnext_pre,
+    dh_post [T, 4], dh_res [T, 4, 4].
+
+    Outputs: ds as float32 and bfloat16 fragments, kappa [T], sums [m + 3, programs], and of each row inverse,
+    kappa, 0, 0 [T, 4].
+    """
+    n = static.n
+    # Half the iterates a thread, whose registers all programs pay for.
+    tokens = max(1, sinkhorn.tokens_per_program(n) // 2)
+    count = tokens_per_program(T, C, dtype.itemsize)
+    programs, rows, tiles = device.cdiv(T, tokens), T // count, device.cdiv(T, 16)
     return TritonLaunch(
-        kernel=mhc_look_ahead_backward_norm,
-        grid=(T,),
-        outputs=(struct((T, 4)),),
-        constants={"C": C, **blocks_of(C, dtype.itemsize, rows=32)},
+        kernel=mhc_look_ahead_backward_input,
+        grid=(programs + rows,),
+        outputs=(
+            struct((tiles, 3, 32, 4)),
+            struct((tiles, 3, 32, 8), jnp.bfloat16),
+            struct((T,)),
+            struct((n * n + 2 * n + 3, programs)),
+            struct((T, 4)),
+        ),
+        constants={
+            "PROGRAMS": programs,
+            "RATE": rate(programs, rows),
+            "TOKENS": tokens,
+            "COUNT": count,
+            "N": n,
+            "NUM_ITERATIONS": static.num_iterations,
+            "SINKHORN_EPS": static.sinkhorn_eps,
+            "C": C,
+            # With one warp a token the sum ends in shuffles and needs no barrier.
+            **blocks_of(C, dtype.itemsize, rows=32),
+        },
         num_warps=1,
     )
 
 
-def forward(u: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """Maps u [..., C] to its RMSNorm [..., C] and `inverse` [...]; T > 0."""
+def forward(
+    u: jax.Array,
+    weight: jax.Array,
+    projected: jax.Array,
+    parameters: Parameters,
+    static: ReadStatic,
+) -> tuple[Ahead, Saved]:
+    """Norms u [..., C] and makes the mappings, as `triton.finish`; T > 0."""
     *lead, C = u.shape
-    normed, inverse = forward_launch(device.num_tokens(lead), C, u.dtype, eps)(u, weight)
-    return normed.reshape(u.shape), inverse.reshape(lead)
+    splits, T, stride = projected.shape
+    launch = forward_launch(T, C, u.dtype, static, splits=splits, stride=stride)
+    found = launch(u, weight, projected, parameters.bias, parameters.alpha, T)
+    layer_input, inverse, *mappings, s, r = (x.reshape(*lead, *x.shape[1:]) for x in found)
+    return Ahead(layer_input, *mappings), Saved(s, r, layer_input, inverse)
 
 
-def backward(layer_input: jax.Array, d: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Returns inverse, kappa, 0, 0 of each token, [T, 4]; T > 0."""
-    *lead, C = d.shape
-    (found,) = backward_launch(device.num_tokens(lead), C, d.dtype)(layer_input, d, inverse)
-    return found
+def backward(
+    normed: jax.Array,
+    d: jax.Array,
+    inverse: jax.Array,
+    mappings: tuple[jax.Array, ...],
+    static: ReadStatic,
+) -> tuple[Fragments, jax.Array, jax.Array]:
+    """Goes back from the mappings (`triton.mappings_operands`) to the projection in CUDA (n = 4); T > 0.
+
+    Returns:
+      Fragments, partial sums of dbias and dalpha (see `gpu.sums`), and inverse, kappa, 0, 0 of each row
+      [T, 4].
+    """
+    T, C = device.num_tokens(inverse.shape), d.shape[-1]
+    launch = backward_launch(T, C, d.dtype, static)
+    *fragments, sums, rows = launch(normed, d, inverse, *mappings, T)
+    return Fragments(*fragments), sums, rows

@@ -252,6 +252,32 @@ def test_the_forward_stores_what_it_rounds():
 
 if HAS_TRITON:
     from kernels_pallas.boundary import cuda_launches
+    from kernels_pallas.gpu import device
+    from kernels_pallas.look_ahead import triton_norm
+
+    @pytest.mark.gpu_interpreter
+    def test_several_short_rows_a_program(monkeypatch):
+        """The norm beside the mappings, four rows a program and one."""
+        T, C, n = 4, 8, 4
+        static = ReadStatic(n, ITERATIONS, 1e-6, EPS)
+        u, d = normal(0, T, C, dtype=BF16), normal(1, T, C, dtype=BF16)
+        parameters = Parameters(None, normal(2, n * n + 2 * n), normal(3, 3), normal(4, C))
+        parts = normal(5, 1, T, 28) ** 2
+        cotangents = normal(6, T, n), normal(7, T, n), normal(8, T, n, n)
+
+        def run():
+            out, saved = triton_norm.forward(u, parameters.weight, parts, parameters, static)
+            mappings = saved.s, saved.r, parameters.bias, parameters.alpha, *cotangents
+            found = triton_norm.backward(out.layer_input, d, saved.inverse, mappings, static)
+            return jax.tree.leaves((out, saved, found))
+
+        one = run()
+        rows = oracle.rms_norm(u, parameters.weight, EPS)
+        assert oracle.error(one[0], rows) < oracle.SUMS
+        monkeypatch.setattr(device, "multiprocessors", lambda: 0)
+        assert triton_norm.backward_launch(T, C, u.dtype, static).constants["COUNT"] == 4
+        for a, b in zip(one, run(), strict=True):  # NaNs are fragments of tokens that do not exist
+            np.testing.assert_array_equal(np.asarray(a, F32), np.asarray(b, F32))
 
     @pytest.mark.gpu_interpreter
     @needs_gcc

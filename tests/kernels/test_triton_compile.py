@@ -65,8 +65,11 @@ def launches(capability: int):
     launch = sums.launch(13, (K, m), n, 512, (13, C), 40, T, pre_rows=T)
     yield "sums of boundary", launch, [f] * 5
     bf16 = jnp.dtype(jnp.bfloat16)
-    yield "norm", triton_norm.forward_launch(T, C, bf16, 1e-6), ["*bf16", f]
-    yield "norm backward", triton_norm.backward_launch(T, C, bf16), ["*bf16", "*bf16", f]
+    static = ReadStatic(n, 20, 1e-20, 1e-6)
+    launch = triton_norm.forward_launch(T, C, bf16, static, splits=2, stride=28)
+    yield "norm beside mappings", launch, ["*bf16", f, f, f, f, i]
+    launch = triton_norm.backward_launch(T, C, bf16, static)
+    yield "norm beside mappings backward", launch, ["*bf16", "*bf16", *[f] * 8, i]
     eps = {"sinkhorn_eps": 1e-6, "pre_eps": 1e-6}
     parts = coefficients.forward_launch(T, n, 20, K=K, eps=1e-6, splits=2, stride=28, **eps)
     yield "mappings with eps", parts, [f, f, f, f, i]
