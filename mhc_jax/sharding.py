@@ -85,10 +85,11 @@ def check_divisible(config: Config, sizes: Mapping[str, int]) -> None:
     parts = config.optimizer.accumulate_steps
     if config.batch_size % (parts * over):
         axes = " x ".join(f"{axis}={sizes[axis]}" for axis in BATCH_AXES)
+        others = "mesh.pipe" if sizes["pipe"] > 1 else "mesh.tensor or mesh.sequence"
         raise ValueError(
             f"batch_size={config.batch_size} in {parts} parts (optimizer.accumulate_steps) is not "
             f"divisible by the {over} devices of mesh {axes}: use a multiple of {parts * over}, or give "
-            "devices to mesh.tensor or mesh.sequence"
+            f"devices to {others}"
         )
     model = config.model
     split = [

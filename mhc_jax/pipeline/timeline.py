@@ -142,14 +142,18 @@ def simulate(schedule: Schedule, times: StageTimes, transfer: float) -> Timeline
 
 
 def microbatch_warning(schedule: str, num_devices: int, num_microbatches: int) -> str:
-    """What to say of too few micro-batches for dualpipev, with its bubble; empty where there are enough."""
-    if schedule != "dualpipev" or num_microbatches >= 2 * num_devices:
+    """What to say of too few micro-batches, with the bubble of equal stages; empty where there are enough.
+
+    `dualpipev` wants two a device; with fewer than one a device the others idle for half of a step and more.
+    """
+    wanted = num_devices * (2 if schedule == "dualpipev" else 1)
+    if num_microbatches >= wanted:
         return ""
     table = make_schedule(schedule, num_devices, num_microbatches)
     ones = np.ones(table.num_stages)
     found = simulate(table, StageTimes(ones, 0 * ones, 0 * ones, 2 * ones, ones), 0.0)
     bubble = 100 * (1 - found.ideal / found.seconds)
     return (
-        f"{num_microbatches} micro-batches (optimizer.accumulate_steps) on mesh.pipe={num_devices}: "
-        f"dualpipev wants at least {2 * num_devices}; its bubble is about {bubble:.0f} % of a step"
+        f"optimizer.accumulate_steps={num_microbatches} on mesh.pipe={num_devices}: {schedule} wants at "
+        f"least {wanted} micro-batches; its bubble is about {bubble:.0f} % of a step"
     )

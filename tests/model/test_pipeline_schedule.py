@@ -88,9 +88,14 @@ def test_bubbles(devices, microbatches):
 
 
 def test_the_bubble_of_few_microbatches_is_named():
-    assert microbatch_warning("1f1b", 8, 1) == microbatch_warning("dualpipev", 8, 16) == ""
+    assert microbatch_warning("1f1b", 8, 8) == microbatch_warning("dualpipev", 8, 16) == ""
     # 4 x 16 half stages of 1 + 2 behind each other are 24 of about 60.
-    assert "wants at least 16; its bubble is about 60 %" in microbatch_warning("dualpipev", 8, 4)
+    found = microbatch_warning("dualpipev", 8, 4)
+    assert "wants at least 16 micro-batches; its bubble is about 60 %" in found
+    # The default, one micro-batch: seven of eight devices idle.
+    found = microbatch_warning("1f1b", 8, 1)
+    assert "accumulate_steps=1 on mesh.pipe=8: 1f1b wants at least 8" in found
+    assert "bubble is about 88 %" in found
 
 
 @pytest.mark.parametrize(
