@@ -10,7 +10,9 @@ A dense decoder of 1.4 billion parameters in bfloat16, nothing recomputed. The t
 plan use are measured on one device, forward and backward by themselves, once for all numbers of
 micro-batches. "tiny sends" is the same program that sends 128 entries of a row instead of n*C: wrong numbers,
 the same work and the same waiting, so the difference is what the transfers cost. "hidden sends" have the
-products of a tick between their start and their end in the program.
+products of a tick between their start and their end in the program. The JSON has besides what a device keeps
+for backwards to come (activations_GiB) and what the program of a tick copies of the arrays that it should
+change where they lie (copied_MiB; of all branches, streams are part of it).
 """
 
 import argparse
@@ -38,7 +40,7 @@ import numpy as np
 
 from configs import default
 from experiments import cli, output
-from experiments.pipeline_plan.hidden import count_sends
+from experiments.pipeline_plan.hidden import count_copies, count_sends
 from experiments.timing import random_batch, time_ms, time_step_ms
 from mhc_jax import remat, sharding
 from mhc_jax.config import Config, from_dict
@@ -51,6 +53,7 @@ from mhc_jax.train_step import (
     init_params,
     jit_init_state,
     jit_train_step,
+    make_pipeline,
 )
 
 TINY = 128  # entries of a row that "tiny sends" moves
@@ -143,16 +146,8 @@ def measured_times(config: Config, repeats: int) -> StageTimes:
         stage = stages.Stage(
             model, (count,), one, {}, shape, split_backward=config.pipe_split_backward
         )
-        mine, state = rows[:count], [{}] * count
-        forward = jax.jit(lambda p, x, s=stage, st=state, c=count: s.forward(p, st, x, c)[:2])
-        backward = jax.jit(
-            lambda p, kept, d, s=stage, st=state, c=count: s.backward(
-                p, st, kept, s.recompute(p, st, kept, c), d, jnp.float32(0), c
-            )
-        )
-        matrices = jax.jit(
-            lambda p, kept, put_off, s=stage, st=state, c=count: s.matrices(p, st, kept, put_off, c)
-        )
+        forward, backward, matrices = parts_of_stage(stage, count)
+        mine = rows[:count]
         kept = forward(mine, streams)[1]
         found[count] = [seconds(forward, mine, streams), seconds(backward, mine, kept, streams), 0]
         if stage.put_off:
@@ -163,6 +158,36 @@ def measured_times(config: Config, repeats: int) -> StageTimes:
     heads = np.zeros(len(counts))
     heads[-1] = seconds(head, leaving, streams)
     return StageTimes(forward, heads, np.zeros(len(counts)), backward + of_matrices, of_matrices)
+
+
+def parts_of_stage(stage: stages.Stage, count: int) -> tuple[Callable, Callable, Callable]:
+    """Forward, backward and gradients of matrices of `count` blocks, by themselves and compiled.
+
+    Ring buffers of one slot and sums that begin at 0: the compiler keeps neither.
+    """
+    state = [{}] * count
+
+    def ring(shapes):
+        return [jnp.zeros((1, *x.shape), x.dtype) for x in shapes]
+
+    def sums(rows, which):
+        wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), stage.parts(rows)[which])
+        return list(wide)
+
+    def forward(rows, streams):
+        return stage.forward(rows, state, streams, count, ring(stage.kept), 0)[:2]
+
+    def backward(rows, kept, cotangent):
+        recomputed = stage.recompute(rows, state, kept, 0, count)
+        balance, total, put_off = jnp.float32(0), sums(rows, 0), ring(stage.put_off)
+        return stage.backward(
+            rows, state, kept, 0, recomputed, cotangent, balance, count, total, put_off, 0
+        )
+
+    def matrices(rows, kept, put_off):
+        return stage.matrices(rows, state, kept, 0, put_off, 0, count, sums(rows, 1))
+
+    return jax.jit(forward), jax.jit(backward), jax.jit(matrices)
 
 
 def tiny_send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
@@ -210,6 +235,8 @@ class Arm:
     plan: float = 0.0
     one_transfer: float = 0.0
     temporaries_GiB: float = 0.0
+    activations_GiB: float = 0.0
+    copied_MiB: float = 0.0
     sends: int = 0
     hidden_sends: int = 0
     stages: dict[str, list[float]] = dataclasses.field(default_factory=dict)
@@ -288,7 +315,13 @@ def measure(config: Config, mesh, shared: Parts, steps: Steps, timed: int) -> Ar
     whole = steps.whole.result()
     arm.step = time_steps(config, mesh, whole, timed, shared.init)
     arm.temporaries_GiB = whole.memory_analysis().temp_size_in_bytes / 2**30
-    arm.sends, arm.hidden_sends = count_sends(whole.as_text())[:2]
+    text = whole.as_text()
+    arm.sends, arm.hidden_sends = count_sends(text)[:2]
+    arm.copied_MiB = sum(count_copies(text).values()) / 2**20
+    if schedule != "gpipe":
+        state, batch = abstract_state(config, mesh), abstract_batch(config)
+        held = make_pipeline(config, mesh).held(state.params, state.model_state, batch)
+        arm.activations_GiB = held["activations"] / 2**30
     arm.tiny_sends = time_steps(config, mesh, steps.tiny.result(), timed, shared.init)
     return arm
 

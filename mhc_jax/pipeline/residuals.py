@@ -7,14 +7,21 @@ made of parameters alone (a rounded phi, matrices of experts side by side) is ma
 The backward of a recompute block is cut once more: what it computes again does not need the cotangent.
 """
 
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 
-from kernels_pallas.derivatives import ALIKE
+from mhc_jax.pipeline.cut import (
+    CALLS,
+    is_cheap,
+    is_in,
+    least_between,
+    part_of,
+    varying,
+    written_out,
+)
 
 Tree = Any
 
@@ -26,6 +33,7 @@ class Split(NamedTuple):
       forward: `(fixed, x) -> (outputs, kept, aux)`, kept a list of arrays.
       backward: `(fixed, kept, cotangents) -> (gradient of fixed[0], gradient of x)`.
       outputs, kept, aux: shapes and dtypes of what `forward` gives.
+      of_input, of_output: of each array in `kept`, which leaf of x or of the outputs it is, or None.
     """
 
     forward: Callable[[Tree, Tree], tuple[Tree, list[jax.Array], Tree]]
@@ -33,6 +41,8 @@ class Split(NamedTuple):
     outputs: Tree
     kept: list[jax.ShapeDtypeStruct]
     aux: Tree
+    of_input: list[int | None]
+    of_output: list[int | None]
 
 
 def split_vjp(function: Callable, fixed: Tree, x: Tree) -> Split:
@@ -56,29 +66,36 @@ def split_vjp(function: Callable, fixed: Tree, x: Tree) -> Split:
         return outputs, residuals, aux
 
     program, (outputs, residuals, aux) = jax.make_jaxpr(whole, return_shape=True)(fixed, x)
+    program = written_out(program, CALLS)
+    jaxpr = program.jaxpr
     num_fixed, num_outputs = (len(jax.tree.leaves(tree)) for tree in (fixed, outputs))
-    varies = varying(program.jaxpr, program.jaxpr.invars[num_fixed:])
-    of_residuals = program.jaxpr.outvars[num_outputs : num_outputs + len(residuals)]
-    waits = [is_in(var, varies) for var in of_residuals]
-    results = jax.tree.structure((outputs, residuals, aux))
-
-    def run(fixed, x):
-        found = jax.extend.core.jaxpr_as_fun(program)(*jax.tree.leaves((fixed, x)))
-        return jax.tree.unflatten(results, found)
+    of_residuals = jaxpr.outvars[num_outputs : num_outputs + len(residuals)]
+    others = [*jaxpr.outvars[:num_outputs], *jaxpr.outvars[num_outputs + len(residuals) :]]
+    varies = varying(jaxpr, jaxpr.invars[num_fixed:])
+    again = [e for e in jaxpr.eqns if is_cheap(e) or not any(is_in(v, varies) for v in e.invars)]
+    of_fixed = jaxpr.invars[:num_fixed]
+    there = [*of_fixed, *jaxpr.constvars]
+    waiting = least_between(jaxpr.eqns, of_residuals, there, {id(eqn) for eqn in again})
+    run = part_of(program, jaxpr.invars, jaxpr.eqns, [*others, *waiting])
+    rest = part_of(program, [*of_fixed, *waiting], again, of_residuals)
+    structure_out = jax.tree.structure((outputs, aux))
 
     def forward(fixed, x):
-        outputs, residuals, aux = run(fixed, x)
-        return outputs, [r for r, wait in zip(residuals, waits, strict=True) if wait], aux
+        found = run(*jax.tree.leaves((fixed, x)))
+        outputs, aux = jax.tree.unflatten(structure_out, found[: len(others)])
+        return outputs, found[len(others) :], aux
 
     def backward(fixed, kept, cotangents):
-        # The forward of nothing: the compiler drops all of it but what is made of `fixed` alone.
-        _, residuals, _ = run(fixed, zeros(x))
-        waiting = iter(kept)
-        residuals = [next(waiting) if wait else r for r, wait in zip(residuals, waits, strict=True)]
+        residuals = rest(*jax.tree.leaves(fixed), *kept)
         return jax.tree.unflatten(structure, residuals)(cotangents)
 
-    kept = [s for s, wait in zip(residuals, waits, strict=True) if wait]
-    return Split(forward, backward, outputs, kept, aux)
+    kept = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in waiting]
+    inputs, results = jaxpr.invars[num_fixed:], jaxpr.outvars[:num_outputs]
+    of_input, of_output = (
+        [variables.index(var) if var in variables else None for var in waiting]
+        for variables in (inputs, results)
+    )
+    return Split(forward, backward, outputs, kept, aux, of_input, of_output)
 
 
 class Recomputation(NamedTuple):
@@ -103,25 +120,32 @@ def split_recomputation(backward: Callable, arguments: tuple) -> Recomputation:
       arguments: their shapes and dtypes.
     """
     program, shapes = jax.make_jaxpr(backward, return_shape=True)(*arguments)
-    program = written_out(program, ("remat2",))
+    program = written_out(program, CALLS)
     jaxpr = program.jaxpr
     num_fixed, num_early = (len(jax.tree.leaves(arguments[:k])) for k in (1, 2))
     early, late = jaxpr.invars[:num_early], jaxpr.invars[num_early:]
     varies, needs = varying(jaxpr, jaxpr.invars[num_fixed:]), varying(jaxpr, late)
-    ahead, behind = [], []
+    ahead, again, behind = [], [], []
     for eqn in jaxpr.eqns:
-        waits = any(is_in(var, needs) for var in eqn.invars)
-        if not waits:
-            ahead.append(eqn)
-        # What is made of `fixed` alone is made twice, so that it need not be handed on.
-        if waits or not any(is_in(var, varies) for var in eqn.invars):
+        if any(is_in(var, needs) for var in eqn.invars):
             behind.append(eqn)
-    made = {var for eqn in ahead for var in eqn.outvars} & varies
+            continue
+        ahead.append(eqn)
+        if is_cheap(eqn) or not any(is_in(var, varies) for var in eqn.invars):
+            again.append(eqn)
     read = [*(var for eqn in behind for var in eqn.invars), *jaxpr.outvars]
-    handed = list(dict.fromkeys(var for var in read if is_in(var, made)))
+    wanted = [var for var in read if not is_in(var, needs)]
+    there = [*early, *jaxpr.constvars]
+    handed = least_between(ahead, wanted, there, {id(eqn) for eqn in again})
 
     run = part_of(program, early, ahead, handed)
-    rest = part_of(program, [*early, *handed, *late], behind, jaxpr.outvars)
+    later = {id(eqn) for eqn in (*again, *behind)}
+    rest = part_of(
+        program,
+        [*early, *handed, *late],
+        [eqn for eqn in jaxpr.eqns if id(eqn) in later],
+        jaxpr.outvars,
+    )
     structure = jax.tree.structure(shapes)
     return Recomputation(
         lambda fixed, kept: list(run(*jax.tree.leaves((fixed, kept)))),
@@ -130,75 +154,6 @@ def split_recomputation(backward: Callable, arguments: tuple) -> Recomputation:
     )
 
 
-def part_of(program: jax.extend.core.ClosedJaxpr, invars: list, eqns: list, outvars: list):
-    """A function of `invars` that gives `outvars`: those of these operations of a program that they need."""
-    part = program.jaxpr.replace(invars=invars, eqns=needed(eqns, outvars), outvars=outvars)
-    return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(part, program.consts))
-
-
-def needed(eqns: list, outvars: list) -> list:
-    """Those of a program's operations that its results depend on."""
-    wanted, found = {var for var in outvars if not hasattr(var, "val")}, []
-    for eqn in reversed(eqns):
-        if not wanted.isdisjoint(eqn.outvars):
-            found.append(eqn)
-            wanted.update(var for var in eqn.invars if not hasattr(var, "val"))
-    return found[::-1]
-
-
-def written_out(program: jax.extend.core.ClosedJaxpr, calls: Collection[str]):
-    """The program with what these primitives call (`jit`, `remat2`, ...) written out in their place.
-
-    What `jax.vmap` alone needs (`ALIKE`) is left out: it would make a result wait for what it is not made of.
-    """
-    eqns, constvars, consts = [], list(program.jaxpr.constvars), list(program.consts)
-
-    def renamed(names, variables):
-        return [var if hasattr(var, "val") else names[var] for var in variables]
-
-    def write(body, names):
-        """`names`: of the variables of `body`, which may be called more than once, in the program."""
-        for eqn in body.eqns:
-            operands = renamed(names, eqn.invars)
-            if eqn.primitive.name in calls:
-                inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-                of_inner = {}
-                if isinstance(inner, jax.extend.core.ClosedJaxpr):
-                    of_inner = {var: jax.extend.core.Var(var.aval) for var in inner.jaxpr.constvars}
-                    constvars.extend(of_inner.values())
-                    consts.extend(inner.consts)
-                    inner = inner.jaxpr
-                of_inner.update(zip(inner.invars, operands, strict=True))
-                results = write(inner, of_inner)
-            elif eqn.primitive.name == ALIKE:
-                results = operands[:1]
-            else:
-                results = [jax.extend.core.Var(var.aval) for var in eqn.outvars]
-                eqns.append(eqn.replace(invars=operands, outvars=results))
-            names.update(zip(eqn.outvars, results, strict=True))
-        return renamed(names, body.outvars)
-
-    own = [*program.jaxpr.constvars, *program.jaxpr.invars]
-    outvars = write(program.jaxpr, dict(zip(own, own)))
-    jaxpr = program.jaxpr.replace(constvars=constvars, eqns=eqns, outvars=outvars)
-    return jax.extend.core.ClosedJaxpr(jaxpr, consts)
-
-
 def zeros(shapes: Tree) -> Tree:
     """Arrays of these shapes and dtypes."""
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-
-def is_in(var, found: Container) -> bool:
-    """Whether this operand of an operation is one of these variables."""
-    return not hasattr(var, "val") and var in found  # a literal has a value and no hash
-
-
-def varying(jaxpr: jax.extend.core.Jaxpr, changing: list) -> set:
-    """The variables of a program that depend on `changing`."""
-    found = set(changing)
-    for eqn in jaxpr.eqns:
-        operands = eqn.invars[:1] if eqn.primitive.name == ALIKE else eqn.invars
-        if any(is_in(var, found) for var in operands):
-            found.update(eqn.outvars)
-    return found

@@ -17,6 +17,15 @@ from mhc_jax.config import ModelConfig
 from mhc_jax.moe import MoEAux
 from mhc_jax.pipeline.blocks import Blocks, group_size
 from mhc_jax.pipeline.residuals import Split, split_recomputation, split_vjp, zeros
+from mhc_jax.pipeline.rings import (
+    Rings,
+    added,
+    put_in,
+    put_in_order,
+    run_or_skip,
+    sliced,
+    taken,
+)
 from mhc_jax.pipeline.split_backward import Backward, Halves
 
 Tree = Any
@@ -57,8 +66,14 @@ class Stage:
         # Without recomputation a unit is one block, and the next one does its pending write.
         self._carries_pending = config.remat == "none"
         self._functions, self._units, self._end = self._split(fixed, streams)
-        splits = [*self._units, *filter(None, [self._end])]
-        self.kept = [shape for split in splits for shape in split.kept]
+        self._splits = [*self._units, *filter(None, [self._end])]
+        self._shared = _shared(self._splits)
+        self.kept = [
+            shape
+            for split, shared in zip(self._splits, self._shared, strict=True)
+            for j, shape in enumerate(split.kept)
+            if j not in shared
+        ]
         self.aux = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype), self._units[0].aux
         )
@@ -148,39 +163,52 @@ class Stage:
         return self._blocks.finish(carry) if self._end else carry, _concatenated(reports)
 
     def forward(
-        self, params: Sequence[Tree], state: Sequence[Tree], streams: jax.Array, count: jax.Array
-    ) -> tuple[jax.Array, list[jax.Array], MoEAux | None]:
-        """Streams behind the stage, what its backward needs, and the reports of its K blocks.
+        self,
+        params: Sequence[Tree],
+        state: Sequence[Tree],
+        streams: jax.Array,
+        count: jax.Array,
+        kept: Rings,
+        slot: jax.Array,
+    ) -> tuple[jax.Array, Rings, MoEAux | None]:
+        """Streams behind the stage, `kept` with what its backward needs, and the reports of its K blocks.
 
         Args:
           params, state: of K blocks; of those that are not there, zeros.
           streams: `[b, S, n*C]`.
           count: blocks that are there, scalar int32.
+          kept: ring buffers `[slots, ...]` of the shapes in `self.kept`.
+          slot: where it goes, scalar int32.
         """
-        carry, kept, reports = streams, [], []
+        carry, reports, rings = streams, [], self._rings(kept)
         for index, unit in enumerate(self._units):
 
-            def run(carry, fixed, unit=unit):
+            def run(carry, own, fixed, slot, unit=unit, index=index):
                 (carry, _), kept, aux = unit.forward(fixed, carry)
-                return carry, kept, aux
+                return carry, put_in(own, slot, dict(enumerate(kept))), aux
 
-            def skip(carry, fixed, unit=unit, index=index):
-                return self._started(index, carry), zeros(unit.kept), zeros(unit.aux)
+            def skip(carry, own, fixed, slot, unit=unit, index=index):
+                # What the unit in front leaves to this one.
+                leaves = jax.tree.leaves(carry)
+                left = {j: leaves[unit.of_input[j]] for j in self._left_to(index)}
+                return self._started(index, carry), put_in(own, slot, left), zeros(unit.aux)
 
             fixed = self._of_unit(index, params), self._of_unit(index, state)
-            carry, of_unit, aux = self._where_there(index, count, run, skip, carry, fixed)
-            kept += of_unit
+            carry, rings[index], aux = self._where_there(
+                index, count, run, skip, carry, rings[index], fixed, slot
+            )
             reports.append(aux)
         if self._end:
             carry, of_end, _ = self._end.forward(((),), carry)
-            kept += of_end
-        return carry, kept, _concatenated(reports)
+            rings[-1] = put_in(rings[-1], slot, dict(enumerate(of_end)))
+        return carry, [ring for own in rings for ring in own.values()], _concatenated(reports)
 
     def recompute(
         self,
         params: Sequence[Tree],
         state: Sequence[Tree],
-        kept: list[jax.Array],
+        kept: Rings,
+        slot: jax.Array,
         count: jax.Array,
     ) -> list[jax.Array]:
         """What the backward of the last recompute block computes again, without a cotangent; [] if nothing.
@@ -188,7 +216,7 @@ class Stage:
         Of the longest stages' last one: a shorter stage computes everything again in `backward`.
 
         Args:
-          params, state, kept, count: as in `backward`.
+          params, state, kept, slot, count: as in `backward`.
         """
         if not self.recomputed:
             return []
@@ -197,95 +225,135 @@ class Stage:
         return self._where_there(
             last,
             count,
-            self._again.run,
-            lambda fixed, kept: zeros(self.recomputed),
+            lambda fixed, rings, slot: self._again.run(fixed, taken(rings, slot)),
+            lambda fixed, rings, slot: zeros(self.recomputed),
             fixed,
-            kept[-len(self._units[last].kept) :],
+            self._with_shared(self._rings(kept))[last],
+            slot,
         )
 
     def backward(
         self,
         params: Sequence[Tree],
         state: Sequence[Tree],
-        kept: list[jax.Array],
+        kept: Rings,
+        slot: jax.Array,
         recomputed: list[jax.Array],
         cotangent: jax.Array,
         balance: jax.Array,
         count: jax.Array,
-    ) -> tuple[list[Tree], jax.Array, list[jax.Array]]:
-        """Gradients of K blocks' parameters, and of the streams in front, and what `matrices` needs.
+        total: Sequence[Tree],
+        put_off: Rings,
+        put_off_slot: jax.Array,
+    ) -> tuple[list[Tree], jax.Array, Rings]:
+        """`total` with gradients of K blocks' parameters, those of the streams, `put_off` for `matrices`.
 
         Args:
           params, state, count: as in `forward`.
-          kept: of `forward`.
+          kept, slot: where `forward` has put what it keeps.
           recomputed: of `recompute`.
           cotangent: of the streams behind.
           balance: of each balance loss, scalar float32.
+          total: sums of gradients, float32 trees of K blocks as `parts` has them.
+          put_off: ring buffers `[slots, ...]` of the shapes in `self.put_off`.
+          put_off_slot: where it goes, scalar int32.
         """
-        carry, of_units = cotangent, self._kept_of_units(kept)
+        carry, of_units = cotangent, self._with_shared(self._rings(kept))
         if self._end:
-            end = kept[len(kept) - len(self._end.kept) :]
-            _, carry = self._end.backward(((),), end, carry)
-        gradients, put_off = [], []
+            _, carry = self._end.backward(((),), taken(of_units[-1], slot), carry)
+        waiting = sliced(put_off, [half.put_off for half in self._halves] or self._num_units * [()])
+        sums: list[list[Tree]] = [[] for _ in self._units]
         for index in reversed(range(self._num_units)):
 
-            def run(carry, kept, fixed, index=index):
+            def run(carry, total, put_off, rings, fixed, slots, index=index):
+                kept = taken(rings, slots[0])
                 if recomputed and index == self._num_units - 1:
-                    return self._again.backward(fixed, kept, recomputed, (carry, balance))
-                if self._halves and not self._carries_pending:
-                    # As under `jax.checkpoint`: nothing is computed again before the cotangent is there.
-                    kept, carry = jax.lax.optimization_barrier((kept, carry))
-                return self._backward[index](fixed, kept, (carry, balance))
+                    found = self._again.backward(fixed, kept, recomputed, (carry, balance))
+                else:
+                    if self._halves and not self._carries_pending:
+                        # As under `jax.checkpoint`: nothing is computed again before the cotangent is there.
+                        kept, carry = jax.lax.optimization_barrier((kept, carry))
+                    found = self._backward[index](fixed, kept, (carry, balance))
+                gradient, carry, of_unit = found
+                return carry, added(total, gradient), put_in_order(put_off, slots[1], of_unit)
 
-            def skip(carry, kept, fixed, index=index):
+            def skip(carry, total, put_off, rings, fixed, slots, index=index):
                 # `start` leaves the streams as they are, and what it adds does not depend on them.
                 if index == 0 and self._carries_pending:
                     carry = carry.streams
-                gradient = self.parts(jax.tree.map(jnp.zeros_like, fixed[0]))[0]
-                return gradient, carry, zeros(self._halves[index].put_off if self._halves else [])
+                return carry, total, put_off
 
-            fixed = self._of_unit(index, params), self._of_unit(index, state)
-            of_unit, carry, waiting = self._where_there(
-                index, count, run, skip, carry, of_units[index], fixed
+            carry, sums[index], waiting[index] = self._where_there(
+                index,
+                count,
+                run,
+                skip,
+                carry,
+                self._of_unit(index, total),
+                waiting[index],
+                of_units[index],
+                (self._of_unit(index, params), self._of_unit(index, state)),
+                (slot, put_off_slot),
             )
-            gradients, put_off = [*of_unit, *gradients], [*waiting, *put_off]
-        return gradients, carry, put_off
+        return [row for of_unit in sums for row in of_unit], carry, [r for w in waiting for r in w]
 
     def matrices(
         self,
         params: Sequence[Tree],
         state: Sequence[Tree],
-        kept: list[jax.Array],
-        put_off: list[jax.Array],
+        kept: Rings,
+        slot: jax.Array,
+        put_off: Rings,
+        put_off_slot: jax.Array,
         count: jax.Array,
+        total: Sequence[Tree],
     ) -> list[Tree]:
-        """Gradients of K blocks' matrices, where `backward` leaves them out.
+        """`total` with gradients of K blocks' matrices, where `backward` leaves them out.
 
         Args:
-          params, state, kept, count: as in `backward`.
-          put_off: of `backward`.
+          params, state, kept, slot, count, total: as in `backward`.
+          put_off, put_off_slot: where `backward` has put it.
         """
-        gradients, put_off, of_units = [], list(put_off), self._kept_of_units(kept)
+        sums, of_units = [], self._with_shared(self._rings(kept))
+        waiting = sliced(put_off, [half.put_off for half in self._halves])
         for index, half in enumerate(self._halves):
-            waiting, put_off = put_off[: len(half.put_off)], put_off[len(half.put_off) :]
-            fixed = self._of_unit(index, params), self._of_unit(index, state)
-            gradients += self._where_there(
+
+            def run(total, rings, put_off, fixed, slots, half=half):
+                found = half.matrices(fixed, taken(rings, slots[0]), taken(put_off, slots[1]))
+                return added(total, found)
+
+            sums += self._where_there(
                 index,
                 count,
-                half.matrices,
-                lambda fixed, *_: self.parts(jax.tree.map(jnp.zeros_like, fixed[0]))[1],
-                fixed,
+                run,
+                lambda total, *_: total,
+                self._of_unit(index, total),
                 of_units[index],
-                waiting,
+                waiting[index],
+                (self._of_unit(index, params), self._of_unit(index, state)),
+                (slot, put_off_slot),
             )
-        return gradients
+        return sums
 
-    def _kept_of_units(self, kept):
-        found, kept = [], list(kept)
-        for unit in self._units:
-            found.append(kept[: len(unit.kept)])
-            kept = kept[len(unit.kept) :]
+    def _rings(self, kept: Rings) -> list[dict[int, jax.Array]]:
+        """The ring buffers of each unit, and of the write behind them, by the place in its `kept`."""
+        left = iter(kept)
+        return [
+            {j: next(left) for j in range(len(split.kept)) if j not in shared}
+            for split, shared in zip(self._splits, self._shared, strict=True)
+        ]
+
+    def _with_shared(self, rings: list[dict[int, jax.Array]]) -> list[Rings]:
+        """All that each unit reads, what lies with the next one too."""
+        found: list[Rings] = []
+        for own, shared in zip(reversed(rings), reversed(self._shared), strict=True):
+            own = own | {j: found[0][other] for j, other in shared.items()}
+            found.insert(0, [own[j] for j in range(len(own))])
         return found
+
+    def _left_to(self, index: int) -> list[int]:
+        """Which of a unit's ring buffers the one in front reads too."""
+        return [*self._shared[index - 1].values()] if index else []
 
     def _started(self, index, carry):
         """What follows on a unit that is not there."""
@@ -300,7 +368,17 @@ class Stage:
         first = index * self._size
         if first < self._least:
             return run(*args)
-        return jax.lax.cond(first < count, run, skip, *args)
+        return run_or_skip(first < count, skip, run, *args)
+
+
+def _shared(splits: Sequence[Split]) -> list[dict[int, int]]:
+    """Of each split what it keeps of its outputs and the next one of its input: its place here and there."""
+    found = []
+    for split, following in zip(splits, [*splits[1:], None], strict=True):
+        places = following.of_input if following else []
+        places = {leaf: j for j, leaf in enumerate(places) if leaf is not None}
+        found.append({j: places[o] for j, o in enumerate(split.of_output) if o in places})
+    return found
 
 
 def _whole(backward, *arguments):

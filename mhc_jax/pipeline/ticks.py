@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from mhc_jax.config import ModelConfig
 from mhc_jax.pipeline import beside, stages
 from mhc_jax.pipeline.residuals import zeros
+from mhc_jax.pipeline.rings import added, run_or_skip
 from mhc_jax.pipeline.tables import Tables
 
 Tree = Any
@@ -64,42 +65,31 @@ def by_tables(
     def of_chunk(chunk, trees):
         return trees[chunk * size : (chunk + 1) * size]
 
-    def added_to_chunk(chunk, total, more):
-        first = chunk * size
-        added = _added(of_chunk(chunk, total), more)
-        return [*total[:first], *added, *total[first + size :]]
-
     def slots(shape, count):
         return jnp.zeros((count, *shape.shape), shape.dtype)
-
-    def slot(rings, index):
-        return [ring[index] for ring in rings]
-
-    def put(rings, index, arrays):
-        return [ring.at[index].set(x) for ring, x in zip(rings, arrays, strict=True)]
 
     def part_of(index):
         return jax.tree.map(lambda x: x[index], split)
 
-    def forward(chunk, operands, now):
+    def forward(chunk, changing, now):
         part = part_of(now["part"])
-        x = operands["streams"][now["read"]]
+        x = changing["streams"][now["read"]]
         if chunk == 0:
-            x = jax.lax.cond(
+            x = run_or_skip(
                 now["is_first"] == 1,
-                lambda x: beside.enter(model, shell, part["inputs"]),
                 lambda x: x,
+                lambda x: beside.enter(model, shell, part["inputs"]),
                 x,
             )
         blocks = of_chunk(chunk, rows), of_chunk(chunk, state)
-        y, kept, aux = stage.forward(*blocks, x, counts[chunk])
-        done = operands | {"kept": put(operands["kept"], now["keep"], kept)}
+        y, kept, aux = stage.forward(*blocks, x, counts[chunk], changing["kept"], now["keep"])
+        done = changing | {"kept": kept, "out": y}
         if aux is not None:
-            total = list(operands["aux"])
+            total = list(changing["aux"])
             total[chunk] = jax.tree.map(jnp.add, total[chunk], aux)
             done["aux"] = total
         if chunk < chunks - 1:
-            return done, y
+            return done
 
         def finish(loss, head, y):
             def weighed(head, y):
@@ -107,94 +97,90 @@ def by_tables(
                 return part["share"] * mean
 
             value, (d_head, dy) = jax.value_and_grad(weighed, (0, 1))(leaving, y)
-            return loss + value, _added(head, d_head), dy
+            return loss + value, added(head, d_head), dy
 
-        done["loss"], done["head"], y = jax.lax.cond(
-            now["is_last"] == 1,
-            finish,
-            lambda loss, head, y: (loss, head, y),
-            operands["loss"],
-            operands["head"],
-            y,
+        done["loss"], done["head"], done["out"] = run_or_skip(
+            now["is_last"] == 1, lambda *same: same, finish, changing["loss"], changing["head"], y
         )
-        return done, y
+        return done
 
-    def recompute(chunk, kept, now):
+    def recompute(chunk, recomputed, kept, now):
         blocks = of_chunk(chunk, rows), of_chunk(chunk, state)
-        return stage.recompute(*blocks, slot(kept, now["back_keep"]), counts[chunk])
+        return stage.recompute(*blocks, kept, now["back_keep"], counts[chunk])
 
-    def backward(chunk, operands, kept, recomputed, cotangents, now):
-        gradients, dx, put_off = stage.backward(
+    def backward(chunk, changing, kept, recomputed, cotangents, now):
+        total = list(changing["rows"])
+        total[chunk], dx, put_off = stage.backward(
             of_chunk(chunk, rows),
             of_chunk(chunk, state),
-            slot(kept, now["back_keep"]),
+            kept,
+            now["back_keep"],
             recomputed,
             cotangents[now["back_read"]],
             split["balance"][now["back_part"]],
             counts[chunk],
+            total[chunk],
+            changing["put_off"],
+            now["back_put_off"],
         )
-        done = operands | {
-            "rows": added_to_chunk(chunk, operands["rows"], gradients),
-            "put_off": put(operands["put_off"], now["back_put_off"], put_off),
-        }
+        done = changing | {"rows": total, "put_off": put_off, "out": dx}
         if chunk == 0:
 
             def enter_back(entry, dx):
                 tokens = part_of(now["back_part"])["inputs"]
                 _, vjp = jax.vjp(lambda e: beside.enter(model, shell | e, tokens), entering)
-                return _added(entry, vjp(dx)[0])
+                return added(entry, vjp(dx)[0])
 
-            done["entry"] = jax.lax.cond(
+            done["entry"] = run_or_skip(
                 now["back_is_first"] == 1,
-                enter_back,
                 lambda entry, dx: entry,
-                operands["entry"],
+                enter_back,
+                changing["entry"],
                 dx,
             )
-        return done, dx
+        return done
 
     def matrices(chunk, total, kept, put_off, now):
-        gradients = stage.matrices(
+        total = list(total)
+        total[chunk] = stage.matrices(
             of_chunk(chunk, rows),
             of_chunk(chunk, state),
-            slot(kept, now["matrices_keep"]),
-            slot(put_off, now["matrices_read"]),
+            kept,
+            now["matrices_keep"],
+            put_off,
+            now["matrices_read"],
             counts[chunk],
+            total[chunk],
         )
-        return added_to_chunk(chunk, total, gradients)
+        return total
 
-    def switch(index, skip, work, *operands):
-        """`work` of the chunk that the table names, or `skip`."""
-        branches = [skip, *(functools.partial(work, chunk) for chunk in range(chunks))]
-        return jax.lax.switch(index, branches, *operands)
+    def of_its_chunk(index, work, changing, *given):
+        """What `work` of the chunk that the table names makes of what changes; 0 names none."""
+        for chunk in range(chunks):
+            changing = run_or_skip(
+                index == 1 + chunk,
+                lambda changing, *_: changing,
+                functools.partial(work, chunk),
+                changing,
+                *given,
+            )
+        return changing
 
     def tick(carry, now):
         sent, ahead, behind = carry["back"], carry["ahead"], carry["behind"]
         arriving = send(sent, down), send(sent, up) if chunks > 1 else None
         total = carry["matrices"]
         if stage.put_off:
-            total = switch(
-                now["matrices_run"],
-                lambda total, kept, put_off, now: total,
-                matrices,
-                total,
-                ahead["kept"],
-                behind["put_off"],
-                now,
+            total = of_its_chunk(
+                now["matrices_run"], matrices, total, ahead["kept"], behind["put_off"], now
             )
             # The forward may write into the slot that was read: not before.
             total, now = jax.lax.optimization_barrier((total, now))
-        ahead, out = switch(
-            now["run"], lambda operands, now: (operands, nothing), forward, ahead, now
-        )
-        recomputed = []
+        ahead = of_its_chunk(now["run"], forward, ahead | {"out": nothing}, now)
+        out, recomputed = ahead.pop("out"), []
         if stage.recomputed:
-            recomputed = switch(
-                now["back_run"],
-                lambda kept, now: zeros(stage.recomputed),
-                recompute,
-                ahead["kept"],
-                now,
+            recomputed = of_its_chunk(
+                now["back_run"], recompute, zeros(stage.recomputed), ahead["kept"], now
             )
         (above, below), (out, recomputed) = _behind(arriving, (out, recomputed))
         cotangents = carry["cotangents"].at[now["back_from_above"]].set(above)
@@ -203,16 +189,16 @@ def by_tables(
             cotangents = cotangents.at[now["back_turned"]].set(sent)
         cotangents = cotangents.at[now["loss"]].set(out)
         arriving = send(out, down) if chunks > 1 else None, send(out, up)
-        behind, made = switch(
+        behind = of_its_chunk(
             now["back_run"],
-            lambda operands, kept, recomputed, cotangents, now: (operands, nothing),
             backward,
-            behind,
+            behind | {"out": nothing},
             ahead["kept"],
             recomputed,
             cotangents,
             now,
         )
+        made = behind.pop("out")
         (above, below), made = _behind(arriving, made)
         waiting = ahead["streams"].at[now["from_below"]].set(below)
         if chunks > 1:
@@ -230,7 +216,8 @@ def by_tables(
     def wide(tree):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
 
-    others, of_matrices = stage.parts(rows)
+    # Of each chunk by itself: what another one hands through is not copied (`run_or_skip`).
+    others, of_matrices = zip(*(stage.parts(of_chunk(chunk, rows)) for chunk in range(chunks)))
     carry = {
         "ahead": {
             "streams": slots(streams, tables.num_streams + 1),
@@ -240,11 +227,11 @@ def by_tables(
             "aux": None if stage.aux is None else [zeros(stage.aux) for _ in range(chunks)],
         },
         "behind": {
-            "rows": wide(others),
+            "rows": wide(list(others)),
             "entry": wide(entering),
             "put_off": [slots(shape, tables.num_put_off) for shape in stage.put_off],
         },
-        "matrices": wide(of_matrices),
+        "matrices": wide(list(of_matrices)),
         "cotangents": slots(streams, tables.num_cotangents + 1),
         "back": nothing,
     }
@@ -263,8 +250,8 @@ def by_tables(
     aux = ahead["aux"] and jax.tree.map(lambda *xs: jnp.concatenate(xs), *ahead["aux"])
     gradients = jax.tree.map(
         lambda other, matrix: matrix if other is None else other,
-        behind["rows"],
-        carry["matrices"],
+        [row for chunk in behind["rows"] for row in chunk],
+        [row for chunk in carry["matrices"] for row in chunk],
         is_leaf=lambda x: x is None,
     )
     return (ahead["loss"], aux, gradients, _both(behind["entry"], ahead["head"])), held
@@ -279,11 +266,7 @@ def _nbytes(tree: Tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _added(total: Tree, more: Tree) -> Tree:
-    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
-
-
 def _both(a: Tree, b: Tree) -> Tree:
     """Two dicts in one; what is in both (a tied embedding) is added."""
-    common = {name: _added(a[name], b[name]) for name in a.keys() & b.keys()}
+    common = {name: added(a[name], b[name]) for name in a.keys() & b.keys()}
     return a | b | common

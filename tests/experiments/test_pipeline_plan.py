@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.pipeline_plan.costs import BlockTimes, stage_times
-from experiments.pipeline_plan.hidden import count_sends
+from experiments.pipeline_plan.hidden import count_copies, count_sends
 from mhc_jax.pipeline import make_schedule, place
 from mhc_jax.pipeline.layout import block_flops
 from mhc_jax.pipeline.timeline import StageTimes, simulate
@@ -172,3 +172,47 @@ def test_sends_are_counted():
     work = next(line for line in PROGRAM.splitlines() if "%work" in line)
     twice = PROGRAM.replace(work, f"{work}\n{work.replace('%work', '%again')}")
     assert count_sends(twice).beside == (2,)
+
+
+TICKS = """
+HloModule jit_step, is_scheduled=true
+
+%run (r: (f32[3,8], f32[8])) -> (f32[3,8], f32[8]) {
+  %r = (f32[3,8]{1,0}, f32[8]{0}) parameter(0)
+  %ring = f32[3,8]{1,0} get-tuple-element(%r), index=0
+  %kept = f32[3,8]{1,0} copy(%ring)
+  %x = f32[8]{0} get-tuple-element(%r), index=1
+  %other = f32[2,8]{1,0} copy(%x)
+  ROOT %ran = (f32[3,8]{1,0}, f32[8]{0}) tuple(%kept, %x)
+}
+
+%skip (s: (f32[3,8], f32[8])) -> (f32[3,8], f32[8]) {
+  ROOT %s = (f32[3,8]{1,0}, f32[8]{0}) parameter(0)
+}
+
+%tick (t: (f32[3,8], f32[8])) -> (f32[3,8], f32[8]) {
+  %t = (f32[3,8]{1,0}, f32[8]{0}) parameter(0)
+  %p = s32[] constant(0)
+  %made = (f32[3,8]{1,0}, f32[8]{0}) conditional(%p, %t, %t), branch_computations={%skip, %run}
+  %ring.1 = f32[3,8]{1,0} get-tuple-element(%made), index=0
+  %x.1 = f32[8]{0} get-tuple-element(%made), index=1
+  %streams = f32[8]{0} copy(%x.1)
+  ROOT %next = (f32[3,8]{1,0}, f32[8]{0}) tuple(%ring.1, %streams)
+}
+
+%more (m: (f32[3,8], f32[8])) -> pred[] {
+  %m = (f32[3,8]{1,0}, f32[8]{0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (begin: (f32[3,8], f32[8])) -> (f32[3,8], f32[8]) {
+  %begin = (f32[3,8]{1,0}, f32[8]{0}) parameter(0)
+  ROOT %end = (f32[3,8]{1,0}, f32[8]{0}) while(%begin), condition=%more, body=%tick
+}
+"""
+
+
+def test_copies_of_a_tick_are_counted():
+    assert count_copies(TICKS) == {"f32[3, 8]": 96, "f32[8]": 32}
+    assert count_copies(TICKS, apart=((8,),)) == {"f32[3, 8]": 96}
+    assert count_copies(TICKS.replace("conditional(", "call(")) == {}

@@ -1,5 +1,6 @@
 """Stages on simulated devices against one device, and what does not fit a pipeline."""
 
+import math
 import pathlib
 
 import jax
@@ -13,7 +14,8 @@ from mhc_jax.pipeline.layout import check, head_cost, placement_of
 from mhc_jax.pipeline.schedule import SCHEDULES, make_schedule
 from mhc_jax.pipeline.stages import Stage
 from mhc_jax.pipeline.tables import make_tables
-from mhc_jax.train_step import init_params
+from mhc_jax.sharding import check_divisible
+from mhc_jax.train_step import init_state
 
 PROGRAM = pathlib.Path(__file__).with_name("pipelines.py")
 
@@ -56,8 +58,9 @@ def test_a_checkpoint_goes_on_with_and_without_stages(run_python, tmp_path):
                 "v5p:2x2x1,1f1b,none,split",
                 "v6e:2x2,dualpipev,full,split",
             ],
-            # The second half of a split backward is beside cotangents, or in front of them.
-            ["2 2 0 1 1", "4 4 0 1 1 2 2", "4 4 0 1 1 1 1", "2 2 0 1 2", "4 4 0 1 1 2 2"],
+            # The second half of a split backward is beside cotangents, or in front of them. In a V each work
+            # has a conditional a stage of the device.
+            ["2 2 0 1 1", "4 4 0 2 2 4 4", "4 4 0 2 2 2 2", "2 2 0 1 2", "4 4 0 2 2 6 6"],
             marks=pytest.mark.slow,
         ),
     ],
@@ -93,6 +96,16 @@ def test_what_does_not_fit_is_named(fields, sizes, message):
     check(config(**fields), SIZES)
 
 
+def test_a_batch_that_does_not_divide_is_named():
+    """`mesh.tensor` and `mesh.sequence`, the way out without stages, do not go with them."""
+    run = config(**{"batch_size": 8, "optimizer.accumulate_steps": 8})
+    message = r"batch_size=8 in 8 parts .* by the 2 devices .* or give devices to mesh\."
+    with pytest.raises(ValueError, match=message + "pipe$"):
+        check_divisible(run, SIZES | {"pipe": 2, "data": 2})
+    with pytest.raises(ValueError, match=message + "tensor or mesh.sequence$"):
+        check_divisible(run, SIZES | {"data": 2})
+
+
 def test_a_backward_of_autodiff_is_not_split():
     with pytest.raises(ValueError, match=r"does not go with pipe_schedule=gpipe.*take 1f1b or"):
         config(pipe_schedule="gpipe", pipe_split_backward=True)
@@ -106,53 +119,141 @@ def test_recompute_blocks_divide_the_stages():
     ]  # fmt: skip
 
 
+def wide(trees):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trees)
+
+
+def rings(shapes):
+    return [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in shapes]
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+TOY = {"model.num_blocks": 2, "model.width": 16, "model.num_heads": 2, "model.ffn_width": 16}
+EXPERTS = {
+    "model.num_experts": 4, "model.experts_per_token": 2, "model.expert_width": 16,
+    "model.moe_dispatch": "dropless",
+}  # fmt: skip
+
+
+def make_stage(fields, **options):
+    """A stage of two toy blocks, shapes of both, of streams and of the scalars that its functions take."""
+    run = config(**TOY, **fields)
+    state = jax.eval_shape(lambda: init_state(run))
+    row, of_model = (
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree.get("blocks", {}))
+        for tree in (state.params, state.model_state)
+    )
+    model = run.model
+    streams = jax.ShapeDtypeStruct((1, 8, model.streams * model.width), model.activation_dtype)
+    stage = Stage(model, (2,), row, of_model, streams, **options)
+    return stage, ([row] * 2, [of_model] * 2), streams
+
+
+def programs_of(stage, blocks, streams):
+    """Those of forward, recompute, backward and matrices, and the shapes of their results, by name."""
+    slot, balance = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+    kept, put_off = rings(stage.kept), rings(stage.put_off)
+    others, of_matrices = (wide(list(part)) for part in stage.parts(blocks[0]))
+
+    def trace(function, *args):
+        return jax.make_jaxpr(function, return_shape=True)(*blocks, *args)
+
+    return {
+        "forward": trace(
+            lambda p, s, x, *args: stage.forward(p, s, x, 2, *args), streams, kept, slot
+        ),
+        "recompute": trace(lambda p, s, *args: stage.recompute(p, s, *args, 2), kept, slot),
+        "backward": trace(
+            lambda p, s, kept, slot, recomputed, dy, balance, *sums: stage.backward(
+                p, s, kept, slot, recomputed, dy, balance, 2, *sums
+            ),
+            *(kept, slot, stage.recomputed, streams, balance, others, put_off, slot),
+        ),
+        "matrices": trace(
+            lambda p, s, *args: stage.matrices(p, s, *args[:-1], 2, args[-1]),
+            *(kept, slot, put_off, slot, of_matrices),
+        ),
+    }
+
+
 @pytest.mark.parametrize("policy", ["none", "mhc", "full"])
 def test_recomputation_needs_no_cotangent(policy, operand_dtypes):
     """Of a stage of two blocks the last one's is apart; the other products stay in the backward."""
-    fields = {"model.num_blocks": 2, "model.width": 16, "model.num_heads": 2, "model.ffn_width": 16}
-    model = config(**fields, **{"model.connection": "residual", "model.remat": policy}).model
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))["blocks"]
-    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
-    streams = jax.ShapeDtypeStruct((1, 8, 16), model.activation_dtype)
-    stage = Stage(model, (2,), row, {}, streams)
-    blocks = [row] * 2, [{}] * 2
-
-    def products(function, *args):
-        program, shapes = jax.make_jaxpr(function, return_shape=True)(*blocks, *args)
-        return len(operand_dtypes(program.jaxpr)), shapes
-
-    forward, (y, kept, _) = products(lambda p, s, x: stage.forward(p, s, x, 2), streams)
-    assert (y.shape, y.dtype) == (streams.shape, streams.dtype)
-    again, recomputed = products(lambda p, s, kept: stage.recompute(p, s, kept, 2), kept)
-    assert jax.tree.map(lambda x: x.shape, recomputed) == [x.shape for x in stage.recomputed]
+    products, found = {}, {}
+    for split in (False, True):
+        fields = {"model.connection": "residual", "model.remat": policy}
+        stage, blocks, streams = make_stage(fields, split_backward=split)
+        programs = programs_of(stage, blocks, streams)
+        products[split] = {
+            name: len(operand_dtypes(program.jaxpr)) for name, (program, _) in programs.items()
+        }
+        found[split] = {name: results for name, (_, results) in programs.items()}
+        y, kept, _ = found[split]["forward"]
+        assert shapes_of((y, kept)) == shapes_of((streams, rings(stage.kept)))
+        assert shapes_of(found[split]["recompute"]) == shapes_of(stage.recomputed)
+        assert bool(stage.recomputed) == (policy != "none")
+        gradients, dx, put_off = found[split]["backward"]
+        others, of_matrices = stage.parts(blocks[0])
+        wanted = list(others), streams, rings(stage.put_off)
+        assert shapes_of((gradients, dx, put_off)) == shapes_of((wide(wanted[0]), *wanted[1:]))
+        assert bool(stage.put_off) == split
+        if split:
+            assert shapes_of(found[split]["matrices"]) == shapes_of(wide(list(of_matrices)))
     # F's products are kept under mhc, and a residual connection has none. Nothing needs the block's last one.
+    forward, again = products[False]["forward"], products[False]["recompute"]
     assert again == {"none": 0, "mhc": 0, "full": forward // 2 - 1}[policy]
-    assert bool(recomputed) == (policy != "none")
-    balance = jax.ShapeDtypeStruct((), jnp.float32)
-    whole, (gradients, dx, nothing) = products(
-        lambda p, s, *args: stage.backward(p, s, *args, 2), kept, recomputed, y, balance
-    )
-    shapes = [jax.tree.map(lambda x: x.shape, row)] * 2
-    assert jax.tree.map(lambda x: x.shape, gradients) == shapes
-    assert (dx.shape, nothing) == (streams.shape, [])
-
     # Split: the same products in two halves; the second has the gradients of 5 matrices a block.
-    stage = Stage(model, (2,), row, {}, streams, split_backward=True)
-    once_more, recomputed = products(lambda p, s, kept: stage.recompute(p, s, kept, 2), kept)
-    first, (gradients, dx, put_off) = products(
-        lambda p, s, *args: stage.backward(p, s, *args, 2), kept, recomputed, y, balance
-    )
-    assert [(x.shape, x.dtype) for x in put_off] == [(x.shape, x.dtype) for x in stage.put_off]
-    second, matrices = products(lambda p, s, *args: stage.matrices(p, s, *args, 2), kept, put_off)
-    assert (once_more, second) == (again, 2 * 5)
-    # A backward that is not cut begins with the forward of zeros, which the compiler drops.
-    of_zeros = forward if policy == "none" else forward // 2
-    assert first + second == whole - of_zeros
-    others, of_matrices = stage.parts([row] * 2)
-    assert jax.tree.map(lambda x: x.shape, gradients) == jax.tree.map(lambda x: x.shape, others)
-    assert jax.tree.map(lambda x: x.shape, matrices) == jax.tree.map(lambda x: x.shape, of_matrices)
+    whole, halves = products[False], products[True]
+    assert (halves["forward"], halves["recompute"], halves["matrices"]) == (forward, again, 2 * 5)
+    assert whole["matrices"] == 0
+    assert halves["backward"] + halves["matrices"] == whole["backward"]
     assert all(leaf.ndim > 1 for leaf in jax.tree.leaves(of_matrices))
     assert all(leaf.ndim == 1 for leaf in jax.tree.leaves(others))
+
+
+def test_streams_are_kept_once():
+    """What the last sublayer of a block has written is what the first of the next one reads."""
+    stage, _, streams = make_stage({"model.remat": "none"})
+    # Two sublayers of two blocks. The last write of all is done at once.
+    assert [x.shape for x in stage.kept].count(streams.shape) == 2 * 2
+
+
+def num_bytes(shapes):
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "policy"),
+    [({}, "none"), ({"model.connection": "hc"}, "mhc"), (EXPERTS, "full"), (EXPERTS, "mhc")],
+)
+def test_a_split_backward_makes_nothing_twice(fields, policy, operand_dtypes):
+    """As many products as the whole one, and no more computed ahead; little of it waits anywhere."""
+    whole, halves = (
+        make_stage(fields | {"model.remat": policy}, split_backward=split)
+        for split in (False, True)
+    )
+    counts = [
+        {
+            name: len(operand_dtypes(program.jaxpr))
+            for name, (program, _) in programs_of(*arguments).items()
+        }
+        for arguments in (whole, halves)
+    ]
+    assert counts[0]["matrices"] == 0 < counts[1]["matrices"]
+    assert sum(counts[0].values()) == sum(counts[1].values())
+    assert counts[0]["recompute"] == counts[1]["recompute"]
+    whole, halves = whole[0], halves[0]
+    assert shapes_of(whole.kept) == shapes_of(halves.kept)
+    assert num_bytes(halves.recomputed) <= num_bytes(whole.recomputed)
+    # Once it handed on four times as much: float32 copies of streams, out of the backward of a connection.
+    widths = TOY["model.width"], 4 * TOY["model.width"]
+    copies = [
+        x.shape for x in halves.recomputed if x.dtype == jnp.float32 and x.shape[-1] in widths
+    ]
+    assert not copies
 
 
 def test_the_head_counts_as_time_of_the_last_stage():

@@ -1,0 +1,174 @@
+"""A program of JAX in two parts, so that little waits between them.
+
+Written for the cuts of a stage: forward and backward (`residuals`), what a backward computes again and the
+rest (`residuals`), gradients of matrices and the rest (`split_backward`). In all three the later part reads
+values that the earlier one has made. What is cheap to make again from less is made again.
+"""
+
+import collections
+import itertools
+import math
+from collections.abc import Collection, Container
+
+import jax
+import jax.extend.core
+
+from kernels_pallas.derivatives import ALIKE
+
+# What these call is written out, so that a cut can go through it.
+CALLS = ("jit", "pjit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call")
+_PRODUCTS = {"dot_general", "ragged_dot_general", "pallas_call"}
+# Cheap against the memory that their result would wait in: passes over arrays that end in what reads them.
+_CHEAP = {
+    "abs", "add", "add_any", "and", "broadcast_in_dim", "concatenate", "convert_element_type", "copy",
+    "div", "eq", "erf", "exp", "gather", "ge", "gt", "integer_pow", "le", "logistic", "lt", "max", "min",
+    "mul", "name", "ne", "neg", "not", "or", "pad", "reshape", "rev", "rsqrt", "select_n", "sign",
+    "slice", "split", "sqrt", "square", "squeeze", "stop_gradient", "sub", "tanh", "transpose",
+}  # fmt: skip
+
+
+def is_cheap(eqn) -> bool:
+    return eqn.primitive.name in _CHEAP
+
+
+def has_product(eqn) -> bool:
+    """Whether an operation is a product, or a loop or a choice with one in it."""
+    return eqn.primitive.name in _PRODUCTS or any(
+        has_product(inner)
+        for body in jax.extend.core.jaxprs_in_params(eqn.params)
+        for inner in body.eqns
+    )
+
+
+def least_between(eqns: list, wanted: list, there: Collection, may_run: Container[int]) -> list:
+    """The variables of the fewest bytes from which the later part of a program can make what it wants.
+
+    The smallest cut of a network whose pipes are variables, as wide as they have bytes, from those that the
+    later part cannot make to those that it wants (Ford and Fulkerson; the shortest way first). Of cuts of one
+    size it is the one nearest to what is wanted, so that the least is made again.
+
+    Args:
+      eqns: operations, in order.
+      wanted: variables, or literals, which need nothing.
+      there: variables that the later part has anyway.
+      may_run: operations (`id`) that it may run.
+    """
+    there = {*there}
+    maker = {var: eqn for eqn in eqns for var in eqn.outvars}
+    room: dict = collections.defaultdict(dict)  # node -> node -> bytes that may still flow
+    source, sink = "source", "sink"
+
+    def pipe(start, end, size):
+        room[start][end] = size
+        room[end].setdefault(start, 0)
+
+    left = [var for var in wanted if not hasattr(var, "val") and var not in there]
+    seen: dict = {}  # in order: that of a set differs from run to run
+    for var in left:
+        pipe((var, "out"), sink, math.inf)
+    while left:
+        var = left.pop()
+        if var in seen:
+            continue
+        seen[var] = eqn = maker.get(var)
+        pipe((var, "in"), (var, "out"), math.prod(var.aval.shape) * var.aval.dtype.itemsize)
+        if eqn is None or id(eqn) not in may_run:
+            pipe(source, (var, "in"), math.inf)
+            continue
+        for operand in eqn.invars:
+            if not hasattr(operand, "val") and operand not in there:
+                pipe((operand, "out"), (var, "in"), math.inf)
+                left.append(operand)
+
+    def ways(start, is_open):
+        """Node -> the one before it, of all that `start` reaches."""
+        before, queue = {start: None}, collections.deque([start])
+        while queue:
+            node = queue.popleft()
+            for other in room[node]:
+                if other not in before and is_open(node, other):
+                    before[other] = node
+                    queue.append(other)
+        return before
+
+    while sink in (before := ways(source, lambda node, other: room[node][other] > 0)):
+        way = [sink]
+        while before[way[-1]] is not None:
+            way.append(before[way[-1]])
+        steps = list(itertools.pairwise(way[::-1]))
+        flow = min(room[start][end] for start, end in steps)
+        for start, end in steps:
+            room[start][end] -= flow
+            room[end][start] += flow
+    reaches = ways(sink, lambda node, other: room[other][node] > 0)
+    return [var for var in seen if (var, "out") in reaches and (var, "in") not in reaches]
+
+
+def part_of(program: jax.extend.core.ClosedJaxpr, invars: list, eqns: list, outvars: list):
+    """A function of `invars` that gives `outvars`: those of these operations of a program that they need."""
+    eqns = needed(eqns, outvars, invars)
+    part = program.jaxpr.replace(invars=invars, eqns=eqns, outvars=outvars)
+    return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(part, program.consts))
+
+
+def needed(eqns: list, outvars: list, there: Collection = ()) -> list:
+    """Those of a program's operations that its results depend on, where some variables are there already."""
+    wanted, found, there = {var for var in outvars if not hasattr(var, "val")}, [], {*there}
+    for eqn in reversed(eqns):
+        if not (wanted - there).isdisjoint(eqn.outvars):
+            found.append(eqn)
+            wanted.update(var for var in eqn.invars if not hasattr(var, "val"))
+    return found[::-1]
+
+
+def written_out(program: jax.extend.core.ClosedJaxpr, calls: Collection[str]):
+    """The program with what these primitives call (`jit`, `remat2`, ...) written out in their place.
+
+    What `jax.vmap` alone needs (`ALIKE`) is left out: it would make a result wait for what it is not made of.
+    """
+    eqns, constvars, consts = [], list(program.jaxpr.constvars), list(program.consts)
+
+    def renamed(names, variables):
+        return [var if hasattr(var, "val") else names[var] for var in variables]
+
+    def write(body, names):
+        """`names`: of the variables of `body`, which may be called more than once, in the program."""
+        for eqn in body.eqns:
+            operands = renamed(names, eqn.invars)
+            if eqn.primitive.name in calls:
+                inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+                of_inner = {}
+                if isinstance(inner, jax.extend.core.ClosedJaxpr):
+                    of_inner = {var: jax.extend.core.Var(var.aval) for var in inner.jaxpr.constvars}
+                    constvars.extend(of_inner.values())
+                    consts.extend(inner.consts)
+                    inner = inner.jaxpr
+                of_inner.update(zip(inner.invars, operands, strict=True))
+                results = write(inner, of_inner)
+            elif eqn.primitive.name == ALIKE:
+                results = operands[:1]
+            else:
+                results = [jax.extend.core.Var(var.aval) for var in eqn.outvars]
+                eqns.append(eqn.replace(invars=operands, outvars=results))
+            names.update(zip(eqn.outvars, results, strict=True))
+        return renamed(names, body.outvars)
+
+    own = [*program.jaxpr.constvars, *program.jaxpr.invars]
+    outvars = write(program.jaxpr, dict(zip(own, own)))
+    jaxpr = program.jaxpr.replace(constvars=constvars, eqns=eqns, outvars=outvars)
+    return jax.extend.core.ClosedJaxpr(jaxpr, consts)
+
+
+def is_in(var, found: Container) -> bool:
+    """Whether this operand of an operation is one of these variables."""
+    return not hasattr(var, "val") and var in found  # a literal has a value and no hash
+
+
+def varying(jaxpr: jax.extend.core.Jaxpr, changing: list) -> set:
+    """The variables of a program that depend on `changing`."""
+    found = set(changing)
+    for eqn in jaxpr.eqns:
+        operands = eqn.invars[:1] if eqn.primitive.name == ALIKE else eqn.invars
+        if any(is_in(var, found) for var in operands):
+            found.update(eqn.outvars)
+    return found

@@ -1,0 +1,45 @@
+"""What a device changes in every tick: ring buffers and sums of gradients, where they lie."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+Rings = list[jax.Array]  # [slots, ...] each
+
+
+def run_or_skip(condition: jax.Array, skip: Callable, run: Callable, *operands):
+    """What `run` makes of the operands, or `skip` where the condition does not hold.
+
+    `skip` is branch 0. What another branch hands through XLA copies, in each branch and once more behind them
+    (openxla/xla#46314): ring buffers and sums of gradients, in every tick. Of `jax.lax.cond` XLA for GPUs
+    makes a choice by a truth value, whose branch 0 is the one that runs.
+    """
+    return jax.lax.switch(condition.astype(jnp.int32), [skip, run], *operands)
+
+
+def put_in(rings: dict[int, jax.Array], slot: jax.Array, arrays: dict) -> dict[int, jax.Array]:
+    """Ring buffers with the array of the same place in a slot, where there is one."""
+    return {j: ring.at[slot].set(arrays[j]) if j in arrays else ring for j, ring in rings.items()}
+
+
+def put_in_order(rings: Rings, slot: jax.Array, arrays: Sequence[jax.Array]) -> Rings:
+    """The same of a list: an array for each."""
+    return [*put_in(dict(enumerate(rings)), slot, dict(enumerate(arrays))).values()]
+
+
+def taken(rings: Rings, slot: jax.Array) -> list[jax.Array]:
+    """What lies in a slot."""
+    return [ring[slot] for ring in rings]
+
+
+def added(total: Tree, more: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
+
+
+def sliced(rings: Rings, parts: Sequence[Sequence]) -> list[Rings]:
+    """As many as each part has, one after the other."""
+    left = iter(rings)
+    return [[next(left) for _ in part] for part in parts]
