@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import pathlib
 import re
+import shutil
 import subprocess
 import tarfile
 import zipfile
@@ -95,6 +96,10 @@ def _members(
     A member of a Debian package that ends in .gz is unpacked, and goes by its name without the ending.
     """
     if package.kind == "deb":
+        if not shutil.which("dpkg-deb"):
+            raise CorpusError(
+                f"{package}: dpkg-deb, which unpacks it, is not installed (package dpkg)."
+            )
         command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking:
             with tarfile.open(fileobj=unpacking.stdout, mode="r|") as tar:

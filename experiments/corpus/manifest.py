@@ -8,17 +8,18 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
 from experiments.corpus.documents import documents
-from experiments.corpus.packages import CorpusError, Package, sha256
-from mhc_jax.data.files import glob_files, split_files
+from experiments.corpus.packages import CorpusError, Package, digest
+from mhc_jax.data.files import TextFile, glob_files, split_files
 
 NAME = "manifest.json"
 TEXT = "text"
 VALIDATION_FRACTION = 0.02
+OF_RESULTS = pathlib.Path(__file__).with_name("manifest.json.gz")
 _FORMAT = 1
 
 
@@ -27,47 +28,76 @@ def data_path(folder: pathlib.Path) -> str:
     return f"{folder / TEXT}/**"
 
 
+def is_corpus_of_results(data: str) -> bool:
+    """Says whether a `data_path` is that of the corpus that this repository's results were trained on."""
+    folder = pathlib.Path(data.removesuffix(f"/{TEXT}/**"))
+    if data_path(folder) != data or not (folder / NAME).exists():
+        return False
+    return read(folder / NAME)["checksum"] == read(OF_RESULTS)["checksum"]
+
+
 def fetch(
-    packages: Sequence[Package], folder: pathlib.Path, expected: dict | None = None
-) -> dict[Package, tuple[str, str]]:
+    packages: Sequence[Package],
+    folder: pathlib.Path,
+    expected: dict[str, dict] | None = None,
+    latest: bool = False,
+) -> tuple[dict[Package, dict[str, str]], list[str]]:
     """Fetches what is not in `folder` yet.
 
     Args:
       packages: what to fetch.
       folder: of the archives; made if needed.
-      expected: `{str(package): [archive name, SHA-256]}` of an earlier corpus.
+      expected: `{str(package): {"archive", "sha256"}}` of an earlier corpus; "sha1" too of Debian packages.
+      latest: where a pinned version cannot be fetched, take the newest one that can, and leave out a Debian
+        package of which there is none.
 
     Returns:
-      Archive name and SHA-256 of each package.
+      `{"archive", "sha256"}` of each package that is there, and a line for each that is another or left out.
 
     Raises:
       CorpusError: names every package that cannot be fetched or that differs from what is expected.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    archives, faults = {}, []
+    archives, others, faults = {}, [], []
     for package in tqdm(packages, desc="fetch", unit="package"):
+        wanted = (expected or {}).get(str(package), {})
         try:
-            path = package.fetch(folder)
-        except CorpusError as error:
-            faults.append(str(error))
-            continue
-        archives[package] = path.name, sha256(path)
-        if expected and archives[package] != tuple(expected[str(package)]):
-            name, digest = expected[str(package)]
+            path = package.fetch(folder, wanted.get("archive"), wanted.get("sha1"))
+        except CorpusError as gone:
+            try:
+                if not latest:
+                    raise
+                package, path = package.fetch_newest(folder)
+                wanted = {}
+                others.append(f"{package} instead of: {gone}")
+            except CorpusError as error:
+                if latest and package.kind == "deb":
+                    others.append(f"left out: {error}")
+                else:
+                    faults.append(str(error))
+                continue
+        archives[package] = {"archive": path.name, "sha256": digest(path)}
+        if package.kind == "deb":
+            archives[package]["sha1"] = digest(path, "sha1")  # its address in Debian's snapshots
+        if wanted and wanted["sha256"] != archives[package]["sha256"]:
             faults.append(
-                f"{package}: {path} has SHA-256 {archives[package][1]}, "
-                f"the manifest wants {name} with {digest}"
+                f"{package}: {path} has SHA-256 {archives[package]['sha256']}, "
+                f"the manifest wants {wanted['archive']} with {wanted['sha256']}"
             )
     if faults:
-        raise CorpusError(
-            _listed(f"{len(faults)} of {len(packages)} packages are missing or differ", faults)
-        )
-    return archives
+        title = f"{len(faults)} of {len(packages)} packages are missing or differ"
+        raise CorpusError(f"{_listed(title, faults)}\n{_WAY_OUT.format(folder=folder)}")
+    if not archives:
+        raise CorpusError(_listed("No package can be fetched", others))
+    return archives, others
+
+
+_WAY_OUT = """What helps: `apt-get update`, where apt's lists are old; the archive itself, put into {folder};
+or --latest, which takes the newest version of what is gone and says by how much the text then differs."""
 
 
 def build(
-    packages: Sequence[Package],
-    archives: dict[Package, tuple[str, str]],
+    archives: dict[Package, dict[str, str]],
     source: pathlib.Path,
     output: pathlib.Path,
     earlier: dict | None = None,
@@ -78,11 +108,11 @@ def build(
     differs from an earlier one in case alone.
 
     Args:
-      packages: in the order of the list.
       archives: what `fetch` returned.
       source: folder of the archives.
       output: folder of the corpus, without one yet.
-      earlier: manifest of the corpus that this has to equal: its documents are taken, not today's choice.
+      earlier: manifest that this follows: of its packages the documents that it lists are taken, not today's
+        choice. Where all of them are there the corpus has to equal it.
 
     Raises:
       CorpusError: an archive cannot be read or gives no document, or the corpus differs from the earlier
@@ -90,31 +120,35 @@ def build(
     """
     partial = output / f"{TEXT}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    files, contents, paths = {}, set(), set()
+    listed = _listed_files(earlier, archives) if earlier else {}
+    exact = earlier is not None and len(listed) == len(earlier["packages"])
+    files = {}
+    contents = {digest for group in listed.values() for digest, _ in group.values()}
+    paths = {path.lower() for group in listed.values() for path in group}
     fraction = earlier["validation_fraction"] if earlier else VALIDATION_FRACTION
-    taken = {package: [0, 0] for package in packages}
-    listed = earlier and earlier["files"]
-    for package in tqdm(packages, desc="unpack", unit="package"):
-        for path, content in documents(package, source / archives[package][0], listed):
-            digest = hashlib.sha256(content).hexdigest()
-            if not earlier and (digest in contents or path.lower() in paths):
+    taken = {package: [0, 0] for package in archives}
+    for package in tqdm(archives, desc="unpack", unit="package"):
+        archive = source / archives[package]["archive"]
+        for path, content in documents(package, archive, listed.get(package)):
+            found = hashlib.sha256(content).hexdigest()
+            if package not in listed and (found in contents or path.lower() in paths):
                 continue
-            contents.add(digest)
+            contents.add(found)
             paths.add(path.lower())
             target = partial / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
-            files[path] = [digest, len(content)]
+            files[path] = [found, len(content)]
             taken[package][0] += 1
             taken[package][1] += len(content)
     empty = [
         f"{package}: suffixes {','.join(package.suffixes)}"
-        for package in packages
+        for package in archives
         if not taken[package][0]
     ]
     if empty:
         raise CorpusError(_listed("Packages without a document of their own", empty))
-    if earlier:
+    if exact:
         try:
             _compare({path: digest for path, (digest, _) in files.items()}, earlier, str(output))
         except CorpusError:
@@ -127,15 +161,51 @@ def build(
         "totals": _totals(partial, files, fraction),
         "packages": [
             dataclasses.asdict(package)
-            | dict(zip(("archive", "sha256"), archives[package]))
+            | archives[package]
             | dict(zip(("documents", "bytes"), taken[package]))
-            for package in packages
+            for package in archives
         ],
         "files": files,
     }
     write(output / NAME, manifest)  # before the text: where that is, the corpus is complete
     partial.rename(output / TEXT)
     return manifest
+
+
+def _listed_files(earlier: dict, archives: Iterable[Package]) -> dict[Package, dict[str, list]]:
+    """Returns the documents that an earlier manifest lists of those of its packages that are there."""
+    groups = {package.name: (package, {}) for package in archives}
+    groups = {p.name: groups[p.name] for p in packages_of(earlier) if p in archives}
+    for path, entry in earlier["files"].items():
+        name = path.partition("/")[0]
+        if name in groups:
+            groups[name][1][path] = entry
+    return dict(groups.values())
+
+
+def difference(manifest: dict, earlier: dict) -> str:
+    """Says by how much the text of a manifest differs from that of an earlier one."""
+    files, before = manifest["files"], earlier["files"]
+    same = [path for path in files if files[path] == before.get(path)]
+    changed = [path for path in files if path in before and files[path] != before[path]]
+    new = [path for path in files if path not in before]
+    gone = [path for path in before if path not in files]
+
+    def count(paths: Sequence[str], among: dict = files) -> str:
+        size = sum(among[path][1] for path in paths)
+        return f"{len(paths)} documents ({size / 1e6:.1f} MB)"
+
+    held_out = [
+        {file.relative for file in split_files(
+            [TextFile(path, path, m["files"][path][1], 0) for path in sorted(m["files"])],
+            validation_fraction=m["validation_fraction"], split="validation")}
+        for m in (manifest, earlier)
+    ]  # fmt: skip
+    kept = len([path for path in same if all(path in names for names in held_out)])
+    return (
+        f"{count(same)} are the same, {count(changed)} have another content, {count(new)} are new, "
+        f"{count(gone, before)} are gone; {kept} of the {len(held_out[1])} validation documents are the same"
+    )
 
 
 def checksum(files: dict[str, list]) -> str:
@@ -194,11 +264,9 @@ def packages_of(manifest: dict) -> list[Package]:
     ]
 
 
-def archives_of(manifest: dict) -> dict[str, list[str]]:
-    """Returns `{"name version": [archive name, SHA-256]}`, which `fetch` expects."""
-    return {
-        f"{e['name']} {e['version']}": [e["archive"], e["sha256"]] for e in manifest["packages"]
-    }
+def archives_of(manifest: dict) -> dict[str, dict[str, str]]:
+    """Returns `{"name version": {"archive", "sha256", ...}}`, which `fetch` expects."""
+    return {f"{entry['name']} {entry['version']}": entry for entry in manifest["packages"]}
 
 
 def compare(folder: pathlib.Path, manifest: dict) -> None:
@@ -213,7 +281,7 @@ def compare(folder: pathlib.Path, manifest: dict) -> None:
         for parent, _, names in os.walk(root)
         for name in names
     )
-    found = {path: sha256(root / path) for path in tqdm(paths, desc="check", unit="file")}
+    found = {path: digest(root / path) for path in tqdm(paths, desc="check", unit="file")}
     _compare(found, manifest, str(root))
 
 

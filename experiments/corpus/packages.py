@@ -9,7 +9,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 
+# Keeps every file that Debian has served, under its SHA-1.
+SNAPSHOT = "https://snapshot.debian.org"
 LIST = pathlib.Path(__file__).with_name("packages.txt")
 
 # Wheels are chosen for one fixed platform, so that every machine fetches the same file.
@@ -66,53 +70,99 @@ class Package:
 
     def find(self, folder: pathlib.Path) -> pathlib.Path | None:
         """Returns the archive of this package in a folder, None if there is none."""
+        version = re.escape(self.version.replace(":", "%3a"))
+        return next((path for path in sorted(folder.iterdir()) if self._match(path, version)), None)
+
+    def _match(self, path: pathlib.Path, version: str) -> re.Match | None:
+        """Matches the name of an archive of this package; `version` is a regular expression."""
         # Archives spell My.Name as my_name, My.Name or my-name.
         name = "[-_.]+".join(map(re.escape, re.split("[-_.]+", self.name)))
-        version = re.escape(self.version.replace(":", "%3a"))
         pattern = {
-            "wheel": rf"{name}-{version}-.*none-any\.whl",
-            "binary": rf"{name}-{version}-.*\.whl",
-            "sdist": rf"{name}-{version}\.(tar\.gz|zip)",
-            "deb": rf"{name}_{version}_\w+\.deb",
+            "wheel": rf"{name}-({version})-.*none-any\.whl",
+            "binary": rf"{name}-({version})-.*\.whl",
+            "sdist": rf"{name}-({version})\.(tar\.gz|zip)",
+            "deb": rf"{name}_({version})_\w+\.deb",
         }[self.kind]
-        for path in sorted(folder.iterdir()):
-            if re.fullmatch(pattern, path.name, re.IGNORECASE):
-                return path
-        return None
+        return re.fullmatch(pattern, path.name, re.IGNORECASE)
 
-    def command(self, folder: str) -> list[str]:
+    def command(self, folder: str, newest: bool = False) -> list[str]:
         """Returns the command that fetches the archive into `folder`, to be run there."""
         if self.kind == "deb":
-            return ["apt-get", "download", f"{self.name}={self.version}"]
+            return ["apt-get", "download", self.name if newest else f"{self.name}={self.version}"]
         options = _PIP_OPTIONS[self.kind]
         if self.kind == "sdist":
             options = (*options, f"--no-binary={self.name}")
         return [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options,
-                f"--dest={folder}", f"{self.name}=={self.version}"]  # fmt: skip
+                f"--dest={folder}", self.name if newest else f"{self.name}=={self.version}"]  # fmt: skip
 
-    def fetch(self, folder: pathlib.Path) -> pathlib.Path:
+    def fetch(
+        self, folder: pathlib.Path, name: str | None = None, sha1: str | None = None
+    ) -> pathlib.Path:
         """Returns the archive in `folder`; fetches it if it is not there.
 
         A download is moved into the folder when it is complete, so a run that was cut leaves no half archive.
 
+        Args:
+          folder: of the archives.
+          name: of the archive file, where it is known.
+          sha1: of a Debian archive, where it is known: what Debian serves no more comes from its snapshots.
+
         Raises:
-          CorpusError: the client is missing or fails; names the package and the command.
+          CorpusError: the client is missing or fails; names the package, the command and the way out.
         """
         found = self.find(folder)
         if found:
             return found
-        if self.kind == "deb" and not shutil.which("apt-get"):
-            raise CorpusError(
-                f"{self}: apt-get is not installed here. Build on Debian, or copy the .deb into {folder}."
-            )
         with tempfile.TemporaryDirectory(dir=folder) as partial:
-            command = self.command(partial)
-            done = subprocess.run(command, cwd=partial, capture_output=True, text=True, check=False)
-            archive = self.find(pathlib.Path(partial))
-            if done.returncode or not archive:
-                reason = (done.stderr.strip() or "no archive came").splitlines()[-1]
-                raise CorpusError(f"{self}: `{shlex.join(command)}` failed: {reason}")
+            try:
+                archive = self._run(pathlib.Path(partial))
+            except CorpusError as error:
+                if self.kind != "deb":
+                    raise
+                if not sha1 or not name:
+                    raise CorpusError(
+                        f"{error}. {SNAPSHOT}/binary/{self.name}/ has earlier versions: "
+                        f"put the .deb into {folder}"
+                    ) from error
+                archive = pathlib.Path(partial) / name
+                url = f"{SNAPSHOT}/file/{sha1}"
+                try:
+                    _download(url, archive)
+                except (OSError, urllib.error.URLError) as reason:
+                    raise CorpusError(
+                        f"{error}; and {url}: {reason}. Once it can be reached: "
+                        f"`{shlex.join(['curl', '--fail', '-o', str(folder / name), url])}`"
+                    ) from error
             return archive.rename(folder / archive.name)
+
+    def fetch_newest(self, folder: pathlib.Path) -> tuple["Package", pathlib.Path]:
+        """Fetches the newest version that the client offers; returns it as a package, and its archive.
+
+        Raises:
+          CorpusError: as `fetch`.
+        """
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            archive = self._run(pathlib.Path(partial), newest=True)
+            version = self._match(archive, ".+?")[1].replace("%3a", ":")
+            return dataclasses.replace(self, version=version), archive.rename(folder / archive.name)
+
+    def _run(self, folder: pathlib.Path, newest: bool = False) -> pathlib.Path:
+        """Runs the client in an empty folder, and returns the archive that came."""
+        if self.kind == "deb" and not shutil.which("apt-get"):
+            raise CorpusError(f"{self}: apt-get is not installed here, it needs Debian 12")
+        command = self.command(str(folder), newest)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        archives = [path for path in folder.iterdir() if self._match(path, ".+?")]
+        if done.returncode or not archives or not (newest or self.find(folder)):
+            reason = (done.stderr.strip() or "no archive came").splitlines()[-1]
+            raise CorpusError(f"{self}: `{shlex.join(command)}` failed: {reason}")
+        return archives[0]
+
+
+def _download(url: str, path: pathlib.Path) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": "mhc_jax corpus"})
+    with urllib.request.urlopen(request, timeout=60) as reply, path.open("wb") as file:
+        shutil.copyfileobj(reply, file)
 
 
 def read_list(*paths: pathlib.Path) -> list[Package]:
@@ -151,7 +201,7 @@ def _read_one(path: pathlib.Path) -> list[Package]:
     return packages
 
 
-def sha256(path: pathlib.Path) -> str:
-    """Returns the hexadecimal SHA-256 of a file."""
+def digest(path: pathlib.Path, kind: str = "sha256") -> str:
+    """Returns the hexadecimal SHA-256 of a file, or another digest of hashlib."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, kind).hexdigest()

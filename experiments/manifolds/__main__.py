@@ -7,8 +7,8 @@
 Every arm is trained on the setting of `experiments.reproduction` (its `main`: 38M parameters, 100M tokens)
 with the same weights and the same order of the data in a seed, at one learning rate; then mHC and the
 identity with n = 1 to 8 streams; then the train steps are timed on one device, arms in turn. What
-`experiments.reproduction` has trained already is taken from its results. Give the command again to go on
-where it was cut.
+`experiments.reproduction` has trained already is taken from its results, if the text is that of the corpus
+(`experiments.corpus`) that they were trained on. Give the command again to go on where it was cut.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments import cli, record, sweep
+from experiments.corpus.manifest import is_corpus_of_results
 from experiments.manifolds import figures, settings, tables
 from experiments.manifolds.settings import Run
 from experiments.reproduction.stored import stored
@@ -83,9 +84,14 @@ def config_of(run: Run, options: argparse.Namespace) -> Config:
 def borrowed(runs: list[Run], options: argparse.Namespace) -> dict[str, str]:
     """Keys of runs -> keys of the stored runs of `experiments.reproduction` that stand for them.
 
-    None for a quick try, whose configurations differ.
+    None for a quick try, whose configurations differ, and none where the text is another one.
     """
     if not options.data or options.steps or options.fields:
+        return {}
+    if not is_corpus_of_results(options.data):
+        print(
+            f"{options.data} is not the text of the stored results: every run is trained, none is taken there"
+        )
         return {}
     try:
         found = stored()["runs"]

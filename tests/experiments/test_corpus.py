@@ -1,5 +1,6 @@
 """The corpus: archives made here, so that nothing is fetched."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -333,3 +334,134 @@ def test_the_committed_manifest_belongs_to_the_committed_list():
         split["bytes"] for split in manifest["totals"].values()
     )
     assert manifest["totals"]["train"]["bytes"] > 115e6
+
+
+@pytest.fixture
+def debian(tmp_path, monkeypatch):
+    """A Debian of two packages in folders: an apt-get that serves one version, and its snapshots.
+
+    Yields the corpus of the versions before, and the folder of the snapshots, which is empty.
+    """
+    served, snapshots, tools = (tmp_path / name for name in ("served", "file", "tools"))
+    for folder in (served, snapshots, tools, tmp_path / "archives"):
+        folder.mkdir()
+
+    def package(name: str, version: str, texts: dict[str, str]) -> None:
+        tree = tmp_path / "tree"
+        (tree / "DEBIAN").mkdir(parents=True)
+        (tree / "DEBIAN" / "control").write_text(
+            f"Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: x <x@y>\nDescription: x\n"
+        )
+        for path, text in texts.items():
+            (tree / path).write_text(text)
+        target = served / f"{name}_{version.replace(':', '%3a')}_all.deb"
+        subprocess.run(["dpkg-deb", "--build", tree, target], check=True, capture_output=True)
+        shutil.rmtree(tree)
+
+    (tools / "apt-get").write_text(
+        f"#!/bin/sh\nname=${{2%=*}}; version=${{2#*=}}\n[ $name = $2 ] && version='*'\n"
+        f"cp {served}/$name[_]$(echo $version | sed s/:/%3a/)_all.deb . 2> /dev/null ||"
+        " { echo \"E: Version for '$2' was not found\" >&2; exit 100; }\n"
+    )
+    (tools / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    monkeypatch.setattr("experiments.corpus.packages.SNAPSHOT", f"file://{tmp_path}")
+    package("prose", "1:2-3", {f"{i}.md": f"Prose {i}.\n" for i in range(9)})
+    package("verse", "1", {"a.md": "Verse.\n"})
+    (tmp_path / "list").write_text("prose 1:2-3 deb .md\nverse 1 deb .md\n")
+    run("--output", tmp_path / "before", "--packages", tmp_path / "list")
+    shutil.rmtree(served)
+    served.mkdir()
+    package("prose", "1:2-4", {f"{i}.md": f"Prose {i}.\n" for i in range(8)} | {"7.md": "New.\n"})
+    return tmp_path / "before", snapshots
+
+
+needs_dpkg = pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb")
+
+
+@needs_dpkg
+def test_what_debian_serves_no_more_comes_from_its_snapshots(debian, tmp_path):
+    """By the SHA-1 of the manifest: a snapshot is at .../file/SHA-1."""
+    before, snapshots = debian
+    for archive in (before / "archives").iterdir():
+        shutil.copy(archive, snapshots / hashlib.sha1(archive.read_bytes()).hexdigest())
+    run("--output", tmp_path / "again", "--manifest", before / "manifest.json")
+    again = (tmp_path / "again" / "manifest.json").read_bytes()
+    assert again == (before / "manifest.json").read_bytes()
+
+
+@needs_dpkg
+def test_a_snapshot_with_other_content_is_refused(debian, tmp_path):
+    before, snapshots = debian
+    for archive in (before / "archives").iterdir():
+        (snapshots / hashlib.sha1(archive.read_bytes()).hexdigest()).write_text("Try later.")
+    with pytest.raises(SystemExit, match=r"the manifest wants verse_1_all\.deb with"):
+        run("--output", tmp_path / "again", "--manifest", before / "manifest.json")
+
+
+@needs_dpkg
+def test_packages_that_are_gone_end_with_the_ways_out(debian, tmp_path):
+    before, _ = debian
+    with pytest.raises(SystemExit) as error:
+        run("--output", tmp_path / "again", "--manifest", before / "manifest.json")
+    message = str(error.value)
+    sha1 = hashlib.sha1((before / "archives" / "verse_1_all.deb").read_bytes()).hexdigest()
+    assert "2 of 2 packages" in message
+    assert "apt-get download prose=1:2-3` failed: E: Version" in message
+    assert f"curl --fail -o {tmp_path}/again/archives/verse_1_all.deb " in message
+    assert f"/file/{sha1}`" in message
+    assert "apt-get update" in message
+    assert "--latest" in message
+    with pytest.raises(SystemExit, match=r"/binary/prose/ has earlier versions"):
+        run("--output", tmp_path / "again", "--packages", tmp_path / "list")
+
+
+@needs_dpkg
+def test_latest_takes_what_is_there_and_says_how_the_text_differs(debian, tmp_path, capsys):
+    before, _ = debian
+    run("--output", tmp_path / "new", "--manifest", before / "manifest.json", "--latest")
+    said = capsys.readouterr().out
+    assert "prose 1:2-4 instead of: prose 1:2-3: " in said
+    assert "left out: verse 1: " in said
+    assert manifests.read(before / "manifest.json")["checksum"] in said
+    assert (
+        "7 documents (0.0 MB) are the same, 1 documents (0.0 MB) have another content, "
+        "0 documents (0.0 MB) are new, 2 documents (0.0 MB) are gone; 1 of the 1 validation" in said
+    )
+    manifest = manifests.read(tmp_path / "new" / "manifest.json")
+    assert [(p.name, p.version) for p in manifests.packages_of(manifest)] == [("prose", "1:2-4")]
+    assert sorted(manifest["files"]) == [f"prose/{i}.md" for i in range(8)]
+    # It is a corpus like any other: it can be rebuilt, and with everything there --latest changes nothing.
+    again = tmp_path / "again"
+    run("--output", again, "--manifest", tmp_path / "new" / "manifest.json", "--latest")
+    assert "instead" not in capsys.readouterr().out
+    assert (again / "manifest.json").read_bytes() == (
+        tmp_path / "new" / "manifest.json"
+    ).read_bytes()
+
+
+def test_latest_leaves_out_no_package_of_pypi(corpus, sources, tmp_path, monkeypatch):
+    """They are there everywhere: what fails is the network."""
+    (sources[0] / "two-2.0.tar.gz").unlink()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    manifest = corpus / "manifest.json"
+    with pytest.raises(SystemExit, match=r"two 2.0: `.* two` failed"):
+        run(
+            "--output",
+            tmp_path / "x",
+            "--manifest",
+            manifest,
+            "--archives",
+            sources[0],
+            "--latest",
+        )
+
+
+def test_the_text_of_the_results_is_told_from_another(corpus, tmp_path):
+    assert not manifests.is_corpus_of_results(manifests.data_path(corpus))
+    assert not manifests.is_corpus_of_results("texts/**")
+    (tmp_path / "manifest.json").write_text(
+        gzip.decompress(manifests.OF_RESULTS.read_bytes()).decode()
+    )
+    assert manifests.is_corpus_of_results(manifests.data_path(tmp_path))

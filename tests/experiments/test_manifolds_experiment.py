@@ -55,9 +55,12 @@ def test_what_another_study_trained_is_borrowed_if_its_configuration_is_the_same
         assert study.config_of(run, options) == lender.config("text", None)
     stored = {"main/mHC/lr0.001/seed0": summary(0.5), "main/HC/lr0.002/seed0": summary(0.5)}
     monkeypatch.setattr(study, "stored", lambda: {"runs": stored})
+    monkeypatch.setattr(study, "is_corpus_of_results", lambda data: data == "text")
     assert study.borrowed(list(lent), options) == {"mHC/n4/seed0": "main/mHC/lr0.001/seed0"}
     quick = study.parse_arguments(["--data", "text", "--steps", "5"])
     assert study.borrowed(list(lent), quick) == {}
+    other = study.parse_arguments(["--data", "other"])
+    assert study.borrowed(list(lent), other) == {}
     merged = study.with_borrowed(
         {"runs": {}, "borrowed": {"mHC/n4/seed0": "main/mHC/lr0.001/seed0"}}
     )
