@@ -31,7 +31,7 @@ from lm_eval.utils import (
 from experiments import mesh_options
 from experiments.benchmark_scores import format_table, plot
 from mhc_jax import checksum, paths
-from mhc_jax.checkpoint.trained import load
+from mhc_jax.checkpoint.trained import find, load
 from mhc_jax.config import Config
 from mhc_jax.data import load_tokenizer
 from mhc_jax.data.tokenizer import Tokenizer
@@ -281,10 +281,11 @@ def evaluate(
     Raises:
       ValueError: no run or no good checkpoint, or a tokenizer that does not match the model.
     """
+    reader = _tokenizer_of(find(workdir), tokenizer)
     config, variables, step = load(workdir, mesh=mesh)
     harness = Harness(
         Inference(variables, config.model, batch_size, mesh(config)),
-        _tokenizer_of(config, tokenizer),
+        reader,
         config.data.sequence_length,
     )
     cache = _cache_of(harness, config, variables) if resume else None

@@ -35,7 +35,7 @@ import tqdm
 
 from experiments import cli, mesh_options, record
 from mhc_jax import compilation_cache, paths, sharding
-from mhc_jax.checkpoint.trained import load
+from mhc_jax.checkpoint.trained import find, load
 from mhc_jax.config import Config
 from mhc_jax.data import DataConfig, vocab_size
 from mhc_jax.data.pipeline import validation_order
@@ -144,7 +144,7 @@ def losses_of(
     length = config.data.sequence_length
     shares = sharding.shares(mesh)
     most = max(1, min(config.batch_size, shares * max(1, _TOKENS // length), len(text.chosen)))
-    rows = shares * -(-(batch_size or most) // shares)
+    rows = shares * -(-min(batch_size or most, len(text.chosen)) // shares)
     count_bytes = bytes_of_windows(text.data, text.split)
     losses, sizes = [], []
     with tqdm.tqdm(total=len(text.chosen), unit="window", desc="evaluate", disable=None) as bar:
@@ -207,8 +207,10 @@ def evaluate(
     Raises:
       ValueError: no run or no good checkpoint there, or as `choose_text` and `losses_of`.
     """
+    chosen = choose_text(
+        find(workdir), **text
+    )  # what it refuses is said before the weights are read
     config, variables, step = load(workdir, mesh=mesh)
-    chosen = choose_text(config, **text)
     losses, sizes = losses_of(variables, config, chosen, batch_size, mesh(config))
     data = {name: getattr(chosen.data, name) for name in ("source", "path", "tokenizer")}
     about = {"workdir": str(workdir), "step": step, "data": data, "split": chosen.split or "all"}

@@ -30,8 +30,15 @@ Gains = dict[str, tuple[GainMagnitudes, int]]  # names of arms, with the step
 
 
 def choose_gains(arms: Sequence[Arm], step: int | None = None) -> Gains:
-    """Chooses the gains to compare: those of `step`, else of the last step that all arms with gains share."""
+    """Chooses the gains to compare: those of `step`, else of the last step that all arms with gains share.
+
+    Raises:
+      ValueError: no arm has gains of `step`; the message has the steps there are.
+    """
     having = [arm for arm in arms if arm.gains]
+    if step is not None and having and not any(step in arm.gains for arm in having):
+        there = "; ".join(f"{arm.name}: {', '.join(map(str, sorted(arm.gains)))}" for arm in having)
+        raise ValueError(f"--step={step}: there are no gains of this step, but of {there}")
     common = set.intersection(*(set(arm.gains) for arm in having)) if having else set()
     if having and step is None and not common:
         log.warning("the arms share no step with gains: each shows its own latest")

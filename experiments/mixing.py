@@ -29,10 +29,10 @@ from experiments.evaluate import choose_text
 from experiments.output import format_table
 from mhc_jax import compilation_cache, walk
 from mhc_jax.analysis import collect
+from mhc_jax.checkpoint.trained import find, load
 from mhc_jax.config import Config, ModelConfig
 from mhc_jax.inference import for_sampling
 from mhc_jax.train_step import analyse, window_losses
-from mhc_jax.trained import load
 
 REPLACED = ("as trained", "mean over tokens", "identity", "J/n")
 
@@ -87,15 +87,19 @@ def mixing(workdir: str | os.PathLike, batches: int = 32) -> dict[str, Any]:
     Raises:
       ValueError: a residual run, no checkpoint, or fewer windows in the split.
     """
-    config, variables, _ = load(workdir)
+    config = find(workdir)
     _check(config, workdir)
     text = choose_text(config)
     model = _unrolled(config.model)
     n, rows = config.model.n, config.batch_size
     if len(text.chosen) < batches * rows:
         raise ValueError(
-            f"batches={batches} of {rows} windows, but {len(text.chosen)} in the validation split"
+            f"--batches={batches} of {rows} windows: the validation split has {len(text.chosen)}, enough for "
+            f"{len(text.chosen) // rows}"
         )
+    if batches * rows < 2:
+        raise ValueError("--batches=1 of 1 window gives no standard error: take 2 or more")
+    variables = load(workdir)[1]
     chosen = np.linspace(0, len(text.chosen) - 1, batches * rows).astype(int)
     sublayers = 2 * config.model.num_blocks
 
@@ -151,10 +155,11 @@ def trained_logits(workdir: str | os.PathLike, tokens: int = 256) -> np.ndarray:
     Raises:
       ValueError: the run is not mHC with h_res on the Birkhoff polytope, or has no checkpoint.
     """
-    config, variables, _ = load(workdir)
+    config = find(workdir)
     model: ModelConfig = config.model
     if model.connection != "mhc" or model.manifold != "birkhoff" or not model.mhc_use_res:
         raise ValueError(f"{workdir}: h_res has no logits for Sinkhorn-Knopp, it is no mHC run")
+    variables = load(workdir)[1]
     windows = choose_text(config).windows
     window = np.asarray(windows[len(windows) // 2])[None, :-1]
     return np.asarray(_logits(variables, window, _unrolled(model)))[:, -tokens:]

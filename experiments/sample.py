@@ -15,9 +15,9 @@ from ml_collections import config_flags
 
 from experiments import mesh_options
 from mhc_jax import command_line, compilation_cache
-from mhc_jax.checkpoint.trained import load
+from mhc_jax.checkpoint.trained import find, load
 from mhc_jax.data import load_tokenizer
-from mhc_jax.inference import for_sampling
+from mhc_jax.inference import check_draws, check_prompt, for_sampling
 from mhc_jax.sampling import generate
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training.", required=True)
@@ -27,7 +27,7 @@ _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.8, "Divides the logits; 0: the likeliest token.", 0.0
 )
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.", 0)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the random draws.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the random draws.", 0, 2**32 - 1)
 _MESH = flags.DEFINE_enum("mesh", None, ["run"], mesh_options.MESH_HELP)
 _AXES = {
     f"mesh.{axis}": flags.DEFINE_integer(f"mesh.{axis}", None, what)
@@ -61,23 +61,23 @@ def main(argv) -> None:
     try:
         options = {name: flag.value for name, flag in {"mesh": _MESH, **_AXES}.items()}
         mesh_of = mesh_options.mesh_of(options)
-        config, variables, _ = load(_WORKDIR.value, expected, mesh_of)
+        config = find(_WORKDIR.value)  # what is refused is refused before the weights are read
         if config.data.source == "synthetic":
             raise ValueError(f"{_WORKDIR.value} was trained on synthetic tokens, which are no text")
         tokenizer = load_tokenizer(config.data.tokenizer)
         if not _PROMPT.value:
             raise ValueError("--prompt is empty: give text to go on from")
         prompt = tokenizer.encode([_PROMPT.value.encode()])[0].astype(np.int32)
-        ids = generate(
-            variables,
-            prompt,
-            for_sampling(config.model),
-            max_tokens=_MAX_TOKENS.value,
-            temperature=_TEMPERATURE.value,
-            top_k=_TOP_K.value,
-            seed=_SEED.value,
-            mesh=mesh_of(config),
-        )
+        model, mesh = for_sampling(config.model), mesh_of(config)
+        draws = {
+            "max_tokens": _MAX_TOKENS.value,
+            "temperature": _TEMPERATURE.value,
+            "top_k": _TOP_K.value,
+        }
+        check_prompt(prompt, model)
+        check_draws(model, **draws, mesh=mesh)
+        variables = load(_WORKDIR.value, expected, mesh_of)[1]
+        ids = generate(variables, prompt, model, **draws, seed=_SEED.value, mesh=mesh)
     except (ValueError, TypeError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -46,10 +46,10 @@ def generate(
 
     Raises:
       ValueError: an empty prompt, an id outside of the vocabulary, a temperature that is negative or not
-        finite, top_k outside of 0 to the vocabulary.
+        finite, top_k outside of 0 to the vocabulary, more tokens than the memory can hold.
     """
     check_prompt(prompt, config)
-    check_draws(config, max_tokens, temperature, top_k)
+    check_draws(config, max_tokens, temperature, top_k, mesh)
     how = {"config": config, "greedy": temperature == 0, "top_k": top_k, "mesh": mesh}
     return _generate(variables, np.asarray(prompt), max_tokens, temperature, seed, how)
 

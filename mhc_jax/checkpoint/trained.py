@@ -29,6 +29,18 @@ from mhc_jax.workdir import read_config
 _log = logging.getLogger(__name__)
 
 
+def find(workdir: str | os.PathLike) -> Config:
+    """Reads the configuration of a workdir that has a checkpoint: what can be refused before `load`.
+
+    Raises:
+      ValueError: no run or no checkpoint there.
+    """
+    workdir, config = _read(workdir)
+    if not saved_steps(absolute(workdir / FOLDER)):
+        raise ValueError(f"{workdir} has no checkpoint yet: train with --workdir={workdir} first")
+    return config
+
+
 def load(
     workdir: str | os.PathLike,
     model: ModelConfig | None = None,

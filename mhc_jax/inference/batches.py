@@ -177,7 +177,7 @@ class Inference:
         Raises:
           ValueError: an empty prompt, an id outside of the vocabulary, or settings out of range.
         """
-        check_draws(self.config, max_tokens, temperature, top_k)
+        check_draws(self.config, max_tokens, temperature, top_k, self.mesh)
         for prompt in prompts:
             check_prompt(np.asarray(prompt), self.config)
         steps = min(_STEPS, max_tokens - 1)

@@ -1,7 +1,7 @@
 """Draws tokens from logits, for a batch of prompts together."""
 
 import functools
-import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,8 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mhc_jax import units
 from mhc_jax.config import ModelConfig
-from mhc_jax.inference.steps import DecodeState, check_ids, decode, prefill, state_apart
+from mhc_jax.inference.steps import (
+    DecodeState,
+    check_ids,
+    decode,
+    init_decode,
+    prefill,
+    state_apart,
+)
 from mhc_jax.sharding import tokens_on, whole_everywhere
 
 
@@ -114,11 +122,42 @@ def check_prompt(prompt: np.ndarray | jax.Array, config: ModelConfig) -> None:
     check_ids(prompt, config.vocab_size)
 
 
-def check_draws(config: ModelConfig, max_tokens: int, temperature: float, top_k: int) -> None:
-    """Raises ValueError, naming the setting that is out of range."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be at least 0 and finite")
+def check_draws(
+    config: ModelConfig,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    mesh: jax.sharding.Mesh | None = None,
+) -> None:
+    """Raises ValueError, naming the setting that is out of range, or more tokens than memory can hold."""
+    if not 0 <= temperature <= float(jnp.finfo(jnp.float32).max):
+        raise ValueError(f"temperature={temperature} must be at least 0 and finite, in float32 too")
     if not 0 <= top_k <= config.vocab_size:
         raise ValueError(f"top_k={top_k} must lie in 0 to the vocabulary, {config.vocab_size}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+    # Room is made for a power of two (`mhc_jax.sampling`).
+    each, memory = _bytes_of_a_token(config), _memory(mesh)
+    room, most = 1 << (max_tokens - 1).bit_length(), 1 << max(1, memory // each).bit_length() - 1
+    if room > most:
+        raise ValueError(
+            f"max_tokens={max_tokens}: the past of so many tokens takes {units.size(each * room)}, and there "
+            f"are {units.size(memory)} of memory: at most {most}"
+        )
+
+
+@functools.cache
+def _bytes_of_a_token(config: ModelConfig) -> int:
+    past = jax.tree.leaves(jax.eval_shape(lambda: init_decode(config, 1, 1)))
+    return sum(x.size * x.dtype.itemsize for x in past)
+
+
+def _memory(mesh: jax.sharding.Mesh | None) -> int:
+    """Returns bytes of memory of the devices of a mesh, or of the one that arrays go to without."""
+    devices = jax.local_devices()[:1] if mesh is None else mesh.local_devices
+    stats = [device.memory_stats() or {} for device in devices]
+    if all("bytes_limit" in found for found in stats):
+        return sum(found["bytes_limit"] for found in stats)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+        "SC_PAGE_SIZE"
+    )  # of the host, as of a CPU device

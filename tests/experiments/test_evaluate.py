@@ -87,6 +87,7 @@ def test_the_loss_is_that_of_training(workdir):
     assert found["loss"] == pytest.approx(logged, rel=1e-6)
     config = load(workdir)[0]
     whole = evaluate.evaluate(str(workdir), 5)
+    assert evaluate.evaluate(str(workdir), 10**9)["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert whole["windows"] == len(open_windows(config.data, "validation")) > 8
 
 
@@ -223,7 +224,10 @@ def test_the_command(workdir, synthetic, tmp_path, capsys):
         (["--workdir={run}", "--mesh.data=-1", "--mesh.fsdp=-1"], "mesh.data and mesh.fsdp are -1: only one"),
     ],
 )  # fmt: skip
-def test_one_line(arguments, message, workdir, synthetic, folder, tokenizer, tmp_path):
+def test_one_line(arguments, message, workdir, synthetic, folder, tokenizer, tmp_path, monkeypatch):
+    """And before the weights are read; a mesh is for them."""
+    if not any(argument.startswith("--mesh") for argument in arguments):
+        monkeypatch.setattr(evaluate, "load", None)
     places = {"run": workdir, "synthetic": synthetic, "empty": tmp_path / "begun"}
     (tmp_path / "begun").mkdir()
     shutil.copy(workdir / "config.json", tmp_path / "begun")

@@ -226,6 +226,18 @@ def test_missing_pieces_are_skipped_with_a_line_in_the_log(workdirs, tmp_path, c
 
 
 @pytest.mark.parametrize("program", [figures.main, report.main])
+def test_a_step_without_gains_is_an_error_that_names_the_others(
+    program, workdirs, tmp_path, capsys
+):
+    assert program([*map(str, workdirs), "--step=77", "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "--step=77: there are no gains of this step, but of " in error
+    for arm in runs.read_arms(workdirs)[1:]:
+        assert f"{arm.name}: {', '.join(map(str, sorted(arm.gains)))}" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("program", [figures.main, report.main])
 def test_a_folder_without_metrics_is_named(program, tmp_path, capsys):
     (tmp_path / "nothing").mkdir()
     assert program([str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]) == 2

@@ -1,6 +1,7 @@
 """h_res of a model replaced at evaluation, and what t_max leaves of the column sums."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import numpy as np
@@ -107,3 +108,16 @@ def test_a_residual_run_has_nothing_to_replace(tmp_path, capsys):
     config = Run("main", "residual", 1e-3, 0).config("", 4, TOY)
     with pytest.raises(ValueError, match="runs/residual has one stream"):
         mixing._check(config, "runs/residual")
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [(99, "--batches=99 of 1 windows: .* has 40, enough for 40"), (1, "gives no standard error")],
+)
+def test_numbers_of_batches_are_refused_before_the_weights_are_read(batches, message, monkeypatch):
+    config = Run("main", "mHC", 1e-3, 0).config("", 4, TOY | {"batch_size": 1})
+    monkeypatch.setattr(mixing, "find", lambda workdir: config)
+    monkeypatch.setattr(mixing, "choose_text", lambda config: mock.Mock(chosen=range(40)))
+    monkeypatch.setattr(mixing, "load", None)
+    with pytest.raises(ValueError, match=message):
+        mixing.mixing("run", batches)

@@ -14,7 +14,7 @@ from mhc_jax.checkpoint.trained import load
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
 from mhc_jax.data.tokenizer import ByteTokenizer, load_tokenizer
-from mhc_jax.inference import decode, for_sampling, init_decode
+from mhc_jax.inference import check_draws, decode, for_sampling, init_decode
 from mhc_jax.layers import look_up
 from mhc_jax.sampling import generate
 from mhc_jax.train_step import init_state
@@ -127,6 +127,11 @@ def test_decoding_past_the_room_of_the_state():
         ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
         ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
         ({"temperature": float("inf")}, "temperature=inf must be at least 0 and finite"),
+        ({"temperature": 1e39}, r"temperature=1e\+39 must be .* finite, in float32 too"),
+        (
+            {"max_tokens": 10**15},
+            "max_tokens=1000000000000000: the past of so many tokens takes .* at most ",
+        ),
         ({"prompt": np.asarray([1, 32])}, "token id 32 is outside of the vocabulary, 0 to 31"),
         ({"prompt": np.asarray([-1])}, "token id -1 is outside of the vocabulary"),
         ({"prompt": np.asarray([0.5])}, "token ids are float64: give integers"),
@@ -226,3 +231,13 @@ def test_sampling_from_a_checkpoint(tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(ValueError, match="has no checkpoint yet"):
         load(tmp_path / "run")
+
+
+def test_as_many_tokens_as_the_memory_holds(monkeypatch):
+    """Room is made for a power of two; each token has keys and values of every block."""
+    config = make_config(DENSE).model
+    each = config.num_blocks * 2 * config.width * jnp.dtype(config.dtype).itemsize
+    monkeypatch.setattr("mhc_jax.inference.drawing._memory", lambda mesh: 64 * (each + 8))
+    check_draws(config, 64, 1.0, 0)
+    with pytest.raises(ValueError, match=r"max_tokens=65: .* at most 64$"):
+        check_draws(config, 65, 1.0, 0)
