@@ -25,7 +25,7 @@ from mhc_jax.train_step import abstract_state, jit_init_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
 _FOLDER = flags.DEFINE_string("folder", None, "Where to save; else a temporary folder.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Every time is the median of so many.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Every time is the median of so many.", 1, 1000)
 
 
 def measure(config: Config, folder: pathlib.Path, rounds: int) -> dict[str, float]:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import difflib
-import math
 import pathlib
 import re
 import sys
@@ -77,14 +76,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-def integer(least: int = 1, most: int | None = None) -> Callable[[str], int]:
-    """Reads an integer of at least `least`, for `type=` of an argument."""
+_MOST = 2**31 - 1  # of an index in JAX
+_LARGEST = 3e38  # of a number in float32, as in configs
+
+
+def integer(least: int = 1, most: int = _MOST) -> Callable[[str], int]:
+    """Reads an integer from `least` to `most`, for `type=` of an argument."""
 
     def read(text: str) -> int:
         value = int(text) if re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text) else None
-        if value is None or value < least or (most is not None and value > most):
-            above = "" if most is None else f" and at most {most}"
-            raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least {least}{above}")
+        if value is None or not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no integer of at least {least} and at most {most}"
+            )
         return value
 
     return read
@@ -99,10 +103,12 @@ def number(text: str, *, zero: bool = False) -> float:
     """Reads a finite number above 0, for `type=` of an argument."""
     with contextlib.suppress(ValueError):
         value = float(text)
-        if math.isfinite(value) and (value > 0 or (zero and value == 0)):
+        if 0 < value <= _LARGEST or (zero and value == 0):
             return value
     least = "of at least 0" if zero else "above 0"
-    raise argparse.ArgumentTypeError(f"{text!r} is no finite number {least}")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no finite number {least} and at most {_LARGEST:g}"
+    )
 
 
 def number_from_0(text: str) -> float:
@@ -175,6 +181,15 @@ def bad_input() -> Iterator[None]:
         raise BadInput(str(error)) from error
 
 
+def out_of_memory(error: Exception) -> str:
+    """Returns in one line that memory does not suffice, as NumPy and XLA say it; "" for any other error."""
+    line = (str(error).splitlines() or [""])[0]
+    said = "RESOURCE_EXHAUSTED" in line or "Out of memory" in line
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said):
+        return f"out of memory ({line}): choose smaller sizes"
+    return ""
+
+
 def run(main: Callable[[], Any]) -> NoReturn:
     """Calls the main function of a command; what it refuses and Ctrl-C end it with one line."""
     try:
@@ -196,6 +211,8 @@ def run(main: Callable[[], Any]) -> NoReturn:
             sys.exit(f"{name} is not installed: pip install -e '.[{_EXTRAS[name]}]'")
         if isinstance(error, RuntimeError) and (not_there := command_line.no_backend(error)):
             sys.exit(not_there)
+        if memory := out_of_memory(error):
+            sys.exit(memory)
         if not isinstance(error, said):
             raise
         sys.exit(f"{type(error).__name__}: {error}")

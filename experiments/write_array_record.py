@@ -10,6 +10,7 @@ described in `mhc_jax/data/records.py`.
 """
 
 import argparse
+import resource
 import sys
 from collections.abc import Sequence
 
@@ -55,6 +56,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not options.validation_fraction < 1:
         parser.error(
             f"--validation_fraction={options.validation_fraction} must lie between 0 and 1 (exclusive)"
+        )
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and options.shards > limit // 2:
+        parser.error(
+            f"--shards={options.shards}: all are open together, and this process may open {limit} files "
+            f"(ulimit -n): at most {limit // 2}"
         )
     return options
 

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 from absl import app, flags
 from ml_collections import config_flags
@@ -207,6 +208,8 @@ def test_options_of_an_experiment(experiment, tmp_path, capsys):
     [
         ("--width=0", "argument --width: '0' is no integer of at least 1"),
         ("--width=1.5", "'1.5' is no integer"),
+        ("--width=2147483648", "is no integer of at least 1 and at most 2147483647"),
+        ("--minutes=1e39", "'1e39' is no finite number above 0 and at most 3e+38"),
         ("--seed=-1", "'-1' is no integer of at least 0 and at most 4294967295"),
         ("--seed=4294967296", "is no integer"),
         ("--minutes=nan", "'nan' is no finite number above 0"),
@@ -271,6 +274,12 @@ def test_what_a_command_refuses_is_one_line(capsys):
     def without_compiler():
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
 
+    def without_memory():
+        raise MemoryError("Unable to allocate 8 TiB")
+
+    def without_memory_of_a_device():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 8 TiB\nMore of it")
+
     line = "RuntimeError: Unable to initialize backend 'tpu': no libtpu"
     with pytest.raises(SystemExit, match=f"^{line}$"):
         command_line._without_arguments(lambda argv: without_devices())([])
@@ -282,6 +291,11 @@ def test_what_a_command_refuses_is_one_line(capsys):
         (without_package, "triton is not installed: pip install -e '.[gpu]'"),
         (without_compiler, "there is no libtpu, the compiler for TPUs: pip install -e '.[tpu]'"),
         (refused, "BadInput: model.n=0"),
+        (without_memory, "out of memory (Unable to allocate 8 TiB): choose smaller sizes"),
+        (
+            without_memory_of_a_device,
+            "out of memory (RESOURCE_EXHAUSTED: 8 TiB): choose smaller sizes",
+        ),
         (interrupted, 130),
         (lambda: 3, 3),
     ):

@@ -32,12 +32,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=f"python -m experiments.{QUESTION}", description=__doc__)
     parser.add_argument("model", choices=MODELS, help="a file of experiments/architectures/")
     parser.add_argument(
-        "--steps", type=cli.positive, help="updates of a run (default: the model's)"
+        "--steps", type=cli.integer(2), help="updates of a run (default: the model's)"
     )
     parser.add_argument(
-        "--seeds", type=cli.positive, default=3, help="counted seeds, 1 to so many (3)"
+        "--seeds", type=cli.integer(1, 1000), default=3, help="counted seeds, 1 to so many (3)"
     )
-    parser.add_argument("--depths", type=cli.positive, nargs="+", default=[12, 48],
+    parser.add_argument("--depths", type=cli.integer(1, 1000), nargs="+", default=[12, 48],
                         help="numbers of sublayers (12 48)")  # fmt: skip
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS),
                         help="connections to compare (all)")  # fmt: skip

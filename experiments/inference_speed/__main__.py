@@ -138,12 +138,12 @@ def main(arguments: list[str] | None = None) -> None:
     output.add_arguments(parser)
     options = parser.parse_args(arguments)
     chip = CHIPS.get(jax.devices()[0].device_kind)
+    try:
+        models = {written: load(written) for written in options.config}
+    except (ValueError, TypeError) as error:
+        sys.exit(f"error: {error}")
     results = {}
-    for written in options.config:
-        try:
-            model = load(written)
-        except (ValueError, TypeError) as error:
-            sys.exit(f"error: {error}")
+    for written, model in models.items():
         name = f"{pathlib.Path(written.partition(':')[0]).stem}:{model.connection}"
         found = measure(
             model, options.batch_size, options.prompt, options.generated,

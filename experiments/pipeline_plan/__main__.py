@@ -52,6 +52,7 @@ _FIGURE_LINK = flags.DEFINE_float("figure_link", 50.0, "GB/s of the drawn timeli
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
 
 _NAMES = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
+_MOST = 2**16  # a step of 8 devices and 4096 micro-batches is simulated in a minute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +131,13 @@ def _check(config: Config) -> tuple[int, int, list[float]]:
         config.optimizer.accumulate_steps if _MICROBATCHES.value is None else _MICROBATCHES.value
     )
     for name, value in (("pipe", pipe), ("microbatches", parts), ("sequences", _SEQUENCES.value)):
-        if value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+        if not 1 <= value <= _MOST:
+            raise ValueError(f"--{name}={value} must be at least 1 and at most {_MOST}")
+    if pipe * parts > _MOST:
+        raise ValueError(
+            f"--pipe={pipe} --microbatches={parts}: each micro-batch on each device is simulated, "
+            f"{pipe * parts} of at most {_MOST}: lower --microbatches to {max(_MOST // pipe, 1)}"
+        )
     for flag in (_FORWARD, _BACKWARD, _RECOMPUTE, _HEAD):
         if flag.value is not None and not 0 <= flag.value < 1e9:
             raise ValueError(f"--{flag.name}={flag.value} must be at least 0, in milliseconds")
@@ -140,7 +146,7 @@ def _check(config: Config) -> tuple[int, int, list[float]]:
     if _CHIP.value not in CHIPS:
         raise ValueError(f"--chip={_CHIP.value} is unknown: use one of {', '.join(CHIPS)}")
     try:
-        links = [float(link) for link in (*_LINKS.value, _FIGURE_LINK.value)]
+        links = [float(link) for link in (*(_LINKS.value or [""]), _FIGURE_LINK.value)]
     except ValueError:
         raise ValueError(f"--links={','.join(_LINKS.value)}: give numbers, in GB/s") from None
     if not all(0 < link < 1e9 for link in links):
@@ -190,7 +196,6 @@ def main(argv):
         model = config.model
         block = block_times(config, model, tokens, given)
         splits = config.pipe_split_backward if _SPLIT.value is None else _SPLIT.value
-        schedule = make_schedule(_SCHEDULE.value, pipe, parts, splits)
         placement = place(
             model.num_blocks,
             pipe,
@@ -198,6 +203,7 @@ def main(argv):
             num_leading=model.num_leading,
             head_cost=block.head / block.total if block.total else 0.0,
         )
+        schedule = make_schedule(_SCHEDULE.value, pipe, parts, splits)
         put_off = 0
         if splits:
             length = config.data.sequence_length

@@ -16,7 +16,7 @@ import tempfile
 import time
 
 from experiments import cli, output
-from experiments.start_up.run import COLUMNS
+from experiments.start_up.run import COLUMNS, make_config
 from mhc_jax import command_line
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -83,6 +83,9 @@ def main() -> None:
         text=True,
     ).stdout.split()[-1]
     options.config = options.config or ("small_cpu" if platform == "cpu" else "small_30m")
+    with cli.bad_input():
+        for arm in options.arms:
+            make_config(options.config, arm, options.set)
     rows = []
     for arm in options.arms:
         with tempfile.TemporaryDirectory() as cache:

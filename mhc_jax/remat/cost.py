@@ -142,10 +142,18 @@ def plan(
         model = getattr(config, "model", config)
         num_sublayers = num_sublayers or 2 * model.num_blocks
         n, width = n or model.streams, width or model.width
-    for name, value in (("num_sublayers", num_sublayers), ("n", n), ("width", width),
-                        ("num_tokens", num_tokens), ("itemsize", itemsize)):  # fmt: skip
-        if value is None or value < 1:
-            raise ValueError(f"{name}={value} must be at least 1 (or give a config)")
+    limits = {
+        "num_sublayers": (num_sublayers, 20_000),
+        "n": (n, 256),
+        "width": (width, 2**20),
+        "num_tokens": (num_tokens, 2**40),
+        "itemsize": (itemsize, 16),
+    }
+    for name, (value, most) in limits.items():
+        if value is None or not 1 <= value <= most:
+            raise ValueError(
+                f"{name}={value} must be at least 1 and at most {most} (or give a config)"
+            )
     best = best_block(num_sublayers, n)
     return Plan(
         num_sublayers,

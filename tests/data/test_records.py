@@ -151,7 +151,10 @@ def test_faults_are_named(write, record_config, tokenizer_file, tmp_path):
     expect("it matches those of 2", path=f"{folder}/*.array_record,{elsewhere}/*.array_record")
 
 
-@pytest.mark.parametrize(("option", "value"), [("--shards", "0"), ("--validation_fraction", "1.5")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--shards", "0"), ("--shards", "100000000"), ("--validation_fraction", "1.5")],
+)
 def test_script_refuses_wrong_numbers(option, value, tmp_path, capsys):
     arguments = ["--input", "*", "--tokenizer", "byte", "--output", str(tmp_path)]
     arguments += ["--validation_fraction", "0.5", option, value]

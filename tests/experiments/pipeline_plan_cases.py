@@ -15,6 +15,11 @@ CASES = (
     "--pipe=0 --microbatches=32 --schedule=1f1b",
     "--pipe=4 --microbatches=8 --schedule=1f1b --links=fast",
     "--pipe=4 --microbatches=8 --schedule=1f1b --links=50 --forward_ms=-1",
+    "--pipe=8 --microbatches=99999999999999999 --links=50 --forward_ms=1",
+    "--pipe=8 --microbatches=32768",
+    "--pipe=4096 --microbatches=8",
+    "--pipe=4 --microbatches=8 --sequences=99999999999999999",
+    "--pipe=4 --microbatches=8 --sequences=1 --links=",
 )
 
 for number, case in enumerate(CASES):

@@ -118,9 +118,16 @@ def test_the_command(tmp_path):
     assert messages[2][0].startswith(
         "bad input: schedule='fast' is unknown: use one of gpipe, 1f1b"
     )
-    assert messages[3] == ["bad input: --pipe=0 must be at least 1"]
+    assert messages[3] == ["bad input: --pipe=0 must be at least 1 and at most 65536"]
     assert messages[4] == ["bad input: --links=fast: give numbers, in GB/s"]
     assert messages[5] == ["bad input: --forward_ms=-1.0 must be at least 0, in milliseconds"]
+    most = "must be at least 1 and at most 65536"
+    assert messages[6] == [f"bad input: --microbatches=99999999999999999 {most}"]
+    [line] = messages[7]
+    assert line.endswith("262144 of at most 65536: lower --microbatches to 8192")
+    assert "has 4096 stages, the model 29 blocks" in messages[8][0]
+    assert messages[9] == [f"bad input: --sequences=99999999999999999 {most}"]
+    assert messages[10] == ["bad input: --links=: give numbers, in GB/s"]
 
 
 def test_flops_of_a_block_are_those_of_its_active_parameters():

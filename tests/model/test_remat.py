@@ -124,6 +124,8 @@ def test_plan_names_what_is_missing():
         remat.plan(num_sublayers=4, n=4, width=8, num_tokens=0)
     with pytest.raises(ValueError, match="num_sublayers=1"):
         remat.plan(num_sublayers=1, n=4, width=8)
+    with pytest.raises(ValueError, match=r"num_sublayers=1\d+ must be .* at most 20000"):
+        remat.plan(num_sublayers=10**17, n=4, width=8)
 
 
 # These share compiled steps, hence one process.
