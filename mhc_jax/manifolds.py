@@ -194,7 +194,10 @@ class KroneckerMixture:
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
         _check_logits(self, logits, n)
-        pairs = jax.nn.softmax(logits.reshape(*logits.shape[:-1], -1, 2), axis=-1)
+        pairs = logits.reshape(
+            *logits.shape[:-1], logits.shape[-1] // 2, 2
+        )  # -1 fails without tokens
+        pairs = jax.nn.softmax(pairs, axis=-1)
         h_res = jnp.zeros_like(logits, shape=(*logits.shape[:-1], 1, 1)) + 1
         # Blocks are joined, not reshaped: Explicit axes refuse a reshape of two pairs of dimensions.
         for k in reversed(range(pairs.shape[-2])):

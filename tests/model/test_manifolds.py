@@ -371,3 +371,12 @@ def test_a_baseline_drops_the_switches():
     ).model
     assert model.as_residual() == dataclasses.replace(tiny(**{"model.connection": "residual"}).model,
                                                       alpha_init=model.alpha_init)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", manifolds.MANIFOLDS)
+def test_no_tokens(name):
+    """An empty batch has no mappings, and no error."""
+    manifold = manifolds.make_manifold(name, 20)
+    for lead in ((0,), (2, 0, 3)):
+        logits = jnp.zeros((*lead, manifold.num_logits(4)))
+        assert jax.eval_shape(lambda x: manifold.project(x, 4), logits).shape == (*lead, 4, 4)
