@@ -97,7 +97,8 @@ def collected(function: Callable) -> Callable[..., Collected]:
     """Returns a function of the same arguments that returns what connections inside `function` report.
 
     Raises (when called):
-      ValueError: no connection reported, or they have different numbers of streams or tokens.
+      ValueError: no connection reported, or they have different numbers of streams or tokens; a module that
+        `function` takes from outside, under a transform of Flax.
       NotImplementedError: a connection in a loop of unknown length, in one branch alone, or in shard_map.
     """
 
@@ -108,8 +109,16 @@ def collected(function: Callable) -> Callable[..., Collected]:
             args, kwargs = jax.tree.unflatten(tree, flat)
             function(*args, **kwargs)
 
-        with _collecting(True):
-            traced = jax.make_jaxpr(call)(*flat)
+        try:
+            with _collecting(True):
+                traced = jax.make_jaxpr(call)(*flat)
+        except Exception as error:  # Flax has two: TraceContextError and ValueError
+            if "trace level" not in str(error):
+                raise
+            raise ValueError(
+                "a transform of Flax inside refuses a module that comes from outside of the function: give "
+                "the module itself, gains_of(model, inputs)"
+            ) from error
         if not _reports(traced.jaxpr):
             raise ValueError(
                 "no connection of mhc_jax ran in this model: put HyperConnections, ManifoldHyperConnections "

@@ -546,3 +546,17 @@ def test_gains_that_were_stored_without_the_later_fields(tmp_path):
     np.testing.assert_array_equal(loaded.single_forward, found.single_forward)
     assert loaded.matrix_std.shape == (3, 2, 2)
     assert np.isnan(loaded.matrix_std).all()
+
+
+def test_a_module_from_outside_under_a_transform_of_flax():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.connection = ManifoldHyperConnections(8, n=2)
+
+        def __call__(self, x):
+            return nnx.jit(lambda connection, x: connection(x, jnp.tanh))(self.connection, x)
+
+    model, x = Model(), jnp.ones((1, 3, 16))
+    assert analysis.gains_of(model, x).composite_forward.shape == (1,)
+    with pytest.raises(ValueError, match=r"give the module itself, gains_of\(model, inputs\)"):
+        analysis.gains_of(lambda x: model(x), x)
