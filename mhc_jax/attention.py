@@ -52,7 +52,7 @@ class Attention(nnx.Module):
         return self.out(causal_attention(q, k, v).reshape(x.shape)), Cache(k, v)
 
     def _heads(self, x, position):
-        heads = self.qkv(x).reshape(*x.shape[:2], 3 * self.num_heads, -1)
+        heads = self.qkv(x).reshape(*x.shape[:2], 3 * self.num_heads, x.shape[2] // self.num_heads)
         q, k, v = (heads[:, :, i * self.num_heads : (i + 1) * self.num_heads] for i in range(3))
         return (*(rope(t, theta=self.rope_theta, offset=position) for t in (q, k)), v)
 
@@ -111,11 +111,11 @@ class LatentAttention(nnx.Module):
         k, v = (keep(jnp.einsum("bsc,chd->bshd", c, up)) for up in self._kv_up(x.dtype))
         k_rotated = jnp.broadcast_to(k_rotated[:, :, None], q_rotated.shape)
         q, k = (jnp.concatenate(pair, axis=-1) for pair in ((q, q_rotated), (k, k_rotated)))
-        return self.out(causal_attention(q, k, v).reshape(*x.shape[:2], -1)), rows
+        return self.out(causal_attention(q, k, v).reshape(*x.shape[:2], self.out.in_features)), rows
 
     def _queries(self, x, position):
         """Returns queries `[B, S, H, D]` and their rotated part `[B, S, H, R]`."""
-        q = self.q(x).reshape(*x.shape[:2], self.num_heads, -1)
+        q = self.q(x).reshape(*x.shape[:2], self.num_heads, self.head_dim + self.rope_dim)
         q, rotated = jnp.split(q, (self.head_dim,), axis=-1)
         return q, rope(rotated, theta=self.rope_theta, offset=position)
 
@@ -151,7 +151,7 @@ class LatentAttention(nnx.Module):
         weights = _causal_softmax(scores / math.sqrt(self.head_dim + self.rope_dim), position)
         mixed = jnp.einsum("bhst,btc->bshc", weights.astype(x.dtype), cache.compressed)
         mixed = jnp.einsum("bshc,chd->bshd", mixed, v_up)
-        return self.out(mixed.reshape(*x.shape[:2], -1))
+        return self.out(mixed.reshape(*x.shape[:2], self.out.in_features))
 
 
 def _causal_softmax(scores: jax.Array, position: jax.Array) -> jax.Array:

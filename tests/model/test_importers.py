@@ -42,6 +42,7 @@ from mhc_jax.train_step import (
     loss_fn,
     measure_gains,
 )
+from mhc_jax.transformer import Transformer
 
 n, C = 4, 8
 LATENT = {
@@ -116,6 +117,14 @@ def test_explicit_axes(name, tokens):
         gradients = jax.eval_shape(jax.jit(jax.grad(loss_of(config))), params, state, batch)
     for want, got in zip(jax.tree.leaves(params), jax.tree.leaves(gradients), strict=True):
         assert got.sharding.spec == want.sharding.spec
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0)])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_without_tokens(name, shape):
+    config, tokens = model(name).model, jnp.zeros(shape, jnp.int32)
+    logits = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))(tokens))
+    assert logits.shape == (*shape, config.vocab_size)
 
 
 @pytest.mark.parametrize("name", MODELS)
