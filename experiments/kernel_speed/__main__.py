@@ -42,11 +42,13 @@ SHAPES = (
 BASELINE_SHAPES = SHAPES[:2]  # where xla and the programs in PyTorch are measured too
 SUBLAYERS = 5  # the chain from which the cost of one more sublayer is taken
 SUBLAYERS_OF_FEW = 9  # up to 512 tokens, where the difference of shorter chains would be noise
-# Modes of `cases.sublayers` that are timed so, their operation, and their least traffic in C: of boundary
-# and hc that of separate passes, of look-ahead its own, with a norm 2C more in each direction.
+# Modes of `cases.sublayers` that are timed so, their operation, and their least traffic in C: of boundary,
+# logits and hc that of separate passes, of look-ahead its own, with a norm 2C more in each direction.
 CHAINS = (
     ("boundary", "boundary", 45),
     ("boundary+norm", "boundary", 45),
+    ("logits", "boundary_logits", 45),
+    ("logits+norm", "boundary_logits", 45),
     ("look-ahead", "look_ahead", 25),
     ("look-ahead+norm", "look_ahead", 29),
     ("hc", "hc_boundary", 45),

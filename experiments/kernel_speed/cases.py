@@ -64,8 +64,10 @@ def sublayers(implementation: str | None, count: int, mode: str, x, g, *paramete
     Args:
       implementation: of the kernels.
       count: of sublayers.
-      mode: "separate", "read", "boundary", "look-ahead", or of Hyper-Connections "hc" and "hc-separate".
-        "boundary+norm", "look-ahead+norm" and "hc+norm" have the norm of all layer inputs but the first.
+      mode: "separate", "read", "boundary", "look-ahead", of Hyper-Connections "hc" and "hc-separate", or
+        "logits": `boundary_logits` whose 16 logits are h_res as they are, so that no constraint is timed.
+        "boundary+norm", "look-ahead+norm", "hc+norm" and "logits+norm" have the norm of all layer inputs but
+        the first.
       x, g, *parameters: of `sublayer_inputs`.
     """
     mode, _, norm = mode.partition("+")
@@ -85,19 +87,23 @@ def sublayers(implementation: str | None, count: int, mode: str, x, g, *paramete
             return _look_ahead(x, each, options, norm)
         if mode == "hc-separate":
             return _hc_separate(x, each, implementation)
-        read, boundary = kp.read, kp.boundary
-        if mode == "hc":
-            read, boundary = kp.hc_read, kp.hc_boundary
+        read, boundary = {
+            "hc": (kp.hc_read, kp.hc_boundary),
+            "logits": (kp.read_logits, kp.boundary_logits),
+        }.get(mode, (kp.read, kp.boundary))
+        if mode in ("hc", "logits"):
             del options["num_iterations"]
         u, h_post, h_res, x = read(x, *each[0], **options)
         for p in each[1:]:
             u = jax.lax.optimization_barrier(u)
-            if mode in ("boundary", "hc"):
+            if mode in ("boundary", "hc", "logits"):
+                h_res = h_res.reshape(*x.shape[:-1], N, N)
                 u, h_post, h_res, x = boundary(x, u, h_post, h_res, *p, **options, **norm)
             else:
                 x = kp.post_res(x, u, h_post, h_res, implementation=implementation)
                 u, h_post, h_res, x = read(x, *p, **options)
         u = jax.lax.optimization_barrier(u)
+        h_res = h_res.reshape(*x.shape[:-1], N, N)
         return kp.post_res(x, u, h_post, h_res, implementation=implementation)
 
     out, vjp = jax.vjp(chain, x, parameters)

@@ -69,7 +69,7 @@ def backward(T: int, C: int, splits: int, **options) -> tuple[CudaLaunch, list]:
         ((T, 4 * C), _BF16), ((T, C), _BF16), ((T, 4), _F32), ((T, 16), _F32), ((T, 4 * C), _BF16),
         ((T, C), _BF16), ((T, 4), _F32), ((C // 64, 8, 32, 4) if hc else (C // 64, 8, 2, 3, 32, 8), _BF16),
         ((tiles, chunks, 32, 4), _F32), ((tiles, chunks, 32, 8), _BF16), kappa,
-        *([kappa] if options.get("kappa_pre") else []),
+        *([] if options.get("look_ahead") else [kappa]),
     )  # fmt: skip
     if options.get("look_ahead") or options.get("norm"):
         args += _random(rng, ((T, 4), _F32), ((C,), _F32))
@@ -87,14 +87,12 @@ _LONG = {"T": 117, "C": 128, "splits": 2}
 CASES = {
     "forward": lambda: forward(140, 128),
     "forward, look-ahead": lambda: forward(140, 128, look_ahead=True),
-    "backward": lambda: backward(**_LONG, mix=True, kappa_pre=True),
-    "backward, two terms": lambda: backward(**_LONG, mix=True, terms=2, kappa_pre=True),
-    "backward of read": lambda: backward(**_LONG, mix=False, kappa_pre=True),
-    "backward with norm": lambda: backward(**_LONG, mix=True, kappa_pre=True, norm=True),
-    "backward with norm, two terms": lambda: backward(
-        **_LONG, mix=True, terms=2, kappa_pre=True, norm=True
-    ),
-    "backward of read with norm": lambda: backward(**_LONG, mix=False, kappa_pre=True, norm=True),
+    "backward": lambda: backward(**_LONG, mix=True),
+    "backward, two terms": lambda: backward(**_LONG, mix=True, terms=2),
+    "backward of read": lambda: backward(**_LONG, mix=False),
+    "backward with norm": lambda: backward(**_LONG, mix=True, norm=True),
+    "backward with norm, two terms": lambda: backward(**_LONG, mix=True, terms=2, norm=True),
+    "backward of read with norm": lambda: backward(**_LONG, mix=False, norm=True),
     "backward, look-ahead": lambda: backward(**_LONG, mix=True, look_ahead=True),
     "backward, look-ahead, two terms": lambda: backward(
         **_LONG, mix=True, look_ahead=True, terms=2
@@ -103,14 +101,10 @@ CASES = {
         **_LONG, mix=True, look_ahead=True, norm=True
     ),
     "forward, HC": lambda: forward(140, 128, hc=True),
-    "backward, HC": lambda: backward(**_LONG, mix=True, hc=True, kappa_pre=True),
-    "backward of read, HC": lambda: backward(**_LONG, mix=False, hc=True, kappa_pre=True),
-    "backward with norm, HC": lambda: backward(
-        **_LONG, mix=True, hc=True, kappa_pre=True, norm=True
-    ),
-    "backward of read with norm, HC": lambda: backward(
-        **_LONG, mix=False, hc=True, kappa_pre=True, norm=True
-    ),
+    "backward, HC": lambda: backward(**_LONG, mix=True, hc=True),
+    "backward of read, HC": lambda: backward(**_LONG, mix=False, hc=True),
+    "backward with norm, HC": lambda: backward(**_LONG, mix=True, hc=True, norm=True),
+    "backward of read with norm, HC": lambda: backward(**_LONG, mix=False, hc=True, norm=True),
 }
 
 

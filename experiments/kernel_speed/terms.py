@@ -27,9 +27,9 @@ def inputs(key: jax.Array, T: int, C: int) -> tuple[jax.Array, ...]:
     tiles = -(-T // 16)
     shapes = [(T, 4 * C), (T, C), (T, 4), (T, 16), (T, 4 * C), (T, C), (T, 4)]
     shapes += [(C // 64, 8, 2, 3, 32, 8)]
-    shapes += [(tiles, 3, 32, 4), (tiles, 3, 32, 8), (T,)]
+    shapes += [(tiles, 3, 32, 4), (tiles, 3, 32, 8), (T,), (T,)]
     wide, bf16 = jnp.float32, jnp.bfloat16
-    dtypes = [bf16, bf16, wide, wide, bf16, bf16, wide, bf16, wide, bf16, wide]
+    dtypes = [bf16, bf16, wide, wide, bf16, bf16, wide, bf16, wide, bf16, wide, wide]
     keys = jax.random.split(key, len(shapes))
     return tuple(jax.random.normal(k, s, d) for k, s, d in zip(keys, shapes, dtypes))
 

@@ -19,6 +19,8 @@ PROGRAMS = (
     ("read", 1),
     ("boundary", 3),
     ("boundary+norm", 3),
+    ("logits", 3),
+    ("logits+norm", 3),
     ("look-ahead", 3),
     ("look-ahead+norm", 3),
     ("hc", 3),

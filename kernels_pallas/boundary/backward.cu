@@ -28,10 +28,9 @@
 // t_j = g_j + h_pre_j d + ds_j theta + kappa_j x'_j with ds [4, 8] a token (two columns of zeros) and
 // dtheta = sum_j ds_j^T x'_j. A stream then needs one product where mHC's phi needs three, and dtheta 4 registers.
 //
-// With KAPPA_PRE kappa is the sum of two arrays: what comes from dh_pre was made elsewhere than the rest.
+// Without LOOK_AHEAD kappa is the sum of two arrays: what comes from dh_pre was made elsewhere than the rest.
 //
-// Constants: C; MIX, LOOK_AHEAD, NORM, HC, KAPPA_PRE (0 or 1; LOOK_AHEAD has no HC or KAPPA_PRE, without it NORM has
-// KAPPA_PRE); TERMS, the bfloat16 numbers that stand for one number of t in the sums
+// Constants: C; MIX, LOOK_AHEAD, NORM, HC (0 or 1; LOOK_AHEAD has no HC); TERMS, the bfloat16 numbers that stand for one number of t in the sums
 // of dh_res and dh_post. With 2, high + low, they agree with the definition to 2^-17 (errors of 2e-6). With 1, t is
 // rounded and x' in kappa x' is not (but for NORM): errors of 2e-3 in dh_res and dh_post and of 1e-6 in dx and dy, but
 // 70 instructions and one barrier a tile fewer. Launches of few tokens have two (cuda_launches.py).
@@ -55,6 +54,7 @@ constexpr int K = N * C;
 constexpr int OF_DS = HC ? N : 3;             // pieces of 8 columns that ds has
 constexpr int DPHI = HC ? 1 : 2 * OF_DS;      // products that a warp sums for dphi or dtheta
 constexpr int SUMS = N * N + N + LOOK_AHEAD * N;  // of a token: dh_res, dh_post, dh_pre
+constexpr bool KAPPA_PRE = !LOOK_AHEAD;
 // Whether x' comes before g: what it takes to make d leaves no registers for both.
 constexpr bool FIRST = LOOK_AHEAD || (NORM && MIX);
 constexpr int STAGES = 3;                     // tiles in shared memory: filled, computed in, written out
@@ -72,7 +72,6 @@ constexpr int DS = 0, DS_PAIRS = DS + DS_BYTES, RES = DS_PAIRS + DS_BYTES, RES_P
 constexpr int POST = RES + TOKENS * RES_PITCH, PRE = POST + TOKENS * 16, KAPPA = PRE + TOKENS * 16;
 constexpr int OF_KAPPA = HC ? 16 : 4;          // bytes of a token
 constexpr int INVERSE = KAPPA + (1 + KAPPA_PRE) * TOKENS * OF_KAPPA;  // NORM: inverse, kappa_n, two unused
-static_assert(!(HC && NORM) || KAPPA_PRE, "then the token data of HC are neighbours, see load_tile");
 constexpr int OWN = INVERSE + NORM * TOKENS * 16;
 // Shared memory holds the rows of STAGES tiles, the token data of two, phi (6 float4 a thread; HC: a float2) and, if
 // MIX, t in bfloat16, laid out as x: of two tiles in turn, or (TERMS 2) high and low terms of one.
@@ -170,11 +169,11 @@ __device__ __forceinline__ void load_tile(unsigned char* stage, unsigned char* o
     const int t = threadIdx.x / 4, part = threadIdx.x % 4;
     copy_async_16(own + RES + t * RES_PITCH + part * 16, chunk(a.res, (first + t) * N + part), first + t < T);
   }
-  if (!HC && NORM && KAPPA_PRE && threadIdx.x / TOKENS == 4) {
+  if (!HC && NORM && !LOOK_AHEAD && threadIdx.x / TOKENS == 4) {
     const int t = threadIdx.x % TOKENS;
     copy_async_16(own + INVERSE + t * 16, chunk(a.inverse, first + t), first + t < T);
   }
-  if (HC && threadIdx.x >= 4 * TOKENS && threadIdx.x < (7 + KAPPA_PRE + NORM) * TOKENS) {
+  if (HC && threadIdx.x >= 4 * TOKENS && threadIdx.x < (8 + NORM) * TOKENS) {
     const int t = threadIdx.x % TOKENS, part = threadIdx.x / TOKENS - 4;
     const float* array = part == 0 ? a.post : part == 1 ? a.pre : part == 2 ? a.kappa : a.kappa_pre;
     if (NORM && part == 4) array = a.inverse;
@@ -261,7 +260,7 @@ __device__ __forceinline__ void store_pre(const unsigned char* stage, float* sum
 
 __device__ __forceinline__ float4 load4(const unsigned char* p) { return *reinterpret_cast<const float4*>(p); }
 
-// kappa of a token, which has one, or (HC) one a stream; with KAPPA_PRE the sum of two.
+// kappa of a token, which has one, or (HC) one a stream; without LOOK_AHEAD the sum of two.
 #if HC
 __device__ __forceinline__ float4 load_kappa(const unsigned char* own, int token) {
   float4 v = load4(own + KAPPA + token * 16);
@@ -528,12 +527,12 @@ __device__ __forceinline__ void compute_tile(unsigned char* stage, const unsigne
 // Grid (C / 64, splits): program (slab, split) walks over tiles split, split + splits, ...
 // x, g, dx [T, 4 C]; y, d, dy [T, C]; post, pre [T, 4]; res [T, 16]; phi [C / 64, 8, 2, 3, 32, 8] (`phi_fragments`); ds [tiles, 3, 32, 4] and
 // ds_pairs [tiles, 3, 32, 8] as the lanes want them; kappa [T]; sums [C / 64, T, 20 or 24]; dphi [splits, 4 C, 24].
-// HC: phi is theta [C / 64, 8, 32, 4] (`theta_fragments`), dphi [splits, 6, C], kappa [T, 4], and ds has 4 in place of 3. KAPPA_PRE: kappa_pre as kappa.
+// HC: phi is theta [C / 64, 8, 32, 4] (`theta_fragments`), dphi [splits, 6, C], kappa [T, 4], and ds has 4 in place of 3. kappa_pre as kappa, but not with LOOK_AHEAD.
 // NORM: inverse and kappa_n [T, 4], weight [C], dw [splits, C]. With LOOK_AHEAD they are there without it, too.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     KERNEL(const bf16* x, const bf16* y, const float* post, const float* res, const bf16* g, const bf16* d,
            const float* pre, const bf16* phi, const float* ds, const bf16* ds_pairs, const float* kappa,
-#if KAPPA_PRE
+#if !LOOK_AHEAD
            const float* kappa_pre,
 #endif
 #if NORM || LOOK_AHEAD
@@ -544,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const float *inverse = nullptr, *weights = nullptr;
   float* dw_out = nullptr;
 #endif
-#if !KAPPA_PRE
+#if LOOK_AHEAD
   const float* kappa_pre = nullptr;
 #endif
   SHARED_MEMORY(shared);

@@ -38,11 +38,11 @@ def _forward_bytes(hc: bool) -> int:
     return 2 * _WARPS * 5 * _TOKENS * 2 * _COLUMNS + 2 * phi
 
 
-def _shared_bytes(mix: bool, norm: bool = False, hc: bool = False, kappa_pre: bool = True) -> int:
+def _shared_bytes(mix: bool, norm: bool, hc: bool = False, look_ahead: bool = False) -> int:
     """Adds up the layout of backward.cu: rows of three tiles, token data of two, phi, t of two tiles."""
     rows = 10 * _TOKENS * 2 * _COLUMNS
     ds, kappa = (32, 16) if hc else (24, 4)
-    own = _TOKENS * (2 * ds * 4 + 80 + 2 * 16 + (1 + kappa_pre) * kappa + 16 * norm)
+    own = _TOKENS * (2 * ds * 4 + 80 + 2 * 16 + (2 - look_ahead) * kappa + 16 * norm)
     phi = (8 if hc else 24 * 4) * 256
     total = 4 * _TOKENS * 2 * _COLUMNS
     return 3 * rows + 2 * own + phi + mix * 2 * total
@@ -52,7 +52,7 @@ FORWARD_BYTES = _forward_bytes(hc=False)
 HC_FORWARD_BYTES = _forward_bytes(hc=True)
 # Of the largest form, with the write and the norm of the layer input.
 BACKWARD_BYTES = _shared_bytes(mix=True, norm=True)
-LOOK_AHEAD_BYTES = _shared_bytes(mix=True, norm=True, kappa_pre=False)
+LOOK_AHEAD_BYTES = _shared_bytes(mix=True, norm=True, look_ahead=True)
 HC_BACKWARD_BYTES = _shared_bytes(mix=True, norm=True, hc=True)
 
 
@@ -91,7 +91,6 @@ def backward_launch(
     look_ahead: bool = False,
     norm: bool = False,
     hc: bool = False,
-    kappa_pre: bool = False,
 ) -> CudaLaunch:
     """Makes the launch of backward.cu.
 
@@ -99,13 +98,12 @@ def backward_launch(
     `TERMS`.
 
     Arguments: x [T, 4C], y [T, C], h_post [T, 4], h_res [T, 16], g [T, 4C], d [T, C], h_pre [T, 4],
-    `phi_fragments`, `coefficients.triton.Fragments` (the last if `kappa_pre`), T; without `mix`, y, h_post
-    and h_res are not read.
+    `phi_fragments`, `coefficients.triton.Fragments` (but kappa_pre with `look_ahead`), T; without `mix`, y,
+    h_post and h_res are not read.
     Outputs: dx, dy, partial sums of dh_res and dh_post [C / 64, T, 20], of dphi [splits, 4C, 24].
 
     With `norm` d is the cotangent behind the norm of the layer input: inverse and kappa_n [T, 4] and the
-    weight [C] follow the fragments, and the last output has partial sums of dw [splits, C]. Without
-    `look_ahead` it needs `kappa_pre`.
+    weight [C] follow the fragments, and the last output has partial sums of dw [splits, C].
 
     With `look_ahead` (and `mix`) the sums have dh_pre too [C / 64, T, 24]. The arrays of a norm are there
     without `norm` too, and then neither read nor written.
@@ -135,13 +133,12 @@ def backward_launch(
             "LOOK_AHEAD": int(look_ahead),
             "NORM": int(norm),
             "HC": int(hc),
-            "KAPPA_PRE": int(kappa_pre),
             "TERMS": terms,
             "TOKEN_SUMS": token_sums,
             **_sizes(C),
         },
         num_warps=_WARPS,
-        shared_bytes=_shared_bytes(mix, norm, hc, kappa_pre),
+        shared_bytes=_shared_bytes(mix, norm, hc, look_ahead),
     )
 
 
@@ -208,11 +205,9 @@ def read_backward(
 
 def _backward(update, g, d, h_pre, phi, fragments, norm, *, mix, hc):
     T, C = num_tokens(h_pre.shape[:-1]), d.shape[-1]
-    pieces = [x for x in (*fragments, *(norm or ())) if x is not None]
-    forms = {"norm": norm is not None, "kappa_pre": fragments.kappa_pre is not None}
-    launch = backward_launch(T, C, mix=mix, hc=hc, **forms)
+    launch = backward_launch(T, C, mix=mix, norm=norm is not None, hc=hc)
     lay_out = theta_fragments if hc else phi_fragments
-    found = launch(*update, g, d, h_pre, lay_out(phi), *pieces, T)
+    found = launch(*update, g, d, h_pre, lay_out(phi), *fragments, *(norm or ()), T)
     return found if norm is not None else (*found, None)
 
 

@@ -10,7 +10,8 @@ Behind a norm the backward makes the sums of a row alone, in one pass that does 
 token of them, with which backward.cu goes on. A program that kept rows would pay for their registers and
 Sinkhorn's: 200 us where two launches took 168 (H200, T 16384, C 2560; 64 and 50 at C 512).
 
-With HC the mappings are those of Hyper-Connections (`hc.triton_gates`).
+With HC the mappings are those of Hyper-Connections (`hc.triton_gates`). With `logits` >= 0 (n*n at most) the
+mappings end with that many logits in place of h_res (`kernels_pallas.logits`), and m = 2n + logits.
 """
 
 import jax
@@ -53,7 +54,12 @@ def tokens_per_program(T: int, C: int, itemsize: int) -> int:
     return next((k for k in (4, 2) if T % k == 0 and T // k >= programs), 1)
 
 
-def _mappings(n: int, warps: int, static: ReadStatic, hc: bool) -> dict:
+def _columns(n: int, logits: int) -> int:
+    """Returns m, the columns of s, and the numbers of a token in h_res or in the logits."""
+    return 2 * n + (n * n if logits < 0 else logits)
+
+
+def _mappings(n: int, warps: int, static: ReadStatic, hc: bool, logits: int) -> dict:
     """Returns the constants of the programs of mappings: TOKENS in each, as its warps have threads for."""
     tile = {"NP": n, "W": 1, "TOKENS": warps * sinkhorn.tokens_per_program(n)}
     return {
@@ -62,22 +68,32 @@ def _mappings(n: int, warps: int, static: ReadStatic, hc: bool) -> dict:
         **(gates.sizes(n, warps) if hc else tile),
         "NUM_ITERATIONS": static.num_iterations,
         "SINKHORN_EPS": static.sinkhorn_eps,
+        "LOGITS": logits,
     }
 
 
 def forward_launch(
-    T: int, C: int, dtype, static: ReadStatic, *, splits: int, stride: int, hc: bool = False
+    T: int,
+    C: int,
+    dtype,
+    static: ReadStatic,
+    *,
+    splits: int,
+    stride: int,
+    hc: bool = False,
+    logits: int = -1,
 ) -> TritonLaunch:
     """Makes the launch for x [T, n*C], partial sums [splits, T, stride], bias, alpha, weight [C] (any array).
 
     Outputs: layer input [T, C], h_pre, h_post [T, n], h_res [T, n, n], s [T, m], r [T]. With `hc`
-    (Hyper-Connections) the partial sums are [splits, T, n, stride], s [T, n, 2+n] and r [T, n].
+    (Hyper-Connections) the partial sums are [splits, T, n, stride], s [T, n, 2+n] and r [T, n]. With `logits`
+    these [T, logits] (at least one, which is not written then) are in place of h_res.
     """
     n = static.n
     # The streams of a row take 4 registers a step, the layer input 8.
     blocks, warps = row_blocks(C, dtype.itemsize, most_steps=max(1, 20 // n), least_warps=1)
     count = tokens_per_program(T, C, dtype.itemsize) if warps == 1 else 1
-    mappings = _mappings(n, warps, static, hc)
+    mappings = _mappings(n, warps, static, hc, logits)
     programs, rows = device.cdiv(T, mappings["TOKENS"]), T // count
     return TritonLaunch(
         kernel=mhc_read_forward_input,
@@ -86,8 +102,8 @@ def forward_launch(
             struct((T, C), dtype),
             struct((T, n)),
             struct((T, n)),
-            struct((T, n, n)),
-            struct((T, n, 2 + n) if hc else (T, n * n + 2 * n)),
+            struct((T, n, n) if logits < 0 else (T, max(1, logits))),
+            struct((T, n, 2 + n) if hc else (T, _columns(n, logits))),
             struct((T, n) if hc else (T,)),
         ),
         constants={
@@ -108,9 +124,11 @@ def forward_launch(
     )
 
 
-def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = False) -> TritonLaunch:
+def backward_launch(
+    T: int, C: int, dtype, static: ReadStatic, *, hc: bool = False, logits: int = -1
+) -> TritonLaunch:
     """Makes the launch for x [T, 4C], h_pre [T, 4], weight [C] (any array), d [T, C], s, r, bias, alpha,
-    dh_post [T, 4], dh_res [T, 4, 4].
+    dh_post [T, 4], dh_res [T, 4, 4] or of the logits.
 
     Outputs: the three arrays of `Fragments`, kappa from dh_pre as kappa, `gpu.sums.Gates`, and with a norm
     inverse, kappa_n, 0, 0 of each token [T, 4]: the cotangent of the weighted sum u is inverse w d - kappa_n
@@ -119,7 +137,7 @@ def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = Fal
     n, norm = static.n, static.has_norm
     count = tokens_per_program(T, C, dtype.itemsize)
     # With one warp a token the sums end in shuffles and need no shared memory and no barrier.
-    mappings = _mappings(n, 1, static, hc)
+    mappings = _mappings(n, 1, static, hc, logits)
     if not hc:  # half the iterates a thread, whose registers all programs pay for
         mappings["TOKENS"] = max(1, mappings["TOKENS"] // 2)
     programs, rows, tiles = (
@@ -136,7 +154,7 @@ def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = Fal
             struct((tiles, pieces, 32, 8), jnp.bfloat16),
             struct(kappa),
             struct(kappa),
-            struct((n * n + 2 * n + 3, programs)),
+            struct((_columns(n, logits) + 3, programs)),
             struct((n + 1, rows)),
             struct((T, 4) if norm else (1,)),
         ),
@@ -155,13 +173,21 @@ def backward_launch(T: int, C: int, dtype, static: ReadStatic, *, hc: bool = Fal
 
 
 def forward(
-    streams: jax.Array, parts: jax.Array, parameters, static: ReadStatic, *, hc: bool = False
+    streams: jax.Array,
+    parts: jax.Array,
+    parameters,
+    static: ReadStatic,
+    *,
+    hc: bool = False,
+    logits: int = -1,
 ) -> tuple[ReadOut, Saved]:
     """Does a read from the projection's partial sums on, see `forward_launch`; T > 0."""
     n, (*lead, K) = static.n, streams.shape
     splits, T, *_, stride = parts.shape
     bias, alpha, weight = parameters.bias, parameters.alpha, parameters.weight
-    launch = forward_launch(T, K // n, streams.dtype, static, splits=splits, stride=stride, hc=hc)
+    launch = forward_launch(
+        T, K // n, streams.dtype, static, splits=splits, stride=stride, hc=hc, logits=logits
+    )
     found = launch(streams, parts, bias, alpha, bias if weight is None else weight, T)
     u, h_pre, h_post, h_res, s, r = (x.reshape(*lead, *x.shape[1:]) for x in found)
     return ReadOut(u, h_post, h_res), Saved(h_pre, s, r)
@@ -175,6 +201,7 @@ def backward(
     static: ReadStatic,
     *,
     hc: bool = False,
+    logits: int = -1,
 ) -> tuple[Fragments, Gates, Norm | None]:
     """Goes back to the projection in CUDA (n = 4); T > 0.
 
@@ -184,7 +211,7 @@ def backward(
     bias, alpha, weight = parameters.bias, parameters.alpha, parameters.weight
     lead, C = d.layer_input.shape[:-1], d.layer_input.shape[-1]
     T = device.num_tokens(lead)
-    launch = backward_launch(T, C, streams.dtype, static, hc=hc)
+    launch = backward_launch(T, C, streams.dtype, static, hc=hc, logits=logits)
     first = streams, saved.h_pre, bias if weight is None else weight, d.layer_input
     mappings = saved.s, saved.r, bias, alpha, d.h_post, d.h_res
     *fragments, sums, pre_sums, rows = launch(*first, *mappings, T)

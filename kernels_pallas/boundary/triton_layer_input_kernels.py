@@ -1,8 +1,9 @@
 """Kernels of triton_layer_input.py: mappings beside F_pre, and the backward of both.
 
 PROGRAMS and RATE say which programs are for mappings, see `share`. These are tiles of
-`coefficients.triton_forward` and `triton_backward`, or with HC of `hc.triton_gates`. The other programs have
-COUNT tokens each and hold rows as `pre.triton_kernels` does.
+`coefficients.triton_forward` and `triton_backward`, where LOGITS >= 0 says that the mappings end with that
+many logits, or with HC of `hc.triton_gates`. The other programs have COUNT tokens each and hold rows as
+`pre.triton_kernels` does.
 """
 
 import triton
@@ -65,6 +66,7 @@ def mhc_read_forward_input(
     HC: tl.constexpr,
     NP: tl.constexpr,
     W: tl.constexpr,
+    LOGITS: tl.constexpr,
 ):
     """Makes mappings of TOKENS tokens in each of PROGRAMS programs, layer inputs of COUNT in the others.
 
@@ -115,6 +117,7 @@ def mhc_read_forward_input(
                 SPLITS,
                 SINKHORN_EPS,
                 PRE_EPS,
+                LOGITS,
             )
     else:
         first = (tl.program_id(0) - before) * COUNT
@@ -180,6 +183,7 @@ def mhc_read_backward_input(
     HC: tl.constexpr,
     NP: tl.constexpr,
     W: tl.constexpr,
+    LOGITS: tl.constexpr,
 ):
     """Goes back from h_post and h_res in PROGRAMS programs, from the layer inputs of COUNT tokens in others.
 
@@ -236,6 +240,7 @@ def mhc_read_backward_input(
                 FRAGMENTS=N * C,
                 SINKHORN_EPS=SINKHORN_EPS,
                 PRE=False,
+                LOGITS=LOGITS,
             )
     else:
         first = tl.program_id(0) - before
@@ -304,6 +309,7 @@ def mhc_read_backward_input(
                     pairs_ptr,
                     kappa_pre_ptr,
                     N,
+                    N * N + 2 * N if LOGITS < 0 else 2 * N + LOGITS,
                     N * C,
                 )
             dbias += d

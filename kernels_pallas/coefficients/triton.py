@@ -118,7 +118,7 @@ class Fragments(NamedTuple):
       ds: rounded to TF32, in the order of the lanes, `[tiles, 3, 32, 4]` float32.
       pairs: high and low terms of the same, `[tiles, 3, 32, 8]` bfloat16.
       kappa: the factor of the streams, dr / (r K), `[T]`.
-      kappa_pre: None, or its share from dh_pre, which `kappa` then lacks.
+      kappa_pre: its share from dh_pre, which `kappa` then lacks; None with look-ahead.
     """
 
     ds: jax.Array

@@ -78,6 +78,7 @@ def _gates_backward(
     i,
     mask,
     N: tl.constexpr,
+    M: tl.constexpr,
     ROUND: tl.constexpr,
     FRAGMENTS: tl.constexpr,
     GATE: tl.constexpr,
@@ -87,7 +88,6 @@ def _gates_backward(
 
     Returns sum(d_normed * normed).
     """
-    M: tl.constexpr = N * N + 2 * N
     first: tl.constexpr = GATE * N
     normed = tl.load(s_ptr + first + rows * M + i, mask=mask, other=0.0) / r
     alpha = tl.load(alpha_ptr + GATE)
@@ -122,14 +122,16 @@ def backward_tile(
     FRAGMENTS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
     PRE: tl.constexpr,
+    LOGITS: tl.constexpr = -1,
 ):
     """Writes of TOKENS tokens ds, dr, and a column of sums [M + 3, programs]: of dh, then dalpha.
 
     These are the tokens of number `program` of `programs`. If FRAGMENTS > 0, it writes ds as
     `store_fragments` lays it out, and in place of dr the factor of the streams, kappa = dr / (r FRAGMENTS).
-    Without PRE everything that comes from dh_pre is left out.
+    Without PRE everything that comes from dh_pre is left out. If LOGITS >= 0 (N*N at most, with FRAGMENTS)
+    that many logits are in place of h_res, and the fragments have zeros behind them.
     """
-    M: tl.constexpr = N * N + 2 * N
+    M: tl.constexpr = N * N + 2 * N if LOGITS < 0 else 2 * N + LOGITS
     t = program * TOKENS + tl.arange(0, TOKENS)
     sums_ptr += program
     rows, i, mask = gates(t, T, N, TOKENS)
@@ -150,6 +152,7 @@ def backward_tile(
             i,
             mask,
             N,
+            M,
             ROUND,
             FRAGMENTS,
             GATE=0,
@@ -169,6 +172,7 @@ def backward_tile(
         i,
         mask,
         N,
+        M,
         ROUND,
         FRAGMENTS,
         GATE=1,
@@ -177,14 +181,23 @@ def backward_tile(
 
     rows, ij, mask = matrices(t, T, N, TOKENS)
     r = tl.load(r_ptr + rows, mask=rows < T, other=1.0)
-    normed = tl.load(s_ptr + 2 * N + rows * M + ij, mask=mask, other=0.0) / r
+    exists = mask
+    if LOGITS >= 0:
+        exists = mask & (ij < LOGITS)
+    normed = tl.load(s_ptr + 2 * N + rows * M + ij, mask=exists, other=0.0) / r
     alpha = tl.load(alpha_ptr + 2)
-    d = tl.load(dres_ptr + rows * (N * N) + ij, mask=mask, other=0.0)
-    logits = normed * alpha + tl.load(bias_ptr + 2 * N + ij)
-    d = sinkhorn.project_backward(logits, d, None, NUM_ITERATIONS, SINKHORN_EPS)
+    if LOGITS >= 0:
+        d = tl.load(dres_ptr + rows * LOGITS + ij, mask=exists, other=0.0)
+    else:
+        d = tl.load(dres_ptr + rows * (N * N) + ij, mask=mask, other=0.0)
+        logits = normed * alpha + tl.load(bias_ptr + 2 * N + ij)
+        d = sinkhorn.project_backward(logits, d, None, NUM_ITERATIONS, SINKHORN_EPS)
     _store_ds(d * alpha / r, rows, 2 * N, ij, mask, ds_ptr, pairs_ptr, M, ROUND, FRAGMENTS)
     ij1 = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(sums_ptr + (2 * N + ij1) * programs, tl.sum(d, axis=1))
+    if LOGITS >= 0:
+        tl.store(sums_ptr + (2 * N + ij1) * programs, tl.sum(d, axis=1), mask=ij1 < LOGITS)
+    else:
+        tl.store(sums_ptr + (2 * N + ij1) * programs, tl.sum(d, axis=1))
     dalpha = tl.sum(tl.sum(tl.sum(d * normed, axis=2), axis=1), axis=0)
     tl.store(sums_ptr + (M + 2) * programs, dalpha)
     total += tl.sum(tl.sum(d * alpha * normed, axis=2), axis=0)
@@ -207,15 +220,17 @@ def pre_backward(
     pairs_ptr,
     kappa_ptr,
     N: tl.constexpr,
+    M: tl.constexpr,
     K: tl.constexpr,
 ):
     """Does the part of `backward_tile` that comes from dh_pre, of one token.
 
-    It writes ds as fragments, and kappa of K columns. Returns its parts of dbias (a vector) and of dalpha.
+    It reads s [T, M], and writes ds as fragments and kappa of K columns. Returns its parts of dbias (a
+    vector) and of dalpha.
     """
     i = tl.arange(0, N)
     r = tl.load(r_ptr + token)
-    normed = tl.load(s_ptr + token * (N * N + 2 * N) + i) / r
+    normed = tl.load(s_ptr + token * M + i) / r
     alpha = tl.load(alpha_ptr)
     d = gate_backward(normed, alpha, tl.load(bias_ptr + i), vector(dpre, N, N), 1.0)
     ds = round_tf32(d * alpha / r)

@@ -99,17 +99,20 @@ def forward_tile(
     SPLITS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
     PRE_EPS: tl.constexpr,
+    LOGITS: tl.constexpr = -1,
 ):
     """Writes h_pre, h_post, h_res of TOKENS tokens, those of number `program`.
 
     If K == 0, it reads s [T, LD] and r [T]. Otherwise it reads SPLITS partial sums [SPLITS, T, LD] of a
     projection over K columns, given as s and as r, whose column N*N+2N sums the squares; it then writes s and
-    r too.
+    r too. If LOGITS >= 0 (N*N at most), it writes that many logits in place of h_res, and s has no more
+    columns; the partial sums have zeros there.
     """
-    M: tl.constexpr = N * N + 2 * N
+    SQUARES: tl.constexpr = N * N + 2 * N
+    M: tl.constexpr = SQUARES if LOGITS < 0 else 2 * N + LOGITS
     t = program * TOKENS + tl.arange(0, TOKENS)
     rows, i, mask = gates(t, T, N, TOKENS)
-    r = _root_mean_square(r_ptr, rows, rows < T, T, M, K, EPS, LD, SPLITS)
+    r = _root_mean_square(r_ptr, rows, rows < T, T, SQUARES, K, EPS, LD, SPLITS)
     pre = _load(s_ptr, rows, i, mask, T, LD, SPLITS)
     post = _load(s_ptr + N, rows, i, mask, T, LD, SPLITS)
     tl.store(pre_ptr + rows * N + i, _pre_gate(pre, r, alpha_ptr, bias_ptr, i, PRE_EPS), mask=mask)
@@ -121,13 +124,19 @@ def forward_tile(
         tl.store(s_out_ptr + rows * M + N + i, post, mask=mask)
 
     rows, ij, mask = matrices(t, T, N, TOKENS)
-    r = _root_mean_square(r_ptr, rows, rows < T, T, M, K, EPS, LD, SPLITS)
+    r = _root_mean_square(r_ptr, rows, rows < T, T, SQUARES, K, EPS, LD, SPLITS)
+    if LOGITS >= 0:
+        mask = mask & (ij < LOGITS)
     res = _load(s_ptr + 2 * N, rows, ij, mask, T, LD, SPLITS)
     if K:
         tl.store(s_out_ptr + rows * M + 2 * N + ij, res, mask=mask)
-    logits = res / r * tl.load(alpha_ptr + 2) + tl.load(bias_ptr + 2 * N + ij)
-    res = sinkhorn.project(logits, None, NUM_ITERATIONS, SINKHORN_EPS)
-    tl.store(res_ptr + rows * (N * N) + ij, res, mask=mask)
+    if LOGITS >= 0:
+        logits = res / r * tl.load(alpha_ptr + 2) + tl.load(bias_ptr + 2 * N + ij, mask=mask)
+        tl.store(res_ptr + rows * LOGITS + ij, logits, mask=mask)
+    else:
+        logits = res / r * tl.load(alpha_ptr + 2) + tl.load(bias_ptr + 2 * N + ij)
+        res = sinkhorn.project(logits, None, NUM_ITERATIONS, SINKHORN_EPS)
+        tl.store(res_ptr + rows * (N * N) + ij, res, mask=mask)
 
 
 @triton.jit

@@ -35,11 +35,11 @@ def _sum_gates(
     bias_ptr,
     program,
     N: tl.constexpr,
+    M: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PRE_ROWS: tl.constexpr,
 ):
     """Finishes dalpha of one gate (programs 0, 1, 2) or dbias of one column."""
-    M: tl.constexpr = N * N + 2 * N
     column = program - 3
     row = tl.where(column < 0, M + program, column)
     if PRE_ROWS:
@@ -131,6 +131,7 @@ def mhc_read_backward_sums(
     PRE_ROWS: tl.constexpr,
     WEIGHT_ROWS: tl.constexpr,
     N: tl.constexpr,
+    M: tl.constexpr,
     C: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -145,12 +146,13 @@ def mhc_read_backward_sums(
     With PRE_ROWS h_pre's part of gates is in an array of its own [N + 1, PRE_ROWS]. A program sums a part of
     one of them.
     """
-    M: tl.constexpr = N * N + 2 * N
     BLOCKS: tl.constexpr = (SIZE + ENTRIES - 1) // ENTRIES
     WEIGHTS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS if WEIGHT_ROWS else 0
     program = tl.program_id(0)
     if program < 3 + M:
-        _sum_gates(gates_ptr, pre_ptr, alpha_out_ptr, bias_out_ptr, program, N, PROGRAMS, PRE_ROWS)
+        _sum_gates(
+            gates_ptr, pre_ptr, alpha_out_ptr, bias_out_ptr, program, N, M, PROGRAMS, PRE_ROWS
+        )
     elif program < 3 + M + BLOCKS:
         _sum_dphi(dphi_ptr, dphi_out_ptr, (program - 3 - M) * ENTRIES, SIZE, SPLITS, ENTRIES)
     elif program < 3 + M + BLOCKS + WEIGHTS:
@@ -184,14 +186,16 @@ def launch(
     T: int = 0,
     look_ahead: bool = False,
     pre_rows: int = 0,
+    m: int | None = None,
 ) -> TritonLaunch:
     """Makes the launch of the second stage.
 
-    It sums dphi [splits, *phi], gates [m + 3, programs] (dbias, then dalpha), dweight of shape `weight` or
-    (0, 0), and partial sums of dh_res and dh_post [slabs, T, n*n + n], with `look_ahead` of dh_pre too
-    [slabs, T, n*n + 2n]. h_pre's part of gates may be in an array of its own [n + 1, pre_rows].
+    It sums dphi [splits, *phi], gates [m + 3, programs] (dbias, then dalpha; m is n*n + 2n by default),
+    dweight of shape `weight` or (0, 0), and partial sums of dh_res and dh_post [slabs, T, n*n + n], with
+    `look_ahead` of dh_pre too [slabs, T, n*n + 2n]. h_pre's part of gates may be in an array of its own
+    [n + 1, pre_rows].
     """
-    m, size = n * n + 2 * n, phi[0] * phi[1]
+    m, size = n * n + 2 * n if m is None else m, phi[0] * phi[1]
     weight_rows, C = weight
     row = n * n + n + n * look_ahead
     mappings = T * row if slabs else 0
@@ -214,6 +218,7 @@ def launch(
             "PRE_ROWS": pre_rows,
             "WEIGHT_ROWS": weight_rows,
             "N": n,
+            "M": m,
             "C": max(1, C),
             "ENTRIES": _ENTRIES,
             "COLUMNS": _COLUMNS,
@@ -239,7 +244,8 @@ def parameter_gradients(
 ) -> Gradients:
     """Sums [splits, K, m], `gates`, [rows, C] or None to dphi, dbias, dalpha, dweight.
 
-    In place of dphi it takes the gradient of theta of Hyper-Connections, of any shape.
+    In place of dphi it takes the gradient of theta of Hyper-Connections, of any shape, or a dphi with more
+    columns than `gates` have.
     """
     d_parameters, _ = _finish(dphi, gates, dweight, dphi, n)
     return d_parameters
@@ -262,9 +268,9 @@ def _finish(dphi, gates, dweight, mappings, n, slabs=0, T=0, row=0):
     gates, pre, pre_rows = (
         (*gates, gates[1].shape[-1]) if isinstance(gates, tuple) else (gates, gates, 0)
     )
-    call = launch(
-        splits, tuple(phi), n, gates.shape[-1], weight_shape, slabs, T, look_ahead, pre_rows
-    )
+    rows, programs = gates.shape
+    sizes = slabs, T, look_ahead, pre_rows
+    call = launch(splits, tuple(phi), n, programs, weight_shape, *sizes, m=rows - 3)
     dphi, dbias, dalpha, weight, dres, dpost, dpre = call(
         dphi, gates, pre, dphi if dweight is None else dweight, mappings
     )

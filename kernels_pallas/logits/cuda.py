@@ -1,23 +1,18 @@
-"""`read_logits` and `boundary_logits` with their large passes in CUDA C++, as `kernels_pallas.boundary.cuda`.
+"""`read_logits` and `boundary_logits` in CUDA C++ and Triton: the launches of `kernels_pallas.boundary.cuda`.
 
-Those kernels have 24 columns of phi. Fewer are padded with zeros, more are refused: then Triton runs. Between
-the passes stands plain JAX, which also lays out ds for the tensor cores. The forward of `read_logits` is
-Triton's.
+Those kernels have 24 columns of phi. Fewer are padded with zeros, more are refused: then Triton runs. The
+launches for the layer input and its backward end with the logits where those of `boundary` go on to h_res.
 """
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.boundary import cuda_launches
-from kernels_pallas.boundary.contract import Parameters, ReadStatic, Saved, Update
-from kernels_pallas.coefficients.triton import Fragments
-from kernels_pallas.gpu import device
+from kernels_pallas.boundary import cuda_launches, triton_layer_input
+from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
+from kernels_pallas.gpu import device, sums
 from kernels_pallas.logits import triton
 from kernels_pallas.logits.contract import LogitsOut, empty_read
-from kernels_pallas.logits.triton import read_forward
-from kernels_pallas.precision import split_bf16
-
-__all__ = ["backward", "check", "check_forward", "forward", "read_backward", "read_forward"]
+from kernels_pallas.projection import triton as projection
 
 _COLUMNS = 24
 
@@ -43,25 +38,28 @@ def check_forward(update: Update, *rest, static: ReadStatic) -> None:
     _check(update, rest, static, cuda_launches.FORWARD_BYTES)
 
 
-def _padded(columns: jax.Array) -> jax.Array:
-    """Pads phi [4C, m] or ds [T, m] with columns of zeros to 24."""
-    return jnp.pad(columns, ((0, 0), (0, _COLUMNS - columns.shape[1])))
+def _padded(phi: jax.Array) -> jax.Array:
+    """Pads phi [4C, m] with columns of zeros to 24."""
+    return jnp.pad(phi, ((0, 0), (0, _COLUMNS - phi.shape[1])))
 
 
-def fragments(ds: jax.Array, dr: jax.Array, r: jax.Array, K: int) -> Fragments:
-    """Lays out ds [T, m], rounded to TF32, as `coefficients.triton.backward_to_fragments` writes it.
+def _finish_read(streams, parts, parameters, static) -> tuple[LogitsOut, Saved]:
+    """Does a read from partial sums of the padded projection on; T > 0."""
+    k = parameters.phi.shape[1] - 2 * static.n
+    (u, h_post, logits), saved = triton_layer_input.forward(
+        streams, parts, parameters, static, logits=k
+    )
+    return LogitsOut(u, h_post, logits if k else logits[..., :0]), saved
 
-    A tile has 16 tokens x 8 columns; a lane is 4 g + q. Float32: tokens g, g + 8 of column 2q, then of column
-    2q + 1. Pairs: high, then low terms of tokens 2q, 2q + 1 of column g; the same of tokens 2q + 8, 2q + 9.
-    """
-    T = ds.shape[0]
-    ds = jnp.pad(_padded(ds), ((0, -T % 16), (0, 0)))
-    # half of the tile, g, eight columns, q, one of two columns
-    tiles = ds.reshape(-1, 2, 8, 3, 4, 2).transpose(0, 3, 2, 4, 5, 1)
-    # term, tile, half, q, one of two tokens, eight columns, g
-    terms = jnp.stack(split_bf16(ds)).reshape(2, -1, 2, 4, 2, 3, 8)
-    pairs = terms.transpose(1, 5, 6, 3, 2, 0, 4)
-    return Fragments(tiles.reshape(-1, 3, 32, 4), pairs.reshape(-1, 3, 32, 8), dr / (r * K))
+
+def read_forward(
+    streams: jax.Array, parameters: Parameters, *, static: ReadStatic
+) -> tuple[LogitsOut, Saved]:
+    """Does the read of a sublayer."""
+    if not device.num_tokens(streams.shape[:-1]):
+        return empty_read(streams, static.n, parameters.phi.shape[1])
+    parts = projection.partial_sums(streams, _padded(parameters.phi))
+    return _finish_read(streams, parts, parameters, static)
 
 
 def forward(
@@ -69,25 +67,27 @@ def forward(
 ) -> tuple[jax.Array, LogitsOut, Saved]:
     """Does the write, then the read of the new streams."""
     streams, (K, m) = update.streams, parameters.phi.shape
-    lead = streams.shape[:-1]
-    T = device.num_tokens(lead)
+    T = device.num_tokens(streams.shape[:-1])
     if not T:
         return streams, *empty_read(streams, static.n, m)
     launch = cuda_launches.forward_launch(T, K // static.n)
     phi = cuda_launches.phi_fragments(_padded(parameters.phi))
     new_streams, parts = launch(*update, phi, T)
-    new_streams, sums = new_streams.reshape(streams.shape), parts.sum(0)
-    r = jnp.sqrt(sums[:, _COLUMNS] / K + static.norm_eps)
-    s, r = sums[:, :m].reshape(*lead, m), r.reshape(lead)
-    return new_streams, *triton.finish_read(new_streams, s, r, parameters, static)
+    new_streams = new_streams.reshape(streams.shape)
+    return new_streams, *_finish_read(new_streams, parts, parameters, static)
 
 
-def _to_fragments(streams, parameters, saved, d, static):
-    """Cotangent of the weighted sum, fragments, cotangents of bias, alpha, weight."""
-    K, m = parameters.phi.shape
-    d_sum, ds, dr, others = triton.to_projection(streams, parameters, saved, d, static)
-    flat = fragments(ds.reshape(-1, m), dr.reshape(-1), saved.r.reshape(-1), K)
-    return d_sum, flat, others
+def _layer_input_backward(streams, parameters, saved, d, static):
+    """Does `triton_layer_input.backward`."""
+    k = parameters.phi.shape[1] - 2 * static.n
+    # Without logits their cotangent has no memory that a kernel could be given; it is not read then.
+    to_layer_input = ReadOut(d.layer_input, d.h_post, d.logits if k else d.h_post)
+    return triton_layer_input.backward(streams, parameters, saved, to_layer_input, static, logits=k)
+
+
+def _parameters(dphi, *others, m: int) -> Parameters:
+    """Drops the columns that phi does not have."""
+    return Parameters(dphi[:, :m], *others)
 
 
 def read_backward(
@@ -102,12 +102,11 @@ def read_backward(
     """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return streams, parameters.no_cotangents()
-    d_sum, flat, others = _to_fragments(streams, parameters, saved, d, static)
-    dx, dphi, _ = cuda_launches.read_backward(
-        streams, d_streams, d_sum, saved.h_pre, _padded(parameters.phi), flat
-    )
-    dphi = dphi.sum(0)[:, : parameters.phi.shape[1]]
-    return dx.reshape(streams.shape), Parameters(dphi, *others)
+    fragments, d_gates, norm = _layer_input_backward(streams, parameters, saved, d, static)
+    given = d_streams, d.layer_input, saved.h_pre, _padded(parameters.phi), fragments, norm
+    dx, dphi, d_weight = cuda_launches.read_backward(streams, *given)
+    d_parameters = sums.parameter_gradients(dphi, d_gates, d_weight, static.n)
+    return dx.reshape(streams.shape), _parameters(*d_parameters, m=parameters.phi.shape[1])
 
 
 def backward(
@@ -123,13 +122,13 @@ def backward(
     """Returns the cotangents of the update and of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return update, parameters.no_cotangents()
-    d_sum, flat, others = _to_fragments(new_streams, parameters, saved, d, static)
-    dx, dy, d_mappings, dphi, _ = cuda_launches.boundary_backward(
-        update, d_new, d_sum, saved.h_pre, _padded(parameters.phi), flat
+    fragments, d_gates, norm = _layer_input_backward(new_streams, parameters, saved, d, static)
+    given = d_new, d.layer_input, saved.h_pre, _padded(parameters.phi), fragments, norm
+    dx, dy, d_mappings, dphi, d_weight = cuda_launches.boundary_backward(update, *given)
+    d_parameters, (dh_res, dh_post) = sums.all_gradients(
+        dphi, d_gates, d_weight, d_mappings, static.n
     )
-    d_mappings, entries = d_mappings.sum(0), static.n * static.n
-    d_update = Update(dx, dy, d_mappings[:, entries:], d_mappings[:, :entries])
-    dphi = dphi.sum(0)[:, : parameters.phi.shape[1]]
-    return jax.tree.map(lambda d, x: d.reshape(x.shape), d_update, update), Parameters(
-        dphi, *others
+    d_update = jax.tree.map(
+        lambda d, x: d.reshape(x.shape), Update(dx, dy, dh_post, dh_res), update
     )
+    return d_update, _parameters(*d_parameters, m=parameters.phi.shape[1])

@@ -25,15 +25,6 @@ def check(first: jax.Array | Update, *rest, static: ReadStatic) -> None:
     projection.check(jax.tree.leaves(first)[0], parameters.phi)
 
 
-def finish_read(
-    streams: jax.Array, s: jax.Array, r: jax.Array, parameters: Parameters, static: ReadStatic
-) -> tuple[LogitsOut, Saved]:
-    """Does a read from the projection's results on; T > 0."""
-    h_pre, *out = gates.forward(s, r, parameters, n=static.n, pre_eps=static.pre_eps)
-    u = layer_input(streams, h_pre, parameters.weight, static)
-    return LogitsOut(u, *out), Saved(h_pre, s, r)
-
-
 def read_forward(
     streams: jax.Array, parameters: Parameters, *, static: ReadStatic
 ) -> tuple[LogitsOut, Saved]:
@@ -41,10 +32,12 @@ def read_forward(
     if not device.num_tokens(streams.shape[:-1]):
         return empty_read(streams, static.n, parameters.phi.shape[1])
     s, r = projection.forward(streams, parameters.phi, norm_eps=static.norm_eps)
-    return finish_read(streams, s, r, parameters, static)
+    h_pre, *out = gates.forward(s, r, parameters, n=static.n, pre_eps=static.pre_eps)
+    u = layer_input(streams, h_pre, parameters.weight, static)
+    return LogitsOut(u, *out), Saved(h_pre, s, r)
 
 
-def to_projection(
+def _to_projection(
     streams: jax.Array, parameters: Parameters, saved: Saved, d: LogitsOut, static: ReadStatic
 ) -> tuple[jax.Array, jax.Array, jax.Array, tuple]:
     """Goes back to the projection; T > 0.
@@ -72,7 +65,7 @@ def read_backward(
     """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return streams, parameters.no_cotangents()
-    d_sum, ds, dr, others = to_projection(streams, parameters, saved, d, static)
+    d_sum, ds, dr, others = _to_projection(streams, parameters, saved, d, static)
     dx, dphi = projection.backward_and_add(
         streams, parameters.phi, saved.r, ds, dr, d_streams, d_sum, saved.h_pre
     )
@@ -100,7 +93,7 @@ def backward(
     """Returns the cotangents of the update and of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return update, parameters.no_cotangents()
-    d_sum, ds, dr, others = to_projection(new_streams, parameters, saved, d, static)
+    d_sum, ds, dr, others = _to_projection(new_streams, parameters, saved, d, static)
     d_projection, dphi = projection.backward_sums(new_streams, parameters.phi, saved.r, ds, dr)
     d_update = post_res.backward_of_sum(*update, d_new, d_projection, d_sum, saved.h_pre)
     return Update(*d_update), Parameters(dphi.sum(0), *others)

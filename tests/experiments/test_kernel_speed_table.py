@@ -19,6 +19,7 @@ RATE = 1e12
 MICROSECONDS = {
     "read": (50.0, 0.0), "separate": (70.0, 0.0),
     "boundary": (60.0, 40.0), "boundary+norm": (10.0, 42.0),
+    "logits": (10.0, 43.0), "logits+norm": (10.0, 44.0),
     "look-ahead": (10.0, 30.0), "look-ahead+norm": (10.0, 33.0),
     "hc": (10.0, 41.0), "hc+norm": (10.0, 45.0), "hc-separate": (10.0, 64.0),
 }  # fmt: skip
@@ -37,7 +38,7 @@ def timed(monkeypatch):
         return call
 
     ops = ("mappings", "pre", "read", "boundary", "look_ahead", "post_res")
-    ops += ("projection", "hc_read", "hc_boundary")
+    ops += ("projection", "hc_read", "hc_boundary", "read_logits", "boundary_logits")
     by_name = {name: on_xla(getattr(kp, name)) for name in ops}
     monkeypatch.setattr(cases, "kp", types.SimpleNamespace(**by_name))
     monkeypatch.setattr(

@@ -27,14 +27,14 @@ pytestmark = pytest.mark.gpu_interpreter
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
-def arguments(T, C, hc=False, kappa_pre=False, norm=False):
+def arguments(T, C, hc=False, norm=False):
     """Random x, y, h_post, h_res, g, d, h_pre, fragments of phi and of ds, kappa (twice), a norm's, T."""
     rng = np.random.default_rng(0)
     tiles, chunks = -(-T // 16), 4 if hc else 3
     shapes = [(T, 4 * C), (T, C), (T, 4), (T, 16), (T, 4 * C), (T, C), (T, 4)]
     phi = (C // 64, 8, 32, 4) if hc else (C // 64, 8, 2, 3, 32, 8)
     shapes += [phi, (tiles, chunks, 32, 4), (tiles, chunks, 32, 8)]
-    shapes += [(T, 4) if hc else (T,)] * (1 + kappa_pre) + [(T, 4), (C,)] * norm
+    shapes += [(T, 4) if hc else (T,)] * 2 + [(T, 4), (C,)] * norm
     dtypes = [BF16, BF16, F32, F32, BF16, BF16, F32, BF16, F32, BF16, F32, F32, F32, F32]
     return [*(rng.standard_normal(s).astype(d) for s, d in zip(shapes, dtypes)), T]
 
@@ -54,8 +54,8 @@ def long_backward(T, C, **options):
 )
 def test_results_do_not_depend_on_the_order_of_threads(mix, terms, hc):
     T, C = 16 * 7 + 5, 128
-    launch = long_backward(T, C, mix=mix, terms=terms, hc=hc, kappa_pre=True)
-    args = arguments(T, C, hc, kappa_pre=True)
+    launch = long_backward(T, C, mix=mix, terms=terms, hc=hc)
+    args = arguments(T, C, hc)
     first, *others = (launch.emulate(*args, seed=seed) for seed in (0, 1, 2))
     used = first if mix else [first[0], first[3]]  # a read has no y
     for out in used:
@@ -73,8 +73,8 @@ def test_results_do_not_depend_on_the_order_of_threads(mix, terms, hc):
 def test_the_norm_of_the_layer_input(mix, terms, hc):
     """Cotangents behind the norm without the projection's part, in programs that walk over several tiles."""
     T, C = 16 * 4 + 5, 128
-    launch = long_backward(T, C, mix=mix, terms=terms, hc=hc, kappa_pre=True, norm=True)
-    *args, T = arguments(T, C, hc, kappa_pre=True, norm=True)
+    launch = long_backward(T, C, mix=mix, terms=terms, hc=hc, norm=True)
+    *args, T = arguments(T, C, hc, norm=True)
     args[8:10] = map(np.zeros_like, args[8:10])  # ds
     first, *others = (launch.emulate(*args, T, seed=seed) for seed in (0, 1, 2))
     for other in others:
@@ -115,9 +115,9 @@ def test_the_norm_of_the_layer_input(mix, terms, hc):
 def test_terms_of_the_sums_over_columns(T, least, most):
     """dh_res and dh_post without the projection's part: t = g + h_pre d. Few tokens have two terms of t."""
     C = 128
-    x, y, post, res, g, d, pre, phi, ds, pairs, kappa, T = arguments(T, C)
+    x, y, post, res, g, d, pre, phi, *rest, T = arguments(T, C)
     launch = cuda_launches.backward_launch(T, C, mix=True)
-    zeros = (np.zeros_like(a) for a in (ds, pairs, kappa))
+    zeros = map(np.zeros_like, rest)  # ds, kappa
     parts = launch.emulate(x, y, post, res, g, d, pre, phi, *zeros, T)[2].sum(0)
     g, x = (a.astype(np.float64).reshape(T, 4, C) for a in (g, x))
     t = g + np.einsum("ti,tc->tic", pre.astype(np.float64), d.astype(np.float64))
@@ -169,22 +169,18 @@ def test_a_missing_barrier_is_seen(tmp_path, barrier, output):
 
 LAUNCHES = {
     "forward": cuda_launches.forward_launch(4096, 2560),
-    "backward": cuda_launches.backward_launch(4096, 2560, mix=True, kappa_pre=True),
-    "backward of few tokens": cuda_launches.backward_launch(64, 2560, mix=True, kappa_pre=True),
-    "backward of read": cuda_launches.backward_launch(4096, 2560, mix=False, kappa_pre=True),
+    "backward": cuda_launches.backward_launch(4096, 2560, mix=True),
+    "backward of few tokens": cuda_launches.backward_launch(64, 2560, mix=True),
+    "backward of read": cuda_launches.backward_launch(4096, 2560, mix=False),
     "forward of look-ahead": cuda_launches.forward_launch(4096, 2560, look_ahead=True),
     "backward of look-ahead": cuda_launches.backward_launch(4096, 2560, mix=True, look_ahead=True),
     "backward of look-ahead with norm": cuda_launches.backward_launch(
         4096, 2560, mix=True, look_ahead=True, norm=True
     ),
     "forward of HC": cuda_launches.forward_launch(4096, 2560, hc=True),
-    "backward of HC": cuda_launches.backward_launch(4096, 2560, mix=True, hc=True, kappa_pre=True),
-    "backward of few tokens of HC": cuda_launches.backward_launch(
-        64, 2560, mix=True, hc=True, kappa_pre=True
-    ),
-    "backward of read of HC": cuda_launches.backward_launch(
-        4096, 2560, mix=False, hc=True, kappa_pre=True
-    ),
+    "backward of HC": cuda_launches.backward_launch(4096, 2560, mix=True, hc=True),
+    "backward of few tokens of HC": cuda_launches.backward_launch(64, 2560, mix=True, hc=True),
+    "backward of read of HC": cuda_launches.backward_launch(4096, 2560, mix=False, hc=True),
 }
 for name, options in {
     "backward": {"mix": True},
@@ -193,9 +189,7 @@ for name, options in {
     "backward of HC": {"mix": True, "hc": True},
     "backward of read of HC": {"mix": False, "hc": True},
 }.items():
-    LAUNCHES[f"{name} with norm"] = cuda_launches.backward_launch(
-        4096, 2560, kappa_pre=True, norm=True, **options
-    )
+    LAUNCHES[f"{name} with norm"] = cuda_launches.backward_launch(4096, 2560, norm=True, **options)
 SLOW = pytest.mark.slow
 
 

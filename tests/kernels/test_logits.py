@@ -31,6 +31,14 @@ CASES = [
     ("read_logits", "triton", 3, 40, 6, 40, F32, False, GPU),
     ("boundary_logits", "triton", 3, 24, 1, 1, BF16, True, (*GPU, SLOW)),
     ("boundary_logits", "cuda", 69, 128, 4, 15, BF16, False, CUDA),
+    ("boundary_logits", "cuda", 18, 64, 4, 6, BF16, True, CUDA),
+    ("boundary_logits", "cuda", 37, 128, 4, 15, BF16, True, (*CUDA, SLOW)),
+    ("boundary_logits", "cuda", 18, 320, 4, 16, BF16, True, (*CUDA, SLOW)),
+    ("boundary_logits", "cuda", 37, 320, 4, 6, BF16, False, (*CUDA, SLOW)),
+    ("boundary_logits", "cuda", 1, 64, 4, 0, BF16, True, (*CUDA, SLOW)),
+    ("read_logits", "cuda", 18, 64, 4, 15, BF16, True, (*CUDA, SLOW)),
+    ("read_logits", "cuda", 37, 128, 4, 6, BF16, False, (*CUDA, SLOW)),
+    ("read_logits", "cuda", 1, 320, 4, 16, BF16, False, (*CUDA, SLOW)),
     ("read_logits", "cuda", 1, 64, 4, 0, BF16, True, (*CUDA, SLOW)),
     ("read_logits", "pallas", 37, 24, 2, 0, F32, False, ()),
     ("boundary_logits", "pallas", 37, 40, 3, 9, BF16, True, SLOW),
@@ -105,6 +113,39 @@ def test_the_passes_over_the_streams_are_the_fused_kernels():
     assert kernels("read_logits", "pallas") == {"mhc_read_forward", "mhc_read_backward"}
     both = {"mhc_boundary_forward", "mhc_boundary_backward"}
     assert kernels("boundary_logits", "pallas") == both
+
+
+@pytest.mark.gpu_interpreter
+@pytest.mark.skipif(not HAS_TRITON, reason="triton, torch, jax_triton not installed")
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_cuda_launches_are_those_of_boundary(norm, monkeypatch):
+    """Traced, not run: beside the passes over the streams one small launch between and one behind."""
+    from kernels_pallas.gpu import cuda_launch, triton_launch
+
+    launched = []
+
+    def record(kind, name):
+        call = kind.__call__
+
+        def recording(launch, *args):
+            launched.append(name(launch))
+            return call(launch, *args)
+
+        monkeypatch.setattr(kind, "__call__", recording)
+
+    record(triton_launch.TritonLaunch, lambda launch: launch.kernel.__name__)
+    record(cuda_launch.CudaLaunch, lambda launch: launch.kernel)
+    update, parameters, weight, _ = arguments(16, 64, 4, 6, BF16, norm)
+    f = functools.partial(bound("boundary_logits", 4, norm), implementation="cuda")
+    args = (*update, *parameters, *([weight] if norm else []))
+    jax.eval_shape(jax.grad(lambda a: sum(x.astype(F32).sum() for x in f(*a))), args)
+    assert launched == [
+        "mhc_boundary_forward",
+        "mhc_read_forward_input",
+        "mhc_read_backward_input",
+        "mhc_boundary_backward",
+        "mhc_read_backward_sums",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -138,21 +138,25 @@ def test_second_stage_of_the_parameter_gradients(with_weight):
 
 
 @pytest.mark.parametrize("norm", [None, 1e-6])
-@pytest.mark.parametrize("hc", [False, True])
-def test_several_short_rows_a_program(hc, norm, monkeypatch):
+@pytest.mark.parametrize(("hc", "logits"), [(False, -1), (True, -1), (False, 3)])
+def test_several_short_rows_a_program(hc, logits, norm, monkeypatch):
     """Layer inputs and their backward, four and one a program."""
     T, n, C = 4, 4, 8
-    m = n * (2 + n)
+    m = n * (2 + n) if logits < 0 else 2 * n + logits
+    forms = {"hc": hc, "logits": logits}
     static = ReadStatic(n, 2, 1e-6, norm)
     shape = (1, T, n, 8) if hc else (1, T, 28)
     x, parts = normal(0, T, n * C, dtype=BF16), normal(1, *shape) ** 2
     weight = None if norm is None else normal(7, C)
     parameters = Parameters(None, normal(2, m), normal(3, 3), weight)
-    d = ReadOut(normal(4, T, C, dtype=BF16), normal(5, T, n), normal(6, T, n, n))
+    last = (n, n) if logits < 0 else (logits,)
+    d = ReadOut(normal(4, T, C, dtype=BF16), normal(5, T, n), normal(6, T, *last))
 
     def run():
-        out, saved = layer_input.forward(x, parts, parameters, static, hc=hc)
-        fragments, (_, sums), through = layer_input.backward(x, parameters, saved, d, static, hc=hc)
+        out, saved = layer_input.forward(x, parts, parameters, static, **forms)
+        assert out.h_res.shape == (T, *last)
+        found = layer_input.backward(x, parameters, saved, d, static, **forms)
+        fragments, (_, sums), through = found
         return *out, *saved, *fragments, sums.sum(1), *(through or ())
 
     one = run()

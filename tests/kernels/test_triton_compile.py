@@ -64,6 +64,8 @@ def launches(capability: int):
     yield "sums of look-ahead", sums.launch(13, (K, m), n, 512, (13, C), 40, T, True), [f] * 5
     launch = sums.launch(13, (K, m), n, 512, (13, C), 40, T, pre_rows=T)
     yield "sums of boundary", launch, [f] * 5
+    launch = sums.launch(13, (K, 24), n, 512, (13, C), 40, T, pre_rows=T, m=2 * n + 4)
+    yield "sums of boundary with 4 logits", launch, [f] * 5
     bf16 = jnp.dtype(jnp.bfloat16)
     static = ReadStatic(n, 20, 1e-20, 1e-6)
     launch = triton_norm.forward_launch(T, C, bf16, static, splits=2, stride=28)
@@ -88,6 +90,14 @@ def launches(capability: int):
         launch = layer_input.backward_launch(T, C, bf16, static, hc=hc)
         types = ["*bf16", f, f, "*bf16", f, f, f, f, f, f, i]
         yield f"layer input backward {norm} {hc}", launch, types
+        if not hc:
+            for logits in (16, 4):
+                launch = layer_input.backward_launch(T, C, bf16, static, logits=logits)
+                yield f"layer input backward {norm}, {logits} logits", launch, types
+                launch = layer_input.forward_launch(
+                    T, C, bf16, static, splits=2, stride=28, logits=logits
+                )
+                yield f"layer input {norm}, {logits} logits", launch, ["*bf16", f, f, f, f, i]
     options = {"accumulate": True, "sharing": n, "capability": capability}
     launch = projection.backward_launch(n * T, C, 1, 2 + n, bf16, **options)
     yield "projection of hc backward", launch, ["*bf16", f, f, f, f, "*bf16", "*bf16", f, i]
