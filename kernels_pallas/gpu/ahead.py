@@ -18,6 +18,7 @@ _WORKERS = 8  # a model has a dozen kernels, of which one takes half of the time
 # Kernel function -> what it is compiled for -> the thread's job. Functions are compared by identity, since
 # `hash` of a `triton.jit` function parses it.
 _jobs: dict[int, dict[str, concurrent.futures.Future]] = {}
+_lock = threading.Lock()  # of `_jobs`: several threads may trace and lower programs
 
 
 @functools.cache
@@ -36,12 +37,15 @@ def begin(kernel: Any, compiled_for: str, make: Callable[[], object]) -> None:
     """
     with front_end:
         kernel.cache_key  # noqa: B018, computed here: the lock is not held where jax compares kernels
-    jobs = _jobs.setdefault(id(kernel), {})
-    if compiled_for not in jobs:
-        jobs[compiled_for] = _pool().submit(make)
+    with _lock:
+        jobs = _jobs.setdefault(id(kernel), {})
+        if compiled_for not in jobs:
+            jobs[compiled_for] = _pool().submit(make)
 
 
 def wait(kernel: Any) -> None:
     """Waits for all that `begin` has begun for a kernel. What fails will fail again, where it is needed."""
-    for job in _jobs.get(id(kernel), {}).values():
+    with _lock:
+        jobs = list(_jobs.get(id(kernel), {}).values())
+    for job in jobs:
         job.exception()

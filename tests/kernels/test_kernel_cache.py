@@ -1,12 +1,15 @@
 """Compiled kernels on disk: found again, never wrong, and only where jax keeps its programs."""
 
+import concurrent.futures
 import importlib.util
 import pathlib
+import threading
+import types
 
 import jax
 import pytest
 
-from kernels_pallas.gpu import cuda_launch, kernel_cache
+from kernels_pallas.gpu import ahead, cuda_launch, kernel_cache
 
 
 @pytest.fixture
@@ -95,3 +98,16 @@ def test_a_source_or_header_that_changed_is_compiled_again(folder, tmp_path, mon
     assert len({first, other, changed}) == len(compiled) == 3
     cuda_launch.compile_ptx.cache_clear()
     assert pathlib.Path(folder).is_dir()
+
+
+def test_a_kernel_is_waited_for_while_another_thread_begins_it_for_other_sizes():
+    kernel, first, done = types.SimpleNamespace(cache_key="key"), threading.Event(), []
+    ahead.begin(kernel, "first", lambda: first.wait() and done.append("first"))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(ahead.wait, kernel)
+        while not waits.running():
+            pass
+        ahead.begin(kernel, "second", lambda: None)
+        first.set()
+        waits.result(timeout=60)
+    assert done == ["first"]
