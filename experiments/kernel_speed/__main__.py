@@ -57,6 +57,19 @@ CHAINS = (
 )
 
 
+def pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """Reads T,C pairs, as 16384,2560:8192,4096; for `type=` of an argument."""
+    found = tuple(tuple(map(cli.positive, pair.split(","))) for pair in text.split(":"))
+    if any(len(pair) != 2 for pair in found):
+        raise argparse.ArgumentTypeError(f"{text!r} has not T,C pairs, as 16384,2560:8192,4096")
+    return found
+
+
+def chain_length(T: int) -> int:
+    """Returns how many sublayers the chain has that tells the cost of one more."""
+    return SUBLAYERS if T > 512 else SUBLAYERS_OF_FEW
+
+
 def _flags() -> argparse.Namespace:
     parser = cli.Parser(prog="python -m experiments.kernel_speed", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare with float64")
@@ -64,7 +77,8 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--terms", action="store_true", help="only time both forms of backward.cu")
     parser.add_argument("--chart", action="store_true", help="only draw the charts of all results")
     parser.add_argument("--tpu_schedule", choices=("v5e", "v5p", "v6e", "tpu7x"), metavar="KIND")
-    parser.add_argument("--shapes", help="T,C pairs, as 16384,2560:8192,4096 (default: all)")
+    parser.add_argument("--shapes", type=pairs,
+                        help="T,C pairs, as 16384,2560:8192,4096 (default: all)")  # fmt: skip
     parser.add_argument("--baselines", type=cli.count, default=1, help="0: neither xla nor PyTorch")
     parser.add_argument("--packages", type=cli.user_path,
                         help="folder of packages of baselines, see transformer_engine.py")  # fmt: skip
@@ -139,7 +153,7 @@ def _sublayer(T: int, C: int, rate: float) -> list[dict]:
     size = 90 * T * C + parameters
     rows.append(_row("sublayer", taken("read", T, C), T, C, unfused, size, rate))
     rows[-1]["temporary bytes"] = memory
-    count = SUBLAYERS if T > 512 else SUBLAYERS_OF_FEW
+    count = chain_length(T)
     for mode, op, least in CHAINS:
         # Each with the cost of launching one program, which the difference does not have.
         chain, _ = _timed(None, count, mode, T, C, copies=1)
@@ -232,9 +246,7 @@ def main() -> None:
         from experiments.kernel_speed import check
 
         sys.exit(0 if check.run() else 1)
-    shapes = BASELINE_SHAPES if flags.trace or flags.terms else SHAPES
-    if flags.shapes:
-        shapes = tuple(tuple(map(int, pair.split(","))) for pair in flags.shapes.split(":"))
+    shapes = flags.shapes or (BASELINE_SHAPES if flags.trace or flags.terms else SHAPES)
     if flags.trace:
         from experiments.kernel_speed import trace
 

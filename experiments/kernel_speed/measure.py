@@ -46,6 +46,11 @@ def seconds(f: Callable, inputs: list[tuple], copies: int = 1) -> float:
             out = f(*args)
         return out
 
+    return seconds_a_call(program, groups) / copies
+
+
+def seconds_a_call(program: Callable, groups: list[tuple]) -> float:
+    """Returns the median time of one `program(group)`, over REPEATS rounds of many asynchronous calls."""
     for group in groups:
         jax.block_until_ready(program(group))
     start = time.perf_counter()
@@ -58,7 +63,7 @@ def seconds(f: Callable, inputs: list[tuple], copies: int = 1) -> float:
         for i in range(rounds):
             out = program(groups[i % len(groups)])
         jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / rounds / copies)
+        times.append((time.perf_counter() - start) / rounds)
     return statistics.median(times)
 
 
