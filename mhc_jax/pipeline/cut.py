@@ -44,8 +44,8 @@ def least_between(eqns: list, wanted: list, there: Collection, may_run: Containe
     """The variables of the fewest bytes from which the later part of a program can make what it wants.
 
     The smallest cut of a network whose pipes are variables, as wide as they have bytes, from those that the
-    later part cannot make to those that it wants (Ford and Fulkerson; the shortest way first). Of cuts of one
-    size it is the one nearest to what is wanted, so that the least is made again.
+    later part cannot make to those that it wants (Dinic's algorithm). Of cuts of one size it is the one
+    nearest to what is wanted, so that the least is made again.
 
     Args:
       eqns: operations, in order.
@@ -80,27 +80,41 @@ def least_between(eqns: list, wanted: list, there: Collection, may_run: Containe
                 pipe((operand, "out"), (var, "in"), math.inf)
                 left.append(operand)
 
-    def ways(start, is_open):
-        """Node -> the one before it, of all that `start` reaches."""
-        before, queue = {start: None}, collections.deque([start])
+    def distances(start, is_open):
+        """Steps from `start` to each node that it reaches."""
+        found, queue = {start: 0}, collections.deque([start])
         while queue:
             node = queue.popleft()
             for other in room[node]:
-                if other not in before and is_open(node, other):
-                    before[other] = node
+                if other not in found and is_open(node, other):
+                    found[other] = found[node] + 1
                     queue.append(other)
-        return before
+        return found
 
-    while sink in (before := ways(source, lambda node, other: room[node][other] > 0)):
-        way = [sink]
-        while before[way[-1]] is not None:
-            way.append(before[way[-1]])
-        steps = list(itertools.pairwise(way[::-1]))
-        flow = min(room[start][end] for start, end in steps)
-        for start, end in steps:
-            room[start][end] -= flow
-            room[end][start] += flow
-    reaches = ways(sink, lambda node, other: room[other][node] > 0)
+    # Round by round along all ways of the same length: a search for each way by itself would read the whole
+    # network hundreds of times.
+    while sink in (far := distances(source, lambda node, other: room[node][other] > 0)):
+        onward = {node: [o for o in room[node] if far.get(o) == far[node] + 1] for node in far}
+        way = [source]
+        while way:
+            node = way[-1]
+            if node == sink:
+                steps = list(itertools.pairwise(way))
+                flow = min(room[start][end] for start, end in steps)
+                for start, end in steps:
+                    room[start][end] -= flow
+                    room[end][start] += flow
+                full = (place for place, (start, end) in enumerate(steps) if not room[start][end])
+                del way[next(full) + 1 :]
+            elif not onward[node]:  # a dead end
+                way.pop()
+                if way:
+                    onward[way[-1]].pop()
+            elif not room[node][onward[node][-1]]:
+                onward[node].pop()
+            else:
+                way.append(onward[node][-1])
+    reaches = distances(sink, lambda node, other: room[other][node] > 0)
     return [var for var in seen if (var, "out") in reaches and (var, "in") not in reaches]
 
 
@@ -113,11 +127,16 @@ def part_of(program: jax.extend.core.ClosedJaxpr, invars: list, eqns: list, outv
 
 def needed(eqns: list, outvars: list, there: Collection = ()) -> list:
     """Those of a program's operations that its results depend on, where some variables are there already."""
-    wanted, found, there = {var for var in outvars if not hasattr(var, "val")}, [], {*there}
+    there, found = {*there}, []
+
+    def missing(variables):
+        return {var for var in variables if not hasattr(var, "val") and var not in there}
+
+    wanted = missing(outvars)
     for eqn in reversed(eqns):
-        if not (wanted - there).isdisjoint(eqn.outvars):
+        if not wanted.isdisjoint(eqn.outvars):
             found.append(eqn)
-            wanted.update(var for var in eqn.invars if not hasattr(var, "val"))
+            wanted |= missing(eqn.invars)
     return found[::-1]
 
 
