@@ -2,8 +2,9 @@
 
 `schedule` says which device does what in which tick (tables of numbers, no jax), `timeline` when, for given
 times; `placement` which blocks a stage holds, `layout` where their arrays lie; `stages` and `beside` what a
-stage computes, `residuals` and `split_backward` cut its backward by `cut`; `ticks` runs a schedule on `rings`
-and `execute` a step around it; `gpipe` is the oracle that the others are checked by.
+stage computes; `units` its parts as programs, `kept` where what they keep for the backward lies. `residuals`
+and `split_backward` cut a backward, both by `cut`; `ticks` runs a schedule on ring buffers (`rings`) and
+`execute` a step around it; `gpipe` is the oracle that the others are checked by.
 """
 
 from mhc_jax.lazy import attach

@@ -1,8 +1,9 @@
 """A program of JAX in two parts, so that little waits between them.
 
-Written for the cuts of a stage: forward and backward (`residuals`), what a backward computes again and the
-rest (`residuals`), gradients of matrices and the rest (`split_backward`). In all three the later part reads
-values that the earlier one has made. What is cheap to make again from less is made again.
+A stage is cut three times: into forward and backward (`residuals`), into what a backward computes again and
+the rest of it (`residuals`), into gradients of matrices and all others (`split_backward`). Each time the
+later part reads values that the earlier one has made, and these wait in memory until it runs. So a value that
+is cheap to make from smaller ones is not kept: the later part makes it again.
 """
 
 import collections
@@ -18,7 +19,7 @@ from kernels_pallas.derivatives import ALIKE
 # What these call is written out, so that a cut can go through it.
 CALLS = ("jit", "pjit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call")
 _PRODUCTS = {"dot_general", "ragged_dot_general", "pallas_call"}
-# Cheap against the memory that their result would wait in: passes over arrays that end in what reads them.
+# To run these again costs less than to keep their results: a compiler fuses them into what reads them.
 _CHEAP = {
     "abs", "add", "add_any", "and", "broadcast_in_dim", "concatenate", "convert_element_type", "copy",
     "div", "eq", "erf", "exp", "gather", "ge", "gt", "integer_pow", "le", "logistic", "lt", "max", "min",
@@ -43,9 +44,10 @@ def has_product(eqn) -> bool:
 def least_between(eqns: list, wanted: list, there: Collection, may_run: Container[int]) -> list:
     """The variables of the fewest bytes from which the later part of a program can make what it wants.
 
-    The smallest cut of a network whose pipes are variables, as wide as they have bytes, from those that the
-    later part cannot make to those that it wants (Dinic's algorithm). Of cuts of one size it is the one
-    nearest to what is wanted, so that the least is made again.
+    This is a smallest cut of a network. Each variable is a pipe that carries as much as it has bytes. The
+    source feeds those that the later part cannot make by itself, the sink takes those that it wants; whoever
+    keeps the variables of a cut has all that flows behind it (Dinic's algorithm). Of several smallest cuts
+    this is the one nearest to what is wanted: the least is made again.
 
     Args:
       eqns: operations, in order.

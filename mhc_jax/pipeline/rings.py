@@ -13,9 +13,10 @@ Rings = list[jax.Array]  # [slots, ...] each
 def run_or_skip(condition: jax.Array, skip: Callable, run: Callable, *operands):
     """What `run` makes of the operands, or `skip` where the condition does not hold.
 
-    `skip` is branch 0. What another branch hands through XLA copies, in each branch and once more behind them
-    (openxla/xla#46314): ring buffers and sums of gradients, in every tick. Of `jax.lax.cond` XLA for GPUs
-    makes a choice by a truth value, whose branch 0 is the one that runs.
+    `skip` is branch 0, since only there can an operand pass through unchanged for free. Of any other branch
+    XLA copies it, in the branch and once more behind the conditional (openxla/xla#46314): that would be ring
+    buffers and sums of gradients, in every tick. `jax.lax.cond` would not do: XLA for GPUs makes a choice by
+    a truth value of it, whose branch 0 is the one that is true, here `run`.
     """
     return jax.lax.switch(condition.astype(jnp.int32), [skip, run], *operands)
 
@@ -36,10 +37,11 @@ def taken(rings: Rings, slot: jax.Array) -> list[jax.Array]:
 
 
 def added(total: Tree, more: Tree) -> Tree:
+    """The sum, in the dtypes of `total`."""
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
 
 
 def sliced(rings: Rings, parts: Sequence[Sequence]) -> list[Rings]:
-    """As many as each part has, one after the other."""
+    """The list cut into pieces, one for each of `parts` and as long as it."""
     left = iter(rings)
     return [[next(left) for _ in part] for part in parts]

@@ -5,10 +5,9 @@ first half has that cotangent and the gradients of everything but matrices, whic
 the products that give the gradients of matrices are the second half. What these read of the first half, the
 cotangents of the matrices' outputs above all, waits in between.
 
-`Backward` traces a backward once. Its `separable` says which gradients can be left to the second half.
-Whoever has several backwards chooses leaves that all of them can leave, and then calls `cut` of each. An
-operation goes to the second half if it depends on the micro-batch, a gradient there needs it and the first
-half does not.
+`Backward` traces a backward once. Its `separable` says which gradients can be left to the second half. All
+units of a stage must leave the same ones (`units.halved`), so this is asked before any is cut. An operation
+goes to the second half if it depends on the micro-batch and only gradients there need it.
 """
 
 from collections.abc import Callable, Sequence

@@ -7,7 +7,7 @@ in each.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from mhc_jax.config import ModelConfig
 from mhc_jax.moe import MoEAux
 from mhc_jax.pipeline.blocks import Blocks, group_size
-from mhc_jax.pipeline.residuals import Split, split_recomputation, split_vjp, zeros
+from mhc_jax.pipeline.kept import Kept
+from mhc_jax.pipeline.residuals import split_recomputation, zeros
 from mhc_jax.pipeline.rings import (
     Rings,
     added,
@@ -26,7 +27,7 @@ from mhc_jax.pipeline.rings import (
     sliced,
     taken,
 )
-from mhc_jax.pipeline.split_backward import Backward, Halves
+from mhc_jax.pipeline.units import halved, traced
 
 Tree = Any
 
@@ -65,21 +66,17 @@ class Stage:
         fixed = [params] * self._size, [state] * self._size
         # Without recomputation a unit is one block, and the next one does its pending write.
         self._carries_pending = config.remat == "none"
-        self._functions, self._units, self._end = self._split(fixed, streams)
-        self._splits = [*self._units, *filter(None, [self._end])]
-        self._shared = _shared(self._splits)
-        self.kept = [
-            shape
-            for split, shared in zip(self._splits, self._shared, strict=True)
-            for j, shape in enumerate(split.kept)
-            if j not in shared
-        ]
+        self._functions, self._units, self._end = traced(
+            self._blocks, self._num_units, fixed, streams, carries_pending=self._carries_pending
+        )
+        self._kept = Kept([*self._units, *filter(None, [self._end])])
+        self.kept = self._kept.shapes
         self.aux = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype), self._units[0].aux
         )
         self._halves, self._waits = [], (False,) * len(jax.tree.leaves(params))
         if split_backward:
-            self._halves, self._waits = self._halved(fixed)
+            self._halves, self._waits = halved(self._units, fixed)
             self._backward = [half.streams for half in self._halves]
         else:
             self._backward = [functools.partial(_whole, unit.backward) for unit in self._units]
@@ -89,44 +86,6 @@ class Stage:
             arguments = fixed, self._units[-1].kept, self._units[-1].outputs
             self._again = split_recomputation(self._backward[-1], arguments)
             self.recomputed = self._again.recomputed
-
-    def _split(
-        self, fixed: Tree, streams: jax.ShapeDtypeStruct
-    ) -> tuple[list[Callable], list[Split], Split | None]:
-        """The function of each unit, the same with its backward, and the write behind them, if there is one.
-
-        Units that are alike are traced once.
-        """
-        blocks, others = self._blocks, self._num_units - 1
-        if not self._carries_pending:
-            unit = split_vjp(blocks.group, fixed, streams)
-            return [blocks.group] * self._num_units, [unit] * self._num_units, None
-        units = [split_vjp(blocks.first, fixed, streams)]
-        pending = units[0].outputs[0]
-        if others:
-            units += [split_vjp(blocks.run, fixed, pending)] * others
-        end = split_vjp(lambda _, x: (blocks.finish(x), None), ((),), pending)
-        return [blocks.first, *[blocks.run] * others], units, end
-
-    def _halved(self, fixed: Tree) -> tuple[list[Halves], tuple[bool, ...]]:
-        """The backward of every unit in two halves, and of which leaves of a block the gradient waits.
-
-        These are the same leaves in all units, as `parts` has them: those that every unit can leave to its
-        second half.
-        """
-        leaves = jax.tree_util.tree_flatten_with_path(fixed[0][0])[0]
-        is_matrix = [leaf.ndim > 1 and not _of_connection(path) for path, leaf in leaves]
-        kinds = {id(unit): unit for unit in self._units}
-        programs = {
-            kind: Backward(unit.backward, (fixed, unit.kept, unit.outputs), is_matrix * self._size)
-            for kind, unit in kinds.items()
-        }
-        separable = [program.separable for program in programs.values()]
-        waits = tuple(
-            all(all(each[leaf :: len(leaves)]) for each in separable) for leaf in range(len(leaves))
-        )
-        halves = {kind: program.cut(waits * self._size) for kind, program in programs.items()}
-        return [halves[id(unit)] for unit in self._units], waits
 
     def parts(self, rows: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:
         """Trees of blocks' parameters: what `backward` has gradients of, and what `matrices` has.
@@ -180,7 +139,7 @@ class Stage:
           kept: ring buffers `[slots, ...]` of the shapes in `self.kept`.
           slot: where it goes, scalar int32.
         """
-        carry, reports, rings = streams, [], self._rings(kept)
+        carry, reports, rings = streams, [], self._kept.by_unit(kept)
         for index, unit in enumerate(self._units):
 
             def run(carry, own, fixed, slot, unit=unit, index=index):
@@ -188,9 +147,10 @@ class Stage:
                 return carry, put_in(own, slot, dict(enumerate(kept))), aux
 
             def skip(carry, own, fixed, slot, unit=unit, index=index):
-                # What the unit in front leaves to this one.
+                # The unit before this one reads here what it has given.
                 leaves = jax.tree.leaves(carry)
-                left = {j: leaves[unit.of_input[j]] for j in self._left_to(index)}
+                shared = self._kept.for_the_one_before(index).items()
+                left = {j: leaves[leaf] for j, leaf in shared}
                 return self._started(index, carry), put_in(own, slot, left), zeros(unit.aux)
 
             fixed = self._of_unit(index, params), self._of_unit(index, state)
@@ -228,7 +188,7 @@ class Stage:
             lambda fixed, rings, slot: self._again.run(fixed, taken(rings, slot)),
             lambda fixed, rings, slot: zeros(self.recomputed),
             fixed,
-            self._with_shared(self._rings(kept))[last],
+            self._kept.read_by_unit(kept)[last],
             slot,
         )
 
@@ -258,7 +218,7 @@ class Stage:
           put_off: ring buffers `[slots, ...]` of the shapes in `self.put_off`.
           put_off_slot: where it goes, scalar int32.
         """
-        carry, of_units = cotangent, self._with_shared(self._rings(kept))
+        carry, of_units = cotangent, self._kept.read_by_unit(kept)
         if self._end:
             _, carry = self._end.backward(((),), taken(of_units[-1], slot), carry)
         waiting = sliced(put_off, [half.put_off for half in self._halves] or self._num_units * [()])
@@ -314,7 +274,7 @@ class Stage:
           params, state, kept, slot, count, total: as in `backward`.
           put_off, put_off_slot: where `backward` has put it.
         """
-        sums, of_units = [], self._with_shared(self._rings(kept))
+        sums, of_units = [], self._kept.read_by_unit(kept)
         waiting = sliced(put_off, [half.put_off for half in self._halves])
         for index, half in enumerate(self._halves):
 
@@ -335,26 +295,6 @@ class Stage:
             )
         return sums
 
-    def _rings(self, kept: Rings) -> list[dict[int, jax.Array]]:
-        """The ring buffers of each unit, and of the write behind them, by the place in its `kept`."""
-        left = iter(kept)
-        return [
-            {j: next(left) for j in range(len(split.kept)) if j not in shared}
-            for split, shared in zip(self._splits, self._shared, strict=True)
-        ]
-
-    def _with_shared(self, rings: list[dict[int, jax.Array]]) -> list[Rings]:
-        """All that each unit reads, what lies with the next one too."""
-        found: list[Rings] = []
-        for own, shared in zip(reversed(rings), reversed(self._shared), strict=True):
-            own = own | {j: found[0][other] for j, other in shared.items()}
-            found.insert(0, [own[j] for j in range(len(own))])
-        return found
-
-    def _left_to(self, index: int) -> list[int]:
-        """Which of a unit's ring buffers the one in front reads too."""
-        return [*self._shared[index - 1].values()] if index else []
-
     def _started(self, index, carry):
         """What follows on a unit that is not there."""
         if index == 0 and self._carries_pending:
@@ -371,25 +311,9 @@ class Stage:
         return run_or_skip(first < count, skip, run, *args)
 
 
-def _shared(splits: Sequence[Split]) -> list[dict[int, int]]:
-    """Of each split what it keeps of its outputs and the next one of its input: its place here and there."""
-    found = []
-    for split, following in zip(splits, [*splits[1:], None], strict=True):
-        places = following.of_input if following else []
-        places = {leaf: j for j, leaf in enumerate(places) if leaf is not None}
-        found.append({j: places[o] for j, o in enumerate(split.of_output) if o in places})
-    return found
-
-
 def _whole(backward, *arguments):
     """A backward that puts nothing off."""
     return *backward(*arguments), []
-
-
-def _of_connection(path) -> bool:
-    """Whether a parameter belongs to a connection: its matrices have few columns, and the pass over the
-    streams that gives their gradients gives the cotangent of the streams too."""
-    return any("connection" in str(key) for key in path)
 
 
 def _concatenated(reports):
