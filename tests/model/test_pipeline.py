@@ -227,7 +227,12 @@ def num_bytes(shapes):
 
 @pytest.mark.parametrize(
     ("fields", "policy"),
-    [({}, "none"), ({"model.connection": "hc"}, "mhc"), (EXPERTS, "full"), (EXPERTS, "mhc")],
+    [
+        ({}, "none"),
+        ({"model.connection": "hc"}, "mhc"),
+        (EXPERTS, "mhc"),
+        pytest.param(EXPERTS, "full", marks=pytest.mark.slow),
+    ],
 )
 def test_a_split_backward_makes_nothing_twice(fields, policy, operand_dtypes):
     """As many products as the whole one, and no more computed ahead; little of it waits anywhere."""
