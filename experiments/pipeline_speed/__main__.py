@@ -35,22 +35,21 @@ if "--toy" in sys.argv:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from configs import default
 from experiments import cli, output
 from experiments.pipeline_plan.hidden import count_copies, count_sends
-from experiments.timing import random_batch, time_ms, time_step_ms
-from mhc_jax import remat, sharding
+from experiments.pipeline_speed.stage_times import measured_times, transfer_seconds
+from experiments.timing import random_batch, time_step_ms
+from mhc_jax import sharding
 from mhc_jax.config import Config, from_dict
-from mhc_jax.pipeline import beside, execute, make_schedule, placement_of, stages
+from mhc_jax.pipeline import execute, make_schedule
 from mhc_jax.pipeline.timeline import StageTimes, simulate
 from mhc_jax.train_step import (
     TrainState,
     abstract_batch,
     abstract_state,
-    init_params,
     jit_init_state,
     jit_train_step,
     make_pipeline,
@@ -111,122 +110,10 @@ def make_config(
     return from_dict(values)
 
 
-def measured_times(config: Config, repeats: int) -> StageTimes:
-    """Measures the seconds of each stage on one device, each part by itself."""
-    alone = dataclasses.replace(config.mesh, pipe=1)
-    # With the devices known attention is that of the step. Without, its derivative keeps what either of two
-    # platforms would: S x S entries a head.
-    with sharding.tokens_on(sharding.make_mesh(alone, jax.devices()[:1])):
-        return _measured_times(config, repeats)
-
-
-def _measured_times(config: Config, repeats: int) -> StageTimes:
-    model = config.model
-    sequences = config.batch_size // config.optimizer.accumulate_steps
-    tokens = jax.random.randint(
-        jax.random.key(0), (sequences, config.data.sequence_length), 0, model.vocab_size
-    )
-    counts = placement_of(config, config.mesh.pipe).counts
-    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
-    rows = remat.unstacked(params["blocks"])
-    rows = jax.tree.map(
-        lambda x: x.astype(model.activation_dtype) if x.ndim > 1 else x, rows[: max(counts)]
-    )
-    shell = {name: tree for name, tree in params.items() if name != "blocks"}
-    _, leaving = beside.parts(model, shell)
-    enter = jax.jit(lambda shell, tokens: beside.enter(model, shell, tokens))
-    streams = enter(shell, tokens)
-    shape = jax.ShapeDtypeStruct(streams.shape, streams.dtype)
-
-    @jax.jit
-    def head(leaving, streams):
-        return jax.value_and_grad(
-            lambda leaving, y: beside.leave(model, shell | leaving, y, tokens), (0, 1)
-        )(leaving, streams)
-
-    def seconds(function, *args):
-        jax.block_until_ready(function(*args))
-        return time_ms(function, *args, repeats=repeats, rounds=3) / 1e3
-
-    found = {}
-    for count in {*counts}:
-        one = jax.eval_shape(lambda: rows[0])
-        stage = stages.Stage(
-            model, (count,), one, {}, shape, split_backward=config.pipe_split_backward
-        )
-        forward, backward, matrices = parts_of_stage(stage, count)
-        mine = rows[:count]
-        kept = forward(mine, streams)[1]
-        found[count] = [seconds(forward, mine, streams), seconds(backward, mine, kept, streams), 0]
-        if stage.put_off:
-            put_off = backward(mine, kept, streams)[2]
-            found[count][2] = seconds(matrices, mine, kept, put_off)
-    forward, backward, of_matrices = np.array([found[count] for count in counts]).T
-    forward[0] += seconds(enter, shell, tokens)
-    heads = np.zeros(len(counts))
-    heads[-1] = seconds(head, leaving, streams)
-    return StageTimes(forward, heads, np.zeros(len(counts)), backward + of_matrices, of_matrices)
-
-
-def parts_of_stage(stage: stages.Stage, count: int) -> tuple[Callable, Callable, Callable]:
-    """Forward, backward and gradients of matrices of `count` blocks, by themselves and compiled.
-
-    Ring buffers of one slot and sums that begin at 0: the compiler keeps neither.
-    """
-    state = [{}] * count
-
-    def ring(shapes):
-        return [jnp.zeros((1, *x.shape), x.dtype) for x in shapes]
-
-    def sums(rows, which):
-        wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), stage.parts(rows)[which])
-        return list(wide)
-
-    def forward(rows, streams):
-        return stage.forward(rows, state, streams, count, ring(stage.kept), 0)[:2]
-
-    def backward(rows, kept, cotangent):
-        recomputed = stage.recompute(rows, state, kept, 0, count)
-        balance, total, put_off = jnp.float32(0), sums(rows, 0), ring(stage.put_off)
-        return stage.backward(
-            rows, state, kept, 0, recomputed, cotangent, balance, count, total, put_off, 0
-        )
-
-    def matrices(rows, kept, put_off):
-        return stage.matrices(rows, state, kept, 0, put_off, 0, count, sums(rows, 1))
-
-    return jax.jit(forward), jax.jit(backward), jax.jit(matrices)
-
-
 def tiny_send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
     """Sends the first entries of each row and keeps the rest: devices wait as for the whole."""
     few = jax.lax.ppermute(x[..., :TINY], execute.AXIS, pairs)
     return x.at[..., :TINY].set(few)
-
-
-def transfer_seconds(config: Config, mesh, repeats: int) -> float:
-    """Measures how long the streams of a micro-batch take to a neighbour, in both directions at once."""
-    model, steps = config.model, 10
-    sequences = config.batch_size // config.optimizer.accumulate_steps
-    shape = sequences, config.data.sequence_length, model.streams * model.width
-    spec = jax.sharding.PartitionSpec("pipe")
-    devices = mesh.shape["pipe"]
-
-    @jax.jit
-    @jax.shard_map(mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    def both(x):
-        def step(pair, _):
-            up = execute.send(pair[0], [(i, i + 1) for i in range(devices - 1)])
-            down = execute.send(pair[1], [(i + 1, i) for i in range(devices - 1)])
-            return (up, down), None
-
-        pair, _ = jax.lax.scan(step, (x, x), None, steps)
-        return pair[0] + pair[1]
-
-    x = jnp.zeros((devices * shape[0], *shape[1:]), model.activation_dtype)
-    x = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
-    jax.block_until_ready(both(x))
-    return time_ms(both, x, repeats=repeats, rounds=3) / 1e3 / steps
 
 
 @dataclasses.dataclass

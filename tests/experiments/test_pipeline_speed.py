@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from kernels_pallas.sharding import first_device
+from mhc_jax.pipeline import stages
 
 
 def test_every_stage_has_measured_times(monkeypatch):
@@ -19,13 +20,13 @@ def test_every_stage_has_measured_times(monkeypatch):
         setattr(options, name, value)
     options.num_blocks, options.pipe = 2, 2
     config = pipeline_speed.make_config(options, "mhc", "1f1b", 2)
-    devices, stage = [], pipeline_speed.stages.Stage
+    devices, stage = [], stages.Stage
 
     def make_stage(*args, **options):
         devices.append(first_device())
         return stage(*args, **options)
 
-    monkeypatch.setattr(pipeline_speed.stages, "Stage", make_stage)
+    monkeypatch.setattr(stages, "Stage", make_stage)
     times = pipeline_speed.measured_times(config, 1)
     assert np.all(times.forward > 0)
     assert np.all(times.backward > 0)
