@@ -165,15 +165,25 @@ def newest(question: str, folder: pathlib.Path | None = None) -> pathlib.Path:
     Raises:
       FileNotFoundError: the question has no result with an environment.
     """
+    return by_date(question, folder)[-1]
+
+
+def by_date(question: str, folder: pathlib.Path | None = None) -> list[pathlib.Path]:
+    """Returns a question's result files that have an environment, those of every device, oldest first.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
     root = pathlib.Path(folder or FOLDER) / question / "results"
     dated = [
         (read(path).get("environment", {}).get("date", ""), path) for path in root.glob("*.json")
     ]
-    if not any(date for date, _ in dated):
+    found = [path for date, path in sorted(dated) if date]
+    if not found:
         raise FileNotFoundError(
             f"{root} holds no recorded result: run python -m experiments.{question}"
         )
-    return max(dated)[1]
+    return found
 
 
 def read(path: pathlib.Path | str) -> dict[str, Any]:

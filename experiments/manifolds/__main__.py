@@ -25,12 +25,13 @@ import numpy as np
 from experiments import cli, record, sweep
 from experiments.corpus.manifest import is_corpus_of_results
 from experiments.manifolds import figures, settings, tables
+from experiments.manifolds import stored as results
 from experiments.manifolds.settings import Run
 from experiments.reproduction.stored import stored
 from experiments.step_time import __main__ as step_time
 from mhc_jax.config import Config
 
-QUESTION = "manifolds"
+QUESTION = results.QUESTION
 MODULE = f"experiments.{QUESTION}"
 PARTS = ("arms", "widths", "times")
 TIMES = "times.json"  # beside the workdirs
@@ -172,14 +173,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.summary or options.figures:
         try:
-            path = record.newest(QUESTION)
+            payload = with_borrowed(results.stored())
         except FileNotFoundError as error:
             sys.exit(f"error: {error}")
-        payload = with_borrowed(record.read(path))
         if options.summary:
             print(tables.format_all(payload))
         if options.figures:
-            print(*figures.draw_all(payload, path.parent), sep="\n")
+            folder = record.result_path(QUESTION, "cpu").parent
+            print(*figures.draw_all(payload, folder), sep="\n")
         return
     runs = wanted(options)
     sweep.check(options, [functools.partial(config_of, run, options) for run in runs])
@@ -200,13 +201,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "borrowed": lent,
         "times": _stored(times),
     }
-    print(tables.format_all(with_borrowed(payload)))
     if options.toy:
         path = options.output / "toy.json"
         path.write_text(json.dumps(payload, indent=1) + "\n")
     else:
-        path = store(payload, None if options.record else options.output)
-    print(path, *figures.draw_all(with_borrowed(payload), path.parent), sep="\n")
+        root = None if options.record else options.output
+        path = store(payload, root)
+        payload = results.stored(root)  # with what other machines have left there
+    payload = with_borrowed(payload)
+    print(tables.format_all(payload))
+    print(path, *figures.draw_all(payload, path.parent), sep="\n")
     if unfinished:
         sys.exit(1)
 

@@ -50,7 +50,7 @@ def draw_arms(payload: dict, path: pathlib.Path) -> pathlib.Path | None:
 
 # Of the figure over n: key of the numbers -> title, unit.
 PANELS = {
-    "loss": ("Validation loss minus residual's, paired", "nats a token"),
+    "loss": ("Loss minus residual's, paired", "nats a token"),
     "ms": ("Time of a step", "ms"),
     "temporaries_GiB": ("Temporaries of a step", "GiB"),
 }

@@ -16,13 +16,7 @@ def stored(root: pathlib.Path | None = None) -> dict:
     Raises:
       FileNotFoundError: there is none.
     """
-    folder = record.result_path(QUESTION, "cpu", root).parent
-    contents = [record.read(path) for path in folder.glob("*.json")]
-    contents.sort(key=lambda content: content["environment"]["date"])
-    if not contents:
-        raise FileNotFoundError(
-            f"{folder} holds no recorded result: run python -m experiments.{QUESTION}"
-        )
+    contents = [record.read(path) for path in record.by_date(QUESTION, root)]
     merged = {"learning_rates": {}, "runs": {}}
     for content in contents:
         for name, values in merged.items():

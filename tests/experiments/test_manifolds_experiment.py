@@ -21,7 +21,7 @@ def summary(loss, gain=None):
 
 @pytest.mark.parametrize("option", ["--summary", "--figures"])
 def test_without_a_stored_result_one_line_says_what_to_run(option, monkeypatch):
-    monkeypatch.setattr(study, "QUESTION", "nothing")
+    monkeypatch.setattr(study.results, "QUESTION", "nothing")
     with pytest.raises(SystemExit, match=r"^error: .* holds no recorded result: run python -m"):
         study.main([option])
 
@@ -131,6 +131,24 @@ def test_the_command_trains_measures_and_draws(payload, tmp_path, monkeypatch, c
     study.main(["--output", str(tmp_path), "--parts", "arms", "--record"])
     runs = record.read(record.result_path("manifolds"))["runs"]
     assert runs.keys() == {f"{key}/seed0" for key in keys}
+
+
+def test_results_of_every_machine_are_read_and_times_of_one(tmp_path):
+    def write(device, date, losses, times):
+        path = record.result_path("manifolds", device, tmp_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs = {key: summary(loss) for key, loss in losses.items()}
+        content = {"environment": {"date": date}, "runs": runs, "borrowed": {}, "times": times}
+        path.write_text(json.dumps(content))
+
+    first, second = Run("mHC", 0).key, Run("mHC", 1).key
+    write("b", "2026-01-01", {first: 1.0, second: 2.0}, {"mHC/n4": 1, "identity/n4": 1})
+    write("c", "2026-01-02", {}, {"mHC/n4": 2})
+    write("a", "2026-01-03", {second: 3.0}, {})
+    found = study.results.stored(tmp_path)
+    losses = {key: run["validation_loss"] for key, run in found["runs"].items()}
+    assert losses == {first: 1.0, second: 3.0}
+    assert found["times"] == {"mHC/n4": 2}
 
 
 def test_arms_that_differ_in_the_manifold_train_states_of_their_own(monkeypatch):
