@@ -247,7 +247,8 @@ def summarize(workdir: pathlib.Path) -> dict[str, Any]:
       ([step, mean loss] and [step, largest norm] of `CURVE_POINTS` equal parts), `gains`
       {series: [[step, value], ...]} (see `GAIN_SERIES`), `distance_identity` (Frobenius norm of the
       token-averaged h_res minus I, mean over the sublayers, at the last measurement; None without
-      gains), `seconds_per_step` (median) and, with experts, `max_load` ([step, mean `moe/max_load`]).
+      gains), `seconds_per_step` (median) and, with experts, [step, value] of `moe/max_load`,
+      `moe/max_load_mean` (means) and `moe/max_load_block` (the last).
     """
     metrics = read_metrics(workdir / "metrics.jsonl")
 
@@ -262,7 +263,15 @@ def summarize(workdir: pathlib.Path) -> dict[str, Any]:
 
     validation = series("validation/loss")
     seconds = metrics.get("train/seconds_per_step", (None, np.zeros(0)))[1]
-    balance = {"max_load": parts("moe/max_load", np.mean)} if "moe/max_load" in metrics else {}
+    balance = {
+        name: parts(f"moe/{name}", reduce)
+        for name, reduce in (
+            ("max_load", np.mean),
+            ("max_load_mean", np.mean),
+            ("max_load_block", lambda values: values[-1]),
+        )
+        if f"moe/{name}" in metrics
+    }
     return {
         "validation_loss": validation[-1][1] if validation else None,
         "validation": validation,

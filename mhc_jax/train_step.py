@@ -197,8 +197,11 @@ def _balanced(model_state: Params, load: jax.Array, rate: float) -> Params:
 
 
 def _moe_metrics(aux: MoEAux) -> dict[str, jax.Array]:
+    busiest = aux.load.max(-1) / aux.load.mean(-1)
     return {
-        "moe/max_load": (aux.load.max(-1) / aux.load.mean(-1)).max(),
+        "moe/max_load": busiest.max(),
+        "moe/max_load_block": busiest.argmax().astype(jnp.float32),
+        "moe/max_load_mean": busiest.mean(),
         "moe/dropped": aux.dropped.mean(),
         "moe/balance_loss": aux.balance_loss.sum(),
     }
@@ -219,8 +222,10 @@ def train_step(
       the new state, and float32 scalars: `train/loss` (cross-entropy before the update),
       `train/grad_norm` (before clipping), `train/learning_rate`; `train/skipped_updates` so far if updates
       may be skipped, `data/skipped_windows` of this batch if windows may be; with experts also
-      `moe/max_load` (load of the busiest expert over the mean load, of the worst block), `moe/dropped`
-      (share of all choices) and `moe/balance_loss` (the part of the loss that is not cross-entropy).
+      `moe/max_load` (load of the busiest expert over the mean load, of the worst block),
+      `moe/max_load_block` (which one, counted from the first with experts), `moe/max_load_mean` (mean over
+      the blocks), `moe/dropped` (share of all choices) and `moe/balance_loss` (the part of the loss that is
+      not cross-entropy).
     """
     arguments = state.params, state.model_state, batch
     if pipeline is None:

@@ -135,7 +135,8 @@ def test_every_config_traces(name, connection):
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
     expected = {"train/loss", "train/grad_norm", "train/learning_rate"}
     if config.model.num_experts:
-        expected |= {"moe/max_load", "moe/dropped", "moe/balance_loss"}
+        expected |= {"moe/max_load", "moe/max_load_block", "moe/max_load_mean"}
+        expected |= {"moe/dropped", "moe/balance_loss"}
     assert set(metrics) == expected
 
 
@@ -189,7 +190,11 @@ def test_balance_bias_moves_against_the_load():
     assert load.shape == (2, 4)
     np.testing.assert_array_equal(load.sum(1), 4 * 16 * 2)
     np.testing.assert_allclose(bias, rate * np.sign(load.mean(1, keepdims=True) - load))
-    np.testing.assert_allclose(metrics["moe/max_load"], load.max() / load.mean())
+    busiest = load.max(1) / load.mean(1)
+    assert busiest[0] != busiest[1]
+    np.testing.assert_allclose(metrics["moe/max_load"], busiest.max())
+    assert metrics["moe/max_load_block"] == busiest.argmax()
+    np.testing.assert_allclose(metrics["moe/max_load_mean"], busiest.mean())
     # Choosing only: the bias gets no gradient, and the optimizer does not know it.
     assert "balance_bias" not in str(jax.tree_util.tree_structure(state.opt_state))
 
