@@ -236,7 +236,11 @@ class Transformer(nnx.Module):
 
     def _finish(self, pending):
         """Does the last write; then read-out and norm."""
-        streams, _, mappings = self._settle(pending)
+        return self._read_out(self._settle(pending))
+
+    def _read_out(self, settled):
+        """Read-out and norm, where no write is pending."""
+        streams, _, mappings = settled
         h_pre = (mappings.next_pre,) if self.config.lookahead_pre else ()
         return self.norm(self.readout(streams, *h_pre))
 

@@ -27,7 +27,7 @@ from experiments.pipeline_plan.costs import BlockTimes, estimate, put_off_bytes,
 from mhc_jax import command_line, paths, units
 from mhc_jax.analysis import style
 from mhc_jax.config import Config, ModelConfig
-from mhc_jax.pipeline import SCHEDULES, Placement, Schedule, make_schedule, place
+from mhc_jax.pipeline import SCHEDULES, Placement, Schedule, handover, make_schedule, place
 from mhc_jax.pipeline.timeline import Timeline, microbatch_warning, simulate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
@@ -95,7 +95,7 @@ def block_times(
 def evaluate(
     schedule: Schedule, times, model: ModelConfig, num_tokens: int, link: float
 ) -> tuple[Row, Timeline]:
-    payload = model.streams * model.width * num_tokens * model.activation_dtype.itemsize
+    payload = handover.num_bytes(model, num_tokens)
     transfer = payload / (link * 1e9)
     timeline = simulate(schedule, times, transfer)
     free = simulate(schedule, times, 0.0).seconds
@@ -169,13 +169,13 @@ def show_stages(
     """Prints what each device holds; `put_off`: bytes of a stage's split backward."""
     print(f"{'device':>6}  {'blocks by stage':<17}{'ms a micro-batch':>16}{'in flight':>11}  kept")
     peaks, waiting = schedule.peak_activations(), schedule.peak_put_off()
-    streams = model.streams * model.width * tokens * model.activation_dtype.itemsize
+    of_input = handover.num_bytes(model, tokens)
     for device in range(schedule.num_devices):
         stages = [s for s in range(schedule.num_stages) if schedule.device_of(s) == device]
         blocks = " + ".join(str(placement.counts[s]) for s in stages)
         blocks += f" + {model.num_leading} leading" if device == 0 and model.num_leading else ""
         milliseconds = 1e3 * sum(times.total[s] for s in stages)
-        kept = f"{units.size(peaks[device] * streams)} of stage inputs"
+        kept = f"{units.size(peaks[device] * of_input)} of stage inputs"
         if waiting[device]:
             kept += f", {waiting[device]} put off: {units.size(waiting[device] * put_off)}"
         print(f"{device:>6}  {blocks:<17}{milliseconds:>16.2f}{peaks[device]:>11}  {kept}")

@@ -11,6 +11,7 @@ from flax import nnx
 from experiments.hardware import Chip
 from mhc_jax.block import Block
 from mhc_jax.config import ModelConfig
+from mhc_jax.pipeline import handover
 from mhc_jax.pipeline.blocks import group_size
 from mhc_jax.pipeline.layout import block_flops
 from mhc_jax.pipeline.placement import Placement
@@ -43,11 +44,14 @@ def connection_elements(config: ModelConfig) -> tuple[int, int]:
     """Counts elements that the connection of one sublayer moves a token: forward and backward.
 
     Residual: x + F(x) and the sum of its cotangents. HC and mHC: projection nC, read (n + 1)C and write
-    (2n + 1)C; backward of the write (3n + 2)C, of read and projection (3n + 1)C.
+    (2n + 1)C; backward of the write (3n + 2)C, of read and projection (3n + 1)C. Look-ahead pre does all in
+    one pass over a row: (2n + 2)C and (3n + 3)C.
     """
     n, c = config.streams, config.width
     if config.connection == "residual":
         return 3 * c, 3 * c
+    if config.lookahead_pre:
+        return (2 * n + 2) * c, (3 * n + 3) * c
     return (4 * n + 2) * c, (6 * n + 3) * c
 
 
@@ -99,6 +103,19 @@ def put_off_bytes(config: ModelConfig, counts: Sequence[int], sequences: int, le
       ValueError: a policy of recomputation that stages cannot have.
     """
     size = group_size(config, counts)
+    stage = stage_of(config, (size,), sequences, length, split_backward=True)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in stage.put_off) // size
+
+
+def stage_of(
+    config: ModelConfig,
+    counts: Sequence[int],
+    sequences: int,
+    length: int,
+    *,
+    split_backward: bool,
+) -> Stage:
+    """Returns the stages of `counts` blocks as one device has them, of shapes; see `put_off_bytes`."""
 
     def block():
         params, others = nnx.split(Block(config, 0, rngs=nnx.Rngs(0)), nnx.Param, ...)[1:]
@@ -109,7 +126,5 @@ def put_off_bytes(config: ModelConfig, counts: Sequence[int], sequences: int, le
         lambda x: jax.ShapeDtypeStruct(x.shape, config.activation_dtype) if x.ndim > 1 else x,
         params,
     )
-    streams = sequences, length, config.streams * config.width
-    streams = jax.ShapeDtypeStruct(streams, config.activation_dtype)
-    stage = Stage(config, (size,), params, state, streams, split_backward=True)
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in stage.put_off) // size
+    settled = handover.shapes(config, sequences, length)
+    return Stage(config, counts, params, state, settled, split_backward=split_backward)

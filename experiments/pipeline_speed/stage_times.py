@@ -10,7 +10,7 @@ import numpy as np
 from experiments.timing import time_ms
 from mhc_jax import remat, sharding
 from mhc_jax.config import Config
-from mhc_jax.pipeline import beside, execute, placement_of, stages
+from mhc_jax.pipeline import beside, execute, handover, placement_of, stages
 from mhc_jax.pipeline.timeline import StageTimes
 from mhc_jax.train_step import init_params
 
@@ -39,14 +39,14 @@ def _measured_times(config: Config, repeats: int) -> StageTimes:
     shell = {name: tree for name, tree in params.items() if name != "blocks"}
     _, leaving = beside.parts(model, shell)
     enter = jax.jit(lambda shell, tokens: beside.enter(model, shell, tokens))
-    streams = enter(shell, tokens)
-    shape = jax.ShapeDtypeStruct(streams.shape, streams.dtype)
+    settled = enter(shell, tokens)
+    shapes = jax.eval_shape(lambda: settled)
 
     @jax.jit
-    def head(leaving, streams):
+    def head(leaving, settled):
         return jax.value_and_grad(
             lambda leaving, y: beside.leave(model, shell | leaving, y, tokens), (0, 1)
-        )(leaving, streams)
+        )(leaving, settled)
 
     def seconds(function, *args):
         jax.block_until_ready(function(*args))
@@ -56,19 +56,19 @@ def _measured_times(config: Config, repeats: int) -> StageTimes:
     for count in {*counts}:
         one = jax.eval_shape(lambda: rows[0])
         stage = stages.Stage(
-            model, (count,), one, {}, shape, split_backward=config.pipe_split_backward
+            model, (count,), one, {}, shapes, split_backward=config.pipe_split_backward
         )
         forward, backward, matrices = parts_of_stage(stage, count)
         mine = rows[:count]
-        kept = forward(mine, streams)[1]
-        found[count] = [seconds(forward, mine, streams), seconds(backward, mine, kept, streams), 0]
+        kept = forward(mine, settled)[1]
+        found[count] = [seconds(forward, mine, settled), seconds(backward, mine, kept, settled), 0]
         if stage.put_off:
-            put_off = backward(mine, kept, streams)[2]
+            put_off = backward(mine, kept, settled)[2]
             found[count][2] = seconds(matrices, mine, kept, put_off)
     forward, backward, of_matrices = np.array([found[count] for count in counts]).T
     forward[0] += seconds(enter, shell, tokens)
     heads = np.zeros(len(counts))
-    heads[-1] = seconds(head, leaving, streams)
+    heads[-1] = seconds(head, leaving, settled)
     return StageTimes(forward, heads, np.zeros(len(counts)), backward + of_matrices, of_matrices)
 
 
@@ -86,8 +86,8 @@ def parts_of_stage(stage: stages.Stage, count: int) -> tuple[Callable, Callable,
         wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), stage.parts(rows)[which])
         return list(wide)
 
-    def forward(rows, streams):
-        return stage.forward(rows, state, streams, count, ring(stage.kept), 0)[:2]
+    def forward(rows, settled):
+        return stage.forward(rows, state, settled, count, ring(stage.kept), 0)[:2]
 
     def backward(rows, kept, cotangent):
         recomputed = stage.recompute(rows, state, kept, 0, count)
@@ -103,10 +103,10 @@ def parts_of_stage(stage: stages.Stage, count: int) -> tuple[Callable, Callable,
 
 
 def transfer_seconds(config: Config, mesh, repeats: int) -> float:
-    """Measures how long the streams of a micro-batch take to a neighbour, in both directions at once."""
-    model, steps = config.model, 10
-    sequences = config.batch_size // config.optimizer.accumulate_steps
-    shape = sequences, config.data.sequence_length, model.streams * model.width
+    """Measures how long a micro-batch takes to a neighbour, in both directions at once."""
+    steps, sequences = 10, config.batch_size // config.optimizer.accumulate_steps
+    settled = handover.shapes(config.model, sequences, config.data.sequence_length)
+    shape = jax.eval_shape(handover.packed, settled)
     spec = jax.sharding.PartitionSpec("pipe")
     devices = mesh.shape["pipe"]
 
@@ -121,7 +121,7 @@ def transfer_seconds(config: Config, mesh, repeats: int) -> float:
         pair, _ = jax.lax.scan(step, (x, x), None, steps)
         return pair[0] + pair[1]
 
-    x = jnp.zeros((devices * shape[0], *shape[1:]), model.activation_dtype)
+    x = jnp.zeros((devices * sequences, *shape.shape[1:]), shape.dtype)
     x = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
     jax.block_until_ready(both(x))
     return time_ms(both, x, repeats=repeats, rounds=3) / 1e3 / steps

@@ -95,11 +95,6 @@ class Config:
             raise ValueError(
                 f"batch_size={self.batch_size} is not divisible by optimizer.accumulate_steps={accumulate}"
             )
-        if self.model.lookahead_pre and self.mesh.pipe != 1:
-            raise ValueError(
-                f"model.lookahead_pre=True does not go with mesh.pipe={self.mesh.pipe}: stages hand on the "
-                "streams without the read mapping that was predicted; set mesh.pipe=1"
-            )
         if self.model.num_experts and self.model.num_experts % abs(self.mesh.expert):
             raise ValueError(
                 f"model.num_experts={self.model.num_experts} is not divisible by "

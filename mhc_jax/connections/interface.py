@@ -125,6 +125,10 @@ class Connection(nnx.Module):
             Mappings(h_post, h_post[..., None] + identity),
         )
 
+    def reopen(self, settled: Pending) -> Pending:
+        """Returns a settled update with a write that changes nothing: `settle` of it is what it was."""
+        return self.start(settled.streams)
+
     def __call__(self, streams: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Runs one sublayer (Eq. 3) around any callable `[..., C]` -> `[..., C]` with its own pre-norm."""
         check_layer(layer)

@@ -103,6 +103,10 @@ class LookAheadConnections(ManifoldHyperConnections):
         streams, _, _ = super().settle(pending)
         return Pending(streams, None, LookAheadMappings(None, None, pending.mappings.next_pre))
 
+    def reopen(self, settled: Pending) -> Pending:
+        pending, next_pre = self.start(settled.streams), settled.mappings.next_pre
+        return pending._replace(mappings=pending.mappings._replace(next_pre=next_pre))
+
     def pre(
         self, streams: jax.Array, h_pre: jax.Array | None = None
     ) -> tuple[jax.Array, LookAheadMappings]:

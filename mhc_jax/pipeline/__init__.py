@@ -2,7 +2,8 @@
 
 `schedule` says which device does what in which tick (tables of numbers, no jax), `timeline` when, for given
 times; `placement` which blocks a stage holds, `layout` where their arrays lie; `stages` and `beside` what a
-stage computes; `units` its parts as programs, `kept` where what they keep for the backward lies. `residuals`
+stage computes, `handover` what it hands on; `units` its parts as programs, `kept` where what they keep for
+the backward lies. `residuals`
 and `split_backward` cut a backward, both by `cut`; `ticks` runs a schedule on ring buffers (`rings`) and
 `execute` a step around it; `gpipe` is the oracle that the others are checked by.
 """

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from mhc_jax.block import make_connection
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import Pending, expand
 from mhc_jax.losses import linear_cross_entropy
@@ -26,21 +27,20 @@ def _shell_graph(config: ModelConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(shell))[0]
 
 
-def enter(config: ModelConfig, shell: Tree, tokens: jax.Array) -> jax.Array:
-    """Tokens `[b, S]` -> streams `[b, S, n*C]` that the stack reads."""
+def enter(config: ModelConfig, shell: Tree, tokens: jax.Array) -> Pending:
+    """Tokens `[b, S]` -> what the stack reads, settled: streams `[b, S, n*C]`."""
     model = nnx.merge(_shell_graph(config), shell)
-    pending = Pending(expand(model._embed(tokens), config.streams), None, None)
+    connection = make_connection(config, 0)
+    pending = connection.begin(expand(model._embed(tokens), config.streams))
     for block in model.leading:
         pending, _, _ = block(pending)
-    if pending.layer_output is None:
-        return pending.streams
-    return model.leading[0].attention_connection.post(*pending)
+    return connection.settle(pending)
 
 
-def leave(config: ModelConfig, shell: Tree, streams: jax.Array, targets: jax.Array) -> jax.Array:
-    """Streams behind the stack `[b, S, n*C]` and targets `[b, S]` -> mean loss in nats a token."""
+def leave(config: ModelConfig, shell: Tree, settled: Pending, targets: jax.Array) -> jax.Array:
+    """What the stack gives, settled, and targets `[b, S]` -> mean loss in nats a token."""
     model = nnx.merge(_shell_graph(config), shell)
-    x = model.norm(model.readout(streams))
+    x = model._read_out(settled)
     return linear_cross_entropy(x, model.unembedding, targets, config.loss_chunks)
 
 

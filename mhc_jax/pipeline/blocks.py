@@ -65,7 +65,7 @@ class Blocks:
     def run(
         self, params: Sequence[Tree], state: Sequence[Tree], pending: Pending
     ) -> tuple[tuple[Pending, jax.Array], MoEAux | None]:
-        """From the pending write of the block before to that of the last one."""
+        """From the pending write of the block before, or none, to that of the last one."""
         found = []
         for p, s in zip(params, state, strict=True):
             pending, _, aux = nnx.merge(self._graph, merged(p, s))(pending)
@@ -75,33 +75,23 @@ class Blocks:
         aux = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
         return (pending, aux.balance_loss.sum()), aux
 
-    def first(
-        self, params: Sequence[Tree], state: Sequence[Tree], streams: jax.Array
-    ) -> tuple[tuple[Pending, jax.Array], MoEAux | None]:
-        """From plain streams to the pending write of the last one."""
-        return self.run(params, state, Pending(streams, None, None))
-
     def group(
-        self, params: Sequence[Tree], state: Sequence[Tree], streams: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], MoEAux | None]:
-        """From plain streams to plain streams, as one recompute block."""
+        self, params: Sequence[Tree], state: Sequence[Tree], settled: Pending
+    ) -> tuple[tuple[Pending, jax.Array], MoEAux | None]:
+        """From a settled update to a settled one, as one recompute block."""
 
-        def run(streams, blocks):
-            (pending, balance), aux = self.first(*blocks, streams)
-            return self.finish(pending), (balance, aux)
+        def run(settled, blocks):
+            (pending, balance), aux = self.run(*blocks, settled)
+            return self.connection.settle(pending), (balance, aux)
 
         run = remat.checkpoint_group(run, self._config.remat)
-        streams, (balance, aux) = run(streams, (params, state))
-        return (streams, balance), aux
+        settled, (balance, aux) = run(settled, (params, state))
+        return (settled, balance), aux
 
     @property
     def connection(self) -> Connection:
-        """Of any sublayer: its `start` and `post` need no parameters."""
+        """Of any sublayer: its `reopen` and `settle` need no parameters."""
         return make_connection(self._config, 0)
-
-    def finish(self, pending: Pending) -> jax.Array:
-        """Does a pending write: plain streams."""
-        return self.connection.post(*pending)
 
 
 @functools.cache

@@ -140,16 +140,16 @@ class Pipeline:
     def _stage(self, rows, state, shell, split):
         model = self._config.model
         part = jax.eval_shape(lambda x: x[0], split["inputs"])
-        streams = jax.eval_shape(functools.partial(beside.enter, model), shell, part)
+        settled = jax.eval_shape(functools.partial(beside.enter, model), shell, part)
         shapes = jax.eval_shape(lambda: (rows[0], state[0]))
         stage = stages.Stage(
             model,
             self._placement.counts,
             *shapes,
-            streams,
+            settled,
             split_backward=self._config.pipe_split_backward,
         )
-        return stage, streams
+        return stage, settled
 
     def _counts(self):
         """Blocks of each of this device's stages, numbers or, where stages differ, traced."""
@@ -159,10 +159,10 @@ class Pipeline:
         return list(jnp.asarray(counts, jnp.int32)[jax.lax.axis_index(AXIS)])
 
     def _as_gpipe(self, rows, state, shell, split):
-        stage, streams = self._stage(rows, state, shell, split)
+        stage, settled = self._stage(rows, state, shell, split)
         [count] = self._counts()
         return gpipe.by_autodiff(
-            self._config.model, stage, streams, (rows, state, shell), split, count, send
+            self._config.model, stage, settled, (rows, state, shell), split, count, send
         )
 
     def _by_schedule(self, rows, state, shell, split):
@@ -171,11 +171,11 @@ class Pipeline:
         schedule = make_schedule(
             config.pipe_schedule, self._devices, self._parts, config.pipe_split_backward
         )
-        stage, streams = self._stage(rows, state, shell, split)
+        stage, settled = self._stage(rows, state, shell, split)
         found, self._held = by_tables(
             config.model,
             stage,
-            streams,
+            settled,
             (rows, state, shell),
             split,
             self._counts(),
@@ -185,6 +185,9 @@ class Pipeline:
         return found
 
 
-def send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
-    """`x` of the device that is first in a pair, on the one that is second; zeros where none sends."""
+def send(x: Tree, pairs: list[tuple[int, int]]) -> Tree:
+    """`x` of the device that is first in a pair, on the one that is second; zeros where none sends.
+
+    A transfer for each array.
+    """
     return jax.lax.ppermute(x, AXIS, pairs)

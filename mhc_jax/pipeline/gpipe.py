@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.connections import Pending
 from mhc_jax.pipeline import beside, stages
 from mhc_jax.pipeline.residuals import zeros
 
@@ -16,18 +17,18 @@ Tree = Any
 def by_autodiff(
     model: ModelConfig,
     stage: stages.Stage,
-    streams: jax.ShapeDtypeStruct,
+    settled: Pending,
     trees: tuple[list[Tree], list[Tree], Tree],
     split: Tree,
     count: jax.Array,
-    send: Callable[[jax.Array, list[tuple[int, int]]], jax.Array],
+    send: Callable[[Pending, list[tuple[int, int]]], Pending],
 ):
     """Runs the micro-batches inside of a `shard_map` with the axis pipe.
 
     Args:
       model: of the run.
       stage: of each device.
-      streams: shape of a micro-batch's.
+      settled: shapes of what a stage hands on of a micro-batch.
       trees: parameters and state of the device's blocks, and the parameters beside the stack.
       split: the batch, with a first axis for micro-batches, and the weights of their losses.
       count: blocks that this device has.
@@ -72,7 +73,7 @@ def by_autodiff(
             return (x, *sums), None
 
         zero = jnp.zeros((), jnp.float32)
-        carry = zeros(streams), zero, zero, zeros(stage.aux)
+        carry = zeros(settled), zero, zero, zeros(stage.aux)
         ticks = jnp.arange(parts + devices - 1)
         (_, objective, loss, total), _ = jax.lax.scan(tick, carry, ticks)
         return objective, (loss, total)

@@ -1,9 +1,9 @@
 """What a stage computes with its blocks.
 
-A stage begins and ends with plain streams: the write that its last sublayer leaves pending is done before
-they are sent, nC entries a token. Sent unfinished it would be streams, layer output and mappings, C + n^2 + n
-more; finished, the fusion of one boundary is lost. Recompute blocks never cross a stage: there are whole ones
-in each.
+A stage begins and ends with a settled `Pending` (`handover`): the write that its last sublayer leaves pending
+is done before streams are sent, nC entries a token. Sent unfinished it would be streams, layer output and
+mappings, C + n^2 + n more; finished, the fusion of one boundary is lost. Recompute blocks never cross a
+stage: there are whole ones in each.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.connections import Pending
 from mhc_jax.moe import MoEAux
 from mhc_jax.pipeline.blocks import Blocks, group_size
 from mhc_jax.pipeline.kept import Kept
@@ -40,7 +41,7 @@ class Stage:
       counts: blocks of all stages. The units of the largest are written out; those that a stage has not got
         are skipped.
       params, state: shapes of one block's parameters and model state.
-      streams: shape of `[b, S, n*C]`.
+      settled: shapes of what a stage reads and hands on.
       split_backward: whether gradients of matrices are left to `matrices`.
 
     Attributes:
@@ -56,7 +57,7 @@ class Stage:
         counts: Sequence[int],
         params: Tree,
         state: Tree,
-        streams: jax.ShapeDtypeStruct,
+        settled: Pending,
         *,
         split_backward: bool = False,
     ):
@@ -66,9 +67,10 @@ class Stage:
         fixed = [params] * self._size, [state] * self._size
         # Without recomputation a unit is one block, and the next one does its pending write.
         self._carries_pending = config.remat == "none"
-        self._functions, self._units, self._end = traced(
-            self._blocks, self._num_units, fixed, streams, carries_pending=self._carries_pending
+        self._function, self._units, self._end = traced(
+            self._blocks, self._num_units, fixed, settled, carries_pending=self._carries_pending
         )
+        self._settled = settled
         self._kept = Kept([*self._units, *filter(None, [self._end])])
         self.kept = self._kept.shapes
         self.aux = jax.tree.map(
@@ -103,15 +105,15 @@ class Stage:
         return tuple([of(row, waits) for row in rows] for waits in (False, True))
 
     def run(
-        self, params: Sequence[Tree], state: Sequence[Tree], streams: jax.Array, count: jax.Array
-    ) -> tuple[jax.Array, MoEAux | None]:
+        self, params: Sequence[Tree], state: Sequence[Tree], settled: Pending, count: jax.Array
+    ) -> tuple[Pending, MoEAux | None]:
         """`forward` for autodiff."""
-        carry, reports = streams, []
+        carry, reports = settled, []
         for index in range(self._num_units):
             fixed = self._of_unit(index, params), self._of_unit(index, state)
 
-            def run(carry, fixed, index=index):
-                (carry, _), aux = self._functions[index](*fixed, carry)
+            def run(carry, fixed):
+                (carry, _), aux = self._function(*fixed, carry)
                 return carry, aux
 
             def skip(carry, fixed, index=index):
@@ -119,27 +121,29 @@ class Stage:
 
             carry, aux = self._where_there(index, count, run, skip, carry, fixed)
             reports.append(aux)
-        return self._blocks.finish(carry) if self._end else carry, _concatenated(reports)
+        if self._end:
+            carry = self._blocks.connection.settle(carry)
+        return carry, _concatenated(reports)
 
     def forward(
         self,
         params: Sequence[Tree],
         state: Sequence[Tree],
-        streams: jax.Array,
+        settled: Pending,
         count: jax.Array,
         kept: Rings,
         slot: jax.Array,
-    ) -> tuple[jax.Array, Rings, MoEAux | None]:
-        """Streams behind the stage, `kept` with what its backward needs, and the reports of its K blocks.
+    ) -> tuple[Pending, Rings, MoEAux | None]:
+        """What the stage hands on, `kept` with what its backward needs, and the reports of its K blocks.
 
         Args:
           params, state: of K blocks; of those that are not there, zeros.
-          streams: `[b, S, n*C]`.
+          settled: what the stage before hands on.
           count: blocks that are there, scalar int32.
           kept: ring buffers `[slots, ...]` of the shapes in `self.kept`.
           slot: where it goes, scalar int32.
         """
-        carry, reports, rings = streams, [], self._kept.by_unit(kept)
+        carry, reports, rings = settled, [], self._kept.by_unit(kept)
         for index, unit in enumerate(self._units):
 
             def run(carry, own, fixed, slot, unit=unit, index=index):
@@ -199,20 +203,20 @@ class Stage:
         kept: Rings,
         slot: jax.Array,
         recomputed: list[jax.Array],
-        cotangent: jax.Array,
+        cotangent: Pending,
         balance: jax.Array,
         count: jax.Array,
         total: Sequence[Tree],
         put_off: Rings,
         put_off_slot: jax.Array,
-    ) -> tuple[list[Tree], jax.Array, Rings]:
-        """`total` with gradients of K blocks' parameters, those of the streams, `put_off` for `matrices`.
+    ) -> tuple[list[Tree], Pending, Rings]:
+        """`total` with gradients of K blocks' parameters, that of `settled`, `put_off` for `matrices`.
 
         Args:
           params, state, count: as in `forward`.
           kept, slot: where `forward` has put what it keeps.
           recomputed: of `recompute`.
-          cotangent: of the streams behind.
+          cotangent: of what the stage hands on.
           balance: of each balance loss, scalar float32.
           total: sums of gradients, float32 trees of K blocks as `parts` has them.
           put_off: ring buffers `[slots, ...]` of the shapes in `self.put_off`.
@@ -238,9 +242,9 @@ class Stage:
                 return carry, added(total, gradient), put_in_order(put_off, slots[1], of_unit)
 
             def skip(carry, total, put_off, rings, fixed, slots, index=index):
-                # `start` leaves the streams as they are, and what it adds does not depend on them.
                 if index == 0 and self._carries_pending:
-                    carry = carry.streams
+                    _, vjp = jax.vjp(functools.partial(self._started, 0), zeros(self._settled))
+                    [carry] = vjp(carry)
                 return carry, total, put_off
 
             carry, sums[index], waiting[index] = self._where_there(
@@ -298,7 +302,7 @@ class Stage:
     def _started(self, index, carry):
         """What follows on a unit that is not there."""
         if index == 0 and self._carries_pending:
-            return self._blocks.connection.start(carry)
+            return self._blocks.connection.reopen(carry)
         return carry
 
     def _of_unit(self, index, trees):

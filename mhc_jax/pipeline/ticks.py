@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.connections import Pending
 from mhc_jax.pipeline import beside, stages
+from mhc_jax.pipeline.handover import packed, unpacked
 from mhc_jax.pipeline.residuals import zeros
 from mhc_jax.pipeline.rings import added, run_or_skip
 from mhc_jax.pipeline.tables import Tables
@@ -31,7 +33,7 @@ Tree = Any
 def by_tables(
     model: ModelConfig,
     stage: stages.Stage,
-    streams: jax.ShapeDtypeStruct,
+    settled: Pending,
     trees: tuple[list[Tree], list[Tree], Tree],
     split: Tree,
     counts: list[jax.Array],
@@ -43,7 +45,7 @@ def by_tables(
     Args:
       model: of the run.
       stage: of each device.
-      streams: shape of a micro-batch's.
+      settled: shapes of what a stage hands on of a micro-batch.
       trees: parameters and state of the device's blocks, and the parameters beside the stack.
       split: the batch, with a first axis for micro-batches, and the weights of their losses.
       counts: blocks of each of this device's stages.
@@ -60,6 +62,7 @@ def by_tables(
     entering, leaving = beside.parts(model, shell)
     up = [(i, i + 1) for i in range(devices - 1)]
     down = [(i + 1, i) for i in range(devices - 1)]
+    streams = jax.eval_shape(packed, settled)
     nothing = zeros(streams)
 
     def of_chunk(chunk, trees):
@@ -73,7 +76,7 @@ def by_tables(
 
     def forward(chunk, changing, now):
         part = part_of(now["part"])
-        x = changing["streams"][now["read"]]
+        x = unpacked(changing["streams"][now["read"]], settled)
         if chunk == 0:
             x = run_or_skip(
                 now["is_first"] == 1,
@@ -83,13 +86,13 @@ def by_tables(
             )
         blocks = of_chunk(chunk, rows), of_chunk(chunk, state)
         y, kept, aux = stage.forward(*blocks, x, counts[chunk], changing["kept"], now["keep"])
-        done = changing | {"kept": kept, "out": y}
+        done = changing | {"kept": kept}
         if aux is not None:
             total = list(changing["aux"])
             total[chunk] = jax.tree.map(jnp.add, total[chunk], aux)
             done["aux"] = total
         if chunk < chunks - 1:
-            return done
+            return done | {"out": packed(y)}
 
         def finish(loss, head, y):
             def weighed(head, y):
@@ -99,10 +102,10 @@ def by_tables(
             value, (d_head, dy) = jax.value_and_grad(weighed, (0, 1))(leaving, y)
             return loss + value, added(head, d_head), dy
 
-        done["loss"], done["head"], done["out"] = run_or_skip(
+        done["loss"], done["head"], out = run_or_skip(
             now["is_last"] == 1, lambda *same: same, finish, changing["loss"], changing["head"], y
         )
-        return done
+        return done | {"out": packed(out)}
 
     def recompute(chunk, recomputed, kept, now):
         blocks = of_chunk(chunk, rows), of_chunk(chunk, state)
@@ -116,14 +119,14 @@ def by_tables(
             kept,
             now["back_keep"],
             recomputed,
-            cotangents[now["back_read"]],
+            unpacked(cotangents[now["back_read"]], settled),
             split["balance"][now["back_part"]],
             counts[chunk],
             total[chunk],
             changing["put_off"],
             now["back_put_off"],
         )
-        done = changing | {"rows": total, "put_off": put_off, "out": dx}
+        done = changing | {"rows": total, "put_off": put_off, "out": packed(dx)}
         if chunk == 0:
 
             def enter_back(entry, dx):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mhc_jax.connections import Pending
 from mhc_jax.pipeline.blocks import Blocks
 from mhc_jax.pipeline.residuals import Split, split_vjp
 from mhc_jax.pipeline.split_backward import Backward, Halves
@@ -16,37 +17,37 @@ class Units(NamedTuple):
     """The units of a stage.
 
     Attributes:
-      functions: of each unit, `(params, state, carry) -> ((carry, balance loss), reports)`.
-      splits: the same with their backward.
+      function: of every unit, `(params, state, carry) -> ((carry, balance loss), reports)`.
+      splits: of each unit, the same with its backward.
       end: the write that the last unit leaves pending, or None if it leaves none.
     """
 
-    functions: list[Callable]
+    function: Callable
     splits: list[Split]
     end: Split | None
 
 
 def traced(
-    blocks: Blocks, count: int, fixed: Tree, streams: jax.ShapeDtypeStruct, *, carries_pending: bool
+    blocks: Blocks, count: int, fixed: Tree, settled: Pending, *, carries_pending: bool
 ) -> Units:
     """Traces `count` units, those that are alike once.
 
     Args:
       blocks: of the model.
       fixed: shapes of the parameters and model states of one unit's blocks.
-      streams: shape of `[b, S, n*C]`.
+      settled: shapes of what the first one reads.
       carries_pending: whether a unit leaves its last write to the next one.
     """
     if not carries_pending:
-        unit = split_vjp(blocks.group, fixed, streams)
-        return Units([blocks.group] * count, [unit] * count, None)
+        unit = split_vjp(blocks.group, fixed, settled)
+        return Units(blocks.group, [unit] * count, None)
     others = count - 1
-    units = [split_vjp(blocks.first, fixed, streams)]
+    units = [split_vjp(blocks.run, fixed, settled)]
     pending = units[0].outputs[0]
     if others:
         units += [split_vjp(blocks.run, fixed, pending)] * others
-    end = split_vjp(lambda _, x: (blocks.finish(x), None), ((),), pending)
-    return Units([blocks.first, *[blocks.run] * others], units, end)
+    end = split_vjp(lambda _, x: (blocks.connection.settle(x), None), ((),), pending)
+    return Units(blocks.run, units, end)
 
 
 def halved(units: Sequence[Split], fixed: Tree) -> tuple[list[Halves], tuple[bool, ...]]:

@@ -88,6 +88,7 @@ EVERYTHING = {
     for name, split in itertools.product(SCHEDULES, (False, True))
     if (name, split) != ("gpipe", True)
 }
+LOOK_AHEAD = {"model.lookahead_pre": True}
 MANIFOLDS = ("identity", "lite", "kromhc", "orthogonal", "row_stochastic")
 # The model, then the schedules and meshes that one device's gradients are compared with.
 CASES = {
@@ -98,10 +99,35 @@ CASES = {
         (MOE4 | RESIDUAL, (
             (schedule("1f1b", split=True) | REMAT, {"pipe": 2, "expert": 2, "data": 2}),
         )),
+        (DENSE | LOOK_AHEAD | {"model.num_blocks": 3}, ((schedule("1f1b", split=True), {"pipe": 2}),)),
     ),
     **{f"{name}_{kind}": tuple(everything(fields, model))
        for name, fields in EVERYTHING.items()
        for kind, model in (("dense", DENSE), ("experts", MOE4))},
+    "look-ahead-dense": (
+        (DENSE | LOOK_AHEAD | {"model.num_blocks": 5}, tuple(
+            (fields | remat, {"pipe": 2, "fsdp": 2})
+            for fields in EVERYTHING.values() for remat in ({}, REMAT, FULL)
+        )),
+        (DENSE | LOOK_AHEAD | {"model.num_blocks": 17}, (
+            (schedule("1f1b", split=True), {"pipe": 8}),
+            (schedule("dualpipev", split=True) | REMAT, {"pipe": 8}),
+        )),
+        *((DENSE | LOOK_AHEAD | {"model.num_blocks": 3} | variant, ((schedule("1f1b"), {"pipe": 2}),))
+          for variant in ({"model.manifold": "lite"}, {"model.static_res": True},
+                          {"model.mhc_use_pre": False, "model.mhc_use_post": False})),
+    ),
+    "look-ahead-experts": (
+        # The first stage has a leading block alone.
+        (MOE4 | LOOK_AHEAD | {"model.num_blocks": 2}, (
+            (schedule("1f1b"), {"pipe": 2}),
+            (schedule("gpipe"), {"pipe": 2, "expert": 2, "data": 2}),
+        )),
+        (MOE4 | LOOK_AHEAD | {"model.n": 4, "model.num_blocks": 6}, tuple(
+            (fields | remat, {"pipe": 4 if num_stages(fields["pipe_schedule"], 4) == 4 else 2, "expert": 2})
+            for fields in EVERYTHING.values() for remat in ({}, REMAT, FULL)
+        )),
+    ),
     "others": (
         *((DENSE | {"model.num_blocks": 3} | variant, ((schedule("1f1b"), {"pipe": 2}),))
           for variant in (*({"model.manifold": name} for name in MANIFOLDS),
@@ -127,7 +153,7 @@ def mesh_of(config):
 
 
 def on_stages(config, state, batch):
-    """Loss, reports and gradients in the order of the model, and the program."""
+    """Loss, reports and gradients in the order of the model, sends as written, and the program."""
     mesh = mesh_of(config)
     pipeline = make_pipeline(config, mesh)
     layout = pipeline.layout
@@ -139,8 +165,10 @@ def on_stages(config, state, batch):
 
     batch = jax.device_put(batch, sharding.by_token(mesh))
     run = jax.jit(sharding.on_mesh(run, mesh))
-    program = run.lower(state.params, state.model_state, batch).compile()
-    return jax.device_get(program(state.params, state.model_state, batch)), program.as_text()
+    lowered = run.lower(state.params, state.model_state, batch)
+    written, program = lowered.as_text().count("collective_permute"), lowered.compile()
+    found = program(state.params, state.model_state, batch)
+    return jax.device_get(found), written, program.as_text()
 
 
 def check_gradients(model, cases):
@@ -153,12 +181,15 @@ def check_gradients(model, cases):
     (loss, aux), gradients = jax.device_get(one(state.params, state.model_state, batch))
     for fields, mesh in cases:
         config = make_config(model | PARTS | fields, mesh)
-        (got, reports, got_gradients), program = on_stages(config, state, batch)
+        (got, reports, got_gradients), written, program = on_stages(config, state, batch)
         found = check_equal((got, got_gradients), (loss, gradients), (fields, mesh), LIMIT)
         if aux is not None:
             close = functools.partial(np.testing.assert_allclose, rtol=LIMIT, atol=LIMIT / 10)
             jax.tree.map(close, reports, aux)
         sends = count_sends(program)
+        if config.pipe_schedule != "gpipe":  # one in each direction, in a V two
+            chunks = num_stages(config.pipe_schedule, mesh["pipe"]) // mesh["pipe"]
+            assert written == 2 * chunks, written
         # One that only some devices reach would hang.
         assert sends.total >= 1, sends
         assert sends.conditional == 0, sends
@@ -295,9 +326,9 @@ def trained(config, workdir):
     return state
 
 
-def check_checkpoints(folder):
+def check_checkpoints(folder, connection):
     """Runs with and without stages are equal, also where one goes on from the middle of the other."""
-    fields = DENSE | RESIDUAL | {"model.num_blocks": 4} | schedule("dualpipev") | {
+    fields = DENSE | connection | {"model.num_blocks": 4} | schedule("dualpipev") | {
         "steps": 4, "checkpoint_every": 2, "checkpoints_kept": 9, "data.source": "synthetic",
         "optimizer.accumulate_steps": 2, "eval_batches": 1, "tensorboard": False,
     }  # fmt: skip
@@ -325,7 +356,8 @@ def check_checkpoints(folder):
 
 if __name__ == "__main__":
     if sys.argv[1] == "checkpoint":
-        check_checkpoints(pathlib.Path(sys.argv[2]))
+        connection = {"residual": RESIDUAL, "look-ahead": LOOK_AHEAD}[sys.argv[3]]
+        check_checkpoints(pathlib.Path(sys.argv[2]), connection)
         sys.exit(print("all ok"))
     for model, cases in CASES[sys.argv[1]]:
         check_gradients(model, cases)

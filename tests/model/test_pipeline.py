@@ -5,10 +5,13 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import default
 from mhc_jax.config import from_dict
+from mhc_jax.connections import LookAheadMappings, Pending
+from mhc_jax.pipeline import handover
 from mhc_jax.pipeline.blocks import group_size
 from mhc_jax.pipeline.layout import check, head_cost, placement_of
 from mhc_jax.pipeline.schedule import SCHEDULES, make_schedule
@@ -30,7 +33,10 @@ PROGRAM = pathlib.Path(__file__).with_name("pipelines.py")
             for name in (*SCHEDULES, "1f1b_split", "dualpipev_split")
             for kind in ("dense", "experts")
         ),
-        pytest.param("others", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("look-ahead-dense", "look-ahead-experts", "others")
+        ),
     ],
 )
 def test_stages_equal_one_device(run_python, cases):
@@ -39,8 +45,9 @@ def test_stages_equal_one_device(run_python, cases):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_with_and_without_stages(run_python, tmp_path):
-    printed = run_python(PROGRAM, "checkpoint", str(tmp_path), devices=2)
+@pytest.mark.parametrize("connection", ["residual", "look-ahead"])
+def test_a_checkpoint_goes_on_with_and_without_stages(run_python, tmp_path, connection):
+    printed = run_python(PROGRAM, "checkpoint", str(tmp_path), connection, devices=2)
     assert printed.endswith("all ok\n")
 
 
@@ -139,20 +146,19 @@ EXPERTS = {
 
 
 def make_stage(fields, **options):
-    """A stage of two toy blocks, shapes of both, of streams and of the scalars that its functions take."""
+    """A stage of two toy blocks, shapes of both and of what it reads and hands on."""
     run = config(**TOY, **fields)
     state = jax.eval_shape(lambda: init_state(run))
     row, of_model = (
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree.get("blocks", {}))
         for tree in (state.params, state.model_state)
     )
-    model = run.model
-    streams = jax.ShapeDtypeStruct((1, 8, model.streams * model.width), model.activation_dtype)
-    stage = Stage(model, (2,), row, of_model, streams, **options)
-    return stage, ([row] * 2, [of_model] * 2), streams
+    settled = handover.shapes(run.model, 1, 8)
+    stage = Stage(run.model, (2,), row, of_model, settled, **options)
+    return stage, ([row] * 2, [of_model] * 2), settled
 
 
-def programs_of(stage, blocks, streams):
+def programs_of(stage, blocks, settled):
     """Those of forward, recompute, backward and matrices, and the shapes of their results, by name."""
     slot, balance = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
     kept, put_off = rings(stage.kept), rings(stage.put_off)
@@ -163,14 +169,14 @@ def programs_of(stage, blocks, streams):
 
     return {
         "forward": trace(
-            lambda p, s, x, *args: stage.forward(p, s, x, 2, *args), streams, kept, slot
+            lambda p, s, x, *args: stage.forward(p, s, x, 2, *args), settled, kept, slot
         ),
         "recompute": trace(lambda p, s, *args: stage.recompute(p, s, *args, 2), kept, slot),
         "backward": trace(
             lambda p, s, kept, slot, recomputed, dy, balance, *sums: stage.backward(
                 p, s, kept, slot, recomputed, dy, balance, 2, *sums
             ),
-            *(kept, slot, stage.recomputed, streams, balance, others, put_off, slot),
+            *(kept, slot, stage.recomputed, settled, balance, others, put_off, slot),
         ),
         "matrices": trace(
             lambda p, s, *args: stage.matrices(p, s, *args[:-1], 2, args[-1]),
@@ -185,19 +191,19 @@ def test_recomputation_needs_no_cotangent(policy, operand_dtypes):
     products, found = {}, {}
     for split in (False, True):
         fields = {"model.connection": "residual", "model.remat": policy}
-        stage, blocks, streams = make_stage(fields, split_backward=split)
-        programs = programs_of(stage, blocks, streams)
+        stage, blocks, settled = make_stage(fields, split_backward=split)
+        programs = programs_of(stage, blocks, settled)
         products[split] = {
             name: len(operand_dtypes(program.jaxpr)) for name, (program, _) in programs.items()
         }
         found[split] = {name: results for name, (_, results) in programs.items()}
         y, kept, _ = found[split]["forward"]
-        assert shapes_of((y, kept)) == shapes_of((streams, rings(stage.kept)))
+        assert shapes_of((y, kept)) == shapes_of((settled, rings(stage.kept)))
         assert shapes_of(found[split]["recompute"]) == shapes_of(stage.recomputed)
         assert bool(stage.recomputed) == (policy != "none")
         gradients, dx, put_off = found[split]["backward"]
         others, of_matrices = stage.parts(blocks[0])
-        wanted = list(others), streams, rings(stage.put_off)
+        wanted = list(others), settled, rings(stage.put_off)
         assert shapes_of((gradients, dx, put_off)) == shapes_of((wide(wanted[0]), *wanted[1:]))
         assert bool(stage.put_off) == split
         if split:
@@ -216,9 +222,37 @@ def test_recomputation_needs_no_cotangent(policy, operand_dtypes):
 
 def test_streams_are_kept_once():
     """What the last sublayer of a block has written is what the first of the next one reads."""
-    stage, _, streams = make_stage({"model.remat": "none"})
+    stage, _, settled = make_stage({"model.remat": "none"})
     # Two sublayers of two blocks. The last write of all is done at once.
-    assert [x.shape for x in stage.kept].count(streams.shape) == 2 * 2
+    assert [x.shape for x in stage.kept].count(settled.streams.shape) == 2 * 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_handed_on_travels_as_it_is(dtype):
+    """Bit by bit, as one array: float32 numbers beside bfloat16 streams, also those that look like NaN."""
+    fields = {"model.lookahead_pre": True, "model.n": 3, "model.width": 6, "model.num_heads": 1}
+    model = config(**fields, **{"model.dtype": dtype}).model
+    like = handover.shapes(model, 2, 7)
+    assert shapes_of(like) == Pending(
+        ((2, 7, 18), jnp.dtype(dtype)),
+        None,
+        LookAheadMappings(None, None, ((2, 7, 3), jnp.dtype(jnp.float32))),
+    )
+    assert handover.num_bytes(model, 14) == num_bytes(jax.tree.leaves(like))
+    rng = np.random.default_rng(0)
+    bits = jax.tree.map(
+        lambda x: rng.integers(0, 256, (*x.shape, x.dtype.itemsize), np.uint8), like
+    )
+    handed = jax.tree.map(lambda x, b: jax.lax.bitcast_convert_type(b, x.dtype), like, bits)
+    sent = jax.jit(handover.packed)(handed)
+    assert sent.shape == (2, 7, 18 + 3 * 4 // jnp.dtype(dtype).itemsize)
+    got = jax.jit(lambda x: handover.unpacked(x, like))(sent)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(handed), strict=True):
+        assert (x.shape, x.dtype, x.tobytes()) == (y.shape, y.dtype, y.tobytes())
+    streams = handed.streams
+    plain = Pending(streams, None, None)
+    assert handover.packed(plain) is streams
+    assert handover.unpacked(streams, plain).streams is streams
 
 
 def num_bytes(shapes):
