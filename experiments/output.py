@@ -24,10 +24,19 @@ def shape_of(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name not in OPTIONS}
 
 
-def write(options: argparse.Namespace, question: str, payload: dict[str, Any]) -> None:
-    """Writes the result where it was asked for, with the environment of this process, and says where."""
+def write(
+    options: argparse.Namespace,
+    question: str,
+    payload: dict[str, Any],
+    *,
+    device: str | None = None,
+) -> None:
+    """Writes the result where it was asked for, with the environment of this process, and says where.
+
+    `device`: slug of the device that it is about; by default this machine's.
+    """
     if options.record:
-        print(f"wrote {record.write(question, payload)}", flush=True)
+        print(f"wrote {record.write(question, payload, device=device)}", flush=True)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         content = {"environment": record.environment(), **payload}

@@ -26,7 +26,7 @@ import jax
 
 from mhc_jax.writers import jsonable
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "triton", "jax-triton", "libtpu")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "triton", "jax-triton", "libtpu", "jax-cuda13-pjrt")
 FOLDER = pathlib.Path(__file__).parent
 # Set these when you copy the tree without git: the commit that was copied, and MHC_DIRTY=1 if it was changed.
 COMMIT_VARIABLE, DIRTY_VARIABLE = "MHC_COMMIT", "MHC_DIRTY"

@@ -1,6 +1,7 @@
-"""Counts in the text of a compiled pipeline how many of its sends products hide, and what its ticks copy."""
+"""Counts in the text of a compiled pipeline how many of its sends products hide, and what a tick moves."""
 
 import re
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from experiments.pod_plan.text import Instruction, arrays, num_bytes, parse
@@ -40,6 +41,19 @@ def _reached(names: set[str], computations) -> set[str]:
     return found
 
 
+class RingBytes(NamedTuple):
+    """Bytes that a tick moves between ring buffers and other arrays.
+
+    Attributes:
+      written: put into a slot.
+      copied_out: taken out of a slot by an operation that does nothing else with it: a copy that a product
+        reads in the place of the slot.
+    """
+
+    written: float
+    copied_out: float
+
+
 def count_copies(text: str, apart: tuple[tuple[int, ...], ...] = ()) -> dict[str, float]:
     """Bytes that the program of a tick copies of the arrays that all ticks hand on, by dtype and shape.
 
@@ -51,12 +65,8 @@ def count_copies(text: str, apart: tuple[tuple[int, ...], ...] = ()) -> dict[str
       apart: shapes that do not count.
     """
     computations, _ = parse(text)
-    loops = [i for body in computations.values() for i in body.values() if i.opcode == "while"]
     found: dict[str, float] = {}
-    for loop in loops:
-        body = loop.called("body")
-        if not any(i.opcode == "conditional" for i in computations[body].values()):
-            continue  # not the ticks
+    for loop, body in _ticks(computations):
         handed_on = {array[:2] for array in arrays(loop.type) if array[1] and array[1] not in apart}
         for name in _reached({body}, computations):
             for copy in computations[name].values():
@@ -67,6 +77,68 @@ def count_copies(text: str, apart: tuple[tuple[int, ...], ...] = ()) -> dict[str
                     key = f"{dtype}{[*shape]}"
                     found[key] = found.get(key, 0) + num_bytes(copy.type)
     return found
+
+
+def count_rings(text: str, shapes: Sequence[tuple[int, ...]]) -> RingBytes:
+    """Bytes that a tick puts into ring buffers and copies out of them.
+
+    Of the branches of a conditional the one with the most counts: a device has work in this tick, and all
+    blocks of the longest stage.
+
+    Args:
+      text: `compiled.as_text()`, with one loop over ticks.
+      shapes: of the ring buffers, slots first.
+    """
+    computations, _ = parse(text)
+
+    def is_ring(instruction):
+        found = [shape for _, shape, _ in arrays(instruction.type)]
+        return len(found) == 1 and found[0] in shapes
+
+    def moved(name, is_fused):
+        body = computations[name]
+        written = sum(
+            num_bytes(body[i.operands[1]].type)
+            for i in body.values()
+            if i.opcode == "dynamic-update-slice" and is_ring(i)
+        )
+        copied_out = sum(
+            num_bytes(i.type)
+            for i in (_results(body) if is_fused else body.values())
+            if i.opcode == "dynamic-slice" and is_ring(body[i.operands[0]])
+        )
+        for i in body.values():
+            inner = [moved(other, i.opcode == "fusion") for other in _called(i, computations)]
+            if inner:
+                of_them = max if i.opcode == "conditional" else sum
+                written += of_them(each.written for each in inner)
+                copied_out += of_them(each.copied_out for each in inner)
+        return RingBytes(written, copied_out)
+
+    [body] = [body for _, body in _ticks(computations)]
+    return moved(body, False)
+
+
+def _ticks(computations) -> Iterator[tuple[Instruction, str]]:
+    """The loop over the ticks and the name of its body: a loop with conditionals."""
+    for computation in computations.values():
+        for loop in computation.values():
+            if loop.opcode != "while":
+                continue
+            body = loop.called("body")
+            if any(i.opcode == "conditional" for i in computations[body].values()):
+                yield loop, body
+
+
+def _results(fused) -> Iterator[Instruction]:
+    """What a fusion writes, seen through changes of shape."""
+    left = [i for i in fused.values() if i.is_root]
+    while left:
+        instruction = left.pop()
+        if instruction.opcode in ("tuple", "bitcast", "reshape", "copy", "transpose"):
+            left += [fused[name] for name in instruction.operands]
+        else:
+            yield instruction
 
 
 def count_sends(text: str) -> Sends:

@@ -3,6 +3,7 @@
 Command:  python -m experiments.pipeline_speed                 (4 GPUs of one host; some minutes)
           python -m experiments.pipeline_speed --toy           (anywhere, on 4 simulated devices)
           python -m experiments.pipeline_speed --split_backward (each arm once more, with pipe_split_backward)
+          python -m experiments.pipeline_speed.programs (what its programs move, without a GPU)
 Result:   a line an arm: milliseconds of a step beside the ideal (all work of the busiest device, no wait) and
           beside the plan, and what the transfers add; JSON with --output or --record.
 
@@ -22,7 +23,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 # Transfers run beside products. Before jax starts, and an outer setting wins.
@@ -37,13 +38,13 @@ if "--toy" in sys.argv:
 import jax
 import numpy as np
 
-from configs import default
 from experiments import cli, output
 from experiments.pipeline_plan.hidden import count_copies, count_sends
+from experiments.pipeline_speed import settings
 from experiments.pipeline_speed.stage_times import measured_times, transfer_seconds
 from experiments.timing import random_batch, time_step_ms
 from mhc_jax import sharding
-from mhc_jax.config import Config, from_dict
+from mhc_jax.config import Config
 from mhc_jax.pipeline import execute, make_schedule
 from mhc_jax.pipeline.timeline import StageTimes, simulate
 from mhc_jax.train_step import (
@@ -56,64 +57,25 @@ from mhc_jax.train_step import (
 )
 
 TINY = 128  # entries of a row that "tiny sends" moves
-TOY = {
-    "num_blocks": 4, "width": 32, "num_heads": 2, "ffn_width": 64, "sequence_length": 16,
-    "vocab_size": 64, "microbatches": [8], "timed": 2,
-}  # fmt: skip
+TOY = settings.TOY | {"timed": 2}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(prog="python -m experiments.pipeline_speed", description=__doc__)
-    parser.add_argument("--toy", action="store_true", help="small, on simulated devices")
-    parser.add_argument("--pipe", type=cli.positive, default=4, help="devices along the pipeline")
-    parser.add_argument("--microbatches", type=cli.positive, nargs="+", default=[8, 32])
-    parser.add_argument("--schedules", nargs="+", default=["1f1b"])
-    parser.add_argument(
-        "--split_backward",
-        action="store_true",
-        help="each arm with and without pipe_split_backward",
-    )
-    parser.add_argument("--connections", nargs="+", default=["residual", "mhc"])
-    parser.add_argument("--sequences", type=cli.positive, default=1, help="of a micro-batch")
-    parser.add_argument("--num_blocks", type=cli.positive, default=24, help="attention + FFN each")
-    parser.add_argument("--width", type=cli.positive, default=2048, help="C")
-    parser.add_argument("--num_heads", type=cli.positive, default=16, help="a divisor of the width")
-    parser.add_argument(
-        "--ffn_width", type=cli.positive, default=6144, help="hidden entries of SwiGLU"
-    )
-    parser.add_argument("--sequence_length", type=cli.positive, default=4096, help="tokens")
-    parser.add_argument("--vocab_size", type=cli.positive, default=32768, help="of random tokens")
-    parser.add_argument("--remat", default="none", help="none | mhc | full")
+    settings.add_arguments(parser, toy="small, on simulated devices", microbatches=[8, 32])
     parser.add_argument("--timed", type=cli.positive, default=8, help="steps that are timed")
     output.add_arguments(parser)
-    options = parser.parse_args()
-    if options.toy:
-        for name, value in TOY.items():
-            if getattr(options, name) == parser.get_default(name):
-                setattr(options, name, value)
-    return options
+    return settings.parse(parser, TOY)
 
 
-def make_config(
-    options: argparse.Namespace, connection: str, schedule: str, parts: int, splits: bool = False
-) -> Config:
-    values = default.get_config()
-    values.pipe_split_backward = splits
-    values.batch_size = options.sequences * parts
-    values.optimizer.accumulate_steps = parts
-    values.pipe_schedule = schedule
-    values.mesh.pipe, values.mesh.data = options.pipe, 1
-    values.data.sequence_length = options.sequence_length
-    values.model.connection, values.model.remat = connection, options.remat
-    for name in ("num_blocks", "width", "num_heads", "ffn_width", "vocab_size"):
-        values.model[name] = getattr(options, name)
-    return from_dict(values)
-
-
-def tiny_send(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
+def tiny_send(sent: Any, pairs: list[tuple[int, int]]) -> Any:
     """Sends the first entries of each row and keeps the rest: devices wait as for the whole."""
-    few = jax.lax.ppermute(x[..., :TINY], execute.AXIS, pairs)
-    return x.at[..., :TINY].set(few)
+
+    def send(x):
+        few = jax.lax.ppermute(x[..., :TINY], execute.AXIS, pairs)
+        return x.at[..., :TINY].set(few)
+
+    return jax.tree.map(send, sent)
 
 
 @dataclasses.dataclass
@@ -198,7 +160,7 @@ def time_steps(config: Config, mesh, compiled, timed: int, init: Callable[[], Tr
 def measure(config: Config, mesh, shared: Parts, steps: Steps, timed: int) -> Arm:
     schedule, parts = config.pipe_schedule, config.optimizer.accumulate_steps
     splits = config.pipe_split_backward
-    arm = Arm(config.model.connection, schedule, splits, parts)
+    arm = Arm(settings.connection_of(config.model), schedule, splits, parts)
     timeline = simulate(
         make_schedule(schedule, mesh.shape["pipe"], parts, splits), shared.times, shared.transfer
     )
@@ -246,7 +208,7 @@ def main() -> None:
     wanted = itertools.product(options.schedules, options.microbatches, options.connections, kinds)
     try:
         todo = [
-            make_config(options, connection, schedule, parts, splits)
+            settings.make_config(options, connection, schedule, parts, splits)
             for schedule, parts, connection, splits in wanted
         ]
         mesh = sharding.make_mesh(todo[0].mesh, jax.devices()[: options.pipe])
@@ -258,7 +220,7 @@ def main() -> None:
     print(f"{len(compiled)} arms compiled", file=sys.stderr, flush=True)
     arms, shared = [], {}
     for config, steps in zip(todo, compiled, strict=True):
-        key = config.pipe_schedule, config.model.connection, config.pipe_split_backward
+        key = config.pipe_schedule, config.model, config.pipe_split_backward
         if key not in shared:
             shared[key] = measure_parts(config, mesh, options.timed)
         arm = measure(config, mesh, shared[key], steps, options.timed)

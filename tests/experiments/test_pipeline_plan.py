@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.pipeline_plan.costs import BlockTimes, stage_times
-from experiments.pipeline_plan.hidden import count_copies, count_sends
+from experiments.pipeline_plan.costs import BlockTimes, connection_elements, stage_times
+from experiments.pipeline_plan.hidden import count_copies, count_rings, count_sends
 from mhc_jax.pipeline import make_schedule, place
 from mhc_jax.pipeline.layout import block_flops
 from mhc_jax.pipeline.timeline import StageTimes, simulate
@@ -130,6 +130,25 @@ def test_the_command(tmp_path):
     assert messages[10] == ["bad input: --links=: give numbers, in GB/s"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "elements"),
+    [
+        ({"connection": "residual"}, (3, 3)),
+        ({"n": 4}, (18, 27)),
+        ({"n": 4, "lookahead_pre": True}, (10, 15)),
+    ],
+)
+def test_what_connections_move(fields, elements):
+    """In C a token and sublayer, forward and backward, as in the cost models of the kernels."""
+    from configs import default
+    from mhc_jax.config import from_dict
+
+    values = default.get_config()
+    values.model.update(fields)
+    model = from_dict(values).model
+    assert connection_elements(model) == tuple(count * model.width for count in elements)
+
+
 def test_flops_of_a_block_are_those_of_its_active_parameters():
     from configs import paper_27b
     from mhc_jax.config import from_dict
@@ -223,3 +242,74 @@ def test_copies_of_a_tick_are_counted():
     assert count_copies(TICKS) == {"f32[3, 8]": 96, "f32[8]": 32}
     assert count_copies(TICKS, apart=((8,),)) == {"f32[3, 8]": 96}
     assert count_copies(TICKS.replace("conditional(", "call(")) == {}
+
+
+SLOTS = """
+HloModule jit_step, is_scheduled=true
+
+%put (p.0: f32[3,8], p.1: f32[8], p.2: s32[]) -> f32[3,8] {
+  %p.0 = f32[3,8]{1,0} parameter(0)
+  %p.1 = f32[8]{0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %new = f32[1,8]{1,0} bitcast(%p.1)
+  %zero = s32[] constant(0)
+  ROOT %put.1 = f32[3,8]{1,0} dynamic-update-slice(%p.0, %new, %p.2, %zero)
+}
+
+%take (t.0: f32[3,8], t.1: s32[]) -> (f32[8], f32[8]) {
+  %t.0 = f32[3,8]{1,0} parameter(0)
+  %t.1 = s32[] parameter(1)
+  %zero.1 = s32[] constant(0)
+  %slot = f32[1,8]{1,0} dynamic-slice(%t.0, %t.1, %zero.1), dynamic_slice_sizes={1,8}
+  %whole = f32[8]{0} bitcast(%slot)
+  %twice = f32[8]{0} add(%whole, %whole)
+  ROOT %both = (f32[8]{0}, f32[8]{0}) tuple(%whole, %twice)
+}
+
+%run (r: (f32[3,8], f32[5,8], s32[])) -> f32[3,8] {
+  %r = (f32[3,8]{1,0}, f32[5,8]{1,0}, s32[]) parameter(0)
+  %ring = f32[3,8]{1,0} get-tuple-element(%r), index=0
+  %slot.1 = s32[] get-tuple-element(%r), index=2
+  %other = f32[5,8]{1,0} get-tuple-element(%r), index=1
+  %of_other = f32[1,8]{1,0} dynamic-slice(%other, %slot.1, %slot.1), dynamic_slice_sizes={1,8}
+  %taken = (f32[8]{0}, f32[8]{0}) fusion(%ring, %slot.1), kind=kLoop, calls=%take
+  %x = f32[8]{0} get-tuple-element(%taken), index=0
+  %once = f32[3,8]{1,0} fusion(%ring, %x, %slot.1), kind=kLoop, calls=%put
+  ROOT %again = f32[3,8]{1,0} dynamic-update-slice(%once, %of_other, %slot.1, %slot.1)
+}
+
+%skip (s: (f32[3,8], f32[5,8], s32[])) -> f32[3,8] {
+  %s = (f32[3,8]{1,0}, f32[5,8]{1,0}, s32[]) parameter(0)
+  %ring.1 = f32[3,8]{1,0} get-tuple-element(%s), index=0
+  %slot.2 = s32[] get-tuple-element(%s), index=2
+  %y = f32[8]{0} constant(0)
+  ROOT %left = f32[3,8]{1,0} fusion(%ring.1, %y, %slot.2), kind=kLoop, calls=%put
+}
+
+%tick (t: (f32[3,8], f32[5,8], s32[])) -> (f32[3,8], f32[5,8], s32[]) {
+  %t = (f32[3,8]{1,0}, f32[5,8]{1,0}, s32[]) parameter(0)
+  %slot.3 = s32[] get-tuple-element(%t), index=2
+  %other.1 = f32[5,8]{1,0} get-tuple-element(%t), index=1
+  %made = f32[3,8]{1,0} conditional(%slot.3, %t, %t), branch_computations={%skip, %run}
+  ROOT %next = (f32[3,8]{1,0}, f32[5,8]{1,0}, s32[]) tuple(%made, %other.1, %slot.3)
+}
+
+%more (m: (f32[3,8], f32[5,8], s32[])) -> pred[] {
+  %m = (f32[3,8]{1,0}, f32[5,8]{1,0}, s32[]) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (begin: (f32[3,8], f32[5,8], s32[])) -> (f32[3,8], f32[5,8], s32[]) {
+  %begin = (f32[3,8]{1,0}, f32[5,8]{1,0}, s32[]) parameter(0)
+  ROOT %end = (f32[3,8]{1,0}, f32[5,8]{1,0}, s32[]) while(%begin), condition=%more, body=%tick
+}
+"""
+
+
+def test_bytes_of_ring_buffers_are_counted():
+    """Of the branch with more: both ways to write, and the slot that is given as it is."""
+    assert count_rings(SLOTS, {(3, 8)}) == (2 * 32, 32)
+    assert count_rings(SLOTS, {(5, 8)}) == (0, 32)
+    only_doubled = SLOTS.replace("%both = (f32[8]{0}, f32[8]{0}) tuple(%whole, %twice)",
+                                 "%both = (f32[8]{0}, f32[8]{0}) tuple(%twice, %twice)")  # fmt: skip
+    assert count_rings(only_doubled, {(3, 8)}) == (2 * 32, 0)

@@ -1,10 +1,14 @@
-"""Stage times that the plan of a pipeline is made from."""
+"""Stage times that the plan of a pipeline is made from, and what its compiled programs move."""
 
+import json
 import os
+import pathlib
+import subprocess
 import sys
 
 import jax
 import numpy as np
+import pytest
 
 from kernels_pallas.sharding import first_device
 from mhc_jax.pipeline import stages
@@ -19,7 +23,7 @@ def test_every_stage_has_measured_times(monkeypatch):
     for name, value in pipeline_speed.TOY.items():
         setattr(options, name, value)
     options.num_blocks, options.pipe = 2, 2
-    config = pipeline_speed.make_config(options, "mhc", "1f1b", 2)
+    config = pipeline_speed.settings.make_config(options, "mhc", "1f1b", 2)
     devices, stage = [], stages.Stage
 
     def make_stage(*args, **options):
@@ -32,3 +36,60 @@ def test_every_stage_has_measured_times(monkeypatch):
     assert np.all(times.backward > 0)
     assert list(times.head > 0) == [False, True]
     assert devices == jax.devices()[:1], "or attention keeps what the one of another platform needs"
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # the import adds to it
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    from experiments.pipeline_speed import programs
+
+    return programs
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--schedules", "gpipe"], "bad input: --schedules=gpipe: autodiff decides what waits"),
+        (["--num_blocks", "3"], "bad input: mesh.pipe=4 under 1f1b has 4 stages, the model 3 blocks"),
+        ([], "jax has no compiler for NVIDIA GPUs here: pip install --no-deps jax-cuda13-pjrt=="),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compiled_is_named(programs, monkeypatch, flags, message):
+    def no_plugin(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(programs.topologies, "get_topology_desc", no_plugin)
+    monkeypatch.setattr(sys, "argv", ["programs", "--toy", *flags])
+    with pytest.raises(SystemExit) as stop:
+        programs.main()
+    assert str(stop.value).startswith(message)
+    assert "\n" not in str(stop.value)
+
+
+PLUGIN = os.environ.get("CUDA_PLUGIN", "")
+
+
+@pytest.mark.gpu_compiler
+@pytest.mark.skipif(
+    not PLUGIN or not pathlib.Path(PLUGIN, "jax_plugins").exists(),
+    reason="no compiler for CUDA: pip install --no-deps --target FOLDER jax-cuda13-pjrt, CUDA_PLUGIN=FOLDER",
+)
+def test_a_tick_on_gpus_writes_what_is_kept_and_copies_nothing(tmp_path):
+    root = pathlib.Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(root), PLUGIN))
+    output = tmp_path / "programs.json"
+    command = [sys.executable, "-m", "experiments.pipeline_speed.programs", "--toy"]
+    done = subprocess.run(
+        [*command, "--connections", "residual", "--output", str(output)],
+        env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr[-3000:]
+    assert "compiling arm 1 of 1" in done.stderr
+    [arm] = json.loads(output.read_text())["programs"]
+    # Of a block: its input and the second sublayer's, queries, keys, values and output of attention, all C
+    # bfloat16 entries of 16 tokens, gate and up of 2 C each; a float32 number for both norms and two heads.
+    assert arm["written_GB"] * 1e9 == 16 * (2 * (2 + 4 + 4) * 32 + 4 * (2 + 2))
+    assert arm["copied_GB"] == 0
+    assert (arm["sends"], arm["hidden_sends"]) == (2, 2)

@@ -26,11 +26,13 @@ if WIDE:
 
 from eight_devices import DENSE, MOE, batch_of, check_equal, make_config, randomized
 
-from experiments.pipeline_plan.hidden import count_copies, count_sends
+from experiments.pipeline_plan.costs import stage_of
+from experiments.pipeline_plan.hidden import count_copies, count_rings, count_sends
 from mhc_jax import fused_attention, preemption, sharding, train
 from mhc_jax.config import ModelConfig
-from mhc_jax.pipeline import SCHEDULES, Layout
+from mhc_jax.pipeline import SCHEDULES, Layout, make_schedule, placement_of
 from mhc_jax.pipeline.schedule import num_stages
+from mhc_jax.pipeline.tables import make_tables
 from mhc_jax.train_step import (
     abstract_batch,
     abstract_state,
@@ -265,8 +267,15 @@ def check_copies():
     batch = abstract_batch(config)
     lowered = run.lower(state.params, state.model_state, batch)
     streams = 4, 8, config.model.width
-    found = count_copies(lowered.compile().as_text(), apart=(streams,))
+    text = lowered.compile().as_text()
+    found = count_copies(text, apart=(streams,))
     assert not found, found
+    # Each of the two stages of a device puts once in a slot what it keeps.
+    counts = placement_of(config, 2).counts
+    kept = stage_of(config.model, counts, *streams[:2], split_backward=False).kept
+    slots = make_tables(make_schedule("dualpipev", 2, 4)).num_kept
+    written = count_rings(text, {(slots, *x.shape) for x in kept}).written
+    assert written == 2 * sum(x.size * x.dtype.itemsize for x in kept), written
     made_by, choices = {}, 0
     for name, operation, line in re.findall(r"(%\w+)(?::\d+)? = (\S+)(.*)", lowered.as_text()):
         if operation.startswith('"stablehlo.case"'):
