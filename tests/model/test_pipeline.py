@@ -64,10 +64,18 @@ def test_a_checkpoint_goes_on_with_and_without_stages(run_python, tmp_path, conn
                 "v5p:2x2x1,dualpipev,none",
                 "v5p:2x2x1,1f1b,none,split",
                 "v6e:2x2,dualpipev,full,split",
+                "v5p:2x2x1,1f1b,full,,look-ahead",
             ],
             # The second half of a split backward is beside cotangents, or in front of them. In a V each work
             # has a conditional a stage of the device.
-            ["2 2 0 1 1", "4 4 0 2 2 4 4", "4 4 0 2 2 2 2", "2 2 0 1 2", "4 4 0 2 2 6 6"],
+            [
+                "2 2 0 1 1",
+                "4 4 0 2 2 4 4",
+                "4 4 0 2 2 2 2",
+                "2 2 0 1 2",
+                "4 4 0 2 2 6 6",
+                "2 2 0 1 2",
+            ],
             marks=pytest.mark.slow,
         ),
     ],

@@ -18,9 +18,15 @@ FIELDS = {
 }  # fmt: skip
 
 
-def count(topology, name, policy, split=""):
+def count(topology, name, policy, split="", look_ahead=""):
     values = default.get_config()
     fields = {"pipe_schedule": name, "pipe_split_backward": bool(split), "model.remat": policy}
+    if look_ahead:
+        fields |= {
+            "model.connection": "mhc",
+            "model.lookahead_pre": True,
+            "model.implementation": "xla",
+        }
     values.update_from_flattened_dict(FIELDS | fields)
     values.model.num_blocks = num_stages(name, values.mesh.pipe)
     config = from_dict(values)
