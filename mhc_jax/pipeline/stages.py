@@ -242,6 +242,7 @@ class Stage:
                 return carry, added(total, gradient), put_in_order(put_off, slots[1], of_unit)
 
             def skip(carry, total, put_off, rings, fixed, slots, index=index):
+                # The derivative of `_started` is the same for all values.
                 if index == 0 and self._carries_pending:
                     _, vjp = jax.vjp(functools.partial(self._started, 0), zeros(self._settled))
                     [carry] = vjp(carry)
