@@ -21,9 +21,17 @@ def run_or_skip(condition: jax.Array, skip: Callable, run: Callable, *operands):
     return jax.lax.switch(condition.astype(jnp.int32), [skip, run], *operands)
 
 
+def put(ring: jax.Array, slot: jax.Array, array: jax.Array) -> jax.Array:
+    """The ring buffer with an array in a slot, which must be there.
+
+    Not `ring.at[slot].set(array)`: that asks whether the slot is there, and so reads all that lies in it.
+    """
+    return jax.lax.dynamic_update_index_in_dim(ring, array, slot, 0)
+
+
 def put_in(rings: dict[int, jax.Array], slot: jax.Array, arrays: dict) -> dict[int, jax.Array]:
     """Ring buffers with the array of the same place in a slot, where there is one."""
-    return {j: ring.at[slot].set(arrays[j]) if j in arrays else ring for j, ring in rings.items()}
+    return {j: put(ring, slot, arrays[j]) if j in arrays else ring for j, ring in rings.items()}
 
 
 def put_in_order(rings: Rings, slot: jax.Array, arrays: Sequence[jax.Array]) -> Rings:

@@ -24,7 +24,7 @@ from mhc_jax.connections import Pending
 from mhc_jax.pipeline import beside, stages
 from mhc_jax.pipeline.handover import packed, unpacked
 from mhc_jax.pipeline.residuals import zeros
-from mhc_jax.pipeline.rings import added, run_or_skip
+from mhc_jax.pipeline.rings import added, put, run_or_skip
 from mhc_jax.pipeline.tables import Tables
 
 Tree = Any
@@ -186,11 +186,11 @@ def by_tables(
                 now["back_run"], recompute, zeros(stage.recomputed), ahead["kept"], now
             )
         (above, below), (out, recomputed) = _behind(arriving, (out, recomputed))
-        cotangents = carry["cotangents"].at[now["back_from_above"]].set(above)
+        cotangents = put(carry["cotangents"], now["back_from_above"], above)
         if chunks > 1:
-            cotangents = cotangents.at[now["back_from_below"]].set(below)
-            cotangents = cotangents.at[now["back_turned"]].set(sent)
-        cotangents = cotangents.at[now["loss"]].set(out)
+            cotangents = put(cotangents, now["back_from_below"], below)
+            cotangents = put(cotangents, now["back_turned"], sent)
+        cotangents = put(cotangents, now["loss"], out)
         arriving = send(out, down) if chunks > 1 else None, send(out, up)
         behind = of_its_chunk(
             now["back_run"],
@@ -203,10 +203,10 @@ def by_tables(
         )
         made = behind.pop("out")
         (above, below), made = _behind(arriving, made)
-        waiting = ahead["streams"].at[now["from_below"]].set(below)
+        waiting = put(ahead["streams"], now["from_below"], below)
         if chunks > 1:
-            waiting = waiting.at[now["from_above"]].set(above)
-            waiting = waiting.at[now["turned"]].set(out)
+            waiting = put(waiting, now["from_above"], above)
+            waiting = put(waiting, now["turned"], out)
         carry = {
             "ahead": ahead | {"streams": waiting},
             "behind": behind,

@@ -14,6 +14,7 @@ from mhc_jax.connections import LookAheadMappings, Pending
 from mhc_jax.pipeline import handover
 from mhc_jax.pipeline.blocks import group_size
 from mhc_jax.pipeline.layout import check, head_cost, placement_of
+from mhc_jax.pipeline.rings import put
 from mhc_jax.pipeline.schedule import SCHEDULES, make_schedule
 from mhc_jax.pipeline.stages import Stage
 from mhc_jax.pipeline.tables import make_tables
@@ -226,6 +227,15 @@ def test_recomputation_needs_no_cotangent(policy, operand_dtypes):
     assert halves["backward"] + halves["matrices"] == whole["backward"]
     assert all(leaf.ndim > 1 for leaf in jax.tree.leaves(of_matrices))
     assert all(leaf.ndim == 1 for leaf in jax.tree.leaves(others))
+
+
+def test_to_put_into_a_slot_reads_nothing_of_it():
+    """`ring.at[slot].set(x)` reads what lies there, in case that the slot is not: a third more bytes."""
+    ring, x = jnp.ones((3, 5, 7)), jnp.full((5, 7), 2.0)
+    np.testing.assert_array_equal(put(ring, jnp.int32(1), x), ring.at[1].set(2))
+    program = str(jax.make_jaxpr(put)(ring, jnp.int32(1), x))
+    assert "dynamic_update_slice" in program
+    assert "scatter" not in program
 
 
 def test_streams_are_kept_once():
