@@ -22,12 +22,14 @@ class Event(NamedTuple):
       kernel: as the device calls it.
       instruction: of the compiled program, "" if unknown.
       start, end: microseconds.
+      device: that ran it, "" if unknown.
     """
 
     kernel: str
     instruction: str
     start: float
     end: float
+    device: str = ""
 
 
 class Row(NamedTuple):
@@ -152,7 +154,8 @@ def _read(path: pathlib.Path) -> Iterable[Event]:
                 instruction = str(dict(event.stats).get("hlo_op", ""))
                 if devices or instruction:
                     start = event.start_ns / 1e3
-                    yield Event(event.name, instruction, start, start + event.duration_ns / 1e3)
+                    end = start + event.duration_ns / 1e3
+                    yield Event(event.name, instruction, start, end, plane.name)
 
 
 def _record_with_torch(run: Callable[[], None]) -> list[Event]:

@@ -3,6 +3,7 @@
 Command:  python -m experiments.pipeline_speed                 (4 GPUs of one host; some minutes)
           python -m experiments.pipeline_speed --toy           (anywhere, on 4 simulated devices)
           python -m experiments.pipeline_speed --split_backward (each arm once more, with pipe_split_backward)
+          python -m experiments.pipeline_speed --profile (where each device spends a step)
           python -m experiments.pipeline_speed.programs (what its programs move, without a GPU)
 Result:   a line an arm: milliseconds of a step beside the ideal (all work of the busiest device, no wait) and
           beside the plan, and what the transfers add; JSON with --output or --record.
@@ -13,7 +14,8 @@ micro-batches. "tiny sends" is the same program that sends 128 entries of a row 
 the same work and the same waiting, so the difference is what the transfers cost. "hidden sends" have the
 products of a tick between their start and their end in the program. The JSON has besides what a device keeps
 for backwards to come (activations_GiB) and what the program of a tick copies of the arrays that it should
-change where they lie (copied_MiB; of all branches, streams are part of it).
+change where they lie (copied_MiB; of all branches, streams are part of it). --profile adds what the kernels
+of one more step did, by device, and how long no kernel ran but transfers.
 """
 
 import argparse
@@ -40,7 +42,7 @@ import numpy as np
 
 from experiments import cli, output
 from experiments.pipeline_plan.hidden import count_copies, count_sends
-from experiments.pipeline_speed import settings
+from experiments.pipeline_speed import kernels, settings
 from experiments.pipeline_speed.stage_times import measured_times, transfer_seconds
 from experiments.timing import random_batch, time_step_ms
 from mhc_jax import sharding
@@ -64,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(prog="python -m experiments.pipeline_speed", description=__doc__)
     settings.add_arguments(parser, toy="small, on simulated devices", microbatches=[8, 32])
     parser.add_argument("--timed", type=cli.positive, default=8, help="steps that are timed")
+    parser.add_argument("--profile", action="store_true", help="where each device spends a step")
     output.add_arguments(parser)
     return settings.parse(parser, TOY)
 
@@ -97,6 +100,7 @@ class Arm:
     sends: int = 0
     hidden_sends: int = 0
     stages: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, kernels.Device] = dataclasses.field(default_factory=dict)
 
     @property
     def bubble(self) -> float:
@@ -150,14 +154,28 @@ def compile_steps(config: Config, mesh, pool: concurrent.futures.Executor) -> St
         return Steps(whole, start())
 
 
+def batch_of(config: Config, mesh) -> dict[str, jax.Array]:
+    put = sharding.BatchPlacement(mesh, config.batch_size).put
+    return put(random_batch(config, np.random.default_rng(0)))
+
+
 def time_steps(config: Config, mesh, compiled, timed: int, init: Callable[[], TrainState]) -> float:
     """Returns the median milliseconds of a whole train step."""
-    put = sharding.BatchPlacement(mesh, config.batch_size).put
-    batch = put(random_batch(config, np.random.default_rng(0)))
-    return time_step_ms(compiled, init(), [batch], warmup=2, timed=timed)[0]
+    return time_step_ms(compiled, init(), [batch_of(config, mesh)], warmup=2, timed=timed)[0]
 
 
-def measure(config: Config, mesh, shared: Parts, steps: Steps, timed: int) -> Arm:
+def profile_step(config: Config, mesh, compiled, init: Callable[[], TrainState]):
+    """Returns what the kernels of each device did in a step behind the first."""
+    batch = batch_of(config, mesh)
+    state = jax.block_until_ready(compiled(init(), batch))[0]
+    return kernels.of_step(
+        lambda: jax.block_until_ready(compiled(state, batch)), compiled.as_text()
+    )
+
+
+def measure(
+    config: Config, mesh, shared: Parts, steps: Steps, timed: int, with_profile: bool
+) -> Arm:
     schedule, parts = config.pipe_schedule, config.optimizer.accumulate_steps
     splits = config.pipe_split_backward
     arm = Arm(settings.connection_of(config.model), schedule, splits, parts)
@@ -180,6 +198,8 @@ def measure(config: Config, mesh, shared: Parts, steps: Steps, timed: int) -> Ar
         held = make_pipeline(config, mesh).held(state.params, state.model_state, batch)
         arm.activations_GiB = held["activations"] / 2**30
     arm.tiny_sends = time_steps(config, mesh, steps.tiny.result(), timed, shared.init)
+    if with_profile:
+        arm.kernels = profile_step(config, mesh, whole, shared.init)
     return arm
 
 
@@ -223,7 +243,7 @@ def main() -> None:
         key = config.pipe_schedule, config.model, config.pipe_split_backward
         if key not in shared:
             shared[key] = measure_parts(config, mesh, options.timed)
-        arm = measure(config, mesh, shared[key], steps, options.timed)
+        arm = measure(config, mesh, shared[key], steps, options.timed, options.profile)
         arms.append(arm)
         name = f"{arm.schedule} split" if arm.split_backward else arm.schedule
         print(
@@ -234,6 +254,8 @@ def main() -> None:
             f"{arm.hidden_sends:>9} of {arm.sends}",
             flush=True,
         )
+        if options.profile:
+            print(kernels.report(arm.kernels), flush=True)
         # After each arm, so that a run that is cut leaves the others.
         rows = [dataclasses.asdict(arm) for arm in arms]
         found = {"flags": flags, "shape": output.shape_of(options), "arms": rows}

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.model_speed.profile import Event
+from experiments.pipeline_speed import kernels
 from kernels_pallas.sharding import first_device
 from mhc_jax.pipeline import stages
 
@@ -36,6 +38,36 @@ def test_every_stage_has_measured_times(monkeypatch):
     assert np.all(times.backward > 0)
     assert list(times.head > 0) == [False, True]
     assert devices == jax.devices()[:1], "or attention keeps what the one of another platform needs"
+
+
+def test_a_profile_tells_what_each_device_does_and_how_long_it_waits():
+    op_names = {
+        "gemm.1": "jit(traced)/while/body/ffn_sublayer/dot_general",
+        "gemm.2": "jit(traced)/while/body/attention_sublayer/dot_general",
+        "loop_dynamic_update_slice_fusion": "jit(traced)/while/body/dynamic_update_slice",
+        "loop_add_fusion": "jit(traced)/while/body/add",
+    }
+    events = [
+        Event("nvjet", "gemm.1", 0, 3000, "GPU:0"),
+        Event("nvjet", "gemm.2", 5000, 6000, "GPU:0"),
+        Event("ncclDevKernel_SendRecv", "", 1000, 5500, "GPU:0"),
+        Event("x", "loop_dynamic_update_slice_fusion", 6000, 6500, "GPU:0"),
+        Event("y", "loop_add_fusion", 7000, 7250, "GPU:0"),
+        Event("ncclDevKernel_SendRecv", "", 2000, 8000, "GPU:1"),
+    ]
+    found = kernels.devices(events, op_names)
+    assert found["GPU:0"].groups == {
+        "collectives": 4.5,
+        "products": 4.0,
+        "ring buffers": 0.5,
+        "sums of gradients, casts and others": 0.25,
+    }
+    assert next(iter(found["GPU:0"].groups)) == "collectives"
+    assert (found["GPU:0"].step, found["GPU:0"].waits) == (7.25, 2.5)
+    assert (found["GPU:1"].step, found["GPU:1"].waits) == (6.0, 6.0)
+    lines = kernels.report(found).splitlines()
+    assert [line.split()[-2:] for line in lines[-2:]] == [["2.5", "6.0"], ["7.2", "6.0"]]
+    assert kernels.report({}) == "  no kernels seen"
 
 
 @pytest.fixture
