@@ -100,7 +100,7 @@ class Arm:
     sends: int = 0
     hidden_sends: int = 0
     stages: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    kernels: dict[str, kernels.Device] = dataclasses.field(default_factory=dict)
+    devices: dict[str, kernels.Device] = dataclasses.field(default_factory=dict)
 
     @property
     def bubble(self) -> float:
@@ -199,7 +199,7 @@ def measure(
         arm.activations_GiB = held["activations"] / 2**30
     arm.tiny_sends = time_steps(config, mesh, steps.tiny.result(), timed, shared.init)
     if with_profile:
-        arm.kernels = profile_step(config, mesh, whole, shared.init)
+        arm.devices = profile_step(config, mesh, whole, shared.init)
     return arm
 
 
@@ -255,7 +255,7 @@ def main() -> None:
             flush=True,
         )
         if options.profile:
-            print(kernels.report(arm.kernels), flush=True)
+            print(kernels.report(arm.devices), flush=True)
         # After each arm, so that a run that is cut leaves the others.
         rows = [dataclasses.asdict(arm) for arm in arms]
         found = {"flags": flags, "shape": output.shape_of(options), "arms": rows}
