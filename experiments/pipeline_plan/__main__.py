@@ -51,7 +51,7 @@ _FIGURE = flags.DEFINE_string("figure", None, "Path without suffix of the timeli
 _FIGURE_LINK = flags.DEFINE_float("figure_link", 50.0, "GB/s of the drawn timeline.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
 
-_NAMES = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
+_NAMES = {"residual": "residual", "hc": "HC", "mhc": "mHC", "look-ahead": "look-ahead"}
 _MOST = 2**16  # a step of 8 devices and 4096 micro-batches is simulated in a minute
 
 
@@ -108,7 +108,7 @@ def evaluate(
         )
         gain = 100 * (1 - split / whole)
     return Row(
-        connection=model.connection,
+        connection="look-ahead" if model.lookahead_pre else model.connection,
         link=link,
         step_ms=1e3 * timeline.seconds,
         ideal_ms=1e3 * timeline.ideal,
@@ -252,7 +252,7 @@ def main(argv):
     if _FIGURE.value:
         _, timeline = evaluate(schedule, times, model, tokens, _FIGURE_LINK.value)
         title = (
-            f"{schedule.name}, {pipe} devices, {parts} micro-batches, {_NAMES[model.connection]}, "
+            f"{schedule.name}, {pipe} devices, {parts} micro-batches, {_NAMES[rows[-1].connection]}, "
             f"{_FIGURE_LINK.value:g} GB/s{', backward split' if splits else ''}"
         )
         figure = picture.draw(schedule, timeline, title)
