@@ -1,7 +1,7 @@
 """What do unconstrained Hyper-Connections gain, and at what gain magnitude? Compare with mhc.py.
 
 Command:  python -m mhc_jax.main --config=configs/hc.py --workdir=runs/hc
-Time:     as configs/mhc.py, half as long again
+Time:     as configs/mhc.py
 Result:   0.674 ± 0.001 after 100M tokens, composite gain up to 18, see configs/mhc.py
 """
 

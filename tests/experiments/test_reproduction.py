@@ -2,6 +2,7 @@
 
 import _thread
 import contextlib
+import importlib
 import json
 import math
 import pathlib
@@ -10,6 +11,7 @@ import signal
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import record, sweep
@@ -365,3 +367,19 @@ def test_a_setting_has_a_file_of_its_own_and_later_runs_join_it(tmp_path, monkey
     assert {key: run["of"] for key, run in found["runs"].items()} == {first: 1, second: 2}
     assert found["missing"] == []
     assert stored()["learning_rates"] == {"ablation": {}}
+
+
+@pytest.mark.parametrize(
+    ("name", "arm"), [("residual", "residual"), ("hc", "HC"), ("mhc", "mHC")], ids=str
+)
+def test_headers_of_configs_tell_the_stored_losses(name, arm):
+    """At the learning rate of the config, of the seeds that count."""
+    module = importlib.import_module(f"configs.{name}")
+    rate = module.get_config().optimizer.learning_rate
+    runs = stored()["runs"]
+    keys = [key for key in runs if re.fullmatch(rf"main/{arm}/lr{rate:g}/seed\d", key)]
+    assert len(keys) == 4
+    losses = np.asarray([runs[key]["validation_loss"] for key in keys])
+    mean, error = re.search(r"Result: +([\d.]+) ± ([\d.]+)", module.__doc__).groups()
+    assert abs(float(mean) - losses.mean()) <= 0.51 * 10.0 ** -len(mean.split(".")[1])
+    assert abs(float(error) - losses.std(ddof=1) / 2) <= 0.51 * 10.0 ** -len(error.split(".")[1])
