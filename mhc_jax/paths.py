@@ -14,12 +14,18 @@ def of_user(path: str | os.PathLike) -> epath.Path:
     """Expands `~`; "gs://bucket/folder" names a place in a bucket.
 
     Raises:
-      ValueError: an empty path, a scheme other than gs://, no bucket, an unknown user, or no package that
-        reads gs://.
+      ValueError: an empty path, bytes that are no UTF-8, a scheme other than gs://, no bucket, an unknown
+        user, or no package that reads gs://.
     """
     text = os.fspath(path)
     if not text.strip():
         raise ValueError(f"the path {text!r} is empty: give a folder or a file")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python reads a byte that is none as half a surrogate pair
+        raise ValueError(
+            f"the path {text!r} is no UTF-8: rename it, or set LC_ALL=C.UTF-8 if the name is right"
+        ) from None
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/{1,2}", text)
     if not scheme:
         expanded = os.path.expanduser(text)

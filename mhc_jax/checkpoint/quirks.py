@@ -50,9 +50,13 @@ def one_error_alone() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Returns the kind and the first line of an error."""
+    """Returns the kind and the first line of an error; of a long one beginning and end.
+
+    TensorStore names its files first and says last what is wrong with them, as "No space left on device".
+    """
     text = next((line for line in map(str.strip, str(error).splitlines()) if line), "")
-    return f"{type(error).__name__}: {text}"[:300]
+    line = f"{type(error).__name__}: {text}"
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -117,7 +117,7 @@ def split_files(
             + "".join(f" ({file.path})" for file in files)
             + ": a document never stands in both. Cut the file in two or widen the glob."
         )
-    ranked = sorted(files, key=lambda file: hashlib.sha256(file.relative.encode()).digest())
+    ranked = sorted(files, key=_rank)
     count = min(max(1, round(validation_fraction * len(files))), len(files) - 1)
     held_out = set(ranked[:count])
     return tuple(file for file in files if (file in held_out) == (split == "validation"))
@@ -168,6 +168,11 @@ def encode_files(
                     raise ValueError(f"{file.path} encodes to no token at all: leave it out.")
                 yield np.concatenate([tokens, end])
             bar.update(len(group))
+
+
+def _rank(file: TextFile) -> bytes:
+    # The name's own bytes, also where they are no UTF-8: Python reads such a byte as half a surrogate pair.
+    return hashlib.sha256(file.relative.encode(errors="surrogateescape")).digest()
 
 
 def _no_file(pattern: str) -> str:

@@ -48,6 +48,18 @@ def test_two_files_fill_both_splits(fraction, tmp_path):
         assert len(files.split_files(found, validation_fraction=fraction, split=split)) == 1
 
 
+def test_names_that_are_no_utf8(make_config, tmp_path):
+    """As files from old archives have them."""
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    for name in (b"caf\xe9", b"caf\xc3\xa9", b"tea"):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(name[-1:].hex().encode())
+    config = make_config(source="text", path=f"{tmp_path}/**/*", validation_fraction=0.4)
+    found = sum(stream(config, split).size for split in ("train", "validation"))
+    assert found == 3 * 3  # two letters and a separator each
+
+
 def test_streams_are_the_files_with_separators(text_config):
     config = text_config()
     found = files.glob_files(config.path)

@@ -290,6 +290,16 @@ def test_a_full_disk_is_named_at_the_start(tmp_path, monkeypatch):
         checkpoint.write.probe(tmp_path)
 
 
+def test_the_end_of_a_long_error_is_told():
+    """TensorStore names its files first, and last what is wrong."""
+    text = f"Error writing {'x' * 500}: No space left on device [os_error_code='28']"
+    said = checkpoint.quirks.one_line(ValueError(f"{text}\nsecond line"))
+    assert said.startswith("ValueError: Error writing xxx")
+    assert said.endswith("x: No space left on device [os_error_code='28']")
+    assert len(said) == 300
+    assert checkpoint.quirks.one_line(OSError("\nshort\n")) == "OSError: short"
+
+
 def test_what_is_left_of_a_killed_save_is_removed(two_steps, tmp_path):
     workdir = shutil.copytree(two_steps, tmp_path / "run")
     left = workdir / "checkpoints" / "30.orbax-checkpoint-tmp"
@@ -597,6 +607,7 @@ def test_the_configuration_outlives_config_json(programs, tmp_path, caplog):  # 
         ("gs:///run", "names no bucket"),
         ("gs://", "names no bucket"),
         ("~nobody_at_all/run", "there is no user nobody_at_all"),
+        ("caf\udce9/run", r"'caf\\udce9/run' is no UTF-8: rename it"),
     ],
 )
 def test_paths_that_are_refused(given, message, tmp_path, monkeypatch):
