@@ -116,7 +116,8 @@ def _of_parameters(found: Mapping, n: int | None, manifold: Manifold | None) -> 
     logits = bias[..., 2 * streams :]
     if n is None and (m < 3 or streams * (streams + 2) != m):
         raise ValueError(
-            f"bias of shape {bias.shape} is not that of n*n + 2n logits: give n, the number of streams"
+            f"bias of shape {bias.shape} is not that of n*n + 2n logits: give n, the number of streams, and "
+            "manifold, if it is neither Birkhoff() nor Identity()"
         )
     if "theta" in found:
         manifold = None
@@ -126,6 +127,7 @@ def _of_parameters(found: Mapping, n: int | None, manifold: Manifold | None) -> 
     if logits.shape[-1] != wanted or m < 2 * streams:
         raise ValueError(
             f"bias of shape {bias.shape} does not fit n={streams}: its last axis must be 2n + {wanted}"
+            + (f" with {manifold}: give another n or manifold" if manifold else "")
         )
     if manifold is None:
         return _Static(logits.reshape(*bias.shape[:-1], streams, streams))

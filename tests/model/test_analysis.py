@@ -12,6 +12,7 @@ from configs import default
 from mhc_jax import (
     HyperConnections,
     Identity,
+    KroneckerMixture,
     ManifoldHyperConnections,
     Pending,
     Residual,
@@ -388,7 +389,7 @@ def test_static_gains_are_the_projected_bias():
         ({"dense": {"kernel": np.ones((2, 2))}}, "no parameters of connections"),
         (
             {"phi": 0, "bias": np.ones(9), "alpha": np.ones(3)},
-            r"\(9,\) is not that of n\*n \+ 2n logits",
+            r"\(9,\) is not that of n\*n \+ 2n logits: give n, .* and manifold, if",
         ),
         (
             [{"phi": 0, "bias": np.ones(m), "alpha": np.ones(3)} for m in (8, 15)],
@@ -401,6 +402,15 @@ def test_static_gains_are_the_projected_bias():
 def test_static_gains_of_something_else(parameters, message):
     with pytest.raises(ValueError, match=message):
         analysis.static_gains(parameters)
+
+
+def test_static_gains_of_another_manifold_ask_for_it():
+    parameters = {"phi": 0, "bias": np.zeros(22), "alpha": np.ones(3)}  # KromHC, n = 8
+    message = r"n=8: its last axis must be 2n \+ 64 with Birkhoff\(.*\): give another n or manifold"
+    with pytest.raises(ValueError, match=message):
+        analysis.static_gains(parameters, n=8)
+    found = analysis.static_gains(parameters, n=8, manifold=KroneckerMixture())
+    np.testing.assert_allclose(found.matrix_single, np.full((1, 8, 8), 1 / 8), rtol=1e-6)
 
 
 H = np.random.default_rng(3).normal(size=(3, 4, 5, 2, 2)).astype(np.float32)
