@@ -73,12 +73,13 @@ def _losses(variables, batch, h_res, replace, model):
     return losses, jnp.stack(means)
 
 
-def mixing(workdir: str | os.PathLike, batches: int = 32) -> dict[str, Any]:
+def mixing(workdir: str | os.PathLike, batches: int | None = None) -> dict[str, Any]:
     """Evaluates the newest checkpoint with h_res as trained and replaced.
 
     Args:
       workdir: of a training of hc or mhc.
-      batches: of the run's batch size, of windows that lie evenly over the validation split.
+      batches: of the run's batch size, of windows that lie evenly over the validation split; None: 32, or as
+        many as there are.
 
     Returns:
       `windows`, `loss` and, by name of `REPLACED`, `difference` [mean, standard error] to the loss as
@@ -92,6 +93,8 @@ def mixing(workdir: str | os.PathLike, batches: int = 32) -> dict[str, Any]:
     text = choose_text(config)
     model = _unrolled(config.model)
     n, rows = config.model.n, config.batch_size
+    if batches is None:
+        batches = max(1, min(32, len(text.chosen) // rows))
     if len(text.chosen) < batches * rows:
         raise ValueError(
             f"--batches={batches} of {rows} windows: the validation split has {len(text.chosen)}, enough for "
@@ -178,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = cli.Parser(prog="python -m experiments.mixing", description=__doc__)
     parser.add_argument("--workdir", nargs="+", required=True, help="of trainings of hc or mhc")
     parser.add_argument(
-        "--batches", type=cli.positive, default=32, help="of the validation split (32)"
+        "--batches", type=cli.positive, help="of the validation split (32, or all that it has)"
     )
     options = parser.parse_args(arguments)
     compilation_cache.use(True)

@@ -86,13 +86,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for split in SPLITS
     }
     output = options.output
-    if (output / records.METADATA_NAME).exists() or any(output.glob("*.array_record")):
-        raise ValueError(f"{output} already holds records: delete them or choose another folder.")
+    whole = (output / records.METADATA_NAME).exists()
+    if whole or any(output.glob("*.array_record")):
+        rest = "" if whole else " of a conversion that did not end"
+        raise ValueError(
+            f"{output} already holds records{rest}: delete them or choose another folder."
+        )
     output.mkdir(parents=True, exist_ok=True)
     written = {}
-    for split in SPLITS:
-        documents = files.encode_files(chosen[split], tokenizer, progress=True)
-        written[split] = records.write_split(output, split, documents, shards=options.shards)
+    try:
+        for split in SPLITS:
+            documents = files.encode_files(chosen[split], tokenizer, progress=True)
+            written[split] = records.write_split(output, split, documents, shards=options.shards)
+    except BaseException:  # Ctrl-C too: the same command shall run once the cause is gone
+        for part in output.glob("*.array_record"):
+            part.unlink()
+        raise
     records.Metadata(
         tokenizer=tokenizer.identity,
         vocab_size=tokenizer.vocab_size,
@@ -106,8 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{split}: {counts.documents} documents, {counts.tokens} tokens -> {output}")
 
 
-if __name__ == "__main__":
+def _main() -> None:
     try:
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"write_array_record: {error}")
+
+
+if __name__ == "__main__":
+    cli.run(_main)

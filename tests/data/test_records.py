@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -149,6 +150,33 @@ def test_faults_are_named(write, record_config, tokenizer_file, tmp_path):
     elsewhere.mkdir()
     (elsewhere / "train.array_record").write_bytes(content)
     expect("it matches those of 2", path=f"{folder}/*.array_record,{elsewhere}/*.array_record")
+
+
+@pytest.mark.parametrize("fault", [None, KeyboardInterrupt])
+def test_a_conversion_that_fails_leaves_nothing(fault, tmp_path, monkeypatch):
+    """The same command runs once the cause is gone."""
+    texts, output = tmp_path / "texts", tmp_path / "records"
+    texts.mkdir()
+    for name in "abcd":
+        (texts / name).write_bytes(b"caf\xc3\xa9 " * 100)
+    arguments = ["--input", f"{texts}/*", "--tokenizer", "byte", "--output", str(output)]
+    arguments += ["--validation_fraction", "0.5", "--shards", "2"]
+    with monkeypatch.context() as patch:
+        if fault:
+            patch.setattr(write_array_record.records, "write_split", mock.Mock(side_effect=fault))
+        else:
+            (texts / "d").write_bytes(b"caf\xe9")
+        with pytest.raises(fault or ValueError):
+            write_array_record.main(arguments)
+    assert not list(output.iterdir())
+    (texts / "d").write_bytes(b"coffee")
+
+    (output / "train-00000-of-00002.array_record").touch()  # as a killed one leaves it
+    with pytest.raises(ValueError, match="records of a conversion that did not end: delete them"):
+        write_array_record.main(arguments)
+    (output / "train-00000-of-00002.array_record").unlink()
+    write_array_record.main(arguments)
+    assert (output / "metadata.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,19 @@ def test_a_residual_run_has_nothing_to_replace(tmp_path, capsys):
         mixing._check(config, "runs/residual")
 
 
+@pytest.mark.parametrize(("windows", "batches"), [(40, 32), (7, 7)])
+def test_a_small_validation_split_is_read_whole(windows, batches, monkeypatch):
+    config = Run("main", "mHC", 1e-3, 0).config("", 4, TOY | {"batch_size": 1})
+    text = mock.Mock(chosen=range(windows), windows=np.zeros((windows, 17), np.int32))
+    monkeypatch.setattr(mixing, "find", lambda workdir: config)
+    monkeypatch.setattr(mixing, "choose_text", lambda config: text)
+    monkeypatch.setattr(mixing, "load", lambda workdir: (None, None))
+    monkeypatch.setattr(
+        mixing, "_losses", lambda variables, batch, h_res, *_: (np.arange(1.0), h_res)
+    )
+    assert mixing.mixing("run")["windows"] == batches
+
+
 @pytest.mark.parametrize(
     ("batches", "message"),
     [(99, "--batches=99 of 1 windows: .* has 40, enough for 40"), (1, "gives no standard error")],
