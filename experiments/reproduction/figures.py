@@ -71,7 +71,7 @@ def draw_setting(payload: dict, name: str, path: pathlib.Path) -> pathlib.Path:
                     )
                     only = direction == "forward"
                     band(gain, per_step * steps, values, colour, label if only else None,
-                          "-" if only else (0, (1, 1.5)), geometric=True)  # fmt: skip
+                          style["dashes"] if only else (0, (1, 1.5)), geometric=True)  # fmt: skip
                 steps, values = curves(found, lambda s: s["grad_norm"])
                 band(norm, per_step * steps, values, colour, geometric=True, **style)
                 steps, values = curves(found, lambda s: s["gains"].get("second_singular", []))

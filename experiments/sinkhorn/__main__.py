@@ -124,7 +124,8 @@ def draw_newest(trainings: dict, root: pathlib.Path | None = None) -> pathlib.Pa
         errors.set_xticks(T_MAX, list(map(str, T_MAX)))
         errors.minorticks_off()
         log_axis(errors)
-        errors.legend()
+        handles, labels = errors.get_legend_handles_labels()  # as many as arms: no panel has room
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, title="top left panel")
         for axes, (kind, found) in zip(panels, kinds.items()):
             for (t, each), shade in zip(found["t_max"].items(), shades):
                 colour = matplotlib.colors.to_hex(shade)

@@ -32,6 +32,7 @@ from experiments.reproduction.settings import (
     pilots,
 )
 from experiments.reproduction.stored import stored
+from experiments.sinkhorn import __main__ as sinkhorn
 from mhc_jax import train as training
 from mhc_jax.train import BadInput, Interrupted
 from mhc_jax.train_step import abstract_state
@@ -383,3 +384,28 @@ def test_headers_of_configs_tell_the_stored_losses(name, arm):
     mean, error = re.search(r"Result: +([\d.]+) ± ([\d.]+)", module.__doc__).groups()
     assert abs(float(mean) - losses.mean()) <= 0.51 * 10.0 ** -len(mean.split(".")[1])
     assert abs(float(error) - losses.std(ddof=1) / 2) <= 0.51 * 10.0 ** -len(error.split(".")[1])
+
+
+def test_legends_stay_in_their_panels_and_rates_keep_their_dashes(monkeypatch, tmp_path):
+    drawn = []
+    for module in (sinkhorn, figures):
+        monkeypatch.setattr(module, "write_figure", lambda figure, *_: drawn.append(figure))
+    found = stored()
+    sinkhorn.draw_newest(found)
+    figures.draw_setting(found, "depth", tmp_path / "depth.png")
+    for figure_ in drawn:
+        figure_.draw_without_rendering()
+        for axes in figure_.axes:
+            if legend := axes.get_legend():
+                inside, whole = legend.get_window_extent(), axes.get_window_extent()
+                assert inside.y0 >= whole.y0, axes.get_title()
+                assert inside.x0 >= whole.x0, axes.get_title()
+    columns, depth = drawn
+    (legend,) = columns.legends
+    assert legend.get_window_extent().y1 < min(axes.get_window_extent().y0 for axes in columns.axes)
+    dashes = [
+        {line.get_label(): line.get_linestyle() for line in axes.lines if "HC" in line.get_label()}
+        for axes in depth.axes
+    ]
+    assert all(each == dashes[0] for each in dashes)
+    assert dashes[0]["HC, rate 0.002"] != dashes[0]["HC, rate 0.01"]
