@@ -185,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    for package in ("jax", "kernels_pallas"):  # which platforms there are: of no interest here
+        logging.getLogger(package).setLevel(logging.WARNING)
     try:
         for path in make_figures(read_arms(args.workdir), args.output, args.baseline, args.step):
             print(f"{path}.png {path}.svg")

@@ -141,8 +141,8 @@ def _against(group: _Group, baseline: _Group) -> tuple[str, str]:
         return f"{group.label} cannot be compared: {who} ends with a loss that is not finite", ""
     kind = f"{len(gaps)} seeds, paired"
     if not math.isfinite(error):
-        error = _batch_noise(group, baseline)
-        kind = f"the last {LAST_STEPS} training losses, paired by step"
+        error, count = _batch_noise(group, baseline)
+        kind = f"the last {count} training losses, paired by step"
     noise = f" ± {error:.3f}" if math.isfinite(error) else ""
     kind = kind if noise else ""
     if f"{abs(gap):.3f}" == "0.000" or abs(gap) < error:
@@ -150,16 +150,16 @@ def _against(group: _Group, baseline: _Group) -> tuple[str, str]:
     return f"{group.label} ends {abs(gap):.3f}{noise} nats {'lower' if gap < 0 else 'higher'}", kind
 
 
-def _batch_noise(group: _Group, baseline: _Group) -> float:
-    """Returns the standard error of the mean difference of the last training losses."""
+def _batch_noise(group: _Group, baseline: _Group) -> tuple[float, int]:
+    """Returns the standard error of the mean difference of the last training losses, and their number."""
     for seed in group.arms.keys() & baseline.arms.keys():
         steps, losses = group.arms[seed].series("train/loss")
         others, reference = baseline.arms[seed].series("train/loss")
         _, here, there = np.intersect1d(steps, others, return_indices=True)
         gaps = losses[here[-LAST_STEPS:]] - reference[there[-LAST_STEPS:]]
         if len(gaps) > 1 and np.isfinite(gaps).all():
-            return _mean_and_error(gaps)[1]
-    return math.nan
+            return _mean_and_error(gaps)[1], len(gaps)
+    return math.nan, 0
 
 
 def _of_mappings(groups: Sequence[_Group]) -> str:

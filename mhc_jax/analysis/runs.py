@@ -226,7 +226,7 @@ def _told_apart(arms: Sequence[Arm]) -> list[str]:
         if not alike:
             break
         names = [
-            f"{arm.name} ({'/'.join(path[-depth:])})" if arm.name in alike else name
+            f"{arm.name} ({os.path.join(*path[-depth:])})" if arm.name in alike else name
             for arm, path, name in zip(arms, folders, names)
         ]
     # The same folder was given twice.

@@ -261,6 +261,8 @@ def test_arms_of_one_connection_are_told_apart(workdirs, tmp_path):
     arms = runs.read_arms([workdirs[2], other])
     assert [arm.name for arm in arms] == ["mHC (c)", "mHC (identity)"]
     assert arms[0].colour != arms[1].colour
+    twice = [arm.name for arm in runs.read_arms([other, other])]
+    assert twice == [f"mHC ({other.resolve()}) #1", f"mHC ({other.resolve()}) #2"]
 
 
 def test_running_mean():
