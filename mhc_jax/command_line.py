@@ -8,12 +8,16 @@ def main(argv):
 command_line.run(main)
 """
 
+import contextlib
 import dataclasses
 import difflib
+import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags
 
@@ -30,12 +34,30 @@ def run(main: Callable[[list[str]], None]) -> None:
     app.run(_without_arguments(main), flags_parser=_parse_flags)
 
 
-def no_backend(error: RuntimeError) -> str:
+def no_backend(error: Exception) -> str:
     """Returns in one line what jax says of a platform that it cannot use; "" for any other error."""
+    if isinstance(error, AssertionError) and "jax" in sys.modules:
+        # With JAX_PLATFORMS=cuda and no GPU jax fails at an assertion that says nothing, and again if asked.
+        try:
+            sys.modules["jax"].devices()
+        except AssertionError:
+            platforms = os.environ.get("JAX_PLATFORMS")
+            return f"JAX_PLATFORMS={platforms}: there is no such device here: set it to cpu, or not at all"
+    if not isinstance(error, RuntimeError):
+        return ""
     line = (str(error).splitlines() or [""])[0]
     if "TPU support not installed" in line:
         return "there is no libtpu, the compiler for TPUs: pip install -e '.[tpu]'"
     return f"RuntimeError: {line}" if "Unable to initialize backend" in line else ""
+
+
+def reader_gone() -> NoReturn:
+    """Ends as a program whose output nobody reads any more, as in `sample ... | head -c 100`."""
+    with contextlib.suppress(OSError):
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes it at its end
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def load_config(flag: flags.FlagHolder) -> Config:
@@ -75,7 +97,9 @@ def _without_arguments(main):
         except KeyboardInterrupt:
             print("\nInterrupted", file=sys.stderr)
             sys.exit(130)
-        except RuntimeError as error:
+        except BrokenPipeError:
+            reader_gone()
+        except (RuntimeError, AssertionError) as error:
             if not_there := no_backend(error):
                 sys.exit(not_there)
             raise

@@ -94,6 +94,10 @@ def main(argv):
         print(f"NotConnected: {error}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # a thread may still wait, which Python's own end would not survive
+    except AssertionError as error:
+        if not_there := command_line.no_backend(error):
+            sys.exit(not_there)
+        raise
     except RuntimeError as error:  # what jax says of devices that it cannot use
         sys.exit(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
     imports.result()

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import pytest
@@ -252,6 +253,41 @@ def test_a_file_for_a_workdir_is_refused_before_any_work(tmp_path, monkeypatch):
     workdir.touch()
     with pytest.raises(train.BadInput, match="is a file: give the path of a folder"):
         train.train(from_dict(small_cpu.get_config()), workdir)
+
+
+RUNS = {"argparse": "cli.run(main)", "absl": "sys.argv = ['x']; command_line.run(main)"}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_a_reader_that_goes_away_ends_a_command(run):
+    """As in `sample ... | head -c 100`."""
+    code = f"import sys; from experiments import cli; from mhc_jax import command_line; {run}"
+    code = f"main = lambda *_: print('text', flush=True); {code}"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert done.returncode == 141
+    assert not done.stderr
+
+
+def test_jax_platforms_without_such_a_device(monkeypatch):
+    """With cuda and no GPU jax fails at an assertion without a word."""
+
+    def main(*_):
+        assert jax.devices() == 0
+
+    runs = (lambda: cli.run(main), lambda: command_line._without_arguments(main)([]))
+    for run in runs:
+        with pytest.raises(AssertionError):
+            run()
+    monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=AssertionError))
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    for run in runs:
+        with pytest.raises(SystemExit, match="JAX_PLATFORMS=cuda: there is no such device here: "):
+            run()
 
 
 def test_what_a_command_refuses_is_one_line(capsys):

@@ -87,7 +87,10 @@ def glob_files(patterns: str) -> tuple[TextFile, ...]:
         pattern = os.path.expanduser(pattern)
         paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
         if not paths:
-            raise ValueError(_no_file(pattern))
+            hint = " A comma separates globs: write ? for one in a name." if "," in patterns else ""
+            if "[" in pattern:
+                hint = " [...] stands for one of its letters: write [[] for a bracket in a name."
+            raise ValueError(_no_file(pattern, hint))
         root = _literal_folder(pattern)
         files = [_describe(path, _relative(path, root)) for path in paths]
         for file in sorted(files, key=lambda file: file.relative):
@@ -175,10 +178,10 @@ def _rank(file: TextFile) -> bytes:
     return hashlib.sha256(file.relative.encode(errors="surrogateescape")).digest()
 
 
-def _no_file(pattern: str) -> str:
+def _no_file(pattern: str, hint: str) -> str:
     folder = next(iter(sorted(filter(os.path.isdir, glob.glob(pattern, recursive=True)))), None)
     if folder is None:
-        return f"No file matches {pattern!r} (from {os.getcwd()})."
+        return f"No file matches {pattern!r} (from {os.getcwd()}).{hint}"
     inside = os.path.join(pattern.rstrip("/"), "**", "*.txt")
     if os.path.isdir(pattern):
         return f"{pattern!r} is a folder: give a glob of the files in it, such as {inside!r}."

@@ -181,6 +181,10 @@ def test_faults_of_the_files_are_named(tmp_path, make_config):
     assert len(open_text())
     with expect("No file matches", f"{tmp_path}/*.md"):
         open_text(f"*.txt,{tmp_path}/*.md")
+    with expect("No file matches", "com' (from", "A comma separates globs: write ? for one"):
+        open_text("com,ma/*.txt")
+    with expect("No file matches", "x[1].txt", "write [[] for a bracket in a name"):
+        open_text("x[1].txt")
     with expect("holds 16 tokens", "sequence_length=16 needs 17", "lower sequence_length"):
         open_text(sequence_length=16)
     assert len(open_text(sequence_length=15)) == 1
