@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import logging
 import pathlib
 import re
 import sys
@@ -188,6 +189,16 @@ def out_of_memory(error: Exception) -> str:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said):
         return f"out of memory ({line}): choose smaller sizes"
     return ""
+
+
+def log_as(form: str, level: int = logging.WARNING) -> None:
+    """As `logging.basicConfig`, also where a package has called that: orbax does when it is imported."""
+    logging.basicConfig()
+    root = logging.getLogger()
+    root.setLevel(level)
+    for handler in root.handlers:
+        if type(handler) is logging.StreamHandler:  # no handler of somebody else's own
+            handler.setFormatter(logging.Formatter(form))
 
 
 def run(main: Callable[[], Any]) -> NoReturn:

@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if not options.workdir:
         sys.exit("--workdir is missing: give the folder of a run, as in --workdir=runs/mhc")
-    logging.basicConfig(format="%(levelname)s %(message)s")
+    cli.log_as("%(levelname)s %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports what it reads
     compilation_cache.use(not options.no_compilation_cache)
     if options.tasks is not None:

@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--step", type=cli.count, help="step of the gains; else the last common one"
     )
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    cli.log_as("%(levelname)s %(message)s", logging.INFO)
     for package in ("jax", "kernels_pallas"):  # which platforms there are: of no interest here
         logging.getLogger(package).setLevel(logging.WARNING)
     try:

@@ -377,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--note", action="append", default=[], help="a paragraph; may be repeated")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    cli.log_as("%(levelname)s %(message)s", logging.INFO)
     for package in ("jax", "kernels_pallas"):  # which platforms there are: of no interest here
         logging.getLogger(package).setLevel(logging.WARNING)
     choice = {"baseline": args.baseline, "step": args.step}

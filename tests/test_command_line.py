@@ -1,6 +1,7 @@
 """A mistake on the command line is said in one line that names it and the way out."""
 
 import argparse
+import logging
 import os
 import pathlib
 import subprocess
@@ -271,6 +272,22 @@ def test_a_reader_that_goes_away_ends_a_command(run):
     os.close(writing)
     assert done.returncode == 141
     assert not done.stderr
+
+
+def test_lines_of_a_log_look_as_a_command_wants_them(capsys):
+    """Importing orbax gives the root a handler, and `basicConfig` then does nothing."""
+    root = logging.getLogger()
+    level, handler = root.level, logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+    root.addHandler(handler)
+    try:
+        cli.log_as("<%(message)s>", logging.INFO)
+        logging.getLogger("mhc_jax.progress").info("step 1")
+        logging.getLogger("mhc_jax.progress").debug("no")
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    assert capsys.readouterr().err == "<step 1>\n"
 
 
 def test_jax_platforms_without_such_a_device(monkeypatch):

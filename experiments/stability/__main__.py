@@ -165,7 +165,7 @@ def run_seeds(options: argparse.Namespace, arguments: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
-    logging.basicConfig(format="%(message)s")
+    cli.log_as("%(message)s")
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file it writes
     logging.getLogger("mhc_jax.progress").setLevel(
         logging.INFO
