@@ -58,17 +58,21 @@ def comparison(payload: dict) -> list[list[str]]:
 
 
 def widths(payload: dict) -> list[list[str]]:
-    """Rows: an arm and its number of streams with loss, paired difference to n = 4, time and memory."""
-    rows = [["arm", "n", "seeds", "validation loss", "minus n = 4 (paired)", "ms a step", "GiB"]]
+    """Rows: an arm and its number of streams with loss, paired differences, time and memory."""
+    rows = [[
+        "arm", "n", "seeds", "validation loss", "minus residual (paired)", "minus n = 4 (paired)",
+        "ms a step", "GiB",
+    ]]  # fmt: skip
     for arm in WIDTH_ARMS:
         for n in sorted({Run.from_key(key).n for key in payload["runs"]}):
             # With n = 1 both arms are the same function, which ran as the first of them.
             found = by_seed(payload, arm if n > 1 else WIDTH_ARMS[0], n)
             if found:
+                base = difference(paired(found, by_seed(payload, "residual")))
                 gap = "" if n == 4 else difference(paired(found, by_seed(payload, arm)))
                 mean = shown(*mean_and_error([loss(s) for s in found.values()]))
                 times = _time(payload, arm if n > 1 else WIDTH_ARMS[0], n)
-                rows.append([arm, str(n), str(len(found)), mean, gap, *times])
+                rows.append([arm, str(n), str(len(found)), mean, base, gap, *times])
     return rows
 
 

@@ -90,7 +90,8 @@ def test_tables_pair_the_seeds(payload):
     assert rows["residual"][2:5] == ["", "+0.1000 ± 0.0000", "1 / 1"]
     widths = {tuple(row[:2]): row[2:] for row in tables.widths(payload)[1:]}
     assert set(widths) == {("mHC", "1"), ("mHC", "4"), ("mHC", "8"), ("identity", "1")}
-    assert widths["mHC", "8"] == ["3", "1.0200 ± 0.0577", "+0.0200 ± 0.0000", "20.00", "3.00"]
+    gaps = ["-0.0800 ± 0.0000", "+0.0200 ± 0.0000"]  # to residual, to n = 4
+    assert widths["mHC", "8"] == ["3", "1.0200 ± 0.0577", *gaps, "20.00", "3.00"]
     assert widths["identity", "1"][1] == widths["mHC", "1"][1]
 
 
