@@ -10,8 +10,9 @@ axis ("tensor") every device does the same work on the same tokens. The axis of 
 the mappings of a token need all of it, and mixing the streams would become communication. The "xla"
 implementation needs none of this, since XLA partitions it.
 
-Inside of a `shard_map` around it, a token sharding has the axes that are not Manual there. Axes of type
-Explicit need no token sharding: see `kernels_pallas.placement`.
+Inside of a `shard_map` around it, a token sharding has the axes that are not Manual there, and inside of
+`jax.vmap(..., spmd_axis_name="data")` those that the vmap does not split. Axes of type Explicit need no token
+sharding: see `kernels_pallas.placement`.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from kernels_pallas.varying import varying_axes
 class TokenSharding(NamedTuple):
     """What `token_sharding` was called with: `axes[k]` splits leading dimension k of the streams.
 
-    Inside of a `shard_map` around it `mesh` is that of the context, and `axes` are those that are not Manual.
+    Inside of a `shard_map` around it `mesh` is that of the context. `axes` are those of `free_sizes`.
     """
 
     mesh: Mesh | AbstractMesh
@@ -55,18 +56,24 @@ def current() -> TokenSharding | None:
       ValueError: the mesh of the context (`jax.set_mesh`, `jax.shard_map`) is another one.
     """
     where = _current.get()
+    if where is None:
+        return None
     context = jax.sharding.get_abstract_mesh()
-    if where is None or context.empty:
-        return where
+    if context.empty:
+        return _without_taken(where.mesh, where.axes)
     if context.shape_tuple != where.mesh.shape_tuple:
         raise ValueError(
             f"token_sharding was given a mesh of {dict(where.mesh.shape)}, but the mesh of the context "
             f"(jax.set_mesh, jax.shard_map) is {dict(context.shape)}: use the same for both"
         )
-    free = free_sizes(context)
-    if not free:
+    if len(context.manual_axes) == len(context.axis_names):
         return None
-    return TokenSharding(context, tuple(_only(group, free) for group in where.axes))
+    return _without_taken(context, where.axes)
+
+
+def _without_taken(mesh, axes) -> TokenSharding:
+    free = free_sizes(mesh)
+    return TokenSharding(mesh, tuple(_only(group, free) for group in axes))
 
 
 def first_device() -> jax.Device | None:
@@ -76,14 +83,33 @@ def first_device() -> jax.Device | None:
 
 
 def free_sizes(mesh: Mesh | AbstractMesh | None) -> dict[str, int]:
-    """Sizes of the axes that no `shard_map` around this has made Manual; none without a mesh."""
+    """Sizes of the axes that no `shard_map` or vmap around this has taken; none without a mesh."""
     if mesh is None:
         return {}
-    return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+    taken = mapped_axes(mesh).union(mesh.manual_axes)
+    return {name: size for name, size in mesh.shape.items() if name not in taken}
+
+
+def mapped_axes(mesh: Mesh | AbstractMesh | None) -> frozenset[str]:
+    """The axes that split an axis of `jax.vmap(..., spmd_axis_name=...)` around this; none without a mesh.
+
+    A `shard_map` over some axes of a mesh has to take these too. JAX's rule for vmap splits its arguments
+    along them even if they are not Manual inside, and then cannot lower it (0.10.2).
+    """
+    if mesh is None:
+        return frozenset()
+    # JAX has no public way to ask. Without an answer its own error comes.
+    from jax._src import core
+
+    env = getattr(core, "get_axis_env", lambda: None)()
+    names: frozenset[str] = getattr(env, "spmd_axis_names", frozenset())
+    return frozenset(name for name in names if name in mesh.shape and name not in mesh.manual_axes)
 
 
 def _only(group, names):
     """The axes of a group that are among `names`, None if there are none."""
+    if isinstance(group, str):
+        return group if group in names else None
     return tuple(name for name in axis_names((group,)) if name in names) or None
 
 
@@ -249,7 +275,7 @@ def over_mesh(
             mesh=mesh,
             in_specs=specs(arguments),
             out_specs=specs(results),
-            axis_names=names,
+            axis_names=names and names | mapped_axes(mesh),
             # Only where a `shard_map` around this one wants to know: JAX's simple interpreter of Pallas, for
             # one, does not say what varies.
             check_vma=bool(varying_axes(*jax.tree.leaves(args))),

@@ -80,8 +80,7 @@ def linear_cross_entropy(
     It has no forward-mode derivative (`jax.jvp`, `jax.hessian`). Rounding is that of `unembed`: products in
     the dtype of x, the gradient of the logits rounded to it, that of the matrix summed in float32. Over a
     mesh every device cuts its own tokens into chunks; the matrix is gathered once and its gradient is
-    summed once. Under `jax.vmap` leave `spmd_axis_name` out there: JAX cannot lower it around a `shard_map`
-    over some of the axes.
+    summed once. `jax.vmap` may name any axis of the mesh as its `spmd_axis_name`.
 
     Args:
       x: `[B, S, C]`.
@@ -130,7 +129,7 @@ def _per_device(chunks, ignore_index, x, matrix, targets, *, gradients):
     names = sharding.axis_names(spec)
     # The vocabulary stays split over the other axes.
     ours = {*sharding.BATCH_AXES, "sequence"} & {*sharding.free_sizes(mesh)}
-    manual = frozenset(names) | ours
+    manual = frozenset(names) | ours | sharding.mapped_axes(mesh)
     if mesh is None or mesh.size == 1 or not manual:
         return run(x, matrix, targets, counted)
 

@@ -29,6 +29,7 @@ from kernels_pallas.sharding import (
     current,
     divisible,
     free_sizes,
+    mapped_axes,
     token_sharding,
 )
 from mhc_jax.config import Config, MeshConfig
@@ -293,7 +294,7 @@ def by_row(function: Callable, x: jax.Array, matrix: jax.Array, *rest: jax.Array
         mesh=where.mesh,
         in_specs=(rows, PartitionSpec(), *[rows] * len(rest)),
         out_specs=rows,
-        axis_names=frozenset(ours),
+        axis_names=mapped_axes(where.mesh).union(ours),
         check_vma=False,
     )(x, matrix.astype(x.dtype), *rest)  # in the dtype of x before it is gathered
 

@@ -31,6 +31,7 @@ from mhc_jax import (
     Residual,
     expand,
 )
+from mhc_jax.losses import linear_cross_entropy
 
 n, C, LEAD = 2, 8, (8, 4)
 WIDE = 64  # for kernels
@@ -302,12 +303,56 @@ def kernel_cases():
     yield "manual and token_sharding", interpreted(partly, tokens=(auto, *tokens)), True
 
 
+def check_spmd_axis_name():
+    """`jax.vmap(..., spmd_axis_name=...)` over the axis that splits tokens, and over another one."""
+    mesh = mesh_of(data=(4, "Auto"), tensor=(2, "Auto"))
+    targets = jnp.asarray(np.random.default_rng(0).integers(0, 6, (4, 8, 2)))
+    matrix, bias = normal(1, C, 6), normal(3, 8)
+
+    def chunked(x, y, matrix, targets):
+        return linear_cross_entropy(x * y, matrix, targets, 2)
+
+    def of_kernel(x, y, phi, bias, implementation):
+        p = {"phi": phi, "bias": bias, "alpha": READ["alpha"]}
+        return kernel_loss(p, x, y, implementation).sum()
+
+    losses = {
+        "chunked loss": (
+            chunked,
+            chunked,
+            (normal(0, 4, 8, 2, C), normal(4, 4, 8, 2, C), matrix, targets),
+        ),
+        "kernel": (
+            functools.partial(of_kernel, implementation="pallas"),
+            functools.partial(of_kernel, implementation="xla"),
+            (normal(0, 4, 8, 2, n * WIDE), normal(4, 4, 8, 2, WIDE), READ["phi"], bias),
+        ),
+    }
+    for name, (loss, definition, args) in losses.items():
+        axes = (0, 0, None, 0 if name == "chunked loss" else None)
+
+        def run(loss, axes=axes, args=args, **options):
+            f = jax.vmap(jax.value_and_grad(loss, (0, 1, 2)), axes, **options)
+            return jax.device_get(jax.jit(f)(*args))
+
+        want = run(definition)
+        for axis in ("data", "tensor"):
+            with token_sharding(mesh, "data"), pltpu.force_tpu_interpret_mode(True):
+                got = run(loss, spmd_axis_name=axis)
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                limit = 2e-5 * np.abs(b).max()
+                np.testing.assert_allclose(a, b, rtol=2e-5, atol=limit, err_msg=f"{name}, {axis}")
+            print("equal", name, axis, flush=True)
+
+
 def main():
     for case, names, run, values in cases() if sys.argv[1] == "xla" else ():
         for name in names:
             check(case, name, run, values)
     for case, run, values in kernel_cases() if sys.argv[1] == "kernels" else ():
         check(case, "kernels", run, values)
+    if sys.argv[1] == "kernels":
+        check_spmd_axis_name()
     print("types ok")
 
 

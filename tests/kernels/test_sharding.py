@@ -23,6 +23,23 @@ def test_current_is_what_was_entered():
     assert current() is None
 
 
+def test_an_axis_that_vmap_splits_is_taken():
+    """As a Manual one is: the tokens inside can be split over the others alone."""
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    seen = []
+
+    def look(x):
+        seen.append((current(), current().sizes))
+        return x
+
+    with token_sharding(mesh, ("data", "fsdp"), None):
+        jax.vmap(look, spmd_axis_name="data")(jax.numpy.ones(2))
+        jax.jit(jax.vmap(jax.vmap(look, spmd_axis_name="data"), spmd_axis_name="fsdp"))(
+            jax.numpy.ones((2, 2))
+        )
+    assert seen == [((mesh, (("fsdp",), None)), {"fsdp": 1}), ((mesh, (None, None)), {})]
+
+
 def test_unknown_axis_is_named():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(ValueError, match="axis 'batch' is not one of the mesh's: data"):
