@@ -11,8 +11,8 @@ the mappings of a token need all of it, and mixing the streams would become comm
 implementation needs none of this, since XLA partitions it.
 
 Inside of a `shard_map` around it, a token sharding has the axes that are not Manual there, and inside of
-`jax.vmap(..., spmd_axis_name="data")` those that the vmap does not split. Axes of type Explicit need no token
-sharding: see `kernels_pallas.placement`.
+`jax.vmap` those that do not split what is mapped (as `spmd_axis_name="data"` says, or an Explicit axis). Axes
+of type Explicit need no token sharding: see `kernels_pallas.placement`.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def free_sizes(mesh: Mesh | AbstractMesh | None) -> dict[str, int]:
     """Sizes of the axes that no `shard_map` or vmap around this has taken; none without a mesh."""
     if mesh is None:
         return {}
-    taken = mapped_axes(mesh).union(mesh.manual_axes)
+    taken = {*mesh.manual_axes, *mapped_axes(mesh), *_of_vmap("explicit_mesh_axis_names")}
     return {name: size for name, size in mesh.shape.items() if name not in taken}
 
 
@@ -98,12 +98,18 @@ def mapped_axes(mesh: Mesh | AbstractMesh | None) -> frozenset[str]:
     """
     if mesh is None:
         return frozenset()
-    # JAX has no public way to ask. Without an answer its own error comes.
+    names = _of_vmap("spmd_axis_names")
+    return frozenset(name for name in names if name in mesh.shape and name not in mesh.manual_axes)
+
+
+def _of_vmap(kind: str) -> frozenset[str]:
+    """The mesh axes that split axes of `jax.vmap` around this: named to vmap, or Explicit in the types.
+
+    JAX has no public way to ask. Without an answer its own errors come.
+    """
     from jax._src import core
 
-    env = getattr(core, "get_axis_env", lambda: None)()
-    names: frozenset[str] = getattr(env, "spmd_axis_names", frozenset())
-    return frozenset(name for name in names if name in mesh.shape and name not in mesh.manual_axes)
+    return getattr(getattr(core, "get_axis_env", lambda: None)(), kind, frozenset())
 
 
 def _only(group, names):

@@ -303,8 +303,8 @@ def kernel_cases():
     yield "manual and token_sharding", interpreted(partly, tokens=(auto, *tokens)), True
 
 
-def check_spmd_axis_name():
-    """`jax.vmap(..., spmd_axis_name=...)` over the axis that splits tokens, and over another one."""
+def check_vmap_over_mesh_axes():
+    """`jax.vmap` over the axis of a mesh that splits tokens, over another one, and over an Explicit one."""
     mesh = mesh_of(data=(4, "Auto"), tensor=(2, "Auto"))
     targets = jnp.asarray(np.random.default_rng(0).integers(0, 6, (4, 8, 2)))
     matrix, bias = normal(1, C, 6), normal(3, 8)
@@ -336,9 +336,17 @@ def check_spmd_axis_name():
             return jax.device_get(jax.jit(f)(*args))
 
         want = run(definition)
-        for axis in ("data", "tensor"):
-            with token_sharding(mesh, "data"), pltpu.force_tpu_interpret_mode(True):
-                got = run(loss, spmd_axis_name=axis)
+        for axis in ("data", "tensor", "explicit"):
+            if axis == "explicit":
+                if name == "kernel":  # see `ensemble`
+                    continue
+                typed = mesh_of(data=(4, "Explicit"), tensor=(2, "Explicit"))
+                put = [NamedSharding(typed, P() if at is None else P("data")) for at in axes]
+                with jax.set_mesh(typed):
+                    got = run(loss, args=jax.device_put(args, tuple(put)))
+            else:
+                with token_sharding(mesh, "data"), pltpu.force_tpu_interpret_mode(True):
+                    got = run(loss, spmd_axis_name=axis)
             for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
                 limit = 2e-5 * np.abs(b).max()
                 np.testing.assert_allclose(a, b, rtol=2e-5, atol=limit, err_msg=f"{name}, {axis}")
@@ -352,7 +360,7 @@ def main():
     for case, run, values in kernel_cases() if sys.argv[1] == "kernels" else ():
         check(case, "kernels", run, values)
     if sys.argv[1] == "kernels":
-        check_spmd_axis_name()
+        check_vmap_over_mesh_axes()
     print("types ok")
 
 

@@ -119,6 +119,41 @@ def test_explicit_axes(name, tokens):
         assert got.sharding.spec == want.sharding.spec
 
 
+@pytest.mark.parametrize(
+    ("name", "mapped", "tokens"),
+    [
+        ("dense", "tensor", P("data", "sequence")),
+        ("dropless experts", "expert", P("data")),
+        ("experts with capacity", "fsdp", P("data")),
+        ("tied, recomputed", "data", None),
+    ],
+)
+def test_vmap_of_a_model_over_an_axis_that_is_split(name, mapped, tokens):
+    """`mapped` splits the models of an ensemble, or sequences (`tokens` None), and has a use in one model."""
+    axes = ("data", "fsdp", "tensor", "expert", "sequence")
+    mesh = AbstractMesh((2,) * 5, axes, axis_types=(AxisType.Explicit,) * 5)
+    config = model(name)
+
+    def split(x, *spec, members=()):
+        spec = NamedSharding(mesh, P(*spec, *(None,) * (len(members) + x.ndim - len(spec))))
+        return jax.ShapeDtypeStruct((*members, *x.shape), x.dtype, sharding=spec)
+
+    params, state, batch = arguments(config)
+    state = jax.tree.map(split, state)
+    if tokens is None:
+        params = jax.tree.map(split, params)
+        batch = jax.tree.map(lambda x: split(x, mapped, members=(2,)), batch)
+    else:
+        params = jax.tree.map(lambda x: split(x, mapped, members=(2,)), params)
+        batch = jax.tree.map(lambda x: split(x, *tokens), batch)
+    gradient = jax.vmap(
+        jax.grad(loss_of(config)), (None, None, 0) if tokens is None else (0, None, None)
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        gradients = jax.eval_shape(jax.jit(gradient), params, state, batch)
+    assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(gradients)} == {mapped}
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0)])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_batch_without_tokens(name, shape):
