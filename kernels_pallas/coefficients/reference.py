@@ -7,9 +7,15 @@ from kernels_pallas.sharding import layout
 from kernels_pallas.sinkhorn import reference as sinkhorn
 
 
-def spread(alpha: jax.Array, n: int) -> jax.Array:
-    """Spreads the [3] gating factors to [n*n+2n], one for each column."""
-    return jnp.repeat(alpha, jnp.array([n, n, n * n]), total_repeat_length=n * n + 2 * n)
+def spread(alpha: jax.Array, n: int, m: int | None = None) -> jax.Array:
+    """Spreads the [3] gating factors over m columns (n*n + 2n): n, n and the rest.
+
+    There is no array of numbers in it. JAX 0.10.2 makes such constants the first arguments of a `custom_vjp`
+    in a scan, and a second derivative then takes other arguments for those that it kept.
+    """
+    sizes = n, n, n * n if m is None else m - 2 * n
+    parts = (jnp.broadcast_to(alpha[i : i + 1], (size,)) for i, size in enumerate(sizes))
+    return jnp.concatenate(list(parts))
 
 
 def _split(h: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:

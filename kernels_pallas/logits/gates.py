@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.boundary.contract import Parameters, Saved
+from kernels_pallas.coefficients.reference import spread
 from kernels_pallas.logits.contract import LogitsOut
 
 
 def of_columns(alpha: jax.Array, n: int, m: int, ndim: int) -> jax.Array:
     """Spreads the [3] gating factors over m columns: n, n and the rest; [..., m] of `ndim` dimensions."""
-    counts = jnp.array([n, n, m - 2 * n])
-    return jnp.repeat(alpha, counts, total_repeat_length=m).reshape((1,) * (ndim - 1) + (m,))
+    return spread(alpha, n, m).reshape((1,) * (ndim - 1) + (m,))
 
 
 def sums_by_gate(dh: jax.Array, x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
