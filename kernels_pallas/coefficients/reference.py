@@ -10,8 +10,8 @@ from kernels_pallas.sinkhorn import reference as sinkhorn
 def spread(alpha: jax.Array, n: int, m: int | None = None) -> jax.Array:
     """Spreads the [3] gating factors over m columns (n*n + 2n): n, n and the rest.
 
-    There is no array of numbers in it. JAX 0.10.2 makes such constants the first arguments of a `custom_vjp`
-    in a scan, and a second derivative then takes other arguments for those that it kept.
+    There is no constant array in it: with one, the second derivative of a `custom_vjp` in a scan gets its
+    arguments in another order (seen in JAX 0.10.2).
     """
     sizes = n, n, n * n if m is None else m - 2 * n
     parts = (jnp.broadcast_to(alpha[i : i + 1], (size,)) for i, size in enumerate(sizes))
