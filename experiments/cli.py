@@ -191,6 +191,10 @@ def out_of_memory(error: Exception) -> str:
     return ""
 
 
+class BadResult(ValueError):
+    """A file of stored results that cannot be read."""
+
+
 def log_as(form: str, level: int = logging.WARNING) -> None:
     """As `logging.basicConfig`, also where a package has called that: orbax does when it is imported."""
     logging.basicConfig()
@@ -216,7 +220,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
         from mhc_jax.recovery import BadData
         from mhc_jax.train import BadInput, Interrupted, NonFiniteError
 
-        said = (BadInput, BadData, Interrupted, Locked, NonFiniteError, SaveError)
+        said = (BadInput, BadData, BadResult, Interrupted, Locked, NonFiniteError, SaveError)
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _EXTRAS:
             name = error.name.split(".")[0]
             sys.exit(f"{name} is not installed: pip install -e '.[{_EXTRAS[name]}]'")

@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 
+from experiments.cli import BadResult
 from mhc_jax.writers import jsonable
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "triton", "jax-triton", "libtpu", "jax-cuda13-pjrt")
@@ -187,11 +188,18 @@ def by_date(question: str, folder: pathlib.Path | None = None) -> list[pathlib.P
 
 
 def read(path: pathlib.Path | str) -> dict[str, Any]:
-    """Reads a result file. Numbers that JSON cannot hold stay "nan", "inf", "-inf", which `float` reads."""
+    """Reads a result file. Numbers that JSON cannot hold stay "nan", "inf", "-inf", which `float` reads.
+
+    Raises:
+      BadResult: the file is no JSON, or no object.
+    """
     try:
-        return json.loads(pathlib.Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        found = json.loads(pathlib.Path(path).read_text())
+    except ValueError as error:
+        raise BadResult(f"{path} is not JSON: {error}: mend or remove it") from error
+    if not isinstance(found, dict):
+        raise BadResult(f"{path} holds no result, which is an object of JSON: remove it")
+    return found
 
 
 def command_line() -> str:

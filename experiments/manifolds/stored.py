@@ -20,7 +20,7 @@ def stored(root: pathlib.Path | None = None) -> dict:
     for path in record.by_date(QUESTION, root):
         content = record.read(path)
         for name in ("runs", "borrowed"):
-            merged[name] |= content[name]
+            merged[name] |= content.get(name, {})
         # Milliseconds of two machines do not stand beside each other.
-        merged["times"] = content["times"] or merged["times"]
+        merged["times"] = content.get("times") or merged["times"]
     return merged

@@ -20,6 +20,7 @@ def stored(root: pathlib.Path | None = None) -> dict:
     merged = {"learning_rates": {}, "runs": {}}
     for content in contents:
         for name, values in merged.items():
-            values |= content[name]
-    missing = {key for content in contents for key in content["missing"]} - merged["runs"].keys()
+            values |= content.get(name, {})
+    found = {key for content in contents for key in content.get("missing", [])}
+    missing = found - merged["runs"].keys()
     return merged | {"missing": sorted(missing)}

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import record, sweep
+from experiments import cli, record, sweep
 from experiments.manifolds import __main__ as study
 from experiments.manifolds import settings, tables
 from experiments.manifolds.settings import ARMS, Run
@@ -150,6 +150,13 @@ def test_results_of_every_machine_are_read_and_times_of_one(tmp_path):
     losses = {key: run["validation_loss"] for key, run in found["runs"].items()}
     assert losses == {first: 1.0, second: 3.0}
     assert found["times"] == {"mHC/n4": 2}
+    path = record.result_path("manifolds", "d", tmp_path)
+    path.write_text('{"environment": {"date": "2026-01-04"}}')  # of times alone, say
+    assert study.results.stored(tmp_path) == found
+    for text, message in (("{", "d.json is not JSON"), ("[]", "d.json holds no result")):
+        path.write_text(text)
+        with pytest.raises(cli.BadResult, match=message):
+            study.results.stored(tmp_path)
 
 
 def test_arms_that_differ_in_the_manifold_train_states_of_their_own(monkeypatch):

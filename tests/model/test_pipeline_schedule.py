@@ -7,6 +7,7 @@ import pytest
 
 from mhc_jax.pipeline import SCHEDULES, Placement, make_schedule, place
 from mhc_jax.pipeline.schedule import device_of
+from mhc_jax.pipeline.tables import make_tables
 from mhc_jax.pipeline.timeline import StageTimes, microbatch_warning, simulate
 
 SIZES = ((1, 1), (1, 5), (2, 1), (2, 4), (3, 7), (4, 8), (8, 5), (8, 32))
@@ -43,6 +44,29 @@ def test_every_work_runs_once_after_what_it_needs(name, split, devices, microbat
     if split:
         # They come before the forward and the backward of their tick.
         assert (ticks_of(schedule, schedule.matrices) > backward).all()
+
+
+SLOTS = {
+    "num_kept": ("keep", "back_keep", "matrices_keep"),
+    "num_put_off": ("back_put_off", "matrices_read"),
+    "num_streams": ("read", "from_below", "from_above", "turned"),
+    "num_cotangents": ("back_read", "back_from_above", "back_from_below", "back_turned", "loss"),
+}
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", ["1f1b", "dualpipev"])
+def test_every_slot_is_there(name, split):
+    """To put into one that is not would be to put into another (`rings.put`)."""
+    for devices, microbatches in itertools.product(range(1, 9), (1, 2, 3, 7, 8, 16, 20)):
+        tables = make_tables(make_schedule(name, devices, microbatches, split))
+        rows = tables.rows()
+        for size, names in SLOTS.items():
+            # Streams and cotangents have a slot more, for what nobody reads.
+            slots = getattr(tables, size) + (size in ("num_streams", "num_cotangents"))
+            for row in names:
+                if row in rows and slots:
+                    assert 0 <= rows[row].min() <= rows[row].max() < slots, (devices, row)
 
 
 @pytest.mark.parametrize(("devices", "microbatches"), [(2, 8), (4, 8), (8, 32)])
