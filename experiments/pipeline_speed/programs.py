@@ -2,13 +2,15 @@
 
 Command:  python -m experiments.pipeline_speed.programs         (a CPU; a minute)
           python -m experiments.pipeline_speed.programs --connections residual mhc look-ahead
+          python -m experiments.pipeline_speed.programs --kernels --connections mhc    (mHC's operations as they
+          run; with the extra 'parity' and pip install --no-deps jax-cuda13-plugin==JAXLIB_VERSION)
 Needs:    XLA's compiler for NVIDIA GPUs, as a package that needs no CUDA and no GPU:
           pip install --no-deps jax-cuda13-pjrt==JAXLIB_VERSION
 Result:   a line an arm; JSON with --output or --record.
 
 The train steps of `experiments.pipeline_speed` on H100s of one host, with three things in place of what can
 only be chosen on a GPU or needs libraries of CUDA: products are cuBLAS's, untuned; mHC's operations are their
-definitions ("xla"); attention is a call that takes and gives the arrays of cuDNN's and is never run.
+definitions ("xla", without --kernels); attention is a call that takes and gives the arrays of cuDNN's and is never run.
 
 GB in a tick of a device that has all blocks of the longest stage (in a V of both its stages, of which a tick
 runs one in each direction): what it writes to ring buffers for the backward; what it copies out of them,
@@ -26,6 +28,7 @@ import time
 from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported; nothing is run
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # for jax's plugin, which looks for cuDNN
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_gpu_enable_latency_hiding_scheduler=true",  # as pipeline_speed
@@ -156,10 +159,14 @@ def ring_shapes(config: Config, chips: list) -> set[tuple[int, ...]]:
     return {(count, *x.shape) for count, arrays in slots for x in arrays}
 
 
-def compile_step(config: Config, chips: list) -> Program:
-    """Compiles the train step of an arm and counts in its text."""
+def compile_step(config: Config, chips: list, kernels: bool = False) -> Program:
+    """Compiles the train step of an arm and counts in its text.
+
+    Args:
+      kernels: mHC's operations are the kernels of a GPU, not their definitions.
+    """
     begin = time.perf_counter()
-    model = dataclasses.replace(config.model, implementation="xla")
+    model = dataclasses.replace(config.model, implementation=None if kernels else "xla")
     config = dataclasses.replace(config, model=model)
     mesh = sharding.make_mesh(config.mesh, chips)
     with mock.patch.object(fused_attention, "_cudnn", attention):
@@ -190,6 +197,7 @@ def compile_step(config: Config, chips: list) -> Program:
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(prog="python -m experiments.pipeline_speed.programs", description=__doc__)
     settings.add_arguments(parser, toy="small", microbatches=[32])
+    parser.add_argument("--kernels", action="store_true", help="mHC's operations as GPUs run them")
     output.add_arguments(parser)
     return settings.parse(parser)
 
@@ -229,7 +237,7 @@ def main() -> None:
     programs: list[Program] = []
     for config in todo:
         print(f"compiling arm {len(programs) + 1} of {len(todo)}", file=sys.stderr, flush=True)
-        arm = compile_step(config, chips)
+        arm = compile_step(config, chips, options.kernels)
         programs.append(arm)
         schedule = f"{arm.schedule} split" if arm.split_backward else arm.schedule
         print(
@@ -245,7 +253,8 @@ def main() -> None:
             "programs": [dataclasses.asdict(each) for each in programs],
         }
         slug = record.device_slug(name, options.pipe)
-        output.write(options, "pipeline_speed", found, device=f"{slug}_compiled")
+        with_kernels = "_kernels" if options.kernels else ""
+        output.write(options, "pipeline_speed", found, device=f"{slug}_compiled{with_kernels}")
 
 
 if __name__ == "__main__":
