@@ -2,15 +2,16 @@
 
 Command:  python -m experiments.pipeline_speed.programs         (a CPU; a minute)
           python -m experiments.pipeline_speed.programs --connections residual mhc look-ahead
-          python -m experiments.pipeline_speed.programs --kernels --connections mhc    (mHC's operations as they
-          run; with the extra 'parity' and pip install --no-deps jax-cuda13-plugin==JAXLIB_VERSION)
+          python -m experiments.pipeline_speed.programs --kernels --connections mhc    (mHC's kernels; with the
+          extra 'parity' and pip install --no-deps jax-cuda13-plugin==JAXLIB_VERSION)
 Needs:    XLA's compiler for NVIDIA GPUs, as a package that needs no CUDA and no GPU:
           pip install --no-deps jax-cuda13-pjrt==JAXLIB_VERSION
 Result:   a line an arm; JSON with --output or --record.
 
 The train steps of `experiments.pipeline_speed` on H100s of one host, with three things in place of what can
 only be chosen on a GPU or needs libraries of CUDA: products are cuBLAS's, untuned; mHC's operations are their
-definitions ("xla", without --kernels); attention is a call that takes and gives the arrays of cuDNN's and is never run.
+definitions ("xla") without --kernels; attention is a call that takes and gives the arrays of cuDNN's and is
+never run.
 
 GB in a tick of a device that has all blocks of the longest stage (in a V of both its stages, of which a tick
 runs one in each direction): what it writes to ring buffers for the backward; what it copies out of them,
@@ -21,6 +22,7 @@ between their start and their end.
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import os
 import sys
@@ -28,7 +30,8 @@ import time
 from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported; nothing is run
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # for jax's plugin, which looks for cuDNN
+# jax's plugin, if it is there, looks for cuDNN.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_gpu_enable_latency_hiding_scheduler=true",  # as pipeline_speed
@@ -220,6 +223,13 @@ def configs_of(options: argparse.Namespace) -> list[Config]:
 
 def main() -> None:
     options = parse_arguments()
+    if options.kernels:
+        for package, extra in (
+            ("triton", "-e '.[parity]'"),
+            ("jax_cuda13_plugin", f"--no-deps jax-cuda13-plugin=={jaxlib.__version__}"),
+        ):
+            if importlib.util.find_spec(package) is None:
+                sys.exit(f"--kernels needs {package}: pip install {extra}")
     try:
         todo = configs_of(options)
         chips = devices(options.pipe)

@@ -99,6 +99,13 @@ def test_what_cannot_be_compiled_is_named(programs, monkeypatch, flags, message)
     assert "\n" not in str(stop.value)
 
 
+def test_kernels_that_cannot_be_compiled_are_not_left_out_silently(programs, monkeypatch):
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["programs", "--toy", "--kernels"])
+    with pytest.raises(SystemExit, match=r"--kernels needs triton: pip install -e '.\[parity\]'"):
+        programs.main()
+
+
 PLUGIN = os.environ.get("CUDA_PLUGIN", "")
 
 
