@@ -2,7 +2,7 @@
 
 Command:  python -m experiments.pipeline_speed.programs         (a CPU; a minute)
           python -m experiments.pipeline_speed.programs --connections residual mhc look-ahead
-          python -m experiments.pipeline_speed.programs --kernels --connections mhc    (mHC's kernels; with the
+          python -m experiments.pipeline_speed.programs --kernels --connections mhc   (mHC's kernels; with the
           extra 'parity' and pip install --no-deps jax-cuda13-plugin==JAXLIB_VERSION)
 Needs:    XLA's compiler for NVIDIA GPUs, as a package that needs no CUDA and no GPU:
           pip install --no-deps jax-cuda13-pjrt==JAXLIB_VERSION
