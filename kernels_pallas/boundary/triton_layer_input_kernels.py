@@ -13,11 +13,8 @@ from kernels_pallas.coefficients import triton_backward as coefficients_backward
 from kernels_pallas.coefficients import triton_forward as coefficients
 from kernels_pallas.gpu.triton_math import scalars, vector
 from kernels_pallas.hc import triton_gates as gates
-from kernels_pallas.pre.triton_kernels import (
-    store_layer_input,
-    weights_backward,
-    weights_backward_behind_norm,
-)
+from kernels_pallas.pre.triton_kernels import store_layer_input, weights_backward
+from kernels_pallas.pre.triton_normed_kernels import weights_backward_behind_norm
 
 
 @triton.jit

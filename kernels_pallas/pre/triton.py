@@ -8,10 +8,10 @@ from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
 from kernels_pallas.pre.triton_kernels import (
     mhc_pre_backward,
-    mhc_pre_backward_normed,
     mhc_pre_forward,
     mhc_pre_forward_normed,
 )
+from kernels_pallas.pre.triton_normed_kernels import mhc_pre_backward_normed
 from kernels_pallas.shapes import check_kernel_dtype, check_unrolled_n
 
 

@@ -9,7 +9,25 @@ beyond column C.
 import triton
 import triton.language as tl
 
-from kernels_pallas.gpu.triton_math import cast, columns, load, load_once, store
+from kernels_pallas.gpu.triton_math import columns, load, load_once, store
+
+
+@triton.jit
+def weights(pre_ptr, token, N: tl.constexpr):
+    """Returns h_pre of one token, N numbers."""
+    h_pre = ()
+    for i in tl.static_range(N):
+        h_pre = h_pre + (tl.load(pre_ptr + token * N + i),)
+    return h_pre
+
+
+@triton.jit
+def zero_sums(COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """Returns COUNT sums over columns that have yet to begin."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (tl.zeros((ROWS,), tl.float32),)
+    return sums
 
 
 @triton.jit
@@ -50,9 +68,7 @@ def weights_backward(
 ):
     """Returns dh_pre[i] = <x_i, d> of one token, N numbers; if WRITE_DX, writes dx_i = h_pre[i] d."""
     x_ptr += token * N * C
-    sums = ()
-    for _ in tl.static_range(N):
-        sums = sums + (tl.zeros((ROWS,), tl.float32),)
+    sums = zero_sums(N, ROWS)
     for start in tl.range(0, C, ROWS * VEC, loop_unroll_factor=UNROLL):
         cols = columns(start, ROWS, VEC)
         d = load(d_ptr + token * C, cols, C, EVEN)
@@ -145,9 +161,7 @@ def mhc_pre_forward_normed(
 ):
     """Computes the RMSNorm of sum_i h_pre[i] x_i for one token."""
     token = tl.program_id(0).to(tl.int64)
-    h_pre = ()
-    for i in tl.static_range(N):
-        h_pre = h_pre + (tl.load(pre_ptr + token * N + i),)
+    h_pre = weights(pre_ptr, token, N)
     x_ptr += token * N * C
     out_ptr += token * C
     store_layer_input(
@@ -164,215 +178,3 @@ def mhc_pre_forward_normed(
         NORM=True,
         NORM_EPS=EPS,
     )
-
-
-@triton.jit
-def zero_row(ROWS: tl.constexpr, VEC: tl.constexpr, STEPS: tl.constexpr):
-    """Returns zeros for the columns of a row: a tuple of STEPS tiles."""
-    row = ()
-    for _ in tl.static_range(STEPS):
-        row = row + (tl.zeros((ROWS, VEC), tl.float32),)
-    return row
-
-
-@triton.jit
-def _behind_norm(a, b, pre_ptr, token, C: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr):
-    """Takes N sums a_i = <x_i, w d> and b_i = <x_i, u> of one token, u = sum_i h_pre[i] x_i.
-
-    They give both sums of the norm: <u, u> = sum_i h_pre[i] b_i, <u, w d> = sum_i h_pre[i] a_i.
-
-    Returns dh_pre, N numbers, then inverse and kappa: the cotangent of u is inverse w d - kappa u.
-    """
-    squares = 0.0
-    product = 0.0
-    for i in tl.static_range(N):
-        h_pre = tl.load(pre_ptr + token * N + i)
-        squares += h_pre * b[i]
-        product += h_pre * a[i]
-    inverse = tl.rsqrt(squares / C + EPS)
-    kappa = product * inverse * inverse * inverse / C
-    found = ()
-    for i in tl.static_range(N):
-        found = found + (inverse * a[i] - kappa * b[i],)
-    return found + (inverse, kappa)
-
-
-@triton.jit
-def weights_backward_behind_norm(
-    x_ptr,
-    pre_ptr,
-    weight_ptr,
-    d_ptr,
-    token,
-    C: tl.constexpr,
-    N: tl.constexpr,
-    EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    VEC: tl.constexpr,
-    EVEN: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """Does `weights_backward` where d is the cotangent behind the norm, in one pass that keeps no row.
-
-    Returns dh_pre, N numbers, then inverse and kappa: the cotangent of u is inverse w d - kappa u.
-    """
-    h_pre = ()
-    a = ()
-    b = ()
-    for i in tl.static_range(N):
-        h_pre = h_pre + (tl.load(pre_ptr + token * N + i),)
-        a = a + (tl.zeros((ROWS,), tl.float32),)
-        b = b + (tl.zeros((ROWS,), tl.float32),)
-    x_ptr += token * N * C
-    for start in tl.range(0, C, ROWS * VEC, loop_unroll_factor=UNROLL):
-        cols = columns(start, ROWS, VEC)
-        wd = load(d_ptr + token * C, cols, C, EVEN) * load(weight_ptr, cols, C, EVEN)
-        x = ()
-        for i in tl.static_range(N):
-            x = x + (load_once(x_ptr + i * C, cols, C, EVEN),)
-        u = h_pre[0] * x[0]
-        for i in tl.static_range(1, N):
-            u += h_pre[i] * x[i]
-        new_a = ()
-        new_b = ()
-        for i in tl.static_range(N):
-            new_a = new_a + (a[i] + tl.sum(x[i] * wd, axis=1),)
-            new_b = new_b + (b[i] + tl.sum(x[i] * u, axis=1),)
-        a = new_a
-        b = new_b
-    a_sums = ()
-    b_sums = ()
-    for i in tl.static_range(N):
-        a_sums = a_sums + (tl.sum(a[i], axis=0),)
-        b_sums = b_sums + (tl.sum(b[i], axis=0),)
-    return _behind_norm(a_sums, b_sums, pre_ptr, token, C, N, EPS)
-
-
-@triton.jit
-def weights_backward_normed(
-    x_ptr,
-    pre_ptr,
-    weight_ptr,
-    d_ptr,
-    out_ptr,
-    dweight,
-    token,
-    inside,
-    C: tl.constexpr,
-    N: tl.constexpr,
-    EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    VEC: tl.constexpr,
-    STEPS: tl.constexpr,
-    EVEN: tl.constexpr,
-    WRITE_DX: tl.constexpr,
-):
-    """Does the backward of the norm and of the weighted sum for one token; writes only if `inside`.
-
-    It writes dx (WRITE_DX) or the sum's cotangent. One pass over x gives all sums, see `_behind_norm`.
-
-    Returns dh_pre, N numbers, and then `dweight`, STEPS tiles, with this token's part added.
-    """
-    a = ()
-    b = ()
-    for _ in tl.static_range(N):
-        a = a + (tl.zeros((ROWS,), tl.float32),)
-        b = b + (tl.zeros((ROWS,), tl.float32),)
-    row = ()
-    for step in tl.static_range(STEPS):
-        cols = columns(step * ROWS * VEC, ROWS, VEC)
-        wd = load(d_ptr + token * C, cols, C, EVEN) * load(weight_ptr, cols, C, EVEN)
-        x = ()
-        for i in tl.static_range(N):
-            x = x + (load_once(x_ptr + (token * N + i) * C, cols, C, EVEN),)
-        h = tl.load(pre_ptr + token * N) * x[0]
-        for i in tl.static_range(1, N):
-            h += tl.load(pre_ptr + token * N + i) * x[i]
-        row = row + (h,)
-        new_a = ()
-        new_b = ()
-        for i in tl.static_range(N):
-            new_a = new_a + (a[i] + tl.sum(x[i] * wd, axis=1),)
-            new_b = new_b + (b[i] + tl.sum(x[i] * h, axis=1),)
-        a = new_a
-        b = new_b
-    a_sums = ()
-    b_sums = ()
-    for i in tl.static_range(N):
-        a_sums = a_sums + (tl.sum(a[i], axis=0),)
-        b_sums = b_sums + (tl.sum(b[i], axis=0),)
-    behind = _behind_norm(a_sums, b_sums, pre_ptr, token, C, N, EPS)
-    inverse = behind[N]
-    kappa = behind[N + 1]
-    found = behind[:N]
-    for step in tl.static_range(STEPS):
-        cols = columns(step * ROWS * VEC, ROWS, VEC)
-        d = load(d_ptr + token * C, cols, C, EVEN)
-        found = found + (dweight[step] + tl.where(inside, d * row[step] * inverse, 0.0),)
-        dh = inverse * d * load(weight_ptr, cols, C, EVEN) - kappa * row[step]
-        if WRITE_DX:
-            for i in tl.static_range(N):
-                h_pre = tl.load(pre_ptr + token * N + i)
-                _store_if(out_ptr + (token * N + i) * C, cols, h_pre * dh, C, inside)
-        else:
-            _store_if(out_ptr + token * C, cols, dh, C, inside)
-    return found
-
-
-@triton.jit
-def mhc_pre_backward_normed(
-    x_ptr,
-    pre_ptr,
-    weight_ptr,
-    d_ptr,
-    T,
-    dpre_ptr,
-    dweight_ptr,
-    out_ptr,
-    C: tl.constexpr,
-    N: tl.constexpr,
-    EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    VEC: tl.constexpr,
-    STEPS: tl.constexpr,
-    EVEN: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WRITE_DX: tl.constexpr,
-):
-    """Computes dh_pre, a partial dweight over TOKENS tokens, and dx (WRITE_DX) or the sum's cotangent."""
-    dweight = zero_row(ROWS, VEC, STEPS)
-    for k in range(TOKENS):
-        token = (tl.program_id(0) + k * tl.num_programs(0)).to(tl.int64)
-        # The last tokens of a program may not exist: they repeat token 0 and write nothing.
-        inside = token < T
-        token = tl.where(inside, token, 0)
-        found = weights_backward_normed(
-            x_ptr,
-            pre_ptr,
-            weight_ptr,
-            d_ptr,
-            out_ptr,
-            dweight,
-            token,
-            inside,
-            C,
-            N,
-            EPS,
-            ROWS,
-            VEC,
-            STEPS,
-            EVEN,
-            WRITE_DX,
-        )
-        for i in tl.static_range(N):
-            tl.store(dpre_ptr + token * N + i, found[i], mask=inside)
-        dweight = found[N:]
-    for step in tl.static_range(STEPS):
-        cols = columns(step * ROWS * VEC, ROWS, VEC)
-        store(dweight_ptr + tl.program_id(0) * C, cols, dweight[step], C, EVEN)
-
-
-@triton.jit
-def _store_if(ptr, cols, value, C: tl.constexpr, condition):
-    value = cast(value, ptr.dtype.element_ty)
-    tl.store(ptr + cols, value, mask=(cols < C) & condition)
