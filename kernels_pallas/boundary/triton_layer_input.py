@@ -59,17 +59,78 @@ def _columns(n: int, logits: int) -> int:
     return 2 * n + (n * n if logits < 0 else logits)
 
 
-def _mappings(n: int, warps: int, static: ReadStatic, hc: bool, logits: int) -> dict:
+def _mappings(warps: int, static: ReadStatic, hc: bool, logits: int) -> dict:
     """Returns the constants of the programs of mappings: TOKENS in each, as its warps have threads for."""
+    n = static.n
     tile = {"NP": n, "W": 1, "TOKENS": warps * sinkhorn.tokens_per_program(n)}
-    return {
-        "N": n,
-        "HC": hc,
-        **(gates.sizes(n, warps) if hc else tile),
+    return {"HC": hc, **(gates.sizes(n, warps) if hc else tile), "LOGITS": logits}
+
+
+def row_constants(T: int, C: int, itemsize: int, most_steps: int) -> tuple[dict, int]:
+    """Returns the constants of programs that hold whole rows, COUNT of them in turn, and their warps."""
+    blocks, warps = row_blocks(C, itemsize, most_steps, least_warps=1)
+    count = tokens_per_program(T, C, itemsize) if warps == 1 else 1
+    return {"COUNT": count, "C": C, **blocks}, warps
+
+
+def column_constants(T: int, C: int, itemsize: int) -> dict:
+    """Returns the constants of programs of one warp that walk along COUNT rows in turn.
+
+    The sums of a row then end in shuffles, and need no shared memory and no barrier.
+    """
+    count = tokens_per_program(T, C, itemsize)
+    return {"COUNT": count, "C": C, **blocks_of(C, itemsize, rows=32)}
+
+
+def shares(T: int, tokens: int, rows: dict, static: ReadStatic) -> tuple[int, int, dict]:
+    """Returns how many programs make mappings, how many have rows, and the constants of both kinds.
+
+    Args:
+      tokens: of a program of mappings.
+      rows: constants of the others, of `row_constants` or `column_constants`.
+    """
+    programs, others = device.cdiv(T, tokens), T // rows["COUNT"]
+    constants = {
+        "PROGRAMS": programs,
+        "RATE": rate(programs, others),
+        "TOKENS": tokens,
+        "N": static.n,
         "NUM_ITERATIONS": static.num_iterations,
         "SINKHORN_EPS": static.sinkhorn_eps,
-        "LOGITS": logits,
+        **rows,
     }
+    return programs, others, constants
+
+
+def parts_constants(static: ReadStatic, splits: int, stride: int) -> dict:
+    """Returns the constants of who reads the projection's partial sums [splits, T, stride]."""
+    return {"EPS": static.norm_eps, "LD": stride, "SPLITS": splits, "PRE_EPS": static.pre_eps}
+
+
+def mapping_outputs(T: int, n: int, hc: bool = False, logits: int = -1) -> tuple:
+    """Returns the shapes of h_pre, h_post, h_res, s and r, see `forward_launch`."""
+    return (
+        struct((T, n)),
+        struct((T, n)),
+        struct((T, n, n) if logits < 0 else (T, max(1, logits))),
+        struct((T, n, 2 + n) if hc else (T, _columns(n, logits))),
+        struct((T, n) if hc else (T,)),
+    )
+
+
+def fragment_outputs(T: int, n: int, hc: bool = False) -> tuple:
+    """Returns the shapes of the first three arrays of `Fragments`, see `backward_launch`."""
+    tiles, pieces = device.cdiv(T, 16), n if hc else 3
+    return (
+        struct((tiles, pieces, 32, 4)),
+        struct((tiles, pieces, 32, 8), jnp.bfloat16),
+        struct((T, n) if hc else (T,)),
+    )
+
+
+def gate_sums_output(n: int, programs: int, logits: int = -1) -> jax.ShapeDtypeStruct:
+    """Returns the shape of the sums of dbias and dalpha, a column of each program of mappings."""
+    return struct((_columns(n, logits) + 3, programs))
 
 
 def forward_launch(
@@ -91,32 +152,17 @@ def forward_launch(
     """
     n = static.n
     # The streams of a row take 4 registers a step, the layer input 8.
-    blocks, warps = row_blocks(C, dtype.itemsize, most_steps=max(1, 20 // n), least_warps=1)
-    count = tokens_per_program(T, C, dtype.itemsize) if warps == 1 else 1
-    mappings = _mappings(n, warps, static, hc, logits)
-    programs, rows = device.cdiv(T, mappings["TOKENS"]), T // count
+    rows, warps = row_constants(T, C, dtype.itemsize, most_steps=max(1, 20 // n))
+    mappings = _mappings(warps, static, hc, logits)
+    programs, others, constants = shares(T, mappings["TOKENS"], rows, static)
     return TritonLaunch(
         kernel=mhc_read_forward_input,
-        grid=(programs + rows,),
-        outputs=(
-            struct((T, C), dtype),
-            struct((T, n)),
-            struct((T, n)),
-            struct((T, n, n) if logits < 0 else (T, max(1, logits))),
-            struct((T, n, 2 + n) if hc else (T, _columns(n, logits))),
-            struct((T, n) if hc else (T,)),
-        ),
+        grid=(programs + others,),
+        outputs=(struct((T, C), dtype), *mapping_outputs(T, n, hc, logits)),
         constants={
-            "PROGRAMS": programs,
-            "RATE": rate(programs, rows),
-            "COUNT": count,
+            **constants,
             **mappings,
-            "EPS": static.norm_eps,
-            "LD": stride,
-            "SPLITS": splits,
-            "PRE_EPS": static.pre_eps,
-            "C": C,
-            **blocks,
+            **parts_constants(static, splits, stride),
             "NORM": static.has_norm,
             "NORM_EPS": static.input_norm_eps or 0.0,
         },
@@ -135,36 +181,26 @@ def backward_launch(
     u. With `hc` (Hyper-Connections) ds has 4 in place of 3 pieces, and kappa is [T, 4].
     """
     n, norm = static.n, static.has_norm
-    count = tokens_per_program(T, C, dtype.itemsize)
-    # With one warp a token the sums end in shuffles and need no shared memory and no barrier.
-    mappings = _mappings(n, 1, static, hc, logits)
+    mappings = _mappings(1, static, hc, logits)
     if not hc:  # half the iterates a thread, whose registers all programs pay for
         mappings["TOKENS"] = max(1, mappings["TOKENS"] // 2)
-    programs, rows, tiles = (
-        device.cdiv(T, mappings["TOKENS"]),
-        T // count,
-        device.cdiv(T, 16),
-    )
-    pieces, kappa = (n, (T, n)) if hc else (3, (T,))
+    rows = column_constants(T, C, dtype.itemsize)
+    programs, others, constants = shares(T, mappings["TOKENS"], rows, static)
+    *fragments, kappa = fragment_outputs(T, n, hc)
     return TritonLaunch(
         kernel=mhc_read_backward_input,
-        grid=(programs + rows,),
+        grid=(programs + others,),
         outputs=(
-            struct((tiles, pieces, 32, 4)),
-            struct((tiles, pieces, 32, 8), jnp.bfloat16),
-            struct(kappa),
-            struct(kappa),
-            struct((_columns(n, logits) + 3, programs)),
-            struct((n + 1, rows)),
+            *fragments,
+            kappa,
+            kappa,
+            gate_sums_output(n, programs, logits),
+            struct((n + 1, others)),
             struct((T, 4) if norm else (1,)),
         ),
         constants={
-            "PROGRAMS": programs,
-            "RATE": rate(programs, rows),
-            "COUNT": count,
+            **constants,
             **mappings,
-            "C": C,
-            **blocks_of(C, dtype.itemsize, rows=32),
             "NORM": norm,
             "NORM_EPS": static.input_norm_eps or 0.0,
         },

@@ -6,12 +6,19 @@ Sinkhorn-Knopp iterates.
 """
 
 import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 
 from kernels_pallas.boundary.contract import Parameters
-from kernels_pallas.boundary.triton_layer_input import rate, tokens_per_program
+from kernels_pallas.boundary.triton_layer_input import (
+    column_constants,
+    fragment_outputs,
+    gate_sums_output,
+    mapping_outputs,
+    parts_constants,
+    row_constants,
+    shares,
+)
 from kernels_pallas.boundary.triton_layer_input_kernels import share
 from kernels_pallas.coefficients import triton_backward as coefficients_backward
 from kernels_pallas.coefficients import triton_forward as coefficients
@@ -21,7 +28,6 @@ from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.triton_launch import TritonLaunch
 from kernels_pallas.gpu.triton_math import columns, load, load_once, store, vector
 from kernels_pallas.look_ahead.contract import Ahead, ReadStatic, Saved
-from kernels_pallas.pre.triton import blocks_of, row_blocks
 from kernels_pallas.sinkhorn import triton as sinkhorn
 
 
@@ -213,36 +219,16 @@ def forward_launch(
     Outputs: the normed rows [T, C], inverse [T], next_pre, h_post [T, n], h_res [T, n, n], s [T, m], r [T].
     """
     n = static.n
-    blocks, warps = row_blocks(C, dtype.itemsize, most_steps=5, least_warps=1)
+    rows, warps = row_constants(T, C, dtype.itemsize, most_steps=5)
     tokens = warps * sinkhorn.tokens_per_program(n)
-    count = tokens_per_program(T, C, dtype.itemsize) if warps == 1 else 1
-    programs, rows = device.cdiv(T, tokens), T // count
+    programs, others, constants = shares(T, tokens, rows, static)
     return TritonLaunch(
         kernel=mhc_look_ahead_forward_input,
-        grid=(programs + rows,),
-        outputs=(
-            struct((T, C), dtype),
-            struct((T,)),
-            struct((T, n)),
-            struct((T, n)),
-            struct((T, n, n)),
-            struct((T, n * n + 2 * n)),
-            struct((T,)),
-        ),
+        grid=(programs + others,),
+        outputs=(struct((T, C), dtype), struct((T,)), *mapping_outputs(T, n)),
         constants={
-            "PROGRAMS": programs,
-            "RATE": rate(programs, rows),
-            "TOKENS": tokens,
-            "COUNT": count,
-            "N": n,
-            "NUM_ITERATIONS": static.num_iterations,
-            "EPS": static.norm_eps,
-            "LD": stride,
-            "SPLITS": splits,
-            "SINKHORN_EPS": static.sinkhorn_eps,
-            "PRE_EPS": static.pre_eps,
-            "C": C,
-            **blocks,
+            **constants,
+            **parts_constants(static, splits, stride),
             "NORM_EPS": static.input_norm_eps,
         },
         num_warps=warps,
@@ -259,30 +245,13 @@ def backward_launch(T: int, C: int, dtype, static: ReadStatic) -> TritonLaunch:
     n = static.n
     # Half the iterates a thread, whose registers all programs pay for.
     tokens = max(1, sinkhorn.tokens_per_program(n) // 2)
-    count = tokens_per_program(T, C, dtype.itemsize)
-    programs, rows, tiles = device.cdiv(T, tokens), T // count, device.cdiv(T, 16)
+    rows = column_constants(T, C, dtype.itemsize)
+    programs, others, constants = shares(T, tokens, rows, static)
     return TritonLaunch(
         kernel=mhc_look_ahead_backward_input,
-        grid=(programs + rows,),
-        outputs=(
-            struct((tiles, 3, 32, 4)),
-            struct((tiles, 3, 32, 8), jnp.bfloat16),
-            struct((T,)),
-            struct((n * n + 2 * n + 3, programs)),
-            struct((T, 4)),
-        ),
-        constants={
-            "PROGRAMS": programs,
-            "RATE": rate(programs, rows),
-            "TOKENS": tokens,
-            "COUNT": count,
-            "N": n,
-            "NUM_ITERATIONS": static.num_iterations,
-            "SINKHORN_EPS": static.sinkhorn_eps,
-            "C": C,
-            # With one warp a token the sum ends in shuffles and needs no barrier.
-            **blocks_of(C, dtype.itemsize, rows=32),
-        },
+        grid=(programs + others,),
+        outputs=(*fragment_outputs(T, n), gate_sums_output(n, programs), struct((T, 4))),
+        constants=constants,
         num_warps=1,
     )
 
