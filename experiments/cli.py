@@ -195,6 +195,10 @@ class BadResult(ValueError):
     """A file of stored results that cannot be read."""
 
 
+class NoResult(BadResult, FileNotFoundError):
+    """A folder without results."""
+
+
 def log_as(form: str, level: int = logging.WARNING) -> None:
     """As `logging.basicConfig`, also where a package has called that: orbax does when it is imported."""
     logging.basicConfig()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pathlib
 from typing import Any
 
 from experiments import cli, record
@@ -17,6 +18,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the result to experiments/<question>/results/<device>.json",
     )
+
+
+def add_study_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Adds --output (by default `folder`), --summary and --figures of a study; see `results_root`."""
+    parser.add_argument("--output", type=cli.new_folder,
+                        help=f"folder of the runs and their results ({folder})")  # fmt: skip
+    where = "stored results: those of the repository, or of --output where it is given"
+    parser.add_argument("--summary", action="store_true", help=f"print the tables of {where}")
+    parser.add_argument("--figures", action="store_true", help=f"draw {where}, beside them")
+    parser.set_defaults(default_output=pathlib.Path(folder))
+
+
+def results_root(options: argparse.Namespace) -> pathlib.Path | None:
+    """Returns the folder whose results a study reads and writes, None for the repository's.
+
+    Sets `output` to the study's own folder where none was given.
+    """
+    stored = options.summary or options.figures
+    of_repository = options.record or (stored and options.output is None)
+    options.output = options.output or options.default_output
+    return None if of_repository else options.output
 
 
 def shape_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from experiments.cli import BadResult
+from experiments.cli import BadResult, NoResult
 from mhc_jax.writers import jsonable
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "triton", "jax-triton", "libtpu", "jax-cuda13-pjrt")
@@ -164,7 +164,7 @@ def newest(question: str, folder: pathlib.Path | None = None) -> pathlib.Path:
     """Returns a question's result file with the latest date in its environment.
 
     Raises:
-      FileNotFoundError: the question has no result with an environment.
+      NoResult: the question has no result with an environment.
     """
     return by_date(question, folder)[-1]
 
@@ -173,7 +173,7 @@ def by_date(question: str, folder: pathlib.Path | None = None) -> list[pathlib.P
     """Returns a question's result files that have an environment, those of every device, oldest first.
 
     Raises:
-      FileNotFoundError: there is none.
+      NoResult: there is none.
     """
     root = pathlib.Path(folder or FOLDER) / question / "results"
     dated = [
@@ -181,9 +181,7 @@ def by_date(question: str, folder: pathlib.Path | None = None) -> list[pathlib.P
     ]
     found = [path for date, path in sorted(dated) if date]
     if not found:
-        raise FileNotFoundError(
-            f"{root} holds no recorded result: run python -m experiments.{question}"
-        )
+        raise NoResult(f"{root} holds no recorded result: run python -m experiments.{question}")
     return found
 
 

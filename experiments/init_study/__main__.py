@@ -1,7 +1,7 @@
 """How large should the gating factors alpha start? mHC's over widths, HC's, and what else moves the mappings.
 
     python -m experiments.init_study --data 'corpus/text/**'
-    python -m experiments.init_study --summary    # the table from the stored results; --figures draws anew
+    python -m experiments.init_study --summary    # of the repository's results (--output: of those)
 
 Trains 110 small decoders, one process a run, three a GPU: about 12 minutes on four H200. Give the command
 again to go on where it was cut.
@@ -9,7 +9,6 @@ again to go on where it was cut.
 
 import argparse
 import functools
-import pathlib
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from unittest import mock
 import jax
 import optax
 
-from experiments import cli, record, sweep
+from experiments import cli, output, record, sweep
 from experiments.init_study import figure
 from experiments.init_study.runs import (
     ALPHA_TIMES_ROW,
@@ -38,18 +37,15 @@ KEPT = ("validation_loss", "validation", "diverged", "learning_rate", "steps", "
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=f"python -m {MODULE}", description=__doc__)
-    parser.add_argument("--output", type=cli.new_folder, default=pathlib.Path("runs/init_study"),
-                        help="folder of the workdirs (runs/init_study)")  # fmt: skip
+    output.add_study_arguments(parser, "runs/init_study")
     parser.add_argument(
         "--steps", type=cli.positive, help="horizon of the first runs, for a quick try"
     )
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), choices=WIDTHS)
-    parser.add_argument("--summary", action="store_true",
-                        help="print the table from the stored results")  # fmt: skip
-    parser.add_argument("--figures", action="store_true",
-                        help="draw the figure from the stored results")  # fmt: skip
     sweep.add_arguments(parser, per_gpu=3)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.root = output.results_root(options)
+    return options
 
 
 def find_winner(summaries: dict, widths: Sequence[int]) -> float:
@@ -128,7 +124,7 @@ def _random_phi(key: jax.Array):
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.summary or options.figures:
-        path = record.newest(QUESTION)
+        path = record.newest(QUESTION, options.root)
         found = record.read(path)
         if options.summary:
             print(figure.format_table(found))
@@ -163,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(second_runs(find_winner(found, options.widths)))
     payload = collect(options)
     print(figure.format_table(payload))
-    path = record.write(QUESTION, payload, folder=None if options.record else options.output)
+    path = record.write(QUESTION, payload, folder=options.root)
     print(path, figure.draw(payload, path.with_suffix(".png")))
 
 

@@ -1,7 +1,7 @@
 """Which constraint on h_res, and how many streams? Paired comparisons with seeds, gains, step times.
 
     python -m experiments.manifolds --data 'corpus/text/**'    # --record: into the repository's results
-    python -m experiments.manifolds --summary    # the tables from the stored results; --figures draws anew
+    python -m experiments.manifolds --summary    # tables of the repository's results (--output: of those)
     python -m experiments.manifolds --toy        # a few arms at toy size on a CPU: three minutes on two cores
 
 Every arm is trained on the setting of `experiments.reproduction` (its `main`: 38M parameters, 100M tokens)
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments import cli, record, sweep
+from experiments import cli, output, record, sweep
 from experiments.corpus.manifest import is_corpus_of_results
 from experiments.manifolds import figures, settings, tables
 from experiments.manifolds import stored as results
@@ -39,8 +39,7 @@ TIMES = "times.json"  # beside the workdirs
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=f"python -m {MODULE}", description=__doc__)
-    parser.add_argument("--output", type=cli.new_folder, default=pathlib.Path("runs/manifolds"),
-                        help="folder of the workdirs (runs/manifolds)")  # fmt: skip
+    output.add_study_arguments(parser, "runs/manifolds")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--arms", nargs="+", metavar="ARM", choices=list(settings.ARMS),
                         default=list(settings.ARMS),
@@ -53,12 +52,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="integer fields of the config, for a quick try")  # fmt: skip
     parser.add_argument("--toy", action="store_true",
                         help="a few arms of toy size, in this process; stores nothing")  # fmt: skip
-    parser.add_argument("--summary", action="store_true",
-                        help="print the tables from the stored results")  # fmt: skip
-    parser.add_argument("--figures", action="store_true",
-                        help="draw the figures from the stored results")  # fmt: skip
     sweep.add_arguments(parser, per_gpu=2)
     options = parser.parse_args(arguments)
+    options.root = output.results_root(options)
     fields = dict(field.split("=") for field in options.set)
     options.fields = {name: int(value) for name, value in fields.items()}
     if options.toy:
@@ -96,7 +92,7 @@ def borrowed(runs: list[Run], options: argparse.Namespace) -> dict[str, str]:
         return {}
     try:
         found = stored()["runs"]
-    except FileNotFoundError:
+    except cli.NoResult:
         return {}
     lenders = {run.key: run.lender for run in runs}
     return {key: run.key for key, run in lenders.items() if run and run.key in found}
@@ -172,14 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sweep.run_one(config, options.output, run.key)
         return
     if options.summary or options.figures:
-        try:
-            payload = with_borrowed(results.stored())
-        except FileNotFoundError as error:
-            sys.exit(f"error: {error}")
+        payload = with_borrowed(results.stored(options.root))
         if options.summary:
             print(tables.format_all(payload))
         if options.figures:
-            folder = record.result_path(QUESTION, "cpu").parent
+            folder = record.result_path(QUESTION, "cpu", options.root).parent
             print(*figures.draw_all(payload, folder), sep="\n")
         return
     runs = wanted(options)
@@ -205,9 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = options.output / "toy.json"
         path.write_text(json.dumps(payload, indent=1) + "\n")
     else:
-        root = None if options.record else options.output
-        path = store(payload, root)
-        payload = results.stored(root)  # with what other machines have left there
+        path = store(payload, options.root)
+        payload = results.stored(options.root)  # with what other machines have left there
     payload = with_borrowed(payload)
     print(tables.format_all(payload))
     print(path, *figures.draw_all(payload, path.parent), sep="\n")

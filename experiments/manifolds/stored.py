@@ -14,7 +14,7 @@ def stored(root: pathlib.Path | None = None) -> dict:
       root: holds `manifolds/results`; None: the repository's.
 
     Raises:
-      FileNotFoundError: there is none.
+      NoResult: there is none.
     """
     merged: dict = {"runs": {}, "borrowed": {}, "times": {}}
     for path in record.by_date(QUESTION, root):

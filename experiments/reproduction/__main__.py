@@ -2,7 +2,7 @@
 
     python -m experiments.reproduction --data 'corpus/text/**'                       # main and depth
     python -m experiments.reproduction --data 'corpus/text/**' --settings ablation   # Table 1
-    python -m experiments.reproduction --summary    # all tables from the stored results; --figures draws anew
+    python -m experiments.reproduction --summary    # tables of the repository's results (--output: of those)
 
 Each arm's learning rate is chosen on a seed that is not counted; then every arm is trained on the same seeds,
 with the same weights and the same order of the data. Give the command again to go on where it was cut.
@@ -19,7 +19,7 @@ from unittest import mock
 
 import jax
 
-from experiments import cli, mixing, record, sweep
+from experiments import cli, mixing, output, record, sweep
 from experiments.reproduction import charts, figures, tables
 from experiments.reproduction.settings import (
     FIELDS,
@@ -42,8 +42,7 @@ MODULE = f"experiments.{QUESTION}"
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=f"python -m {MODULE}", description=__doc__)
-    parser.add_argument("--output", type=cli.new_folder, default=pathlib.Path("runs/reproduction"),
-                        help="folder of the workdirs (runs/reproduction)")  # fmt: skip
+    output.add_study_arguments(parser, "runs/reproduction")
     parser.add_argument("--settings", nargs="+", metavar="NAME", choices=SETTINGS, default=["main", "depth"],
                         help=f"comparisons to run, in this order: {', '.join(SETTINGS)} "
                         "(default: main depth)")  # fmt: skip
@@ -58,12 +57,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="integer fields of the config, for a quick try")  # fmt: skip
     parser.add_argument("--no_cut", action="store_true",
                         help="with --minutes: start no run that they cannot hold")  # fmt: skip
-    parser.add_argument("--summary", action="store_true",
-                        help="print the tables from the stored results")  # fmt: skip
-    parser.add_argument("--figures", action="store_true",
-                        help="draw the figures from the stored results")  # fmt: skip
     sweep.add_arguments(parser, per_gpu=2)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.root = output.results_root(options)
+    return options
 
 
 def child_arguments(options: argparse.Namespace) -> list[str]:
@@ -223,9 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.run:
         train_one(options)
         return
-    root = None
+    root = options.root
     if not (options.summary or options.figures):
-        root = None if options.record else options.output
         print(*store(run(options), root), sep="\n")
     payload = stored(root)
     if options.summary or not options.figures:

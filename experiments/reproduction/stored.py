@@ -14,7 +14,7 @@ def stored(root: pathlib.Path | None = None) -> dict:
       root: holds `reproduction/results`; None: the repository's.
 
     Raises:
-      FileNotFoundError: there is none.
+      NoResult: there is none.
     """
     contents = [record.read(path) for path in record.by_date(QUESTION, root)]
     merged = {"learning_rates": {}, "runs": {}}

@@ -1,7 +1,7 @@
 """How many Sinkhorn iterations does mHC need? Column sums, composite backward gain against depth, time.
 
     python -m experiments.sinkhorn              # random mappings; half a minute on 2 CPU cores
-    python -m experiments.sinkhorn --summary    # the tables from the stored results; --figures draws anew
+    python -m experiments.sinkhorn --summary    # tables of the repository's results (--output: of those)
 
 Rows are normalised last, so the forward gain is 1 whatever t_max is. The columns carry the truncation error,
 and products of many mappings the backward gain (Fig. 7). Trained mappings and losses are those of
@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from experiments import cli, record
-from experiments.output import format_table
+from experiments import cli, output, record
 from experiments.reproduction.settings import Run
 from experiments.reproduction.stored import stored
 from experiments.sinkhorn.columns import T_MAX, measure, random_logits
@@ -87,12 +86,15 @@ def rows_of_columns(kinds: dict[str, dict]) -> list[list[str]]:
 def summary(payload: dict, trainings: dict) -> str:
     """Writes the tables of a result file; trained mappings from the results of `experiments.reproduction`."""
     kinds = payload["random"] | trained(trainings)
-    parts = ["## Column sums and composite backward gain", format_table(rows_of_columns(kinds))]
+    parts = [
+        "## Column sums and composite backward gain",
+        output.format_table(rows_of_columns(kinds)),
+    ]
     if times := payload["milliseconds"]:
         device = payload["environment"]["device"]["name"]
         parts += [
             f"## One sublayer's read and write on {device}: {TIMED[0]} tokens, C = {TIMED[1]}",
-            format_table(
+            output.format_table(
                 [
                     ["t_max", *times],
                     ["ms, forward + backward", *(f"{ms:.3f}" for ms in times.values())],
@@ -142,16 +144,12 @@ def draw_newest(trainings: dict, root: pathlib.Path | None = None) -> pathlib.Pa
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = cli.Parser(prog=f"python -m experiments.{QUESTION}", description=__doc__)
-    parser.add_argument("--output", type=cli.new_folder, default=pathlib.Path("runs/sinkhorn"),
-                        help="folder of result and figure (runs/sinkhorn)")  # fmt: skip
+    output.add_study_arguments(parser, "runs/sinkhorn")
     parser.add_argument("--record", action="store_true",
                         help="result and figure to those of the repository instead")  # fmt: skip
-    parser.add_argument("--summary", action="store_true", help="print the stored tables")
-    parser.add_argument("--figures", action="store_true", help="draw the stored results")
     options = parser.parse_args(arguments)
-    root = None
+    root = output.results_root(options)
     if not (options.summary or options.figures):
-        root = None if options.record else options.output
         print(record.write(QUESTION, measure_all(), folder=root))
     if options.summary or not options.figures:
         print(summary(record.read(record.newest(QUESTION, root)), stored()))

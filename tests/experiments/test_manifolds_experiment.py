@@ -19,13 +19,6 @@ def summary(loss, gain=None):
     return {"validation_loss": loss, "gains": gains, "distance_identity": gain and 0.125}
 
 
-@pytest.mark.parametrize("option", ["--summary", "--figures"])
-def test_without_a_stored_result_one_line_says_what_to_run(option, monkeypatch):
-    monkeypatch.setattr(study.results, "QUESTION", "nothing")
-    with pytest.raises(SystemExit, match=r"^error: .* holds no recorded result: run python -m"):
-        study.main([option])
-
-
 def test_runs_differ_in_the_connection_alone_and_none_is_made_twice():
     options = study.parse_arguments([])
     runs = study.wanted(options)
