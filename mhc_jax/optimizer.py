@@ -72,6 +72,19 @@ def decay_mask(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: rule_of(path_of(path)).decays, params)
 
 
+def always_finite(config: OptimizerConfig) -> bool:
+    """Whether finite gradients change finite parameters to finite ones, so that nobody has to look.
+
+    To look takes one more pass over parameters, moments and gradients, 11 of 399 ms of a step of the 3B model
+    on an H200. By Cauchy-Schwarz Adam's |m| / sqrt(v) is below (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)),
+    and where v underflows to 0, |m| / eps is below 1e-15 / eps.
+    """
+    average = 0 <= config.b1 < 1 and config.b1**2 < config.b2 < 1
+    rate, decay = config.learning_rate, config.learning_rate * config.weight_decay
+    # 2^31 updates of 1e6 * 1e15 stay below 3e38, and the decay takes parameters no further from 0.
+    return average and config.eps >= 1e-30 and rate <= 1e6 and decay <= 1
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Returns clipping by global norm (0: none), then AdamW with the rates of `make_schedule`."""
     adamw = optax.adamw(

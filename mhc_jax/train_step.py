@@ -17,7 +17,7 @@ from mhc_jax.config import Config, ModelConfig
 from mhc_jax.health import all_finite
 from mhc_jax.losses import IGNORE_INDEX, linear_cross_entropy, num_counted
 from mhc_jax.moe import MoEAux
-from mhc_jax.optimizer import make_optimizer, make_schedule
+from mhc_jax.optimizer import always_finite, make_optimizer, make_schedule
 from mhc_jax.parameters import merged, path_of, rule_of
 from mhc_jax.pipeline import Layout, Pipeline
 from mhc_jax.sharding import by_row, by_token, on_mesh, replicated, split_parameters, tree_shardings
@@ -241,7 +241,9 @@ def train_step(
     if aux is not None:
         model_state = _balanced(model_state, aux.load, config.model.balance_rate)
     # The moments are finite where the norm is. The update need not be: 0 / 0 with eps = 0.
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(params)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if not always_finite(config.optimizer):
+        finite &= all_finite(params)
     kept = state.healthy & finite
     # The host sees metrics one step late; until then a bad update must not spoil the parameters.
     with jax.named_scope("optimizer"):

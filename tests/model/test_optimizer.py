@@ -12,7 +12,7 @@ from test_train import EXPERTS, tiny
 
 from mhc_jax import train_step as train_step_module
 from mhc_jax.moe import MoEAux
-from mhc_jax.optimizer import STEP_DECAY, make_optimizer
+from mhc_jax.optimizer import STEP_DECAY, always_finite, make_optimizer
 from mhc_jax.train_step import abstract_state
 
 # One process: the tests share what they compile and run.
@@ -221,3 +221,41 @@ def test_nothing_moves_from_a_bad_step_on(step, fault):
     want = state.replace(healthy=np.False_)
     for found in (bad, after):
         jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+EXTREMES = {"learning_rate": 1e6, "weight_decay": 1e-6, "eps": 1e-30, "b1": 0.97, "b2": 0.95,
+            "clip_norm": 0.0, "warmup_steps": 0, "schedule": "constant"}  # fmt: skip
+UNSAFE = {"eps": 0.0, "b1": 1.0, "b2": 1.0, "learning_rate": 3e38, "weight_decay": 2000.0}
+
+
+@pytest.mark.parametrize("size", [1e18, 1.0, 1e-15, 1e-19, 1e-22, 1e-38, 1e-44])
+def test_settings_whose_updates_are_not_looked_at_keep_parameters_finite(size):
+    """Gradients of one size, single ones before zeros, and of all sizes, at the ends of what is allowed."""
+    config = tiny(**{f"optimizer.{k}": v for k, v in EXTREMES.items()}).optimizer
+    assert always_finite(config)
+    optimizer = make_optimizer(config, 100)
+    rng = np.random.default_rng(0)
+    steps = np.zeros((100, 4), np.float32)
+    steps[:, 0], steps[0, 1] = size, size
+    steps[:, 2:] = size * 10.0 ** rng.uniform(-8, 0, (100, 2)) * rng.choice([-1, 1], (100, 2))
+
+    def update(carry, gradient):
+        params, state = carry
+        updates, state = optimizer.update({"norm": {"scale": gradient}}, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = {"norm": {"scale": jnp.ones(4)}}
+    (params, state), _ = jax.lax.scan(update, (params, optimizer.init(params)), steps)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state)))
+
+
+@pytest.mark.parametrize("name", [None, *UNSAFE])
+def test_new_parameters_are_looked_at_only_where_they_need_not_be_finite(name):
+    """A pass over all parameters and moments; whether it is made follows from the settings."""
+    changes = {f"optimizer.{name}": UNSAFE[name]} if name else {}
+    config = tiny(**changes)
+    assert always_finite(config.optimizer) == (name is None)
+    batch = train_step_module.abstract_batch(config)
+    step = functools.partial(train_step_module.train_step, config=config)
+    looks = str(jax.make_jaxpr(step)(abstract_state(config), batch)).count("is_finite")
+    assert (looks > len(jax.tree.leaves(abstract_state(config).params))) == bool(name)
