@@ -186,9 +186,9 @@ def _chunk(x, matrix, targets, counted, ignore_index, gradients):
     shift = jnp.max(logits, axis=-1, keepdims=True)
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - shift), axis=-1, keepdims=True)) + shift
     targets = targets[:, None]
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets
-    # A masked sum needs no pass of its own, and it remains a sum when the vocabulary is split.
-    of_target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1, keepdims=True)
+    # A masked sum would be a pass of its own on GPUs. Where the vocabulary is split, XLA makes this a masked
+    # choice and a sum.
+    of_target = jnp.take_along_axis(logits, targets, axis=-1, mode="clip")
     counts = targets != ignore_index
     valid = ~counts | ((targets >= 0) & (targets < logits.shape[-1]))
     # NaN is the result of an operation: a constant NaN would trip JAX_DEBUG_NANS although every target is
@@ -197,6 +197,7 @@ def _chunk(x, matrix, targets, counted, ignore_index, gradients):
     loss = jnp.sum(jnp.where(counts, (log_sum - of_target) / divisor, 0.0))
     if not gradients:
         return (loss,)
-    d_logits = jnp.exp(logits - log_sum) - is_target.astype(logits.dtype)
-    d_logits = jnp.where(counts, d_logits / divisor, 0.0)
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets
+    d_logits = (jnp.exp(logits - log_sum) - is_target.astype(logits.dtype)) * (1 / divisor)
+    d_logits = jnp.where(counts, d_logits, 0.0)
     return loss, *_unembed_gradients(x, matrix, d_logits)
