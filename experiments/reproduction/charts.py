@@ -105,9 +105,15 @@ def _gaps_of(payload: dict, name: str) -> tuple[list[float], list[float]]:
 
 
 def draw_scaling(payload: dict, path: pathlib.Path) -> pathlib.Path:
-    """Draws Fig. 6: gap and ratio of the losses, against compute (a), and within the runs of "main" (b)."""
+    """Draws Fig. 6: gap and ratio of the losses, against compute (a), and within the runs of "main" (b).
+
+    A hollow point is one seed, which has no standard error.
+    """
     blue = COLOURS["mhc"][0]
-    sizes = [(tables.flops(name), *_gaps_of(payload, name)) for name in SCALING]
+    sizes = [
+        (tables.flops(name), *_gaps_of(payload, name), SETTINGS[name].description.split()[0])
+        for name in SCALING
+    ]
     sizes = [size for size in sizes if size[1]]
     main = SETTINGS["main"]
     mhc, residual = (
@@ -124,7 +130,14 @@ def draw_scaling(payload: dict, path: pathlib.Path) -> pathlib.Path:
             errors = [np.nan_to_num(tables.mean_and_error(size[index])[1]) for size in sizes]
             axes.errorbar([size[0] for size in sizes], means, yerr=errors, fmt="o-", color=blue,
                           capsize=3, markersize=4)  # fmt: skip
+            for flops, *found, name in sizes:
+                mean = statistics.fmean(found[index - 1])
+                if len(found[0]) == 1:
+                    axes.plot(flops, mean, "o", color=blue, markersize=4, markerfacecolor="white",
+                              zorder=3)  # fmt: skip
+                axes.annotate(name, (flops, mean), (5, -9), textcoords="offset points", fontsize=7)
             axes.set(xscale="log", xlabel="FLOPs")
+            axes.margins(x=0.2)
         tokens = main.tokens_a_step * steps / 1e6
         band(grid[2], tokens, values - reference, blue, "mHC")
         band(grid[3], tokens, 100 * values / reference, blue, "mHC")
