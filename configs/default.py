@@ -85,9 +85,9 @@ def get_config() -> ml_collections.ConfigDict:
     model.mhc_use_pre = True  # mhc: the same
     model.mhc_use_post = True
     model.mhc_use_res = True
-    # Of the mHC kernels: xla | pallas | triton, or names by operation as in "read=cuda,boundary=cuda". None,
-    # and what the names leave out: the best of the platform (`kernels_pallas.explain`). May change when a run
-    # is resumed.
+    # Of the mHC kernels: xla | pallas | triton, or names by operation as in "read=cuda,boundary=cuda". None
+    # (--config.model.implementation=None), and what the names leave out: the best of the platform
+    # (`kernels_pallas.explain`). May change when a run is resumed.
     model.implementation = config_dict.placeholder(str)
     # What the backward pass computes again: none | mhc (streams and mappings, not F) | full | offload
     # (full, with what is stored in the host's memory). May change when a run is resumed.

@@ -90,7 +90,7 @@ def _without_arguments(main):
     def checked(argv):
         if len(argv) > 1:
             sys.exit(
-                f"unexpected arguments {argv[1:]}: fields are set with --config.<name>=<value>"
+                f"unexpected arguments {argv[1:]}: options begin with --, values with spaces need quotes"
             )
         try:
             main(argv)

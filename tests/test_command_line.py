@@ -46,6 +46,17 @@ def test_a_config_with_fields(parse, monkeypatch):
     assert parse("--config", "configs/mhc.py").model.connection == "mhc"
 
 
+def test_none_is_written_on_the_command_line(parse, monkeypatch):
+    """A sweep sets a field back to what it is without a value; fields that have no None refuse it."""
+    monkeypatch.chdir(ROOT)
+    set_first = ["--config=configs/mhc.py", "--config.model.implementation=xla"]
+    assert parse(*set_first).model.implementation == "xla"
+    assert parse(*set_first, "--config.model.implementation=None").model.implementation is None
+    with pytest.raises(SystemExit) as error:
+        parse("--config=configs/mhc.py", "--config.model.manifold=None")
+    assert "model.manifold='None' is unknown" in error.value.code
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -305,6 +316,15 @@ def test_jax_platforms_without_such_a_device(monkeypatch):
     for run in runs:
         with pytest.raises(SystemExit, match="JAX_PLATFORMS=cuda: there is no such device here: "):
             run()
+
+
+def test_words_that_belong_to_no_option_are_named():
+    """Not every command has fields to set: the hint is the same for all."""
+    with pytest.raises(SystemExit) as error:
+        command_line._without_arguments(None)(["sample", "main("])
+    assert error.value.code == (
+        "unexpected arguments ['main(']: options begin with --, values with spaces need quotes"
+    )
 
 
 def test_what_a_command_refuses_is_one_line(capsys):

@@ -36,6 +36,8 @@ def _convert(path: str, value: Any, type_: Any):
     if dataclasses.is_dataclass(type_):
         return from_dict(value, type_, path + ".")
     allowed = typing.get_args(type_) if isinstance(type_, types.UnionType) else (type_,)
+    if value == "None" and types.NoneType in allowed:
+        return None  # as it is written on a command line, where every value is text
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) not in allowed:
