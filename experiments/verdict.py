@@ -140,14 +140,26 @@ def _against(group: _Group, baseline: _Group) -> tuple[str, str]:
             return f"{group.label} ends with a loss that is not finite", ""
         return f"{group.label} cannot be compared: {who} ends with a loss that is not finite", ""
     kind = f"{len(gaps)} seeds, paired"
-    if not math.isfinite(error):
+    where = _where_they_end(group, baseline)
+    if not math.isfinite(error) and not where:
         error, count = _batch_noise(group, baseline)
         kind = f"the last {count} training losses, paired by step"
     noise = f" ± {error:.3f}" if math.isfinite(error) else ""
     kind = kind if noise else ""
     if f"{abs(gap):.3f}" == "0.000" or abs(gap) < error:
-        return f"{group.label} ends level ({gap:+.3f}{noise} nats)", kind
-    return f"{group.label} ends {abs(gap):.3f}{noise} nats {'lower' if gap < 0 else 'higher'}", kind
+        return f"{group.label} ends level ({gap:+.3f}{noise} nats){where}", kind
+    side = "lower" if gap < 0 else "higher"
+    return f"{group.label} ends {abs(gap):.3f}{noise} nats {side}{where}", kind
+
+
+def _where_they_end(group: _Group, baseline: _Group) -> str:
+    """Returns the last steps in words, where they differ: losses are compared all the same."""
+
+    def last(of):
+        return max((row["step"] for row in of.rows.values() if row.get("step")), default=None)
+
+    here, there = last(group), last(baseline)
+    return f" (step {here} against {there})" if here != there else ""
 
 
 def _batch_noise(group: _Group, baseline: _Group) -> tuple[float, int]:

@@ -133,6 +133,29 @@ def test_the_verdict_of_one_seed(tmp_path, found):
     assert said([]) == ""
 
 
+def test_the_verdict_of_runs_of_different_lengths(tmp_path):
+    """Losses of common steps say nothing of the noise where the runs end, which is said."""
+    runs = write_runs(tmp_path, {("residual", 0): 3.0, ("hc", 0): 2.5, ("mhc", 0): 2.8})
+    for run, steps in ((runs[1], 80), (runs[2], 41)):
+        lines = [{"step": k, "train/loss": 2.0} for k in range(41, steps + 1)]
+        lines.append({"step": steps, "validation/loss": 2.0})
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+    assert said(runs) == (
+        "Against residual, in validation loss, HC ends 1.000 nats lower (step 80 against 40); mHC ends 1.000 "
+        "nats lower (step 41 against 40)."
+    )
+    with open(runs[0] / "metrics.jsonl", "a") as file:
+        file.write(
+            "".join(json.dumps({"step": k, "train/loss": 3.0}) + "\n" for k in range(41, 81))
+        )
+        file.write(json.dumps({"step": 80, "validation/loss": 3.0}) + "\n")
+    assert said(runs[:2]) == (
+        "Against residual, in validation loss, HC ends 1.000 ± 0.000 nats lower (±: standard error of the "
+        "last 20 training losses, paired by step)."
+    )
+
+
 def test_the_verdict_where_no_h_res_moved(tmp_path, found):
     runs = write_runs(tmp_path, {("mhc", 0): 3.0}, found)
     assert said(runs).endswith(
