@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import sinkhorn
+from kernels_pallas.precision import wide_dtype
 from kernels_pallas.shapes import check_floating, check_size
 from kernels_pallas.sinkhorn import check_sinkhorn
 
@@ -41,14 +42,20 @@ class Manifold(Protocol):
     def project(self, logits: jax.Array, n: int) -> jax.Array:
         """Maps logits `[..., num_logits(n)]` float32 to h_res `[..., n, n]` float32.
 
+        bfloat16 and float16 logits are taken to float32 first. float64 ones give float64.
+
         Raises:
           ValueError: another number of logits.
           TypeError: no array, or no floating dtype.
         """
 
 
-def _check_logits(manifold: Manifold, logits: jax.Array, n: int) -> None:
-    """Raises ValueError or TypeError unless the logits are `[..., num_logits(n)]`, floating."""
+def _checked(manifold: Manifold, logits: jax.Array, n: int) -> jax.Array:
+    """Returns the logits in float32 (float64 stays).
+
+    Raises:
+      ValueError or TypeError: the logits are not `[..., num_logits(n)]`, floating.
+    """
     check_floating(logits=logits)
     wanted = manifold.num_logits(n)
     if logits.shape[-1:] != (wanted,):
@@ -56,6 +63,7 @@ def _check_logits(manifold: Manifold, logits: jax.Array, n: int) -> None:
             f"logits have shape {logits.shape}, expected [..., {wanted}]: {type(manifold).__name__} has "
             f"{wanted} logits for n={n} streams"
         )
+    return logits.astype(wide_dtype(logits.dtype))
 
 
 def _off_diagonal(n: int, gap: float) -> jax.Array:
@@ -104,7 +112,7 @@ class Birkhoff:
         return _off_diagonal(n, gap)
 
     def project(self, logits: jax.Array, n: int, *, implementation: str | None = None) -> jax.Array:
-        _check_logits(self, logits, n)
+        logits = _checked(self, logits, n)
         return sinkhorn(
             _as_matrices(logits, n),
             num_iterations=self.num_iterations,
@@ -126,7 +134,7 @@ class Identity:
         return jnp.zeros(0, jnp.float32)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
-        _check_logits(self, logits, n)
+        logits = _checked(self, logits, n)
         return _identity_like(logits.sum(-1), n)
 
 
@@ -153,7 +161,7 @@ class PermutationMixture:
         return -gap * (jnp.arange(self.num_logits(n)) > 0).astype(jnp.float32)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
-        _check_logits(self, logits, n)
+        logits = _checked(self, logits, n)
         matrices = jnp.asarray(_permutations(n), logits.dtype)
         weights = jax.nn.softmax(logits, axis=-1)
         # Products of float32: a GPU or TPU would round the weights.
@@ -193,7 +201,7 @@ class KroneckerMixture:
         return -gap * (jnp.arange(self.num_logits(n)) % 2).astype(jnp.float32)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
-        _check_logits(self, logits, n)
+        logits = _checked(self, logits, n)
         pairs = logits.reshape(
             *logits.shape[:-1], logits.shape[-1] // 2, 2
         )  # -1 fails without tokens
@@ -240,7 +248,7 @@ class Orthogonal:
         return jnp.zeros(self.num_logits(n), jnp.float32)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
-        _check_logits(self, logits, n)
+        logits = _checked(self, logits, n)
         half = self.limit / 2 * jnp.tanh(logits / self.limit)
         signs = np.zeros((n, n, self.num_logits(n)), np.float32)
         for k, (i, j) in enumerate(itertools.combinations(range(n), 2)):
@@ -296,7 +304,7 @@ class RowStochastic:
         return _off_diagonal(n, gap)
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
-        _check_logits(self, logits, n)
+        logits = _checked(self, logits, n)
         return jax.nn.softmax(_as_matrices(logits, n), axis=-1)
 
 

@@ -318,6 +318,19 @@ def test_what_is_no_n_and_no_logits_is_named(name):
             manifold.project(logits, 4)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_h_res_of_short_floats_is_float32(name, dtype):
+    """Coefficients are float32 whatever the logits are: rows of bfloat16 would sum to 1 within 1 % only."""
+    manifold = make(name)
+    logits = jax.random.normal(jax.random.key(0), (5, manifold.num_logits(4))).astype(dtype)
+    found = manifold.project(logits, 4)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, manifold.project(logits.astype(jnp.float32), 4))
+    with jax.numpy_dtype_promotion("strict"):
+        assert manifold.project(logits, 4).dtype == jnp.float32
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_of_another_n_are_named(name):
     k = LOGITS[name](4)
