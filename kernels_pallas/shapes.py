@@ -12,13 +12,14 @@ STREAM_DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 def check_width(streams: jax.Array, n: int, width: int) -> None:
     """Raises ValueError unless the streams are `[..., n*C]` with this n and this width C."""
-    check_streams(streams, 1)
-    found = streams.shape[-1]
+    check_floating(streams=streams)
+    found = streams.shape[-1] if streams.ndim else None
     if found != n * width:
         hint = f": widen [..., C] with mhc_jax.expand(x, n={n})" if found == width else ""
         raise ValueError(
             f"streams {streams.shape}: the last axis has to be n*C = {n} * {width} = {n * width}{hint}"
         )
+    check_streams(streams, n)
 
 
 def check_size(width: int, n: int) -> None:

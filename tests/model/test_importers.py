@@ -344,6 +344,12 @@ ERRORS = {
         "input_norm_weight was given without input_norm_eps",
     ),
     "alpha": (lambda: HyperConnections(C, n, alpha_init=None), "alpha_init=None must be a finite"),
+    "streams without axes": (
+        lambda: ManifoldHyperConnections(C, n).pre(jnp.float32(1)), r"\(\): the last axis has to be n\*C = ",
+    ),
+    "streams of width 0": (
+        lambda: ManifoldHyperConnections(C, n).pre(X[:, :0]), r"the last axis has to be n\*C = ",
+    ),
     "an implementation": (
         lambda: ManifoldHyperConnections(C, n, implementation="cdua"), "'cdua' is unknown: use None, one",
     ),
