@@ -1,6 +1,7 @@
 """Computes the training loss, with all logits at once or in chunks."""
 
 import functools
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec
 from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp
 from kernels_pallas.precision import wide_dtype
+from kernels_pallas.shapes import check_floating
 from kernels_pallas.varying import as_varying, varying_axes
 from mhc_jax import sharding
 
@@ -85,16 +87,34 @@ def linear_cross_entropy(
     Args:
       x: `[B, S, C]`.
       matrix: `[C, V]`.
-      targets: `[B, S]` int32, 0 to V - 1 or `ignore_index`.
+      targets: `[B, S]` integers, 0 to V - 1 or `ignore_index`.
       chunks: divides the tokens of a device.
       ignore_index: target of tokens that do not count; their logits may be anything.
 
     Raises:
-      ValueError: chunks does not divide the tokens of a device.
+      ValueError: arrays of other shapes, or chunks does not divide the tokens of a device.
+      TypeError: x or matrix is not floating, targets are no integers.
     """
+    _check(x, matrix, targets, chunks)
     return placement.automatic(
         functools.partial(_loss, (chunks, ignore_index)), x, matrix, targets, splits=False
     )
+
+
+def _check(x, matrix, targets, chunks) -> None:
+    check_floating(x=x, matrix=matrix)
+    if not hasattr(targets, "dtype"):
+        raise TypeError(f"targets is a {type(targets).__name__}, not an array")
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(f"targets are {targets.dtype}: give integers")
+    if x.ndim != 3:
+        raise ValueError(f"x has shape {x.shape}, expected [B, S, C]")
+    if matrix.ndim != 2 or matrix.shape[0] != x.shape[-1]:
+        raise ValueError(f"matrix has shape {matrix.shape}, expected ({x.shape[-1]}, V)")
+    if targets.shape != x.shape[:-1]:
+        raise ValueError(f"targets have shape {targets.shape}, expected {x.shape[:-1]}")
+    if not isinstance(chunks, numbers.Integral) or chunks < 1:
+        raise ValueError(f"chunks={chunks}: use an integer of at least 1")
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
@@ -153,9 +173,10 @@ def _per_device(chunks, ignore_index, x, matrix, targets, *, gradients):
 def _in_chunks(x, matrix, targets, counted, *, chunks, ignore_index, gradients):
     """Computes this device's part of `_per_device`: its tokens' share of a mean over `counted` tokens."""
     if targets.size % chunks:
+        fit = [str(k) for k in range(1, min(chunks, targets.size)) if targets.size % k == 0]
         raise ValueError(
-            f"model.loss_chunks={chunks} does not divide the {targets.size} tokens of a device: use a "
-            "power of two"
+            f"model.loss_chunks={chunks} does not divide the {targets.size} tokens of a device: use "
+            f"{', '.join(fit[-6:])} or a larger divisor"
         )
     narrow = matrix.astype(x.dtype)
 

@@ -122,3 +122,39 @@ def test_gradients_scale_with_the_cotangent():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, -3 * b, rtol=1e-5), *map(gradients, (-3, 1))
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": None}, TypeError, "x is None, not an array"),
+        ({"x": jnp.ones((B, S, C), int)}, TypeError, "x is int32: use a floating dtype"),
+        ({"x": jnp.ones((S, C))}, ValueError, r"x has shape \(12, 16\), expected \[B, S, C\]"),
+        ({"matrix": jnp.ones((C, V), int)}, TypeError, "matrix is int32"),
+        (
+            {"matrix": jnp.ones((V, C))},
+            ValueError,
+            r"matrix has shape \(24, 16\), expected \(16, V\)",
+        ),
+        ({"targets": jnp.ones((B, S))}, TypeError, "targets are float32: give integers"),
+        ({"targets": [[1] * S] * B}, TypeError, "targets is a list, not an array"),
+        (
+            {"targets": jnp.ones((B, 1), int)},
+            ValueError,
+            r"targets have shape \(2, 1\), expected \(2, 12\)",
+        ),
+        ({"chunks": 0}, ValueError, "chunks=0: use an integer of at least 1"),
+        ({"chunks": 2.0}, ValueError, "chunks=2.0: use an integer"),
+        (
+            {"chunks": 5},
+            ValueError,
+            "=5 does not divide the 24 tokens of a device: use 1, 2, 3, 4 or a",
+        ),
+    ],
+)
+def test_what_is_no_loss_is_named(change, error, message):
+    """Integers were products of integers before: a wrong number without a word."""
+    x, matrix, targets = inputs(jnp.float32)
+    given = {"x": x, "matrix": matrix, "targets": targets, "chunks": 1} | change
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**given)
