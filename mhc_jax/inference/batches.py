@@ -100,7 +100,8 @@ class Inference:
             if not len(context):
                 raise ValueError("a context is empty: give at least one token, such as a separator")
             for ids in (context, continuation):
-                check_ids(np.asarray(ids, np.int64), self.config.vocab_size)
+                if len(ids):  # none are float64 to numpy
+                    check_ids(np.asarray(ids), self.config.vocab_size)
             if len(continuation) == 1:
                 together.setdefault(tuple(context), []).append(index)
             else:

@@ -1,6 +1,7 @@
 """Draws tokens from logits, for a batch of prompts together."""
 
 import functools
+import numbers
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -132,6 +133,9 @@ def check_draws(
     """Raises ValueError, naming the setting that is out of range, or more tokens than memory can hold."""
     if not 0 <= temperature <= float(jnp.finfo(jnp.float32).max):
         raise ValueError(f"temperature={temperature} must be at least 0 and finite, in float32 too")
+    for name, value in (("top_k", top_k), ("max_tokens", max_tokens)):
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name}={value}: use an integer")
     if not 0 <= top_k <= config.vocab_size:
         raise ValueError(f"top_k={top_k} must lie in 0 to the vocabulary, {config.vocab_size}")
     if max_tokens < 1:

@@ -113,6 +113,13 @@ def model():
     return make(RESIDUAL | {"model.num_blocks": 1})
 
 
+@pytest.mark.parametrize("pair", [([1.5], [2]), ([1], [2.5]), ([True], [1])])
+def test_ids_that_are_no_integers_are_refused_and_not_cut(model, pair):
+    config, variables = model
+    with pytest.raises(ValueError, match=r"token ids are (float64|bool): give integers"):
+        next(Inference(variables, config).score([pair]))
+
+
 def test_scores_are_those_of_each_sequence_alone(model, monkeypatch):
     monkeypatch.setattr(inference.scoring, "_LOGITS", 32 * 24)  # logits of 24 tokens at a time
     config, variables = model

@@ -136,7 +136,9 @@ def test_decoding_past_the_room_of_the_state():
         ({"prompt": np.asarray([-1])}, "token id -1 is outside of the vocabulary"),
         ({"prompt": np.asarray([0.5])}, "token ids are float64: give integers"),
         ({"top_k": 33}, "top_k=33 must lie in 0 to the vocabulary, 32"),
+        ({"top_k": 1.5}, "top_k=1.5: use an integer"),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"max_tokens": 1.5}, "max_tokens=1.5: use an integer"),
         ({"prompt": np.zeros(0, np.int32)}, "at least one token"),
     ],
 )
