@@ -5,6 +5,7 @@ Counts are elements per token, for L sublayers (attention or FFN) and n streams 
 
 import dataclasses
 import math
+import numbers
 
 from mhc_jax import units
 
@@ -137,11 +138,13 @@ def plan(
 
     Raises:
       ValueError: a number is missing or out of range.
+      TypeError: a number is no integer.
     """
     if config is not None:
         model = getattr(config, "model", config)
-        num_sublayers = num_sublayers or 2 * model.num_blocks
-        n, width = n or model.streams, width or model.width
+        num_sublayers = 2 * model.num_blocks if num_sublayers is None else num_sublayers
+        n = model.streams if n is None else n
+        width = model.width if width is None else width
     limits = {
         "num_sublayers": (num_sublayers, 20_000),
         "n": (n, 256),
@@ -154,6 +157,8 @@ def plan(
             raise ValueError(
                 f"{name}={value} must be at least 1 and at most {most} (or give a config)"
             )
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name}={value}: use an integer")
     best = best_block(num_sublayers, n)
     return Plan(
         num_sublayers,

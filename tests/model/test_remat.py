@@ -117,6 +117,16 @@ def test_block_may_be_given_as_number_or_text():
     assert remat.block_size("auto", 24, 4, "full") == 2
 
 
+def test_plan_takes_what_is_given_over_the_config():
+    model = from_dict(default.get_config()).model
+    assert remat.plan(model, n=2).n == 2
+    for name in ("num_sublayers", "n", "width"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+            remat.plan(model, **{name: 0})
+    with pytest.raises(TypeError, match=r"n=4\.0: use an integer"):
+        remat.plan(num_sublayers=4, n=4.0, width=8)
+
+
 def test_plan_names_what_is_missing():
     with pytest.raises(ValueError, match="width=None"):
         remat.plan(num_sublayers=4, n=4)
