@@ -26,7 +26,8 @@ class Sends(NamedTuple):
 
 
 def _called(instruction: Instruction, computations) -> set[str]:
-    return {*re.findall(r"%([\w.\-]+)", instruction.attributes)} & {*computations}
+    names = re.findall(r"%([\w.\-]+)", instruction.attributes)
+    return {name for name in names if name in computations}
 
 
 def _reached(names: set[str], computations) -> set[str]:

@@ -40,8 +40,8 @@ PROGRAM = pathlib.Path(__file__).with_name("pipelines.py")
                 "look-ahead-dense",
                 "look-ahead-experts",
                 "others",
-                "apart-dense",
-                "apart-experts",
+                "apart-1f1b",
+                "apart-dualpipev",
             )
         ),
     ],
