@@ -26,7 +26,8 @@ class Sends(NamedTuple):
 
 
 def _called(instruction: Instruction, computations) -> set[str]:
-    return {*re.findall(r"%([\w.\-]+)", instruction.attributes)} & {*computations}
+    names = re.findall(r"%([\w.\-]+)", instruction.attributes)
+    return {name for name in names if name in computations}
 
 
 def _reached(names: set[str], computations) -> set[str]:
@@ -45,7 +46,8 @@ class RingBytes(NamedTuple):
     """Bytes that a tick moves between ring buffers and other arrays.
 
     Attributes:
-      written: put into a slot.
+      written: put into a slot; of a ring buffer of one slot what is copied there. What a kernel or a product
+        writes there itself is no move.
       copied_out: taken out of a slot by an operation that does nothing else with it: a copy that a product
         reads in the place of the slot.
     """
@@ -83,7 +85,7 @@ def count_rings(text: str, shapes: Sequence[tuple[int, ...]]) -> RingBytes:
     """Bytes that a tick puts into ring buffers and copies out of them.
 
     Of the branches of a conditional the one with the most counts: a device has work in this tick, and all
-    blocks of the longest stage.
+    blocks of the longest stage. So does one of the loops of a computation: there is one for each slot.
 
     Args:
       text: `compiled.as_text()`, with one loop over ticks.
@@ -102,17 +104,29 @@ def count_rings(text: str, shapes: Sequence[tuple[int, ...]]) -> RingBytes:
             for i in body.values()
             if i.opcode == "dynamic-update-slice" and is_ring(i)
         )
+        written += sum(
+            num_bytes(i.type)
+            for i in body.values()
+            if i.opcode == "copy" and is_ring(i) and arrays(i.type)[0][1][0] == 1
+        )
         copied_out = sum(
             num_bytes(i.type)
             for i in (_results(body) if is_fused else body.values())
             if i.opcode == "dynamic-slice" and is_ring(body[i.operands[0]])
         )
+        of_loops = [RingBytes(0.0, 0.0)]
         for i in body.values():
             inner = [moved(other, i.opcode == "fusion") for other in _called(i, computations)]
             if inner:
                 of_them = max if i.opcode == "conditional" else sum
-                written += of_them(each.written for each in inner)
-                copied_out += of_them(each.copied_out for each in inner)
+                both = RingBytes(*map(of_them, zip(*inner, strict=True)))
+                if i.opcode == "while":
+                    of_loops.append(both)
+                    continue
+                written += both.written
+                copied_out += both.copied_out
+        written += max(each.written for each in of_loops)
+        copied_out += max(each.copied_out for each in of_loops)
         return RingBytes(written, copied_out)
 
     [body] = [body for _, body in _ticks(computations)]
@@ -120,14 +134,17 @@ def count_rings(text: str, shapes: Sequence[tuple[int, ...]]) -> RingBytes:
 
 
 def _ticks(computations) -> Iterator[tuple[Instruction, str]]:
-    """The loop over the ticks and the name of its body: a loop with conditionals."""
+    """The loop over the ticks and the name of its body: a loop with conditionals, and in no other one."""
+    found = []
     for computation in computations.values():
         for loop in computation.values():
             if loop.opcode != "while":
                 continue
             body = loop.called("body")
             if any(i.opcode == "conditional" for i in computations[body].values()):
-                yield loop, body
+                found.append((loop, body))
+    inside = set().union(*(_reached({body}, computations) - {body} for _, body in found))
+    yield from (each for each in found if each[1] not in inside)
 
 
 def _results(fused) -> Iterator[Instruction]:

@@ -14,10 +14,10 @@ definitions ("xla") without --kernels; attention is a call that takes and gives 
 never run.
 
 GB in a tick of a device that has all blocks of the longest stage (in a V of both its stages, of which a tick
-runs one in each direction): what it writes to ring buffers for the backward; what it copies out of them,
-where an operation takes a slot out and does nothing else with it; copies of what all ticks hand on (ring
-buffers, sums of gradients), in whatever branch, streams apart. "hidden" sends have the products of a tick
-between their start and their end.
+runs one in each direction): what it moves into ring buffers for the backward, beside what kernels and
+products write there themselves; what it copies out of them, where an operation takes a slot out and does
+nothing else with it; copies of what all ticks hand on (sums of gradients, ring buffers of several slots), in
+whatever branch, streams apart. "hidden" sends have the products of a tick between their start and their end.
 """
 
 import argparse
@@ -53,6 +53,7 @@ from experiments.pipeline_speed import settings
 from mhc_jax import fused_attention, sharding
 from mhc_jax.config import Config
 from mhc_jax.pipeline import check, handover, make_schedule, placement_of
+from mhc_jax.pipeline.execute import slots_apart
 from mhc_jax.pipeline.tables import make_tables
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
 
@@ -158,7 +159,8 @@ def ring_shapes(config: Config, chips: list) -> set[tuple[int, ...]]:
             config.data.sequence_length,
             split_backward=config.pipe_split_backward,
         )
-    slots = (tables.num_kept, stage.kept), (tables.num_put_off, stage.put_off)
+    num_kept = 1 if slots_apart(alone) else tables.num_kept
+    slots = (num_kept, stage.kept), (tables.num_put_off, stage.put_off)
     return {(count, *x.shape) for count, arrays in slots for x in arrays}
 
 
@@ -181,7 +183,8 @@ def compile_step(config: Config, chips: list, kernels: bool = False) -> Program:
     text, parts = compiled.as_text(), config.optimizer.accumulate_steps
     rings, sends = count_rings(text, shapes), count_sends(text)
     handed = handover.shapes(model, config.batch_size // parts, config.data.sequence_length)
-    apart = jax.eval_shape(handover.packed, handed).shape
+    # Streams, and what `rings` counts.
+    apart = jax.eval_shape(handover.packed, handed).shape, *(s for s in shapes if s[0] == 1)
     return Program(
         settings.connection_of(model),
         config.pipe_schedule,
@@ -189,7 +192,7 @@ def compile_step(config: Config, chips: list, kernels: bool = False) -> Program:
         parts,
         written_GB=rings.written / 1e9,
         copied_out_GB=rings.copied_out / 1e9,
-        copied_GB=sum(count_copies(text, apart=(apart,)).values()) / 1e9,
+        copied_GB=sum(count_copies(text, apart=apart).values()) / 1e9,
         temporaries_GiB=compiled.memory_analysis().temp_size_in_bytes / 2**30,
         sends=sends.total,
         hidden_sends=sends.hidden,

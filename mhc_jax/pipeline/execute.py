@@ -181,8 +181,18 @@ class Pipeline:
             self._counts(),
             make_tables(schedule),
             send,
+            slots_apart=slots_apart(self._mesh),
         )
         return found
+
+
+def slots_apart(mesh: Mesh) -> bool:
+    """Whether what a forward keeps lies in a ring buffer for each slot (`rings`).
+
+    On GPUs, where nearly all that reads and writes it are kernels and libraries' products. TPUs' products
+    read a slot where it lies, and CPUs are for tests.
+    """
+    return mesh.devices.flat[0].platform == "gpu"
 
 
 def send(x: Tree, pairs: list[tuple[int, int]]) -> Tree:

@@ -24,7 +24,15 @@ from mhc_jax.connections import Pending
 from mhc_jax.pipeline import beside, stages
 from mhc_jax.pipeline.handover import packed, unpacked
 from mhc_jax.pipeline.residuals import zeros
-from mhc_jax.pipeline.rings import added, put, run_or_skip
+from mhc_jax.pipeline.rings import (
+    added,
+    empty,
+    make_rings,
+    put,
+    read_on_slot,
+    run_on_slot,
+    run_or_skip,
+)
 from mhc_jax.pipeline.tables import Tables
 
 Tree = Any
@@ -39,6 +47,8 @@ def by_tables(
     counts: list[jax.Array],
     tables: Tables,
     send: Callable[[jax.Array, list[tuple[int, int]]], jax.Array],
+    *,
+    slots_apart: bool,
 ):
     """Runs the micro-batches inside of a `shard_map` with the axis pipe.
 
@@ -51,6 +61,7 @@ def by_tables(
       counts: blocks of each of this device's stages.
       tables: of the schedule.
       send: `(x, pairs) -> x` of the first of a pair on the second.
+      slots_apart: what a forward keeps lies in a ring buffer for each slot, `rings`.
 
     Returns:
       sums over this device's works: loss, reports, gradients of blocks and of what is beside the stack; and
@@ -63,13 +74,13 @@ def by_tables(
     up = [(i, i + 1) for i in range(devices - 1)]
     down = [(i + 1, i) for i in range(devices - 1)]
     streams = jax.eval_shape(packed, settled)
-    nothing = zeros(streams)
 
     def of_chunk(chunk, trees):
         return trees[chunk * size : (chunk + 1) * size]
 
-    def slots(shape, count):
-        return jnp.zeros((count, *shape.shape), shape.dtype)
+    def slots(count):
+        [[ring]] = make_rings([streams], count, apart=False)
+        return ring
 
     def part_of(index):
         return jax.tree.map(lambda x: x[index], split)
@@ -85,7 +96,14 @@ def by_tables(
                 x,
             )
         blocks = of_chunk(chunk, rows), of_chunk(chunk, state)
-        y, kept, aux = stage.forward(*blocks, x, counts[chunk], changing["kept"], now["keep"])
+
+        def run(carry, kept, slot):
+            y, kept, aux = stage.forward(*blocks, carry[0], counts[chunk], kept, slot)
+            return (y, aux), kept
+
+        # Streams of the same shape go in and out.
+        carry = x, stage.aux and zeros(stage.aux)
+        (y, aux), kept = run_on_slot(changing["kept"], now["keep"], run, carry)
         done = changing | {"kept": kept}
         if aux is not None:
             total = list(changing["aux"])
@@ -109,23 +127,34 @@ def by_tables(
 
     def recompute(chunk, recomputed, kept, now):
         blocks = of_chunk(chunk, rows), of_chunk(chunk, state)
-        return stage.recompute(*blocks, kept, now["back_keep"], counts[chunk])
+
+        def run(_, kept, slot):
+            return stage.recompute(*blocks, kept, slot, counts[chunk])
+
+        return read_on_slot(kept, now["back_keep"], run, recomputed)
 
     def backward(chunk, changing, kept, recomputed, cotangents, now):
         total = list(changing["rows"])
-        total[chunk], dx, put_off = stage.backward(
-            of_chunk(chunk, rows),
-            of_chunk(chunk, state),
-            kept,
-            now["back_keep"],
-            recomputed,
-            unpacked(cotangents[now["back_read"]], settled),
-            split["balance"][now["back_part"]],
-            counts[chunk],
-            total[chunk],
-            changing["put_off"],
-            now["back_put_off"],
-        )
+
+        def run(carry, kept, slot):
+            total, dx, put_off = carry
+            return stage.backward(
+                of_chunk(chunk, rows),
+                of_chunk(chunk, state),
+                kept,
+                slot,
+                recomputed,
+                dx,
+                split["balance"][now["back_part"]],
+                counts[chunk],
+                total,
+                put_off,
+                now["back_put_off"],
+            )
+
+        dy = unpacked(cotangents[now["back_read"]], settled)
+        carry = total[chunk], dy, changing["put_off"]
+        total[chunk], dx, put_off = read_on_slot(kept, now["back_keep"], run, carry)
         done = changing | {"rows": total, "put_off": put_off, "out": packed(dx)}
         if chunk == 0:
 
@@ -145,16 +174,20 @@ def by_tables(
 
     def matrices(chunk, total, kept, put_off, now):
         total = list(total)
-        total[chunk] = stage.matrices(
-            of_chunk(chunk, rows),
-            of_chunk(chunk, state),
-            kept,
-            now["matrices_keep"],
-            put_off,
-            now["matrices_read"],
-            counts[chunk],
-            total[chunk],
-        )
+
+        def run(total, kept, slot):
+            return stage.matrices(
+                of_chunk(chunk, rows),
+                of_chunk(chunk, state),
+                kept,
+                slot,
+                put_off,
+                now["matrices_read"],
+                counts[chunk],
+                total,
+            )
+
+        total[chunk] = read_on_slot(kept, now["matrices_keep"], run, total[chunk])
         return total
 
     def of_its_chunk(index, work, changing, *given):
@@ -179,11 +212,11 @@ def by_tables(
             )
             # The forward may write into the slot that was read: not before.
             total, now = jax.lax.optimization_barrier((total, now))
-        ahead = of_its_chunk(now["run"], forward, ahead | {"out": nothing}, now)
+        ahead = of_its_chunk(now["run"], forward, ahead | {"out": empty(streams)}, now)
         out, recomputed = ahead.pop("out"), []
         if stage.recomputed:
             recomputed = of_its_chunk(
-                now["back_run"], recompute, zeros(stage.recomputed), ahead["kept"], now
+                now["back_run"], recompute, empty(stage.recomputed), ahead["kept"], now
             )
         (above, below), (out, recomputed) = _behind(arriving, (out, recomputed))
         cotangents = put(carry["cotangents"], now["back_from_above"], above)
@@ -195,7 +228,7 @@ def by_tables(
         behind = of_its_chunk(
             now["back_run"],
             backward,
-            behind | {"out": nothing},
+            behind | {"out": empty(streams)},
             ahead["kept"],
             recomputed,
             cotangents,
@@ -223,8 +256,8 @@ def by_tables(
     others, of_matrices = zip(*(stage.parts(of_chunk(chunk, rows)) for chunk in range(chunks)))
     carry = {
         "ahead": {
-            "streams": slots(streams, tables.num_streams + 1),
-            "kept": [slots(shape, tables.num_kept) for shape in stage.kept],
+            "streams": slots(tables.num_streams + 1),
+            "kept": make_rings(stage.kept, tables.num_kept, apart=slots_apart),
             "loss": jnp.zeros((), jnp.float32),
             "head": wide(leaving),
             "aux": None if stage.aux is None else [zeros(stage.aux) for _ in range(chunks)],
@@ -232,11 +265,11 @@ def by_tables(
         "behind": {
             "rows": wide(list(others)),
             "entry": wide(entering),
-            "put_off": [slots(shape, tables.num_put_off) for shape in stage.put_off],
+            "put_off": make_rings(stage.put_off, tables.num_put_off, apart=False)[0],
         },
         "matrices": wide(list(of_matrices)),
-        "cotangents": slots(streams, tables.num_cotangents + 1),
-        "back": nothing,
+        "cotangents": slots(tables.num_cotangents + 1),
+        "back": empty(streams),
     }
     ahead, behind = carry["ahead"], carry["behind"]
     held = {

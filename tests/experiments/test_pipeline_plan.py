@@ -313,3 +313,65 @@ def test_bytes_of_ring_buffers_are_counted():
     only_doubled = SLOTS.replace("%both = (f32[8]{0}, f32[8]{0}) tuple(%whole, %twice)",
                                  "%both = (f32[8]{0}, f32[8]{0}) tuple(%twice, %twice)")  # fmt: skip
     assert count_rings(only_doubled, {(3, 8)}) == (2 * 32, 0)
+
+
+APART = """
+HloModule jit_step, is_scheduled=true
+
+%first (f: (f32[1,8], f32[1,4], f32[8])) -> (f32[1,8], f32[1,4], f32[8]) {
+  %f = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) parameter(0)
+  %a = f32[1,8]{1,0} get-tuple-element(%f), index=0
+  %b = f32[1,4]{1,0} get-tuple-element(%f), index=1
+  %c = f32[8]{0} get-tuple-element(%f), index=2
+  %copied = f32[1,4]{1,0} copy(%b)
+  %no = s32[] constant(0)
+  %one = f32[8]{0} conditional(%no, %c, %c), branch_computations={%same, %same}
+  ROOT %g = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) tuple(%a, %copied, %one)
+}
+
+%same (s: f32[8]) -> f32[8] {
+  ROOT %s = f32[8]{0} parameter(0)
+}
+
+%second (i: (f32[1,8], f32[1,4], f32[8])) -> (f32[1,8], f32[1,4], f32[8]) {
+  %i = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) parameter(0)
+  %d = f32[1,8]{1,0} get-tuple-element(%i), index=0
+  %e = f32[1,4]{1,0} get-tuple-element(%i), index=1
+  %h = f32[8]{0} get-tuple-element(%i), index=2
+  %too = f32[1,8]{1,0} copy(%d)
+  ROOT %j = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) tuple(%too, %e, %h)
+}
+
+%go (m: (f32[1,8], f32[1,4], f32[8])) -> pred[] {
+  %m = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+%run (r: (f32[1,8], f32[1,4], f32[8])) -> (f32[1,8], f32[1,4], f32[8]) {
+  %r = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) parameter(0)
+  %k = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) while(%r), condition=%go, body=%first
+  ROOT %l = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) while(%k), condition=%go, body=%second
+}
+
+%skip (q: (f32[1,8], f32[1,4], f32[8])) -> (f32[1,8], f32[1,4], f32[8]) {
+  ROOT %q = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) parameter(0)
+}
+
+%tick (t: (f32[1,8], f32[1,4], f32[8])) -> (f32[1,8], f32[1,4], f32[8]) {
+  %t = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) parameter(0)
+  %p = s32[] constant(0)
+  ROOT %n = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) conditional(%p, %t), branch_computations={%skip, %run}
+}
+
+ENTRY %main (begin: (f32[1,8], f32[1,4], f32[8])) -> (f32[1,8], f32[1,4], f32[8]) {
+  %begin = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) parameter(0)
+  ROOT %end = (f32[1,8]{1,0}, f32[1,4]{1,0}, f32[8]{0}) while(%begin), condition=%go, body=%tick
+}
+"""
+
+
+def test_one_of_the_loops_for_each_slot_counts():
+    """A loop with a conditional inside of the one over the ticks is not another one of these."""
+    assert count_rings(APART, {(1, 8), (1, 4)}) == (32, 0)
+    assert count_rings(APART, {(1, 4)}) == (16, 0)
+    assert count_copies(APART) == {"f32[1, 8]": 32, "f32[1, 4]": 16}

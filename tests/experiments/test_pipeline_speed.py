@@ -114,12 +114,13 @@ PLUGIN = os.environ.get("CUDA_PLUGIN", "")
     not PLUGIN or not pathlib.Path(PLUGIN, "jax_plugins").exists(),
     reason="no compiler for CUDA: pip install --no-deps --target FOLDER jax-cuda13-pjrt, CUDA_PLUGIN=FOLDER",
 )
-def test_a_tick_on_gpus_writes_what_is_kept_and_copies_nothing(tmp_path):
+def test_a_tick_on_gpus_copies_nothing_that_is_kept(tmp_path):
     root = pathlib.Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["PYTHONPATH"] = os.pathsep.join((str(root), PLUGIN))
     output = tmp_path / "programs.json"
     command = [sys.executable, "-m", "experiments.pipeline_speed.programs", "--toy"]
+    command += ["--num_blocks", "6"]  # stages of two blocks and of one
     done = subprocess.run(
         [*command, "--connections", "residual", "--output", str(output)],
         env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=300,
@@ -127,8 +128,8 @@ def test_a_tick_on_gpus_writes_what_is_kept_and_copies_nothing(tmp_path):
     assert not done.returncode, done.stderr[-3000:]
     assert "compiling arm 1 of 1" in done.stderr
     [arm] = json.loads(output.read_text())["programs"]
-    # Of a block: its input and the second sublayer's, queries, keys, values and output of attention, all C
-    # bfloat16 entries of 16 tokens, gate and up of 2 C each; a float32 number for both norms and two heads.
-    assert arm["written_GB"] * 1e9 == 16 * (2 * (2 + 4 + 4) * 32 + 4 * (2 + 2))
-    assert arm["copied_GB"] == 0
+    # What gives an array writes it where it waits, and what needs it reads it there. Only the streams between
+    # a block and one that a shorter stage lacks are copied, C bfloat16 entries of 16 tokens.
+    assert arm["written_GB"] * 1e9 == 16 * 32 * 2
+    assert arm["copied_out_GB"] == arm["copied_GB"] == 0
     assert (arm["sends"], arm["hidden_sends"]) == (2, 2)

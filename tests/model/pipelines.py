@@ -30,7 +30,7 @@ from experiments.pipeline_plan.costs import stage_of
 from experiments.pipeline_plan.hidden import count_copies, count_rings, count_sends
 from mhc_jax import fused_attention, preemption, sharding, train
 from mhc_jax.config import ModelConfig
-from mhc_jax.pipeline import SCHEDULES, Layout, make_schedule, placement_of
+from mhc_jax.pipeline import SCHEDULES, Layout, execute, make_schedule, placement_of
 from mhc_jax.pipeline.schedule import num_stages
 from mhc_jax.pipeline.tables import make_tables
 from mhc_jax.train_step import (
@@ -44,6 +44,14 @@ from mhc_jax.train_step import (
 )
 
 LIMIT = 1e-10 if WIDE else 1e-5  # of the largest gradient of a parameter
+
+
+def whatever_lies_there(shape, dtype):
+    """What `jax.lax.empty` may give on an accelerator; on a CPU it gives zeros."""
+    return jnp.full(shape, jnp.nan if jnp.issubdtype(dtype, jnp.floating) else 12345, dtype)
+
+
+jax.lax.empty = whatever_lies_there
 
 
 def attention(q, k, v, *, offset=None):
@@ -91,17 +99,41 @@ EVERYTHING = {
     if (name, split) != ("gpipe", True)
 }
 LOOK_AHEAD = {"model.lookahead_pre": True}
+APART = {"slots_apart": True}  # ring buffers as on GPUs, no field of a configuration
 MANIFOLDS = ("identity", "lite", "kromhc", "orthogonal", "row_stochastic")
 # The model, then the schedules and meshes that one device's gradients are compared with.
 CASES = {
     "short": (
         (DENSE | {"model.num_blocks": 3}, (
             (schedule("1f1b"), {"pipe": 2, "data": 2, "fsdp": 2}),
+            (schedule("1f1b") | APART, {"pipe": 2}),
         )),
         (MOE4 | RESIDUAL, (
             (schedule("1f1b", split=True) | REMAT, {"pipe": 2, "expert": 2, "data": 2}),
         )),
         (DENSE | LOOK_AHEAD | {"model.num_blocks": 3}, ((schedule("1f1b", split=True), {"pipe": 2}),)),
+    ),
+    # Programs with a stage for each slot: to compile them takes long.
+    "apart-1f1b": (
+        (DENSE | {"model.num_blocks": 3}, tuple(
+            (schedule("1f1b", split) | remat | APART, {"pipe": 2, "fsdp": 2})
+            for split in (False, True) for remat in ({}, REMAT, FULL)
+        )),
+        (DENSE | RESIDUAL | {"model.num_blocks": 5}, ((schedule("1f1b") | APART, {"pipe": 4}),)),
+        (DENSE | LOOK_AHEAD | {"model.num_blocks": 3}, (
+            (schedule("1f1b", split=True) | APART, {"pipe": 2}),
+        )),
+        (MOE4 | {"model.num_blocks": 4}, ((schedule("1f1b") | REMAT | APART, {"pipe": 2, "expert": 2}),)),
+    ),
+    "apart-dualpipev": (
+        (DENSE | {"model.num_blocks": 5}, (
+            (schedule("dualpipev") | APART, {"pipe": 2, "fsdp": 2}),
+            (schedule("dualpipev", split=True) | REMAT | APART, {"pipe": 2}),
+        )),
+        (DENSE | HC | {"model.num_blocks": 9}, ((schedule("dualpipev") | APART, {"pipe": 4}),)),
+        (MOE4 | RESIDUAL | {"model.num_blocks": 6}, (
+            (schedule("dualpipev") | APART, {"pipe": 2, "expert": 2}),
+        )),
     ),
     **{f"{name}_{kind}": tuple(everything(fields, model))
        for name, fields in EVERYTHING.items()
@@ -182,6 +214,11 @@ def check_gradients(model, cases):
     one = jax.jit(functools.partial(loss_and_gradients, config=config))
     (loss, aux), gradients = jax.device_get(one(state.params, state.model_state, batch))
     for fields, mesh in cases:
+        is_apart, fields = (
+            fields | APART == fields,
+            {k: fields[k] for k in fields if k not in APART},
+        )
+        execute.slots_apart = lambda mesh, is_apart=is_apart: is_apart
         config = make_config(model | PARTS | fields, mesh)
         (got, reports, got_gradients), written, program = on_stages(config, state, batch)
         found = check_equal((got, got_gradients), (loss, gradients), (fields, mesh), LIMIT)
@@ -195,7 +232,7 @@ def check_gradients(model, cases):
         # One that only some devices reach would hang.
         assert sends.total >= 1, sends
         assert sends.conditional == 0, sends
-        print(f"equal to {found:.0e}", fields, mesh, flush=True)
+        print(f"equal to {found:.0e}", fields, mesh, *(APART if is_apart else ()), flush=True)
 
 
 def check_steps(fields, mesh, blocks):

@@ -14,7 +14,7 @@ from mhc_jax.connections import LookAheadMappings, Pending
 from mhc_jax.pipeline import handover
 from mhc_jax.pipeline.blocks import group_size
 from mhc_jax.pipeline.layout import check, head_cost, placement_of
-from mhc_jax.pipeline.rings import put
+from mhc_jax.pipeline.rings import make_rings, put, put_in_order, read_on_slot, run_on_slot, taken
 from mhc_jax.pipeline.schedule import SCHEDULES, make_schedule
 from mhc_jax.pipeline.stages import Stage
 from mhc_jax.pipeline.tables import make_tables
@@ -36,7 +36,13 @@ PROGRAM = pathlib.Path(__file__).with_name("pipelines.py")
         ),
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("look-ahead-dense", "look-ahead-experts", "others")
+            for name in (
+                "look-ahead-dense",
+                "look-ahead-experts",
+                "others",
+                "apart-1f1b",
+                "apart-dualpipev",
+            )
         ),
     ],
 )
@@ -236,6 +242,47 @@ def test_to_put_into_a_slot_reads_nothing_of_it():
     program = str(jax.make_jaxpr(put)(ring, jnp.int32(1), x))
     assert "dynamic_update_slice" in program
     assert "scatter" not in program
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_slot_is_written_and_read(apart):
+    """In one ring buffer for all slots, or in one for each: these are written and read as they are."""
+    slots = 3
+
+    def write(groups, slot, x):
+        def run(total, rings, slot):
+            return total + x.sum(), put_in_order(rings, slot, [x, 2 * x])
+
+        return run_on_slot(groups, slot, run, jnp.zeros(()))
+
+    def read(groups, slot):
+        def run(carry, rings, slot):
+            one, two = taken(rings, slot)
+            return carry + one + two
+
+        return read_on_slot(groups, slot, run, jnp.ones(5))
+
+    @jax.jit
+    def all_of(order, rows):
+        groups = make_rings(2 * [jax.ShapeDtypeStruct((5,), jnp.float32)], slots, apart=apart)
+        totals = []
+        for k in range(slots):
+            total, groups = write(groups, order[k], rows[k])
+            totals.append(total)
+        return jnp.stack(totals), jnp.stack([read(groups, order[k]) for k in range(slots)]), groups
+
+    rows = jnp.arange(15.0).reshape(slots, 5)
+    totals, found, groups = all_of(jnp.array([2, 0, 1]), rows)
+    np.testing.assert_array_equal(totals, rows.sum(1))
+    np.testing.assert_array_equal(found, 1 + 3 * rows)
+    assert [ring.shape for rings in groups for ring in rings] == (
+        2 * slots * [(1, 5)] if apart else 2 * [(slots, 5)]
+    )
+    program = jax.jit(write).lower(groups, jnp.int32(0), rows[0]).as_text()
+    assert program.count("stablehlo.while") == (slots if apart else 0)
+    # With a place that is known the compiler has nothing to find out.
+    program = jax.jit(read).lower(groups, jnp.int32(0)).compile().as_text()
+    assert ("dynamic-slice" in program) != apart
 
 
 def test_streams_are_kept_once():
