@@ -228,8 +228,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _EXTRAS:
             name = error.name.split(".")[0]
             sys.exit(f"{name} is not installed: pip install -e '.[{_EXTRAS[name]}]'")
-        if isinstance(error, BrokenPipeError):
-            command_line.reader_gone()
+        command_line.end_without_reader(error)
         if not_there := command_line.no_backend(error):
             sys.exit(not_there)
         if memory := out_of_memory(error):

@@ -177,7 +177,8 @@ def by_date(question: str, folder: pathlib.Path | None = None) -> list[pathlib.P
     """
     root = pathlib.Path(folder or FOLDER) / question / "results"
     dated = [
-        (read(path).get("environment", {}).get("date", ""), path) for path in root.glob("*.json")
+        (str(read(path).get("environment", {}).get("date", "")), path)
+        for path in root.glob("*.json")
     ]
     found = [path for date, path in sorted(dated) if date]
     if not found:
@@ -189,14 +190,47 @@ def read(path: pathlib.Path | str) -> dict[str, Any]:
     """Reads a result file. Numbers that JSON cannot hold stay "nan", "inf", "-inf", which `float` reads.
 
     Raises:
-      BadResult: the file is no JSON, or no object.
+      FileNotFoundError: it is not there.
+      BadResult: the file is no JSON, no object, or cannot be read.
     """
     try:
         found = json.loads(pathlib.Path(path).read_text())
-    except ValueError as error:
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BadResult(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise BadResult(f"{path} is not JSON: {error}: mend or remove it") from error
     if not isinstance(found, dict):
         raise BadResult(f"{path} holds no result, which is an object of JSON: remove it")
+    _object(found, "environment", path)
+    return found
+
+
+def newest_values(results: dict[pathlib.Path, dict[str, Any]], name: str) -> dict[str, Any]:
+    """Returns the objects `name` of all results in one; where two have a key, what was measured last.
+
+    The date of a file is that of its last change. A value with an environment of its own, as a run has, is
+    as old as that says.
+
+    Args:
+      results: of `read`, by path, oldest first.
+    """
+    found, dates = {}, {}
+    for path, content in results.items():
+        of_file = content.get("environment", {}).get("date", "")
+        for key, value in _object(content, name, path).items():
+            own = _object(value, "environment", path) if isinstance(value, dict) else {}
+            date = str(own.get("date", of_file))
+            if date >= dates.get(key, ""):
+                found[key], dates[key] = value, date
+    return found
+
+
+def _object(content: dict[str, Any], name: str, path: pathlib.Path | str) -> dict[str, Any]:
+    found = content.get(name, {})
+    if not isinstance(found, dict):
+        raise BadResult(f"{path}: {name!r} is no object of JSON but {found!r:.40}: mend it")
     return found
 
 

@@ -227,9 +227,9 @@ def run_one(
 
 
 def read_summary(output: pathlib.Path, key: str) -> dict[str, Any] | None:
-    """Returns what `run_one` wrote, or None."""
+    """Returns what `run_one` wrote, or None. Raises BadResult where it cannot be read."""
     with contextlib.suppress(FileNotFoundError):
-        return json.loads((output / key / SUMMARY).read_text())
+        return record.read(output / key / SUMMARY)
     return None
 
 

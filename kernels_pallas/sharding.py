@@ -86,7 +86,7 @@ def free_sizes(mesh: Mesh | AbstractMesh | None) -> dict[str, int]:
     """Sizes of the axes that no `shard_map` or vmap around this has taken; none without a mesh."""
     if mesh is None:
         return {}
-    taken = {*mesh.manual_axes, *mapped_axes(mesh), *_of_vmap("explicit_mesh_axis_names")}
+    taken = {*mesh.manual_axes, *mapped_axes(mesh), *_of_vmap("explicit_mesh_axis")}
     return {name: size for name, size in mesh.shape.items() if name not in taken}
 
 
@@ -98,18 +98,29 @@ def mapped_axes(mesh: Mesh | AbstractMesh | None) -> frozenset[str]:
     """
     if mesh is None:
         return frozenset()
-    names = _of_vmap("spmd_axis_names")
+    names = _of_vmap("spmd_axis")
     return frozenset(name for name in names if name in mesh.shape and name not in mesh.manual_axes)
 
 
 def _of_vmap(kind: str) -> frozenset[str]:
     """The mesh axes that split axes of `jax.vmap` around this: named to vmap, or Explicit in the types.
 
-    JAX has no public way to ask. Without an answer its own errors come.
+    JAX has no public way to ask. Without an answer its own errors come. The axis environment has them while a
+    function is mapped. In the backward of `jax.grad(jax.vmap(f))` it has not: there only the traces know.
     """
     from jax._src import core
 
-    return getattr(getattr(core, "get_axis_env", lambda: None)(), kind, frozenset())
+    env = getattr(core, "get_axis_env", lambda: None)()
+    trace = getattr(getattr(core, "trace_ctx", None), "trace", None)
+    names = {*getattr(env, f"{kind}_names", ())}
+    while trace is not None:
+        found = getattr(getattr(trace, "axis_data", None), _OF_AXIS_DATA[kind], None)
+        names.update(axis_names((found,)))
+        trace = getattr(trace, "parent_trace", None)
+    return frozenset(names)
+
+
+_OF_AXIS_DATA = {"spmd_axis": "spmd_name", "explicit_mesh_axis": "explicit_mesh_axis"}
 
 
 def _only(group, names):

@@ -8,16 +8,15 @@ def main(argv):
 command_line.run(main)
 """
 
-import contextlib
 import dataclasses
 import difflib
 import os
 import pathlib
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 from absl import app, flags
 
@@ -51,13 +50,24 @@ def no_backend(error: Exception) -> str:
     return f"RuntimeError: {line}" if "Unable to initialize backend" in line else ""
 
 
-def reader_gone() -> NoReturn:
-    """Ends as a program whose output nobody reads any more, as in `sample ... | head -c 100`."""
-    with contextlib.suppress(OSError):
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python flushes it at its end
-    sys.exit(128 + signal.SIGPIPE)
+def end_without_reader(error: Exception) -> None:
+    """Ends a program whose output nobody reads any more, as in `sample ... | head -c 100`.
+
+    Does nothing for any other error. A worker or a connection that breaks off raises BrokenPipeError too.
+    """
+    if not isinstance(error, BrokenPipeError):
+        return
+    gone = [fd for fd in (1, 2) if _has_no_reader(fd)]
+    for fd in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)  # Python flushes both at its end
+    if gone:
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _has_no_reader(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def load_config(flag: flags.FlagHolder) -> Config:
@@ -97,8 +107,9 @@ def _without_arguments(main):
         except KeyboardInterrupt:
             print("\nInterrupted", file=sys.stderr)
             sys.exit(130)
-        except BrokenPipeError:
-            reader_gone()
+        except BrokenPipeError as error:
+            end_without_reader(error)
+            raise
         except (RuntimeError, AssertionError) as error:
             if not_there := no_backend(error):
                 sys.exit(not_there)

@@ -285,6 +285,17 @@ def test_a_reader_that_goes_away_ends_a_command(run):
     assert not done.stderr
 
 
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_a_pipe_to_a_worker_that_breaks_is_no_reader_that_goes_away(run):
+    code = f"import sys; from experiments import cli; from mhc_jax import command_line; {run}"
+    broken = "import os; reading, writing = os.pipe(); os.close(reading)"
+    code = f"{broken}; main = lambda *_: os.write(writing, b'work'); {code}"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "BrokenPipeError" in done.stderr
+
+
 def test_lines_of_a_log_look_as_a_command_wants_them(capsys):
     """Importing orbax gives the root a handler, and `basicConfig` then does nothing."""
     root = logging.getLogger()

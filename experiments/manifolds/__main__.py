@@ -156,7 +156,7 @@ def store(payload: dict, root: pathlib.Path | None) -> pathlib.Path:
 
 
 def _stored(path: pathlib.Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return record.read(path) if path.exists() else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,7 +4,8 @@ import argparse
 
 from configs import default
 from experiments import cli
-from mhc_jax.config import Config, ModelConfig, from_dict
+from mhc_jax.config import CONNECTIONS, Config, ModelConfig, from_dict
+from mhc_jax.pipeline import SCHEDULES
 
 LOOK_AHEAD = "look-ahead"  # as a connection: mHC with look-ahead pre
 TOY = {
@@ -21,9 +22,9 @@ def add_arguments(parser: cli.Parser, *, toy: str, microbatches: list[int]) -> N
       microbatches: by default.
     """
     parser.add_argument("--toy", action="store_true", help=toy)
-    parser.add_argument("--pipe", type=cli.positive, default=4, help="devices along the pipeline")
+    parser.add_argument("--pipe", type=cli.integer(2), default=4, help="devices along the pipeline")
     parser.add_argument("--microbatches", type=cli.positive, nargs="+", default=microbatches)
-    parser.add_argument("--schedules", nargs="+", default=["1f1b"])
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=["1f1b"])
     parser.add_argument(
         "--split_backward",
         action="store_true",
@@ -32,8 +33,8 @@ def add_arguments(parser: cli.Parser, *, toy: str, microbatches: list[int]) -> N
     parser.add_argument(
         "--connections",
         nargs="+",
+        choices=(*CONNECTIONS, LOOK_AHEAD),
         default=["residual", "mhc"],
-        help=f"residual | hc | mhc | {LOOK_AHEAD}",
     )
     parser.add_argument("--sequences", type=cli.positive, default=1, help="of a micro-batch")
     parser.add_argument("--num_blocks", type=cli.positive, default=24, help="attention + FFN each")
@@ -44,12 +45,14 @@ def add_arguments(parser: cli.Parser, *, toy: str, microbatches: list[int]) -> N
     )
     parser.add_argument("--sequence_length", type=cli.positive, default=4096, help="tokens")
     parser.add_argument("--vocab_size", type=cli.positive, default=32768, help="of random tokens")
-    parser.add_argument("--remat", default="none", help="none | mhc | full")
+    parser.add_argument("--remat", choices=("none", "mhc", "full"), default="none")
 
 
 def parse(parser: cli.Parser, toy: dict = TOY) -> argparse.Namespace:
     """Parses; with --toy what is not given is that of `toy`."""
     options = parser.parse_args()
+    if options.toy and options.record:
+        parser.error("--toy with --record would replace a result of full size: give --output")
     if options.toy:
         for name, value in toy.items():
             if getattr(options, name) == parser.get_default(name):

@@ -198,9 +198,9 @@ def store(payload: dict, root: pathlib.Path | None = None) -> list[pathlib.Path]
     for name in dict.fromkeys(Run.from_key(key).setting for key in everything):
         device = f"{record.device_slug()}_{name}"
         path = record.result_path(QUESTION, device, root)
-        before = record.read(path) if path.exists() else {"runs": {}, "missing": []}
-        runs = before["runs"] | _of(name, payload["runs"])
-        missing = {*before["missing"], *_of(name, payload["missing"])} - runs.keys()
+        before = record.read(path) if path.exists() else {}
+        runs = before.get("runs", {}) | _of(name, payload["runs"])
+        missing = {*before.get("missing", []), *_of(name, payload["missing"])} - runs.keys()
         rates = {name: payload["learning_rates"][name]} if name in payload["learning_rates"] else {}
         content = {"data": payload["data"], "learning_rates": rates, "runs": runs}
         content["missing"] = sorted(missing)

@@ -8,19 +8,16 @@ QUESTION = "reproduction"
 
 
 def stored(root: pathlib.Path | None = None) -> dict:
-    """Returns the results of every file in one payload; where two have a run, that of the newest.
+    """Returns the results of every file in one payload; where two have a run, the last that ran.
 
     Args:
       root: holds `reproduction/results`; None: the repository's.
 
     Raises:
       NoResult: there is none.
+      BadResult: a file cannot be read.
     """
-    contents = [record.read(path) for path in record.by_date(QUESTION, root)]
-    merged = {"learning_rates": {}, "runs": {}}
-    for content in contents:
-        for name, values in merged.items():
-            values |= content.get(name, {})
-    found = {key for content in contents for key in content.get("missing", [])}
-    missing = found - merged["runs"].keys()
-    return merged | {"missing": sorted(missing)}
+    results = {path: record.read(path) for path in record.by_date(QUESTION, root)}
+    found = {name: record.newest_values(results, name) for name in ("learning_rates", "runs")}
+    missing = {key for content in results.values() for key in content.get("missing", [])}
+    return found | {"missing": sorted(missing - found["runs"].keys())}

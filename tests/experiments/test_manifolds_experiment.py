@@ -146,10 +146,34 @@ def test_results_of_every_machine_are_read_and_times_of_one(tmp_path):
     path = record.result_path("manifolds", "d", tmp_path)
     path.write_text('{"environment": {"date": "2026-01-04"}}')  # of times alone, say
     assert study.results.stored(tmp_path) == found
-    for text, message in (("{", "d.json is not JSON"), ("[]", "d.json holds no result")):
+    old = summary(4.0) | {"environment": {"date": "2025-12-31"}}  # older than its file
+    content = {"environment": {"date": "2026-01-05"}, "runs": {first: old, second: summary(5.0)}}
+    path.write_text(json.dumps(content))
+    losses = {k: r["validation_loss"] for k, r in study.results.stored(tmp_path)["runs"].items()}
+    assert losses == {first: 1.0, second: 5.0}
+    for text, message in (
+        ("{", "d.json is not JSON"),
+        ("[" * 100_000, "d.json is not JSON"),
+        ("[]", "d.json holds no result"),
+        ('{"environment": null}', "d.json: 'environment' is no object of JSON but None"),
+        ('{"environment": {"date": "2026-01-05"}, "runs": []}', "d.json: 'runs' is no object"),
+        ('{"environment": {"date": "2026-01-05"}, "times": 1}', "d.json: 'times' is no object"),
+    ):
         path.write_text(text)
         with pytest.raises(cli.BadResult, match=message):
             study.results.stored(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(cli.BadResult, match=r"d\.json cannot be read: Is a directory"):
+        study.results.stored(tmp_path)
+
+
+def test_a_damaged_summary_of_a_run_ends_in_a_line(tmp_path):
+    assert sweep.read_summary(tmp_path, "run") is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / sweep.SUMMARY).touch()  # as a machine that lost power may leave it
+    with pytest.raises(cli.BadResult, match=f"{sweep.SUMMARY} is not JSON"):
+        sweep.read_summaries(tmp_path, ["run"])
 
 
 def test_arms_that_differ_in_the_manifold_train_states_of_their_own(monkeypatch):

@@ -99,6 +99,26 @@ def test_what_cannot_be_compiled_is_named(programs, monkeypatch, flags, message)
     assert "\n" not in str(stop.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--connections", "lookahead"], "invalid choice: 'lookahead' (choose from"),
+        (["--schedules", "gpipe2"], "invalid choice: 'gpipe2' (choose from"),
+        (["--remat", "offload"], "invalid choice: 'offload' (choose from"),
+        (["--pipe", "1"], "'1' is no integer of at least 2"),
+        (["--record"], "--toy with --record would replace a result of full size: give --output"),
+    ],
+)
+def test_an_option_that_is_none_is_named(programs, monkeypatch, capsys, flags, message):
+    """By what `experiments.pipeline_speed` reads its options with, too."""
+    monkeypatch.setattr(sys, "argv", ["programs", "--toy", *flags])
+    with pytest.raises(SystemExit):
+        programs.parse_arguments()
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
 def test_kernels_that_cannot_be_compiled_are_not_left_out_silently(programs, monkeypatch):
     monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["programs", "--toy", "--kernels"])

@@ -332,8 +332,11 @@ def check_vmap_over_mesh_axes():
         axes = (0, 0, None, 0 if name == "chunked loss" else None)
 
         def run(loss, axes=axes, args=args, **options):
-            f = jax.vmap(jax.value_and_grad(loss, (0, 1, 2)), axes, **options)
-            return jax.device_get(jax.jit(f)(*args))
+            """Gradients of each mapped loss, and those of all together: their backward is mapped later."""
+            each = jax.vmap(jax.value_and_grad(loss, (0, 1, 2)), axes, **options)
+            mapped = jax.vmap(loss, axes, **options)
+            together = jax.grad(lambda *args: mapped(*args).sum(), (0, 1, 2))
+            return jax.device_get(jax.jit(lambda *args: (each(*args), together(*args)))(*args))
 
         want = run(definition)
         for axis in ("data", "tensor", "explicit"):
