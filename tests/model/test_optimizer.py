@@ -225,7 +225,6 @@ def test_nothing_moves_from_a_bad_step_on(step, fault):
 
 EXTREMES = {"learning_rate": 1e6, "weight_decay": 1e-6, "eps": 1e-30, "b1": 0.97, "b2": 0.95,
             "clip_norm": 0.0, "warmup_steps": 0, "schedule": "constant"}  # fmt: skip
-UNSAFE = {"eps": 0.0, "b1": 1.0, "b2": 1.0, "learning_rate": 3e38, "weight_decay": 2000.0}
 
 
 @pytest.mark.parametrize("size", [1e18, 1.0, 1e-15, 1e-19, 1e-22, 1e-38, 1e-44])
@@ -247,15 +246,3 @@ def test_settings_whose_updates_are_not_looked_at_keep_parameters_finite(size):
     params = {"norm": {"scale": jnp.ones(4)}}
     (params, state), _ = jax.lax.scan(update, (params, optimizer.init(params)), steps)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state)))
-
-
-@pytest.mark.parametrize("name", [None, *UNSAFE])
-def test_new_parameters_are_looked_at_only_where_they_need_not_be_finite(name):
-    """A pass over all parameters and moments; whether it is made follows from the settings."""
-    changes = {f"optimizer.{name}": UNSAFE[name]} if name else {}
-    config = tiny(**changes)
-    assert always_finite(config.optimizer) == (name is None)
-    batch = train_step_module.abstract_batch(config)
-    step = functools.partial(train_step_module.train_step, config=config)
-    looks = str(jax.make_jaxpr(step)(abstract_state(config), batch)).count("is_finite")
-    assert (looks > len(jax.tree.leaves(abstract_state(config).params))) == bool(name)
