@@ -11,7 +11,7 @@ What is computed again (remat) counts once. `scan` and `out` after a model's nam
 or written out.
 
 Memory of the 3B model (remat=mhc, 8 x 4096 tokens) on an H200: 33 GiB of parameters and Adam's moments, and
-temporaries of 36 GiB (residual) or 41 GiB (mHC); 66 and 75 GiB with 16 sequences. A config that does not
+temporaries of 29 GiB (residual) or 33 GiB (mHC). A config that does not
 fit is named after it was compiled.
 """
 
