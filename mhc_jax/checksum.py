@@ -22,12 +22,23 @@ def of_arrays(tree: Any) -> dict[str, int]:
       tree: of real arrays on one device or on one mesh. All processes that have a part of them call this
         together.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = jax.tree.leaves(tree)
     if not leaves:
         return {}
-    mesh = getattr(getattr(leaves[0][1], "sharding", None), "mesh", None)
-    sums = jax.device_get(_program(mesh)([leaf for _, leaf in leaves]))
-    return {name(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
+    mesh = getattr(getattr(leaves[0], "sharding", None), "mesh", None)
+    return by_path(tree, _program(mesh)(leaves))
+
+
+def of_leaves(tree: Any) -> jax.Array:
+    """Returns the checksum of each array as `of_arrays` does, `[leaves]` uint32; for programs."""
+    return jnp.stack([_sum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def by_path(tree: Any, sums: jax.Array) -> dict[str, int]:
+    """Returns what `of_arrays` does, from what `of_leaves` has computed of the tree."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    values = jax.device_get(sums)
+    return {name(path): int(value) for (path, _), value in zip(leaves, values, strict=True)}
 
 
 def of_json(value: Any) -> str:
@@ -45,12 +56,9 @@ def name(path: tuple) -> str:
 
 @functools.cache
 def _program(mesh: Mesh | None):
-    def sums(leaves):
-        return jnp.stack([_sum(leaf) for leaf in leaves])
-
     if mesh is None:
-        return jax.jit(sums)
-    return jax.jit(sums, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        return jax.jit(of_leaves)
+    return jax.jit(of_leaves, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _sum(x: jax.Array) -> jax.Array:

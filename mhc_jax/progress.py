@@ -1,16 +1,19 @@
 """How far a run is, live on a terminal and in the log elsewhere, and what comes after it."""
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
 import shlex
 import statistics
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+import jax
 import tqdm
 
 from mhc_jax import preemption, units
@@ -44,11 +47,29 @@ def _columns() -> int | None:
         return None
 
 
+_here = threading.local()
+
+
+def _compiled_here() -> float:
+    """Seconds that XLA has compiled since the first call in this thread, not those of waiting for others."""
+    _listen()
+    return getattr(_here, "seconds", 0.0)
+
+
+@functools.cache
+def _listen() -> None:
+    def note(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            _here.seconds = getattr(_here, "seconds", 0.0) + seconds
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+
+
 class Progress:
     """What a run tells while it goes on.
 
     The time that is left is that of the remaining steps, and of the evaluations, gains and checkpoints
-    that are still due, each as long as the last of its kind. Compilation is in neither.
+    that are still due, each as long as the last of its kind. Compilation is in neither, whoever begins it.
 
     Args:
       config: steps, batch size and sequence length are read.
@@ -116,10 +137,11 @@ class Progress:
     @contextlib.contextmanager
     def pause(self, task: str, every: int) -> Iterator[None]:
         """Meanwhile something else is done, "saving", and again in `every` steps (0: at the end)."""
-        begin, compiling = time.monotonic(), self._compiling
+        begin, compiling = time.monotonic(), self._compiling + _compiled_here()
         self._bar.set_postfix_str(task)
         yield
-        took = time.monotonic() - begin - (self._compiling - compiling)
+        compiling = self._compiling + _compiled_here() - compiling
+        took = time.monotonic() - begin - compiling
         self._pauses[task] = every, max(took, 0.0)
 
     def compile(self, stop: Callable[[int], bool] | None, compile_: Callable, what: str):
@@ -153,7 +175,7 @@ def what_next(config: Config, workdir: str) -> str:
     commands = [
         f"python -m experiments.evaluate --workdir={quoted}",
         f'python -m experiments.sample --workdir={quoted} --prompt="The "',
-        f"python -m experiments.report {quoted} --output=report.html",
+        f"python -m experiments.report {quoted} --output=runs/report.html",
     ]
     if config.data.source == "synthetic":
         del commands[1]  # its tokens are no text

@@ -19,7 +19,14 @@ from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.program_folder import ProgramFolder
 from mhc_jax.progress import Progress
 from mhc_jax.recovery import UNREADABLE, BadData, Faults, NonFiniteError, bad_data, what
-from mhc_jax.run_programs import GAINS, INITIAL_STATE, TRAIN_STEP, VALIDATION, RunPrograms
+from mhc_jax.run_programs import (
+    CHECKSUMS,
+    GAINS,
+    INITIAL_STATE,
+    TRAIN_STEP,
+    VALIDATION,
+    RunPrograms,
+)
 from mhc_jax.storage import Storage
 from mhc_jax.train_step import TrainState, abstract_batch, updates_done
 from mhc_jax.workdir import check_resumable, write_origin
@@ -313,7 +320,10 @@ class Run:
         self.storage.write_gains(measured, self.step)
 
     def _save(self) -> None:
-        self.storage.save(self.stored_state, self.data)
+        # No signal ends this waiting: what it would do is save.
+        checked = self._compiled(CHECKSUMS, None)(self.state)
+        stored = self.state if checked.stored is None else checked.stored
+        self.storage.save(stored, self.data, checked)
 
     def _save_if_finite(self) -> str:
         return self.storage.save_if_finite(self.stored_state, self.data)

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from mhc_jax import sharding
+from mhc_jax import checksum, health, sharding
 from mhc_jax.config import Config
 from mhc_jax.kept_programs import KeptPrograms, argument_shapes
 from mhc_jax.pipeline import Layout
@@ -28,6 +28,21 @@ INITIAL_STATE = "initial state"
 TRAIN_STEP = "train step"
 VALIDATION = "validation"
 GAINS = "gains"
+CHECKSUMS = "checksums"
+
+
+class Checked(NamedTuple):
+    """What is computed of a train state before it is saved.
+
+    Attributes:
+      stored: the state with the blocks in the model's order, None where they are in it.
+      finite: bool, `health.all_finite` of it.
+      sums: `[leaves]` uint32, `checksum.of_leaves` of it.
+    """
+
+    stored: TrainState | None
+    finite: jax.Array
+    sums: jax.Array
 
 
 class RunPrograms(Programs):
@@ -62,6 +77,21 @@ class RunPrograms(Programs):
         program = sharding.on_mesh(of_stored, self._mesh)
         return jax.jit(program, out_shardings=sharding.replicated(self._mesh))
 
+    def _jit_checked(self) -> Callable:
+        """Compiles `Checked(state)`."""
+        layout, everywhere = self._layout, sharding.replicated(self._mesh)
+        places = None
+        if not layout.is_identity:
+            places = jax.tree.map(lambda x: x.sharding, layout.abstract_stored(self.state))
+
+        def checked(state):
+            stored = layout.stored(state)
+            moved = None if layout.is_identity else stored
+            return Checked(moved, health.all_finite(stored), checksum.of_leaves(stored))
+
+        program = sharding.on_mesh(checked, self._mesh)
+        return jax.jit(program, out_shardings=Checked(places, everywhere, everywhere))
+
     @property
     def _has_gains(self) -> bool:
         return self._config.model.connection != "residual"
@@ -72,7 +102,7 @@ class RunPrograms(Programs):
         Args:
           is_new: the run has no checkpoint. XLA compiles its initial state meanwhile.
         """
-        names = [TRAIN_STEP, VALIDATION, *[GAINS] * self._has_gains]
+        names = [TRAIN_STEP, VALIDATION, *[GAINS] * self._has_gains, CHECKSUMS]
         self.look_up([*[INITIAL_STATE] * is_new, *names])
         if self.was_started(TRAIN_STEP):
             self._train_step = self.wait(TRAIN_STEP)
@@ -98,7 +128,7 @@ class RunPrograms(Programs):
             self.start(TRAIN_STEP, self._train_step, self.state, self._batch)
 
     def start_others(self, gains_tokens: Any) -> None:
-        """Has validation and gains lowered beside the train step or the first ones, and compiled after it.
+        """Has the other programs lowered beside the train step or the first ones, and compiled after it.
 
         Beside it XLA would tune the same products once more, and the step come later.
 
@@ -110,3 +140,5 @@ class RunPrograms(Programs):
             self.start(VALIDATION, self._evaluate, variables, self._batch, after=TRAIN_STEP)
         if self._has_gains and not self.was_started(GAINS):
             self.start(GAINS, self._measure_gains, variables, gains_tokens, after=TRAIN_STEP)
+        if not self.was_started(CHECKSUMS):
+            self.start(CHECKSUMS, self._jit_checked(), self.state, after=TRAIN_STEP)

@@ -12,7 +12,7 @@ import grain
 import jax
 from etils import epath
 
-from mhc_jax import distributed, gains, health
+from mhc_jax import checksum, distributed, gains, health
 from mhc_jax.checkpoint import (
     FOLDER,
     Checkpoints,
@@ -25,6 +25,7 @@ from mhc_jax.checkpoint import (
 from mhc_jax.config import Config
 from mhc_jax.lock import WorkdirLock
 from mhc_jax.recovery import NonFiniteError
+from mhc_jax.run_programs import Checked
 from mhc_jax.train_step import TrainState
 from mhc_jax.workdir import check_same_run, claim_workdir, update_config
 from mhc_jax.writers import MetricWriter
@@ -89,15 +90,26 @@ class Storage:
             self._writer = MetricWriter(self.workdir, tensorboard=tensorboard, step=step)
             gains.remove_unfinished(self.workdir / "gains")
 
-    def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
+    def save(
+        self,
+        state: TrainState,
+        data: grain.DatasetIterator,
+        checked: Checked | None = None,
+    ) -> None:
         """Begins a checkpoint in the background.
+
+        Args:
+          state: of the run, as checkpoints have it.
+          data: its position is saved.
+          checked: of the state; None: it is computed here.
 
         Raises:
           NonFiniteError: the state holds numbers that are not finite; it is not saved.
           SaveError: it could not begin, nor could another try.
           Locked: another run has taken the workdir over.
         """
-        bad = health.first_non_finite(state)
+        is_good = checked is not None and bool(checked.finite)
+        bad = None if is_good else health.first_non_finite(state)
         if bad:
             raise NonFiniteError(
                 f"step {int(state.step)}: {bad} is not finite, the state is not saved"
@@ -106,8 +118,9 @@ class Storage:
             self._lock.renew()  # nothing is written to a workdir that another run has taken over
         if self._writer:
             self._on_disk(self._writer.flush)  # who goes on from here has all lines up to here
+        arrays = None if checked is None else checksum.by_path(state, checked.sums)
         try:
-            self._checkpoints.save(state, data)
+            self._checkpoints.save(state, data, arrays)
         except SaveError as error:
             self._save_again(error, state, data)
 

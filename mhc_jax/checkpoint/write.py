@@ -78,8 +78,18 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
+    def save(
+        self,
+        state: TrainState,
+        data: grain.DatasetIterator,
+        arrays: dict[str, int] | None = None,
+    ) -> None:
         """Saves under the number of updates done; a step that is there already is left alone.
+
+        Args:
+          state: of the run.
+          data: its position is saved.
+          arrays: `checksum.of_arrays` of the state; None: it is called.
 
         Raises:
           SaveError: this save could not begin, or the one before it failed.
@@ -92,7 +102,7 @@ class Checkpoints:
         contents = {
             "step": step,
             "config": self._config,
-            "arrays": checksum.of_arrays(state),
+            "arrays": checksum.of_arrays(state) if arrays is None else arrays,
             "data": checksum.of_json(position),
         }
         self._saving = step

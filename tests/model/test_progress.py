@@ -7,6 +7,8 @@ import shlex
 import sys
 import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 from test_train import tiny
 
@@ -44,11 +46,25 @@ def test_the_time_left_is_that_of_steps_and_of_what_is_due(clock):
         clock.now += 11.0
     # Behind steps 300, 600, 900 and the last.
     assert run.seconds_left() == 900 * 2.0 + 9 * 7.0 + 4 * 11.0
+    with run.pause(
+        "save", 300
+    ):  # what jax compiles when a function is first called is no saving either
+        event = "/jax/core/compile/backend_compile_duration"
+        jax.monitoring.record_event_duration_secs(event, 30.0)
+        clock.now += 30.0 + 11.0
+    assert run.seconds_left() == 900 * 2.0 + 9 * 7.0 + 4 * 11.0
     run.back_to(950)
     assert run.seconds_left() == 50 * 2.0 + 7.0 + 11.0
     with run.pause("gains", 0):  # due at the end alone
         clock.now += 1.0
     assert run.seconds_left() == 50 * 2.0 + 7.0 + 11.0 + 1.0
+
+
+def test_jax_tells_how_long_it_compiles():
+    """The event that a pause listens to is one that jax sends."""
+    before = progress._compiled_here()
+    jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))(jnp.ones((7, 7))).block_until_ready()
+    assert 0 < progress._compiled_here() - before < 60
 
 
 def test_without_a_terminal_there_are_few_lines(clock, caplog, capsys, monkeypatch):

@@ -23,7 +23,7 @@ from etils import epath
 from test_loop import CONFIG, SMALL, programs, saved, state_of  # noqa: F401 - a fixture
 from test_train import tiny
 
-from mhc_jax import appending, checkpoint, checksum, lock, paths, preemption, run_programs
+from mhc_jax import appending, checkpoint, checksum, lock, paths, preemption, run_programs, storage
 from mhc_jax import run as run_module
 from mhc_jax.checkpoint import Checkpoints, SaveError, trained
 from mhc_jax.config import from_dict
@@ -495,6 +495,22 @@ def test_sigterm_while_another_program_is_compiled_saves_at_once(programs, tmp_p
     run.close()
     assert time.monotonic() - begin < 50
     assert saved(tmp_path) == [2]
+
+
+def test_what_checkpoints_need_is_compiled_beside_the_first_steps(programs, tmp_path, monkeypatch):  # noqa: F811
+    """Else the first save takes seconds of compiling, and the time left is told as if all did."""
+
+    def begins_to_compile(tree):
+        raise AssertionError("a program of its own, compiled when it is first called")
+
+    monkeypatch.setattr(storage.health, "first_non_finite", begins_to_compile)
+    monkeypatch.setattr(checkpoint.write.checksum, "of_arrays", begins_to_compile)
+    train(CONFIG, tmp_path)
+    monkeypatch.undo()
+    run = Run(CONFIG, tmp_path)  # compares all arrays with their checksums
+    run.close()
+    contents = checkpoint.read_contents(tmp_path / checkpoint.FOLDER / str(CONFIG.steps))
+    assert contents["arrays"] == checksum.of_arrays(run.state)
 
 
 def test_sigterm_in_a_callback_of_the_garbage_collector_ends_the_start_too(capfd):
