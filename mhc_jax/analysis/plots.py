@@ -25,10 +25,12 @@ AVERAGES = ("gains", "matrices")
 _YLABEL = {
     "gains": "largest |sum|, mean over tokens",
     "matrices": "largest |sum| of the mean matrix",
+    "static": "largest |sum|",
 }
 _DEFINITION = {
     "gains": "Gain: largest |row sum| (forward) or |column sum| (backward) of each token, mean over tokens",
     "matrices": "Gain: largest |row sum| (forward) or |column sum| (backward) of the mean matrix over tokens",
+    "static": "Gain: largest |row sum| (forward) or |column sum| (backward), the same for every token",
 }
 HEAD = r"$h_\mathrm{res}(l) \cdots h_\mathrm{res}(1)$"
 
@@ -64,6 +66,13 @@ def _with_streams(gains: Mapping[str, Seeds]) -> dict[str, list[GainMagnitudes]]
     return several or arms
 
 
+def _is_static(arms: Mapping[str, Sequence[GainMagnitudes]]) -> bool:
+    """Returns whether no mapping differs between tokens, as in `static_gains`: there is no mean over them."""
+    return not any(
+        np.any(np.asarray(one.matrix_std) != 0) for seeds in arms.values() for one in seeds
+    )
+
+
 def _colours(names: Sequence[str], given: Colours) -> dict[str, str]:
     given = given or {}
     return {name: given.get(name, own) for name, own in zip(names, colours_lib.choose(names))}
@@ -91,7 +100,7 @@ def plot_gains(
     Args:
       gains: {name: GainMagnitudes, or a list of them, its seeds}.
       average: what is averaged over tokens: "gains" (the paper's definition: the largest sum of each token
-        first) or "matrices" (the largest sum of the mean matrix).
+        first) or "matrices" (the largest sum of the mean matrix). Of static mappings both are the same.
       title: of the whole figure.
       colours: {name: hexadecimal} of arms that shall have another than their own.
 
@@ -101,6 +110,7 @@ def plot_gains(
     if average not in AVERAGES:
         raise ValueError(f"average={average!r} is unknown: use one of {', '.join(AVERAGES)}")
     arms = _by_seed(gains)
+    shown = "static" if _is_static(arms) else average
     if average == "matrices":
         arms = {name: [one.of_mean_matrices() for one in seeds] for name, seeds in arms.items()}
     chosen = _colours(list(arms), colours)
@@ -119,7 +129,7 @@ def plot_gains(
                 axes.axhline(1, **style.AT_ONE)
                 what = "Single sublayer" if kind == "single" else "Composite over depth"
                 axes.set_title(what if row == 0 else f"{what}, enlarged: {_listed(members)}")
-                axes.set_ylabel(_YLABEL[average])
+                axes.set_ylabel(_YLABEL[shown])
                 style.sublayer_axis(axes, "sublayer $l$ (attention and FFN count separately)")
                 if row == 0:
                     style.log_axis(axes)
@@ -129,7 +139,7 @@ def plot_gains(
         one = Line2D([], [], **style.AT_ONE, label="1: nothing grows or shrinks")
         handles = [*style.arm_handles(chosen, seeds), *style.direction_handles(), one]
         style.figure_legend(figure, handles, title)
-        figure.supxlabel(style.wrapped(_DEFINITION[average]), fontsize=8.5, color="#555555")
+        figure.supxlabel(style.wrapped(_DEFINITION[shown]), fontsize=8.5, color="#555555")
     return figure
 
 
@@ -189,11 +199,12 @@ def heat_maps(
         figure = style.new_figure((5.9 if style.is_wide() else 6.4) * len(arms))
         parts = figure.subfigures(len(arms), 1, squeeze=False)[:, 0]
         for part, (name, seeds) in zip(parts, arms.items()):
-            _six_matrices(part, seeds)
+            static = _is_static({name: seeds})
+            _six_matrices(part, seeds, "" if static else " of the mean matrix")
             count = f", mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
             text = f"{title} {name}".strip()
             text = f"{text}: residual mappings" if text else "Residual mappings"
-            text = f"{text}, mean over tokens{count}"
+            text = f"{text}, {'the same for every token' if static else 'mean over tokens'}{count}"
             colour = chosen[name] if name else "black"
             part.suptitle(
                 style.wrapped(style.plain(text), 44), fontsize=10.5, color=colour, fontweight="bold"
@@ -201,7 +212,7 @@ def heat_maps(
     return figure
 
 
-def _six_matrices(figure, seeds: Sequence[GainMagnitudes]) -> None:
+def _six_matrices(figure, seeds: Sequence[GainMagnitudes], whose: str) -> None:
     with np.errstate(invalid="ignore"):
         single, head, tail = (
             np.mean([np.asarray(getattr(one, name), float) for one in seeds], axis=0)
@@ -222,9 +233,9 @@ def _six_matrices(figure, seeds: Sequence[GainMagnitudes]) -> None:
     grid = figure.subplots(2, 3) if style.is_wide() else figure.subplots(3, 2).T
     for axes, (matrix, title) in zip(grid.flat, panels):
         style.heat_map(axes, matrix, title)
-    figure.supylabel("row sum of the mean matrix = forward gain (into stream i)", fontsize=9)
+    figure.supylabel(f"row sum{whose} = forward gain (into stream i)", fontsize=9)
     figure.supxlabel(
-        style.wrapped("column sum of the mean matrix = backward gain (from stream j)"), fontsize=9
+        style.wrapped(f"column sum{whose} = backward gain (from stream j)"), fontsize=9
     )
 
 
@@ -273,11 +284,12 @@ def collapse(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = 
     Args, Raises: as `heat_maps`. Cosines need a model or a run; mappings alone do not have them.
     """
     arms, colours = _with_streams(gains), _colours(list(gains), colours)
+    mean = "" if _is_static(arms) else ", mean over tokens"
     with style.styled():
         figure = _panels(
             [
-                (f"Second singular value of\n{HEAD}", "mean over tokens", [("second_singular", "-")], True),
-                (f"Distance of {HEAD}\nto J/n", "Frobenius norm, mean over tokens",
+                (f"Second singular value of\n{HEAD}", f"value{mean}", [("second_singular", "-")], True),
+                (f"Distance of {HEAD}\nto J/n", f"Frobenius norm{mean}",
                  [("distance_uniform", "-")], True),
                 ("Cosine between streams\n(1: they are one)", "mean over pairs and tokens",
                  [("stream_cosine", "-")], False),
@@ -306,6 +318,7 @@ def spread(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = No
     Args, Raises: as `heat_maps`.
     """
     arms, colours = _with_streams(gains), _colours(list(gains), colours)
+    mean = "" if _is_static(arms) else ", mean over tokens"
 
     def diagonal(one):
         return np.diagonal(np.asarray(one.matrix_std), axis1=1, axis2=2).mean(-1)
@@ -321,7 +334,7 @@ def spread(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = No
             [
                 ("Spread of h_res over tokens\n(dashed: off the diagonal)", "standard deviation",
                  [(diagonal, "-"), (others, (0, (4, 2)))], False),
-                ("Entropy of the rows of h_res\n(0: no mixing)", "nats, mean over tokens",
+                ("Entropy of the rows of h_res\n(0: no mixing)", f"nats{mean}",
                  [("row_entropy", "-")], False),
                 (f"Effective number of streams\nin a row of {HEAD}", "exp(entropy), mean",
                  [("effective_streams", "-")], False),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from mhc_jax import analysis
+from mhc_jax import ManifoldHyperConnections, analysis
 from mhc_jax.analysis import colours, style
 from mhc_jax.gains import GainMagnitudes
 
@@ -129,6 +129,24 @@ def test_every_figure_says_which_gain_it_shows():
     assert "row sum of the mean matrix" in texts(analysis.heat_maps(arms))
     with pytest.raises(ValueError, match="average='median' is unknown: use one of gains, matrices"):
         analysis.plot_gains(arms, average="median")
+
+
+def test_figures_of_static_mappings_speak_of_no_mean_over_tokens():
+    connections = [ManifoldHyperConnections(8, n=4, sublayer_index=index) for index in range(3)]
+    static = {"mHC": analysis.static_gains(connections)}
+    for average in ("gains", "matrices"):
+        shown = texts(analysis.plot_gains(static, average=average))
+        assert "(backward), the same for every token" in shown
+        assert "mean over tokens" not in shown
+        assert "mean matrix" not in shown
+    shown = texts(analysis.heat_maps(static))
+    assert "residual mappings, the same for every token" in shown
+    assert "mean over tokens" not in shown
+    assert "mean matrix" not in shown
+    for draw in (analysis.collapse, analysis.spread):
+        assert "mean over tokens" not in texts(draw(static))
+    # Beside an arm that differs between tokens there is a mean.
+    assert "mean over tokens" in texts(analysis.plot_gains(static | {"HC": made()}))
 
 
 @pytest.mark.parametrize("kind", FIGURES)
