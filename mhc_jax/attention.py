@@ -24,6 +24,9 @@ def make_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     these, arrays `[B, S, ...]` in the order of a cache; and `decode(x, position, remember)` -> y, the same
     for tokens that follow on `position` `[B]` earlier ones. `remember(rows)` stores what they leave and
     returns the cache with it.
+
+    Raises:
+      ValueError, of the methods: x is not `[B, S, C]`, or position not `[B]`.
     """
     return {"mha": Attention, "mla": LatentAttention}[config.attention](config, rngs=rngs)
 
@@ -52,6 +55,7 @@ class Attention(nnx.Module):
         return self.out(causal_attention(q, k, v).reshape(x.shape)), Cache(k, v)
 
     def _heads(self, x, position):
+        _check(x, self.qkv.in_features)
         heads = self.qkv(x).reshape(*x.shape[:2], 3 * self.num_heads, x.shape[2] // self.num_heads)
         q, k, v = (heads[:, :, i * self.num_heads : (i + 1) * self.num_heads] for i in range(3))
         return (*(rope(t, theta=self.rope_theta, offset=position) for t in (q, k)), v)
@@ -64,6 +68,7 @@ class Attention(nnx.Module):
     def decode(
         self, x: jax.Array, position: jax.Array, remember: Callable[[Cache], Cache]
     ) -> jax.Array:
+        _check_position(x, position)
         q, k, v = self._heads(x, position)
         cache = remember(Cache(k, v))
         scores = jnp.einsum("bshd,bthd->bhst", q, cache.k, preferred_element_type=jnp.float32)
@@ -115,6 +120,7 @@ class LatentAttention(nnx.Module):
 
     def _queries(self, x, position):
         """Returns queries `[B, S, H, D]` and their rotated part `[B, S, H, R]`."""
+        _check(x, self.q.in_features)
         q = self.q(x).reshape(*x.shape[:2], self.num_heads, self.head_dim + self.rope_dim)
         q, rotated = jnp.split(q, (self.head_dim,), axis=-1)
         return q, rope(rotated, theta=self.rope_theta, offset=position)
@@ -141,6 +147,7 @@ class LatentAttention(nnx.Module):
 
         So kv_up never expands the past, which is read as stored: kv_rank + R entries a token for all heads.
         """
+        _check_position(x, position)
         q, q_rotated = self._queries(x, position)
         cache = remember(self._latent(x, position))
         k_up, v_up = self._kv_up(x.dtype)
@@ -152,6 +159,18 @@ class LatentAttention(nnx.Module):
         mixed = jnp.einsum("bhst,btc->bshc", weights.astype(x.dtype), cache.compressed)
         mixed = jnp.einsum("bshc,chd->bshd", mixed, v_up)
         return self.out(mixed.reshape(*x.shape[:2], self.out.in_features))
+
+
+def _check(x: jax.Array, width: int) -> None:
+    if jnp.ndim(x) != 3 or x.shape[2] != width:
+        raise ValueError(f"x has shape {jnp.shape(x)}: attention takes [B, S, C] with C = {width}")
+
+
+def _check_position(x: jax.Array, position: jax.Array) -> None:
+    if jnp.shape(position) != x.shape[:1]:
+        raise ValueError(
+            f"position has shape {jnp.shape(position)}, expected {x.shape[:1]}: one of each sequence"
+        )
 
 
 def _causal_softmax(scores: jax.Array, position: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from kernels_pallas import placement, sharding
+from kernels_pallas.shapes import check_floating
 from kernels_pallas.varying import varying_axes
 from mhc_jax.remat import KEEP_NAME
 
@@ -42,7 +43,20 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     Returns:
       `[B, S, H, Dv]` in the dtype of v.
+
+    Raises:
+      TypeError: not arrays of one floating dtype.
+      ValueError: other shapes.
     """
+    check_floating(q=q, k=k, v=v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: use one dtype")
+    fit = q.ndim == v.ndim == 4 and q.shape == k.shape and q.shape[:3] == v.shape[:3]
+    if not fit or v.shape[3] > q.shape[3]:
+        raise ValueError(
+            f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: attention takes [B, S, H, D] for q and k, "
+            "and [B, S, H, Dv] with Dv <= D for v"
+        )
     return placement.automatic(_causal_attention, q, k, v, splits=True)
 
 

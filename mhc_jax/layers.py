@@ -11,6 +11,7 @@ from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp
 from kernels_pallas.placement import whole
 from kernels_pallas.precision import wide_dtype
+from kernels_pallas.shapes import check_floating
 from mhc_jax.remat import keep
 from mhc_jax.sharding import gathered
 
@@ -20,12 +21,34 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
 
     An id outside the vocabulary gives NaN. The gradient of the table is summed in float32, since a sum in
     bfloat16 stops growing after 256 equal tokens.
+
+    Raises:
+      TypeError: ids that are no integers.
     """
+    check_tokens(tokens)
 
     def rows(tokens, table):
         return _look_up(table, tokens, dtype)
 
     return placement.automatic(rows, tokens, table, splits=True)
+
+
+def check_tokens(tokens: jax.Array) -> None:
+    """Raises TypeError unless `tokens` is an array of integers."""
+    if not hasattr(tokens, "dtype"):
+        raise TypeError(
+            f"tokens is a {type(tokens).__name__}, not an array: use jnp.asarray(tokens)"
+        )
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"tokens are {tokens.dtype}: ids are integers, tokens.astype(jnp.int32)")
+
+
+def check_input(x: jax.Array, width: int, what: str) -> None:
+    """Raises TypeError unless `x` is an array of numbers, and ValueError unless it is `[..., width]`."""
+    if not hasattr(x, "shape"):
+        raise TypeError(f"x is a {type(x).__name__}, not an array: use jnp.asarray(x)")
+    if x.shape[-1:] != (width,):
+        raise ValueError(f"x has shape {x.shape}: the last axis of what {what} gets is {width}")
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
@@ -53,13 +76,20 @@ _look_up.defvjp(
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32, in the dtype of x."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32, in the dtype of x.
+
+    Raises:
+      TypeError: x is no array of a floating dtype.
+      ValueError: x is not `[..., width]`.
+    """
 
     def __init__(self, width: int, *, eps: float):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        check_floating(x=x)
+        check_input(x, self.scale.shape[-1], "this norm")
         wide = x.astype(wide_dtype(x.dtype))
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         scale = jnp.broadcast_to(whole(self.scale[...]), x.shape)
@@ -67,9 +97,14 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Linear):
-    """A linear layer whose products a recompute block may store (`mhc_jax.remat`)."""
+    """A linear layer whose products a recompute block may store (`mhc_jax.remat`).
+
+    Raises:
+      ValueError: x is not `[..., in_features]`.
+    """
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        check_input(x, self.in_features, "this linear layer")
         kernel = placement.beside(x, self.kernel[...]).astype(self.dtype)
         return keep(jnp.dot(x.astype(self.dtype), kernel))
 
@@ -94,7 +129,21 @@ def rope(x: jax.Array, *, theta: float, offset: int | jax.Array = 0) -> jax.Arra
       x: `[B, S, H, D]`, D even.
       theta: base of the wavelengths, in tokens.
       offset: position of the first token; `[B]` where sequences differ in it.
+
+    Returns:
+      `[B, S, H, D]` in the dtype of x, computed in float32 at least.
+
+    Raises:
+      TypeError: x is no array of a floating dtype.
+      ValueError: x or offset is of another shape.
     """
+    check_floating(x=x)
+    if x.ndim != 4 or x.shape[-1] % 2:
+        raise ValueError(f"x has shape {x.shape}: rope takes [B, S, H, D] with an even D")
+    if jnp.shape(offset) not in ((), (1,), x.shape[:1]):
+        raise ValueError(
+            f"offset has shape {jnp.shape(offset)}: give one number, or {x.shape[:1]} for x {x.shape}"
+        )
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     start = jnp.asarray(offset, jnp.float32).reshape(-1, 1)

@@ -11,7 +11,7 @@ from mhc_jax import gains, walk
 from mhc_jax.block import Block
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import Connection, Pending, expand
-from mhc_jax.layers import RMSNorm, linear, look_up
+from mhc_jax.layers import RMSNorm, check_tokens, linear, look_up
 from mhc_jax.losses import unembed
 from mhc_jax.moe import MoEAux
 from mhc_jax.readout import PREDICTION, Readout
@@ -97,7 +97,12 @@ class Transformer(nnx.Module):
             )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps token ids `[B, S]` int32 to logits `[B, S, vocab_size]` float32."""
+        """Maps token ids `[B, S]` int32 to logits `[B, S, vocab_size]` float32.
+
+        Raises:
+          TypeError: ids that are no integers.
+          ValueError: ids that are not `[B, S]`.
+        """
         return self.with_aux(tokens)[0]
 
     def with_aux(self, tokens: jax.Array) -> tuple[jax.Array, MoEAux | None]:
@@ -131,7 +136,11 @@ class Transformer(nnx.Module):
         return self.embedding.embedding[...].T if tied else self.unembed.kernel[...]
 
     def analyse(self, tokens: jax.Array) -> Analysis:
-        """Maps token ids `[B, S]` to what the L = 2 x num_blocks sublayers did."""
+        """Maps token ids `[B, S]` to what the L = 2 x num_blocks sublayers did; at least one id."""
+        if not jnp.size(tokens):
+            raise ValueError(
+                f"tokens have shape {jnp.shape(tokens)}: without one there is nothing to analyse"
+            )
         scan, n = self.config.scan_blocks, self.config.streams
 
         def visit(block, pending):
@@ -245,6 +254,9 @@ class Transformer(nnx.Module):
         return self.norm(self.readout(streams, *h_pre))
 
     def _embed(self, tokens):
+        check_tokens(tokens)
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens have shape {tokens.shape}: a model takes ids [B, S]")
         table = self.embedding.embedding[...]
         return split_by_token(look_up(table, tokens, self.config.activation_dtype))
 
