@@ -177,8 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output",
         type=cli.new_folder_anywhere,
-        default="figures",
-        help="folder for the figures (figures/)",
+        default="runs/figures",
+        help="folder for the figures (runs/figures)",
     )
     parser.add_argument(
         "--step", type=cli.count, help="step of the gains; else the last common one"

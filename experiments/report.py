@@ -1,6 +1,6 @@
 """Writes one page on a comparison: the result, what differs, a table, the figures and how to read them.
 
-    python -m experiments.report WORKDIR [WORKDIR ...] --output report.html
+    python -m experiments.report WORKDIR [WORKDIR ...] --output runs/report.html
 
 Reads only workdirs and writes one self-contained file (style and figures inside) for a browser, a phone or
 an attachment. A workdir that cannot be read is left out, and the page says so. `summarize` and
@@ -369,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 2 with one line on stderr where a workdir or the baseline is not there."""
     parser = cli.Parser(prog="python -m experiments.report", description=__doc__)
     parser.add_argument("workdir", nargs="+")
-    parser.add_argument("--output", type=cli.new_file_anywhere, default="report.html")
+    parser.add_argument("--output", type=cli.new_file_anywhere, default="runs/report.html")
     parser.add_argument("--title", default="Residual, HC and mHC")
     parser.add_argument("--baseline", help="connection, name or workdir; residual if there is one")
     parser.add_argument(

@@ -31,6 +31,28 @@ def test_snippets_run(page, tmp_path, monkeypatch):
         exec(compile(code, f"{page} snippet {number}", "exec"), names)
 
 
+def test_what_commands_write_is_ignored_by_git():
+    """Each --output and --figure of the docs, and each default of a command, lies in a folder or a file of .gitignore."""
+    ignored = (ROOT / ".gitignore").read_text().split("\n")
+    paths = {
+        path
+        for page in PAGES
+        for path in re.findall(r"--(?:output|figure)[= ]([a-z0-9_./]+)", page.read_text())
+    }
+    source = "\n".join(path.read_text() for path in (ROOT / "experiments").rglob("*.py"))
+    types = r"type=cli\.new_\w+,\s+default=(?:pathlib\.Path\()?"
+    paths |= set(re.findall(types + r'"([^"]+)"', source))
+    paths |= set(re.findall(r'add_study_arguments\(\w+, "([^"]+)"', source))
+    assert {"runs/figures", "runs/report.html", "runs/stability", "runs/sinkhorn"} <= paths
+    seen = {
+        path
+        for path in paths
+        if not path.startswith("/")
+        and not {f"/{path}", f"/{path}/", f"/{path.partition('/')[0]}/"} & {*ignored}
+    }
+    assert not seen, "git would show these"
+
+
 def test_readme_has_an_nnx_and_a_linen_example():
     code = SNIPPETS["README.md"]
     assert sum("nnx.Module" in s for s in code) == 1

@@ -211,7 +211,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=cli.positive, default=3, help="times of each chain")
     parser.add_argument("--trace", action="store_true", help="list the kernels too")
     parser.add_argument("--check", action="store_true", help="compare AFTER with float64 first")
-    parser.add_argument("--output", type=cli.new_file, default="compare.json", help="JSON file")
+    parser.add_argument("--output", type=cli.new_file, default="runs/compare.json",
+                        help="JSON file")  # fmt: skip
     options = parser.parse_args()
     folders = (options.before, options.after)
     chains = options.after / "experiments/kernel_speed/cases.py"
