@@ -1,7 +1,7 @@
 """What will a pipeline cost? Bubble, activations, transfers and what hides them, residual against mHC.
 
 Command:  python -m experiments.pipeline_plan --config=configs/paper_27b.py --pipe=8 --microbatches=32 \\
-              --schedule=dualpipev --figure=plan [--split_backward]
+              --schedule=dualpipev --figure=runs/plan [--split_backward]
 Result:   a table by connection and link, the stages, plan.png and plan.svg. Seconds on any machine.
 
 Times are ESTIMATES from FLOPs and bytes of --chip unless given (--forward_ms, --backward_ms,
