@@ -32,7 +32,7 @@ def test_snippets_run(page, tmp_path, monkeypatch):
 
 
 def test_what_commands_write_is_ignored_by_git():
-    """Each --output and --figure of the docs, and each default of a command, lies in a folder or a file of .gitignore."""
+    """Each --output and --figure of the docs, and each default of a command, is in .gitignore."""
     ignored = (ROOT / ".gitignore").read_text().split("\n")
     paths = {
         path

@@ -122,7 +122,8 @@ def collected(function: Callable) -> Callable[..., Collected]:
         if not _reports(traced.jaxpr):
             raise ValueError(
                 "no connection of mhc_jax ran in this model: put HyperConnections, ManifoldHyperConnections "
-                "or Residual around its sublayers, and call it on inputs that reach them"
+                "or Residual around its sublayers, and call it on inputs that reach them. Mappings of other "
+                "code go to gain_magnitudes, [sublayers, tokens, n, n]"
             )
         found = _run(traced.jaxpr, traced.consts, flat)[1]
         shapes = {h_res.shape[1:] for h_res, _ in found}
