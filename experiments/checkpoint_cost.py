@@ -18,9 +18,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from mhc_jax import checkpoint, checksum, command_line, paths, sharding, units
+from mhc_jax import checkpoint, checksum, command_line, paths, units
 from mhc_jax.config import Config
 from mhc_jax.data import make_iterator
+from mhc_jax.mesh import make_mesh
 from mhc_jax.train_step import abstract_state, jit_init_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
@@ -30,7 +31,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Every time is the median of so many
 
 def measure(config: Config, folder: pathlib.Path, rounds: int) -> dict[str, float]:
     """Returns the bytes of the state, and the seconds of every part."""
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     data = make_iterator(config.data, split="train", batch_size=config.batch_size)
     state = jax.block_until_ready(jit_init_state(config, mesh)())
     checksum.of_arrays(state)  # compiles

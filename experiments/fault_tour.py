@@ -358,9 +358,10 @@ def _last_line(said: str) -> str:
 def _restore(workdir: pathlib.Path, steps: int | None = None) -> tuple[int | None, bool, str]:
     """Returns the step that a run would resume from, whether the state is what was saved, and the output."""
     from configs import default
-    from mhc_jax import checkpoint, checksum, sharding
+    from mhc_jax import checkpoint, checksum
     from mhc_jax.config import from_dict
     from mhc_jax.data import make_iterator
+    from mhc_jax.mesh import make_mesh
     from mhc_jax.train_step import abstract_state
 
     values = default.get_config()
@@ -383,7 +384,7 @@ def _restore(workdir: pathlib.Path, steps: int | None = None) -> tuple[int | Non
     )
     data.pair_with(validation)  # as training does
     try:
-        state = checkpoints.restore(abstract_state(config, sharding.make_mesh(config.mesh)), data)
+        state = checkpoints.restore(abstract_state(config, make_mesh(config.mesh)), data)
     except ValueError as error:
         return None, False, str(error)
     finally:

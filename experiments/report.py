@@ -3,8 +3,8 @@
     python -m experiments.report WORKDIR [WORKDIR ...] --output runs/report.html
 
 Reads only workdirs and writes one self-contained file (style and figures inside) for a browser, a phone or
-an attachment. A workdir that cannot be read is left out, and the page says so. `summarize` and
-`format_table` give the same table to a terminal.
+an attachment. A workdir that cannot be read is left out, and the page says so. `report_table` makes the
+table, and shows it on a terminal too.
 """
 
 import base64
@@ -12,44 +12,22 @@ import datetime
 import html
 import json
 import logging
-import math
 import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from etils import epath
 
 from experiments import cli, record
 from experiments.alt_text import describe
 from experiments.figures import choose_gains, make_figures
-from experiments.verdict import LAST_STEPS, verdict
+from experiments.report_table import TABLE_NOTE, columns_of, format_table, format_value, row_of
+from experiments.verdict import verdict
 from mhc_jax import paths
 from mhc_jax.analysis import style
 from mhc_jax.analysis.runs import Arm, choose_baseline, log, read_arms
 
-GAINS = ("single_forward", "single_backward", "composite_forward", "composite_backward")
-# Keys of `summarize` -> headings.
-COLUMNS = {
-    "arm": "arm",
-    "step": "last step",
-    "train_loss": "train loss",
-    "validation_loss": "validation loss",
-    "grad_norm_max": "largest gradient norm",
-    "single_forward": "single gain, forward",
-    "single_backward": "single gain, backward",
-    "composite_forward": "composite gain, forward",
-    "composite_backward": "composite gain, backward",
-    "seconds_per_step": "seconds a step",
-}
-TABLE_NOTE = (
-    f"Losses are in nats per token: of training the mean over the last {LAST_STEPS} logged steps, of "
-    "validation the last one logged. Gradient norm and gains are the largest over all logged steps. A gain "
-    "is the largest |row sum| (forward) or |column sum| (backward) of h_res of each token, mean over tokens, "
-    "and here the largest over all sublayers too; a residual connection has gain 1 by definition. "
-    "Seconds a step is the median, so compilation does not count."
-)
 # Figure (its name up to "_<arm>") -> heading, what the paper's shows, what to look for.
 CAPTIONS = {
     "loss": (
@@ -117,70 +95,6 @@ td{display:flex;gap:1rem;justify-content:space-between;overflow-wrap:anywhere}
 td::before{content:attr(data-label);text-align:left;opacity:.75}td:first-child{font-weight:600}}
 @media(prefers-color-scheme:dark){body{background:#16181b;color:#e6e6e6}figure img{border-radius:6px}}
 """
-
-
-def summarize(workdir: str | os.PathLike) -> dict:
-    """Returns the table's row for one workdir, from its files alone.
-
-    Returns:
-      The keys of COLUMNS: `arm` str, `step` int, the others float; None for what was never logged.
-      A largest value is nan or inf if one value was.
-
-    Raises:
-      FileNotFoundError: no metrics.jsonl or config.json.
-    """
-    return _row(read_arms([workdir])[0])
-
-
-def _row(arm: Arm) -> dict:
-    def reduce(key, reduction):
-        values = arm.series(key)[1]
-        return float(reduction(values)) if len(values) else None
-
-    row = {
-        "arm": arm.name,
-        "step": max((int(steps[-1]) for steps, _ in arm.metrics.values()), default=None),
-        "train_loss": reduce("train/loss", lambda v: np.mean(v[-LAST_STEPS:])),
-        "validation_loss": reduce("validation/loss", lambda v: v[-1]),
-        "grad_norm_max": reduce("train/grad_norm", np.max),
-    }
-    for name in GAINS:
-        values = arm.gain_series(f"gains/{name}_max")[1]
-        one = 1.0 if arm.connection == "residual" else None
-        row[name] = float(np.max(values)) if len(values) else one
-    row["seconds_per_step"] = reduce("train/seconds_per_step", np.median)
-    return row
-
-
-def format_value(key: str, value) -> str:
-    """Formats a cell of the table: losses to 4 decimals, other numbers to 4 digits, "-" for None."""
-    if value is None:
-        return "-"
-    if not isinstance(value, float):
-        return str(value)
-    if key.endswith("loss") and math.isfinite(value):
-        return f"{value:.4f}"
-    return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:.3e}"
-
-
-def _columns(rows: Sequence[Mapping]) -> dict[str, str]:
-    """Returns COLUMNS, and any further key that the caller put into its rows."""
-    extra = {key: key.replace("_", " ") for row in rows for key in row if key not in COLUMNS}
-    return COLUMNS | extra
-
-
-def format_table(rows: Sequence[Mapping]) -> str:
-    """Formats rows of `summarize` as aligned text for the terminal, with headings over several lines."""
-    columns = {key: title.replace(",", "").split() for key, title in _columns(rows).items()}
-    height = max(map(len, columns.values()))
-    grid = [
-        [([""] * height + words)[-height:][i] for words in columns.values()] for i in range(height)
-    ]
-    body = [[format_value(key, row.get(key)) for key in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*grid, *body)]
-    lines = [*grid, ["-" * width for width in widths], *body]
-    forms = [f"<{widths[0]}", *(f">{width}" for width in widths[1:])]
-    return "\n".join("  ".join(map(format, line, forms)).rstrip() for line in lines)
 
 
 def _flat(tree: Mapping, prefix: str = "") -> dict[str, str]:
@@ -307,7 +221,8 @@ def write_report(
       path: file to write; its folder is made.
       workdirs: one for each arm, in the order of table and figures.
       title: heading of the page.
-      table_rows: as `summarize` gives them, one a workdir, further keys become columns; None to compute them.
+      table_rows: as `report_table.summarize` gives them, one a workdir, further keys become columns; None to
+        compute them.
       notes: a paragraph each, plain text.
       command, dates, versions (package -> version): how the workdirs were made. Defaults: the command of
         this process, the times of the files, the packages of this process.
@@ -328,12 +243,12 @@ def write_report(
         arms = read_arms(workdirs, left_out)
         if not arms:
             raise ValueError("; ".join(left_out))
-        rows = list(table_rows or map(_row, arms))
+        rows = list(table_rows or map(row_of, arms))
         figures = _figures(arms, baseline, step)
         differing, alike = _settings(arms)
     finally:
         log.removeHandler(said)
-    columns = _columns(rows)
+    columns = columns_of(rows)
     body = [[format_value(key, row.get(key)) for key in columns] for row in rows]
     about = {
         "Command": command or record.command_line(),

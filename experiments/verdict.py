@@ -28,7 +28,7 @@ def verdict(rows: Sequence[Mapping], arms: Sequence[Arm] = ()) -> str:
     """Compares losses with residual (else the first arm), then gains and how far h_res moved.
 
     Args:
-      rows: from `experiments.report.summarize`.
+      rows: from `experiments.report_table.summarize`.
       arms: the runs of the rows, in the same order. Without them noise and seeds are unknown.
 
     Returns:

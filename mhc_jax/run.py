@@ -9,13 +9,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mhc_jax import distributed, gains, paths, pipeline, preemption, sharding
+from mhc_jax import distributed, gains, paths, pipeline, preemption
+from mhc_jax.batch_placement import BatchPlacement
 from mhc_jax.checkpoint import FOLDER, absolute, saved_steps
 from mhc_jax.checkpoint.trained import Source
 from mhc_jax.config import Config
 from mhc_jax.data import check_files, make_iterator
 from mhc_jax.diagnosis import find_non_finite
 from mhc_jax.losses import IGNORE_INDEX
+from mhc_jax.mesh import make_mesh
 from mhc_jax.program_folder import ProgramFolder
 from mhc_jax.progress import Progress
 from mhc_jax.recovery import UNREADABLE, BadData, Faults, NonFiniteError, bad_data, what
@@ -56,8 +58,8 @@ class Run:
         check_resumable(config, self.workdir)
         self._source = self._open_source(init_from)
         check_files(config.data)
-        self.mesh = sharding.make_mesh(config.mesh)
-        self._placement = sharding.BatchPlacement(self.mesh, config.batch_size)
+        self.mesh = make_mesh(config.mesh)
+        self._placement = BatchPlacement(self.mesh, config.batch_size)
         corpora = preemption.Background(self._open_data, "opening the data")
         self._layout = pipeline.Layout(config, self.mesh)
         batch = self._placement.abstract(abstract_batch(config))

@@ -1,11 +1,4 @@
-"""Places arrays on one mesh of six axes, by rules from names of dimensions to its axes.
-
-    pipe      blocks split into stages: `mhc_jax.pipeline`
-    data      batches split, parameters whole: gradients are summed
-    fsdp      batches split, parameters and optimizer state split too and gathered where they are used
-    expert    batches split, experts split: tokens travel to their experts
-    tensor    heads, hidden entries of an FFN and vocabulary split
-    sequence  the length of a sequence split
+"""Places arrays on the mesh, by rules from names of dimensions to its axes (`mesh`).
 
 A parameter's path decides its rule (`parameters.RULES`); optimizer state has the rule of its parameter.
 Activations are split by token only. The n*C entries of the streams are never split: norm, projection and
@@ -20,8 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.sharding import (
@@ -32,11 +23,8 @@ from kernels_pallas.sharding import (
     mapped_axes,
     token_sharding,
 )
-from mhc_jax.config import Config, MeshConfig
+from mhc_jax.mesh import BATCH_AXES
 from mhc_jax.parameters import Dimension, path_of, rule_of
-
-AXES = ("pipe", "data", "fsdp", "expert", "tensor", "sequence")
-BATCH_AXES = ("data", "fsdp", "expert")
 
 # Logical name of a dimension -> mesh axis.
 LOGICAL = {
@@ -46,78 +34,6 @@ LOGICAL = {
     "vocab": "tensor",
     "experts": "expert",
 }
-
-
-def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Returns the size of each axis; the axis that is -1 takes the rest.
-
-    Raises:
-      ValueError: the sizes do not multiply out to `num_devices`.
-    """
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    written = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-    free = [axis for axis, size in sizes.items() if size == -1]
-    product = math.prod(size for size in sizes.values() if size != -1)
-    if num_devices % product or (not free and product != num_devices):
-        devices = "1 device" if num_devices == 1 else f"{num_devices} devices"
-        if num_devices % product:
-            asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
-            hint = f"lower {asked}, whose product has to divide {num_devices}"
-        else:
-            hint = f"set mesh.data=-1, or raise an axis to use all {num_devices}"
-        raise ValueError(f"mesh {written} does not multiply out to the {devices}: {hint}")
-    if free:
-        sizes[free[0]] = num_devices // product
-    return sizes
-
-
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh of the configuration over `devices`, by default those of all processes."""
-    devices = jax.devices() if devices is None else devices
-    sizes = tuple(mesh_sizes(config, len(devices)).values())
-    # A slice of 8x8x8 chips has no axis of 2. Unlike jax.make_mesh, this splits physical axes where needed.
-    array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
-
-
-def check_divisible(config: Config, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError unless batch, sequence, heads and experts are divisible by their mesh axes."""
-    over = math.prod(sizes[axis] for axis in BATCH_AXES)
-    parts = config.optimizer.accumulate_steps
-    if config.batch_size % (parts * over):
-        axes = " x ".join(f"{axis}={sizes[axis]}" for axis in BATCH_AXES)
-        others = "mesh.pipe" if sizes["pipe"] > 1 else "mesh.tensor or mesh.sequence"
-        raise ValueError(
-            f"batch_size={config.batch_size} in {parts} parts (optimizer.accumulate_steps) is not "
-            f"divisible by the {over} devices of mesh {axes}: use a multiple of {parts * over}, or give "
-            f"devices to {others}"
-        )
-    model = config.model
-    split = [
-        ("sequence", "data.sequence_length", config.data.sequence_length),
-        ("tensor", "model.num_heads", model.num_heads),
-        ("tensor", "model.vocab_size", model.vocab_size),
-        ("fsdp", "model.width", model.width),
-    ]
-    if model.num_experts:
-        split += [
-            ("expert", "model.num_experts", model.num_experts),
-            ("tensor", "model.expert_width", model.expert_width),
-        ]
-    else:
-        split.append(("tensor", "model.ffn_width", model.ffn_width))
-    for axis, name, value in split:
-        if value % sizes[axis]:
-            raise ValueError(
-                f"{name}={value} is not divisible by mesh.{axis}={sizes[axis]}: use a divisor of {value} "
-                f"for mesh.{axis}, or a multiple of {sizes[axis]} for {name}"
-            )
-    tokens = config.batch_size // (parts * over) * config.data.sequence_length // sizes["sequence"]
-    if tokens % model.loss_chunks:
-        raise ValueError(
-            f"model.loss_chunks={model.loss_chunks} does not divide the {tokens} tokens of a device: use a "
-            "divisor"
-        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -318,55 +234,3 @@ def split_parameters(tree: Any) -> Any:
     if where is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, where.mesh))
-
-
-class BatchPlacement:
-    """Which rows of a global batch this process reads, and how they become a global array.
-
-    Processes that share a row of the mesh's batch axes (tensor or sequence across processes) read the same
-    rows. On a TPU slice the rows of a process need not lie side by side in the global batch: the share with
-    the lowest rows gets the first rows of the data. That permutes a batch; no row is lost or repeated.
-
-    Attributes:
-      index, count: the share of this process, and the number of different shares.
-
-    Raises:
-      ValueError: two processes share some of their rows, but not all.
-    """
-
-    def __init__(self, mesh: Mesh, batch_size: int):
-        self._sharding = by_token(mesh)
-        rows = {}
-        shape = batch_size, mesh.shape["sequence"]
-        for device, (span, _) in self._sharding.devices_indices_map(shape).items():
-            first, last, _ = span.indices(batch_size)
-            rows.setdefault(device.process_index, set()).add((first, last))
-        shares = sorted(set(map(frozenset, rows.values())), key=min)
-        if sum(map(len, shares)) != len(set().union(*shares)) or len(set(map(len, shares))) > 1:
-            raise ValueError(
-                f"mesh {dict(mesh.shape)} gives {len(rows)} processes partly the same rows of a batch: let "
-                f"the product of {', '.join(BATCH_AXES)} be a multiple or a divisor of the processes"
-            )
-        mine = rows[jax.process_index()]
-        self.index, self.count = shares.index(frozenset(mine)), len(shares)
-        self._batch_size = batch_size
-        starts = np.cumsum([0] + [last - first for first, last in sorted(mine)])
-        self._local = {first: start for (first, _), start in zip(sorted(mine), starts)}
-
-    def abstract(self, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of a global batch with the sharding that `put` gives."""
-        return {name: x.update(sharding=self._sharding) for name, x in batch.items()}
-
-    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Makes global arrays `[B, S]` of this process's rows `[B / count, S]`."""
-
-        def place(rows):
-            def piece(index):
-                first, last, _ = index[0].indices(self._batch_size)
-                start = self._local[first]
-                return rows[start : start + last - first, index[1]]
-
-            shape = self._batch_size, *rows.shape[1:]
-            return jax.make_array_from_callback(shape, self._sharding, piece)
-
-        return {name: place(rows) for name, rows in batch.items()}

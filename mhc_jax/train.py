@@ -7,10 +7,11 @@ from typing import Any
 import jax
 
 from kernels_pallas import dispatch
-from mhc_jax import distributed, paths, pipeline, preemption, sharding
+from mhc_jax import distributed, paths, pipeline, preemption
 from mhc_jax.config import Config
 from mhc_jax.data import vocab_size
 from mhc_jax.initialisation import read_logit
+from mhc_jax.mesh import check_divisible, mesh_sizes
 from mhc_jax.program_folder import ProgramFolder
 from mhc_jax.recovery import NonFiniteError
 from mhc_jax.run import Interrupted, Run
@@ -30,8 +31,8 @@ def check_config(config: Config) -> None:
       ValueError: mesh against devices and sizes, vocabulary against data, streams against their start.
       NotImplementedError: kernels that cannot run on these devices.
     """
-    sizes = sharding.mesh_sizes(config.mesh, jax.device_count())
-    sharding.check_divisible(config, sizes)
+    sizes = mesh_sizes(config.mesh, jax.device_count())
+    check_divisible(config, sizes)
     pipeline.check(config, sizes)
     dispatch.check_platform(config.model.implementation, jax.devices()[0].platform)
     if config.model.connection == "mhc":

@@ -45,8 +45,9 @@ from experiments.pipeline_plan.hidden import count_copies, count_sends
 from experiments.pipeline_speed import kernels, settings
 from experiments.pipeline_speed.stage_times import measured_times, transfer_seconds
 from experiments.timing import random_batch, time_step_ms
-from mhc_jax import sharding
+from mhc_jax.batch_placement import BatchPlacement
 from mhc_jax.config import Config
+from mhc_jax.mesh import make_mesh
 from mhc_jax.pipeline import execute, make_schedule
 from mhc_jax.pipeline.timeline import StageTimes, simulate
 from mhc_jax.train_step import (
@@ -155,7 +156,7 @@ def compile_steps(config: Config, mesh, pool: concurrent.futures.Executor) -> St
 
 
 def batch_of(config: Config, mesh) -> dict[str, jax.Array]:
-    put = sharding.BatchPlacement(mesh, config.batch_size).put
+    put = BatchPlacement(mesh, config.batch_size).put
     return put(random_batch(config, np.random.default_rng(0)))
 
 
@@ -231,7 +232,7 @@ def main() -> None:
             settings.make_config(options, connection, schedule, parts, splits)
             for schedule, parts, connection, splits in wanted
         ]
-        mesh = sharding.make_mesh(todo[0].mesh, jax.devices()[: options.pipe])
+        mesh = make_mesh(todo[0].mesh, jax.devices()[: options.pipe])
         # All before anything is timed: compiling tries kernels on the devices.
         with concurrent.futures.ThreadPoolExecutor() as pool:
             compiled = [compile_steps(config, mesh, pool) for config in todo]

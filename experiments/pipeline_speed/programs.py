@@ -52,6 +52,7 @@ from experiments.pipeline_plan.hidden import count_copies, count_rings, count_se
 from experiments.pipeline_speed import settings
 from mhc_jax import fused_attention, sharding
 from mhc_jax.config import Config
+from mhc_jax.mesh import make_mesh
 from mhc_jax.pipeline import check, handover, make_schedule, placement_of
 from mhc_jax.pipeline.execute import slots_apart
 from mhc_jax.pipeline.tables import make_tables
@@ -150,7 +151,7 @@ def ring_shapes(config: Config, chips: list) -> set[tuple[int, ...]]:
     devices, parts = config.mesh.pipe, config.optimizer.accumulate_steps
     schedule = make_schedule(config.pipe_schedule, devices, parts, config.pipe_split_backward)
     tables = make_tables(schedule)
-    alone = sharding.make_mesh(dataclasses.replace(config.mesh, pipe=1), chips[:1])
+    alone = make_mesh(dataclasses.replace(config.mesh, pipe=1), chips[:1])
     with sharding.tokens_on(alone):  # attention is that of the device
         stage = stage_of(
             config.model,
@@ -173,7 +174,7 @@ def compile_step(config: Config, chips: list, kernels: bool = False) -> Program:
     begin = time.perf_counter()
     model = dataclasses.replace(config.model, implementation=None if kernels else "xla")
     config = dataclasses.replace(config, model=model)
-    mesh = sharding.make_mesh(config.mesh, chips)
+    mesh = make_mesh(config.mesh, chips)
     with mock.patch.object(fused_attention, "_cudnn", attention):
         shapes = ring_shapes(config, chips)
         lowered = jit_train_step(config, mesh).lower(

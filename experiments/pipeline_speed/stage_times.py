@@ -10,6 +10,7 @@ import numpy as np
 from experiments.timing import time_ms
 from mhc_jax import remat, sharding
 from mhc_jax.config import Config
+from mhc_jax.mesh import make_mesh
 from mhc_jax.pipeline import beside, execute, handover, placement_of, stages
 from mhc_jax.pipeline.timeline import StageTimes
 from mhc_jax.train_step import init_params
@@ -20,7 +21,7 @@ def measured_times(config: Config, repeats: int) -> StageTimes:
     alone = dataclasses.replace(config.mesh, pipe=1)
     # With the devices known attention is that of the step. Without, its derivative keeps what either of two
     # platforms would: S x S entries a head.
-    with sharding.tokens_on(sharding.make_mesh(alone, jax.devices()[:1])):
+    with sharding.tokens_on(make_mesh(alone, jax.devices()[:1])):
         return _measured_times(config, repeats)
 
 

@@ -38,8 +38,9 @@ from experiments.hardware import Chip
 from experiments.pod_plan import staged
 from experiments.pod_plan.chips import chip_of, more_shares, pick_mesh
 from experiments.pod_plan.hlo import Costs, Program
-from mhc_jax import command_line, paths, pipeline, sharding, units
+from mhc_jax import command_line, paths, pipeline, units
 from mhc_jax.config import Config, MeshConfig
+from mhc_jax.mesh import AXES, check_divisible, make_mesh, mesh_sizes
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, command_line.CONFIG_HELP)
@@ -131,21 +132,20 @@ def meshes_of(written: str | None, config: Config, num_devices: int) -> Iterator
         )
         yield from (MeshConfig(**sizes) for sizes in more_shares(picked, rows))
         return
-    sizes = dict.fromkeys(sharding.AXES, 1)
+    sizes = dict.fromkeys(AXES, 1)
     for item in written.split(","):
         axis, _, size = item.partition("=")
         if axis not in sizes or not re.fullmatch(r"-1|\d+", size):
             raise ValueError(
-                f"--mesh={written}: {item!r} is not AXIS=SIZE with AXIS one of "
-                f"{', '.join(sharding.AXES)}"
+                f"--mesh={written}: {item!r} is not AXIS=SIZE with AXIS one of {', '.join(AXES)}"
             )
         sizes[axis] = int(size)
-    yield MeshConfig(**sharding.mesh_sizes(MeshConfig(**sizes), num_devices))
+    yield MeshConfig(**mesh_sizes(MeshConfig(**sizes), num_devices))
 
 
 def compile_step(config: Config, devices: list[jax.Device], chip: Chip) -> Plan:
     """Compiles the train step of `config` for `devices`."""
-    mesh, start = sharding.make_mesh(config.mesh, devices), time.perf_counter()
+    mesh, start = make_mesh(config.mesh, devices), time.perf_counter()
     connection = config.model.connection
     _progress(f"{connection}: tracing and lowering the train step")
     lowered = jit_train_step(config, mesh).lower(
@@ -269,7 +269,7 @@ def main(argv):
         devices = devices_of(topology)
         meshes = list(meshes_of(_MESH.value, config, len(devices)))
         for mesh in meshes:
-            sharding.check_divisible(config, dataclasses.asdict(mesh))
+            check_divisible(config, dataclasses.asdict(mesh))
             pipeline.check(config, dataclasses.asdict(mesh))
     except (ValueError, TypeError) as error:
         sys.exit(f"bad plan: {error}")
@@ -279,7 +279,7 @@ def main(argv):
         written = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
         print(f"{topology}  {len(devices)} chips, --mesh={written}", flush=True)
         if not _COMPILE.value:
-            held = staged.held(config, sharding.make_mesh(mesh, devices))
+            held = staged.held(config, make_mesh(mesh, devices))
             if not held:
                 sys.exit(
                     "--nocompile says what stages hold: give --mesh=pipe=... and 1f1b or dualpipev"

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs import default
-from mhc_jax import ManifoldHyperConnections, Pending, expand, remat, sharding
+from mhc_jax import ManifoldHyperConnections, Pending, expand, remat
 from mhc_jax.config import Config, from_dict
 from mhc_jax.layers import RMSNorm
+from mhc_jax.mesh import make_mesh
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
 
 N = 4
@@ -80,7 +81,7 @@ def decoder_config(
 
 def train_step(config: Config, device: jax.Device) -> tuple[Callable, tuple]:
     """Returns the jitted train step on one device, optimizer included, and its argument shapes."""
-    mesh = sharding.make_mesh(config.mesh, [device])
+    mesh = make_mesh(config.mesh, [device])
     return jit_train_step(config, mesh), (abstract_state(config), abstract_batch(config))
 
 

@@ -26,8 +26,9 @@ import numpy as np
 from configs import default
 from experiments import cli, output
 from experiments.timing import random_batch, time_step_ms
-from mhc_jax import sharding
+from mhc_jax.batch_placement import BatchPlacement
 from mhc_jax.config import Config, from_dict
+from mhc_jax.mesh import make_mesh
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_init_state, jit_train_step
 
 CONNECTIONS = ("residual", "mhc")
@@ -65,7 +66,7 @@ class Arm:
             values.model[name] = getattr(options, name)
         values.mesh.data, values.mesh.fsdp = (1, -1) if placement == "fsdp" else (-1, 1)
         self.config: Config = from_dict(values)
-        self.mesh = sharding.make_mesh(self.config.mesh, devices)
+        self.mesh = make_mesh(self.config.mesh, devices)
         self.tokens = values.batch_size * options.sequence_length
         self.times: list[float] = []
 
@@ -80,7 +81,7 @@ class Arm:
     def time(self, rng: np.random.Generator) -> None:
         """Appends the median seconds of a step on random tokens."""
         state = self._init()
-        put = functools.partial(sharding.BatchPlacement(self.mesh, self.config.batch_size).put)
+        put = functools.partial(BatchPlacement(self.mesh, self.config.batch_size).put)
         batches = [put(random_batch(self.config, rng)) for _ in range(2)]
         ms, metrics = time_step_ms(self._step, state, batches, warmup=WARMUP, timed=TIMED)
         if not np.isfinite(float(metrics["train/loss"])):

@@ -19,7 +19,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from experiments import cli, record, report
+from experiments import cli, record, report, report_table
 from experiments.reproduction.tables import format_table, mean_and_error
 from experiments.verdict import verdict
 from mhc_jax import command_line, compilation_cache
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, dict
     """Trains the arms of one seed, prints the table, writes the report; also when an arm has diverged.
 
     Returns:
-      the row of each arm, see `report.summarize`.
+      the row of each arm, see `report_table.summarize`.
     """
     configs = {arm: arm_config(options, arm) for arm in options.arms}
     workdirs, notes = [], []
@@ -99,8 +99,8 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, dict
         except NonFiniteError as error:  # what came of the arm so far is a result
             print(f"{arm} stopped: {error}", file=sys.stderr)
             notes.append(f"{arm} stopped early: {error}")
-    rows = [report.summarize(workdir) for workdir in workdirs]
-    print(report.format_table(rows))
+    rows = [report_table.summarize(workdir) for workdir in workdirs]
+    print(report_table.format_table(rows))
     print(verdict(rows, read_arms(workdirs)))
     path = options.output / "report.html"
     report.write_report(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax
 
-from mhc_jax import sharding
+from mhc_jax import mesh
 from mhc_jax.config import MeshConfig
 
 
@@ -22,11 +22,11 @@ def make_mesh(
     Raises:
       ValueError: sizes that do not multiply out to the devices, or stages of a pipeline.
     """
-    ones = dict.fromkeys(sharding.AXES, 1)
+    ones = dict.fromkeys(mesh.AXES, 1)
     config = MeshConfig(**{**(ones if run is None else dataclasses.asdict(run)), **sizes})
     if config.pipe != 1:
         raise ValueError(
             f"mesh.pipe={config.pipe}: the stages of a pipeline are for training alone; set mesh.pipe=1 and "
             "give its devices to mesh.fsdp"
         )
-    return sharding.make_mesh(config, devices)
+    return mesh.make_mesh(config, devices)

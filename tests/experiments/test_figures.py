@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import figures, report
+from experiments import figures, report, report_table
 from mhc_jax import analysis, gains
 from mhc_jax.analysis import runs, style
 
@@ -92,7 +92,7 @@ def test_gains_come_from_metrics_and_else_from_files(workdirs, found):
 
 
 def test_summary_is_computed_by_hand(workdirs, found):
-    residual, hc, mhc = map(report.summarize, workdirs)
+    residual, hc, mhc = map(report_table.summarize, workdirs)
     one = {
         f"{kind}_{way}": 1.0 for kind in ("single", "composite") for way in ("forward", "backward")
     }
@@ -282,7 +282,7 @@ def test_short(value, text):
 
 
 def test_report_holds_every_number_and_needs_nothing_else(workdirs, tmp_path):
-    rows = [report.summarize(workdir) for workdir in workdirs]
+    rows = [report_table.summarize(workdir) for workdir in workdirs]
     path = tmp_path / "new" / "report.html"
     report.write_report(
         path, workdirs, "A <title>", rows, ["first note", "HC < mHC"],
@@ -291,12 +291,15 @@ def test_report_holds_every_number_and_needs_nothing_else(workdirs, tmp_path):
     page = path.read_text()
     cells = [html.unescape(cell) for cell in re.findall(r"<td [^>]*>(.*?)</td>", page)]
     start = cells.index("residual", cells.index("residual") + 1)  # what differs comes first
-    shown = cells[start : start + len(rows) * len(report.COLUMNS)]
-    assert shown == [report.format_value(key, row[key]) for row in rows for key in report.COLUMNS]
+    shown = cells[start : start + len(rows) * len(report_table.COLUMNS)]
+    assert shown == [
+        report_table.format_value(key, row[key]) for row in rows for key in report_table.COLUMNS
+    ]
     assert shown[:4] == ["residual", "6", "3.2500", "2.5000"]
-    terminal = report.format_table(rows)
+    terminal = report_table.format_table(rows)
     assert [line.split() for line in terminal.splitlines()[-3:]] == [
-        shown[i : i + len(report.COLUMNS)] for i in range(0, len(shown), len(report.COLUMNS))
+        shown[i : i + len(report_table.COLUMNS)]
+        for i in range(0, len(shown), len(report_table.COLUMNS))
     ]
     for text in (
         "python -m x --y",

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import report
+from experiments import report, report_table
 from experiments.verdict import h_res_moved, verdict
 from mhc_jax import gains as gains_lib
 from mhc_jax.analysis import style
@@ -54,7 +54,9 @@ def workdirs(tmp_path):
 
 
 def test_cells_are_shown_and_not_obeyed(workdirs, tmp_path):
-    rows = [report.summarize(workdir) | {"arm": f"arm {TEXT}", TEXT: TEXT} for workdir in workdirs]
+    rows = [
+        report_table.summarize(workdir) | {"arm": f"arm {TEXT}", TEXT: TEXT} for workdir in workdirs
+    ]
     output = tmp_path / "report.html"
     report.write_report(
         output, workdirs, f"title {TEXT}", rows, [f"note {TEXT}"],
@@ -112,7 +114,7 @@ def found():
 
 def said(runs):
     arms = read_arms(runs)
-    return verdict([report.summarize(run) for run in runs], arms)
+    return verdict([report_table.summarize(run) for run in runs], arms)
 
 
 def test_the_verdict_of_one_seed(tmp_path, found):

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 import kernels_pallas as kp
 from configs import default
 from mhc_jax.config import from_dict
-from mhc_jax.sharding import make_mesh
+from mhc_jax.mesh import make_mesh
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
 
 TRAIN = {

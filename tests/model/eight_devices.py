@@ -13,7 +13,9 @@ from test_remat import executed_primitives
 
 from configs import default
 from mhc_jax import sharding
+from mhc_jax.batch_placement import BatchPlacement
 from mhc_jax.config import from_dict
+from mhc_jax.mesh import make_mesh
 from mhc_jax.moe import router
 from mhc_jax.train_step import (
     abstract_batch,
@@ -116,7 +118,7 @@ def on_one_device(config, state):
 
     router.route = recording
     try:
-        mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
         found = loss_and_gradients(config, state, mesh)
         jax.effects_barrier()
     finally:
@@ -141,12 +143,12 @@ def check_equal(got, want, where, limit=1e-5):
 
 def check_step(config):
     """Initialisation and a whole step keep everything in its place, optimizer state as its parameter."""
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     places = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
     state = jit_init_state(config, mesh)()
     whole = jax.jit(functools.partial(init_state, config))()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(whole))
-    batch = sharding.BatchPlacement(mesh, config.batch_size).put(batch_of(config))
+    batch = BatchPlacement(mesh, config.batch_size).put(batch_of(config))
     state, metrics = jit_train_step(config, mesh)(state, batch)
     assert jax.tree.map(lambda x: x.sharding, state) == places
     gate = state.params["blocks"]["ffn"]["gate"]["kernel"]
@@ -163,7 +165,7 @@ def transfers(policy, mesh):
     config = make_config(MOE | remat, mesh)
     state = abstract_state(config)
     function = jax.grad(functools.partial(loss_fn, config=config.model), has_aux=True)
-    step = sharding.on_mesh(function, sharding.make_mesh(config.mesh))
+    step = sharding.on_mesh(function, make_mesh(config.mesh))
     program = jax.make_jaxpr(step)(state.params, state.model_state, abstract_batch(config))
     return executed_primitives(program.jaxpr)
 
@@ -186,7 +188,7 @@ if __name__ == "__main__":
         assert margin > 1e-3, f"near-tie in the routing: {margin}"
         for mesh in meshes:
             config = make_config(overrides, mesh)
-            got = loss_and_gradients(config, state, sharding.make_mesh(config.mesh))
+            got = loss_and_gradients(config, state, make_mesh(config.mesh))
             check_equal(got, want, mesh)
             print("equal", mesh, flush=True)
     if one_axis:

@@ -30,6 +30,7 @@ from experiments.pipeline_plan.costs import stage_of
 from experiments.pipeline_plan.hidden import count_copies, count_rings, count_sends
 from mhc_jax import fused_attention, preemption, sharding, train
 from mhc_jax.config import ModelConfig
+from mhc_jax.mesh import AXES, make_mesh
 from mhc_jax.pipeline import SCHEDULES, Layout, execute, make_schedule, placement_of
 from mhc_jax.pipeline.schedule import num_stages
 from mhc_jax.pipeline.tables import make_tables
@@ -182,8 +183,8 @@ CASES = {
 
 
 def mesh_of(config):
-    size = np.prod([getattr(config.mesh, axis) for axis in sharding.AXES])
-    return sharding.make_mesh(config.mesh, jax.devices()[:size])
+    size = np.prod([getattr(config.mesh, axis) for axis in AXES])
+    return make_mesh(config.mesh, jax.devices()[:size])
 
 
 def on_stages(config, state, batch):

@@ -18,6 +18,7 @@ from test_train import tiny
 
 from mhc_jax import compilation_cache, kept_programs, program_key, programs, run_programs, sharding
 from mhc_jax.kept_programs import KeptPrograms, ProgramFolder, argument_shapes
+from mhc_jax.mesh import make_mesh
 from mhc_jax.train import Run
 from mhc_jax.train_step import abstract_state
 
@@ -198,7 +199,7 @@ def keep(kept, name, lowered):
 
 
 def test_a_program_is_the_same_one(folder):
-    mesh = sharding.make_mesh(CONFIG.mesh)
+    mesh = make_mesh(CONFIG.mesh)
     lowered, split = lowered_step(mesh)
     kept = KeptPrograms.of_run(folder, CONFIG, mesh)
     assert kept.read("train step") is None
@@ -250,7 +251,7 @@ BREAK = {
 
 
 def test_what_cannot_be_used_is_one_line_and_compiled_anew(folder, tmp_path, monkeypatch, caplog):
-    mesh = sharding.make_mesh(CONFIG.mesh)
+    mesh = make_mesh(CONFIG.mesh)
     kept = KeptPrograms.of_run(folder, CONFIG, mesh)
     lowered, _ = lowered_step(mesh)
     keep(kept, "train step", lowered)
@@ -287,7 +288,7 @@ def test_what_cannot_be_used_is_one_line_and_compiled_anew(folder, tmp_path, mon
 
 def test_modules_are_imported_by_one_thread_at_a_time(folder, monkeypatch):
     """In the order in which they were; XLA finds what they register."""
-    mesh = sharding.make_mesh(CONFIG.mesh)
+    mesh = make_mesh(CONFIG.mesh)
     names = [f"jax.not_there_{k}" for k in (2, 0, 1)]
     with monkeypatch.context() as patch:
         for name in names:
@@ -319,7 +320,7 @@ def test_modules_are_imported_by_one_thread_at_a_time(folder, monkeypatch):
 
 
 def test_a_program_that_jax_has_read_is_not_written(folder):
-    mesh = sharding.make_mesh(CONFIG.mesh)
+    mesh = make_mesh(CONFIG.mesh)
     lowered_step(mesh)[0].compile()  # jax's cache has it
     kept = KeptPrograms.of_run(folder, CONFIG, mesh)
     jax.clear_caches()
@@ -328,7 +329,7 @@ def test_a_program_that_jax_has_read_is_not_written(folder):
 
 
 def test_the_folder_is_bounded(folder):
-    mesh = sharding.make_mesh(CONFIG.mesh)
+    mesh = make_mesh(CONFIG.mesh)
     kept = KeptPrograms.of_run(folder, CONFIG, mesh)
     keep(kept, "0", lowered_step(mesh, 0.5)[0])
     size = sum(path.stat().st_size for path in folder.path.iterdir())
@@ -357,7 +358,7 @@ def test_a_second_run_traces_nothing(folder, tmp_path, monkeypatch, caplog):
         return jax.device_get(run.state), run.last_metrics
 
     state, metrics = finished("first")
-    abstract = abstract_state(CONFIG, sharding.make_mesh(CONFIG.mesh))
+    abstract = abstract_state(CONFIG, make_mesh(CONFIG.mesh))
 
     def refuse(*_, **__):
         raise AssertionError("traced")

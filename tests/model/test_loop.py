@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from test_train import tiny
 
-from mhc_jax import gains, run_programs, sharding
+from mhc_jax import gains, run_programs
 from mhc_jax import run as run_module
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
+from mhc_jax.mesh import AXES, make_mesh
 from mhc_jax.train import BadInput, NonFiniteError, Run, train
 from mhc_jax.train_step import TrainState, analyse, jit_init_state, jit_train_step
 from mhc_jax.workdir import claim_workdir
@@ -73,7 +74,7 @@ def saved(workdir):
 
 @functools.cache
 def traced_once():
-    mesh = sharding.make_mesh(CONFIG.mesh)
+    mesh = make_mesh(CONFIG.mesh)
     functions = {
         name: jax.jit(getattr(run_programs, name), static_argnames="config")
         for name in ("evaluate", "measure_gains")
@@ -336,7 +337,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
             refused[name] = str(error)
     for name, message in refused.items():
         assert f"belongs to another run ({name}: " in message
-    how = {f"mesh.{axis}" for axis in sharding.AXES}
+    how = {f"mesh.{axis}" for axis in AXES}
     how |= {f"model.{name}" for name in ("remat", "recompute_block", "scan_blocks", "loss_chunks")}
     # Which kernels compute is of the same kind; either way is fine.
     how |= {

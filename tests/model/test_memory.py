@@ -14,6 +14,7 @@ from test_train import tiny
 
 from mhc_jax import attention, sharding
 from mhc_jax import train_step as train_step_module
+from mhc_jax.mesh import AXES
 from mhc_jax.train_step import abstract_batch, abstract_state, init_variables, loss_fn
 
 # What recomputation stores. The widths of a token's arrays tell what they are: all differ.
@@ -162,9 +163,7 @@ SPECS = {
 
 
 def make_mesh(**sizes):
-    return jax.sharding.AbstractMesh(
-        tuple(sizes.get(axis, 1) for axis in sharding.AXES), sharding.AXES
-    )
+    return jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
 
 
 def keys(path):

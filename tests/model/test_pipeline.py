@@ -11,6 +11,7 @@ import pytest
 from configs import default
 from mhc_jax.config import from_dict
 from mhc_jax.connections import LookAheadMappings, Pending
+from mhc_jax.mesh import check_divisible
 from mhc_jax.pipeline import handover
 from mhc_jax.pipeline.blocks import group_size
 from mhc_jax.pipeline.layout import check, head_cost, placement_of
@@ -18,7 +19,6 @@ from mhc_jax.pipeline.rings import make_rings, put, put_in_order, read_on_slot, 
 from mhc_jax.pipeline.schedule import SCHEDULES, make_schedule
 from mhc_jax.pipeline.stages import Stage
 from mhc_jax.pipeline.tables import make_tables
-from mhc_jax.sharding import check_divisible
 from mhc_jax.train_step import init_state
 
 PROGRAM = pathlib.Path(__file__).with_name("pipelines.py")

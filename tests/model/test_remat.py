@@ -462,11 +462,11 @@ def test_fused_attention_of_tpus_runs_once():
     code = """
 from jax.experimental import topologies
 from configs import default
-from mhc_jax import sharding
 from mhc_jax.config import from_dict
+from mhc_jax.mesh import make_mesh
 from tests.model import test_remat as t
 device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
-mesh = sharding.make_mesh(from_dict(default.get_config()).mesh, [device])
+mesh = make_mesh(from_dict(default.get_config()).mesh, [device])
 for policy in ("none", "mhc", "full"):
     runs = t.executed_primitives(t.gradient_program(policy, mesh))
     print([count for name, count in runs.items() if "splash" in name and "fwd" in name], end=" ")

@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from configs import default
 from mhc_jax import sharding
+from mhc_jax.batch_placement import BatchPlacement
 from mhc_jax.config import MeshConfig, from_dict
+from mhc_jax.mesh import AXES, check_divisible, make_mesh, mesh_sizes
 
 ROOT = pathlib.Path(__file__).parents[2]
 ONE = {"pipe": 1, "data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "sequence": 1}
@@ -34,7 +36,7 @@ def test_eight_devices_equal_one(meshes):
 
 
 def test_the_rest_goes_to_the_axis_that_is_minus_one():
-    sizes = sharding.mesh_sizes(MeshConfig(**ONE | {"fsdp": -1, "tensor": 4}), 64)
+    sizes = mesh_sizes(MeshConfig(**ONE | {"fsdp": -1, "tensor": 4}), 64)
     assert sizes == ONE | {"fsdp": 16, "tensor": 4}
 
 
@@ -53,7 +55,7 @@ def test_the_rest_goes_to_the_axis_that_is_minus_one():
 )
 def test_a_mesh_that_does_not_multiply_out(sizes, devices, said):
     with pytest.raises(ValueError, match=rf"tensor=\d.* does not multiply out to the {said}"):
-        sharding.mesh_sizes(MeshConfig(**ONE | sizes), devices)
+        mesh_sizes(MeshConfig(**ONE | sizes), devices)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_sizes_that_do_not_divide_are_named(overrides, mesh, message):
     values = default.get_config()
     values.update_from_flattened_dict(overrides)
     with pytest.raises(ValueError, match=message):
-        sharding.check_divisible(from_dict(values), ONE | mesh)
+        check_divisible(from_dict(values), ONE | mesh)
 
 
 def test_rules_by_path():
@@ -83,7 +85,7 @@ def test_rules_by_path():
 
 
 def test_parameters_that_do_not_divide_are_named():
-    mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 2, 1), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 2, 1), AXES)
     tree = {"blocks": {"ffn": {"down": {"kernel": jax.ShapeDtypeStruct((3, 6, 8), jnp.float32)}}}}
     message = (
         r"blocks/ffn/down/kernel \(3, 6, 8\): 6 is not divisible by mesh.tensor=2 x mesh.fsdp=2"
@@ -93,8 +95,8 @@ def test_parameters_that_do_not_divide_are_named():
 
 
 def test_batches_of_one_process_are_whole():
-    mesh = sharding.make_mesh(MeshConfig(**ONE), jax.devices()[:1])
-    placement = sharding.BatchPlacement(mesh, 4)
+    mesh = make_mesh(MeshConfig(**ONE), jax.devices()[:1])
+    placement = BatchPlacement(mesh, 4)
     assert (placement.index, placement.count) == (0, 1)
     rows = np.arange(12, dtype=np.int32).reshape(4, 3)
     np.testing.assert_array_equal(placement.put({"inputs": rows})["inputs"], jnp.asarray(rows))

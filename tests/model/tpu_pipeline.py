@@ -6,8 +6,8 @@ from jax.experimental import topologies
 
 from configs import default
 from experiments.pipeline_plan.hidden import count_sends
-from mhc_jax import sharding
 from mhc_jax.config import from_dict
+from mhc_jax.mesh import make_mesh
 from mhc_jax.pipeline.schedule import num_stages
 from mhc_jax.train_step import abstract_batch, abstract_state, jit_train_step
 
@@ -31,7 +31,7 @@ def count(topology, name, policy, split="", look_ahead=""):
     values.model.num_blocks = num_stages(name, values.mesh.pipe)
     config = from_dict(values)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = sharding.make_mesh(config.mesh, list(devices)[:4])
+    mesh = make_mesh(config.mesh, list(devices)[:4])
     step = jit_train_step(config, mesh)
     compiled = step.lower(abstract_state(config, mesh), abstract_batch(config)).compile()
     return count_sends(compiled.as_text())
