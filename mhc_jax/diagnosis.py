@@ -82,7 +82,7 @@ def _first_update_that_is_not_finite(state: TrainState, gradients: Params, confi
     rate = make_schedule(config.optimizer, config.steps)(updates_done(state.opt_state))
     settings = f"learning rate {rate:g}" + "".join(
         f", {name}={getattr(config.optimizer, name):g}"
-        for name in ("b1", "b2", "eps", "weight_decay")
+        for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")
     )
     for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]:
         if not jnp.isfinite(leaf).all():

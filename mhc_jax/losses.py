@@ -96,6 +96,7 @@ def linear_cross_entropy(
       TypeError: x or matrix is not floating, targets are no integers.
     """
     _check(x, matrix, targets, chunks)
+    targets = _as_int32(targets)
     return placement.automatic(
         functools.partial(_loss, (chunks, ignore_index)), x, matrix, targets, splits=False
     )
@@ -115,6 +116,12 @@ def _check(x, matrix, targets, chunks) -> None:
         raise ValueError(f"targets have shape {targets.shape}, expected {x.shape[:-1]}")
     if not isinstance(chunks, numbers.Integral) or chunks < 1:
         raise ValueError(f"chunks={chunks}: use an integer of at least 1")
+
+
+def _as_int32(targets):
+    """The same numbers, what lies beyond int32 at its ends: small dtypes wrap what they are compared with."""
+    ends, mine = jnp.iinfo(jnp.int32), jnp.iinfo(targets.dtype)
+    return jnp.clip(targets, max(mine.min, ends.min), min(mine.max, ends.max)).astype(jnp.int32)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
@@ -144,7 +151,8 @@ def _per_device(chunks, ignore_index, x, matrix, targets, *, gradients):
     run = functools.partial(
         _in_chunks, chunks=chunks, ignore_index=ignore_index, gradients=gradients
     )
-    counted = jnp.maximum(num_counted(targets, ignore_index), 1).astype(jnp.float32)
+    # In the dtype of the logits: its inverse is rounded.
+    counted = jnp.maximum(num_counted(targets, ignore_index), 1).astype(wide_dtype(x.dtype))
     mesh, spec = sharding.token_spec(targets.shape)
     names = sharding.axis_names(spec)
     # The vocabulary stays split over the other axes.
@@ -207,9 +215,7 @@ def _chunk(x, matrix, targets, counted, ignore_index, gradients):
     shift = jnp.max(logits, axis=-1, keepdims=True)
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - shift), axis=-1, keepdims=True)) + shift
     targets = targets[:, None]
-    # A masked sum would be a pass of its own on GPUs. Where the vocabulary is split, XLA makes this a masked
-    # choice and a sum.
-    of_target = jnp.take_along_axis(logits, targets, axis=-1, mode="clip")
+    of_target = jax.lax.platform_dependent(logits, targets, tpu=_masked_sum, default=_chosen)
     counts = targets != ignore_index
     valid = ~counts | ((targets >= 0) & (targets < logits.shape[-1]))
     # NaN is the result of an operation: a constant NaN would trip JAX_DEBUG_NANS although every target is
@@ -218,7 +224,24 @@ def _chunk(x, matrix, targets, counted, ignore_index, gradients):
     loss = jnp.sum(jnp.where(counts, (log_sum - of_target) / divisor, 0.0))
     if not gradients:
         return (loss,)
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets
-    d_logits = (jnp.exp(logits - log_sum) - is_target.astype(logits.dtype)) * (1 / divisor)
+    one_hot = _is_target(logits, targets).astype(logits.dtype)
+    d_logits = (jnp.exp(logits - log_sum) - one_hot) * (1 / divisor)
     d_logits = jnp.where(counts, d_logits, 0.0)
     return loss, *_unembed_gradients(x, matrix, d_logits)
+
+
+def _is_target(logits, targets):
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets
+
+
+def _chosen(logits, targets):
+    """The target's logit. A masked sum would be a pass of its own on GPUs.
+
+    Where the vocabulary is split, XLA makes this a masked choice and a sum.
+    """
+    return jnp.take_along_axis(logits, targets, axis=-1, mode="clip")
+
+
+def _masked_sum(logits, targets):
+    """The same on TPUs, whose pass over the exponentials has it beside them: no token is sought by itself."""
+    return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1, keepdims=True)

@@ -13,14 +13,12 @@ from test_train import tiny
 from mhc_jax import health
 from mhc_jax.checkpoint.trained import load
 from mhc_jax.diagnosis import find_non_finite
-from mhc_jax.optimizer import always_finite
 from mhc_jax.train import NonFiniteError, Run, train
 from mhc_jax.train_step import (
     abstract_batch,
     abstract_state,
     evaluate,
     measure_gains,
-    train_step,
 )
 
 SMALL = {
@@ -244,18 +242,3 @@ def test_evaluation_drops_nothing(program):
         run = functools.partial(program, config=config.model)
         traced[dispatch] = str(jax.make_jaxpr(run)(variables, given))
     assert traced["capacity"] == traced["dropless"]
-
-
-UNSAFE = {"eps": 0.0, "b1": 1.0, "b2": 1.0, "learning_rate": 3e38, "weight_decay": 2000.0}
-
-
-@pytest.mark.parametrize("name", [None, *UNSAFE])
-def test_new_parameters_are_looked_at_only_where_they_need_not_be_finite(name):
-    """A pass over all parameters and moments; whether it is made follows from the settings."""
-    changes = {f"optimizer.{name}": UNSAFE[name]} if name else {}
-    config = small(**changes)
-    assert always_finite(config.optimizer) == (name is None)
-    batch = abstract_batch(config)
-    step = functools.partial(train_step, config=config)
-    looks = str(jax.make_jaxpr(step)(abstract_state(config), batch)).count("is_finite")
-    assert (looks > len(jax.tree.leaves(abstract_state(config).params))) == bool(name)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mhc_jax import losses
 from mhc_jax.losses import linear_cross_entropy
 
 B, S, C, V = 2, 12, 16, 24
@@ -158,3 +159,57 @@ def test_what_is_no_loss_is_named(change, error, message):
     given = {"x": x, "matrix": matrix, "targets": targets, "chunks": 1} | change
     with pytest.raises(error, match=message):
         linear_cross_entropy(**given)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+def test_float64_is_exact(promotion, chunks):
+    """The number of tokens in float32 was fine until its inverse, rounded, was a factor of gradients."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion(promotion):
+        rng = np.random.default_rng(0)
+        x, matrix = rng.standard_normal((B, S, C)), rng.standard_normal((C, V))
+        targets = rng.integers(0, V, (B, S))
+        loss, (dx, d_matrix) = gradient_of(x, matrix, targets, chunks)
+        for got, want in zip((loss, dx, d_matrix), by_hand(x, matrix, targets), strict=True):
+            assert got.dtype == jnp.float64
+            np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocabulary"),
+    [("int8", 300), ("uint8", 256), ("uint8", 200), ("uint16", 70000), ("int16", 40000)],
+)
+def test_targets_of_a_small_dtype(dtype, vocabulary):
+    """The vocabulary and -100 do not fit: compared in the dtype of the targets they were other numbers."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((B, S, 2)).astype(np.float32)
+    matrix = rng.standard_normal((2, vocabulary)).astype(np.float32)
+    targets = rng.integers(0, min(vocabulary, np.iinfo(dtype).max), (B, S))
+    targets[0, 0] = min(156, np.iinfo(dtype).max)  # -100 in uint8
+    loss = functools.partial(linear_cross_entropy, x, matrix, chunks=1)
+    assert loss(jnp.asarray(targets, dtype)) == loss(jnp.asarray(targets, jnp.int32))
+
+
+def test_targets_beyond_int32_are_outside_of_the_vocabulary():
+    x, matrix, targets = inputs(jnp.float32)
+    with jax.enable_x64(True):
+        targets[1, 3] = 2**32 + 5
+        assert jnp.isnan(linear_cross_entropy(x, matrix, jnp.asarray(targets), 1))
+        targets[1, 3] = 2**32 - 100
+        assert jnp.isnan(linear_cross_entropy(x, matrix, jnp.asarray(targets, jnp.uint32), 1))
+
+
+def test_the_logit_of_a_target_by_platform():
+    """TPUs have it beside the sum of exponentials; to seek every token's would be work of its own."""
+    x, matrix, targets = inputs(jnp.float32)
+    traced = gradient_of.trace(x, matrix, targets, 1)
+    looked_up = {
+        platform: "stablehlo.gather" in traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert looked_up == {"cpu": True, "cuda": True, "tpu": False}
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((B * S, V)), jnp.float32)
+    rows = jnp.asarray(targets.reshape(-1, 1))
+    np.testing.assert_array_equal(
+        losses._masked_sum(logits, rows), losses._chosen(logits, rows), strict=True
+    )

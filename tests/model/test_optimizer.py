@@ -147,15 +147,16 @@ def step():
         return (batch["loss"], aux), batch["gradients"]
 
     run = jax.jit(functools.partial(train_step_module.train_step, config=CONFIG))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_step_module, "loss_and_gradients", given)
 
-        def call(state, loss, gradients, load=LOAD):
-            load = np.asarray(load, np.float32)
-            batch = {"loss": np.float32(loss), "gradients": gradients, "load": load}
+    def call(state, loss, gradients, load=LOAD):
+        load = np.asarray(load, np.float32)
+        batch = {"loss": np.float32(loss), "gradients": gradients, "load": load}
+        # No longer than the call: other tests of this file trace a step as it is.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_step_module, "loss_and_gradients", given)
             return jax.device_get(run(state, batch))
 
-        yield call
+    return call
 
 
 def filled(value):
@@ -223,26 +224,76 @@ def test_nothing_moves_from_a_bad_step_on(step, fault):
         jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
-EXTREMES = {"learning_rate": 1e6, "weight_decay": 1e-6, "eps": 1e-30, "b1": 0.97, "b2": 0.95,
+EXTREMES = {"learning_rate": 1e6, "weight_decay": 5e-7, "eps": 1e-30, "b1": 0.97, "b2": 0.95,
             "clip_norm": 0.0, "warmup_steps": 0, "schedule": "constant"}  # fmt: skip
+AT_THE_ENDS = (
+    {},
+    {"b1": 0.9994, "b2": 1 - 1e-6},
+    {"b1": 0.0, "b2": 1e-45},
+    {"clip_norm": 1e-30},
+    {"clip_norm": 3e38},
+    {"learning_rate": 0.5, "weight_decay": 1.0},
+)
+UNSAFE = (
+    {"eps": 0.0},
+    {"b1": 1.0},
+    {"b2": 1.0},
+    {"b1": 1 - 1e-9, "b2": 1 - 1e-10},  # 1 in float32
+    {"b2": 1 - 1e-9},
+    {"learning_rate": 3e38},
+    {"learning_rate": 1.0, "weight_decay": 2000.0},
+    {"learning_rate": 1e-10, "weight_decay": 1e10},
+    {"learning_rate": 0.0, "weight_decay": 3e38},
+    {"clip_norm": 1e-45},
+)
+SIZES = (1e18, 1.0, 1e-15, 1e-19, 1e-22, 1e-38, 1e-44, 0.0)
 
 
-@pytest.mark.parametrize("size", [1e18, 1.0, 1e-15, 1e-19, 1e-22, 1e-38, 1e-44])
-def test_settings_whose_updates_are_not_looked_at_keep_parameters_finite(size):
-    """Gradients of one size, single ones before zeros, and of all sizes, at the ends of what is allowed."""
-    config = tiny(**{f"optimizer.{k}": v for k, v in EXTREMES.items()}).optimizer
-    assert always_finite(config)
+def stays_finite(config):
+    """Gradients of one size, single ones before zeros, and of all sizes; of parameters of all sizes."""
     optimizer = make_optimizer(config, 100)
     rng = np.random.default_rng(0)
     steps = np.zeros((100, 4), np.float32)
-    steps[:, 0], steps[0, 1] = size, size
-    steps[:, 2:] = size * 10.0 ** rng.uniform(-8, 0, (100, 2)) * rng.choice([-1, 1], (100, 2))
+    steps[:, 0], steps[0, 1] = 1, 1
+    steps[:, 2:] = 10.0 ** rng.uniform(-8, 0, (100, 2)) * rng.choice([-1, 1], (100, 2))
 
-    def update(carry, gradient):
-        params, state = carry
-        updates, state = optimizer.update({"norm": {"scale": gradient}}, state, params)
-        return (optax.apply_updates(params, updates), state), None
+    @jax.vmap
+    def run(gradients):
+        def update(carry, gradient):
+            params, state = carry
+            both = {"norm": {"scale": gradient}, "unembed": {"kernel": gradient}}
+            updates, state = optimizer.update(both, state, params)
+            return (optax.apply_updates(params, updates), state), None
 
-    params = {"norm": {"scale": jnp.ones(4)}}
-    (params, state), _ = jax.lax.scan(update, (params, optimizer.init(params)), steps)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state)))
+        start = jnp.outer(jnp.array([0.0, 1.0, 3.4e38]), jnp.ones(4))
+        params = {"norm": {"scale": start}, "unembed": {"kernel": start}}
+        gradients = jnp.broadcast_to(gradients[:, None], (100, 3, 4))
+        return jax.lax.scan(update, (params, optimizer.init(params)), gradients)[0]
+
+    found = run(np.outer(SIZES, steps).reshape(-1, 100, 4).astype(np.float32))
+    return all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("changes", AT_THE_ENDS)
+def test_settings_whose_updates_are_not_looked_at_keep_parameters_finite(changes):
+    config = tiny(**{f"optimizer.{k}": v for k, v in (EXTREMES | changes).items()}).optimizer
+    assert always_finite(config)
+    assert stays_finite(config)
+
+
+@pytest.mark.parametrize("changes", UNSAFE)
+def test_settings_whose_updates_are_looked_at_need_it(changes):
+    config = tiny(**{f"optimizer.{k}": v for k, v in (EXTREMES | changes).items()}).optimizer
+    assert not always_finite(config)
+    assert not stays_finite(config)
+
+
+@pytest.mark.parametrize("changes", [{}, UNSAFE[0]])
+def test_new_parameters_are_looked_at_only_where_they_need_not_be_finite(changes):
+    """A pass over all parameters and moments; whether it is made follows from the settings."""
+    config = tiny(**{f"optimizer.{k}": v for k, v in changes.items()})
+    assert always_finite(config.optimizer) != bool(changes)
+    batch = train_step_module.abstract_batch(config)
+    step = functools.partial(train_step_module.train_step, config=config)
+    looks = str(jax.make_jaxpr(step)(abstract_state(config), batch)).count("is_finite")
+    assert (looks > len(jax.tree.leaves(abstract_state(config).params))) == bool(changes)
