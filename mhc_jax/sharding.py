@@ -23,6 +23,7 @@ from kernels_pallas.sharding import (
     mapped_axes,
     token_sharding,
 )
+from mhc_jax.lazy import attach
 from mhc_jax.mesh import BATCH_AXES
 from mhc_jax.parameters import Dimension, path_of, rule_of
 
@@ -234,3 +235,13 @@ def split_parameters(tree: Any) -> Any:
     if where is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, where.mesh))
+
+
+# Older names, which still import.
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "BatchPlacement": "mhc_jax.batch_placement",
+        **dict.fromkeys(("AXES", "check_divisible", "make_mesh", "mesh_sizes"), "mhc_jax.mesh"),
+    },
+)

@@ -96,6 +96,7 @@ NAMES = {
         *("keys_of", "prefill", "proceed", "start", "token_scores"),
     ),
     "mhc_jax.metrics": ("MetricWriter", "jsonable"),
+    "mhc_jax.sharding": ("AXES", "BatchPlacement", "check_divisible", "make_mesh", "mesh_sizes"),
     "mhc_jax.trained": ("Source", "load"),
     "mhc_jax.writers": ("MetricWriter", "jsonable"),
 }
