@@ -215,7 +215,9 @@ def _chunk(x, matrix, targets, counted, ignore_index, gradients):
     shift = jnp.max(logits, axis=-1, keepdims=True)
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - shift), axis=-1, keepdims=True)) + shift
     targets = targets[:, None]
-    of_target = jax.lax.platform_dependent(logits, targets, tpu=_masked_sum, default=_chosen)
+    # A masked sum would be a pass of its own on GPUs. Where the vocabulary is split, XLA makes this a masked
+    # choice and a sum.
+    of_target = jnp.take_along_axis(logits, targets, axis=-1, mode="clip")
     counts = targets != ignore_index
     valid = ~counts | ((targets >= 0) & (targets < logits.shape[-1]))
     # NaN is the result of an operation: a constant NaN would trip JAX_DEBUG_NANS although every target is
@@ -224,24 +226,7 @@ def _chunk(x, matrix, targets, counted, ignore_index, gradients):
     loss = jnp.sum(jnp.where(counts, (log_sum - of_target) / divisor, 0.0))
     if not gradients:
         return (loss,)
-    one_hot = _is_target(logits, targets).astype(logits.dtype)
-    d_logits = (jnp.exp(logits - log_sum) - one_hot) * (1 / divisor)
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets
+    d_logits = (jnp.exp(logits - log_sum) - is_target.astype(logits.dtype)) * (1 / divisor)
     d_logits = jnp.where(counts, d_logits, 0.0)
     return loss, *_unembed_gradients(x, matrix, d_logits)
-
-
-def _is_target(logits, targets):
-    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets
-
-
-def _chosen(logits, targets):
-    """The target's logit. A masked sum would be a pass of its own on GPUs.
-
-    Where the vocabulary is split, XLA makes this a masked choice and a sum.
-    """
-    return jnp.take_along_axis(logits, targets, axis=-1, mode="clip")
-
-
-def _masked_sum(logits, targets):
-    """The same on TPUs, whose pass over the exponentials has it beside them: no token is sought by itself."""
-    return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1, keepdims=True)

@@ -322,6 +322,7 @@ class Run:
         self.storage.write_gains(measured, self.step)
 
     def _save(self) -> None:
+        self._programs.start_checksums()  # before the loop nobody has
         # No signal ends this waiting: what it would do is save.
         checked = self._compiled(CHECKSUMS, None)(self.state)
         stored = self.state if checked.stored is None else checked.stored

@@ -140,5 +140,10 @@ class RunPrograms(Programs):
             self.start(VALIDATION, self._evaluate, variables, self._batch, after=TRAIN_STEP)
         if self._has_gains and not self.was_started(GAINS):
             self.start(GAINS, self._measure_gains, variables, gains_tokens, after=TRAIN_STEP)
+        self.start_checksums()
+
+    def start_checksums(self) -> None:
+        """Has the program that checks a state before it is saved compiled, behind the train step."""
         if not self.was_started(CHECKSUMS):
-            self.start(CHECKSUMS, self._jit_checked(), self.state, after=TRAIN_STEP)
+            after = TRAIN_STEP if self.was_started(TRAIN_STEP) else None
+            self.start(CHECKSUMS, self._jit_checked(), self.state, after=after)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mhc_jax import losses
 from mhc_jax.losses import linear_cross_entropy
 
 B, S, C, V = 2, 12, 16, 24
@@ -197,19 +196,3 @@ def test_targets_beyond_int32_are_outside_of_the_vocabulary():
         assert jnp.isnan(linear_cross_entropy(x, matrix, jnp.asarray(targets), 1))
         targets[1, 3] = 2**32 - 100
         assert jnp.isnan(linear_cross_entropy(x, matrix, jnp.asarray(targets, jnp.uint32), 1))
-
-
-def test_the_logit_of_a_target_by_platform():
-    """TPUs have it beside the sum of exponentials; to seek every token's would be work of its own."""
-    x, matrix, targets = inputs(jnp.float32)
-    traced = gradient_of.trace(x, matrix, targets, 1)
-    looked_up = {
-        platform: "stablehlo.gather" in traced.lower(lowering_platforms=(platform,)).as_text()
-        for platform in ("cpu", "cuda", "tpu")
-    }
-    assert looked_up == {"cpu": True, "cuda": True, "tpu": False}
-    logits = jnp.asarray(np.random.default_rng(0).standard_normal((B * S, V)), jnp.float32)
-    rows = jnp.asarray(targets.reshape(-1, 1))
-    np.testing.assert_array_equal(
-        losses._masked_sum(logits, rows), losses._chosen(logits, rows), strict=True
-    )
