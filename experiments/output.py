@@ -33,7 +33,8 @@ def add_study_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
 def results_root(options: argparse.Namespace) -> pathlib.Path | None:
     """Returns the folder whose results a study reads and writes, None for the repository's.
 
-    Sets `output` to the study's own folder where none was given.
+    Call it once, behind parsing: `--summary` and `--figures` differ by whether --output was given, and then
+    `options.output` becomes the study's own folder.
     """
     stored = options.summary or options.figures
     of_repository = options.record or (stored and options.output is None)
