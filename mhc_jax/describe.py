@@ -10,7 +10,7 @@ from mhc_jax import units
 from mhc_jax.analysis.runs import fixed_mappings
 from mhc_jax.config import Config, ModelConfig
 from mhc_jax.parameters import PARTS, path_of, rule_of
-from mhc_jax.train_step import init_params
+from mhc_jax.variables import init_params
 
 
 class Count(NamedTuple):

@@ -8,17 +8,13 @@ import optax
 from jax.sharding import Mesh
 
 from mhc_jax.config import Config
+from mhc_jax.evaluation import analyse
+from mhc_jax.objective import loss_and_gradients
 from mhc_jax.optimizer import make_optimizer, make_schedule
 from mhc_jax.parameters import path_of
 from mhc_jax.sharding import on_mesh
-from mhc_jax.train_step import (
-    Batch,
-    Params,
-    TrainState,
-    analyse,
-    loss_and_gradients,
-    updates_done,
-)
+from mhc_jax.train_step import TrainState, updates_done
+from mhc_jax.variables import Batch, Params
 
 # Order in which the backward pass reaches the parts of the model.
 _BACKWARD_ORDER = ("unembed", "norm", "readout", "blocks", "leading", "embedding")

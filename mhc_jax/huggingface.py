@@ -22,7 +22,7 @@ from mhc_jax import interop
 from mhc_jax.config import ModelConfig
 from mhc_jax.deepseek_places import connections, places
 from mhc_jax.parameters import merged, path_of
-from mhc_jax.train_step import Params, init_variables
+from mhc_jax.variables import Params, init_variables
 
 MODEL_TYPE = "deepseek_v3"
 # Nobody's loader takes it for DeepSeek-V3, whose weights would load and mean nothing without the streams.

@@ -9,18 +9,12 @@ from jax.sharding import Mesh
 
 from mhc_jax import checksum, health, sharding
 from mhc_jax.config import Config
+from mhc_jax.evaluation import evaluate, measure_gains
 from mhc_jax.kept_programs import KeptPrograms, argument_shapes
 from mhc_jax.pipeline import Layout
 from mhc_jax.program_folder import ProgramFolder
 from mhc_jax.programs import Programs, seldom_collected
-from mhc_jax.train_step import (
-    TrainState,
-    abstract_state,
-    evaluate,
-    jit_init_state,
-    jit_train_step,
-    measure_gains,
-)
+from mhc_jax.train_step import TrainState, abstract_state, jit_init_state, jit_train_step
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from mhc_jax.inference import (
     proceed,
     start,
 )
-from mhc_jax.train_step import Params
+from mhc_jax.variables import Params
 
 # Prompts and what follows on them take the next power of two, so that few lengths are compiled.
 _SHORTEST = 64

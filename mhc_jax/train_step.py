@@ -1,6 +1,9 @@
-"""Defines the pure functions of training, from state and batch to state and metrics."""
+"""Defines the pure functions of training, from state and batch to state and metrics.
 
-import dataclasses
+Here are the state and the step, and both compiled. `mhc_jax.variables` makes a model, `mhc_jax.objective`
+is what is minimised, `mhc_jax.evaluation` measures what came of it. Their names can be imported from here.
+"""
+
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,22 +12,42 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
-from mhc_jax import gains
-from mhc_jax.config import Config, ModelConfig
+from mhc_jax.config import Config
+from mhc_jax.evaluation import analyse, evaluate, measure_gains, window_losses
 from mhc_jax.health import all_finite
-from mhc_jax.losses import IGNORE_INDEX, linear_cross_entropy, num_counted
+from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.moe import MoEAux
+from mhc_jax.objective import loss_and_gradients, loss_fn, narrowed
 from mhc_jax.optimizer import always_finite, make_optimizer, make_schedule
-from mhc_jax.parameters import merged, path_of, rule_of
+from mhc_jax.parameters import merged
 from mhc_jax.pipeline import Layout, Pipeline
-from mhc_jax.sharding import by_row, by_token, on_mesh, replicated, split_parameters, tree_shardings
-from mhc_jax.transformer import Analysis, Transformer
+from mhc_jax.sharding import by_token, on_mesh, replicated, tree_shardings
+from mhc_jax.variables import Batch, Params, init_params, init_variables, model_graph
 
-Params = dict[str, Any]
-Batch = dict[str, jax.Array]
+__all__ = [
+    "Batch",
+    "Params",
+    "TrainState",
+    "abstract_batch",
+    "abstract_state",
+    "analyse",
+    "evaluate",
+    "init_params",
+    "init_state",
+    "init_variables",
+    "jit_init_state",
+    "jit_train_step",
+    "loss_and_gradients",
+    "loss_fn",
+    "make_pipeline",
+    "measure_gains",
+    "model_graph",
+    "train_step",
+    "updates_done",
+    "window_losses",
+]
 
 
 @flax.struct.dataclass
@@ -56,23 +79,6 @@ class TrainState:
         return merged(self.params, self.model_state)
 
 
-@functools.cache
-def model_graph(config: ModelConfig) -> nnx.GraphDef:
-    """Returns the structure of the model, without its parameters."""
-    return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
-
-
-def init_variables(config: ModelConfig, key: jax.Array) -> tuple[Params, Params]:
-    """Makes fresh parameters and model state, float32, as nested dicts (see `TrainState`)."""
-    _, params, model_state = nnx.split(Transformer(config, rngs=nnx.Rngs(key)), nnx.Param, ...)
-    return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
-
-
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Makes fresh float32 parameters as a nested dict."""
-    return init_variables(config, key)[0]
-
-
 def init_state(config: Config) -> TrainState:
     """Makes the state before the first step; the seed decides parameters and rng."""
     params_key, rng = jax.random.split(jax.random.key(config.seed))
@@ -86,103 +92,6 @@ def init_state(config: Config) -> TrainState:
         rng=jax.random.key_data(rng),
         healthy=jnp.ones((), bool),
     )
-
-
-def _exact(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, moe_dispatch="dropless")
-
-
-def evaluate(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
-    """Returns the mean cross-entropy, in nats per token, of a batch of `inputs` and `targets` `[B, S]` int32.
-
-    The model is exact: no choice of an expert is dropped, whatever `moe_dispatch` training uses.
-    """
-    config = _exact(config)
-    model = nnx.merge(model_graph(config), variables)
-    x, _ = model.hidden_with_aux(batch["inputs"])
-    return linear_cross_entropy(x, model.unembedding, batch["targets"], config.loss_chunks)
-
-
-def window_losses(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
-    """Cross-entropy in nats a token of each row of a batch, float32 `[B]`; else as `evaluate`."""
-    config = _exact(config)
-    model = nnx.merge(model_graph(config), variables)
-    x, _ = model.hidden_with_aux(batch["inputs"])
-    chunks = config.loss_chunks if x.shape[1] % config.loss_chunks == 0 else 1
-
-    def of_rows(x, matrix, targets):
-        def one(row):
-            hidden, targets = row
-            return linear_cross_entropy(hidden[None], matrix, targets[None], chunks)
-
-        # One after the other: the logits of one row are there at a time.
-        return jax.lax.map(one, (x, targets))
-
-    return by_row(of_rows, x, model.unembedding, batch["targets"])
-
-
-def _narrowed(params: Params, dtype) -> Params:
-    """Casts the matrices of the blocks to the dtype of their products, which would round them anyway.
-
-    So they are cast once per part of a batch and not again in recomputation, and their gradients are
-    stacked in that dtype.
-    """
-
-    def narrow(path, leaf):
-        return leaf.astype(dtype) if rule_of(path_of(path)).narrow else leaf
-
-    return jax.tree_util.tree_map_with_path(narrow, params)
-
-
-def loss_fn(
-    params: Params,
-    model_state: Params,
-    batch: Batch,
-    config: ModelConfig,
-    share: jax.Array | float = 1.0,
-) -> tuple[jax.Array, tuple[jax.Array, MoEAux | None]]:
-    """Returns what is minimised: cross-entropy plus the balance losses of all blocks.
-
-    Args:
-      params, model_state: see `TrainState`.
-      batch: `inputs`, `targets` `[B, S]` int32; a target of `losses.IGNORE_INDEX` does not count.
-      config: of the model.
-      share: factor of the cross-entropy, for a part of a batch in which fewer targets count.
-
-    Returns:
-      that loss; then the cross-entropy alone, and the report of the blocks with experts.
-    """
-    narrow = _narrowed(params, config.activation_dtype)
-    model = nnx.merge(model_graph(config), merged(narrow, model_state))
-    x, aux = model.hidden_with_aux(batch["inputs"])
-    with jax.named_scope("unembedding"):
-        loss = share * linear_cross_entropy(
-            x, model.unembedding, batch["targets"], config.loss_chunks
-        )
-    return loss if aux is None else loss + aux.balance_loss.sum(), (loss, aux)
-
-
-def loss_and_gradients(params: Params, model_state: Params, batch: Batch, config: Config):
-    """Returns (cross-entropy, aux or None) and the gradients, over all parts of the batch."""
-    gradient = jax.grad(functools.partial(loss_fn, config=config.model), has_aux=True)
-    parts = config.optimizer.accumulate_steps
-    if parts == 1:
-        gradients, reported = gradient(params, model_state, batch)
-        return reported, split_parameters(gradients)
-    # Part p takes every parts-th row, so that each device's rows spread over all parts.
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-
-    counted = jnp.maximum(num_counted(batch["targets"]), 1).astype(jnp.float32)
-
-    def add(total, part):
-        # Exactly 1 where every target counts.
-        share = (num_counted(part["targets"]) * parts).astype(jnp.float32) / counted
-        gradients, reported = gradient(params, model_state, part, share=share)
-        return jax.tree.map(jnp.add, total, split_parameters(gradients)), reported
-
-    total, reported = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
-    mean = functools.partial(jnp.mean, axis=0)
-    return jax.tree.map(mean, reported), jax.tree.map(lambda x: x / parts, total)
 
 
 def _balanced(model_state: Params, load: jax.Array, rate: float) -> Params:
@@ -319,7 +228,7 @@ def _init_placed(config: Config, mesh: Mesh) -> TrainState:
 
 def make_pipeline(config: Config, mesh: Mesh) -> Pipeline | None:
     """Returns the pipeline of a mesh with stages, None for another mesh."""
-    return Pipeline(config, mesh, _narrowed) if _is_staged(mesh) else None
+    return Pipeline(config, mesh, narrowed) if _is_staged(mesh) else None
 
 
 def jit_init_state(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
@@ -341,23 +250,3 @@ def jit_train_step(config: Config, mesh: Mesh | None = None) -> Callable:
         in_shardings=(state, by_token(mesh)),
         out_shardings=(state, replicated(mesh)),
     )
-
-
-def analyse(variables: Params, tokens: jax.Array, config: ModelConfig) -> Analysis:
-    """Runs a forward pass over `[B, S]` tokens, for gain magnitudes or to find what is not finite."""
-    return nnx.merge(model_graph(config), variables).analyse(tokens)
-
-
-def measure_gains(
-    variables: Params, tokens: jax.Array, config: ModelConfig
-) -> tuple[gains.GainMagnitudes, jax.Array]:
-    """Measures gain magnitudes (Figs. 3, 7, 8) over the tokens `[1, S]` of one sequence; hc and mhc only.
-
-    The model is exact, as in `evaluate`.
-
-    Returns:
-      the gains, and the mean cosine between the streams that the last sublayer reads (1: collapsed).
-    """
-    found = analyse(variables, tokens, _exact(config))
-    measured = gains.gain_magnitudes(found.h_res[:, 0])._replace(stream_cosine=found.stream_cosine)
-    return measured, found.stream_cosine[-1]

@@ -97,6 +97,11 @@ NAMES = {
     ),
     "mhc_jax.metrics": ("MetricWriter", "jsonable"),
     "mhc_jax.sharding": ("AXES", "BatchPlacement", "check_divisible", "make_mesh", "mesh_sizes"),
+    "mhc_jax.train_step": (
+        *("analyse", "evaluate", "init_params", "init_state", "init_variables", "jit_init_state"),
+        *("jit_train_step", "loss_and_gradients", "loss_fn", "measure_gains", "model_graph"),
+        *("train_step", "window_losses", "TrainState"),
+    ),
     "mhc_jax.trained": ("Source", "load"),
     "mhc_jax.writers": ("MetricWriter", "jsonable"),
 }

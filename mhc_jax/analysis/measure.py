@@ -162,7 +162,7 @@ def _on_text(workdir: pathlib.Path, text: str | bytes, max_sequences: int) -> Ga
 
 @functools.partial(jax.jit, static_argnames="model")
 def _one_sequence(variables, tokens, model):
-    from mhc_jax.train_step import analyse
+    from mhc_jax.evaluation import analyse
 
     found = analyse(variables, tokens, model)
     return gain_sums(found.h_res[:, 0]), found.stream_cosine

@@ -23,7 +23,8 @@ from mhc_jax.checkpoint import (
 )
 from mhc_jax.config import MAY_CHANGE, Config, ModelConfig, conflicts, differences, from_workdir
 from mhc_jax.sharding import tree_shardings
-from mhc_jax.train_step import Params, TrainState, abstract_state
+from mhc_jax.train_step import TrainState, abstract_state
+from mhc_jax.variables import Params
 from mhc_jax.workdir import read_config
 
 _log = logging.getLogger(__name__)

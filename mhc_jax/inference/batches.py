@@ -10,7 +10,7 @@ from mhc_jax.config import ModelConfig
 from mhc_jax.inference.drawing import check_draws, check_prompt, keys_of, proceed, start
 from mhc_jax.inference.scoring import choice_scores, token_scores
 from mhc_jax.inference.steps import cast_weights, check_ids, for_decoding, for_sampling
-from mhc_jax.train_step import Params
+from mhc_jax.variables import Params
 
 # Lengths are multiples of it: tiles of kernels, and fewer different ones.
 _MULTIPLE = 32

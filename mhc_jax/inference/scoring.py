@@ -9,7 +9,7 @@ from flax import nnx
 from mhc_jax import sharding
 from mhc_jax.config import ModelConfig
 from mhc_jax.losses import unembed
-from mhc_jax.train_step import Params, model_graph
+from mhc_jax.variables import Params, model_graph
 
 # Logits at once, entries.
 _LOGITS = 2**26

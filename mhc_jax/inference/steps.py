@@ -14,8 +14,8 @@ from mhc_jax.config import ModelConfig
 from mhc_jax.losses import unembed
 from mhc_jax.parameters import path_of, rule_of
 from mhc_jax.sharding import split_by_row
-from mhc_jax.train_step import Params, model_graph
 from mhc_jax.transformer import Transformer
+from mhc_jax.variables import Params, model_graph
 
 
 class DecodeState(NamedTuple):

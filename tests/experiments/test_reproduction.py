@@ -246,9 +246,8 @@ def test_borrowed_arms_are_those_of_another_setting_and_are_not_trained():
 def test_only_the_arm_with_a_random_start_has_one():
     for arm in ("HC-res", "HC-res-random"):
         run = Run("ablation", arm, 1e-3, 0)
-        model = run.config("", 4, TOY).model
         with reproduction._start_of(run):
-            params, _ = reproduction.train_step.init_variables(model, jax.random.key(0))
+            params = reproduction.train_step.init_state(run.config("", 4, TOY)).params
         theta = params["blocks"]["ffn_connection"]["theta"]
         assert float(theta.std()) == pytest.approx(RANDOM_STD if "random" in arm else 0, rel=0.2)
         assert float(params["blocks"]["ffn_connection"]["alpha"].min()) > 0

@@ -18,7 +18,7 @@ from test_train import tiny
 
 import mhc_jax
 from kernels_pallas.testing import oracle
-from mhc_jax import train_step as train_step_module
+from mhc_jax import evaluation, objective
 from mhc_jax.block import make_connection
 from mhc_jax.config import Config, ModelConfig, OptimizerConfig
 from mhc_jax.data import DataConfig
@@ -164,17 +164,17 @@ def test_every_field_is_read():
 
 def test_parts_of_the_loss_are_those_of_the_configuration(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        train_step_module,
-        "linear_cross_entropy",
-        lambda x, matrix, targets, chunks: asked.append(chunks) or jnp.zeros(()),
-    )
+
+    def asking(x, matrix, targets, chunks):
+        asked.append(chunks)
+        return jnp.zeros(())
+
+    for module in (objective, evaluation):
+        monkeypatch.setattr(module, "linear_cross_entropy", asking)
     config = model_config(connection="residual", loss_chunks=3)
     variables, batch = abstract(config), batch_of(config)
     jax.eval_shape(functools.partial(loss_fn, config=config), *variables, batch)
-    jax.eval_shape(
-        functools.partial(train_step_module.evaluate, config=config), variables[0], batch
-    )
+    jax.eval_shape(functools.partial(evaluation.evaluate, config=config), variables[0], batch)
     assert asked == [3, 3]
 
 
@@ -452,13 +452,13 @@ DECODERS = {
 def test_model_is_the_decoder_of_numpy(name, monkeypatch):
     config = model_config(**DECODERS[name])
     (params, state), batch = drawn(config), batch_of(config)
-    logits_of_loss, cross_entropy_of = [], train_step_module.linear_cross_entropy
+    logits_of_loss, cross_entropy_of = [], objective.linear_cross_entropy
 
     def recording(x, matrix, targets, chunks):
         logits_of_loss.append(jnp.dot(x, matrix))
         return cross_entropy_of(x, matrix, targets, chunks)
 
-    monkeypatch.setattr(train_step_module, "linear_cross_entropy", recording)
+    monkeypatch.setattr(objective, "linear_cross_entropy", recording)
 
     @jax.jit
     def run(params, state, batch):

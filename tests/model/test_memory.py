@@ -12,8 +12,7 @@ from jax.sharding import PartitionSpec as P
 from test_remat import EXPERTS, equations, model_config
 from test_train import tiny
 
-from mhc_jax import attention, sharding
-from mhc_jax import train_step as train_step_module
+from mhc_jax import attention, objective, sharding
 from mhc_jax.mesh import AXES
 from mhc_jax.train_step import abstract_batch, abstract_state, init_variables, loss_fn
 
@@ -235,7 +234,7 @@ def test_activations_are_split_by_token_and_gradients_as_their_parameters(parts,
     )
     mesh = make_mesh(fsdp=2, data=2, expert=2, sequence=2)
     state = abstract_state(config, mesh)
-    run = functools.partial(train_step_module.loss_and_gradients, config=config)
+    run = functools.partial(objective.loss_and_gradients, config=config)
     jax.eval_shape(
         sharding.on_mesh(run, mesh), state.params, state.model_state, abstract_batch(config)
     )
@@ -261,9 +260,7 @@ def test_matrices_that_are_rounded_ahead():
     """Those of the blocks but the router's, which decides between close scores."""
     config = tiny("mhc", **SPECS["mhc"][0])
     params = abstract_state(config).params
-    narrow = jax.eval_shape(
-        functools.partial(train_step_module._narrowed, dtype=jnp.bfloat16), params
-    )
+    narrow = jax.eval_shape(functools.partial(objective.narrowed, dtype=jnp.bfloat16), params)
     rounded = {
         keys(path)
         for path, leaf in jax.tree_util.tree_flatten_with_path(narrow)[0]

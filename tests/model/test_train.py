@@ -16,9 +16,8 @@ import pytest
 from flax import nnx
 
 from configs import default
-from mhc_jax import diagnosis
+from mhc_jax import diagnosis, objective
 from mhc_jax import train as train_module
-from mhc_jax import train_step as train_step_module
 from mhc_jax.checkpoint import trained as trained_module
 from mhc_jax.config import CONNECTIONS, ModelConfig, OptimizerConfig, from_dict
 from mhc_jax.data import make_iterator
@@ -459,11 +458,11 @@ def test_matrices_rounded_ahead_have_the_gradients_of_those_rounded_where_used(p
     state, batch = randomized(fresh(config)), batch_of(config)
 
     def gradients():
-        function = functools.partial(train_step_module.loss_and_gradients, config=config)
+        function = functools.partial(objective.loss_and_gradients, config=config)
         return jax.jit(function)(state.params, state.model_state, batch)[1]
 
     got = gradients()
-    monkeypatch.setattr(train_step_module, "_narrowed", lambda params, dtype: params)
+    monkeypatch.setattr(objective, "narrowed", lambda params, dtype: params)
     for (path, want), leaf in zip(
         jax.tree_util.tree_flatten_with_path(gradients())[0], jax.tree.leaves(got), strict=True
     ):
