@@ -29,7 +29,7 @@ NEED_TRAINER = {
     "mhc_jax.checkpoint.trained", "mhc_jax.trained", "mhc_jax.workdir", "mhc_jax.writers",
     "mhc_jax.remat.__main__", "mhc_jax.data.files",
     "mhc_jax.data.pipeline", "mhc_jax.data.records", "mhc_jax.data.sources", "mhc_jax.data.token_cache",
-    "mhc_jax.analysis.losses", "mhc_jax.analysis.plots", "mhc_jax.analysis.style",
+    "mhc_jax.analysis.losses", "mhc_jax.analysis.mixing", "mhc_jax.analysis.plots", "mhc_jax.analysis.style",
 }  # fmt: skip
 # JAX and what it needs itself.
 JAX = ("jax", "jaxlib", "numpy", "ml_dtypes", "scipy", "opt_einsum", "kernels_pallas")

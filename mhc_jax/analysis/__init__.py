@@ -22,13 +22,13 @@ from mhc_jax.lazy import attach
 
 # Imported on first use: connections import this package, and figures need matplotlib.
 _LAZY = {
-    "collapse": "plots",
+    "collapse": "mixing",
     "gains_of": "measure",
     "gains_of_run": "measure",
     "heat_maps": "plots",
     "loss_gap": "losses",
     "plot_gains": "plots",
-    "spread": "plots",
+    "spread": "mixing",
     "static_gains": "static",
 }
 

@@ -1,4 +1,4 @@
-"""Draws gains: the paper's figures, and two that the paper does not have.
+"""Draws the paper's figures of gains: curves over the sublayers (Figs. 3 and 7) and matrices (Fig. 8).
 
 Each function takes a dict {name: gains} and returns a matplotlib figure, which a notebook shows as the last
 line of a cell. If a value is a list, its entries are seeds of one arm: the figure shows their mean and a
@@ -6,20 +6,16 @@ band from the least to the greatest. A name that begins with residual, HC, mHC o
 connection's colour.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mhc_jax.analysis import colours as colours_lib
 from mhc_jax.analysis import style
+from mhc_jax.analysis.arms import Colours, Seeds, by_seed, colours_of, is_static, with_streams
 from mhc_jax.gains import GainMagnitudes
-
-Seeds = GainMagnitudes | Sequence[GainMagnitudes]
-Colours = Mapping[str, str] | None
 
 AVERAGES = ("gains", "matrices")
 _YLABEL = {
@@ -32,50 +28,6 @@ _DEFINITION = {
     "matrices": "Gain: largest |row sum| (forward) or |column sum| (backward) of the mean matrix over tokens",
     "static": "Gain: largest |row sum| (forward) or |column sum| (backward), the same for every token",
 }
-HEAD = r"$h_\mathrm{res}(l) \cdots h_\mathrm{res}(1)$"
-
-
-def _by_seed(gains: Mapping[str, Seeds]) -> dict[str, list[GainMagnitudes]]:
-    """Returns {name: [seed, ...]} and checks it."""
-    if not isinstance(gains, Mapping):
-        raise ValueError(f"give a dict {{name: gains}}, not {type(gains).__name__}")
-    found = {}
-    for name, seeds in gains.items():
-        several = isinstance(seeds, Iterable) and not isinstance(seeds, GainMagnitudes)
-        seeds = list(seeds) if several else [seeds]
-        for one in seeds:
-            if not isinstance(one, GainMagnitudes):
-                raise ValueError(
-                    f"{name}: got {type(one).__name__}, not gains: make them with gains_of, gains_of_run, "
-                    "static_gains or gain_magnitudes"
-                )
-        shapes = {np.shape(one.matrix_single) for one in seeds}
-        if len(shapes) != 1:
-            what = f"seeds of different shapes, {sorted(shapes)}" if shapes else "no seed"
-            raise ValueError(f"{name}: {what}; one arm needs equal sublayers and streams")
-        found[str(name)] = seeds
-    if not found:
-        raise ValueError("there is nothing to draw: give {name: gains}")
-    return found
-
-
-def _with_streams(gains: Mapping[str, Seeds]) -> dict[str, list[GainMagnitudes]]:
-    """Returns `_by_seed` without the arms of one stream, which cannot mix, unless there are no others."""
-    arms = _by_seed(gains)
-    several = {n: seeds for n, seeds in arms.items() if np.shape(seeds[0].matrix_single)[-1] > 1}
-    return several or arms
-
-
-def _is_static(arms: Mapping[str, Sequence[GainMagnitudes]]) -> bool:
-    """Returns whether no mapping differs between tokens, as in `static_gains`: there is no mean over them."""
-    return not any(
-        np.any(np.asarray(one.matrix_std) != 0) for seeds in arms.values() for one in seeds
-    )
-
-
-def _colours(names: Sequence[str], given: Colours) -> dict[str, str]:
-    given = given or {}
-    return {name: given.get(name, own) for name, own in zip(names, colours_lib.choose(names))}
 
 
 def _curves(seeds: Sequence[GainMagnitudes], field: str) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -109,11 +61,11 @@ def plot_gains(
     """
     if average not in AVERAGES:
         raise ValueError(f"average={average!r} is unknown: use one of {', '.join(AVERAGES)}")
-    arms = _by_seed(gains)
-    shown = "static" if _is_static(arms) else average
+    arms = by_seed(gains)
+    shown = "static" if is_static(arms) else average
     if average == "matrices":
         arms = {name: [one.of_mean_matrices() for one in seeds] for name, seeds in arms.items()}
-    chosen = _colours(list(arms), colours)
+    chosen = colours_of(list(arms), colours)
     near = _near_one(arms)
     rows = [list(arms), near] if near else [list(arms)]
     with style.styled():
@@ -194,12 +146,12 @@ def heat_maps(
       ValueError: no gains.
     """
     gains = {"": gains} if isinstance(gains, GainMagnitudes) else gains
-    arms, chosen = _with_streams(gains), _colours(list(gains), colours)
+    arms, chosen = with_streams(gains), colours_of(list(gains), colours)
     with style.styled():
         figure = style.new_figure((5.9 if style.is_wide() else 6.4) * len(arms))
         parts = figure.subfigures(len(arms), 1, squeeze=False)[:, 0]
         for part, (name, seeds) in zip(parts, arms.items()):
-            static = _is_static({name: seeds})
+            static = is_static({name: seeds})
             _six_matrices(part, seeds, "" if static else " of the mean matrix")
             count = f", mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
             text = f"{title} {name}".strip()
@@ -237,108 +189,3 @@ def _six_matrices(figure, seeds: Sequence[GainMagnitudes], whose: str) -> None:
     figure.supxlabel(
         style.wrapped(f"column sum{whose} = backward gain (from stream j)"), fontsize=9
     )
-
-
-def _panels(
-    panels: Sequence[tuple[str, str, Sequence[tuple[str, Any]], bool]],
-    arms: Mapping[str, Sequence[GainMagnitudes]],
-    colours: Mapping[str, str],
-    title: str,
-) -> Figure:
-    """Draws panels over the sublayers: (title, ylabel, [(field or function, dashes)], logarithmic)."""
-    chosen = {name: colours[name] for name in arms}
-    figure, grid = style.panels(1, len(panels), 3.4)
-    for axes, (heading, ylabel, fields, logarithmic) in zip(grid[0], panels):
-        axes.set_ylabel(ylabel)
-        style.sublayer_axis(axes)
-        axes.set_title(heading, fontsize=9)
-        if logarithmic:
-            axes.set_yscale("log")
-        drawn = False
-        for name, seeds in arms.items():
-            for field, dashes in fields:
-                get = field if callable(field) else lambda one, field=field: getattr(one, field)
-                curves = [np.asarray(get(one), float) for one in seeds]
-                if np.isnan(curves).all():  # not stored by that run, or not known
-                    continue
-                x = np.arange(1, len(curves[0]) + 1)
-                style.draw_seeds(axes, x, curves, chosen[name], linestyle=dashes)
-                drawn = True
-        if not drawn:
-            axes.text(0.5, 0.5, "not known of these gains", ha="center", transform=axes.transAxes)
-            axes.set_yscale("linear")
-    seeds = {name: len(found) for name, found in arms.items()}
-    style.figure_legend(figure, style.arm_handles(chosen, seeds), title)
-    return figure
-
-
-def collapse(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = None) -> Figure:
-    """Draws whether the streams become one, which gains cannot show (not in the paper).
-
-    The panels are the second singular value of the composite and its distance to J/n (all entries 1/n), and
-    the mean cosine between the streams. When every stream holds the same mixture of the first ones, they
-    are 0, 0 and 1.
-
-        collapse({"HC": gains_of_run("runs/hc"), "mHC": gains_of_run("runs/mhc")})
-
-    Args, Raises: as `heat_maps`. Cosines need a model or a run; mappings alone do not have them.
-    """
-    arms, colours = _with_streams(gains), _colours(list(gains), colours)
-    mean = "" if _is_static(arms) else ", mean over tokens"
-    with style.styled():
-        figure = _panels(
-            [
-                (f"Second singular value of\n{HEAD}", f"value{mean}", [("second_singular", "-")], True),
-                (f"Distance of {HEAD}\nto J/n", f"Frobenius norm{mean}",
-                 [("distance_uniform", "-")], True),
-                ("Cosine between streams\n(1: they are one)", "mean over pairs and tokens",
-                 [("stream_cosine", "-")], False),
-            ],
-            arms, colours, title,
-        )  # fmt: skip
-        for axes in figure.axes[:2]:
-            if axes.get_yscale() == "log":
-                style.log_axis(axes)
-                # Below 1e-7 a float32 composite is rounding noise.
-                axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-8))
-        low, high = figure.axes[2].get_ylim()
-        figure.axes[2].set_ylim(low, min(high, 1.05) if low < 1 else high)
-    return figure
-
-
-def spread(gains: Mapping[str, Seeds], *, title: str = "", colours: Colours = None) -> Figure:
-    """Draws how much mappings differ between tokens, and how widely they mix (not in the paper).
-
-    The panels are the standard deviation over tokens of the entries of h_res (0: the mapping is static),
-    the entropy of its rows (0: each stream goes on alone, log n: all are averaged), and how many of the
-    first streams a stream mixes after l sublayers (1 to n).
-
-        spread({"mHC": gains_of(model, tokens)})
-
-    Args, Raises: as `heat_maps`.
-    """
-    arms, colours = _with_streams(gains), _colours(list(gains), colours)
-    mean = "" if _is_static(arms) else ", mean over tokens"
-
-    def diagonal(one):
-        return np.diagonal(np.asarray(one.matrix_std), axis1=1, axis2=2).mean(-1)
-
-    def others(one):
-        std = np.asarray(one.matrix_std)
-        n = std.shape[-1]
-        # A single stream has nothing to mix with.
-        return std[:, ~np.eye(n, dtype=bool)].mean(-1) if n > 1 else np.full(len(std), np.nan)
-
-    with style.styled():
-        figure = _panels(
-            [
-                ("Spread of h_res over tokens\n(dashed: off the diagonal)", "standard deviation",
-                 [(diagonal, "-"), (others, (0, (4, 2)))], False),
-                ("Entropy of the rows of h_res\n(0: no mixing)", f"nats{mean}",
-                 [("row_entropy", "-")], False),
-                (f"Effective number of streams\nin a row of {HEAD}", "exp(entropy), mean",
-                 [("effective_streams", "-")], False),
-            ],
-            arms, colours, title,
-        )  # fmt: skip
-    return figure
