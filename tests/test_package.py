@@ -82,6 +82,7 @@ NAMES = {
         "saved_steps",
     ),
     "mhc_jax.checkpoint.trained": ("Source", "load"),
+    "mhc_jax.gains": ("GainMagnitudes", "gain_magnitudes", "load", "save", "stream_cosine"),
     "mhc_jax.huggingface": ("add_connection", "from_deepseek_v3", "model_config", "to_deepseek_v3"),
     "mhc_jax.inference": (
         *(

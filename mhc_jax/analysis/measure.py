@@ -15,8 +15,8 @@ from mhc_jax import gains as gains_lib
 from mhc_jax import paths
 from mhc_jax.analysis.collect import collected
 from mhc_jax.analysis.runs import read_config, stored_gains
-from mhc_jax.gain_sums import gain_sums
 from mhc_jax.gains import GainMagnitudes
+from mhc_jax.gains.sums import gain_sums
 
 
 def gains_of(model: Any, inputs: Any, *, variables: Mapping | None = None) -> GainMagnitudes:

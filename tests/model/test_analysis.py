@@ -18,12 +18,12 @@ from mhc_jax import (
     Residual,
     analysis,
     expand,
-    gain_sums,
     gains,
 )
 from mhc_jax.analysis import measure, static
 from mhc_jax.analysis.collect import collected
 from mhc_jax.config import from_dict
+from mhc_jax.gains import files, sums
 from mhc_jax.train_step import model_graph
 from mhc_jax.transformer import Transformer
 
@@ -475,11 +475,11 @@ def test_long_sequences_are_analysed_in_parts(monkeypatch):
     """The same numbers, also where composites leave float32 and tokens differ in sign."""
     h = 3e6 * np.random.default_rng(4).normal(size=(9, 23, 2, 2)).astype(np.float32)
     h[:, ::3] *= 1e-6
-    whole = jax.jit(lambda h: gains.finish(gain_sums.gain_sums(h)))(h)
-    monkeypatch.setattr(gain_sums, "_CHUNK", 9 * 5 * 4)
-    text = str(jax.make_jaxpr(gain_sums.gain_sums)(h))
+    whole = jax.jit(lambda h: gains.finish(sums.gain_sums(h)))(h)
+    monkeypatch.setattr(sums, "_CHUNK", 9 * 5 * 4)
+    text = str(jax.make_jaxpr(sums.gain_sums)(h))
     assert "9,5,2,2" in text.replace(" ", "")
-    parts = jax.jit(lambda h: gains.finish(gain_sums.gain_sums(h)))(h)
+    parts = jax.jit(lambda h: gains.finish(sums.gain_sums(h)))(h)
     assert np.isinf(parts.composite_forward[-1])
     for found in (parts, gains.gain_magnitudes(h)):  # of one device, of the host
         for name, want in whole._asdict().items():
@@ -549,7 +549,7 @@ def test_gains_of_a_run(tmp_path):
 
 def test_gains_that_were_stored_without_the_later_fields(tmp_path):
     found = gains.gain_magnitudes(H)
-    old = {k: np.asarray(v) for k, v in found._asdict().items() if k not in gains._LATER_FIELDS}
+    old = {k: np.asarray(v) for k, v in found._asdict().items() if k not in files._LATER_FIELDS}
     np.savez(tmp_path / "step_00000003.npz", step=np.int64(3), **old)
     loaded, step = gains.load(tmp_path / "step_00000003.npz")
     assert step == 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mhc_jax import gains
-from mhc_jax.gain_sums import singular_values
+from mhc_jax.gains.sums import singular_values
 
 # Few shapes: each costs a compilation of about a second. All mappings are [6, 5, n, n] if possible.
 EPS = float(np.finfo(np.float32).eps)
@@ -231,7 +231,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
         file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gains.np, "savez", half)
+    monkeypatch.setattr(np, "savez", half)
     with pytest.raises(KeyboardInterrupt):
         gains.save(path, actual, 2)
     assert gains.load(path)[1] == 1

@@ -1,4 +1,4 @@
-"""Sums over tokens what gain magnitudes are made of; `mhc_jax.gains` divides it by the tokens.
+"""Sums over tokens what gain magnitudes are made of; `finish` divides it by the tokens.
 
 Everything is float32. Composites of unconstrained mappings leave the range of float32, so each is kept as
 mantissa * 2**exponent with one exponent per token, and so are their sums. A gain too large for float32
