@@ -9,18 +9,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mhc_jax import distributed, gains, paths, pipeline, preemption
+from mhc_jax import gains, paths, pipeline, preemption
 from mhc_jax.batch_placement import BatchPlacement
-from mhc_jax.checkpoint import FOLDER, absolute, saved_steps
-from mhc_jax.checkpoint.trained import Source
 from mhc_jax.config import Config
-from mhc_jax.data import check_files, make_iterator
+from mhc_jax.data import check_files
 from mhc_jax.diagnosis import find_non_finite
 from mhc_jax.losses import IGNORE_INDEX
 from mhc_jax.mesh import make_mesh
 from mhc_jax.program_folder import ProgramFolder
 from mhc_jax.progress import Progress
 from mhc_jax.recovery import UNREADABLE, BadData, Faults, NonFiniteError, bad_data, what
+from mhc_jax.run_data import open_data
 from mhc_jax.run_programs import (
     CHECKSUMS,
     GAINS,
@@ -29,9 +28,10 @@ from mhc_jax.run_programs import (
     VALIDATION,
     RunPrograms,
 )
+from mhc_jax.run_start import Start
 from mhc_jax.storage import Storage
 from mhc_jax.train_step import TrainState, abstract_batch, updates_done
-from mhc_jax.workdir import check_resumable, write_origin
+from mhc_jax.workdir import check_resumable
 
 _log = logging.getLogger(__name__)
 # A train step that comes from a cache of compiled programs is there within this time.
@@ -56,20 +56,21 @@ class Run:
         # takes no time, then corpora are opened and the whole step is traced.
         self.config, self.workdir = config, paths.of_user(workdir)
         check_resumable(config, self.workdir)
-        self._source = self._open_source(init_from)
+        self._start = Start(config, self.workdir, init_from)
         check_files(config.data)
         self.mesh = make_mesh(config.mesh)
         self._placement = BatchPlacement(self.mesh, config.batch_size)
-        corpora = preemption.Background(self._open_data, "opening the data")
+        opening = functools.partial(open_data, config, self._placement)
+        corpora = preemption.Background(opening, "opening the data")
         self._layout = pipeline.Layout(config, self.mesh)
         batch = self._placement.abstract(abstract_batch(config))
         self._stop = None
         self._programs = RunPrograms(config, self.mesh, self._layout, batch, programs)
         self.storage = None
         try:
-            is_new = not saved_steps(absolute(self.workdir / FOLDER))
-            self._programs.trace(is_new=is_new)
-            corpora.result()
+            self._programs.trace(is_new=self._start.is_new)
+            self.data, self.validation, self._gains_tokens = corpora.result()
+            self._validation_start = self.validation.get_state()
             self.storage = Storage(config, self.workdir)
             if self._programs.was_started(INITIAL_STATE):  # XLA has both while this thread waits
                 self._programs.start_train_step()
@@ -85,49 +86,13 @@ class Run:
         self._in_flight = None  # (step, batch, position before it, metrics) of the newest step
         self._clock = None  # when the metrics of the step before were fetched
 
-    def _open_source(self, init_from: str | None) -> Source | None:
-        if init_from is None or saved_steps(absolute(self.workdir / FOLDER)):
-            return None
-        try:
-            return Source(init_from, self.config.model)
-        except ValueError as error:
-            raise ValueError(f"--init_from={init_from}: {error}") from None
-
-    def _open_data(self) -> None:
-        config = self.config
-        every = {"config": config.data, "on_corrupt": config.on_corrupt_data}
-        share = {
-            "batch_size": config.batch_size,
-            "process_index": self._placement.index,
-            "process_count": self._placement.count,
-        }
-        self.data = make_iterator(split="train", **every, **share)
-        self.validation = make_iterator(split="validation", **every, **share)
-        self.data.pair_with(self.validation)
-        self._validation_start = self.validation.get_state()
-        # The same sequence on every process and at every step.
-        one = make_iterator(split="validation", batch_size=1, **every)
-        self._gains_tokens = next(one)["inputs"]
-
     @property
     def stored_state(self) -> TrainState:
         """The state with the blocks in the model's order, as checkpoints have it."""
         return self._layout.store(self.state)
 
     def _newest_state(self) -> TrainState:
-        """Returns the state of the newest checkpoint, else of `init_from`, else a fresh one."""
-        if self.storage.latest_step is not None:
-            abstract = self._layout.abstract_stored(self._programs.state)
-            return self._layout.restore(self.storage.restore(abstract, self.data))
-        self._programs.start_initial_state()
-        wait = functools.partial(self._programs.wait, INITIAL_STATE)
-        state = preemption.in_thread(wait, "compiling the initial state")()
-        if self._source:
-            abstract = self._layout.abstract_stored(self._programs.state)
-            state = self._source.fill(self._layout.store(state), abstract)
-            state = self._layout.restore(state)
-        distributed.on_first(lambda: write_origin(self.workdir, self._source))
-        return state
+        return self._start.state(self.storage, self._programs, self._layout, self.data)
 
     def loop(self, stop: Callable[[int], bool], name: str) -> None:
         """Runs the steps up to `config.steps`, and after each whatever is due.

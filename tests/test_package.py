@@ -25,7 +25,8 @@ TRAINER = (
 NEED_TRAINER = {
     "mhc_jax.checkpoint", "mhc_jax.checkpoint.quirks", "mhc_jax.checkpoint.read",
     "mhc_jax.checkpoint.write", "mhc_jax.lock", "mhc_jax.main", "mhc_jax.metrics", "mhc_jax.recovery",
-    "mhc_jax.compilation_cache", "mhc_jax.progress", "mhc_jax.run", "mhc_jax.storage", "mhc_jax.train",
+    "mhc_jax.compilation_cache", "mhc_jax.progress", "mhc_jax.run", "mhc_jax.run_data",
+    "mhc_jax.run_start", "mhc_jax.storage", "mhc_jax.train",
     "mhc_jax.checkpoint.trained", "mhc_jax.trained", "mhc_jax.workdir", "mhc_jax.writers",
     "mhc_jax.remat.__main__", "mhc_jax.data.files",
     "mhc_jax.data.pipeline", "mhc_jax.data.records", "mhc_jax.data.sources", "mhc_jax.data.token_cache",

@@ -152,7 +152,11 @@ def test_a_run_starts_from_the_parameters_of_another(finished, tmp_path, monkeyp
     def untouched(*_, **__):
         raise AssertionError("read or traced before it was refused")
 
-    for name in ("run.make_iterator", "run_programs.jit_train_step", "run_programs.abstract_state"):
+    for name in (
+        "run_data.make_iterator",
+        "run_programs.jit_train_step",
+        "run_programs.abstract_state",
+    ):
         monkeypatch.setattr(f"mhc_jax.{name}", untouched)
     for text, message in (
         (f"{path}@17", "--init_from=.*@17: .* no checkpoint of step 17: there are"),

@@ -23,8 +23,17 @@ from etils import epath
 from test_loop import CONFIG, SMALL, programs, saved, state_of  # noqa: F401 - a fixture
 from test_train import tiny
 
-from mhc_jax import appending, checkpoint, checksum, lock, paths, preemption, run_programs, storage
-from mhc_jax import run as run_module
+from mhc_jax import (
+    appending,
+    checkpoint,
+    checksum,
+    lock,
+    paths,
+    preemption,
+    run_data,
+    run_programs,
+    storage,
+)
 from mhc_jax.checkpoint import Checkpoints, SaveError, trained
 from mhc_jax.config import from_dict
 from mhc_jax.data import make_iterator
@@ -459,7 +468,7 @@ def test_sigterm_before_the_first_step_ends_at_once(programs, moment, tmp_path, 
             time.sleep(0.05)
 
     if moment == "corpora":
-        monkeypatch.setattr(run_module, "make_iterator", lambda *_, **__: forever())
+        monkeypatch.setattr(run_data, "make_iterator", lambda *_, **__: forever())
     else:
         step = types.SimpleNamespace(
             eval_shape=lambda *_: None, lower=lambda *_: types.SimpleNamespace(compile=forever)
