@@ -1,7 +1,9 @@
 """Differentiable operations of hyper-connections: one definition each, a backend per platform.
 
 `streams` is the widened residual state of the paper, kept flat: `[..., n*C]`, stream i in columns
-`i*C:(i+1)*C`. Coefficients (`h_pre`, `h_post`, `h_res`) are float32 whatever the dtype of the streams.
+`i*C:(i+1)*C`. Coefficients (`h_pre`, `h_post`, `h_res`) are float32 whatever the dtype of the streams, and
+mappings and parameters of another floating dtype are converted to it. Under jax_enable_x64 "xla" takes
+float64 streams too, and coefficients are then float64.
 
 Every operation takes `implementation`: None, the best that the platform has, or one of `IMPLEMENTATIONS`.
 

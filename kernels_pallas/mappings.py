@@ -24,7 +24,7 @@ def mappings(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Dynamic mappings of mHC for each token (Eqs. 7-9, evaluated in the order of Eqs. 14-19).
 
-    Equivalent to `coefficients(*projection(streams, phi), bias, alpha)`; see both for rounding.
+    Equivalent to `coefficients(*projection(streams, phi), bias, alpha, n=n)`; see both for rounding.
 
     Args:
       streams: `[..., n*C]` bfloat16 or float32 (no float16).
@@ -35,18 +35,18 @@ def mappings(
       num_iterations: t_max of Eq. 9.
       sinkhorn_eps, last: `eps` and `last` of `sinkhorn`; other implementations have other ones, see
         `kernels_pallas.conventions`.
-      pre_eps: added to h_pre behind the sigmoid, as DeepSeek-V4 does.
-      norm_eps: added to the mean square of the streams.
+      pre_eps: added to h_pre behind the sigmoid of Eq. 17, as DeepSeek-V4 does.
+      norm_eps: added to the mean square of the streams under the root of Eq. 15.
       phi_precision: as in `projection`.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
-      h_pre `[..., n]` in (0, 1), h_post `[..., n]` in (0, 2), h_res `[..., n, n]` with rows summing to 1;
-      float32.
+      h_pre `[..., n]` in (0, 1) but for pre_eps, h_post `[..., n]` in (0, 2), h_res `[..., n, n]` whose rows
+      (columns, if `last` says so) sum to 1; float32.
 
     Raises:
-      ValueError: shapes that do not fit n.
-      TypeError: no array, or another dtype than said above.
+      ValueError: shapes that do not fit n, a number out of its range, or an unknown name.
+      TypeError: no array, streams of another dtype, another array that is not floating, or no number.
       NotImplementedError: the named implementation cannot run here.
     """
     check_streams(streams, n)

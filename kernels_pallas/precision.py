@@ -11,7 +11,7 @@ def wide_dtype(dtype) -> jnp.dtype:
 
 @jax.custom_jvp
 def round_to_tf32(x: jax.Array) -> jax.Array:
-    """Rounds float32 to the 8 exponent and 10 mantissa bits of TF32, still stored as float32.
+    """Rounds float32 of any shape to the 8 exponent and 10 mantissa bits of TF32, still stored as float32.
 
     A TF32 number is the exact sum of two bfloat16 numbers (`split_bf16`), and its product with a
     bfloat16 number is exact in float32: that is what lets GPU and TPU agree but for summation order.
@@ -24,7 +24,7 @@ round_to_tf32.defjvps(lambda tangent, _, __: tangent)
 
 
 def round_to(x: jax.Array, dtype) -> jax.Array:
-    """Rounds float32 to what `dtype` (bfloat16 or float32) can hold, still stored as float32.
+    """Rounds float32 of any shape to what `dtype` (bfloat16 or float32) can hold, still stored as float32.
 
     For a rounding that belongs to a definition: XLA may drop a pair of conversions, and this not.
     """
@@ -32,7 +32,7 @@ def round_to(x: jax.Array, dtype) -> jax.Array:
 
 
 def split_bf16(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Splits TF32-rounded float32 `x` into bfloat16 (high, low) with high + low == x exactly.
+    """Splits TF32-rounded float32 `x` into bfloat16 (high, low) of its shape, high + low == x exactly.
 
     High carries 8 of the 11 significant bits, the rest fits into low (unless low underflows: below 2^-116).
     """

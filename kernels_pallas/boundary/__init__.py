@@ -88,7 +88,7 @@ def read(
     input_norm_eps: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Mappings and layer input of one sublayer, with one backward for all of it.
+    """Mappings (Eqs. 14-19) and layer input of one sublayer, with one backward for all of it.
 
     Equivalent to the following:
 
@@ -111,11 +111,12 @@ def read(
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
-      layer input `[..., C]`, h_post `[..., n]`, h_res `[..., n, n]`, streams.
+      layer input `[..., C]` in the dtype of the streams, h_post `[..., n]` and h_res `[..., n, n]` float32,
+      streams.
 
     Raises:
-      ValueError: shapes that do not fit.
-      TypeError: no array, or another dtype than said above.
+      ValueError: shapes that do not fit, a number out of its range, or an unknown name.
+      TypeError: no array, streams of another dtype, another array that is not floating, or no number.
       NotImplementedError: the named implementation cannot run here.
     """
     width = check_streams(streams, n)
@@ -150,7 +151,7 @@ def boundary(
     input_norm_eps: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The write of one sublayer and the read of the next.
+    """The write of one sublayer (Eq. 3) and the read of the next.
 
     Equivalent to the following, where `phi`, `bias`, `alpha` are those of the next sublayer:
 
@@ -170,11 +171,13 @@ def boundary(
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
-      layer input `[..., C]`, h_post `[..., n]`, h_res `[..., n, n]` of the next sublayer, new streams.
+      layer input `[..., C]` in the dtype of the streams, h_post `[..., n]` and h_res `[..., n, n]` float32,
+      all of the next sublayer, and the new streams `[..., n*C]`.
 
     Raises:
-      ValueError: shapes that do not fit.
-      TypeError: no array, or another dtype than said above.
+      ValueError: shapes that do not fit, a number out of its range, or an unknown name.
+      TypeError: no array, streams of another dtype, a layer_output of another than theirs, another array that
+        is not floating, or no number.
       NotImplementedError: the named implementation cannot run here.
     """
     width = check_streams(streams, n)

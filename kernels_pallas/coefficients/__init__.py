@@ -53,7 +53,8 @@ def coefficients(
 
         h = alpha * s / r[..., None] + bias
         h_pre, h_post = sigmoid(h[..., :n]) + pre_eps, 2 * sigmoid(h[..., n : 2 * n])
-        h_res = sinkhorn(h[..., 2 * n :].reshape(..., n, n), eps=sinkhorn_eps, last=last)
+        logits = h[..., 2 * n :].reshape(..., n, n)
+        h_res = sinkhorn(logits, num_iterations=num_iterations, eps=sinkhorn_eps, last=last)
 
     Only `s` and `r` are stored; the backward recomputes the rest, the iterates included.
 
@@ -70,8 +71,8 @@ def coefficients(
       h_pre `[..., n]`, h_post `[..., n]`, h_res `[..., n, n]`, float32.
 
     Raises:
-      ValueError: shapes that do not fit n.
-      TypeError: no array, or integers.
+      ValueError: shapes that do not fit n, a number out of its range, or an unknown name.
+      TypeError: no array, an array that is not floating, or no number.
       NotImplementedError: the named implementation cannot run here.
     """
     sinkhorn_eps = check_sinkhorn(num_iterations, "sinkhorn_eps", sinkhorn_eps, last)

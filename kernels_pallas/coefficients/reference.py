@@ -8,7 +8,7 @@ from kernels_pallas.sinkhorn import reference as sinkhorn
 
 
 def spread(alpha: jax.Array, n: int, m: int | None = None) -> jax.Array:
-    """Spreads the [3] gating factors over m columns (n*n + 2n): n, n and the rest.
+    """Spreads the [3] float32 gating factors over m columns (n*n + 2n): n, n and the rest.
 
     There is no constant array in it: with one, the second derivative of a `custom_vjp` in a scan gets its
     arguments in another order (seen in JAX 0.10.2).
@@ -41,7 +41,7 @@ def forward(
     sinkhorn_eps: float = 0.0,
     pre_eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Maps s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n]."""
+    """Maps s [..., n*n+2n], r [...] -> h_pre [..., n], h_post [..., n], h_res [..., n, n], float32."""
     pre, post, res = _logits(s, r, bias, alpha, n)
     h_res = sinkhorn.forward(res, num_iterations=num_iterations, eps=sinkhorn_eps)
     h_pre = jax.nn.sigmoid(pre)
@@ -63,7 +63,10 @@ def backward(
     sinkhorn_eps: float = 0.0,
     pre_eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns the cotangents (ds, dr, dbias, dalpha); the last two summed over all tokens."""
+    """Returns the cotangents (ds [..., n*n+2n], dr [...], dbias [n*n+2n], dalpha [3]), float32.
+
+    The last two are summed over all tokens.
+    """
     del pre_eps  # a constant beside the sigmoid
     pre, post, res = _logits(s, r, bias, alpha, n)
     d_res = sinkhorn.backward(res, dh_res, num_iterations=num_iterations, eps=sinkhorn_eps)

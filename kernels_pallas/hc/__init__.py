@@ -46,7 +46,7 @@ def hc_read(
     input_norm_eps: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Mappings and layer input of one sublayer of Hyper-Connections, with one backward for all of it.
+    """Mappings (Eq. 5) and layer input of one sublayer of Hyper-Connections, with one backward for all of it.
 
     Equivalent to the following, with x_j stream j:
 
@@ -64,7 +64,8 @@ def hc_read(
     Args:
       streams: `[..., n*C]` bfloat16 or float32 (no float16).
       theta: `[2+n, C]` float32, rows pre, post and the n of `h_res`; rounded as phi in `projection`.
-      bias, alpha: `[n*n+2n]`, `[3]` float32: pre, post, res.
+      bias: `[n*n+2n]` float32: pre (n), post (n), res (n*n, row-major i, j).
+      alpha: `[3]` float32, gating factors of pre, post, res.
       n: number of streams.
       norm_eps: added to the mean square of each stream.
       phi_precision: of theta, as in `projection`.
@@ -72,11 +73,12 @@ def hc_read(
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
-      layer input `[..., C]`, h_post `[..., n]`, h_res `[..., n, n]`, streams.
+      layer input `[..., C]` in the dtype of the streams, h_post `[..., n]` and h_res `[..., n, n]` float32,
+      streams.
 
     Raises:
-      ValueError: shapes that do not fit.
-      TypeError: no array, or another dtype than said above.
+      ValueError: shapes that do not fit, a number out of its range, or an unknown name.
+      TypeError: no array, streams of another dtype, another array that is not floating, or no number.
       NotImplementedError: the named implementation cannot run here.
     """
     parameters = Parameters(theta, bias, alpha, input_norm_weight)
@@ -105,7 +107,7 @@ def hc_boundary(
     input_norm_eps: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The write of one sublayer and the `hc_read` of the next.
+    """The write of one sublayer (Eq. 3) and the `hc_read` of the next.
 
     Equivalent to the following, where `theta`, `bias`, `alpha` are those of the next sublayer:
 
@@ -121,11 +123,13 @@ def hc_boundary(
       implementation: as in `hc_read`.
 
     Returns:
-      layer input `[..., C]`, h_post `[..., n]`, h_res `[..., n, n]` of the next sublayer, new streams.
+      layer input `[..., C]` in the dtype of the streams, h_post `[..., n]` and h_res `[..., n, n]` float32,
+      all of the next sublayer, and the new streams `[..., n*C]`.
 
     Raises:
-      ValueError: shapes that do not fit.
-      TypeError: no array, or another dtype than said above.
+      ValueError: shapes that do not fit, a number out of its range, or an unknown name.
+      TypeError: no array, streams of another dtype, a layer_output of another than theirs, another array that
+        is not floating, or no number.
       NotImplementedError: the named implementation cannot run here.
     """
     parameters = Parameters(theta, bias, alpha, input_norm_weight)

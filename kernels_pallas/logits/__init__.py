@@ -80,11 +80,12 @@ def read_logits(
         8, "pallas" n from 2 to 8, "cuda" n = 4 and k up to 16.
 
     Returns:
-      layer input `[..., C]`, h_post `[..., n]`, logits `[..., k]`, streams.
+      layer input `[..., C]` in the dtype of the streams, h_post `[..., n]` and logits `[..., k]` float32,
+      streams.
 
     Raises:
-      ValueError: shapes that do not fit.
-      TypeError: no array, or another dtype than said above.
+      ValueError: shapes that do not fit, a number out of its range, or an unknown name.
+      TypeError: no array, streams of another dtype, another array that is not floating, or no number.
       NotImplementedError: the named implementation cannot run here.
     """
     parameters = Parameters(phi, bias, alpha, input_norm_weight)
@@ -114,7 +115,7 @@ def boundary_logits(
     input_norm_eps: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The write of one sublayer and the `read_logits` of the next.
+    """The write of one sublayer (Eq. 3) and the `read_logits` of the next.
 
     Equivalent to the following, where `phi`, `bias`, `alpha` are those of the next sublayer:
 
@@ -130,11 +131,13 @@ def boundary_logits(
       implementation: as in `read_logits`.
 
     Returns:
-      layer input `[..., C]`, h_post `[..., n]`, logits `[..., k]` of the next sublayer, new streams.
+      layer input `[..., C]` in the dtype of the streams, h_post `[..., n]` and logits `[..., k]` float32,
+      all of the next sublayer, and the new streams `[..., n*C]`.
 
     Raises:
-      ValueError: shapes that do not fit.
-      TypeError: no array, or another dtype than said above.
+      ValueError: shapes that do not fit, a number out of its range, or an unknown name.
+      TypeError: no array, streams of another dtype, a layer_output of another than theirs, another array that
+        is not floating, or no number.
       NotImplementedError: the named implementation cannot run here.
     """
     parameters = Parameters(phi, bias, alpha, input_norm_weight)

@@ -80,12 +80,13 @@ def look_ahead(
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
     Returns:
-      layer input `[..., C]`, next_pre `[..., n]`, h_post `[..., n]`, h_res `[..., n, n]` of the sublayer
-      that reads, new streams.
+      layer input `[..., C]` in the dtype of the streams; next_pre `[..., n]`, h_post `[..., n]` and h_res
+      `[..., n, n]` float32; all of the sublayer that reads; and the new streams `[..., n*C]`.
 
     Raises:
-      ValueError: shapes that do not fit.
-      TypeError: no array, or another dtype than said above.
+      ValueError: shapes that do not fit, a number out of its range, or an unknown name.
+      TypeError: no array, streams of another dtype, a layer_output of another than theirs, another array that
+        is not floating, or no number.
       NotImplementedError: the named implementation cannot run here.
     """
     width = check_streams(streams, n)

@@ -59,8 +59,9 @@ def post_res(
       new streams `[..., n*C]` in the dtype of the old.
 
     Raises:
-      ValueError: shapes that do not fit.
-      TypeError: no array, or another dtype than said above.
+      ValueError: shapes that do not fit, or an unknown name.
+      TypeError: no array, streams of another dtype, a layer_output of another than theirs, or a mapping that
+        is not floating.
       NotImplementedError: the named implementation cannot run here.
     """
     check_floating(streams=streams, h_post=h_post)

@@ -15,7 +15,7 @@ from kernels_pallas.sharding import layout
 def forward(
     streams: jax.Array, layer_output: jax.Array, h_post: jax.Array, h_res: jax.Array
 ) -> jax.Array:
-    """Maps [..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C].
+    """Maps [..., n*C], [..., C], [..., n], [..., n, n] -> [..., n*C] in the dtype of the streams.
 
     The barrier keeps XLA from undoing the conversion of what it stores for the backward pass: it would store
     float32 streams. It is around the single streams, so that a reader that cuts them out again needs no

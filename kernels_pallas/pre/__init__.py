@@ -69,7 +69,7 @@ def pre(
     Args:
       streams: `[..., n*C]` bfloat16 or float32 (no float16).
       h_pre: `[..., n]` float32.
-      norm_weight: `[C]`, weight of the RMSNorm; None: ones.
+      norm_weight: `[C]` float32, weight of the RMSNorm; None: ones.
       norm_eps: eps of the RMSNorm; None: no norm, and then no `norm_weight`.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
@@ -77,8 +77,8 @@ def pre(
       layer input `[..., C]` in the dtype of the streams.
 
     Raises:
-      ValueError: shapes that do not fit.
-      TypeError: no array, or another dtype than said above.
+      ValueError: shapes that do not fit, a negative norm_eps, a norm_weight without one, or an unknown name.
+      TypeError: no array, streams of another dtype, another array that is not floating, or no number.
       NotImplementedError: the named implementation cannot run here.
     """
     check_floating(streams=streams, h_pre=h_pre)

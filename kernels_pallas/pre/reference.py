@@ -19,7 +19,7 @@ def split_streams(streams: jax.Array, n: int, dtype) -> list[jax.Array]:
 
 @layout("...k, ...n -> ...c")
 def forward(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
-    """Maps [..., n*C], [..., n] -> [..., C]."""
+    """Maps streams [..., n*C], h_pre [..., n] float32 -> [..., C] in the dtype of the streams."""
     return _weighted_sum(streams, h_pre).astype(streams.dtype)
 
 
@@ -27,7 +27,7 @@ def forward(streams: jax.Array, h_pre: jax.Array) -> jax.Array:
 def backward(
     streams: jax.Array, h_pre: jax.Array, d_layer_input: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the cotangents (dx [..., n*C] in the dtype of the streams, dh_pre [..., n])."""
+    """Returns the cotangents (dx [..., n*C] in the dtype of the streams, dh_pre [..., n] float32)."""
     n = h_pre.shape[-1]
     x = split_streams(streams, n, h_pre.dtype)
     dy = d_layer_input.astype(h_pre.dtype)
@@ -49,7 +49,7 @@ def _row(weight: jax.Array, ndim: int) -> jax.Array:
 def forward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, *, eps: float
 ) -> jax.Array:
-    """Computes the RMSNorm of the weighted sum, which is not rounded in between; weight [C]."""
+    """Computes the RMSNorm [..., C] of the weighted sum, which is not rounded before; weight [C] float32."""
     h = _weighted_sum(streams, h_pre)
     inverse = jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
     return (h * inverse * _row(weight, h.ndim)).astype(streams.dtype)
@@ -73,6 +73,6 @@ def norm_backward(
 def backward_normed(
     streams: jax.Array, h_pre: jax.Array, weight: jax.Array, d: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the cotangents (dx, dh_pre, dweight)."""
+    """Returns the cotangents of `backward`, and dweight [C] float32."""
     dh, d_weight = norm_backward(streams, h_pre, weight, d, eps=eps)
     return *backward(streams, h_pre, dh), d_weight

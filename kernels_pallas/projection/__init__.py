@@ -84,7 +84,7 @@ def projection(
     Args:
       streams: `[..., K]` bfloat16 or float32 (no float16), K = n*C.
       phi: `[K, m]` float32.
-      norm_eps: added to the mean square, float32.
+      norm_eps: added to the mean square under the root of Eq. 15, float32.
       phi_precision: "tf32" rounds phi as said above; "highest" takes it as it is, for float32 streams only.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
 
@@ -93,8 +93,9 @@ def projection(
       r: `[...]` float32.
 
     Raises:
-      ValueError: phi's rows do not match the streams.
-      TypeError: no array, or another dtype than said above.
+      ValueError: phi's rows do not match the streams, a negative norm_eps, an unknown name, or
+        phi_precision="highest" with bfloat16 streams.
+      TypeError: no array, streams of another dtype, another array that is not floating, or no number.
       NotImplementedError: the named implementation cannot run here.
     """
     check_streams(streams, 1)

@@ -21,7 +21,7 @@ def _halves_sum(x: jax.Array) -> jax.Array:
 
 @layout("...k, km -> ...m, ...")
 def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax.Array, jax.Array]:
-    """Maps [..., K], [K, m] (TF32-rounded) -> s [..., m], r [...]."""
+    """Maps streams [..., K], phi [K, m] (TF32-rounded) -> s [..., m], r [...], float32."""
     x = streams.astype(phi.dtype)
     if streams.dtype == jnp.bfloat16:
         phi_pair = jnp.concatenate(split_bf16(phi), axis=-1)
@@ -35,7 +35,7 @@ def forward(streams: jax.Array, phi: jax.Array, *, norm_eps: float) -> tuple[jax
 def backward(
     streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the cotangents (dx [..., K] in the dtype of the streams, dphi [K, m])."""
+    """Returns the cotangents (dx [..., K] in the dtype of the streams, dphi [K, m] float32)."""
     dx, dphi = unrounded_backward(streams, phi, r, ds, dr)
     return dx.astype(streams.dtype), dphi
 
@@ -43,7 +43,7 @@ def backward(
 def unrounded_backward(
     streams: jax.Array, phi: jax.Array, r: jax.Array, ds: jax.Array, dr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Does the same with dx in float32, for sums with other cotangents of the streams."""
+    """Does the same with dx [..., K] in float32, for sums with other cotangents of the streams."""
     x = streams.astype(phi.dtype)
     if streams.dtype == jnp.bfloat16:
         ds_high, ds_low = split_bf16(ds)

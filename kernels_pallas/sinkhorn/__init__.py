@@ -42,7 +42,12 @@ def check_num_iterations(num_iterations: int) -> None:
 
 
 def check_sinkhorn(num_iterations: int, name: str, eps: float, last: str) -> float:
-    """Checks the options of Sinkhorn-Knopp; returns eps, which the user knows as `name`, as a float."""
+    """Checks the options of Sinkhorn-Knopp; returns eps, which the user knows as `name`, as a float.
+
+    Raises:
+      ValueError: num_iterations < 1, an eps that is negative or too small, or an unknown last.
+      TypeError: num_iterations is no integer, or eps no number.
+    """
     check_num_iterations(num_iterations)
     conventions.check_last(last)
     return conventions.check_eps(name, eps, conventions.LEAST_EPS)
@@ -87,7 +92,7 @@ def sinkhorn(
 
     Args:
       logits: `[..., n, n]`, any floating dtype; entry (i, j) is from stream j into stream i.
-      num_iterations: t_max of the paper, at least 1.
+      num_iterations: t_max of Eq. 9, at least 1; the paper has 20.
       eps: added to the first softmax and to every sum; 0 or at least 1e-30.
       last: "rows" or "columns" of h_res, which sums come out exact.
       implementation: None (the best of the platform) or a name, see `kernels_pallas`.
@@ -97,8 +102,9 @@ def sinkhorn(
       from the logits, nothing else is stored.
 
     Raises:
-      ValueError: not square matrices, num_iterations < 1, or another eps or last than said above.
-      TypeError: integer or complex logits, or no array.
+      ValueError: not square matrices, num_iterations < 1, another eps or last than said above, or an unknown
+        implementation.
+      TypeError: integer or complex logits, no array, or no number.
       NotImplementedError: the named implementation cannot run here.
     """
     eps = check_sinkhorn(num_iterations, "eps", eps, last)

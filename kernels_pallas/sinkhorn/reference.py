@@ -52,7 +52,7 @@ def _iterate(m: jax.Array, eps: float) -> jax.Array:
 
 @layout("...nn -> ...nn")
 def forward(logits: jax.Array, *, num_iterations: int, eps: float = 0.0) -> jax.Array:
-    """Maps [..., n, n] logits -> [..., n, n]."""
+    """Maps [..., n, n] logits -> [..., n, n], float32."""
     m = _first_iteration(_matrix_axes_first(logits), eps)
     m = jax.lax.fori_loop(1, num_iterations, lambda _, m: _iterate(m, eps), m)
     return _matrix_axes_last(m)
@@ -62,7 +62,7 @@ def forward(logits: jax.Array, *, num_iterations: int, eps: float = 0.0) -> jax.
 def backward(
     logits: jax.Array, d_h_res: jax.Array, *, num_iterations: int, eps: float = 0.0
 ) -> jax.Array:
-    """Returns the cotangent of the logits; the iterates are recomputed and kept for this call alone."""
+    """Returns the cotangent of the logits [..., n, n] float32; iterates are recomputed and not kept."""
     logits = _matrix_axes_first(logits)
     first = _first_iteration(logits, eps)
     _, inputs = jax.lax.scan(
