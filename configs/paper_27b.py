@@ -1,6 +1,6 @@
 """The paper's 27B model (Table 5): 27.0B parameters, 4.14B active. Its main result.
 
-Question: is mHC stable where HC is not, and better than both? (Figs. 2, 3, 5, 7, Tables 4)
+Question: is mHC stable where HC is not, and better than both? (Figs. 2, 3, 5, 7, 8, Table 4)
 Command:  python -m mhc_jax.main --config=configs/paper_27b.py --workdir=runs/27b
           arms: configs/paper_27b.py:residual, configs/paper_27b.py:hc (mhc without a suffix)
 Data:     262B tokens, given as in paper_3b.py.

@@ -19,11 +19,11 @@ from mhc_jax.remat import keep
 def make_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     """Returns the attention that the configuration names, `[B, S, C]` -> `[B, S, C]`.
 
-    It has three methods beside `__call__`, for generating text (`mhc_jax.inference`):
-    `init_cache(batch_size, length)`; `prefill(x)` -> (y, rows), which also returns what later tokens need of
-    these, arrays `[B, S, ...]` in the order of a cache; and `decode(x, position, remember)` -> y, the same
-    for tokens that follow on `position` `[B]` earlier ones. `remember(rows)` stores what they leave and
-    returns the cache with it.
+    Results have the dtype of the activations. It has three methods beside `__call__`, for generating text
+    (`mhc_jax.inference`): `init_cache(batch_size, length)`; `prefill(x)` -> (y, rows), which also returns
+    what later tokens need of these, arrays `[B, S, ...]` in the order of a cache; and
+    `decode(x, position, remember)` -> y, the same for tokens that follow on `position` `[B]` int32 earlier
+    ones. `remember(rows)` stores what they leave and returns the cache with it.
 
     Raises:
       ValueError, of the methods: x is not `[B, S, C]`, or position not `[B]`.

@@ -23,7 +23,15 @@ from mhc_jax.sharding import split_by_token
 
 
 def make_connection(config: ModelConfig, sublayer_index: int | jax.Array) -> Connection:
-    """Makes the connection that the configuration names, for one sublayer."""
+    """Makes the connection that the configuration names, for one sublayer.
+
+    Args:
+      config: of the model.
+      sublayer_index: integer among the attention and FFN sublayers, from 0; may be traced.
+
+    Raises:
+      ValueError: a manifold that does not exist for n streams, or a gap at which h_pre cannot sum to 1.
+    """
     if config.connection == "residual":
         return Residual()
     common = {
@@ -98,8 +106,8 @@ class Block(nnx.Module):
           attention: called in place of the block's own attention; decoding uses it.
 
         Returns:
-          its pending write; what both sublayers did, in order (for analysis); what its experts report (None
-          without experts).
+          its pending write; the pending writes of both sublayers, in order (for analysis); what its experts
+          report (None without experts). Streams are `[B, S, n*C]` in the dtype of the activations.
         """
         writes, aux = [], None
         for name, connection, norm, layer in (

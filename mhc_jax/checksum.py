@@ -35,7 +35,7 @@ def of_leaves(tree: Any) -> jax.Array:
 
 
 def by_path(tree: Any, sums: jax.Array) -> dict[str, int]:
-    """Returns what `of_arrays` does, from what `of_leaves` has computed of the tree."""
+    """Returns what `of_arrays` does, from what `of_leaves` has computed of the tree, `[leaves]` uint32."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     values = jax.device_get(sums)
     return {name(path): int(value) for (path, _), value in zip(leaves, values, strict=True)}

@@ -18,9 +18,17 @@ def _exact(config: ModelConfig) -> ModelConfig:
 
 
 def evaluate(variables: Params, batch: Batch, config: ModelConfig) -> jax.Array:
-    """Returns the mean cross-entropy, in nats per token, of a batch of `inputs` and `targets` `[B, S]` int32.
+    """Returns the mean cross-entropy, in nats per token, of a batch: float32 `[]`.
 
     The model is exact: no choice of an expert is dropped, whatever `moe_dispatch` training uses.
+
+    Args:
+      variables: nested dict of float32 arrays, `TrainState.variables`.
+      batch: `inputs` and `targets` `[B, S]` int32; a target of `losses.IGNORE_INDEX` does not count.
+      config: of the model.
+
+    Raises:
+      ValueError: `model.loss_chunks` does not divide the tokens of a device.
     """
     config = _exact(config)
     model = nnx.merge(model_graph(config), variables)
@@ -47,19 +55,37 @@ def window_losses(variables: Params, batch: Batch, config: ModelConfig) -> jax.A
 
 
 def analyse(variables: Params, tokens: jax.Array, config: ModelConfig) -> Analysis:
-    """Runs a forward pass over `[B, S]` tokens, for gain magnitudes or to find what is not finite."""
+    """Runs a forward pass, for gain magnitudes or to find what is not finite.
+
+    Args:
+      variables: as of `evaluate`.
+      tokens: `[B, S]` int32, at least one.
+      config: of the model.
+
+    Raises:
+      ValueError: no tokens, or of another shape.
+      TypeError: tokens that are no integers.
+    """
     return nnx.merge(model_graph(config), variables).analyse(tokens)
 
 
 def measure_gains(
     variables: Params, tokens: jax.Array, config: ModelConfig
 ) -> tuple[gains.GainMagnitudes, jax.Array]:
-    """Measures gain magnitudes (Figs. 3, 7, 8) over the tokens `[1, S]` of one sequence; hc and mhc only.
+    """Measures gain magnitudes (Figs. 3, 7, 8) over the tokens of one sequence; hc and mhc only.
 
     The model is exact, as in `evaluate`.
 
+    Args:
+      variables: as of `evaluate`.
+      tokens: `[1, S]` int32, at least one.
+      config: of the model.
+
     Returns:
-      the gains, and the mean cosine between the streams that the last sublayer reads (1: collapsed).
+      the gains, float32, and the mean cosine `[]` between the streams that the last sublayer reads (1:
+      collapsed).
+
+    Raises: as `analyse`.
     """
     found = analyse(variables, tokens, _exact(config))
     measured = gains.gain_magnitudes(found.h_res[:, 0])._replace(stream_cosine=found.stream_cosine)

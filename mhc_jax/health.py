@@ -20,7 +20,7 @@ MOST_ROLLBACKS = 3
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Returns whether every number of all arrays is finite (bool); integers always are."""
+    """Returns whether every number of all arrays of a tree is finite, bool `[]`; integers always are."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack([jnp.ones((), bool), *(jnp.isfinite(x).all() for x in leaves)]).all()
 

@@ -67,7 +67,7 @@ def to_deepseek_v4(phi: Any, bias: Any, alpha: Any) -> dict[str, np.ndarray]:
 
         to_deepseek_v4(connection.phi[...], connection.bias[...], connection.alpha[...])["fn"]
 
-    Args, Returns, Raises: as in `from_deepseek_v4`, the other way round.
+    Args, Returns, Raises: as in `from_deepseek_v4`, the other way round; float32 (float64 of float64).
     """
     phi, bias, alpha = _ours(phi, bias, alpha)
     n = _num_streams("phi", phi, "bias", bias, "alpha", alpha)
@@ -118,7 +118,8 @@ def to_megatron(phi: Any, bias: Any, alpha: Any, *, transposed: bool = True) -> 
         module.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
 
     Returns:
-      `mapping_proj.weight`, `bias`, `alpha_pre`, `alpha_post`, `alpha_res`.
+      `mapping_proj.weight` `[n*n+2n, n*C]`, `bias` `[n*n+2n]`, `alpha_pre`, `alpha_post`, `alpha_res` `[1]`;
+      float32 (float64 of float64).
 
     Args, Raises: as in `from_megatron`, the other way round.
     """
@@ -162,7 +163,8 @@ def to_liger(phi: Any, bias: Any, alpha: Any) -> dict[str, np.ndarray]:
         module.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()}, strict=False)
 
     Returns:
-      `phi`, `b`, and `alpha_pre`, `alpha_post`, `alpha_res` of shape `[]`.
+      `phi` `[n*C, n*n+2n]`, `b` `[n*n+2n]`, and `alpha_pre`, `alpha_post`, `alpha_res` `[]`; float32 (float64
+      of float64).
 
     Args, Raises: as in `from_liger`, the other way round.
     """

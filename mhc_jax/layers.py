@@ -17,7 +17,7 @@ from mhc_jax.sharding import gathered
 
 
 def look_up(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
-    """Looks up rows of the embedding `[V, C]` in `dtype`: tokens `[B, S]` -> `[B, S, C]`.
+    """Looks up rows of the embedding `[V, C]` float32: integer tokens `[B, S]` -> `[B, S, C]` in `dtype`.
 
     An id outside the vocabulary gives NaN. The gradient of the table is summed in float32, since a sum in
     bfloat16 stops growing after 256 equal tokens.
@@ -100,6 +100,7 @@ class Linear(nnx.Linear):
     """A linear layer whose products a recompute block may store (`mhc_jax.remat`).
 
     Raises:
+      TypeError: x is no array.
       ValueError: x is not `[..., in_features]`.
     """
 
@@ -156,7 +157,12 @@ def rope(x: jax.Array, *, theta: float, offset: int | jax.Array = 0) -> jax.Arra
 
 
 class SwiGLU(nnx.Module):
-    """Gated FFN: down(silu(gate(x)) * up(x)), `[..., C]` -> `[..., C]`."""
+    """Gated FFN: down(silu(gate(x)) * up(x)), `[..., C]` -> `[..., C]` in `dtype`.
+
+    Raises:
+      TypeError: x is no array.
+      ValueError: x is not `[..., C]`.
+    """
 
     def __init__(self, width: int, ffn_width: int, *, dtype, init_std: float, rngs: nnx.Rngs):
         make = {"dtype": dtype, "init_std": init_std, "rngs": rngs}

@@ -20,11 +20,11 @@ IGNORE_INDEX = -100
 
 
 def unembed(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Returns logits `[..., V]` float32 of x `[..., C]`; products are in the dtype of x in both directions.
+    """Returns logits `[..., V]` float32 of x `[..., C]` and a float32 matrix `[C, V]`.
 
-    The cotangent of the logits is rounded to the dtype of x: a float32 cotangent would make both products
-    of the backward float32 (TF32 on GPUs, half the rate) and take twice the memory. The gradient of the
-    matrix is summed in float32.
+    Products are in the dtype of x in both directions. The cotangent of the logits is rounded to the dtype of
+    x: a float32 cotangent would make both products of the backward float32 (TF32 on GPUs, half the rate) and
+    take twice the memory. The gradient of the matrix is summed in float32.
     """
     return placement.automatic(_unembed, x, matrix, splits=True)
 
@@ -55,7 +55,7 @@ _unembed.defvjp(_unembed_forward, _unembed_backward)
 
 
 def num_counted(targets: jax.Array, ignore_index: int = IGNORE_INDEX) -> jax.Array:
-    """Returns how many targets count (int32): all but those equal to `ignore_index`."""
+    """Returns how many targets count, int32 `[]`: all but those equal to `ignore_index`."""
     return jnp.sum(targets != ignore_index, dtype=jnp.int32)
 
 
@@ -85,11 +85,14 @@ def linear_cross_entropy(
     summed once. `jax.vmap` may name any axis of the mesh as its `spmd_axis_name`.
 
     Args:
-      x: `[B, S, C]`.
-      matrix: `[C, V]`.
+      x: `[B, S, C]`, bfloat16 or float32.
+      matrix: `[C, V]` float32.
       targets: `[B, S]` integers, 0 to V - 1 or `ignore_index`.
       chunks: divides the tokens of a device.
       ignore_index: target of tokens that do not count; their logits may be anything.
+
+    Returns:
+      float32 `[]`.
 
     Raises:
       ValueError: arrays of other shapes, or chunks does not divide the tokens of a device.

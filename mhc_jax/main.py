@@ -62,6 +62,7 @@ def _connect():
 
 
 def main(argv):
+    """Trains or describes what the flags name; `command_line.run` turns errors into lines and exit codes."""
     # Orbax reports every file it writes at level INFO; ours are a few lines a run.
     if not flags.FLAGS["verbosity"].present:
         absl_logging.set_verbosity(absl_logging.WARNING)

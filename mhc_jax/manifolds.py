@@ -94,7 +94,8 @@ class Birkhoff:
       last: "rows" or "columns" of h_res, which are normalised last; see `kernels_pallas.sinkhorn`.
 
     Raises:
-      ValueError: num_iterations < 1, a negative eps, or another last.
+      ValueError: num_iterations < 1, an eps that is negative or between 0 and 1e-30, or another last.
+      TypeError: num_iterations is no integer, or eps no number.
     """
 
     num_iterations: int = 20
@@ -232,6 +233,9 @@ class Orthogonal:
     Attributes:
       limit: |A[i, j]| stays below it, an angle of 2 atan(limit / 2) (152 degrees for 8) where n = 2: larger
         entries would cost digits of the orthogonality in float32.
+
+    Raises:
+      ValueError: limit is not positive and finite.
     """
 
     limit: float = 8.0
@@ -319,5 +323,10 @@ MANIFOLDS = {
 
 
 def make_manifold(name: str, sinkhorn_iterations: int) -> Manifold:
-    """Makes the manifold of a name of `MANIFOLDS`; the iterations are those of "birkhoff"."""
+    """Makes the manifold of a name of `MANIFOLDS`; the iterations are those of "birkhoff".
+
+    Raises:
+      KeyError: another name.
+      ValueError: sinkhorn_iterations < 1.
+    """
     return Birkhoff(sinkhorn_iterations) if name == "birkhoff" else MANIFOLDS[name]()

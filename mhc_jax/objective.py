@@ -15,7 +15,7 @@ from mhc_jax.variables import Batch, Params, model_graph
 
 
 def narrowed(params: Params, dtype) -> Params:
-    """Casts the matrices of the blocks to the dtype of their products, which would round them anyway.
+    """Casts the float32 matrices of the blocks to the dtype of their products, which would round them anyway.
 
     So they are cast once per part of a batch and not again in recomputation, and their gradients are
     stacked in that dtype.
@@ -43,7 +43,11 @@ def loss_fn(
       share: factor of the cross-entropy, for a part of a batch in which fewer targets count.
 
     Returns:
-      that loss; then the cross-entropy alone, and the report of the blocks with experts.
+      that loss, float32 `[]`; then the cross-entropy alone, and the report of the blocks with experts (None
+      without).
+
+    Raises:
+      ValueError: `model.loss_chunks` does not divide the tokens of a device.
     """
     narrow = narrowed(params, config.activation_dtype)
     model = nnx.merge(model_graph(config), merged(narrow, model_state))
@@ -56,7 +60,18 @@ def loss_fn(
 
 
 def loss_and_gradients(params: Params, model_state: Params, batch: Batch, config: Config):
-    """Returns (cross-entropy, aux or None) and the gradients, over all parts of the batch."""
+    """Returns what training reports and the gradients, over all parts of the batch.
+
+    Args:
+      params, model_state, batch: as of `loss_fn`.
+      config: of the run; `optimizer.accumulate_steps` parts run one after the other.
+
+    Returns:
+      the pair of cross-entropy and report that `loss_fn` returns, means over the parts; gradients, a float32
+      tree like `params`.
+
+    Raises: as `loss_fn`.
+    """
     gradient = jax.grad(functools.partial(loss_fn, config=config.model), has_aux=True)
     parts = config.optimizer.accumulate_steps
     if parts == 1:

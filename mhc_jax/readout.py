@@ -36,7 +36,9 @@ class Readout(nnx.Module):
       rngs: not used, since no parameter starts from random numbers.
 
     Raises:
-      ValueError: unknown kind, a negative eps, an eps without a head, or streams that are not `[..., n*C]`.
+      ValueError: unknown kind, a number out of its range, an eps without a head, an unknown phi_precision or
+        implementation.
+      TypeError: a size that is no integer, or an eps that is no number.
     """
 
     def __init__(
@@ -87,11 +89,15 @@ class Readout(nnx.Module):
         return weights + self.eps if self.eps else weights
 
     def __call__(self, streams: jax.Array, h_pre: jax.Array | None = None) -> jax.Array:
-        """Reads `streams`; `h_pre` `[..., n]` are the weights of a prediction, of no other kind.
+        """Reads `streams` `[..., n*C]`, bfloat16 or float32; returns `[..., C]` in their dtype.
+
+        Args:
+          streams: behind the last write.
+          h_pre: `[..., n]` float32, the weights of a prediction, of no other kind.
 
         Raises:
           ValueError: streams of another width, or h_pre of another shape.
-          TypeError: a prediction without h_pre, or another kind with it.
+          TypeError: a prediction without h_pre, or another kind with it; no array, or another dtype.
         """
         check_width(streams, self.n, self.width)
         if (self.kind == PREDICTION) != (h_pre is not None):

@@ -100,6 +100,9 @@ class Run:
         Args:
           stop: asked after each step whether to save and end, see `preemption.stop_signals`.
           name: shown beside the progress bar.
+
+        Raises:
+          Interrupted, NonFiniteError, BadData, SaveError, Locked: as `mhc_jax.train.train`.
         """
         self._stop = stop
         with self._progress.running(name):

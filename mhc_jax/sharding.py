@@ -38,6 +38,7 @@ LOGICAL = {
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Spec of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -157,7 +158,7 @@ def token_spec(lead: tuple[int, ...]) -> tuple[Mesh | AbstractMesh | None, Parti
 
 
 def split_by_token(x: jax.Array) -> jax.Array:
-    """Keeps `[B, S, C]` split by token only; without it XLA may split C like the parameters."""
+    """Keeps `[B, S, C]` of any dtype split by token only; without it XLA may split C like the parameters."""
     mesh, spec = token_spec(x.shape[:2])
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
@@ -187,7 +188,7 @@ def split_by_row(tree: Any, axis: int = 0) -> Any:
 
 
 def whole_everywhere(x: jax.Array) -> jax.Array:
-    """Keeps a small array whole on every device of the mesh."""
+    """Keeps a small array of any shape and dtype whole on every device of the mesh."""
     where = current()
     return x if where is None else jax.lax.with_sharding_constraint(x, replicated(where.mesh))
 
@@ -197,9 +198,10 @@ def by_row(function: Callable, x: jax.Array, matrix: jax.Array, *rest: jax.Array
 
     Args:
       function: returns arrays `[B, ...]`.
-      x: `[B, ...]`.
-      matrix: gathered along the axes that split sequences or their length; others may still split it.
-      *rest: arrays `[B, ...]`.
+      x: `[B, ...]`, floating.
+      matrix: of any shape, cast to the dtype of x on a mesh; gathered along the axes that split sequences or
+        their length, others may still split it.
+      *rest: arrays `[B, ...]` of any dtype.
     """
     where = current()
     ours = {*BATCH_AXES, "sequence"} & {*free_sizes(where.mesh if where else None)}

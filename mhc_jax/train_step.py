@@ -187,7 +187,7 @@ def train_step(
 
 
 def updates_done(opt_state: Any) -> jax.Array:
-    """Returns how many updates the optimizer has made: `TrainState.step` less those that were skipped."""
+    """Returns how many updates the optimizer has made, int32 `[]`: `TrainState.step` less those skipped."""
     return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 

@@ -106,12 +106,15 @@ class Transformer(nnx.Module):
         return self.with_aux(tokens)[0]
 
     def with_aux(self, tokens: jax.Array) -> tuple[jax.Array, MoEAux | None]:
-        """Returns logits like `__call__`, and the stacked reports of the blocks with experts."""
+        """Returns logits like `__call__`, and the reports of the blocks with experts, None without.
+
+        Every field of the reports has a first axis for these blocks.
+        """
         x, aux = self.hidden_with_aux(tokens)
         return unembed(x, self.unembedding), aux
 
     def hidden_with_aux(self, tokens: jax.Array) -> tuple[jax.Array, MoEAux | None]:
-        """Returns the input of the unembedding, `[B, S, C]`, and the report like `with_aux`."""
+        """Returns the unembedding's input, `[B, S, C]` in the model's dtype, and reports as `with_aux`."""
         config = self.config
         scan = config.scan_blocks
         if config.remat == "none":
@@ -136,7 +139,12 @@ class Transformer(nnx.Module):
         return self.embedding.embedding[...].T if tied else self.unembed.kernel[...]
 
     def analyse(self, tokens: jax.Array) -> Analysis:
-        """Maps token ids `[B, S]` to what the L = 2 x num_blocks sublayers did; at least one id."""
+        """Maps token ids `[B, S]` int32 to what the L = 2 x num_blocks sublayers did.
+
+        Raises:
+          TypeError: ids that are no integers.
+          ValueError: ids that are not `[B, S]`, or none.
+        """
         if not jnp.size(tokens):
             raise ValueError(
                 f"tokens have shape {jnp.shape(tokens)}: without one there is nothing to analyse"
@@ -157,7 +165,7 @@ class Transformer(nnx.Module):
 
         Returns:
           what the unembedding multiplies, `[B, S, C]`, and the rows of the caches, `[B, S, ...]` a leading
-          block and `[blocks, B, S, ...]` of the others.
+          block and `[blocks, B, S, ...]` of the others; all in the model's dtype.
         """
 
         def visit(block, pending):

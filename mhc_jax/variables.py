@@ -21,11 +21,14 @@ def model_graph(config: ModelConfig) -> nnx.GraphDef:
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> tuple[Params, Params]:
-    """Makes fresh parameters and model state, float32, as nested dicts."""
+    """Makes fresh parameters and model state, nested dicts of float32 arrays, from a key of `jax.random`.
+
+    Blocks are stacked: their arrays have a first axis. The model state is empty without experts.
+    """
     _, params, model_state = nnx.split(Transformer(config, rngs=nnx.Rngs(key)), nnx.Param, ...)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Makes fresh float32 parameters as a nested dict."""
+    """Makes the parameters of `init_variables` alone."""
     return init_variables(config, key)[0]

@@ -65,8 +65,8 @@ def report(connection: nnx.Module, h_res: jax.Array | None, streams: jax.Array) 
 
     Args:
       connection: the connection that reports.
-      h_res: `[..., n, n]`; None: of the residual connection, ones `[..., 1, 1]`.
-      streams: `[..., n*C]`, what the sublayer reads.
+      h_res: `[..., n, n]` float32; None: of the residual connection, ones `[..., 1, 1]`.
+      streams: `[..., n*C]` of the activations' dtype, what the sublayer reads.
     """
     captured, stored = hasattr(connection, "__captures__"), vars(connection).get(_NAME)
     if not (captured or stored is not None or _collecting.value):

@@ -77,7 +77,7 @@ class Arm:
 
 
 def read_metrics(path: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Reads metrics.jsonl into key -> (steps, values). Lines that are no JSON object are skipped.
+    """Reads metrics.jsonl into key -> (steps [K] int64, values [K] float64). Lines of no JSON are skipped.
 
     A run still going may have half a last line, and a killed one half a line in the middle.
     """
@@ -258,7 +258,7 @@ def choose_baseline(arms: Sequence[Arm], wanted: str | None) -> Arm:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Returns the centred mean of the finite ones among `window` (odd) points; fewer at both ends."""
+    """Returns the centred mean [K] of the finite values [K] of `window` (odd) points; fewer at both ends."""
     finite = np.isfinite(values)
     count = _running_sum(finite.astype(float), window)
     total = _running_sum(np.where(finite, values, 0.0), window)

@@ -118,7 +118,7 @@ def plain(name: str) -> str:
 
 
 def draw(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, **kwargs) -> None:
-    """Draws a curve whose infinite or NaN points are triangles at the upper edge instead of holes."""
+    """Draws a curve x [K], y [K], whose infinite or NaN points are triangles at the upper edge, no holes."""
     kept = _visible(y)
     x, y = x[kept], y[kept]
     finite = np.isfinite(y)
@@ -160,7 +160,7 @@ def _visible(y: np.ndarray, most: int = 12_000) -> np.ndarray:
 
 
 def draw_seeds(axes: Axes, x: np.ndarray, ys: Sequence[np.ndarray], colour: str, **kwargs) -> None:
-    """Draws the mean of several curves, and a band from the least to the greatest.
+    """Draws the mean of several curves over x [K], each [K], and a band from the least to the greatest.
 
     On a logarithmic axis the mean is the geometric one.
     """
@@ -245,7 +245,7 @@ def figure_legend(figure: Figure, handles: Sequence[Artist], title: str = "") ->
 
 
 def heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
-    """Draws one matrix of Fig. 8: row sums (forward) at the left, column sums (backward) below."""
+    """Draws one matrix [n, n] as Fig. 8: row sums (forward) at the left, column sums (backward) below."""
     n = len(matrix)
     finite = np.where(np.isfinite(matrix), matrix, np.sign(matrix) * np.finfo(np.float32).max)
     limit = max(1.0, np.abs(finite).max())

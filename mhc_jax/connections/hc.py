@@ -24,8 +24,8 @@ class HyperConnections(WideConnection):
         h_post[j]   = alpha[1] tanh(theta[1] . x~_j) + b_post[j]
         h_res[i, j] = alpha[2] tanh(theta[2 + i] . x~_j) + b_res[i, j]
 
-    Starts as the residual connection: theta 0, alpha 0.01, b_res = I, b_post = 1, b_pre one-hot at
-    (sublayer index mod n). A mapping that is switched off is the fixed one of Table 1: 1/n, ones, identity.
+    Starts as the residual connection: theta = 0, b_res = I, b_post = 1, b_pre one-hot at (sublayer index mod
+    n). A mapping that is switched off is the fixed one of Table 1: 1/n, ones, identity.
 
     Args:
       width: C.
@@ -33,11 +33,15 @@ class HyperConnections(WideConnection):
       sublayer_index: position among the attention and FFN sublayers, from 0; may be traced.
       use_pre, use_post, use_res: whether each mapping is learned (Table 1). The fused kernels compute a fixed
         one from a constant bias.
-      alpha_init: gating factors at the start, or "auto": 0.1.
-      norm_eps: of the RMSNorm.
+      alpha_init: gating factors at the start (Table 5: 0.01), or "auto": 0.1, see `mhc_jax.initialisation`.
+      norm_eps: added to the mean square of each stream (Table 5: 1e-20).
       phi_precision: "tf32" or "highest", of theta, see `kernels_pallas.projection`.
       implementation: of the kernels, see `kernels_pallas`.
       rngs: not used, since no parameter starts from random numbers.
+
+    Raises:
+      ValueError: a number out of its range, or an unknown phi_precision or implementation.
+      TypeError: an argument of another type.
     """
 
     def __init__(

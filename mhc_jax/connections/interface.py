@@ -50,7 +50,12 @@ def check_pending(pending: Pending) -> None:
 
 
 def expand(x: jax.Array, n: int) -> jax.Array:
-    """Replicates the embedding into n streams: `[..., C]` -> `[..., n*C]`."""
+    """Replicates the embedding into n streams: `[..., C]` -> `[..., n*C]` of the same floating dtype.
+
+    Raises:
+      ValueError: n < 1, or x has no axis.
+      TypeError: n is no integer, or x no array of a floating dtype.
+    """
     check_floating(x=x)
     if not x.ndim:
         raise ValueError("x has shape (): widen an array [..., C]")
@@ -61,21 +66,26 @@ def expand(x: jax.Array, n: int) -> jax.Array:
 class Connection(nnx.Module):
     """What all connections share: `pre` and `post` are a connection's own, all else can follow from them.
 
-    Streams, layer inputs and layer outputs have the dtype of the activations, mappings are float32 (float64
-    for float64 streams).
+    Streams `[..., n*C]`, layer inputs and layer outputs `[..., C]` have the dtype of the activations,
+    bfloat16 or float32; mappings are float32 (float64 for float64 streams).
 
     Attributes:
       n: number of streams.
+
+    Raises, where they are called (`Residual` looks at what it writes alone):
+      ValueError: an array of another shape than said.
+      TypeError: no array, streams of another dtype, a layer output of another than theirs, or another object
+        than said.
     """
 
     n: int
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, Mappings]:
-        """Returns the layer input `[..., C]` and the mappings that `post` needs."""
+        """Returns the layer input `[..., C]` of streams `[..., n*C]`, and the mappings that `post` needs."""
         raise NotImplementedError
 
     def post(self, streams: jax.Array, layer_output: jax.Array, mappings: Mappings) -> jax.Array:
-        """Writes the layer output `[..., C]` into the streams (Eq. 3)."""
+        """Writes the layer output `[..., C]` into the streams (Eq. 3); returns the new ones, `[..., n*C]`."""
         raise NotImplementedError
 
     def read(
@@ -94,14 +104,14 @@ class Connection(nnx.Module):
     def boundary(
         self, pending: Pending, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, Mappings]:
-        """Does the pending write, if there is one, then reads for this sublayer; see `read`."""
+        """Does the pending write, if there is one, then reads for this sublayer; returns what `read` does."""
         check_pending(pending)
         if pending.layer_output is None:
             return self.read(pending.streams, norm)
         return self.read(self.post(*pending), norm)
 
     def begin(self, streams: jax.Array) -> Pending:
-        """Returns what the first sublayer of a model reads: there is no write to do."""
+        """Returns what the first sublayer of a model reads, `[..., n*C]` with no write to do."""
         return Pending(streams, None, None)
 
     def settle(self, pending: Pending) -> Pending:
@@ -112,7 +122,7 @@ class Connection(nnx.Module):
         return Pending(self.post(*pending), None, None)
 
     def start(self, streams: jax.Array) -> Pending:
-        """Returns a pending update that changes nothing; a scan over sublayers begins with it."""
+        """Returns a pending update of `[..., n*C]` that changes nothing, with which a scan begins."""
         n, width = self.n, check_streams(streams, self.n)
         dtype = wide_dtype(streams.dtype)
         # They are computed from the streams so that they have the streams' sharding: the carry of a scan
@@ -130,7 +140,15 @@ class Connection(nnx.Module):
         return self.start(settled.streams)
 
     def __call__(self, streams: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Runs one sublayer (Eq. 3) around any callable `[..., C]` -> `[..., C]` with its own pre-norm."""
+        """Runs one sublayer (Eq. 3) around any callable `[..., C]` -> `[..., C]` with its own pre-norm.
+
+        Returns:
+          new streams `[..., n*C]`.
+
+        Raises:
+          ValueError: an array of another shape; under the bridge, a layer that makes Linen modules.
+          TypeError: the layer cannot be called, or returns no array of the dtype of the streams.
+        """
         check_layer(layer)
         streams, layer_input, mappings = self.read(streams)
         with no_linen_modules_inside():

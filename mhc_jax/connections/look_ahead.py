@@ -54,7 +54,16 @@ class LookAheadMappings(NamedTuple):
 
 
 def first_pre(streams: jax.Array, n: int) -> jax.Array:
-    """Returns the read mapping of the first sublayer, `[..., n]` float32: one-hot on stream 0."""
+    """Returns the read mapping of the first sublayer, `[..., n]` float32: one-hot on stream 0.
+
+    Args:
+      streams: `[..., n*C]` bfloat16 or float32.
+      n: number of streams.
+
+    Raises:
+      ValueError: streams of another shape.
+      TypeError: no array, streams of another dtype, or an n that is no integer.
+    """
     check_streams(streams, n)
     # Computed from the streams so that it has their sharding, as `Connection.start`.
     zeros = jnp.zeros_like(streams[..., :n], wide_dtype(streams.dtype))
@@ -113,11 +122,12 @@ class LookAheadConnections(ManifoldHyperConnections):
         """Returns the layer input `[..., C]`, and the mappings of `post` and of the next read.
 
         Args:
-          streams: `[..., n*C]`.
-          h_pre: `[..., n]`, `next_pre` of the sublayer before, or `first_pre`.
+          streams: `[..., n*C]`, the dtype of the activations.
+          h_pre: `[..., n]` float32, `next_pre` of the sublayer before, or `first_pre`.
 
         Raises:
-          TypeError: without h_pre.
+          ValueError: an array of another shape.
+          TypeError: without h_pre, or no array of such a dtype.
         """
         return self.read(streams, h_pre=h_pre)[1:]
 
@@ -127,7 +137,10 @@ class LookAheadConnections(ManifoldHyperConnections):
         norm: RMSNorm | None = None,
         h_pre: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, LookAheadMappings]:
-        """Like `pre`, but also returns the streams; with `norm`, the layer input is normalised by it."""
+        """Like `pre`, but also returns the streams; with `norm`, the layer input is normalised by it.
+
+        Raises: as `pre`; TypeError for a norm that is no `mhc_jax.layers.RMSNorm`.
+        """
         if h_pre is None:
             raise TypeError(
                 "h_pre is missing: with look-ahead pre a sublayer reads with next_pre of the sublayer "
@@ -191,7 +204,13 @@ class LookAheadConnections(ManifoldHyperConnections):
         layer: Callable[[jax.Array], jax.Array],
         h_pre: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Runs one sublayer; returns the streams and `next_pre`. Raises TypeError without h_pre."""
+        """Runs one sublayer around a layer `[..., C]` -> `[..., C]`.
+
+        Args, Raises: as `pre` and `Connection.__call__`.
+
+        Returns:
+          new streams `[..., n*C]`, and `next_pre` `[..., n]` float32.
+        """
         check_layer(layer)
         streams, layer_input, mappings = self.read(streams, h_pre=h_pre)
         with no_linen_modules_inside():

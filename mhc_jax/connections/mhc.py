@@ -26,10 +26,10 @@ class ManifoldHyperConnections(WideConnection):
     With x^ = RMSNorm(vec(x)) over all n*C entries and h = alpha * (x^ phi) + bias in the column order
     pre (n), post (n), res: h_pre = sigmoid(h), h_post = 2 sigmoid(h), h_res = manifold.project(h).
 
-    The paper gives alpha = 0.01 at the start; the rest is our choice. phi = 0, h_post = 1, h_res near the
-    identity (off-diagonal logits at -res_init_gap), h_pre near one-hot at (sublayer index mod n) and
-    summing to 1: the network then equals the residual one, and the streams still differ in what they
-    read. (With symmetric mappings and phi = 0 they would stay identical for ever.)
+    The paper gives alpha = 0.01 at the start (Table 5); "auto" and the rest are our choice: phi = 0,
+    h_post = 1, h_res near the identity (off-diagonal logits at -res_init_gap), h_pre near one-hot at
+    (sublayer index mod n) and summing to 1. The network then equals the residual one, and the streams still
+    differ in what they read. (With symmetric mappings and phi = 0 they would stay identical for ever.)
 
     A mapping that is switched off is the fixed one of Table 1: 1/n, ones, identity. The start still equals
     the residual network. Without h_post the network stays equal to it whatever is learned: rows of h_res sum

@@ -160,6 +160,9 @@ def encode_files(
       files: documents in the order wanted.
       tokenizer: gives ids and their dtype.
       progress: shows a progress bar that counts files.
+
+    Raises:
+      ValueError: a file cannot be read, or encodes to no token; the message names it.
     """
     end = np.asarray([tokenizer.separator], tokenizer.dtype)
     with tqdm(total=len(files), desc="tokenize", unit="file", disable=not progress) as bar:

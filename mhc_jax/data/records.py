@@ -53,7 +53,7 @@ def write_split(
     Args:
       folder: an existing folder.
       split: "train" or "validation".
-      documents: ids of each document, `[num_tokens]`, separator included.
+      documents: ids of each document, `[num_tokens]` of the tokenizer's dtype, separator included.
       shards: number of files.
     """
     # Group size 1: a read fetches one record, as random access needs.
@@ -177,7 +177,11 @@ class ArrayRecordTokens:
         return self._tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Returns the ids `[stop - start]` at these positions of the stream."""
+        """Returns the ids at these positions of the stream, `[stop - start]` of the tokenizer's dtype.
+
+        Raises:
+          BadRecord: a record with some of them is damaged.
+        """
         first = start // self._chunk_length
         chunks = [self._chunk(c) for c in range(first, (stop - 1) // self._chunk_length + 1)]
         offset = first * self._chunk_length

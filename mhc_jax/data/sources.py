@@ -28,7 +28,7 @@ class Tokens(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Returns the ids `[stop - start]` at these positions."""
+        """Returns the ids at these positions, `[stop - start]` of the tokenizer's dtype."""
 
 
 class Windows(Protocol):
@@ -144,7 +144,7 @@ def open_windows(config: DataConfig, split: str | None) -> Windows:
 def bytes_of_windows(
     config: DataConfig, split: str | None
 ) -> Callable[[int, np.ndarray], int] | None:
-    """How many bytes of text the targets of a window stand for, by its index and its tokens.
+    """How many bytes of text the targets of a window stand for, by its index and its tokens `[S + 1]` int32.
 
     The separator stands for none. None where nobody can tell: synthetic tokens, and records of a
     tokenizer whose ids alone do not say it, since they have no text beside them.

@@ -36,7 +36,7 @@ def key(documents: Sequence[TextFile], tokenizer: Tokenizer) -> str:
 
 
 def load(key: str) -> np.ndarray | None:
-    """Returns the ids of a key, or None."""
+    """Returns the ids of a key, `[num_tokens]` of the tokenizer's dtype, or None."""
     for path in _files(key):
         try:
             found = np.load(path, allow_pickle=False)
@@ -57,7 +57,7 @@ def is_intact(key: str, fingerprint: str) -> bool:
 
 
 def save(key: str, tokens: np.ndarray, fingerprint: str) -> None:
-    """Saves ids whole or not at all; a full disk or a read-only folder gives a warning."""
+    """Saves ids `[num_tokens]` whole or not at all; a full disk or a read-only folder gives a warning."""
     part = None
     try:
         path = paths.cache_folder() / _name(key, fingerprint)

@@ -55,7 +55,10 @@ class Tokenizer(Protocol):
         """
 
     def bytes_of_tokens(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """Bytes that each token of `encode` stands for, int64; those of a document add up to its length."""
+        """Bytes that each token of `encode` stands for, int64 `[num_tokens]` of each document.
+
+        Those of a document add up to its length.
+        """
 
 
 class ByteTokenizer:

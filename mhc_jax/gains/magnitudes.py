@@ -19,9 +19,9 @@ class GainMagnitudes(NamedTuple):
 
     Attributes:
       single_forward: [L], largest |row sum| of h_res(l), mean over tokens. Figs. 3 (a), 7 (a).
-      single_backward: [L], the same with column sums.
+      single_backward: [L], the same with column sums. Figs. 3 (a), 7 (a).
       composite_forward: [L], largest |row sum| of h_res(l) ... h_res(1). Figs. 3 (b), 7 (b).
-      composite_backward: [L], largest |column sum| of h_res(L) ... h_res(l).
+      composite_backward: [L], largest |column sum| of h_res(L) ... h_res(l). Figs. 3 (b), 7 (b).
       matrix_single: [L, n, n], h_res(l), mean over tokens. Fig. 8.
       matrix_composite: [L, n, n], h_res(l) ... h_res(1), mean over tokens; the last is the whole
         network's.
@@ -60,8 +60,8 @@ class GainMagnitudes(NamedTuple):
     def of_mean_matrices(self) -> "GainMagnitudes":
         """Replaces the token-averaged gains by the gains of the token-averaged matrices.
 
-        These are the sums that Fig. 8 writes beside its matrices. They are never larger, since entries of
-        different sign cancel between tokens.
+        These are the largest of the sums that Fig. 8 writes beside its matrices, in size. They never exceed
+        the others, since entries of different sign cancel between tokens.
         """
         single, head, tail = (
             np.asarray(matrix, np.float64)  # a row of large float32 has a sum beyond it
@@ -83,7 +83,7 @@ class GainMagnitudes(NamedTuple):
 
 
 def finish(sums: GainSums) -> GainMagnitudes:
-    """Returns the means over the tokens of `sums`, without stream cosines."""
+    """Returns the means over the tokens of `sums`, float32; stream cosines are NaN."""
     n2 = sums.squares.value.shape[-1]
     n, sublayers = round(n2**0.5), len(sums.squares.value)
     single, head, tail, distances = (

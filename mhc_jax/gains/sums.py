@@ -40,7 +40,7 @@ def _rescale(mantissa: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def root(x: jax.Array) -> jax.Array:
-    """Square root with derivative 0 at 0, as of a norm: composites are exact identities at the start."""
+    """Square root of any shape with derivative 0 at 0, as of a norm: composites begin as exact identities."""
     zero = x == 0
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
 
@@ -260,7 +260,7 @@ def tokens_at_once(shape: tuple[int, ...]) -> int:
 
 
 def gain_sums(h_res: jax.Array) -> GainSums:
-    """Returns GainSums of h_res [L, T, n, n], from a bounded number of tokens at a time."""
+    """Returns GainSums of floating h_res [L, T, n, n], from a bounded number of tokens at a time."""
     sublayers, tokens, n, _ = h_res.shape
     size = tokens_at_once(h_res.shape)
     chunks = -(-tokens // size)

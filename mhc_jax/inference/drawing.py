@@ -26,7 +26,15 @@ from mhc_jax.sharding import tokens_on, whole_everywhere
 def draw(
     logits: jax.Array, keys: jax.Array, temperature: float, *, greedy: bool, top_k: int
 ) -> jax.Array:
-    """Draws a token of each row of logits `[B, V]`, int32 `[B]`, each by its own key `[B]`."""
+    """Draws a token of each row, int32 `[B]`.
+
+    Args:
+      logits: `[B, V]` float32.
+      keys: `[B]`, a key of `jax.random` for each row.
+      temperature: divides the logits, at least 0.
+      greedy: takes the likeliest; keys and temperature are then not read.
+      top_k: draws from the k likeliest, of equal ones those with lower ids; 0: from all.
+    """
     if greedy:
         return logits.argmax(-1).astype(jnp.int32)
     candidates = jnp.broadcast_to(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape)
@@ -74,7 +82,16 @@ def start(
     apart=False,
     mesh=None,
 ) -> Batch:
-    """Reads right-padded prompts and draws the first token of each; `apart`: to go on with `blocks_apart`."""
+    """Reads right-padded prompts and draws the first token of each.
+
+    Args:
+      variables, tokens, lengths, config, room: as of `prefill`.
+      keys, temperature, greedy, top_k: as of `draw`.
+      apart: makes a state to go on with `blocks_apart`.
+      mesh: on which the variables lie; None: one device.
+
+    Raises: as `prefill`, but the ids are not looked at.
+    """
     with tokens_on(mesh):
         logits, state = prefill(variables, tokens, lengths, config, room=room)
         state = state_apart(state) if apart else state
@@ -86,7 +103,13 @@ def start(
 def proceed(
     variables, batch: Batch, temperature, *, config, greedy, top_k, steps, apart=None, mesh=None
 ) -> tuple[Batch, jax.Array]:
-    """Draws `steps` more tokens of each sequence, `[B, steps]`; `apart` as in `decode`."""
+    """Draws `steps` more tokens of each sequence: returns the batch and the tokens, `[B, steps]` int32.
+
+    Args:
+      variables, config, apart: as of `decode`.
+      batch: from `start` or this; its buffers are reused.
+      temperature, greedy, top_k, mesh: as of `start`.
+    """
 
     def step(batch, _):
         logits, state = decode(variables, batch.token[:, None], batch.state, config, apart)
@@ -111,7 +134,7 @@ def _fold(keys, number):
 
 
 def keys_of(seed: int, indices: Sequence[int]) -> jax.Array:
-    """The keys of sequences: what is drawn does not depend on the batch that a sequence is in."""
+    """The keys of `jax.random` of sequences, `[len(indices)]`: what is drawn does not depend on the batch."""
     fold = functools.partial(jax.random.fold_in, jax.random.key(seed))
     return jax.vmap(fold)(jnp.asarray(indices, jnp.uint32))
 

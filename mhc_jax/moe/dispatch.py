@@ -110,7 +110,7 @@ def _inverse_permutation(order):
 
 
 def to_rows(x: jax.Array, rows: Rows) -> jax.Array:
-    """Maps tokens `[T, C]` to rows `[R, C]`; a row that is not filled holds some token's entries."""
+    """Maps tokens `[T, C]` to rows `[R, C]` of their dtype; a row not filled holds some token's entries."""
     return _to_rows(x, rows)
 
 
@@ -123,7 +123,7 @@ def to_tokens(x: jax.Array, rows: Rows) -> jax.Array:
 
 
 def weights_to_rows(weights: jax.Array, rows: Rows) -> jax.Array:
-    """Maps weights of choices `[T, k]` to weights of rows `[R]`, 0 where a row is not filled."""
+    """Maps float32 weights of choices `[T, k]` to weights of rows `[R]`, 0 where a row is not filled."""
     return _weights_to_rows(weights, rows)
 
 

@@ -169,7 +169,10 @@ def hopper_tiles(num_columns: int, *, transpose: bool) -> Tiles:
 def rows_times_matrices(
     x: jax.Array, matrices: jax.Array, sizes: jax.Array, tiles: Tiles, *, transpose: bool = False
 ) -> jax.Array:
-    """Computes `grouped_matmul`, with transposed matrices if asked; rows beyond the groups stay unwritten."""
+    """Computes `grouped_matmul`: `[R, K]`, `[G, K, N]` -> `[R, N]` in their dtype, `sizes` `[G]` int32.
+
+    With `transpose` the matrices are `[G, N, K]`. Rows beyond the groups stay unwritten.
+    """
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
 
     return ragged_dot_mgpu.ragged_dot(

@@ -75,7 +75,11 @@ class MoE(nnx.Module):
             )
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, MoEAux]:
-        """Maps `[B, S, C]` to `[B, S, C]` in the dtype of the activations, and reports the routing."""
+        """Maps `[B, S, C]` to `[B, S, C]` in the dtype of the activations, and reports the routing.
+
+        Raises:
+          ValueError: num_experts or expert_width is not divisible by its axis of the mesh.
+        """
         config = self.config
         dtype = config.activation_dtype
         with jax.named_scope("router"):

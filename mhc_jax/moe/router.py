@@ -37,9 +37,9 @@ def route(x: jax.Array, kernel: jax.Array, bias: jax.Array, experts_per_token: i
     Everything is full float32: if two close scores swap, the model changes.
 
     Args:
-      x: `[..., C]`.
-      kernel: `[C, E]`.
-      bias: `[E]`, gets no gradient.
+      x: `[..., C]` bfloat16 or float32.
+      kernel: `[C, E]` float32.
+      bias: `[E]` float32, gets no gradient.
       experts_per_token: k. Among equal scores the lower index is chosen.
     """
     choose = functools.partial(_route, experts_per_token=experts_per_token)
@@ -165,7 +165,11 @@ def sequence_balance_loss(scores: jax.Array, experts_per_token: int) -> jax.Arra
     Without tokens it is 0.
 
     Args:
-      scores: `[B, S, E]`.
+      scores: `[B, S, E]` float32, of `Routing`.
+      experts_per_token: k.
+
+    Returns:
+      float32 `[]`.
     """
     balance = functools.partial(_sequence_balance_loss, experts_per_token=experts_per_token)
     return placement.automatic(balance, scores, splits=False)

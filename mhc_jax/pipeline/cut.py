@@ -29,6 +29,7 @@ _CHEAP = {
 
 
 def is_cheap(eqn) -> bool:
+    """Whether to run an operation again costs less than to keep its result."""
     return eqn.primitive.name in _CHEAP
 
 

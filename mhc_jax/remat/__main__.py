@@ -21,6 +21,7 @@ _ITEMSIZE = flags.DEFINE_integer("itemsize", 2, "Bytes of an element; bfloat16 h
 
 
 def main(argv):
+    """Prints the plan of the config or of the three numbers."""
     numbers = (_SUBLAYERS, _N, _WIDTH)
     missing = [f"--{flag.name}" for flag in numbers if flag.value is None]
     if _CONFIG.value is not None or len(missing) == len(numbers):

@@ -18,7 +18,7 @@ _FUSED_ATTENTION = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrap
 
 
 def keep(x: jax.Array) -> jax.Array:
-    """Marks a matmul or attention output inside F, which `mhc` stores. Otherwise it is the identity."""
+    """Returns x, any array, marked as a matmul or attention output inside F, which `mhc` stores."""
     return checkpoint_name(x, KEEP_NAME)
 
 
