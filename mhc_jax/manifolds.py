@@ -19,6 +19,7 @@ from kernels_pallas import sinkhorn
 from kernels_pallas.precision import wide_dtype
 from kernels_pallas.shapes import check_floating, check_size
 from kernels_pallas.sinkhorn import check_sinkhorn
+from mhc_jax.small_matrices import identity_like, inverse
 
 
 class Manifold(Protocol):
@@ -72,13 +73,6 @@ def _off_diagonal(n: int, gap: float) -> jax.Array:
 
 def _as_matrices(logits: jax.Array, n: int) -> jax.Array:
     return logits.reshape(*logits.shape[:-1], n, n)
-
-
-def _identity_like(tokens: jax.Array, n: int) -> jax.Array:
-    """Identities `[..., n, n]` whose token axes are split as those of `tokens` `[...]`."""
-    return jnp.zeros_like(tokens)[..., None, None] + jnp.eye(n, dtype=tokens.dtype).reshape(
-        (1,) * tokens.ndim + (n, n)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +130,7 @@ class Identity:
 
     def project(self, logits: jax.Array, n: int) -> jax.Array:
         logits = _checked(self, logits, n)
-        return _identity_like(logits.sum(-1), n)
+        return identity_like(logits.sum(-1), n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,34 +254,9 @@ class Orthogonal:
         # A sum with one term, since a product of matrices would be rounded.
         signs = jnp.asarray(signs, half.dtype).reshape((1,) * (half.ndim - 1) + signs.shape)
         skew = jnp.sum(half[..., None, None, :] * signs, axis=-1)
-        identity = _identity_like(skew[..., 0, 0], n)
+        identity = identity_like(skew[..., 0, 0], n)
         # (I - B)^-1 (I + B) = 2 (I - B)^-1 - I
-        return 2 * _inverse(identity - skew) - identity
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b in full precision, of small matrices `[..., n, n]`."""
-    return jnp.sum(a[..., :, :, None] * b[..., None, :, :], axis=-2)
-
-
-@jax.custom_jvp
-def _inverse(matrices: jax.Array) -> jax.Array:
-    """Inverts I + skew-symmetric `[..., n, n]` by Gauss and Jordan: all pivots are at least 1."""
-    n = matrices.shape[-1]
-    identity = _identity_like(matrices[..., 0, 0], n)
-    rest = jnp.concatenate([matrices, identity], axis=-1)
-    for k in range(n):
-        row = rest[..., k, :] / rest[..., k, k, None]
-        # Column k becomes that of I: the pivot's row is replaced by `row`, the others lose their part of it.
-        column = rest[..., :, k, None] - identity[..., :, k, None]
-        rest = rest - column * row[..., None, :]
-    return rest[..., n:]
-
-
-@_inverse.defjvp
-def _(primals, tangents):
-    inverse = _inverse(*primals)
-    return inverse, -_product(_product(inverse, tangents[0]), inverse)
+        return 2 * inverse(identity - skew) - identity
 
 
 @dataclasses.dataclass(frozen=True)
