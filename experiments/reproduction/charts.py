@@ -105,9 +105,10 @@ def _gaps_of(payload: dict, name: str) -> tuple[list[float], list[float]]:
 
 
 def draw_scaling(payload: dict, path: pathlib.Path) -> pathlib.Path:
-    """Draws Fig. 6: gap and ratio of the losses, against compute (a), and within the runs of "main" (b).
+    """Draws Fig. 6: gap and ratio of the losses, against compute (a), and within the runs of two sizes (b).
 
-    A hollow point is one seed, which has no standard error.
+    These are "main" and the largest, where it has runs. A hollow point is one seed, which has no standard
+    error.
     """
     blue = COLOURS["mhc"][0]
     sizes = [
@@ -115,13 +116,6 @@ def draw_scaling(payload: dict, path: pathlib.Path) -> pathlib.Path:
         for name in SCALING
     ]
     sizes = [size for size in sizes if size[1]]
-    main = SETTINGS["main"]
-    mhc, residual = (
-        tables.by_seed(payload, "main", arm, tables.compared_rates(payload, "main", arm)[0])
-        for arm in ("mHC", "residual")
-    )
-    steps, values = curves(mhc, lambda s: s["validation"])
-    _, reference = curves(residual, lambda s: s["validation"])
     with matplotlib.rc_context(STYLE):
         figure = new_figure(3.4)
         grid = figure.subplots(1, 4)
@@ -135,12 +129,26 @@ def draw_scaling(payload: dict, path: pathlib.Path) -> pathlib.Path:
                 if len(found[0]) == 1:
                     axes.plot(flops, mean, "o", color=blue, markersize=4, markerfacecolor="white",
                               zorder=3)  # fmt: skip
-                axes.annotate(name, (flops, mean), (5, -9), textcoords="offset points", fontsize=7)
+                at, side = ((3, 6), "right") if flops == sizes[-1][0] else ((5, -9), "left")
+                axes.annotate(
+                    name, (flops, mean), at, textcoords="offset points", fontsize=7, ha=side
+                )
             axes.set(xscale="log", xlabel="FLOPs")
             axes.margins(x=0.2)
-        tokens = main.tokens_a_step * steps / 1e6
-        band(grid[2], tokens, values - reference, blue, "mHC")
-        band(grid[3], tokens, 100 * values / reference, blue, "mHC")
+        for name, dashes in (("main", "-"), (SCALING[-1], "--")):
+            if not _has(payload, name):
+                continue
+            mhc, residual = (
+                tables.by_seed(payload, name, arm, tables.compared_rates(payload, name, arm)[0])
+                for arm in ("mHC", "residual")
+            )
+            steps, values = curves(mhc, lambda s: s["validation"])
+            _, reference = curves(residual, lambda s: s["validation"])
+            tokens = SETTINGS[name].tokens_a_step * steps / 1e6
+            size = SETTINGS[name].description.split()[0]
+            band(grid[2], tokens, values - reference, blue, size, dashes)
+            band(grid[3], tokens, 100 * values / reference, blue, size, dashes)
+        grid[2].legend(fontsize=7)
         titles = [f"({part}) {what}" for part in "ab" for what in ("absolute gap", "loss ratio, %")]
         for axes, title in zip(grid, titles):
             at = 100 if "ratio" in title else 0
