@@ -10,7 +10,7 @@ of `read` is Triton's.
 
 import jax
 
-from kernels_pallas.boundary import cuda_launches, triton, triton_layer_input
+from kernels_pallas.boundary import cuda_input_backward, cuda_launches, triton, triton_layer_input
 from kernels_pallas.boundary.contract import (
     Parameters,
     ReadOut,
@@ -64,7 +64,7 @@ def read_backward(
     """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return streams, parameters.no_cotangents()
-    fragments, d_gates, norm = triton_layer_input.backward(streams, parameters, saved, d, static)
+    fragments, d_gates, norm = cuda_input_backward.backward(streams, parameters, saved, d, static)
     given = d_streams, d.layer_input, saved.h_pre, parameters.phi, fragments, norm
     dx, dphi, d_weight = cuda_launches.read_backward(streams, *given)
     d_parameters = sums.parameter_gradients(dphi, d_gates, d_weight, static.n)
@@ -84,7 +84,7 @@ def backward(
     """Returns the cotangents of the update and of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return update, parameters.no_cotangents()
-    fragments, d_gates, norm = triton_layer_input.backward(
+    fragments, d_gates, norm = cuda_input_backward.backward(
         new_streams, parameters, saved, d, static
     )
     given = d_new, d.layer_input, saved.h_pre, parameters.phi, fragments, norm
