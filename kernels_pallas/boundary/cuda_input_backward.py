@@ -19,9 +19,10 @@ from kernels_pallas.gpu.sums import Gates
 
 # Up to this many columns of a stream this kernel runs, above it Triton's.
 MOST_COLUMNS = 1 << 30
-# Of a program: one for the mappings, six for rows. Odd, so that the first ones share no scheduler.
-_WARPS = 7
-_PROGRAMS = 4  # of a multiprocessor: 24 rows, of each ten 16-byte loads a lane are under way
+_WARPS = 6  # of a program: one for the mappings, five for rows
+_PROGRAMS = (
+    4  # of a multiprocessor: 20 rows, of each ten 16-byte loads a lane are under way, 100 KB in all
+)
 
 
 def _tokens(T: int) -> int:
@@ -37,14 +38,22 @@ def _shared_bytes(tokens: int, num_iterations: int, norm: bool, hc: bool, logits
 
 
 def backward_launch(
-    T: int, C: int, static: ReadStatic, *, hc: bool = False, logits: int = -1
+    T: int,
+    C: int,
+    static: ReadStatic,
+    *,
+    hc: bool = False,
+    logits: int = -1,
+    tokens: int | None = None,
 ) -> CudaLaunch:
-    """Makes the launch of input_backward.cu.
+    """Makes the launch of input_backward.cu, `tokens` (16 or 32) a program.
 
     Arguments: those of `triton_layer_input.backward_launch`.
     Outputs: likewise, but all of `gpu.sums.Gates` in one array.
     """
-    tokens, norm = _tokens(T), static.has_norm
+    norm = static.has_norm
+    if tokens is None:
+        tokens = _tokens(T)
     programs = cdiv(T, tokens)
     *fragments, kappa = fragment_outputs(T, static.n, hc)
     return CudaLaunch(

@@ -30,9 +30,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS)
   const int program = gridDim.x - 1 - blockIdx.x, first = program * TOKENS;
   float* const of_rows = reinterpret_cast<float*>(shared + ROWS);
   if (warp) {
-    for (int k = TOKENS - warp; k >= 0; k -= WARPS - 1) {
-      const int token = first + k;
-      if (token < T) row_sums(x, d, reinterpret_cast<const float4*>(weights), pre, token, lane, of_rows + k * SUMS);
+#pragma unroll 1
+    for (int token = first + TOKENS - warp; token >= first; token -= WARPS - 1) {
+      if (token < T) row_sums(x, d, weights, pre, token, lane, of_rows + token % TOKENS * SUMS);
     }
     __syncthreads();
     return;

@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr int N = 4, THREADS = 32 * WARPS;
+constexpr int N = 4, THREADS = 32 * WARPS, CHUNKS = C / 8;  // CHUNKS pieces of 16 bytes of a stream
 constexpr bool SINKHORN = !HC && LOGITS < 0;
 constexpr int OF_RES = LOGITS < 0 ? N * N : LOGITS;  // numbers of a token in h_res or of its logits
 constexpr int M = 2 * N + OF_RES, VALUES = M + 3;    // columns of s; sums: dbias, dalpha
@@ -43,10 +43,20 @@ __device__ __forceinline__ float sum_over_lanes(float (&v)[COUNT], int lane) {
   return v[0];
 }
 
+// The lane's 16 bytes of each stream, then of d, AT pieces behind these.
+template <int AT>
+__device__ __forceinline__ void load_chunks(uint4 (&row)[N + 1], const uint4* streams, const uint4* single) {
+  row[0] = load_once<AT>(streams);
+  row[1] = load_once<AT + CHUNKS>(streams);
+  row[2] = load_once<AT + 2 * CHUNKS>(streams);
+  row[3] = load_once<AT + 3 * CHUNKS>(streams);
+  row[N] = single[AT];
+}
+
 // Writes the sums of one token's row. A lane loads 16 bytes of each stream and of d, twice before it computes.
-__device__ __forceinline__ void row_sums(const bf16* x, const bf16* d, const float4* weights, const float* pre, u32 token,
+__device__ __forceinline__ void row_sums(const bf16* x, const bf16* d, const float* weights, const float* pre, u32 token,
                                          int lane, float* out) {
-  constexpr int CHUNKS = C / 8, STEPS = C > 256 ? 2 : 1;  // pieces of 16 bytes; of 32 lanes at a time
+  constexpr int STEPS = C > 256 ? 2 : 1;  // of 32 lanes at a time
   constexpr bool EVEN = CHUNKS % (32 * STEPS) == 0;
   const uint4* const streams = reinterpret_cast<const uint4*>(x) + token * (N * CHUNKS) + lane;
   const uint4* const single = reinterpret_cast<const uint4*>(d) + token * CHUNKS + lane;
@@ -56,19 +66,14 @@ __device__ __forceinline__ void row_sums(const bf16* x, const bf16* d, const flo
 #pragma unroll 1
   for (int first = 0; first < CHUNKS; first += 32 * STEPS) {
     uint4 row[STEPS][N + 1] = {};
-#pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
-      const int at = first + 32 * k;
-      if (!EVEN && at + lane >= CHUNKS) continue;
-#pragma unroll
-      for (int i = 0; i < N; ++i) row[k][i] = load_once(streams + i * CHUNKS + at);
-      row[k][N] = single[at];
-    }
+    if (EVEN || first + lane < CHUNKS) load_chunks<0>(row[0], streams + first, single + first);
+    if (STEPS > 1 && (EVEN || first + 32 + lane < CHUNKS)) load_chunks<32>(row[STEPS - 1], streams + first, single + first);
+    __syncwarp();  // or the assembler moves half of the loads behind what waits for the others
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
       const int at = first + 32 * k + lane;
       float4 w[2] = {};
-      if (NORM && (EVEN || at < CHUNKS)) w[0] = weights[2 * at], w[1] = weights[2 * at + 1];
+      if (NORM && (EVEN || at < CHUNKS)) w[0] = reinterpret_cast<const float4*>(weights)[2 * at], w[1] = reinterpret_cast<const float4*>(weights)[2 * at + 1];
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         float v[N + 1];
@@ -113,7 +118,7 @@ __device__ __forceinline__ float finite_exp(float x) { return expf(fminf(x, 88.0
 
 // tanh(x) and its derivative, both to about 1e-7 of their size (Cephes' tanhf).
 __device__ __forceinline__ float2 tanh_of(float x) {
-  const float e = expf(-2 * fabsf(x)), inverse = 1 / (1 + e), square = x * x;
+  const float e = expf(-2 * fabsf(x)), inverse = reciprocal(1 + e), square = x * x;
   const float large = (1 - e) * inverse;
   float p = fmaf(-5.70498872745e-3f, square, 2.06390887954e-2f);
   p = fmaf(p, square, -5.37397155531e-2f);
@@ -152,7 +157,7 @@ class Mappings {
       : shared_(shared), lane_(lane) {
     load_row<NORMS, NORMS>(inverse_, r, token, 0);
 #pragma unroll
-    for (int k = 0; k < NORMS; ++k) inverse_[k] = 1 / inverse_[k];
+    for (int k = 0; k < NORMS; ++k) inverse_[k] = reciprocal(inverse_[k]);
 #pragma unroll
     for (int gate = 0; gate < 3; ++gate) alpha_[gate] = alpha[gate];
   }
@@ -228,6 +233,7 @@ class Mappings {
     const uint4* const from = reinterpret_cast<const uint4*>(shared_);
     uint4* const to = reinterpret_cast<uint4*>(ds) + first * (32 * PIECES);
     uint4* const to_pairs = reinterpret_cast<uint4*>(pairs) + first * (32 * PIECES);
+#pragma unroll 2
     for (int k = lane_; k < 32 * PIECES * tiles; k += 32) {
       to[k] = from[k];
       to_pairs[k] = from[PAIRS / 16 + k];
@@ -274,7 +280,7 @@ class Mappings {
       const float2 tanh = tanh_of(normed);
       put(8 * i + gate, N * gate + i, i, normed, d, d * a * tanh.y, tanh.x, sum);
     } else {
-      const float inverse_odds = finite_exp(-fmaf(normed, a, bias)), h = 1 / (1 + inverse_odds);
+      const float inverse_odds = finite_exp(-fmaf(normed, a, bias)), h = reciprocal(1 + inverse_odds);
       // 1 - h as inverse_odds h, which does not cancel if the gate is open.
       const float d_logit = d * (1 + gate) * (inverse_odds * h) * h;
       put(N * gate + i, N * gate + i, 0, normed, d_logit, d_logit * a, normed, sum);

@@ -52,14 +52,15 @@ __device__ __forceinline__ void store_once(uint4* to, const uint4& v) {
                : "memory");
 }
 
-// Reads 16 bytes that nobody reads soon; see `store_once`.
+// Reads from[OFFSET], which nobody reads soon; see `store_once`. The offset is in the instruction: it takes no register.
+template <int OFFSET>
 __device__ __forceinline__ uint4 load_once(const uint4* from) {
   uint4 v;
   asm volatile(
       "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
-      "ld.global.L1::evict_first.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], policy; }"
+      "ld.global.L1::evict_first.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4 + %5], policy; }"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(from));
+      : "l"(from), "n"(16 * OFFSET));
   return v;
 }
 

@@ -148,7 +148,10 @@ inline void copy_async(const char* what, void* to, const void* from, bool valid,
 inline void copy_async_16(void* to, const void* from, bool valid, emulate::Site site = emulate::here()) {
   emulate::copy_async("copy_async_16", to, from, valid, 16, site);
 }
-inline uint4 load_once(const uint4* from) { return *from; }
+template <int OFFSET>
+inline uint4 load_once(const uint4* from) {
+  return from[OFFSET];
+}
 inline void store_once(uint4* to, const uint4& v) { *to = v; }
 inline void copy_async_4(void* to, const void* from, bool valid, emulate::Site site = emulate::here()) {
   emulate::copy_async("copy_async_4", to, from, valid, 4, site);
