@@ -25,9 +25,13 @@ _PROGRAMS = (
 )
 
 
-def _tokens(T: int) -> int:
-    """Returns the tokens of a program: 32, or 16 where a card would not be full of programs."""
-    return 32 if cdiv(T, 32) > (_PROGRAMS - 1) * multiprocessors() else 16
+def _tokens(T: int, C: int) -> int:
+    """Returns the tokens of a program: 32, or 16 where a card would not be full of programs.
+
+    Also 16 where rows are long: programs that do not all run at once keep to the order of tokens.
+    """
+    full = cdiv(T, 32) > (_PROGRAMS - 1) * multiprocessors()
+    return 32 if full and C <= 1024 else 16
 
 
 def _shared_bytes(tokens: int, num_iterations: int, norm: bool, hc: bool, logits: int) -> int:
@@ -53,7 +57,7 @@ def backward_launch(
     """
     norm = static.has_norm
     if tokens is None:
-        tokens = _tokens(T)
+        tokens = _tokens(T, C)
     programs = cdiv(T, tokens)
     *fragments, kappa = fragment_outputs(T, static.n, hc)
     return CudaLaunch(

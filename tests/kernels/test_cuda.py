@@ -248,6 +248,22 @@ def test_compiles_without_spills(tmp_path, capability, name):
         assert registers * 32 * launch.num_warps * programs <= 1 << 16
 
 
+@pytest.mark.skipif(not emulate.available(), reason="no g++")
+def test_floats_come_as_bits(tmp_path):
+    path = tmp_path / "floats.cu"
+    path.write_text("""#include "gpu/warp.cuh"
+    extern "C" __global__ void floats(const int* bits, float* out) {
+      out[threadIdx.x] = float_of(bits[threadIdx.x]);
+    }""")
+    numbers = np.resize(np.float32([0, 1e-45, 1e-38, 1.2e-38, 1e-20, 1e-6, 0.2, 1, 7e8, 3e38]), 32)
+    bits, out = (
+        np.int32([cuda_launch.float_bits(float(x)) for x in numbers]),
+        np.zeros_like(numbers),
+    )
+    emulate.compile(path, "floats", {})(1, 32, 0, [bits, out])
+    np.testing.assert_array_equal(out, numbers)
+
+
 def test_a_compiler_error_names_file_and_line(tmp_path):
     path = tmp_path / "broken.cu"
     path.write_text('extern "C" __global__ void f(int* p) { *p = missing; }')
