@@ -1,11 +1,11 @@
-"""`read` and `boundary` with their large passes in CUDA C++, the small kernels around them in Triton.
+"""`read` and `boundary` with their passes over the streams in CUDA C++, the small kernels in Triton.
 
 The forward of `boundary` does the write and the projection in one kernel (forward.cu, 9C instead of 13C). As
 in triton.py, one launch for the second stage of the projection, the mappings and F_pre follows. The backward
-begins with one launch for dh_pre (5C) and the backward of the mappings. Then one pass goes back through the
-norm of the layer input, sums every cotangent of the streams and makes dphi (backward.cu): 13C in `read`, 15C
-in `boundary`, where it also goes back through the write. The second stage of all sums comes last. The forward
-of `read` is Triton's.
+begins with one launch for dh_pre (5C) and the backward of the mappings (input_backward.cu; Triton's for wide
+streams). Then one pass goes back through the norm of the layer input, sums every cotangent of the streams and
+makes dphi (backward.cu): 13C in `read`, 15C in `boundary`, where it also goes back through the write. The
+second stage of all sums comes last. The forward of `read` is Triton's.
 """
 
 import jax

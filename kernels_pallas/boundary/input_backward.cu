@@ -17,9 +17,9 @@
 
 // Grid: programs, of which the first has the last tokens: the kernel before wrote d of those last, backward.cu begins
 // with the first ones. Both find some of d in L2, since x' is given up first.
-// x [T, 4 C]; pre [T, 4]; weights [C]; d [T, C]; s [T, 24] (LOGITS: [T, 8 + LOGITS]; HC: [T, 4, 6]); r [T] (HC: [T, 4]);
-// bias [24], alpha [3]; dpost [T, 4], dres [T, 16] (or [T, LOGITS]); ds [tiles, 3, 32, 4], pairs [tiles, 3, 32, 8] (HC: 4 in
-// place of 3); kappa, kappa_pre as r; sums [27, programs] (LOGITS: [11 + LOGITS, programs]); norm [T, 4].
+// x [T, 4 C]; pre [T, 4]; weights [C]; d [T, C]; s [T, m] (HC: [T, 4, 6]); r [T] (HC: [T, 4]); bias [m], alpha [3];
+// dpost [T, 4], dres [T, 16] or [T, LOGITS]; ds [tiles, 3, 32, 4], pairs [tiles, 3, 32, 8] (HC: 4 in place of 3);
+// kappa, kappa_pre as r; sums [m + 3, programs]; norm [T, 4]. m is 24 or 8 + LOGITS.
 extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS)
     mhc_read_backward_input(const bf16* x, const float* pre, const float* weights, const bf16* d, const float* s,
                             const float* r, const float* bias, const float* alpha, const float* dpost,

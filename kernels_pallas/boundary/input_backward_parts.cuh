@@ -12,7 +12,8 @@ constexpr int PIECES = HC ? N : 3;                   // of 8 columns that ds has
 constexpr int SUMS = NORM ? 2 * N : N;               // of a row
 constexpr float NORM_EPS = float_of(NORM_EPS_BITS);
 static_assert(TOKENS == 16 || TOKENS == 32, "a lane of one warp has one token, a tile of backward.cu 16");
-static_assert(C % 64 == 0 && VALUES <= 32, "");
+static_assert(C % 64 == 0, "the other CUDA kernels take no other");
+static_assert(VALUES <= 32, "a lane sums one of them");
 
 // Shared memory: the tape of Sinkhorn-Knopp, in whose place come fragments of ds (float32, then bfloat16 pairs) and the
 // numbers to be summed, a row of 33 each, so that 32 rows are read without conflicts; behind it the rows' sums.
@@ -22,7 +23,7 @@ constexpr int TAPE = SINKHORN ? sinkhorn::tape(NUM_ITERATIONS) * 32 * 16 : 0;
 constexpr int ROWS = TAPE > OWN ? TAPE : OWN;
 static_assert(SHARED_BYTES == ROWS + TOKENS * SUMS * 4, "cuda_input_backward.py counts otherwise");
 
-__device__ __forceinline__ u32 word_of(const uint4& v, int k) { return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w; }
+__device__ __forceinline__ u32 at(const uint4& v, int k) { return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w; }
 __device__ __forceinline__ float at(const float4& v, int k) { return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w; }
 
 // Sums v over the lanes. Lane l is left with the sum of number l / (32 / COUNT): a lane gives away half of its numbers
@@ -54,8 +55,8 @@ __device__ __forceinline__ void load_chunks(uint4 (&row)[N + 1], const uint4* st
 }
 
 // Writes the sums of one token's row. A lane loads 16 bytes of each stream and of d, twice before it computes.
-__device__ __forceinline__ void row_sums(const bf16* x, const bf16* d, const float* weights, const float* pre, u32 token,
-                                         int lane, float* out) {
+__device__ __forceinline__ void row_sums(const bf16* x, const bf16* d, const float* weights, const float* pre,
+                                         u32 token, int lane, float* out) {
   constexpr int STEPS = C > 256 ? 2 : 1;  // of 32 lanes at a time
   constexpr bool EVEN = CHUNKS % (32 * STEPS) == 0;
   const uint4* const streams = reinterpret_cast<const uint4*>(x) + token * (N * CHUNKS) + lane;
@@ -67,22 +68,26 @@ __device__ __forceinline__ void row_sums(const bf16* x, const bf16* d, const flo
   for (int first = 0; first < CHUNKS; first += 32 * STEPS) {
     uint4 row[STEPS][N + 1] = {};
     if (EVEN || first + lane < CHUNKS) load_chunks<0>(row[0], streams + first, single + first);
-    if (STEPS > 1 && (EVEN || first + 32 + lane < CHUNKS)) load_chunks<32>(row[STEPS - 1], streams + first, single + first);
+    if (STEPS > 1 && (EVEN || first + 32 + lane < CHUNKS))
+      load_chunks<32>(row[STEPS - 1], streams + first, single + first);
     __syncwarp();  // or the assembler moves half of the loads behind what waits for the others
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
-      const int at = first + 32 * k + lane;
+      const int piece = first + 32 * k + lane;
       float4 w[2] = {};
-      if (NORM && (EVEN || at < CHUNKS)) w[0] = reinterpret_cast<const float4*>(weights)[2 * at], w[1] = reinterpret_cast<const float4*>(weights)[2 * at + 1];
+      if (NORM && (EVEN || piece < CHUNKS)) {
+        w[0] = reinterpret_cast<const float4*>(weights)[2 * piece];
+        w[1] = reinterpret_cast<const float4*>(weights)[2 * piece + 1];
+      }
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         float v[N + 1];
 #pragma unroll
         for (int i = 0; i <= N; ++i) {
-          const u32 word = word_of(row[k][i], e / 2);
+          const u32 word = at(row[k][i], e / 2);
           v[i] = e % 2 ? high(word) : low(word);
         }
-        if (NORM) v[N] *= ::at(w[e / 4], e % 4);
+        if (NORM) v[N] *= at(w[e / 4], e % 4);
 #pragma unroll
         for (int i = 0; i < N; ++i) sums[i] = fmaf(v[i], v[N], sums[i]);
         if (NORM) {
@@ -198,7 +203,10 @@ class Mappings {
 #pragma unroll
       for (int i = 0; i < N; ++i) put_gate(1, i, v[i], bias[N + i], d_post[i], sums[0]);
 #pragma unroll
-      for (int k = 0; k < OF_RES; ++k) put(2 * N + k, 2 * N + k, 0, v[N + k] * inverse_[0], d_res[k], d_res[k] * alpha_[2], v[N + k] * inverse_[0], sums[1]);
+      for (int k = 0; k < OF_RES; ++k) {
+        const float normed = v[N + k] * inverse_[0];
+        put(2 * N + k, 2 * N + k, 0, normed, d_res[k], d_res[k] * alpha_[2], normed, sums[1]);
+      }
 #pragma unroll
       for (int k = M; k < 8 * PIECES; ++k) put_ds(k, 0);
     }
@@ -206,7 +214,8 @@ class Mappings {
     put_sum(M + 2, sums[1]);
   }
 
-  __device__ __forceinline__ void go_back_from_pre(const float* s, const float* bias, const float (&dpre)[N], u32 token) {
+  __device__ __forceinline__ void go_back_from_pre(const float* s, const float* bias, const float (&dpre)[N],
+                                                   u32 token) {
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i)
@@ -254,7 +263,8 @@ class Mappings {
     if (lane_ >= TOKENS) return;
     const int half = lane_ % 16 / 8, piece = lane_ / 16 * PIECES + column / 8, c = column % 8;
     float* const to = reinterpret_cast<float*>(shared_) + (piece * 32 + lane_ % 8 * 4 + c / 2) * 4 + half + c % 2 * 2;
-    bf16* const to_pair = reinterpret_cast<bf16*>(shared_ + PAIRS) + (piece * 32 + c * 4 + lane_ % 8 / 2) * 8 + half * 4 + lane_ % 2;
+    bf16* const to_pair =
+        reinterpret_cast<bf16*>(shared_ + PAIRS) + (piece * 32 + c * 4 + lane_ % 8 / 2) * 8 + half * 4 + lane_ % 2;
     const u32 term = pack_bf16(ds, 0);
     *to = ds;
     to_pair[0] = static_cast<bf16>(term);
@@ -265,15 +275,18 @@ class Mappings {
     reinterpret_cast<float*>(shared_ + TO_SUM)[row * PITCH + lane_] = v;
   }
 
-  // Column `column` of ds with its norm: d is that of the bias and d_normed that of s / r. `with_d` times d is summed.
-  __device__ __forceinline__ void put(int column, int row, int norm, float normed, float d, float d_normed, float with_d, float& sum) {
+  // A column of ds and a row of numbers to sum. The cotangents are d of the bias and d_normed of s / r = `normed`. The
+  // sum of d times `with_d` goes on.
+  __device__ __forceinline__ void put(int column, int row, int norm, float normed, float d, float d_normed,
+                                      float with_d, float& sum) {
     total_[norm] = fmaf(d_normed, normed, total_[norm]);
     sum = fmaf(d, with_d, sum);
     put_sum(row, d);
     put_ds(column, round_tf32(d_normed * inverse_[norm]));
   }
 
-  // Number i of h_pre (gate 0) or h_post (1), given its cotangent d. With HC stream i, and gates from 2 on are rows of h_res.
+  // Number i of h_pre (gate 0) or h_post (1), given its cotangent d. With HC i is the stream, and gates from 2 on are
+  // rows of h_res.
   __device__ __forceinline__ void put_gate(int gate, int i, float s, float bias, float d, float& sum) {
     const float normed = s * inverse_[HC ? i : 0], a = alpha_[min(gate, 2)];
     if constexpr (HC) {

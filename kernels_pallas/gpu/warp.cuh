@@ -52,7 +52,7 @@ __device__ __forceinline__ void store_once(uint4* to, const uint4& v) {
                : "memory");
 }
 
-// Reads from[OFFSET], which nobody reads soon; see `store_once`. The offset is in the instruction: it takes no register.
+// Reads from[OFFSET], which nobody reads soon; see `store_once`. The offset is in the instruction, takes no register.
 template <int OFFSET>
 __device__ __forceinline__ uint4 load_once(const uint4* from) {
   uint4 v;

@@ -193,9 +193,9 @@ for name, options in {
     LAUNCHES[f"{name} with norm"] = cuda_launches.backward_launch(4096, 2560, norm=True, **options)
 for name, C, options in (
     ("", 512, {}),
-    (" of wide streams", 2560, {}),
-    (" of HC", 2560, {"hc": True}),
-    (" of 16 logits", 2560, {"logits": 16}),
+    (" of wide streams", cuda_input_backward.MOST_COLUMNS, {}),
+    (" of HC", 512, {"hc": True}),
+    (" of 16 logits", 512, {"logits": 16}),
 ):
     for end, norm in (("", None), (" with norm", 1e-6)):
         static = ReadStatic(4, 20, 1e-6, norm)

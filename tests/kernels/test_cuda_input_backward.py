@@ -136,6 +136,25 @@ def test_results_are_those_of_the_definition(T, C, form, norm, tokens, num_itera
         assert error < LIMITS.get(name, oracle.SUMS), name
 
 
+@pytest.mark.parametrize(("form", "norm"), [("", EPS), ("", None), (HC, 0.4), ("5", None)])
+def test_triton_gives_the_same(form, norm):
+    """Its launch, for wide streams, has h_pre's sums in an array of their own."""
+    T, C, static = 5, 128, ReadStatic(4, 4, EPS, norm, 0.2)
+    launch = triton_layer_input.backward_launch(
+        T, C, jnp.dtype(jnp.bfloat16), static, **options(form)
+    )
+    args = arguments(T, C, form)
+    *most, sums, of_pre, norms = map(np.array, launch(*args, T))
+    most[0], most[1] = (np.where(np.isnan(x.astype(np.float32)), 0, x) for x in most[:2])
+    sums = sums.sum(1, keepdims=True)
+    rows = [0, 1, 2, 3, len(sums) - 3]
+    sums[rows] = of_pre.sum(1, keepdims=True)
+    found = results((*most, sums, norms), T, static, form)
+    for name, value in truth(*args, static, form).items():
+        error = oracle.error(found[name].reshape(value.shape), value)
+        assert error < LIMITS.get(name, oracle.SUMS), name
+
+
 def hard_matrices():
     """Logits of matrices with hardly any support, of sizes whose exponentials underflow or do not."""
     rng = np.random.default_rng(0)
