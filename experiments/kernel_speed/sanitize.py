@@ -82,6 +82,24 @@ def backward(T: int, C: int, splits: int, **options) -> tuple[CudaLaunch, list]:
     return dataclasses.replace(launch, grid=grid, outputs=tuple(outputs)), [*args, T]
 
 
+def input_backward(T: int, C: int, norm: float | None, **options) -> tuple[CudaLaunch, list]:
+    """input_backward.cu and its arguments; options of `cuda_input_backward.backward_launch`."""
+    from kernels_pallas.boundary import cuda_input_backward  # needs Triton, --help does not
+    from kernels_pallas.boundary.contract import ReadStatic
+
+    hc, logits = options.get("hc", False), options.get("logits", 16)
+    m = 8 + logits
+    s, r = ((T, 4, 6), (T, 4)) if hc else ((T, m), (T,))
+    args = _random(
+        np.random.default_rng(0),
+        ((T, 4 * C), _BF16), ((T, 4), _F32), ((C,), _F32), ((T, C), _BF16), (s, _F32), (r, _F32),
+        ((m,), _F32), ((3,), _F32), ((T, 4), _F32), ((T, logits), _F32),
+    )  # fmt: skip
+    args[5] = abs(args[5]) + 0.5  # r
+    static = ReadStatic(4, 20, 1e-6, norm)
+    return cuda_input_backward.backward_launch(T, C, static, **options), [*args, T]
+
+
 # 117 tokens are seven tiles of 16 and five more; two programs share them, four and four tiles.
 _LONG = {"T": 117, "C": 128, "splits": 2}
 CASES = {
@@ -105,6 +123,10 @@ CASES = {
     "backward of read, HC": lambda: backward(**_LONG, mix=False, hc=True),
     "backward with norm, HC": lambda: backward(**_LONG, mix=True, hc=True, norm=True),
     "backward of read with norm, HC": lambda: backward(**_LONG, mix=False, hc=True, norm=True),
+    "input's backward": lambda: input_backward(69, 128, None, tokens=16),
+    "input's backward with norm": lambda: input_backward(69, 128, 1e-6, tokens=32),
+    "input's backward, 5 logits": lambda: input_backward(69, 128, 1e-6, tokens=32, logits=5),
+    "input's backward, HC": lambda: input_backward(69, 128, 1e-6, tokens=32, hc=True),
 }
 
 

@@ -1,16 +1,16 @@
-"""`read` and `boundary` with their large passes in CUDA C++, the small kernels around them in Triton.
+"""`read` and `boundary` with their passes over the streams in CUDA C++, the small kernels in Triton.
 
 The forward of `boundary` does the write and the projection in one kernel (forward.cu, 9C instead of 13C). As
 in triton.py, one launch for the second stage of the projection, the mappings and F_pre follows. The backward
-begins with one launch for dh_pre (5C) and the backward of the mappings. Then one pass goes back through the
-norm of the layer input, sums every cotangent of the streams and makes dphi (backward.cu): 13C in `read`, 15C
-in `boundary`, where it also goes back through the write. The second stage of all sums comes last. The forward
-of `read` is Triton's.
+begins with one launch for dh_pre (5C) and the backward of the mappings (input_backward.cu; Triton's for wide
+streams). Then one pass goes back through the norm of the layer input, sums every cotangent of the streams and
+makes dphi (backward.cu): 13C in `read`, 15C in `boundary`, where it also goes back through the write. The
+second stage of all sums comes last. The forward of `read` is Triton's.
 """
 
 import jax
 
-from kernels_pallas.boundary import cuda_launches, triton, triton_layer_input
+from kernels_pallas.boundary import cuda_input_backward, cuda_launches, triton, triton_layer_input
 from kernels_pallas.boundary.contract import (
     Parameters,
     ReadOut,
@@ -64,7 +64,7 @@ def read_backward(
     """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return streams, parameters.no_cotangents()
-    fragments, d_gates, norm = triton_layer_input.backward(streams, parameters, saved, d, static)
+    fragments, d_gates, norm = cuda_input_backward.backward(streams, parameters, saved, d, static)
     given = d_streams, d.layer_input, saved.h_pre, parameters.phi, fragments, norm
     dx, dphi, d_weight = cuda_launches.read_backward(streams, *given)
     d_parameters = sums.parameter_gradients(dphi, d_gates, d_weight, static.n)
@@ -84,7 +84,7 @@ def backward(
     """Returns the cotangents of the update and of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return update, parameters.no_cotangents()
-    fragments, d_gates, norm = triton_layer_input.backward(
+    fragments, d_gates, norm = cuda_input_backward.backward(
         new_streams, parameters, saved, d, static
     )
     given = d_new, d.layer_input, saved.h_pre, parameters.phi, fragments, norm

@@ -89,6 +89,11 @@ class CudaLaunch(Launch):
         return tuple(outputs)
 
 
+def float_bits(x: float) -> int:
+    """Returns the bits of a float32 >= 0 as a macro's value: `float_of` in gpu/warp.cuh goes back."""
+    return int(np.float32(x).view(np.int32))
+
+
 def missing(shared_bytes: int) -> str | None:
     """Says why kernels with this much shared memory cannot run here; None if they can.
 

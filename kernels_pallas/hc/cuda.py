@@ -1,12 +1,13 @@
 """`hc_read` and `hc_boundary` with their large passes in CUDA C++, as `kernels_pallas.boundary.cuda`.
 
-forward.cu and backward.cu are compiled for one norm a stream; the small kernels between them are Triton's.
+forward.cu, input_backward.cu and backward.cu are compiled for one norm a stream; the small kernels are
+Triton's.
 The bytes are those of `boundary`. The forward of `hc_read` is Triton's.
 """
 
 import jax
 
-from kernels_pallas.boundary import cuda_launches, triton_layer_input
+from kernels_pallas.boundary import cuda_input_backward, cuda_launches, triton_layer_input
 from kernels_pallas.boundary.contract import ReadOut, ReadStatic, Saved, Update
 from kernels_pallas.gpu import device, sums
 from kernels_pallas.hc import triton
@@ -56,7 +57,7 @@ def read_backward(
     """Returns dx, which includes `d_streams`, and the cotangents of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return streams, parameters.no_cotangents()
-    fragments, d_gates, norm = triton_layer_input.backward(
+    fragments, d_gates, norm = cuda_input_backward.backward(
         streams, parameters, saved, d, static, hc=True
     )
     given = d_streams, d.layer_input, saved.h_pre, parameters.theta, fragments, norm
@@ -78,7 +79,7 @@ def backward(
     """Returns the cotangents of the update and of the parameters."""
     if not device.num_tokens(saved.r.shape):
         return update, parameters.no_cotangents()
-    fragments, d_gates, norm = triton_layer_input.backward(
+    fragments, d_gates, norm = cuda_input_backward.backward(
         new_streams, parameters, saved, d, static, hc=True
     )
     given = d_new, d.layer_input, saved.h_pre, parameters.theta, fragments, norm

@@ -7,7 +7,7 @@ launches for the layer input and its backward end with the logits where those of
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.boundary import cuda_launches, triton_layer_input
+from kernels_pallas.boundary import cuda_input_backward, cuda_launches, triton_layer_input
 from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
 from kernels_pallas.gpu import device, sums
 from kernels_pallas.logits import triton
@@ -78,11 +78,13 @@ def forward(
 
 
 def _layer_input_backward(streams, parameters, saved, d, static):
-    """Does `triton_layer_input.backward`."""
+    """Does `cuda_input_backward.backward`."""
     k = parameters.phi.shape[1] - 2 * static.n
     # Without logits their cotangent has no memory that a kernel could be given; it is not read then.
     to_layer_input = ReadOut(d.layer_input, d.h_post, d.logits if k else d.h_post)
-    return triton_layer_input.backward(streams, parameters, saved, to_layer_input, static, logits=k)
+    return cuda_input_backward.backward(
+        streams, parameters, saved, to_layer_input, static, logits=k
+    )
 
 
 def _parameters(dphi, *others, m: int) -> Parameters:

@@ -106,6 +106,9 @@ inline void multiply_bf16_words(Warp& warp) {
 }  // namespace emulate
 
 inline float __uint_as_float(u32 x) { return emulate::bits<float>(x); }
+inline u32 __float_as_uint(float x) { return emulate::bits<u32>(x); }
+inline float reciprocal(float x) { return 1 / x; }
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 template <class T>
 inline T min(T a, T b) {
   static_assert(std::is_integral_v<T>);
@@ -144,6 +147,10 @@ inline void copy_async(const char* what, void* to, const void* from, bool valid,
 
 inline void copy_async_16(void* to, const void* from, bool valid, emulate::Site site = emulate::here()) {
   emulate::copy_async("copy_async_16", to, from, valid, 16, site);
+}
+template <int OFFSET>
+inline uint4 load_once(const uint4* from) {
+  return from[OFFSET];
 }
 inline void store_once(uint4* to, const uint4& v) { *to = v; }
 inline void copy_async_4(void* to, const void* from, bool valid, emulate::Site site = emulate::here()) {
