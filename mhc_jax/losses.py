@@ -89,7 +89,7 @@ def linear_cross_entropy(
       matrix: `[C, V]` float32.
       targets: `[B, S]` integers, 0 to V - 1 or `ignore_index`.
       chunks: divides the tokens of a device.
-      ignore_index: target of tokens that do not count; their logits may be anything.
+      ignore_index: target of tokens that do not count; their x may be anything, infinite and NaN too.
 
     Returns:
       float32 `[]`.
@@ -214,14 +214,16 @@ def _in_chunks(x, matrix, targets, counted, *, chunks, ignore_index, gradients):
 
 def _chunk(x, matrix, targets, counted, ignore_index, gradients):
     """Returns, for x `[T, C]`, the sum of the losses over `counted` and its gradients of x and the matrix."""
+    targets = targets[:, None]
+    counts = targets != ignore_index
+    # Here and not in the results alone: 0 times infinity would be NaN in the gradient of the matrix.
+    x = jnp.where(counts, x, 0)
     logits = _unembed(x, matrix)
     shift = jnp.max(logits, axis=-1, keepdims=True)
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - shift), axis=-1, keepdims=True)) + shift
-    targets = targets[:, None]
     # A masked sum would be a pass of its own on GPUs. Where the vocabulary is split, XLA makes this a masked
     # choice and a sum.
     of_target = jnp.take_along_axis(logits, targets, axis=-1, mode="clip")
-    counts = targets != ignore_index
     valid = ~counts | ((targets >= 0) & (targets < logits.shape[-1]))
     # NaN is the result of an operation: a constant NaN would trip JAX_DEBUG_NANS although every target is
     # valid.

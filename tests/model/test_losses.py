@@ -78,14 +78,62 @@ def test_targets_that_do_not_count(chunks, ignore_index):
     want = np.zeros((B * S, C))
     want[counted] = p @ np.asarray(matrix).T / len(p)
     np.testing.assert_allclose(dx, want.reshape(B, S, C), atol=1e-6)
-    # Infinite logits of tokens that do not count are not seen.
-    infinite = np.where(left_out[..., None], np.inf, x)
-    np.testing.assert_allclose(gradient(infinite, matrix, targets, chunks)[0], loss, rtol=1e-6)
     none = np.full_like(targets, ignore_index)
     loss, (dx, d_matrix) = gradient(kept, matrix, none, chunks)
     assert loss == 0
     assert not dx.any()
     assert not d_matrix.any()
+
+
+def ignored_of(x, targets):
+    """The targets with a third of them ignored, and which; x that is infinite or NaN there."""
+    left_out = np.random.default_rng(1).random((B, S)) < 0.4
+    left_out[0, :4], left_out[1, -1] = True, False  # a whole chunk of 6
+    bad = np.resize([np.inf, -np.inf, np.nan, 1e38], x.shape)
+    return np.where(left_out, -100, targets), left_out, jnp.where(left_out[..., None], bad, x)
+
+
+@pytest.mark.parametrize("chunks", [1, 6])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize("how", ["jit", "vmap", "remat"])
+def test_x_of_tokens_that_do_not_count_touches_nothing(how, dtype, chunks):
+    """Value, both gradients and the second derivative: as of the counted rows alone, and 0 at the others."""
+    with jax.enable_x64(dtype == jnp.float64):
+        x, matrix, targets = inputs(dtype)
+        matrix = matrix.astype(dtype)
+        targets, left_out, bad = ignored_of(x, targets)
+        loss = functools.partial(linear_cross_entropy, targets=jnp.asarray(targets), chunks=chunks)
+        loss = jax.checkpoint(loss) if how == "remat" else loss
+        gradients = jax.value_and_grad(loss, (0, 1))
+        if how == "vmap":
+            gradients = jax.vmap(gradients, (0, None))
+        one = (lambda x: x[None]) if how == "vmap" else (lambda x: x)
+        value, (dx, d_matrix) = jax.jit(gradients)(one(bad), matrix)
+        rows = np.asarray(x)[~left_out][None], matrix, targets[~left_out][None]
+        want, (want_dx, want_matrix) = jax.value_and_grad(linear_cross_entropy, (0, 1))(*rows, 1)
+        eps = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(value, one(want), rtol=20 * float(jnp.finfo(want.dtype).eps))
+        assert not np.asarray(dx)[one(left_out)].any()
+        for got, expected in (
+            (np.asarray(dx)[one(~left_out)], want_dx[0]),
+            (d_matrix, one(want_matrix)),
+        ):
+            got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+            assert np.abs(got - expected).max() <= 4 * eps * np.abs(expected).max()
+
+
+def test_second_derivatives_do_not_see_tokens_that_do_not_count():
+    x, matrix, targets = inputs(jnp.float32)
+    targets, left_out, bad = ignored_of(x, targets)
+    loss = functools.partial(linear_cross_entropy, targets=jnp.asarray(targets), chunks=6)
+
+    @jax.jit
+    def second(x):
+        return jax.grad(lambda x, m: jnp.sum(jax.grad(loss, 1)(x, m) ** 2), (0, 1))(x, matrix)
+
+    for got, want in zip(second(bad), second(jnp.where(left_out[..., None], 0, x)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-8)
+        assert jnp.any(got)
 
 
 @pytest.mark.parametrize("target", [V, V + 1000, -1, -V, 2**31 - 1, -(2**31)])
