@@ -100,6 +100,7 @@ EVERYTHING = {
     if (name, split) != ("gpipe", True)
 }
 LOOK_AHEAD = {"model.lookahead_pre": True}
+ONE_PART = {"optimizer.accumulate_steps": 1}
 APART = {"slots_apart": True}  # ring buffers as on GPUs, no field of a configuration
 MANIFOLDS = ("identity", "lite", "kromhc", "orthogonal", "row_stochastic")
 # The model, then the schedules and meshes that one device's gradients are compared with.
@@ -114,6 +115,14 @@ CASES = {
         )),
         (DENSE | LOOK_AHEAD | {"model.num_blocks": 3}, ((schedule("1f1b", split=True), {"pipe": 2}),)),
     ),
+    # Three stages and one micro-batch, which has one slot, as on GPUs. gpipe has no slots.
+    "apart-few": (
+        (DENSE | RESIDUAL | {"model.num_blocks": 4}, (
+            (schedule("1f1b") | APART, {"pipe": 3}),
+            (schedule("1f1b", split=True) | ONE_PART | APART, {"pipe": 3}),
+            (schedule("gpipe") | ONE_PART | APART, {"pipe": 3}),
+        )),
+    ),
     # Programs with a stage for each slot: to compile them takes long.
     "apart-1f1b": (
         (DENSE | {"model.num_blocks": 3}, tuple(
@@ -125,6 +134,10 @@ CASES = {
             (schedule("1f1b", split=True) | APART, {"pipe": 2}),
         )),
         (MOE4 | {"model.num_blocks": 4}, ((schedule("1f1b") | REMAT | APART, {"pipe": 2, "expert": 2}),)),
+        (DENSE | {"model.num_blocks": 4}, (
+            (schedule("1f1b") | ONE_PART | APART, {"pipe": 2}),
+            (schedule("gpipe") | APART, {"pipe": 3}),
+        )),
     ),
     "apart-dualpipev": (
         (DENSE | {"model.num_blocks": 5}, (
@@ -134,6 +147,10 @@ CASES = {
         (DENSE | HC | {"model.num_blocks": 9}, ((schedule("dualpipev") | APART, {"pipe": 4}),)),
         (MOE4 | RESIDUAL | {"model.num_blocks": 6}, (
             (schedule("dualpipev") | APART, {"pipe": 2, "expert": 2}),
+        )),
+        (DENSE | RESIDUAL | {"model.num_blocks": 7}, (
+            (schedule("dualpipev") | APART, {"pipe": 3}),
+            (schedule("dualpipev", split=True) | ONE_PART | APART, {"pipe": 3}),
         )),
     ),
     **{f"{name}_{kind}": tuple(everything(fields, model))

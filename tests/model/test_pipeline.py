@@ -29,6 +29,7 @@ PROGRAM = pathlib.Path(__file__).with_name("pipelines.py")
     "cases",
     [
         "short",
+        "apart-few",
         *(
             pytest.param(f"{name}_{kind}", marks=pytest.mark.slow)
             for name in (*SCHEDULES, "1f1b_split", "dualpipev_split")
