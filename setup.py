@@ -99,6 +99,7 @@ setup(
             "mypy>=1.18",
             "tokenizers>=0.20",
             "safetensors>=0.5",
+            "flatbuffers>=2",  # jax.export writes programs with it
             "scikit-learn>=1.5",  # its digits; 1.5 knows NumPy 2
             "gcsfs>=2025.3",
             "gcp-storage-emulator>=2026.7",  # a bucket on this machine
