@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from etils import epath
 
 from configs import default
-from mhc_jax import paths
+from mhc_jax import paths, streams
 
 # Package that an experiment may need -> the extra that has it.
 _EXTRAS = {
@@ -211,8 +211,10 @@ def log_as(form: str, level: int = logging.WARNING) -> None:
 
 def run(main: Callable[[], Any]) -> NoReturn:
     """Calls the main function of a command; what it refuses and Ctrl-C end it with one line."""
+    streams.open_closed()
     try:
-        sys.exit(main())
+        with streams.whole_output():
+            sys.exit(main())
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         sys.exit(130)
@@ -228,7 +230,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _EXTRAS:
             name = error.name.split(".")[0]
             sys.exit(f"{name} is not installed: pip install -e '.[{_EXTRAS[name]}]'")
-        command_line.end_without_reader(error)
+        streams.end_without_output(error)
         if not_there := command_line.no_backend(error):
             sys.exit(not_there)
         if memory := out_of_memory(error):

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_study_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
-    """Adds --output (by default `folder`), --summary and --figures of a study; see `results_root`."""
+    """Adds --output (by default `folder`), --summary and --figures of a study; see `set_folders`."""
     parser.add_argument("--output", type=cli.new_folder,
                         help=f"folder of the runs and their results ({folder})")  # fmt: skip
     where = "stored results: those of the repository, or of --output where it is given"
@@ -30,16 +30,19 @@ def add_study_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
     parser.set_defaults(default_output=pathlib.Path(folder))
 
 
-def results_root(options: argparse.Namespace) -> pathlib.Path | None:
-    """Returns the folder whose results a study reads and writes, None for the repository's.
+def set_folders(options: argparse.Namespace) -> None:
+    """Sets the two folders of a study in its parsed options. A second call changes nothing.
 
-    Call it once, behind parsing: `--summary` and `--figures` differ by whether --output was given, and then
-    `options.output` becomes the study's own folder.
+    `options.output`: of the runs, by default the study's own. `options.root`: of the results that it reads
+    and writes, as `record.write` takes it; None, the repository's, with --record, and for --summary and
+    --figures of a command without --output.
     """
+    if hasattr(options, "root"):
+        return
     stored = options.summary or options.figures
     of_repository = options.record or (stored and options.output is None)
     options.output = options.output or options.default_output
-    return None if of_repository else options.output
+    options.root = None if of_repository else options.output
 
 
 def shape_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from mhc_jax.writers import jsonable
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "triton", "jax-triton", "libtpu", "jax-cuda13-pjrt")
 FOLDER = pathlib.Path(__file__).parent
+_PART = ".part"  # of a file that is being written
 # Set these when you copy the tree without git: the commit that was copied, and MHC_DIRTY=1 if it was changed.
 COMMIT_VARIABLE, DIRTY_VARIABLE = "MHC_COMMIT", "MHC_DIRTY"
 
@@ -117,7 +118,7 @@ def write(
     path = result_path(question, device, folder)
     content = {"environment": environment(seed), **payload}
     with _locked(path):
-        _write_json(path, content)
+        write_file(path, content)
     return path
 
 
@@ -141,8 +142,8 @@ def update(
     Raises:
       ValueError: `value` has a key `environment`, or the path leads through a value that is no object.
     """
-    names = key.split("/")
-    if "environment" in value or "environment" in names or not all(names):
+    place_names = key.split("/")
+    if "environment" in value or "environment" in place_names or not all(place_names):
         raise ValueError(
             f"key={key!r}: names must be filled, and 'environment' is the recorder's own."
         )
@@ -151,12 +152,12 @@ def update(
     with _locked(path):
         content = read(path) if path.exists() else {}
         place = content
-        for name in names[:-1]:
+        for name in place_names[:-1]:
             place = place.setdefault(name, {})
             if not isinstance(place, dict):
                 raise ValueError(f"{path}: {name!r} of key {key!r} is no object but {place!r}.")
-        place[names[-1]] = entry
-        _write_json(path, content)
+        place[place_names[-1]] = entry
+        write_file(path, content)
     return path
 
 
@@ -203,7 +204,7 @@ def read(path: pathlib.Path | str) -> dict[str, Any]:
         raise BadResult(f"{path} is not JSON: {error}: mend or remove it") from error
     if not isinstance(found, dict):
         raise BadResult(f"{path} holds no result, which is an object of JSON: remove it")
-    _object(found, "environment", path)
+    part(found, "environment", path)
     return found
 
 
@@ -219,18 +220,27 @@ def newest_values(results: dict[pathlib.Path, dict[str, Any]], name: str) -> dic
     found, dates = {}, {}
     for path, content in results.items():
         of_file = content.get("environment", {}).get("date", "")
-        for key, value in _object(content, name, path).items():
-            own = _object(value, "environment", path) if isinstance(value, dict) else {}
+        for key, value in part(content, name, path).items():
+            own = part(value, "environment", path) if isinstance(value, dict) else {}
             date = str(own.get("date", of_file))
             if date >= dates.get(key, ""):
                 found[key], dates[key] = value, date
     return found
 
 
-def _object(content: dict[str, Any], name: str, path: pathlib.Path | str) -> dict[str, Any]:
+def part(content: dict[str, Any], name: str, path: pathlib.Path | str) -> dict[str, Any]:
+    """Returns the object `name` of a result, {} where it has none. Raises BadResult if it is no object."""
     found = content.get(name, {})
     if not isinstance(found, dict):
         raise BadResult(f"{path}: {name!r} is no object of JSON but {found!r:.40}: mend it")
+    return found
+
+
+def names(content: dict[str, Any], name: str, path: pathlib.Path | str) -> list[str]:
+    """Returns the list `name` of texts, [] where there is none. Raises BadResult if it is something else."""
+    found = content.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise BadResult(f"{path}: {name!r} is no list of texts but {found!r:.40}: mend it")
     return found
 
 
@@ -287,17 +297,26 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
     # The lock is a file of its own: the result file is replaced, so a lock on it would guard the old one.
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for part in path.parent.glob(f".{path.name}.*{_PART}"):  # of a process that was killed
+            part.unlink()
         yield
 
 
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+def write_file(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Writes strict JSON to any path, whole or not at all; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_strict(content, path.name), indent=1, allow_nan=False) + "\n"
     with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False
+        "w", dir=path.parent, prefix=f".{path.name}.", suffix=_PART, delete=False
     ) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+        try:
+            file.write(text)
+            file.flush()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except OSError as error:  # a full disk
+            os.unlink(file.name)
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _strict(value: Any, where: str) -> Any:

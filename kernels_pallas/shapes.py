@@ -34,12 +34,8 @@ def check_size(width: int, n: int) -> None:
             raise ValueError(f"{name}={value}: the {what} must be at least 1")
 
 
-def check_floating(**arrays) -> None:
-    """Checks arguments by the names that the user knows.
-
-    Raises:
-      TypeError: not an array (None, a list, a number), or integers, booleans, complex numbers.
-    """
+def check_array(**arrays) -> None:
+    """Raises TypeError for what is not an array (None, a list, a number), by the name that the user knows."""
     for name, x in arrays.items():
         if x is None:
             raise TypeError(f"{name} is None, not an array")
@@ -47,6 +43,16 @@ def check_floating(**arrays) -> None:
             raise TypeError(
                 f"{name} is a {type(x).__name__}, not an array: use jnp.asarray({name})"
             )
+
+
+def check_floating(**arrays) -> None:
+    """Checks arguments by the names that the user knows.
+
+    Raises:
+      TypeError: not an array (None, a list, a number), or integers, booleans, complex numbers.
+    """
+    check_array(**arrays)
+    for name, x in arrays.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):
             part = ".real" if jnp.issubdtype(x.dtype, jnp.complexfloating) else ""
             raise TypeError(

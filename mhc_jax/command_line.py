@@ -13,13 +13,12 @@ import difflib
 import os
 import pathlib
 import re
-import select
-import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
 
+from mhc_jax import streams
 from mhc_jax.config import Config, from_dict
 
 CONFIG_HELP = "A file of configs/."
@@ -30,7 +29,13 @@ CLONE = (
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs `absl.app.run`; a wrong command line gives one line and exit code 1."""
-    app.run(_without_arguments(main), flags_parser=_parse_flags)
+    streams.open_closed()
+    try:
+        with streams.whole_output():
+            app.run(_without_arguments(main), flags_parser=_parse_flags)
+    except OSError as error:
+        streams.end_without_output(error)
+        raise
 
 
 def no_backend(error: Exception) -> str:
@@ -48,26 +53,6 @@ def no_backend(error: Exception) -> str:
     if "TPU support not installed" in line:
         return "there is no libtpu, the compiler for TPUs: pip install -e '.[tpu]'"
     return f"RuntimeError: {line}" if "Unable to initialize backend" in line else ""
-
-
-def end_without_reader(error: Exception) -> None:
-    """Ends a program whose output nobody reads any more, as in `sample ... | head -c 100`.
-
-    Does nothing for any other error. A worker or a connection that breaks off raises BrokenPipeError too.
-    """
-    if not isinstance(error, BrokenPipeError):
-        return
-    gone = [fd for fd in (1, 2) if _has_no_reader(fd)]
-    for fd in gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)  # Python flushes both at its end
-    if gone:
-        sys.exit(128 + signal.SIGPIPE)
-
-
-def _has_no_reader(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def load_config(flag: flags.FlagHolder) -> Config:
@@ -107,9 +92,6 @@ def _without_arguments(main):
         except KeyboardInterrupt:
             print("\nInterrupted", file=sys.stderr)
             sys.exit(130)
-        except BrokenPipeError as error:
-            end_without_reader(error)
-            raise
         except (RuntimeError, AssertionError) as error:
             if not_there := no_backend(error):
                 sys.exit(not_there)
@@ -164,6 +146,7 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) ->
             text = f"configs/default.py has no such field{_nearest(name)}"
         sys.exit(f"bad {given}: {text}")
     except (TypeError, ValueError, OSError) as error:
+        streams.end_without_output(error)  # of --help
         sys.exit(f"bad --config: {_one_line(error)}")
 
 

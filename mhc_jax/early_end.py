@@ -1,8 +1,8 @@
 """Handles SIGTERM before a run has begun, even during imports; so this module imports nothing slow."""
 
+import contextlib
 import os
 import signal
-import sys
 
 # EX_TEMPFAIL: tells a scheduler to start the same command again. Other codes mean that it must not.
 TRY_AGAIN = 75
@@ -15,5 +15,6 @@ def install() -> None:
 
 def _end(number, frame) -> None:
     # SystemExit would not do: a package that is being imported may catch it.
-    os.write(sys.stderr.fileno(), b"Interrupted: stopped before the run began, run again\n")
+    with contextlib.suppress(OSError):  # closed, or a full disk
+        os.write(2, b"Interrupted: stopped before the run began, run again\n")
     os._exit(TRY_AGAIN)

@@ -11,7 +11,7 @@ from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp
 from kernels_pallas.placement import whole
 from kernels_pallas.precision import wide_dtype
-from kernels_pallas.shapes import check_floating
+from kernels_pallas.shapes import check_array, check_floating
 from mhc_jax.remat import keep
 from mhc_jax.sharding import gathered
 
@@ -35,18 +35,14 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
 
 def check_tokens(tokens: jax.Array) -> None:
     """Raises TypeError unless `tokens` is an array of integers."""
-    if not hasattr(tokens, "dtype"):
-        raise TypeError(
-            f"tokens is a {type(tokens).__name__}, not an array: use jnp.asarray(tokens)"
-        )
+    check_array(tokens=tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens are {tokens.dtype}: ids are integers, tokens.astype(jnp.int32)")
 
 
 def check_input(x: jax.Array, width: int, what: str) -> None:
     """Raises TypeError unless `x` is an array of numbers, and ValueError unless it is `[..., width]`."""
-    if not hasattr(x, "shape"):
-        raise TypeError(f"x is a {type(x).__name__}, not an array: use jnp.asarray(x)")
+    check_array(x=x)
     if x.shape[-1:] != (width,):
         raise ValueError(f"x has shape {x.shape}: the last axis of what {what} gets is {width}")
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp
 from kernels_pallas.precision import wide_dtype
-from kernels_pallas.shapes import check_floating
+from kernels_pallas.shapes import check_array, check_floating
 from kernels_pallas.varying import as_varying, varying_axes
 from mhc_jax import sharding
 
@@ -107,8 +107,7 @@ def linear_cross_entropy(
 
 def _check(x, matrix, targets, chunks) -> None:
     check_floating(x=x, matrix=matrix)
-    if not hasattr(targets, "dtype"):
-        raise TypeError(f"targets is a {type(targets).__name__}, not an array")
+    check_array(targets=targets)
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"targets are {targets.dtype}: give integers")
     if x.ndim != 3:

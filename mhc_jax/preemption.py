@@ -230,8 +230,9 @@ def end_now(code: int) -> NoReturn:
     with contextlib.suppress(Exception):
         if jax.distributed.is_initialized():
             jax.distributed.shutdown()  # waits for the other processes
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk
+            stream.flush()
     os._exit(code)
 
 

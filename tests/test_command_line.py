@@ -286,6 +286,34 @@ def test_a_reader_that_goes_away_ends_a_command(run):
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    "printed", ["print('text')", "print('text', flush=True)", "print(9999 * 'x')"]
+)
+def test_a_full_disk_under_the_output_is_one_line(run, printed):
+    """As in `evaluate ... > /mnt/full/table`, also where Python would write only at its end."""
+    code = f"import sys; from experiments import cli; from mhc_jax import command_line; {run}"
+    code = f"main = lambda *_: {printed}; {code}"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"cannot write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_closed_streams_are_nothing_to_a_command(run, tmp_path):
+    """`>&- 2>&-`: what it opens first would be its output, and Python has None for the streams."""
+    code = f"import sys; from experiments import cli; from mhc_jax import command_line; {run}"
+    file = tmp_path / "file"
+    main = f"file = open({str(file)!r}, 'w'); print('a'); sys.stderr.write('b'); file.write('c')"
+    command = [sys.executable, "-c", f"def main(*_): {main}\n{code}"]
+    done = subprocess.run(["bash", "-c", '"$@" >&- 2>&-', "bash", *command], cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert file.read_text() == "c"
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_a_pipe_to_a_worker_that_breaks_is_no_reader_that_goes_away(run):
     code = f"import sys; from experiments import cli; from mhc_jax import command_line; {run}"
     broken = "import os; reading, writing = os.pipe(); os.close(reading)"

@@ -44,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), choices=WIDTHS)
     sweep.add_arguments(parser, per_gpu=3)
     options = parser.parse_args(arguments)
-    options.root = output.results_root(options)
+    output.set_folders(options)
     return options
 
 
@@ -126,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.summary or options.figures:
         path = record.newest(QUESTION, options.root)
         found = record.read(path)
+        found["runs"] = record.part(found, "runs", path)
         if options.summary:
             print(figure.format_table(found))
         if options.figures:

@@ -14,7 +14,6 @@ identity with n = 1 to 8 streams; then the train steps are timed on one device, 
 import argparse
 import concurrent.futures
 import functools
-import json
 import pathlib
 import sys
 import time
@@ -54,7 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="a few arms of toy size, in this process; stores nothing")  # fmt: skip
     sweep.add_arguments(parser, per_gpu=2)
     options = parser.parse_args(arguments)
-    options.root = output.results_root(options)
+    output.set_folders(options)
     fields = dict(field.split("=") for field in options.set)
     options.fields = {name: int(value) for name, value in fields.items()}
     if options.toy:
@@ -150,9 +149,21 @@ def store(payload: dict, root: pathlib.Path | None) -> pathlib.Path:
 
     The workdirs of what is stored may be gone, or on another machine.
     """
-    before = _stored(record.result_path(QUESTION, folder=root))
-    kept = {name: before.get(name, {}) | payload[name] for name in ("runs", "borrowed", "times")}
-    return record.write(QUESTION, payload | kept, folder=root)
+    path = record.result_path(QUESTION, folder=root)
+    before = _stored(path)
+    kept = {
+        name: record.part(before, name, path) | payload[name]
+        for name in ("runs", "borrowed", "times")
+    }
+    measured = {} if payload["times"] else results.measured(before, path)
+    return record.write(QUESTION, payload | kept | measured, folder=root)
+
+
+def of_times(found: dict) -> dict[str, dict]:
+    """Returns the times of a folder, and where and when the last of them were measured."""
+    times = {arm: each for arm, each in found.items() if arm != "environment"}
+    where = {results.MEASURED: found["environment"]} if "environment" in found else {}
+    return {"times": times} | where
 
 
 def _stored(path: pathlib.Path) -> dict:
@@ -183,20 +194,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unfinished = len(train(runs, options)) < len(runs)
     times = options.output / TIMES
     if "times" in options.parts and not unfinished:
-        measured = measure(options)
-        options.output.mkdir(parents=True, exist_ok=True)
-        times.write_text(json.dumps(_stored(times) | measured, indent=1) + "\n")
+        measured = measure(options) | {"environment": record.environment()}
+        record.write_file(times, _stored(times) | measured)
     payload = {
         "data": options.data or "stdlib",
         "learning_rate": settings.LEARNING_RATE,
         # With what earlier commands left in the folder, which may have asked for other parts.
         "runs": sweep.read_summaries(options.output, [run.key for run in kept]),
         "borrowed": lent,
-        "times": _stored(times),
+        **of_times(_stored(times)),
     }
     if options.toy:
         path = options.output / "toy.json"
-        path.write_text(json.dumps(payload, indent=1) + "\n")
+        record.write_file(path, payload)
     else:
         path = store(payload, options.root)
         payload = results.stored(options.root)  # with what other machines have left there

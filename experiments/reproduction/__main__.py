@@ -59,7 +59,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="with --minutes: start no run that they cannot hold")  # fmt: skip
     sweep.add_arguments(parser, per_gpu=2)
     options = parser.parse_args(arguments)
-    options.root = output.results_root(options)
+    output.set_folders(options)
     return options
 
 
@@ -199,11 +199,11 @@ def store(payload: dict, root: pathlib.Path | None = None) -> list[pathlib.Path]
         device = f"{record.device_slug()}_{name}"
         path = record.result_path(QUESTION, device, root)
         before = record.read(path) if path.exists() else {}
-        runs = before.get("runs", {}) | _of(name, payload["runs"])
-        missing = {*before.get("missing", []), *_of(name, payload["missing"])} - runs.keys()
+        runs = record.part(before, "runs", path) | _of(name, payload["runs"])
+        wanted = [*record.names(before, "missing", path), *_of(name, payload["missing"])]
         rates = {name: payload["learning_rates"][name]} if name in payload["learning_rates"] else {}
         content = {"data": payload["data"], "learning_rates": rates, "runs": runs}
-        content["missing"] = sorted(missing)
+        content["missing"] = sorted({*wanted} - runs.keys())
         paths.append(record.write(QUESTION, content, device=device, folder=root))
     return paths
 
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     payload = stored(root)
     if options.summary or not options.figures:
         print(tables.format_all(payload))
-        print(sinkhorn.summary(record.read(record.newest("sinkhorn")), payload))
+        print(sinkhorn.summary(sinkhorn.newest(), payload))
     if options.figures or not options.summary:
         folder = record.result_path(QUESTION, "cpu", root).parent
         print(*figures.draw_all(payload, folder), *charts.draw_all(payload, folder), sep="\n")

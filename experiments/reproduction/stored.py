@@ -19,5 +19,7 @@ def stored(root: pathlib.Path | None = None) -> dict:
     """
     results = {path: record.read(path) for path in record.by_date(QUESTION, root)}
     found = {name: record.newest_values(results, name) for name in ("learning_rates", "runs")}
-    missing = {key for content in results.values() for key in content.get("missing", [])}
+    missing = {
+        key for path, content in results.items() for key in record.names(content, "missing", path)
+    }
     return found | {"missing": sorted(missing - found["runs"].keys())}

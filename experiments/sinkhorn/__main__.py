@@ -104,6 +104,13 @@ def summary(payload: dict, trainings: dict) -> str:
     return "\n\n".join(parts)
 
 
+def newest(root: pathlib.Path | None = None) -> dict:
+    """Returns the newest result; `root` as of `draw_newest`. Raises BadResult for one that is none."""
+    path = record.newest(QUESTION, root)
+    found = record.read(path)
+    return {"milliseconds": None} | found | {"random": record.part(found, "random", path)}
+
+
 def draw_newest(trainings: dict, root: pathlib.Path | None = None) -> pathlib.Path:
     """Draws the column error against t_max, and for each kind of mappings the backward gain against depth.
 
@@ -112,7 +119,7 @@ def draw_newest(trainings: dict, root: pathlib.Path | None = None) -> pathlib.Pa
       root: holds `sinkhorn/results`; None: the repository's.
     """
     path = record.newest(QUESTION, root)
-    kinds = record.read(path)["random"] | trained(trainings)
+    kinds = newest(root)["random"] | trained(trainings)
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(T_MAX)))
     with matplotlib.rc_context(STYLE):
         rows = len(kinds) // 2 + 1
@@ -148,11 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", action="store_true",
                         help="result and figure to those of the repository instead")  # fmt: skip
     options = parser.parse_args(arguments)
-    root = output.results_root(options)
+    output.set_folders(options)
+    root = options.root
     if not (options.summary or options.figures):
         print(record.write(QUESTION, measure_all(), folder=root))
     if options.summary or not options.figures:
-        print(summary(record.read(record.newest(QUESTION, root)), stored()))
+        print(summary(newest(root), stored()))
     if options.figures or not options.summary:
         print(draw_newest(stored(), root))
 

@@ -110,6 +110,8 @@ def test_the_command_trains_measures_and_draws(payload, tmp_path, monkeypatch, c
     assert "| mHC      | 1     | 1.2000" in printed
     stored = json.loads((tmp_path / "toy.json").read_text())
     assert stored["times"] == payload["times"]
+    measured = stored["times_environment"]
+    assert measured["date"] <= record.environment()["date"]
     assert stored["runs"].keys() == {f"{key}/seed0" for key in keys}
     for name in ("arms.png", "widths.png"):
         assert (tmp_path / name).stat().st_size > 5000
@@ -123,7 +125,9 @@ def test_the_command_trains_measures_and_draws(payload, tmp_path, monkeypatch, c
     # Runs whose workdirs were on another machine stay in the results.
     (tmp_path / "mHC/n4/seed0" / sweep.SUMMARY).unlink()
     study.main(["--output", str(tmp_path), "--parts", "arms", "--record"])
-    runs = record.read(record.result_path("manifolds"))["runs"]
+    found = record.read(record.result_path("manifolds"))
+    assert found["times_environment"] == measured
+    runs = found["runs"]
     assert runs.keys() == {f"{key}/seed0" for key in keys}
 
 
@@ -151,6 +155,13 @@ def test_results_of_every_machine_are_read_and_times_of_one(tmp_path):
     path.write_text(json.dumps(content))
     losses = {k: r["validation_loss"] for k, r in study.results.stored(tmp_path)["runs"].items()}
     assert losses == {first: 1.0, second: 5.0}
+    # Runs of a later day in the file of older times make these no younger.
+    content |= {"times": {"mHC/n4": 3}, "times_environment": {"date": "2026-01-01"}}
+    path.write_text(json.dumps(content))
+    assert study.results.stored(tmp_path)["times"] == {"mHC/n4": 2}
+    content["times_environment"] = {"date": "2026-01-03"}
+    path.write_text(json.dumps(content))
+    assert study.results.stored(tmp_path)["times"] == {"mHC/n4": 3}
     for text, message in (
         ("{", "d.json is not JSON"),
         ("[" * 100_000, "d.json is not JSON"),

@@ -1,9 +1,11 @@
 """The recorder: what it says of machine and code, strict JSON, several processes on one file."""
 
 import datetime
+import errno
 import json
 import math
 import multiprocessing
+import os
 import pathlib
 import platform
 import shutil
@@ -115,7 +117,7 @@ def test_write_is_strict_json_and_reads_back(tmp_path):
     assert content == {"loss": 0.5, "curve": [1.0, "nan"], "gain": ["inf", "-inf"], "flag": True}
 
 
-def test_a_failed_write_leaves_the_earlier_result(tmp_path):
+def test_a_failed_write_leaves_the_earlier_result(tmp_path, monkeypatch):
     path = record.write("q", {"a": 1}, device="cpu", folder=tmp_path)
     before = path.read_bytes()
     with pytest.raises(TypeError, match=r"cpu.json\['rows'\]\[1\]: JSON has no place for set"):
@@ -124,6 +126,16 @@ def test_a_failed_write_leaves_the_earlier_result(tmp_path):
         record.write("q", {"environment": {}}, device="cpu", folder=tmp_path)
     with pytest.raises(ValueError, match=r"question='\.\./q'"):
         record.write("../q", {}, device="cpu", folder=tmp_path)
+    assert path.read_bytes() == before
+    (path.parent / ".cpu.json.x.part").touch()  # of a process that was killed
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+            record.write("q", {"a": 2}, device="cpu", folder=tmp_path)
     assert path.read_bytes() == before
     assert sorted(file.name for file in path.parent.iterdir()) == [".cpu.json.lock", "cpu.json"]
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from experiments import record, sweep
+from experiments.cli import BadResult
 from experiments.init_study import __main__ as init_study
 from experiments.init_study import figure
 from experiments.init_study.runs import ALPHA_TIMES_ROW, all_runs, first_runs, second_runs
@@ -352,6 +353,10 @@ def test_results_of_several_machines_are_one(tmp_path, monkeypatch):
     assert {key: run["of"] for key, run in found["runs"].items()} == {"a": 1, "b": 2, "c": 2}
     assert found["missing"] == ["d"]
     assert set(found["learning_rates"]) == {"nvidia_h200", "nvidia_h100"}
+    for missing in ("d", {"d": 1}, [1], [[]], None):
+        path.write_text(json.dumps(content | {"missing": missing}))
+        with pytest.raises(BadResult, match=r"nvidia_h100.json: 'missing' is no list of texts but"):
+            stored()
 
 
 def test_a_setting_has_a_file_of_its_own_and_later_runs_join_it(tmp_path, monkeypatch):
