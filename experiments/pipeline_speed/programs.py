@@ -1,8 +1,8 @@
 """What does a tick of a pipeline copy, and which transfers are hidden? Compiled for H100s, without any.
 
 Command:  python -m experiments.pipeline_speed.programs         (a CPU; a minute)
-          python -m experiments.pipeline_speed.programs --connections residual mhc look-ahead --schedules 1f1b \
-            dualpipev                                             (26 minutes on two busy cores)
+          python -m experiments.pipeline_speed.programs --connections residual mhc look-ahead \
+            --schedules 1f1b dualpipev                            (26 minutes on two busy cores)
           python -m experiments.pipeline_speed.programs --kernels --connections mhc   (mHC's kernels; with the
           extra 'parity' and pip install --no-deps jax-cuda13-plugin==JAXLIB_VERSION)
 Needs:    XLA's compiler for NVIDIA GPUs, as a package that needs no CUDA and no GPU:
