@@ -1,7 +1,6 @@
 """Writes an experiment's result to a file of one's own, or to the results of the repository."""
 
 import argparse
-import json
 import pathlib
 from typing import Any
 
@@ -59,14 +58,18 @@ def write(
 ) -> None:
     """Writes the result where it was asked for, with the environment of this process, and says where.
 
-    `device`: slug of the device that it is about; by default this machine's.
+    A file is written whole or not at all, as strict JSON.
+
+    Args:
+      device: slug of the device that it is about; None: this machine's.
+
+    Raises:
+      TypeError: it holds a value that JSON cannot; the message says where.
     """
     if options.record:
         print(f"wrote {record.write(question, payload, device=device)}", flush=True)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": record.environment(), **payload}
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+        record.write_file(options.output, {"environment": record.environment(), **payload})
 
 
 def format_table(rows: list[list[str]]) -> str:

@@ -141,3 +141,13 @@ class RunPrograms(Programs):
         if not self.was_started(CHECKSUMS):
             after = TRAIN_STEP if self.was_started(TRAIN_STEP) else None
             self.start(CHECKSUMS, self._jit_checked(), self.state, after=after)
+
+    def checksums(self, stored: TrainState) -> dict[str, int]:
+        """Computes `checksum.of_arrays` of a state as checkpoints have it, by the program that saving needs.
+
+        Stages of a pipeline have their blocks in another order than checkpoints: there by one of its own.
+        """
+        if not self._layout.is_identity:
+            return checksum.of_arrays(stored)
+        self.start_checksums()
+        return checksum.by_path(stored, self.wait(CHECKSUMS)(stored).sums)

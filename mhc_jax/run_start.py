@@ -52,7 +52,7 @@ class Start:
         """
         if storage.latest_step is not None:
             abstract = layout.abstract_stored(programs.state)
-            return layout.restore(storage.restore(abstract, data))
+            return layout.restore(storage.restore(abstract, data, programs.checksums))
         programs.start_initial_state()
         wait = functools.partial(programs.wait, INITIAL_STATE)
         state = preemption.in_thread(wait, "compiling the initial state")()

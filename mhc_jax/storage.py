@@ -73,11 +73,16 @@ class Storage:
         """Returns the step of the newest checkpoint, None without one."""
         return self._checkpoints.latest_step
 
-    def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
+    def restore(
+        self,
+        abstract: TrainState,
+        data: grain.DatasetIterator,
+        sums: Callable[[TrainState], dict[str, int]] = checksum.of_arrays,
+    ) -> TrainState:
         """Returns the newest good state; see `Checkpoints.restore`."""
         values, step = dataclasses.asdict(self._config), self.latest_step
         state = self._checkpoints.restore(
-            abstract, data, lambda saved: check_same_run(saved, values, step)
+            abstract, data, lambda saved: check_same_run(saved, values, step), sums
         )
         _log.info("resumed %s at step %d", self.workdir, state.step)
         return state

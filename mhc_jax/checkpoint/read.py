@@ -148,8 +148,17 @@ def read_arrays(folder: epath.Path, wanted: Any) -> Any:
         return ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)
 
 
-def check_arrays(contents: dict[str, Any] | None, arrays: Any) -> None:
+def check_arrays(
+    contents: dict[str, Any] | None,
+    arrays: Any,
+    sums: Callable[[Any], dict[str, int]] = checksum.of_arrays,
+) -> None:
     """Compares restored arrays with their checksums; all processes call it together.
+
+    Args:
+      contents: of the checkpoint; None: it is older than checksums.
+      arrays: as they were read.
+      sums: computes what `checksum.of_arrays` does.
 
     Raises:
       Damaged: an array is not what was saved; names it.
@@ -157,7 +166,7 @@ def check_arrays(contents: dict[str, Any] | None, arrays: Any) -> None:
     if contents is None:
         return
     stored = contents["arrays"]
-    for name, found in checksum.of_arrays(arrays).items():
+    for name, found in sums(arrays).items():
         if name not in stored:
             raise Damaged(f"there is no checksum of {name}")
         if stored[name] != found:

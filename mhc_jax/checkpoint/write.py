@@ -169,6 +169,7 @@ class Checkpoints:
         abstract: TrainState,
         data: grain.DatasetIterator,
         check: Callable[[dict[str, Any]], None] = lambda config: None,
+        sums: Callable[[TrainState], dict[str, int]] = checksum.of_arrays,
     ) -> TrainState:
         """Returns the newest good state, placed as `abstract` says, and moves `data` to its position.
 
@@ -179,6 +180,7 @@ class Checkpoints:
           abstract: shapes, dtypes and places.
           data: the iterator to move.
           check: is called with the configuration of the run that saved, before arrays are read.
+          sums: see `check_arrays`.
 
         Raises:
           ValueError: every checkpoint is damaged, or `check` refuses.
@@ -202,7 +204,7 @@ class Checkpoints:
 
         def verify(step, found):
             contents, position, state = found
-            check_arrays(contents, state)
+            check_arrays(contents, state, sums)
             if int(state.step) != step:
                 raise Damaged(f"its state is that of step {int(state.step)}")
             return position, state
