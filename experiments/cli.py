@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from etils import epath
 
 from configs import default
-from mhc_jax import paths, streams
+from mhc_jax import early_end, paths, streams
 
 # Package that an experiment may need -> the extra that has it.
 _EXTRAS = {
@@ -226,15 +226,19 @@ def run(main: Callable[[], Any]) -> NoReturn:
         from mhc_jax.recovery import BadData
         from mhc_jax.train import BadInput, Interrupted, NonFiniteError
 
-        said = (BadInput, BadData, BadResult, Interrupted, Locked, NonFiniteError, SaveError)
+        said = (BadInput, BadData, BadResult, Locked, NonFiniteError, SaveError)
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _EXTRAS:
             name = error.name.split(".")[0]
             sys.exit(f"{name} is not installed: pip install -e '.[{_EXTRAS[name]}]'")
+        # Before what follows looks for words: one that a full disk has stopped says RESOURCE_EXHAUSTED too.
+        if isinstance(error, Interrupted):
+            print(f"Interrupted: {error}", file=sys.stderr)
+            sys.exit(early_end.TRY_AGAIN)
+        if isinstance(error, said):
+            sys.exit(f"{type(error).__name__}: {error}")
         streams.end_without_output(error)
         if not_there := command_line.no_backend(error):
             sys.exit(not_there)
         if memory := out_of_memory(error):
             sys.exit(memory)
-        if not isinstance(error, said):
-            raise
-        sys.exit(f"{type(error).__name__}: {error}")
+        raise

@@ -2,7 +2,7 @@
 
 A study names its runs by text keys and gives a `Config` for each. `run_all` starts `python -m <module>
 --run KEY` for every key without a summary, so an interrupted study goes on where it was: finished runs are
-kept, unfinished ones resume from their last checkpoint.
+kept, unfinished ones resume from their last checkpoint. Where the study is killed its runs save and end.
 """
 
 import argparse
@@ -11,11 +11,12 @@ import json
 import math
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from mhc_jax.train import Interrupted, NonFiniteError, train
 from mhc_jax.writers import jsonable
 
 SUMMARY = "summary.json"
+# Process that started a run and waits for it.
+_STUDY = "MHC_STUDY_PROCESS"
 CURVE_POINTS = 60  # points of a training curve in a summary: means over equal parts of the run
 
 # Series of a summary -> its metric.
@@ -110,7 +113,8 @@ def run_all(
       the keys without a summary at the end.
 
     Raises:
-      Interrupted: Ctrl-C; no run was started after it, and the running ones have saved their state.
+      Interrupted: Ctrl-C or SIGTERM; no run was started after it, and the running ones have saved their
+        state.
     """
     todo = [key for key in keys if not (output / key / SUMMARY).exists()]
     waiting, lock, stop = list(todo), threading.Lock(), threading.Event()
@@ -132,7 +136,10 @@ def run_all(
 
         def work(gpu: str):
             while (key := take()) is not None:
-                _run_process(module, key, output, arguments, gpu, per_gpu, deadline, stop)
+                try:
+                    _run_process(module, key, output, arguments, gpu, per_gpu, deadline, stop)
+                except OSError as error:  # a full disk
+                    bar.write(f"{key} was not started: {error}", file=sys.stderr)
                 found = read_summary(output, key)
                 bar.update(found is not None)
                 said = "stopped" if found is None else f"{found['validation_loss']}"
@@ -140,10 +147,11 @@ def run_all(
 
         threads = [threading.Thread(target=work, args=(slot,)) for slot in slots]
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with _sigterm_as_ctrl_c():
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
         except KeyboardInterrupt:
             stop.set()
             bar.write("stopping: running trainings save their state ...", file=sys.stderr)
@@ -156,10 +164,38 @@ def run_all(
     return [key for key in keys if not (output / key / SUMMARY).exists()]
 
 
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which has no handlers
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_with_study() -> None:
+    """Has this run save and end as soon as its study is gone, which would else train its runs once more."""
+    study = int(os.environ.pop(_STUDY, 0))
+
+    def watch():
+        while os.getppid() == study:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if study:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def _run_process(module, key, output, arguments, gpu, per_gpu, deadline, stop) -> None:
     workdir = output / key
     workdir.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    environment = dict(os.environ, PYTHONUNBUFFERED="1") | {_STUDY: str(os.getpid())}
     if gpu:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / per_gpu:.3f}"
@@ -168,6 +204,7 @@ def _run_process(module, key, output, arguments, gpu, per_gpu, deadline, stop) -
     command = [sys.executable, "-m", module, "--run", key, "--output", str(output)]
     command += arguments
     with (workdir / "log.txt").open("a") as log:
+        begin = log.tell()
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         end = math.inf if deadline is None else max(deadline, time.monotonic() + 1)
         while process.poll() is None:
@@ -180,10 +217,9 @@ def _run_process(module, key, output, arguments, gpu, per_gpu, deadline, stop) -
                 break
         process.wait()
     if process.returncode:
-        last = (workdir / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
-        tqdm.tqdm.write(
-            f"{key} ended with {process.returncode}: {''.join(last)[-300:]}", sys.stderr
-        )
+        said = (workdir / "log.txt").read_bytes()[begin:].decode(errors="replace")
+        last = "".join(said.strip().splitlines()[-1:])[-300:]
+        tqdm.tqdm.write(f"{key} ended with {process.returncode}: {last}", sys.stderr)
 
 
 def run_one(
@@ -201,20 +237,25 @@ def run_one(
     """
     workdir, diverged = output / key, None
     start = time.perf_counter()
+    _end_with_study()
     try:
         train(config, workdir, name=key)
     except NonFiniteError as error:
         diverged = str(error)
     except Interrupted as error:
         sys.exit(f"Interrupted: {error}")
-    summary = summarize(workdir) | {
+    summary = summarize(workdir)
+    elapsed = time.perf_counter() - start
+    if not diverged:  # of a run that went on: with what processes before this one did
+        elapsed = max(elapsed, float(summary["seconds_per_step"] or 0) * config.steps)
+    summary |= {
         "key": key,
         "seed": config.seed,
         "learning_rate": config.optimizer.learning_rate,
         "steps": config.steps,
         "tokens": config.steps * config.batch_size * config.data.sequence_length,
         "diverged": diverged,
-        "wall_seconds": round(time.perf_counter() - start, 1),
+        "wall_seconds": round(elapsed, 1),
         "environment": record.environment(config.seed),
     }
     if diverged:

@@ -16,8 +16,10 @@ from ml_collections import config_flags
 from configs import small_cpu
 from experiments import cli
 from mhc_jax import command_line, paths, train, units
+from mhc_jax.checkpoint import SaveError
 from mhc_jax.config import from_dict
 from mhc_jax.remat.cost import plan
+from mhc_jax.train import Interrupted
 
 ROOT = pathlib.Path(__file__).parents[1]
 # How ml_collections reads a config file.
@@ -286,9 +288,7 @@ def test_a_reader_that_goes_away_ends_a_command(run):
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-@pytest.mark.parametrize(
-    "printed", ["print('text')", "print('text', flush=True)", "print(9999 * 'x')"]
-)
+@pytest.mark.parametrize("printed", ["print('text')", "print(9999 * 'x')"])
 def test_a_full_disk_under_the_output_is_one_line(run, printed):
     """As in `evaluate ... > /mnt/full/table`, also where Python would write only at its end."""
     code = f"import sys; from experiments import cli; from mhc_jax import command_line; {run}"
@@ -392,6 +392,14 @@ def test_what_a_command_refuses_is_one_line(capsys):
     def without_memory_of_a_device():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 8 TiB\nMore of it")
 
+    full = "step 20 could not be saved (RESOURCE_EXHAUSTED: No space left on device)"
+
+    def on_a_full_disk():
+        raise SaveError(full)
+
+    def stopped():
+        raise Interrupted("run again")
+
     line = "RuntimeError: Unable to initialize backend 'tpu': no libtpu"
     with pytest.raises(SystemExit, match=f"^{line}$"):
         command_line._without_arguments(lambda argv: without_devices())([])
@@ -408,12 +416,14 @@ def test_what_a_command_refuses_is_one_line(capsys):
             without_memory_of_a_device,
             "out of memory (RESOURCE_EXHAUSTED: 8 TiB): choose smaller sizes",
         ),
+        (on_a_full_disk, f"SaveError: {full}"),
+        (stopped, 75),
         (interrupted, 130),
         (lambda: 3, 3),
     ):
         with pytest.raises(SystemExit) as caught:
             cli.run(main)
         assert caught.value.code == code
-    assert capsys.readouterr().err == "Interrupted\n"
+    assert capsys.readouterr().err == "Interrupted: run again\nInterrupted\n"
     with pytest.raises(ValueError, match="of the code"):
         cli.run(broken)

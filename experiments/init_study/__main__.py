@@ -155,13 +155,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{len(missing)} runs not finished ({', '.join(missing[:3])} ...): run again")
         return missing
 
-    if not run(first_runs()):
-        found = sweep.read_summaries(options.output, [run.key for run in first_runs()])
-        run(second_runs(find_winner(found, options.widths)))
+    if run(first_runs()):
+        sys.exit(1)  # what is collected depends on all of them
+    found = sweep.read_summaries(options.output, [run.key for run in first_runs()])
+    run(second_runs(find_winner(found, options.widths)))
     payload = collect(options)
     print(figure.format_table(payload))
     path = record.write(QUESTION, payload, folder=options.root)
     print(path, figure.draw(payload, path.with_suffix(".png")))
+    if payload["missing"]:
+        sys.exit(1)
 
 
 def collect(options: argparse.Namespace) -> dict:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 from unittest import mock
@@ -220,9 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.run:
         train_one(options)
         return
-    root = options.root
+    root, unfinished = options.root, False
     if not (options.summary or options.figures):
-        print(*store(run(options), root), sep="\n")
+        found = run(options)
+        unfinished = bool(found["missing"])
+        print(*store(found, root), sep="\n")
     payload = stored(root)
     if options.summary or not options.figures:
         print(tables.format_all(payload))
@@ -232,6 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(*figures.draw_all(payload, folder), *charts.draw_all(payload, folder), sep="\n")
         if root is None:
             print(sinkhorn.draw_newest(payload))
+    if unfinished:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import pathlib
 import re
 import signal
+import sys
+import threading
 import time
 
 import jax
@@ -283,13 +286,14 @@ def test_no_run_is_started_that_the_time_cannot_hold(tmp_path, monkeypatch):
         assert started == (list(seconds)[1:] if deadline else list(seconds))
 
 
-def test_an_interrupt_starts_no_further_run(tmp_path, monkeypatch, request):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_starts_no_further_run(number, tmp_path, monkeypatch, request):
     started = []
 
     def run_process(module, key, output, arguments, gpu, per_gpu, deadline, stop):
         started.append(key)
         if len(started) == 2:
-            _thread.interrupt_main()
+            _thread.interrupt_main(number)
         assert stop.wait(60)
 
     monkeypatch.setattr(sweep, "_run_process", run_process)
@@ -299,6 +303,64 @@ def test_an_interrupt_starts_no_further_run(tmp_path, monkeypatch, request):
     with pytest.raises(Interrupted, match="0 of 5 runs are finished: the same command goes on"):
         sweep.run_all("m", list("abcde"), tmp_path, [], per_gpu=2, deadline=None)
     assert sorted(started) == ["a", "b"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_runs_end_with_their_study(monkeypatch):
+    """Of a study that was killed: else they hold the workdirs that the next one wants."""
+    sent, parent = [], [7]
+    monkeypatch.setattr(sweep.os, "getppid", lambda: parent[0])
+    monkeypatch.setattr(sweep.os, "kill", lambda *of: sent.append(of))
+    monkeypatch.setattr(sweep.time, "sleep", lambda _: parent.__setitem__(0, 1))
+    sweep._end_with_study()  # nobody's run
+    monkeypatch.setenv(sweep._STUDY, "7")
+    before = {*threading.enumerate()}
+    sweep._end_with_study()
+    for thread in {*threading.enumerate()} - before:
+        thread.join(10)
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+    assert parent == [1]
+    assert sweep._STUDY not in os.environ
+
+
+def test_a_run_that_cannot_start_and_one_that_fails_say_so(tmp_path, monkeypatch, capfd):
+    """The log of a run has what earlier processes said too, such as one that still holds the workdir."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/log.txt").write_text("of an earlier process\n")
+    (tmp_path / "b/log.txt").mkdir(parents=True)  # it cannot be written, as on a full disk
+    module = "experiments.reproduction"
+    missing = sweep.run_all(module, ["a", "b"], tmp_path, [], per_gpu=1, deadline=None)
+    assert missing == ["a", "b"]
+    said = capfd.readouterr().err
+    assert "a ended with 1: BadInput: 'a' is no run: SETTING" in said
+    assert f"b was not started: [Errno 21] Is a directory: '{tmp_path}/b/log.txt'" in said
+    monkeypatch.setattr(sys, "executable", "/bin/false")  # as one that is killed at once
+    assert sweep.run_all(module, ["a"], tmp_path, [], per_gpu=1, deadline=None) == ["a"]
+    assert "a ended with 1: \n" in capfd.readouterr().err
+
+
+def test_a_study_that_was_cut_ends_with_1_and_a_line(tmp_path, monkeypatch, capsys):
+    """init_study looked for the winner of no runs."""
+    monkeypatch.setattr(sweep, "_run_process", lambda *_: None)
+    for study, arguments in ((init_study, []), (reproduction, ["--settings", "ablation"])):
+        with pytest.raises(SystemExit) as caught:
+            study.main([*arguments, "--minutes", "1", "--output", str(tmp_path)])
+        assert caught.value.code == 1
+        assert "runs not finished" in capsys.readouterr().out
+
+
+def test_the_time_of_a_run_that_went_on_is_that_of_all_its_steps(tmp_path, monkeypatch):
+    """It was that of the last process, and --no_cut starts runs by it."""
+    monkeypatch.setattr(sweep, "train", lambda *_, **__: None)
+    monkeypatch.setattr(sweep, "summarize", lambda _: {"seconds_per_step": 2.0})
+    run = Run("main", "mHC", 1e-2, seed=3)
+    (tmp_path / run.key).mkdir(parents=True)
+    (tmp_path / run.key / (sweep.SUMMARY + ".part")).write_text(
+        '{"wall_sec'
+    )  # a kill in the middle
+    sweep.run_one(run.config("", 100, TOY), tmp_path, run.key)
+    assert sweep.read_summary(tmp_path, run.key)["wall_seconds"] == 200
+    assert [path.name for path in (tmp_path / run.key).iterdir()] == [sweep.SUMMARY]
 
 
 @pytest.mark.parametrize(
