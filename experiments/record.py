@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from mhc_jax.writers import jsonable
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "triton", "jax-triton", "libtpu", "jax-cuda13-pjrt")
 FOLDER = pathlib.Path(__file__).parent
+_CORPUS = "corpus/text/**"  # text of experiments.corpus, as --data on the pages
 _PART = ".part"  # of a file that is being written
 # Set these when you copy the tree without git: the commit that was copied, and MHC_DIRTY=1 if it was changed.
 COMMIT_VARIABLE, DIRTY_VARIABLE = "MHC_COMMIT", "MHC_DIRTY"
@@ -45,7 +46,8 @@ def environment(seed: int | None = None) -> dict[str, Any]:
     Returns:
       A dict for JSON: `device` {name, count, processes, platform}, `driver` (None without an NVIDIA driver),
       `versions` (of what is installed), `commit` (full hash) and `dirty` (whether the code differs from it),
-      None where unknown, with a `commit_note` where git does not know it; `command`, `date` (UTC, ISO 8601),
+      None where unknown, with a `commit_note` where git does not know it; `command` (of
+      `documented_command`), `date` (UTC, ISO 8601),
       `host_cpus`, and `seed` if given.
     """
     device = jax.devices()[0]
@@ -59,7 +61,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         "driver": _driver(),
         "versions": versions(),
         **_code(FOLDER),
-        "command": command_line(),
+        "command": documented_command(sys.orig_argv[1:]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host_cpus": os.cpu_count(),
     } | ({} if seed is None else {"seed": seed})
@@ -248,6 +250,40 @@ def command_line() -> str:
     """Returns the command of this process as one types it, with `python -m package.module`."""
     arguments = list(sys.orig_argv[1:])
     return shlex.join(["python", *arguments])
+
+
+def documented_command(arguments: Sequence[str]) -> str:
+    """Returns a command as a page has it: with `documented` in place of folders of this machine.
+
+    Args:
+      arguments: behind the interpreter.
+    """
+    words, option = ["python"], "path"
+    for word in arguments:
+        named = re.match(r"--?([\w.-]+)", word)
+        option = named[1] if named else "path" if words[-1] == "-m" else option
+        field = re.fullmatch(r"([\w.-]+)=(/.*)", word)
+        if field:  # of --option=/path, or of a field that an option sets
+            words.append(f"{field[1]}={documented(field[1], field[2])}")
+        else:
+            words.append(documented(option, word))
+    return shlex.join(words)
+
+
+def documented(option: str, value: str) -> str:
+    """Returns the value of an option without folders of this machine, which say nothing to others.
+
+    An absolute path below the current folder becomes relative, the corpus is where the pages have it, and for
+    any other stands the name of its option: `--output OUTPUT`.
+    """
+    if not value.startswith("/"):
+        return value
+    if value.endswith(f"/{_CORPUS}"):
+        return _CORPUS
+    path, here = pathlib.PurePath(value), pathlib.Path.cwd()
+    if path.is_relative_to(here):
+        return str(path.relative_to(here))
+    return option.rpartition(".")[2].lstrip("-").upper()
 
 
 def _driver() -> str | None:

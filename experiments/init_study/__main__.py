@@ -174,7 +174,7 @@ def collect(options: argparse.Namespace) -> dict:
     wanted = [run.key for run in first_runs() + second_runs(winner) if run.width in options.widths]
     return {
         "winner": winner,
-        "data": options.data or "stdlib",
+        "data": record.documented("data", options.data) or "stdlib",
         "missing": [key for key in wanted if key not in found],
         "runs": {
             key: {name: found[key][name] for name in KEPT}

@@ -169,7 +169,7 @@ def compare(trees: list[Tree], options: argparse.Namespace) -> bool:
     for tree, about in zip(trees, environments):
         if about["device"]["platform"] != "gpu":
             sys.exit(f"compare needs an NVIDIA GPU, jax has {about['device']['name']!r}")
-        about["command"] = record.command_line()
+        about["command"] = record.documented_command(sys.orig_argv[1:])
         changed = ", changed" * bool(about["dirty"])
         print(f"{tree.name}: {tree.folder}, commit {about['commit']}{changed}", flush=True)
     keep(**{"environment": environments[1], "environment before": environments[0]})

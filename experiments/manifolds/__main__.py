@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measured = measure(options) | {"environment": record.environment()}
         record.write_file(times, _stored(times) | measured)
     payload = {
-        "data": options.data or "stdlib",
+        "data": record.documented("data", options.data) or "stdlib",
         "learning_rate": settings.LEARNING_RATE,
         # With what earlier commands left in the folder, which may have asked for other parts.
         "runs": sweep.read_summaries(options.output, [run.key for run in kept]),

@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> dict:
     runs += again
     found |= train(runs)
     missing = [run.key for run in first + runs if run.key not in found]
-    data = options.data or "stdlib"
+    data = record.documented("data", options.data) or "stdlib"
     return {"data": data, "learning_rates": rates, "missing": missing, "runs": found}
 
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,31 @@ def test_environment_names_machine_versions_and_command(monkeypatch):
     assert abs(age.total_seconds()) < 60
     assert found["host_cpus"] > 0
     assert "seed" not in record.environment()
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ("-m experiments.a --output /tmp/x/y.json --n 4", "-m experiments.a --output OUTPUT --n 4"),
+        ("-m experiments.a --packages=/tmp/te --record", "-m experiments.a --packages=PACKAGES --record"),
+        ("-m a --data /home/me/corpus/text/** --out=/o=1", "-m a --data 'corpus/text/**' --out=OUT"),
+        ("-m a --data HERE/texts/*.txt HERE", "-m a --data 'texts/*.txt' ."),
+        ("-m a /home/me/run --config.data.path=/t/* --set data.x=/y",
+         "-m a PATH --config.data.path=PATH --set data.x=X"),
+        ("-m a runs/mhc gs://b/c 3/4 --lr=1e-3", "-m a runs/mhc gs://b/c 3/4 --lr=1e-3"),
+        ("HERE/a.py -v /x", "a.py -v V"),
+    ],
+)  # fmt: skip
+def test_a_command_is_that_of_a_page(given, want):
+    """Folders of a machine say nothing to others, and may say whose it is."""
+    words = given.replace("HERE", str(pathlib.Path.cwd())).split()
+    assert record.documented_command(words) == f"python {want}"
+
+
+def test_stored_commands_name_no_folder_of_a_machine():
+    for path in record.FOLDER.glob("*/results/*.json"):
+        text = path.read_text()
+        assert not re.search(r'"(command|data)": "(/|[^"]*[ =\'](/|~|[A-Z]:))', text), path
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
