@@ -21,7 +21,7 @@ from lm_eval.utils import handle_non_serializable
 
 from experiments import mesh_options
 from experiments.benchmark_harness import Harness
-from experiments.benchmark_scores import format_table, plot
+from experiments.benchmark_scores import format_table, plot, scores_of
 from mhc_jax import checksum, paths
 from mhc_jax.checkpoint.trained import find, load
 from mhc_jax.config import Config
@@ -152,7 +152,11 @@ def evaluate(
             # The harness and the library of data sets raise whatever they like, down to KeyError.
             failed.append(f"{task.name}: {_reason(error)}")
             continue
-        found.append({**task._asdict(), "result": _plain(result)})
+        asked = {**task._asdict(), "result": _plain(result)}
+        if scores_of(asked):
+            found.append(asked)
+        else:  # a table without its line would look as if nobody had asked
+            failed.append(f"{task.name}: the harness gave no number {_of_metric(asked)}")
     return {
         "workdir": str(workdir),
         "connection": config.model.connection,
@@ -164,6 +168,16 @@ def evaluate(
         "tasks": found,
         "failed": failed,
     }
+
+
+def _of_metric(asked: dict) -> str:
+    gave = asked["result"]["results"].get(asked["name"], {}).keys() - {
+        "alias",
+        "sample_len",
+        "name",
+    }
+    there = f"but {', '.join(sorted(gave))}" if gave else "at all: its metric_list may name none"
+    return f"of {asked['metric']}, {there}" if asked["metric"] else there
 
 
 def _reason(error: Exception) -> str:

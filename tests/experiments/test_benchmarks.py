@@ -141,6 +141,11 @@ def tasks(workdirs):
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"{name}.yaml").write_text(definitions[name] + COMMON.format(data=data))
     (folder / "network.yaml").write_text(NETWORK + "test_split: test\n")
+    numberless = CHOICE.replace("our_choice", "our_numberless").replace(
+        "metric: acc", "metric: acd"
+    )
+    text = numberless + COMMON.format(data=folder / "choice.jsonl")
+    (folder / "numberless.yaml").write_text(text)
     return folder, documents
 
 
@@ -247,6 +252,10 @@ def test_bad_input_is_one_line(workdirs, tasks, capsys, tmp_path, monkeypatch):
         (("--tasks=,",), "error: --tasks is empty"),
         (("--tasks=our_choice", "--split=all"), "--split is for text: leave it out with --tasks"),
         (("--limit=2",), "--include_path is for tasks: add --tasks"),
+        (
+            ("--tasks=our_numberless",),
+            "error: our_numberless: the harness gave no number at all: its metric_list may name none",
+        ),
         (
             ("--tasks=our_network",),
             "error: our_network: its data are not on this machine (Couldn't",
