@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from etils import epath
 
 from configs import default
-from mhc_jax import early_end, paths, streams
+from mhc_jax import early_end, paths, standard_streams
 
 # Package that an experiment may need -> the extra that has it.
 _EXTRAS = {
@@ -211,9 +211,9 @@ def log_as(form: str, level: int = logging.WARNING) -> None:
 
 def run(main: Callable[[], Any]) -> NoReturn:
     """Calls the main function of a command; what it refuses and Ctrl-C end it with one line."""
-    streams.open_closed()
+    standard_streams.open_closed()
     try:
-        with streams.whole_output():
+        with standard_streams.whole_output():
             sys.exit(main())
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
@@ -236,7 +236,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
             sys.exit(early_end.TRY_AGAIN)
         if isinstance(error, said):
             sys.exit(f"{type(error).__name__}: {error}")
-        streams.end_without_output(error)
+        standard_streams.end_without_output(error)
         if not_there := command_line.no_backend(error):
             sys.exit(not_there)
         if memory := out_of_memory(error):

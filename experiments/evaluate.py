@@ -34,7 +34,7 @@ import numpy as np
 import tqdm
 
 from experiments import cli, mesh_options, record
-from mhc_jax import compilation_cache, paths, sharding, streams
+from mhc_jax import compilation_cache, paths, sharding, standard_streams
 from mhc_jax.checkpoint.trained import find, load
 from mhc_jax.config import Config
 from mhc_jax.data import DataConfig, vocab_size
@@ -284,7 +284,7 @@ def run_tasks(options: argparse.Namespace) -> None:
     try:
         benchmarks.main(options)
     except (ValueError, OSError) as error:
-        streams.end_without_output(error)
+        standard_streams.end_without_output(error)
         sys.exit(f"error: {error}")
 
 

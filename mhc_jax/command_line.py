@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags
 
-from mhc_jax import streams
+from mhc_jax import standard_streams
 from mhc_jax.config import Config, from_dict
 
 CONFIG_HELP = "A file of configs/."
@@ -29,12 +29,12 @@ CLONE = (
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs `absl.app.run`; a wrong command line gives one line and exit code 1."""
-    streams.open_closed()
+    standard_streams.open_closed()
     try:
-        with streams.whole_output():
+        with standard_streams.whole_output():
             app.run(_without_arguments(main), flags_parser=_parse_flags)
     except OSError as error:
-        streams.end_without_output(error)
+        standard_streams.end_without_output(error)
         raise
 
 
@@ -146,7 +146,7 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) ->
             text = f"configs/default.py has no such field{_nearest(name)}"
         sys.exit(f"bad {given}: {text}")
     except (TypeError, ValueError, OSError) as error:
-        streams.end_without_output(error)  # of --help
+        standard_streams.end_without_output(error)  # of --help
         sys.exit(f"bad --config: {_one_line(error)}")
 
 
