@@ -56,20 +56,6 @@ def forward(T: int, C: int, **options) -> tuple[CudaLaunch, list]:
     return cuda_launches.forward_launch(T, C, **options), [*update, *known, fragments, T]
 
 
-def rows_forward(T: int, C: int, norm: bool, **options) -> tuple[CudaLaunch, list]:
-    """rows_forward.cu in one program and its arguments; options of `rows_launches.forward_launch`."""
-    from kernels_pallas.boundary import rows_launches  # needs Triton, --help does not
-    from kernels_pallas.boundary.contract import ReadStatic
-
-    _, (*update, fragments, T) = forward(T, C, hc=options.get("hc", False))
-    columns = 8 + options["logits"] if "logits" in options else 24
-    shapes = [((columns,), _F32), ((3,), _F32), *([((C,), _F32)] * norm)]
-    gates = _random(np.random.default_rng(1), *shapes)
-    static = ReadStatic(4, 20, 1e-20, 1e-6 if norm else None)
-    launch = rows_launches.forward_launch(T, C, static, **options)
-    return dataclasses.replace(launch, grid=(1,)), [*update, fragments, *gates, T]
-
-
 def backward(T: int, C: int, splits: int, **options) -> tuple[CudaLaunch, list]:
     """backward.cu and its arguments; `splits` programs share the tokens, others as `backward_launch`."""
     from kernels_pallas.boundary import cuda_launches  # needs Triton, --help does not
@@ -119,10 +105,6 @@ _LONG = {"T": 117, "C": 128, "splits": 2}
 CASES = {
     "forward": lambda: forward(140, 128),
     "forward, look-ahead": lambda: forward(140, 128, look_ahead=True),
-    "forward of rows": lambda: rows_forward(140, 128, norm=False),
-    "forward of rows with norm": lambda: rows_forward(140, 128, norm=True),
-    "forward of rows, logits": lambda: rows_forward(140, 128, norm=True, logits=6),
-    "forward of rows, HC": lambda: rows_forward(140, 128, norm=True, hc=True),
     "backward": lambda: backward(**_LONG, mix=True),
     "backward, two terms": lambda: backward(**_LONG, mix=True, terms=2),
     "backward of read": lambda: backward(**_LONG, mix=False),

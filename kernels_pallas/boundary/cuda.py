@@ -1,8 +1,7 @@
 """`read` and `boundary` with their passes over the streams in CUDA C++, the small kernels in Triton.
 
-The forward of `boundary` is one kernel where rows are short (rows_forward.cu, 10C). Longer rows take two: the
-write and the projection in one (forward.cu, 9C instead of 13C), then, as in triton.py, one launch for the
-second stage of the projection, the mappings and F_pre (5C). The backward
+The forward of `boundary` does the write and the projection in one kernel (forward.cu, 9C instead of 13C). As
+in triton.py, one launch for the second stage of the projection, the mappings and F_pre follows. The backward
 begins with one launch for dh_pre (5C) and the backward of the mappings (input_backward.cu; Triton's for wide
 streams). Then one pass goes back through the norm of the layer input, sums every cotangent of the streams and
 makes dphi (backward.cu): 13C in `read`, 15C in `boundary`, where it also goes back through the write. The
@@ -11,13 +10,7 @@ second stage of all sums comes last. The forward of `read` is Triton's.
 
 import jax
 
-from kernels_pallas.boundary import (
-    cuda_input_backward,
-    cuda_launches,
-    rows_launches,
-    triton,
-    triton_layer_input,
-)
+from kernels_pallas.boundary import cuda_input_backward, cuda_launches, triton, triton_layer_input
 from kernels_pallas.boundary.contract import (
     Parameters,
     ReadOut,
@@ -53,10 +46,8 @@ def forward(
     T = device.num_tokens(streams.shape[:-1])
     if not T:
         return streams, *empty_read(streams, n)
-    C, fragments = streams.shape[-1] // n, cuda_launches.phi_fragments(parameters.phi)
-    if rows_launches.unfit(C) is None:
-        return rows_launches.forward(update, fragments, parameters, static)
-    new_streams, projected = cuda_launches.forward_launch(T, C)(*update, fragments, T)
+    launch = cuda_launches.forward_launch(T, streams.shape[-1] // n)
+    new_streams, projected = launch(*update, cuda_launches.phi_fragments(parameters.phi), T)
     new_streams = new_streams.reshape(streams.shape)
     return new_streams, *triton_layer_input.forward(new_streams, projected, parameters, static)
 

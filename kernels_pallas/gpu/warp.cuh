@@ -24,13 +24,6 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   return word;
 }
 
-// Returns x and hides its origin, so that what is computed of it is not kept in registers around a loop.
-__device__ __forceinline__ int opaque(int x) {
-  int same;
-  asm volatile("mov.b32 %0, %1;" : "=r"(same) : "r"(x));
-  return same;
-}
-
 // Copies 16 or 4 bytes from global to shared memory, or zeros if !valid (then `from` is not read).
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),

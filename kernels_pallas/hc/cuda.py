@@ -1,18 +1,13 @@
 """`hc_read` and `hc_boundary` with their large passes in CUDA C++, as `kernels_pallas.boundary.cuda`.
 
-rows_forward.cu, forward.cu, input_backward.cu and backward.cu are compiled for one norm a stream; the small
-kernels are Triton's.
+forward.cu, input_backward.cu and backward.cu are compiled for one norm a stream; the small kernels are
+Triton's.
 The bytes are those of `boundary`. The forward of `hc_read` is Triton's.
 """
 
 import jax
 
-from kernels_pallas.boundary import (
-    cuda_input_backward,
-    cuda_launches,
-    rows_launches,
-    triton_layer_input,
-)
+from kernels_pallas.boundary import cuda_input_backward, cuda_launches, triton_layer_input
 from kernels_pallas.boundary.contract import ReadOut, ReadStatic, Saved, Update
 from kernels_pallas.gpu import device, sums
 from kernels_pallas.hc import triton
@@ -43,10 +38,8 @@ def forward(
     T = device.num_tokens(streams.shape[:-1])
     if not T:
         return streams, *empty_read(streams, n)
-    C, fragments = streams.shape[-1] // n, cuda_launches.theta_fragments(parameters.theta)
-    if rows_launches.unfit(C, hc=True) is None:
-        return rows_launches.forward(update, fragments, parameters, static, hc=True)
-    new_streams, parts = cuda_launches.forward_launch(T, C, hc=True)(*update, fragments, T)
+    launch = cuda_launches.forward_launch(T, streams.shape[-1] // n, hc=True)
+    new_streams, parts = launch(*update, cuda_launches.theta_fragments(parameters.theta), T)
     new_streams = new_streams.reshape(streams.shape)
     parts = parts.reshape(parts.shape[0], T, n, -1)
     return new_streams, *triton_layer_input.forward(new_streams, parts, parameters, static, hc=True)

@@ -7,12 +7,7 @@ launches for the layer input and its backward end with the logits where those of
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.boundary import (
-    cuda_input_backward,
-    cuda_launches,
-    rows_launches,
-    triton_layer_input,
-)
+from kernels_pallas.boundary import cuda_input_backward, cuda_launches, triton_layer_input
 from kernels_pallas.boundary.contract import Parameters, ReadOut, ReadStatic, Saved, Update
 from kernels_pallas.gpu import device, sums
 from kernels_pallas.logits import triton
@@ -48,16 +43,13 @@ def _padded(phi: jax.Array) -> jax.Array:
     return jnp.pad(phi, ((0, 0), (0, _COLUMNS - phi.shape[1])))
 
 
-def _logits_out(out: ReadOut, k: int) -> LogitsOut:
-    """Takes `out`, whose h_res are k logits, or one that nobody wrote if k == 0."""
-    return LogitsOut(out.layer_input, out.h_post, out.h_res if k else out.h_res[..., :0])
-
-
 def _finish_read(streams, parts, parameters, static) -> tuple[LogitsOut, Saved]:
     """Does a read from partial sums of the padded projection on; T > 0."""
     k = parameters.phi.shape[1] - 2 * static.n
-    out, saved = triton_layer_input.forward(streams, parts, parameters, static, logits=k)
-    return _logits_out(out, k), saved
+    (u, h_post, logits), saved = triton_layer_input.forward(
+        streams, parts, parameters, static, logits=k
+    )
+    return LogitsOut(u, h_post, logits if k else logits[..., :0]), saved
 
 
 def read_forward(
@@ -78,14 +70,9 @@ def forward(
     T = device.num_tokens(streams.shape[:-1])
     if not T:
         return streams, *empty_read(streams, static.n, m)
-    C, k = K // static.n, m - 2 * static.n
-    fragments = cuda_launches.phi_fragments(_padded(parameters.phi))
-    if rows_launches.unfit(C) is None:
-        new_streams, out, saved = rows_launches.forward(
-            update, fragments, parameters, static, logits=k
-        )
-        return new_streams, _logits_out(out, k), saved
-    new_streams, parts = cuda_launches.forward_launch(T, C)(*update, fragments, T)
+    launch = cuda_launches.forward_launch(T, K // static.n)
+    phi = cuda_launches.phi_fragments(_padded(parameters.phi))
+    new_streams, parts = launch(*update, phi, T)
     new_streams = new_streams.reshape(streams.shape)
     return new_streams, *_finish_read(new_streams, parts, parameters, static)
 

@@ -101,8 +101,6 @@ CASES = (
     Case("boundary", 69, 128, 4, BF16, options=_SHORT, on="cuda"),
     Case("boundary", 1, 64, 4, BF16, on="cuda"),
     Case("boundary", 17, 64, 4, BF16, norm=EPS, options=_SHORT, on="cuda"),
-    # Too wide for rows_forward.cu.
-    Case("boundary", 3, 576, 4, BF16, norm=EPS, options=_SHORT, on="cuda"),
     Case("boundary", 6, 72, 8, norm=EPS),
     Case("boundary", 6, 72, 8, BF16, norm=EPS),
     Case("boundary", (2, 18), 200, 4, BF16, norm=EPS),
@@ -133,7 +131,6 @@ CASES = (
     Case("hc_boundary", 69, 64, 4, BF16, norm=0.4, options=_HC, on="cuda"),
     Case("hc_boundary", **_FEW, norm=0.4, options=_HC),
     Case("hc_boundary", **_CUDA, slow="cuda"),
-    Case("hc_boundary", 3, 576, 4, BF16, norm=EPS, on="cuda"),
     # tests/kernels/test_look_ahead.py has more.
     Case("look_ahead", **_FEW, norm=0.4, options=_READ),
     Case("look_ahead", **_CUDA, norm=0.4, options=_READ),

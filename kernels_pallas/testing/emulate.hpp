@@ -135,8 +135,6 @@ inline T __shfl_sync(u32 mask, T value, int lane, emulate::Site site = emulate::
 
 inline u32 pack_bf16(float low, float high) { return emulate::round_bf16(low) | emulate::round_bf16(high) << 16; }
 
-inline int opaque(int x) { return x; }
-
 namespace emulate {
 inline void copy_async(const char* what, void* to, const void* from, bool valid, size_t bytes, Site site) {
   check_shared(what, site, to, bytes);

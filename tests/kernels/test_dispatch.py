@@ -255,7 +255,7 @@ def test_triton_is_triton_alone_and_cuda_raises_where_it_cannot_run(monkeypatch)
         return jax.eval_shape(lambda *a: jax.vjp(f, *a)[1](f(*a)), *args)
 
     boundary("triton")
-    with pytest.raises(AssertionError, match="mhc_boundary_rows_forward in CUDA"):
+    with pytest.raises(AssertionError, match="mhc_boundary_forward in CUDA"):
         boundary("cuda")
     monkeypatch.setattr(
         "kernels_pallas.gpu.cuda_launch.missing", lambda shared_bytes: "there is no NVRTC"
