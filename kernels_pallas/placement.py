@@ -120,7 +120,8 @@ def automatic(function: Callable, *args: Any, splits: Any) -> Any:
         lambda split: NamedSharding(mesh, PartitionSpec(*lead if split else ())), splits
     )
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(inside, out_sharding=out)(*args)
+        # Not all axes: some are Manual where a `shard_map` is around.
+        return jax.sharding.auto_axes(inside, axes=mesh.explicit_axes, out_sharding=out)(*args)
 
 
 def beside(tokens: jax.Array, matrix: jax.Array) -> jax.Array:

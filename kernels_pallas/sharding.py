@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from kernels_pallas.opaque import opaque
 from kernels_pallas.varying import varying_axes
 
 
@@ -287,16 +288,18 @@ def over_mesh(
         return jax.tree.map(lambda s: PartitionSpec(*axes if s.startswith("...") else ()), shapes)
 
     def call(*args):
-        return jax.shard_map(
+        # Only where a `shard_map` around this one wants to know: JAX's simple interpreter of Pallas, for one,
+        # does not say what varies.
+        inside = bool(varying_axes(*jax.tree.leaves(args)))
+        mapped = jax.shard_map(
             summed(definition, function, axes),
             mesh=mesh,
             in_specs=specs(arguments),
             out_specs=specs(results),
             axis_names=names and names | mapped_axes(mesh),
-            # Only where a `shard_map` around this one wants to know: JAX's simple interpreter of Pallas, for
-            # one, does not say what varies.
-            check_vma=bool(varying_axes(*jax.tree.leaves(args))),
-        )(*args)
+            check_vma=inside,
+        )
+        return opaque(mapped, *args) if inside else mapped(*args)
 
     return call
 

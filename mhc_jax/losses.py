@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from kernels_pallas import placement
 from kernels_pallas.derivatives import custom_vjp
+from kernels_pallas.opaque import opaque
 from kernels_pallas.precision import wide_dtype
 from kernels_pallas.shapes import check_array, check_floating
 from kernels_pallas.varying import as_varying, varying_axes
@@ -169,14 +170,17 @@ def _per_device(chunks, ignore_index, x, matrix, targets, *, gradients):
         return loss[None], *(part[None] if i else part for i, part in enumerate(found))
 
     by_device = PartitionSpec(names or None)
-    loss, *found = jax.shard_map(
+    inside = bool(varying_axes(x, matrix, targets))
+    mapped = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(spec, PartitionSpec(), spec, PartitionSpec()),
         out_specs=(by_device, spec, by_device)[: 3 if gradients else 1],
         axis_names=manual,
-        check_vma=bool(varying_axes(x, matrix, targets)),
-    )(x, matrix.astype(x.dtype), targets, counted)  # in the dtype of x before it is gathered
+        check_vma=inside,
+    )
+    args = x, matrix.astype(x.dtype), targets, counted  # in the dtype of x before it is gathered
+    loss, *found = opaque(mapped, *args) if inside else mapped(*args)
     return loss.sum(), *(part.sum(0) if i else part for i, part in enumerate(found))
 
 

@@ -4,6 +4,7 @@ Explicit axes, `jax.shard_map` over all axes or some, gradients taken inside and
 A case whose numbers another one has shown is traced alone: what goes wrong there is a type.
 """
 
+import contextlib
 import functools
 import itertools
 import sys
@@ -356,6 +357,56 @@ def check_vmap_over_mesh_axes():
             print("equal", name, axis, flush=True)
 
 
+def check_scans_beside_a_manual_axis():
+    """Gradients through `jax.lax.scan` in a `shard_map` over one axis, where another one splits tokens too.
+
+    JAX splits the body into what is known before and the rest, `shard_map`s in it as well: see `opaque`.
+    """
+    graph, state = nnx.split(HyperConnections(C, n, alpha_init=0.1))
+    blocks = jax.tree.map(lambda x: jnp.stack([x, x + 0.2]), state)
+    matrix, targets = normal(1, n * C, 6), jnp.asarray(_rng.integers(0, 6, LEAD))
+
+    def through_blocks(blocks, x):
+        body = jax.checkpoint(lambda x, block: (nnx.merge(graph, block)(x, jnp.sin), None))
+        return jnp.sum(jax.lax.scan(body, x, blocks)[0] ** 2)
+
+    def of_members(blocks, x):
+        return jax.vmap(through_blocks, (None, 1))(blocks, x[:, None]).sum()
+
+    def losses(matrices, x):
+        rows = jnp.broadcast_to(targets[0], x.shape[:2])
+
+        def body(total, matrix):
+            return total + linear_cross_entropy(x, matrix, rows, 1), None
+
+        return len(x) * jax.lax.scan(body, 0 * x[0, 0, 0], matrices)[0]
+
+    matrices = jnp.stack([matrix, -matrix])
+    typed, auto = mesh_of(a=(4, "Auto"), b=(2, "Explicit")), mesh_of(a=(4, "Auto"), b=(2, "Auto"))
+    for name, loss, parameters, mesh in (
+        ("blocks, explicit", through_blocks, blocks, typed),
+        ("members, explicit", of_members, blocks, typed),
+        ("blocks, token_sharding", through_blocks, blocks, auto),
+        ("loss, token_sharding", losses, matrices, auto),
+    ):
+
+        def local(parameters, x, loss=loss):
+            return jax.lax.psum(loss(parameters, x), "a")
+
+        mapped = jax.shard_map(
+            local, mesh=mesh, in_specs=(P(), P("a")), out_specs=P(), axis_names={"a"}
+        )
+        spec = P("a", "b") if mesh is typed and loss is through_blocks else P("a")
+        where = token_sharding(mesh, None, "b") if mesh is auto else contextlib.nullcontext()
+        with jax.set_mesh(mesh), where:
+            x = jax.device_put(X, NamedSharding(mesh, spec))
+            got = jax.jit(jax.grad(mapped, (0, 1)))(parameters, x)
+        want = jax.grad(loss, (0, 1))(parameters, X)
+        for a, b in zip(*map(jax.tree.leaves, jax.device_get((got, want))), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max(), err_msg=name)
+        print("equal", name, flush=True)
+
+
 def main():
     for case, names, run, values in cases() if sys.argv[1] == "xla" else ():
         for name in names:
@@ -364,6 +415,7 @@ def main():
         check(case, "kernels", run, values)
     if sys.argv[1] == "kernels":
         check_vmap_over_mesh_axes()
+        check_scans_beside_a_manual_axis()
     print("types ok")
 
 
