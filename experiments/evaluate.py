@@ -115,7 +115,7 @@ def choose_text(
     windows = open_windows(data, split)
     chosen: Sequence[int] = range(len(windows))
     if batches:
-        chosen = validation_order(len(windows), config.batch_size)[: batches * config.batch_size]
+        chosen = validation_order(len(windows), config.batch_size, batches)
         if len(chosen) < batches * config.batch_size:
             raise ValueError(
                 f"--batches={batches}: there are {len(chosen) // config.batch_size} in the validation split"

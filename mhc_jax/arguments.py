@@ -15,7 +15,7 @@ from mhc_jax.manifolds import MANIFOLDS, Birkhoff, Manifold
 
 
 def check_sublayer_index(index: int | jax.Array) -> None:
-    """Raises TypeError unless `index` is one integer, which may be traced.
+    """Raises TypeError unless `index` is one integer, which may be traced; ValueError if it is below 0.
 
     Half an index would equal no stream, and the sublayer would then read none.
     """
@@ -29,6 +29,8 @@ def check_sublayer_index(index: int | jax.Array) -> None:
             )
     if not whole:
         raise TypeError(f"sublayer_index={index!r}: use an integer, 0 for the first sublayer")
+    if isinstance(index, numbers.Integral) and index < 0:
+        raise ValueError(f"sublayer_index={index!r}: sublayers count from 0, the first one")
 
 
 def check_gap(name: str, gap: float) -> float:

@@ -65,7 +65,12 @@ class Storage:
             raise
 
     def _take_lock(self) -> None:
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"the workdir {self.workdir} cannot be made ({error.strerror or error}): give another one"
+            ) from error
         self._lock = WorkdirLock(self.workdir)
 
     @property

@@ -269,6 +269,11 @@ def test_a_file_for_a_workdir_is_refused_before_any_work(tmp_path, monkeypatch):
         train.train(from_dict(small_cpu.get_config()), workdir)
 
 
+def test_a_workdir_that_cannot_be_made_is_named():
+    with pytest.raises(train.BadInput, match="the workdir /proc/run cannot be made"):
+        train.train(from_dict(small_cpu.get_config()), "/proc/run")
+
+
 RUNS = {"argparse": "cli.run(main)", "absl": "sys.argv = ['x']; command_line.run(main)"}
 
 

@@ -227,11 +227,17 @@ def test_commands_without_a_clone_say_so(installed):
     assert done.stderr.count("\n") == 1
     assert "no file configs/mhc.py" in done.stderr
     assert "from the root of a clone" in done.stderr
-    # Python's own line: a module of that name in the wheel would hide the user's own experiments.
-    done = installed("-m", "experiments.stability")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "No module named 'experiments'" in done.stderr
+
+
+def test_a_folder_of_the_clones_name_does_not_hide_the_package(tmp_path):
+    """As where the clone itself lies: its folder is named `mhc_jax` too, and no package."""
+    (tmp_path / "mhc_jax").mkdir()
+    code = "import mhc_jax; print(mhc_jax.__file__)"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.stdout.strip().endswith("/mhc_jax/__init__.py"), done.stderr[-2000:]
 
 
 def test_version_is_one():

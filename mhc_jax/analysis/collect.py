@@ -230,7 +230,8 @@ def _run_scan(eqn, inputs) -> tuple[list, list]:
     h_res, cosine = (jnp.concatenate(parts, axis=1) for parts in zip(*found))
     if reverse:
         h_res, cosine = h_res[::-1], cosine[::-1]
-    return [*carry, *ys], [(h_res.reshape(-1, *h_res.shape[2:]), cosine.reshape(-1))]
+    rows = h_res.shape[0] * h_res.shape[1]  # not -1, which an array without tokens does not tell
+    return [*carry, *ys], [(h_res.reshape(rows, *h_res.shape[2:]), cosine.reshape(rows))]
 
 
 def _run_branches(branches, inputs) -> tuple[list, list]:

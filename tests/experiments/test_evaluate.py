@@ -17,7 +17,7 @@ from experiments import evaluate
 from experiments.mesh_options import AXES, mesh_of
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.checkpoint.trained import load
-from mhc_jax.data import load_tokenizer, make_iterator
+from mhc_jax.data import load_tokenizer, make_iterator, pipeline
 from mhc_jax.data.sources import bytes_of_windows, open_windows
 from mhc_jax.train import train
 from mhc_jax.train_step import init_state, model_graph
@@ -72,6 +72,15 @@ def workdir(folder):
     config = make_config(SMALL | EXPERTS | {"data.path": f"{folder}/*.txt"})
     train(config, folder / "run")
     return folder / "run"
+
+
+def test_the_first_batches_of_many_windows():
+    rows = [int(row) for row in pipeline._validation_rows(43, 4)]
+    assert pipeline.validation_order(43, 4, 3) == rows[:12]
+    assert pipeline.validation_order(43, 4, 99) == rows
+    assert len(rows) == 40
+    # All of these would take a day.
+    assert len(set(pipeline.validation_order(10**9, 4, 8))) == 32
 
 
 def test_the_loss_is_that_of_training(workdir):

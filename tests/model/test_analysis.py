@@ -228,6 +228,15 @@ def test_models_without_connections_and_what_cannot_be_collected():
     for model, error, message in bad:
         with pytest.raises(error, match=message):
             analysis.gains_of(model, X)
+    graph, stack = nnx.split(jax.tree.map(lambda *leaves: jnp.stack(leaves), *sublayers()))
+
+    def scanned(x):
+        step = lambda s, part: (nnx.merge(graph, part)(s), None)  # noqa: E731
+        return jax.lax.scan(step, expand(x, N), stack)[0]
+
+    for model in (Loop(loop), scanned):  # no tokens
+        with pytest.raises(ValueError, match="and not empty"):
+            analysis.gains_of(model, X[:0])
     with pytest.raises(ValueError, match="give them, as in gains_of"):
         analysis.gains_of(linen.Dense(3), X)
     with pytest.raises(ValueError, match="a workdir goes to gains_of_run"):

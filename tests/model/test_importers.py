@@ -317,6 +317,7 @@ ERRORS = {
     "half an index": (
         lambda: ManifoldHyperConnections(C, n, sublayer_index=0.5), "sublayer_index=0.5: use an integer",
     ),
+    "index below 0": (lambda: HyperConnections(C, n, sublayer_index=-1), "=-1: .* count from 0"),
     "no index": (lambda: LookAheadConnections(C, n, sublayer_index=None), "sublayer_index=None: use"),
     "indices": (
         lambda: HyperConnections(C, n, sublayer_index=jnp.arange(4)),
