@@ -53,10 +53,10 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",  # oldest Python that jax 0.10 has wheels for and CI runs
-    # The wheel is the library. Configs and experiments are run from a clone; the emulator is for the tests.
-    # So an editable install puts the clone on the path. Otherwise it is a finder that comes last, and in the folder
-    # that holds the clone Python takes the clone itself, `mhc_jax/`, for a package without names.
+    # An editable install then puts the clone on the path. Else it is a finder that comes last, and in the
+    # folder that holds the clone Python takes the clone itself, `mhc_jax/`, for a package without names.
     package_dir={"": "."},
+    # The wheel is the library. Configs and experiments are run from a clone; the emulator is for the tests.
     packages=find_packages(
         include=["mhc_jax*", "kernels_pallas*"], exclude=["kernels_pallas.testing*"]
     ),
