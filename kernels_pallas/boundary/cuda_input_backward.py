@@ -13,7 +13,7 @@ from kernels_pallas.boundary.cuda_launches import Norm
 from kernels_pallas.boundary.triton_layer_input import fragment_outputs, gate_sums_output
 from kernels_pallas.coefficients.triton import Fragments
 from kernels_pallas.gpu.cuda_launch import CudaLaunch, float_bits
-from kernels_pallas.gpu.device import cdiv, multiprocessors, num_tokens
+from kernels_pallas.gpu.device import cdiv, multiprocessors
 from kernels_pallas.gpu.launch import struct
 from kernels_pallas.gpu.sums import Gates
 
@@ -26,13 +26,9 @@ _WARPS = 6  # of a program: one for the mappings, five for rows
 _PROGRAMS = 4
 
 
-def _tokens(T: int, C: int) -> int:
-    """Returns the tokens of a program: 32, or 16 where a card would not be full of programs.
-
-    Also 16 where rows are long: programs that do not all run at once keep to the order of tokens.
-    """
-    full = cdiv(T, 32) > (_PROGRAMS - 1) * multiprocessors()
-    return 32 if full and C <= 1024 else 16
+def _tokens(T: int) -> int:
+    """Returns the tokens of a program: 32, or 16 where a card would not be full of programs."""
+    return 32 if cdiv(T, 32) > (_PROGRAMS - 1) * multiprocessors() else 16
 
 
 def _shared_bytes(tokens: int, num_iterations: int, norm: bool, hc: bool, logits: int) -> int:
@@ -58,7 +54,7 @@ def backward_launch(
     """
     norm = static.has_norm
     if tokens is None:
-        tokens = _tokens(T, C)
+        tokens = _tokens(T)
     programs = cdiv(T, tokens)
     *fragments, kappa = fragment_outputs(T, static.n, hc)
     return CudaLaunch(
@@ -105,10 +101,8 @@ def backward(
         return triton_layer_input.backward(
             streams, parameters, saved, d, static, hc=hc, logits=logits
         )
-    bias, alpha, weight = parameters.bias, parameters.alpha, parameters.weight
-    T = num_tokens(d.layer_input.shape[:-1])
+    *arrays, T = triton_layer_input.backward_arguments(streams, parameters, saved, d)
     launch = backward_launch(T, C, static, hc=hc, logits=logits)
-    first = streams, saved.h_pre, bias if weight is None else weight, d.layer_input
-    mappings = saved.s, saved.r, bias, alpha, d.h_post, d.h_res
-    *fragments, sums, rows = launch(*first, *mappings, T)
+    *fragments, sums, rows = launch(*arrays, T)
+    weight = parameters.weight
     return Fragments(*fragments), sums, None if weight is None else Norm(rows, weight)

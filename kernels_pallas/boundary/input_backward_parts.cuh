@@ -24,7 +24,6 @@ constexpr int ROWS = TAPE > OWN ? TAPE : OWN;
 static_assert(SHARED_BYTES == ROWS + TOKENS * SUMS * 4, "cuda_input_backward.py counts otherwise");
 
 __device__ __forceinline__ u32 at(const uint4& v, int k) { return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w; }
-__device__ __forceinline__ float at(const float4& v, int k) { return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w; }
 
 // Sums v over the lanes. Lane l is left with the sum of number l / (32 / COUNT): a lane gives away half of its numbers
 // as long as it has several.
@@ -91,7 +90,7 @@ __device__ __forceinline__ void row_sums(const bf16* x, const bf16* d, const flo
 #pragma unroll
         for (int i = 0; i < N; ++i) sums[i] = fmaf(v[i], v[N], sums[i]);
         if (NORM) {
-          const float u = fmaf(h.w, v[3], fmaf(h.z, v[2], fmaf(h.y, v[1], h.x * v[0])));
+          const float u = weighted_sum(h, v[0], v[1], v[2], v[3]);
 #pragma unroll
           for (int i = 0; i < N; ++i) sums[SUMS - N + i] = fmaf(v[i], u, sums[SUMS - N + i]);
         }

@@ -20,10 +20,6 @@ __device__ __forceinline__ void unpack(float (&v)[4], u32 first, u32 second) {
   v[0] = low(first), v[1] = high(first), v[2] = low(second), v[3] = high(second);
 }
 
-__device__ __forceinline__ float at(const float4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
 // An element of one stream of x' = h_res x + h_post y. Both directions sum in this order, because the backward computes
 // x' again and must find the bits that the forward has written.
 __device__ __forceinline__ float mix(const float4& res, float post, float x0, float x1, float x2, float x3,
@@ -33,12 +29,4 @@ __device__ __forceinline__ float mix(const float4& res, float post, float x0, fl
   v = fmaf(res.z, x2, v);
   v = fmaf(res.w, x3, v);
   return fmaf(post, y, v);
-}
-
-// An element of u = h_pre x', in the same order in both directions for the same reason.
-__device__ __forceinline__ float weighted_sum(const float4& pre, float x0, float x1, float x2, float x3) {
-  float v = pre.x * x0;
-  v = fmaf(pre.y, x1, v);
-  v = fmaf(pre.z, x2, v);
-  return fmaf(pre.w, x3, v);
 }

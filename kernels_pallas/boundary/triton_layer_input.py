@@ -229,6 +229,14 @@ def forward(
     return ReadOut(u, h_post, h_res), Saved(h_pre, s, r)
 
 
+def backward_arguments(streams: jax.Array, parameters, saved: Saved, d: ReadOut) -> tuple:
+    """Returns the arrays that `backward_launch` takes, T behind them."""
+    bias, alpha, weight = parameters.bias, parameters.alpha, parameters.weight
+    rows = streams, saved.h_pre, bias if weight is None else weight, d.layer_input
+    mappings = saved.s, saved.r, bias, alpha, d.h_post, d.h_res
+    return *rows, *mappings, device.num_tokens(d.layer_input.shape[:-1])
+
+
 def backward(
     streams: jax.Array,
     parameters,
@@ -244,12 +252,10 @@ def backward(
     Returns:
       Fragments, partial sums of dbias and dalpha (see `gpu.sums`), and what goes back through the norm.
     """
-    bias, alpha, weight = parameters.bias, parameters.alpha, parameters.weight
-    lead, C = d.layer_input.shape[:-1], d.layer_input.shape[-1]
-    T = device.num_tokens(lead)
+    *arrays, T = backward_arguments(streams, parameters, saved, d)
+    C = d.layer_input.shape[-1]
     launch = backward_launch(T, C, streams.dtype, static, hc=hc, logits=logits)
-    first = streams, saved.h_pre, bias if weight is None else weight, d.layer_input
-    mappings = saved.s, saved.r, bias, alpha, d.h_post, d.h_res
-    *fragments, sums, pre_sums, rows = launch(*first, *mappings, T)
+    *fragments, sums, pre_sums, rows = launch(*arrays, T)
+    weight = parameters.weight
     norm = None if weight is None else Norm(rows, weight)
     return Fragments(*fragments), (sums, pre_sums), norm

@@ -138,3 +138,15 @@ __device__ constexpr float float_of(int bits) {
   for (int e = bits >> 23; e > 150; --e) v *= 2;
   return v;
 }
+
+__device__ __forceinline__ float at(const float4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// An element of u = h_pre x'. All kernels sum in this order: a backward computes u again and must find the same bits.
+__device__ __forceinline__ float weighted_sum(const float4& pre, float x0, float x1, float x2, float x3) {
+  float v = pre.x * x0;
+  v = fmaf(pre.y, x1, v);
+  v = fmaf(pre.z, x2, v);
+  return fmaf(pre.w, x3, v);
+}

@@ -1,8 +1,7 @@
 """`hc_read` and `hc_boundary` with their large passes in CUDA C++, as `kernels_pallas.boundary.cuda`.
 
-forward.cu, input_backward.cu and backward.cu are compiled for one norm a stream; the small kernels are
-Triton's.
-The bytes are those of `boundary`. The forward of `hc_read` is Triton's.
+forward.cu, input_backward.cu and backward.cu are compiled for one norm a stream. The bytes are those of
+`boundary`. The small kernels and the forward of `hc_read` are Triton's.
 """
 
 import jax
